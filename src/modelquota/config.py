@@ -1,0 +1,262 @@
+"""`ResourceQuotaConfig`: the limits of one model, checked when they are made."""
+
+import contextlib
+import dataclasses
+import math
+import numbers
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Final, SupportsFloat, SupportsIndex, TypedDict, Unpack
+
+from .errors import QuotaConfigError
+from .limits import ViolationAction
+
+MAX_COUNT: Final = 2**62
+"""The largest count, in any unit, that a limit or a request may have."""
+
+MAX_MODEL_ID_BYTES: Final = 255
+"""The longest model id, in bytes of UTF-8."""
+
+
+class QuotaFields(TypedDict, total=False):
+    """The fields of a quota but its model id, with the types in which they may be given."""
+
+    max_ram_mb: SupportsIndex | None
+    max_ssd_mb: SupportsIndex | None
+    max_requests_per_second: SupportsFloat | None
+    max_tokens_per_second: SupportsFloat | None
+    max_tokens_per_hour: SupportsIndex | None
+    max_tokens_per_day: SupportsIndex | None
+    max_requests_per_hour: SupportsIndex | None
+    max_requests_per_day: SupportsIndex | None
+    burst_requests: SupportsIndex
+    burst_tokens: SupportsIndex
+    on_violation: ViolationAction | str
+    grace_period_sec: SupportsFloat
+    max_concurrent_requests: SupportsIndex | None
+    max_queued_requests: SupportsIndex
+
+
+class QuotaChanges(QuotaFields, total=False):
+    """What `ResourceQuotaConfig.replace` takes: any field."""
+
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceQuotaConfig:
+    """The limits of one model: a frozen value, which compares, hashes and pickles by its fields.
+
+    A limit of None is no limit; a limit of 0 admits nothing. Counts are integers from 0 to 2**62 and may be given as
+    anything with ``__index__``, rates and times as any real number; a bool is neither.
+
+    Parameters
+    ----------
+    model_id : str
+        1 to 255 bytes of UTF-8 without NUL.
+    max_ram_mb, max_ssd_mb : int or None
+        Most RAM and SSD space, in MB (2**20 bytes).
+    max_requests_per_second, max_tokens_per_second : float or None
+        Long-run rate, per second; 0.5 is one in two seconds, `math.inf` becomes None.
+    max_tokens_per_hour, max_tokens_per_day : int or None
+        Most tokens in any 3,600 s and in any 86,400 s, wherever they start.
+    max_requests_per_hour, max_requests_per_day : int or None
+        Most requests in any 3,600 s and in any 86,400 s, wherever they start.
+    burst_requests, burst_tokens : int
+        How far above the rate the model may run ahead, in requests and tokens; repaid from unused rate.
+        0 makes the rate a strict limit on any single second.
+    on_violation : ViolationAction or str
+        What is done with a request that violates a limit; a name becomes its member.
+    grace_period_sec : float
+        The longest that a request is delayed or queued, in seconds; 0 or more, finite.
+    max_concurrent_requests : int or None
+        Grants open at once.
+    max_queued_requests : int
+        Requests that may wait at once.
+
+    Raises
+    ------
+    QuotaConfigError
+        A value is not accepted. The error has the field, the value and the accepted range.
+
+    Examples
+    --------
+    >>> quota = ResourceQuotaConfig("llama", max_requests_per_second=50, on_violation="reject")
+    >>> quota.max_requests_per_second, quota.on_violation, quota.max_tokens_per_hour
+    (50.0, <ViolationAction.REJECT: 'reject'>, 1000000)
+    >>> quota.replace(max_tokens_per_hour=None).max_tokens_per_hour is None
+    True
+    >>> ResourceQuotaConfig("llama", max_ram_mb=-1)
+    Traceback (most recent call last):
+        ...
+    modelquota.errors.QuotaConfigError: max_ram_mb=-1 is not accepted; expected an integer from 0 to 2**62 MB, \
+or no limit (None; "unlimited" in a quota file)
+    """
+
+    model_id: str
+    _: KW_ONLY
+    max_ram_mb: int | None = 2048
+    max_ssd_mb: int | None = 16384
+    max_requests_per_second: float | None = 100.0
+    max_tokens_per_second: float | None = 1000.0
+    max_tokens_per_hour: int | None = 1_000_000
+    max_tokens_per_day: int | None = 10_000_000
+    max_requests_per_hour: int | None = 10_000
+    max_requests_per_day: int | None = 100_000
+    burst_requests: int = 200
+    burst_tokens: int = 10_000
+    on_violation: ViolationAction = ViolationAction.THROTTLE
+    grace_period_sec: float = 60.0
+    max_concurrent_requests: int | None = None
+    max_queued_requests: int = 1000
+
+    if TYPE_CHECKING:  # a field may be given in more types than it is kept in
+
+        def __init__(self, model_id: str, **fields: Unpack[QuotaFields]) -> None: ...
+
+    def __post_init__(self) -> None:
+        for field, convert in _CONVERT.items():
+            # The way round `frozen`, which is meant for those who hold the finished value.
+            object.__setattr__(self, field, convert(field, getattr(self, field)))
+
+    def replace(self, **changes: Unpack[QuotaChanges]) -> "ResourceQuotaConfig":
+        """Return a config with some fields changed; the others, and this config, stay as they are.
+
+        Raises
+        ------
+        QuotaConfigError
+            A value is not accepted.
+        TypeError
+            A keyword is no field.
+        """
+        fields: dict[str, Any] = {**dataclasses.asdict(self), **changes}
+        return ResourceQuotaConfig(**fields)
+
+    def to_dict(self) -> dict[str, str | int | float | None]:
+        """Return all fields as plain values that JSON knows; the action as its name, no limit as None.
+
+        Examples
+        --------
+        >>> ResourceQuotaConfig("llama", max_ram_mb=None).to_dict()["max_ram_mb"] is None
+        True
+        """
+        return {**dataclasses.asdict(self), "on_violation": self.on_violation.value}
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> "ResourceQuotaConfig":
+        """Make a config of what `to_dict` returns; all keys but ``model_id`` may be missing.
+
+        Raises
+        ------
+        QuotaConfigError
+            A value is not accepted, ``model_id`` is missing, or a key is no field; the field nearest to it is named.
+        TypeError
+            The argument is no mapping.
+
+        Examples
+        --------
+        >>> ResourceQuotaConfig.from_dict({"model_id": "llama", "max_ram": 1024})
+        Traceback (most recent call last):
+            ...
+        modelquota.errors.QuotaConfigError: max_ram=1024 is not accepted; expected a field of a quota, \
+perhaps max_ram_mb
+        """
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"from_dict takes a mapping of fields to values, got {type(mapping).__name__}")
+        for key, value in mapping.items():
+            if key not in _CONVERT:
+                raise QuotaConfigError(str(key), value, _nearest_field(str(key)))
+        return cls(**{"model_id": None, **mapping})
+
+
+_NO_LIMIT = '"unlimited" in a quota file'
+
+_Convert = Callable[[str, Any], object]
+
+
+def _model_id(field: str, value: Any) -> str:
+    """Return the id as a plain str."""
+    try:
+        if isinstance(value, str) and 0 < len(value.encode()) <= MAX_MODEL_ID_BYTES and "\0" not in value:
+            return str.__str__(value)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        pass
+    raise QuotaConfigError(field, value, f"a str of 1 to {MAX_MODEL_ID_BYTES} bytes of UTF-8 without NUL")
+
+
+def _action(field: str, value: Any) -> ViolationAction:
+    try:
+        return ViolationAction(value)
+    except ValueError:
+        names = ", ".join(repr(action.value) for action in ViolationAction)
+        raise QuotaConfigError(field, value, f"one of {names}") from None
+
+
+def _count(unit: str, *, may_be_none: bool = True) -> _Convert:
+    """Make the converter of a field that counts something."""
+    accepted = f"an integer from 0 to 2**62 {unit}" + (f", or no limit (None; {_NO_LIMIT})" if may_be_none else "")
+
+    def convert(field: str, value: Any) -> int | None:
+        if value is None and may_be_none:
+            return None
+        try:
+            count = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            count = -1
+        if 0 <= count <= MAX_COUNT:
+            return count
+        raise QuotaConfigError(field, value, accepted)
+
+    return convert
+
+
+def _number(unit: str, *, may_be_none: bool = True) -> _Convert:
+    """Make the converter of a field that may have a fraction."""
+    accepted = f"a finite number of {unit}, 0 or more" + (
+        f", or no limit (None or inf; {_NO_LIMIT})" if may_be_none else ""
+    )
+
+    def convert(field: str, value: Any) -> float | None:
+        if value is None and may_be_none:
+            return None
+        number = math.nan
+        if isinstance(value, numbers.Real | Decimal) and not isinstance(value, bool):
+            # Not a number, or one beyond the range of a float.
+            with contextlib.suppress(OverflowError, ValueError):
+                number = float(value)
+        if number == math.inf and may_be_none:
+            return None
+        if 0 <= number < math.inf:
+            return number + 0.0  # turns -0.0 into 0.0
+        raise QuotaConfigError(field, value, accepted)
+
+    return convert
+
+
+_CONVERT: dict[str, _Convert] = {
+    "model_id": _model_id,
+    "max_ram_mb": _count("MB"),
+    "max_ssd_mb": _count("MB"),
+    "max_requests_per_second": _number("requests per second"),
+    "max_tokens_per_second": _number("tokens per second"),
+    "max_tokens_per_hour": _count("tokens"),
+    "max_tokens_per_day": _count("tokens"),
+    "max_requests_per_hour": _count("requests"),
+    "max_requests_per_day": _count("requests"),
+    "burst_requests": _count("requests", may_be_none=False),
+    "burst_tokens": _count("tokens", may_be_none=False),
+    "on_violation": _action,
+    "grace_period_sec": _number("seconds", may_be_none=False),
+    "max_concurrent_requests": _count("requests"),
+    "max_queued_requests": _count("requests", may_be_none=False),
+}
+
+
+def _nearest_field(name: str) -> str:
+    """Say which field may have been meant."""
+    import difflib  # only for this error
+
+    near = difflib.get_close_matches(name, _CONVERT, n=1)
+    return f"a field of a quota, perhaps {near[0]}" if near else f"one of the fields {', '.join(_CONVERT)}"

@@ -1,0 +1,268 @@
+"""What can be read about a model and about a manager: frozen snapshots, and the text of a status report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .config import ResourceQuotaConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceUsage:
+    """What a model has used, at one moment; ``ResourceUsage()`` is a model that has not been used.
+
+    Attributes
+    ----------
+    current_ram_mb, current_ssd_mb : int
+        Memory last reported by `update_memory_usage`, in MB (2**20 bytes), outside grants; may exceed the cap.
+    peak_ram_mb, peak_ssd_mb : int
+        Highest memory ever reported, in MB.
+    requests_this_second, tokens_this_second : int
+        Admitted in the rolling second.
+    tokens_this_hour, requests_this_hour : int
+        Admitted in the rolling 3,600 s; what is partly expired counts in full.
+    tokens_this_day, requests_this_day : int
+        Admitted in the rolling 86,400 s; what is partly expired counts in full.
+    burst_requests_used, burst_tokens_used : int
+        How far the model has run ahead of its rate and not yet repaid.
+    total_violations : int
+        Checks that violated a limit, each counted once; the sum of the next five.
+    ram_violations, ssd_violations, rate_violations, quota_violations, concurrency_violations : int
+        The same by type of the first violated limit.
+    reserved_ram_mb, reserved_ssd_mb : int
+        Memory held by open grants, in MB, beside what is reported.
+    concurrent_requests : int
+        Grants open now.
+    queued_requests : int
+        Requests that wait now.
+    """
+
+    current_ram_mb: int = 0
+    peak_ram_mb: int = 0
+    current_ssd_mb: int = 0
+    peak_ssd_mb: int = 0
+    requests_this_second: int = 0
+    tokens_this_second: int = 0
+    tokens_this_hour: int = 0
+    tokens_this_day: int = 0
+    requests_this_hour: int = 0
+    requests_this_day: int = 0
+    burst_requests_used: int = 0
+    burst_tokens_used: int = 0
+    total_violations: int = 0
+    ram_violations: int = 0
+    ssd_violations: int = 0
+    rate_violations: int = 0
+    quota_violations: int = 0
+    concurrency_violations: int = 0
+    reserved_ram_mb: int = 0
+    reserved_ssd_mb: int = 0
+    concurrent_requests: int = 0
+    queued_requests: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelReport:
+    """A model's quota and usage at one moment, and how the one compares with the other.
+
+    Every percentage is 0.0 where there is no limit and may exceed 100; see `percent`.
+
+    Attributes
+    ----------
+    model_id : str
+        The model.
+    quota : ResourceQuotaConfig
+        Its limits.
+    usage : ResourceUsage
+        What it has used of them.
+    ram_utilization, ssd_utilization : float
+        Memory reported and reserved, in percent of its cap.
+    requests_per_second, tokens_per_second : float
+        Admitted in the rolling second: a rate, not a percentage.
+    hourly_quota_used, daily_quota_used : float
+        Tokens of the rolling 3,600 s and 86,400 s, in percent of their limit.
+    hourly_requests_used, daily_requests_used : float
+        Requests of the rolling 3,600 s and 86,400 s, in percent of their limit.
+    """
+
+    model_id: str
+    quota: ResourceQuotaConfig
+    usage: ResourceUsage
+    ram_utilization: float
+    ssd_utilization: float
+    requests_per_second: float
+    tokens_per_second: float
+    hourly_quota_used: float
+    daily_quota_used: float
+    hourly_requests_used: float
+    daily_requests_used: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaStats:
+    """Totals since a manager was made, over all its models, removed and unknown ones too.
+
+    Every check is either allowed, rejected, throttled or queued. A violation that is only warned of is allowed.
+
+    Attributes
+    ----------
+    total_checks : int
+        Requests judged: the sum of allowed, rejected, throttled and queued.
+    total_violations : int
+        Requests that violated a limit: the sum of rejected, throttled, queued and warned, and that over all types.
+    rejected_requests, throttled_requests, queued_requests : int
+        Requests denied, by the action that was applied.
+    ram_violations, ssd_violations, rate_violations, quota_violations : int
+        Violations by type of the first violated limit.
+    allowed_requests : int
+        Requests admitted.
+    warned_requests : int
+        Requests admitted in spite of a violation.
+    concurrency_violations : int
+        Violations whose first violated limit is that of concurrent requests.
+    """
+
+    total_checks: int = 0
+    total_violations: int = 0
+    rejected_requests: int = 0
+    throttled_requests: int = 0
+    queued_requests: int = 0
+    ram_violations: int = 0
+    ssd_violations: int = 0
+    rate_violations: int = 0
+    quota_violations: int = 0
+    allowed_requests: int = 0
+    warned_requests: int = 0
+    concurrency_violations: int = 0
+
+
+def percent(used: int, limit: int | None) -> float:
+    """Return ``100 * used / limit``: 0.0 where the limit is None, and a limit of 0 is taken as 1.
+
+    Examples
+    --------
+    >>> percent(300, 200), percent(3, 0), percent(3, None)
+    (150.0, 300.0, 0.0)
+    """
+    return 0.0 if limit is None else 100 * used / max(limit, 1)
+
+
+def model_report(model_id: str, quota: ResourceQuotaConfig, usage: ResourceUsage) -> ModelReport:
+    """Return the report that compares a model's usage with its quota.
+
+    Examples
+    --------
+    >>> usage = ResourceUsage(current_ram_mb=512, tokens_this_second=40, tokens_this_hour=250_000)
+    >>> report = model_report("llama", ResourceQuotaConfig("llama"), usage)
+    >>> report.ram_utilization, report.tokens_per_second, report.hourly_quota_used
+    (25.0, 40.0, 25.0)
+    """
+    return ModelReport(
+        model_id=model_id,
+        quota=quota,
+        usage=usage,
+        ram_utilization=percent(usage.current_ram_mb + usage.reserved_ram_mb, quota.max_ram_mb),
+        ssd_utilization=percent(usage.current_ssd_mb + usage.reserved_ssd_mb, quota.max_ssd_mb),
+        requests_per_second=float(usage.requests_this_second),
+        tokens_per_second=float(usage.tokens_this_second),
+        hourly_quota_used=percent(usage.tokens_this_hour, quota.max_tokens_per_hour),
+        daily_quota_used=percent(usage.tokens_this_day, quota.max_tokens_per_day),
+        hourly_requests_used=percent(usage.requests_this_hour, quota.max_requests_per_hour),
+        daily_requests_used=percent(usage.requests_this_day, quota.max_requests_per_day),
+    )
+
+
+_HEADINGS = (
+    "RAM MB",
+    "SSD MB",
+    "open",
+    "requests/s",
+    "tokens/s",
+    "tokens/h",
+    "requests/h",
+    "tokens/day",
+    "requests/day",
+)
+
+
+def status_lines(reports: Sequence[ModelReport], stats: QuotaStats) -> str:
+    """Return a status report as plain text: a table with a row for each model, and below it the totals.
+
+    A cell is use / limit, where ``-`` is no limit and a limit per second is rate+burst. ``open`` is grants open at
+    once. A figure from 10,000 is cut, not rounded, to three digits, so that use never looks larger than it is.
+
+    Examples
+    --------
+    >>> quota = ResourceQuotaConfig("llama", max_ssd_mb=None)
+    >>> report = model_report("llama", quota, ResourceUsage(current_ram_mb=512, requests_this_second=150))
+    >>> table = status_lines([report], QuotaStats(total_checks=150, allowed_requests=150))
+    >>> for line in table.splitlines()[:2]:
+    ...     print(line[:47])
+    model      RAM MB  SSD MB   open     requests/s
+    llama  512 / 2048   0 / -  0 / -  150 / 100+200
+    """
+    models = ["model", *(_printable(report.model_id) for report in reports)]
+    violations = ["violations", *(_short(report.usage.total_violations) for report in reports)]
+    columns = [
+        [model.ljust(max(map(len, models))) for model in models],
+        *map(_column, _HEADINGS, zip(*map(_uses, reports), strict=True)),
+        [count.rjust(max(map(len, violations))) for count in violations],
+    ]
+    table = ["  ".join(cells) for cells in zip(*columns, strict=True)] if reports else ["no models"]
+    return "\n".join([*table, _totals(stats)])
+
+
+def _uses(report: ModelReport) -> list[tuple[str, str]]:
+    """Return use and limit of every column, in the order of `_HEADINGS`."""
+    quota, usage = report.quota, report.usage
+    return [
+        (_short(usage.current_ram_mb + usage.reserved_ram_mb), _limit(quota.max_ram_mb)),
+        (_short(usage.current_ssd_mb + usage.reserved_ssd_mb), _limit(quota.max_ssd_mb)),
+        (_short(usage.concurrent_requests), _limit(quota.max_concurrent_requests)),
+        (_short(usage.requests_this_second), _limit(quota.max_requests_per_second, quota.burst_requests)),
+        (_short(usage.tokens_this_second), _limit(quota.max_tokens_per_second, quota.burst_tokens)),
+        (_short(usage.tokens_this_hour), _limit(quota.max_tokens_per_hour)),
+        (_short(usage.requests_this_hour), _limit(quota.max_requests_per_hour)),
+        (_short(usage.tokens_this_day), _limit(quota.max_tokens_per_day)),
+        (_short(usage.requests_this_day), _limit(quota.max_requests_per_day)),
+    ]
+
+
+def _column(heading: str, uses: Sequence[tuple[str, str]]) -> list[str]:
+    """Return heading and cells in one width, with the strokes of the cells below one another."""
+    used_width, limit_width = (max(map(len, side)) for side in zip(*uses, strict=True))
+    cells = [f"{used:>{used_width}} / {limit:>{limit_width}}" for used, limit in uses]
+    return [cell.rjust(max(len(heading), len(cells[0]))) for cell in (heading, *cells)]
+
+
+def _totals(stats: QuotaStats) -> str:
+    return (
+        f"total: {stats.total_checks:,} checks, {stats.allowed_requests:,} allowed"
+        f" ({stats.warned_requests:,} with a warning), {stats.rejected_requests:,} rejected,"
+        f" {stats.throttled_requests:,} throttled, {stats.queued_requests:,} queued\n"
+        f"violations: {stats.total_violations:,} ({stats.ram_violations:,} RAM, {stats.ssd_violations:,} SSD,"
+        f" {stats.rate_violations:,} rate, {stats.quota_violations:,} quota,"
+        f" {stats.concurrency_violations:,} concurrency)"
+    )
+
+
+def _limit(limit: float | None, burst: int = 0) -> str:
+    if limit is None:
+        return "-"
+    return f"{_short(limit)}+{_short(burst)}" if limit and burst else _short(limit)
+
+
+def _short(count: float) -> str:
+    """Return a count as people read it: ``950``, ``9999``, ``12.3k``, ``1.04M``; from 10,000 cut to three digits."""
+    if count < 10_000:
+        return f"{count:g}"
+    if count >= 1e21:
+        return f"{count:.3g}"
+    digits = str(int(count))
+    thousands = (len(digits) - 1) // 3
+    point = len(digits) - 3 * thousands
+    return f"{digits[:point]}.{digits[point:3]}".rstrip("0").rstrip(".") + "kMGTPE"[thousands - 1]
+
+
+def _printable(model_id: str) -> str:
+    """Return the id with anything escaped that would break the table or that a terminal would obey."""
+    return model_id if model_id.isprintable() else model_id.encode("unicode_escape").decode()

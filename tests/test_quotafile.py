@@ -1,0 +1,185 @@
+"""`load_quotas`: what a quota file may say, and file, table and field in the text of every refusal."""
+
+import pathlib
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modelquota.config import ResourceQuotaConfig
+from modelquota.errors import QuotaFileError
+from modelquota.limits import ViolationAction
+from modelquota.quotafile import load_quotas
+
+Write = Callable[[str], pathlib.Path]
+RAM = 'an integer from 0 to 2**62 MB, or no limit (None; "unlimited" in a quota file)'
+TOP = 'the tables [defaults] and [models."<id>"] and nothing else'
+QUOTE = 'no table here; quote an id that has a dot: [models."llama-3.2-1b"]'
+IS_ID = "no model_id: the name of a table under [models] is the id"
+
+
+@pytest.fixture
+def write(tmp_path: pathlib.Path) -> Write:
+    def write(text: str) -> pathlib.Path:
+        path = tmp_path / "quotas.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_a_model_takes_its_own_fields_then_the_defaults_then_those_of_the_config(write: Write) -> None:
+    quotas = load_quotas(
+        write("""
+        [models."llama-3.2-1b"]
+        max_ram_mb = 1024
+        on_violation = "reject"
+        [models.qwen]
+        [defaults]
+        max_ram_mb = 512
+        max_tokens_per_second = 2.5
+        """)
+    )
+    assert list(quotas.values()) == [
+        ResourceQuotaConfig("llama-3.2-1b", max_ram_mb=1024, max_tokens_per_second=2.5, on_violation="reject"),
+        ResourceQuotaConfig("qwen", max_ram_mb=512, max_tokens_per_second=2.5),
+    ]
+    assert list(quotas) == ["llama-3.2-1b", "qwen"]
+
+
+def test_unlimited_is_none_and_may_be_taken_back(write: Write) -> None:
+    quotas = load_quotas(
+        write("""
+        defaults.max_ram_mb = "unlimited"
+        models.a.max_requests_per_second = "unlimited"
+        models.b.max_requests_per_second = inf
+        models.c.max_ram_mb = 7
+        """)
+    )
+    assert (quotas["a"].max_ram_mb, quotas["a"].max_requests_per_second) == (None, None)
+    assert quotas["b"].max_requests_per_second is None
+    assert quotas["c"].max_ram_mb == 7
+
+
+@pytest.mark.parametrize("text", ["", "[defaults]\nmax_ram_mb = 5", "[models]"])
+def test_a_file_may_name_no_model(write: Write, text: str) -> None:
+    assert load_quotas(write(text)) == {}
+
+
+def test_the_path_may_be_a_str(write: Write) -> None:
+    assert load_quotas(str(write("[models.a]"))) == {"a": ResourceQuotaConfig("a")}
+
+
+@pytest.mark.parametrize(
+    ("text", "table", "field", "message"),
+    [
+        ("max_ram_mb = 5", "", "max_ram_mb", f"max_ram_mb=5 is not accepted; expected {TOP}"),
+        ("[model.a]", "model", "", f"[model] is not accepted; expected {TOP}"),
+        ("defaults = 5", "", "defaults", "defaults=5 is not accepted; expected a table of quota fields"),
+        ("models = [1]", "", "models", "models=[1] is not accepted; expected a table of quota fields"),
+        ("[[models]]", "", "models", "models=[{}] is not accepted; expected a table of quota fields"),
+        ("[models]\na = 5", "models", "a", "[models]: a=5 is not accepted; expected a table of quota fields"),
+        (
+            "[models.a]\nmax_ram_mb = -5",
+            'models."a"',
+            "max_ram_mb",
+            f'[models."a"]: max_ram_mb=-5 is not accepted; expected {RAM}',
+        ),
+        (
+            "[defaults]\nmax_ram_mb = 2.0\n[models.a]\nmax_ram_mb = 2",
+            "defaults",
+            "max_ram_mb",
+            f"[defaults]: max_ram_mb=2.0 is not accepted; expected {RAM}",
+        ),
+        (
+            "[models.a]\nburst_tokens = 'unlimited'",
+            'models."a"',
+            "burst_tokens",
+            "[models.\"a\"]: burst_tokens='unlimited' is not accepted; expected an integer from 0 to 2**62 tokens",
+        ),
+        (
+            "[models.a]\nmax_ram_gb = 5",
+            'models."a"',
+            "max_ram_gb",
+            '[models."a"]: max_ram_gb=5 is not accepted; expected a field of a quota, perhaps max_ram_mb',
+        ),
+        (
+            "[models.a]\nmodel_id = 'a'",
+            'models."a"',
+            "model_id",
+            f"[models.\"a\"]: model_id='a' is not accepted; expected {IS_ID}",
+        ),
+        (
+            "[defaults]\nmodel_id = 'a'",
+            "defaults",
+            "model_id",
+            f"[defaults]: model_id='a' is not accepted; expected {IS_ID}",
+        ),
+        (
+            '[models.""]',
+            'models.""',
+            "model_id",
+            "[models.\"\"]: model_id='' is not accepted; expected a str of 1 to 255 bytes of UTF-8 without NUL",
+        ),
+        (
+            "[models.llama-3.2-1b]\nmax_ram_mb = 5",
+            'models."llama-3"',
+            "2-1b",
+            f"[models.\"llama-3\"]: 2-1b={{'max_ram_mb': 5}} is not accepted; expected {QUOTE}",
+        ),
+    ],
+)
+def test_what_is_refused_is_named(write: Write, text: str, table: str, field: str, message: str) -> None:
+    path = write(text)
+    with pytest.raises(QuotaFileError) as caught:
+        load_quotas(path)
+    error = caught.value
+    assert (error.path, error.table, error.field) == (str(path), table, field)
+    assert str(error) == f"{path}: {message}"
+
+
+def test_a_file_that_is_not_toml(write: Write) -> None:
+    path = write("[models.a]\nmax_ram_mb 5")
+    with pytest.raises(QuotaFileError) as caught:
+        load_quotas(path)
+    assert caught.value.value == "Expected '=' after a key in a key/value pair (at line 2, column 12)"
+    assert str(caught.value) == f"{path}: {caught.value.value}; expected TOML in UTF-8"
+
+
+def test_a_file_that_is_not_utf_8(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "quotas.toml"
+    path.write_bytes(b"[models.\xff]")
+    with pytest.raises(QuotaFileError) as caught:
+        load_quotas(path)
+    assert str(caught.value).startswith(f"{path}: 'utf-8' codec can't decode byte 0xff")
+    assert str(caught.value).endswith("; expected TOML in UTF-8")
+
+
+def test_a_file_that_is_not_there(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"quotas\.toml"):
+        load_quotas(tmp_path / "quotas.toml")
+
+
+LIMITS = st.none() | st.integers(0, 2**62)
+RATES = st.none() | st.floats(0, allow_infinity=False)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # every example writes the file anew
+@given(
+    st.builds(
+        ResourceQuotaConfig,
+        st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters='"\\'), min_size=1),
+        max_ram_mb=LIMITS,
+        max_tokens_per_day=LIMITS,
+        max_concurrent_requests=LIMITS,
+        max_tokens_per_second=RATES,
+        burst_tokens=st.integers(0, 2**62),
+        on_violation=st.sampled_from(ViolationAction),
+    )
+)
+def test_what_to_dict_gives_can_be_written_to_a_file_and_read_back(write: Write, config: ResourceQuotaConfig) -> None:
+    fields = {field: "unlimited" if value is None else value for field, value in config.to_dict().items()}
+    del fields["model_id"]
+    lines = [f"{field} = {value!r}" for field, value in fields.items()]
+    assert load_quotas(write("\n".join([f'[models."{config.model_id}"]', *lines]))) == {config.model_id: config}
