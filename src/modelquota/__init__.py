@@ -1,0 +1,40 @@
+"""Resource quotas for multi-model inference: may this model take this request now?"""
+
+from modelquota._core.clock import ManualClock
+from modelquota._core.result import QuotaCheckResult
+from modelquota.config import ResourceQuotaConfig
+from modelquota.errors import (
+    CapacityError,
+    QuotaConfigError,
+    QuotaError,
+    QuotaFileError,
+    TraceError,
+    UnknownModelError,
+)
+from modelquota.limits import Limit, ViolationAction, ViolationType
+from modelquota.manager import ModelQuota, ResourceQuotaManager
+from modelquota.quotafile import load_quotas
+from modelquota.report import ModelReport, QuotaStats, ResourceUsage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapacityError",
+    "Limit",
+    "ManualClock",
+    "ModelQuota",
+    "ModelReport",
+    "QuotaCheckResult",
+    "QuotaConfigError",
+    "QuotaError",
+    "QuotaFileError",
+    "QuotaStats",
+    "ResourceQuotaConfig",
+    "ResourceQuotaManager",
+    "ResourceUsage",
+    "TraceError",
+    "UnknownModelError",
+    "ViolationAction",
+    "ViolationType",
+    "load_quotas",
+]

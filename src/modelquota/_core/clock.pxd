@@ -1,0 +1,14 @@
+from libc.stdint cimport int64_t
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+
+cdef class ManualClock:
+    cdef int64_t time_ns    # under the GIL
+
+    cdef int move_to(self, int64_t time_ns) except -1
+
+
+cdef inline int64_t monotonic_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return now.tv_sec * 1_000_000_000 + now.tv_nsec

@@ -1,0 +1,270 @@
+# The decision: may this request pass now? Compute, decide, commit, on one row whose lock is held. Time is an argument.
+#
+# decide() is the only place where a request is admitted or denied. What admits is short: a window's room and a level say
+# "fits" with one comparison each. Only where something does not fit, judge() goes through the limits in their order and
+# finds the first that is violated and the longest wait. A denial changes no window and no level.
+from libc.stdint cimport int64_t, uint8_t, uint32_t
+from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.level cimport (
+    NS_PER_SECOND, as_double, drain_levels, level_cost, level_wait_ns, load, raise_level, store, whole, wide
+)
+from modelquota._core.window cimport NEVER, requests_used, tokens_used, turn_slots, window_wait_ns
+
+cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted
+    RAM_MB = 1
+    SSD_MB = 2
+    CONCURRENCY = 3
+    REQUESTS_PER_SECOND = 4
+    TOKENS_PER_SECOND = 5
+    TOKENS_PER_HOUR = 6
+    REQUESTS_PER_HOUR = 7
+    TOKENS_PER_DAY = 8
+    REQUESTS_PER_DAY = 9
+
+cdef enum:  # indices of Row.violations
+    RAM_VIOLATION = 0
+    SSD_VIOLATION = 1
+    RATE_VIOLATION = 2
+    QUOTA_VIOLATION = 3
+    CONCURRENCY_VIOLATION = 4
+
+cdef enum:  # ViolationAction codes
+    REJECT = 0
+    THROTTLE = 1
+    WARN = 2
+    QUEUE = 3
+    NO_ACTION = -1
+
+cdef enum:
+    NS_PER_MS = 1_000_000
+
+
+cdef struct Ask:
+    int64_t tokens      # 0 .. MAX_COUNT, as are the others
+    int64_t ram_mb
+    int64_t ssd_mb
+
+
+cdef struct Verdict:
+    bint allowed
+    uint32_t log_held        # violations that a log record is to be written for now, 0 = none
+    uint8_t limit            # the first violated limit, 0 = none
+    int action               # the one that was applied, or NO_ACTION
+    int64_t retry_after_ms   # or NEVER; meaningful where limit is set
+    double usage             # percent of the violated limit without the request
+    double used              # of the violated limit
+    double bound
+    int64_t asked
+
+
+cdef inline double percent(double used, double limit) noexcept nogil:
+    """Share of a limit in use. A limit of 0 is reckoned as 1, so that the figure stays finite."""
+    return 100.0 * used / (limit if limit > 1.0 else 1.0)
+
+
+cdef inline double level_percent(const Wide* level, const Wide* cap, int64_t drain) noexcept nogil:
+    return 100.0 * as_double(level) / as_double(cap) if drain else 0.0
+
+
+cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask* ask) noexcept nogil:
+    """Percent of the fullest limit, with the request: windows and levels are charged, memory and concurrency are not."""
+    cdef double highest = level_percent(&row.request_level, &row.request_cap, row.request_drain)
+    cdef double share = level_percent(&row.token_level, &row.token_cap, row.token_drain)
+    cdef int i
+    highest = share if share > highest else highest
+    for i in range(WINDOWS):
+        if ledger.request_limit[i] != UNLIMITED:
+            share = percent(<double> requests_used(row, ledger, i), <double> ledger.request_limit[i])
+            highest = share if share > highest else highest
+        if ledger.token_limit[i] != UNLIMITED:
+            share = percent(<double> tokens_used(row, ledger, i), <double> ledger.token_limit[i])
+            highest = share if share > highest else highest
+    if ledger.max_ram_mb != UNLIMITED:
+        share = percent(<double> (ledger.ram_mb + ledger.reserved_ram_mb) + <double> ask.ram_mb, <double> ledger.max_ram_mb)
+        highest = share if share > highest else highest
+    if ledger.max_ssd_mb != UNLIMITED:
+        share = percent(<double> (ledger.ssd_mb + ledger.reserved_ssd_mb) + <double> ask.ssd_mb, <double> ledger.max_ssd_mb)
+        highest = share if share > highest else highest
+    if ledger.max_concurrent != UNLIMITED:
+        share = percent(<double> ledger.concurrent + 1.0, <double> ledger.max_concurrent)
+        highest = share if share > highest else highest
+    return highest
+
+
+cdef inline void pass_time(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+    """Bring the row to `now_ns`; a time before the row's own changes nothing."""
+    drain_levels(row, now_ns)
+    if row.level_ns >= row.slot_end_ns:
+        turn_slots(row, ledger, row.level_ns)
+
+
+cdef inline void charge_tokens(Row* row, const Ledger* ledger, int64_t tokens) noexcept nogil:
+    """Charge without asking. A counter that has reached MAX_COUNT stays there."""
+    cdef int64_t left = MAX_COUNT - tokens_used(row, ledger, DAY)
+    cdef int64_t charged = tokens if tokens < left else left
+    row.token_room -= charged
+    raise_level(&row.token_level, charged, row.token_drain, row.token_shift)
+
+
+cdef inline void charge(Row* row, const Ledger* ledger, const Ask* ask) noexcept nogil:
+    """Charge one request without asking."""
+    row.request_room -= 1
+    raise_level(&row.request_level, 1, row.request_drain, row.request_shift)
+    charge_tokens(row, ledger, ask.tokens)
+
+
+cdef inline bint note(
+    Verdict* verdict, uint8_t limit, int64_t wait_ns, double used, double bound, int64_t asked, int64_t* longest_ns
+) noexcept nogil:
+    """Take down one limit's answer: the first violated limit is described, the longest wait is kept."""
+    if wait_ns == 0:
+        return False
+    if wait_ns == NEVER or longest_ns[0] == NEVER:
+        longest_ns[0] = NEVER
+    elif wait_ns > longest_ns[0]:
+        longest_ns[0] = wait_ns
+    if verdict.limit == 0:
+        verdict.limit = limit
+        verdict.used = used
+        verdict.bound = bound
+        verdict.asked = asked
+        verdict.usage = percent(used, bound)
+    return True
+
+
+cdef inline void note_rate(
+    const Row* row, const Ledger* ledger, bint of_tokens, int64_t cost, Verdict* verdict, int64_t* longest_ns
+) noexcept nogil:
+    """A rate is two limits in one: the ceiling of the rolling second and the long-run level. The fuller is described."""
+    cdef int64_t ceiling_ns = window_wait_ns(row, ledger, SECOND, of_tokens, cost, row.level_ns)
+    cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
+    cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
+    cdef int64_t drain = row.token_drain if of_tokens else row.request_drain
+    cdef uint8_t shift = row.token_shift if of_tokens else row.request_shift
+    cdef uint8_t code = TOKENS_PER_SECOND if of_tokens else REQUESTS_PER_SECOND
+    cdef int64_t level_ns = level_wait_ns(level, cap, drain, shift, cost)
+    cdef int64_t wait_ns
+    cdef double used, bound, level_used, level_bound, unit
+    if ceiling_ns == 0 and level_ns == 0:
+        return
+    wait_ns = NEVER if ceiling_ns == NEVER or level_ns == NEVER else max(ceiling_ns, level_ns)
+    used = <double> (tokens_used(row, ledger, SECOND) if of_tokens else requests_used(row, ledger, SECOND))
+    bound = <double> (ledger.token_limit[SECOND] if of_tokens else ledger.request_limit[SECOND])
+    if drain:
+        unit = as_double(cap) / (
+            (ledger.tokens_per_second if ledger.tokens_per_second > 1.0 else 1.0) + <double> ledger.burst_tokens if of_tokens else
+            (ledger.requests_per_second if ledger.requests_per_second > 1.0 else 1.0) + <double> ledger.burst_requests)
+        level_used = as_double(level) / unit
+        level_bound = as_double(cap) / unit
+        if percent(level_used, level_bound) > percent(used, bound):
+            used = level_used
+            bound = level_bound
+    note(verdict, code, wait_ns, used, bound, cost, longest_ns)
+
+
+cdef inline void note_window(
+    const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, uint8_t code, Verdict* verdict,
+    int64_t* longest_ns
+) noexcept nogil:
+    cdef int64_t wait_ns = window_wait_ns(row, ledger, window, of_tokens, cost, row.level_ns)
+    if wait_ns == 0:
+        return
+    if of_tokens:
+        note(verdict, code, wait_ns, <double> tokens_used(row, ledger, window), <double> ledger.token_limit[window], cost,
+             longest_ns)
+    else:
+        note(verdict, code, wait_ns, <double> requests_used(row, ledger, window), <double> ledger.request_limit[window],
+             cost, longest_ns)
+
+
+cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
+    """Index into Row.violations of a Limit code."""
+    if limit == RAM_MB:
+        return RAM_VIOLATION
+    if limit == SSD_MB:
+        return SSD_VIOLATION
+    if limit == CONCURRENCY:
+        return CONCURRENCY_VIOLATION
+    return RATE_VIOLATION if limit <= TOKENS_PER_SECOND else QUOTA_VIOLATION
+
+
+cdef inline void find_violations(const Row* row, const Ledger* ledger, const Ask* ask, Verdict* verdict) noexcept nogil:
+    """Go through all limits in their order; state the first that is violated and the longest wait of all that are."""
+    cdef int64_t longest_ns = 0
+    if ask.ram_mb and ask.ram_mb > ledger.max_ram_mb - (ledger.ram_mb + ledger.reserved_ram_mb):
+        note(verdict, RAM_MB, NEVER, <double> (ledger.ram_mb + ledger.reserved_ram_mb), <double> ledger.max_ram_mb, ask.ram_mb,
+             &longest_ns)
+    if ask.ssd_mb and ask.ssd_mb > ledger.max_ssd_mb - (ledger.ssd_mb + ledger.reserved_ssd_mb):
+        note(verdict, SSD_MB, NEVER, <double> (ledger.ssd_mb + ledger.reserved_ssd_mb), <double> ledger.max_ssd_mb, ask.ssd_mb,
+             &longest_ns)
+    if ledger.concurrent >= ledger.max_concurrent:
+        note(verdict, CONCURRENCY, NEVER, <double> ledger.concurrent, <double> ledger.max_concurrent, 1, &longest_ns)
+    note_rate(row, ledger, False, 1, verdict, &longest_ns)
+    note_rate(row, ledger, True, ask.tokens, verdict, &longest_ns)
+    note_window(row, ledger, HOUR, True, ask.tokens, TOKENS_PER_HOUR, verdict, &longest_ns)
+    note_window(row, ledger, HOUR, False, 1, REQUESTS_PER_HOUR, verdict, &longest_ns)
+    note_window(row, ledger, DAY, True, ask.tokens, TOKENS_PER_DAY, verdict, &longest_ns)
+    note_window(row, ledger, DAY, False, 1, REQUESTS_PER_DAY, verdict, &longest_ns)
+    verdict.retry_after_ms = NEVER if longest_ns == NEVER else (longest_ns + NS_PER_MS - 1) // NS_PER_MS
+
+
+cdef inline void judge(Row* row, Ledger* ledger, const Ask* ask, bint enforcing, Verdict* verdict) noexcept nogil:
+    """Decide what does not plainly fit, and count the violation under the action that it meets."""
+    cdef uint32_t second
+    if not enforcing:
+        return
+    find_violations(row, ledger, ask, verdict)
+    if verdict.limit == 0:      # only a counter at MAX_COUNT stood in the way, and no limit is set there
+        verdict.retry_after_ms = NEVER
+        return
+    verdict.action = ledger.action
+    verdict.allowed = ledger.action == WARN
+    ledger.violations[violation_of(verdict.limit)] += 1
+    if ledger.action == REJECT:
+        ledger.rejected += 1
+    elif ledger.action == THROTTLE:
+        ledger.throttled += 1
+    elif ledger.action == QUEUE:
+        ledger.queued += 1
+    ledger.log_held += 1
+    second = <uint32_t> (row.level_ns // NS_PER_SECOND) + 1     # 0 is "never"
+    if ledger.log_second != second:        # the first of this second of the row's time: one record, for all held back
+        ledger.log_second = second
+        verdict.log_held = ledger.log_held
+        ledger.log_held = 0
+
+
+cdef inline void decide(
+    Row* row, Ledger* ledger, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
+) noexcept nogil:
+    """Admit and charge, or deny. Everything of `verdict` but the figures of a violation is set."""
+    cdef wide request_level, token_level
+    cdef bint fits
+    # compute
+    pass_time(row, ledger, now_ns)
+    fits = (
+        row.request_room >= 1
+        and (ask.tokens <= row.token_room or ask.tokens == 0)
+        and (ask.ram_mb == 0 or ask.ram_mb <= ledger.max_ram_mb - (ledger.ram_mb + ledger.reserved_ram_mb))
+        and (ask.ssd_mb == 0 or ask.ssd_mb <= ledger.max_ssd_mb - (ledger.ssd_mb + ledger.reserved_ssd_mb))
+    )
+    if fits:
+        request_level = load(&row.request_level) + level_cost(1, row.request_drain, row.request_shift)
+        token_level = load(&row.token_level) + level_cost(ask.tokens, row.token_drain, row.token_shift)
+        fits = request_level <= load(&row.request_cap) and (ask.tokens == 0 or token_level <= load(&row.token_cap))
+    # decide
+    verdict.allowed = True
+    verdict.log_held = 0
+    verdict.limit = 0
+    verdict.action = NO_ACTION
+    verdict.retry_after_ms = NEVER
+    if not fits:
+        judge(row, ledger, ask, enforcing, verdict)
+        if verdict.allowed:
+            charge(row, ledger, ask)
+        return
+    # commit
+    row.request_room -= 1
+    row.token_room -= ask.tokens
+    store(&row.request_level, request_level)
+    store(&row.token_level, token_level)

@@ -1,0 +1,125 @@
+# The layout of the shared state: structs only, nothing that computes.
+#
+# One mapping holds, in this order: Header, Row[max_models], Ledger[max_models], names. Rows never move. Every field
+# names its unit.
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from *:
+    """
+    #if !defined(__linux__) || !defined(__SIZEOF_INT128__) || !defined(__GNUC__)
+    #error "modelquota needs 64-bit Linux and GCC or Clang (memfd, 128-bit integers, __atomic builtins)"
+    #endif
+    #define MQ_UNLIMITED INT64_MAX
+    #define MQ_MAX_COUNT ((int64_t)1 << 62)
+    #define MQ_MAX_TIME_NS ((int64_t)1 << 61)
+    """
+    const int64_t UNLIMITED "MQ_UNLIMITED"      # a limit that is not set
+    const int64_t MAX_COUNT "MQ_MAX_COUNT"      # the largest count, limit or cost; a window's counter stays there
+    const int64_t MAX_TIME_NS "MQ_MAX_TIME_NS"  # the latest time that slot arithmetic holds (73 years)
+
+cdef enum:
+    LAYOUT_VERSION = 1
+    SLOTS = 60              # closed slots that a window counts beside the current one
+    WINDOWS = 3             # SECOND, HOUR, DAY
+    SECOND = 0
+    HOUR = 1
+    DAY = 2
+    VIOLATION_TYPES = 5     # in the order of violations[] below
+
+
+cdef struct Wide:
+    # A non-negative 128-bit integer, low word first.
+    uint64_t low
+    uint64_t high
+
+
+cdef struct Row:
+    # What every decision about one model reads and writes: two cache lines, apart from everything colder, so that the
+    # rows of many models stay in the cache. Guarded by `lock`.
+    uint32_t lock            # 0 = free, otherwise the seat of its owner
+    uint32_t generation      # odd while a model lives here; grows when one enters or leaves, under the registry lock too
+    int64_t slot_end_ns      # first ns after the current 1/60 s slot; until then no window moves
+    int64_t level_ns         # the model's time: when the levels were drained last
+    int64_t request_room     # requests that all windows and the concurrency still admit
+    int64_t token_room       # tokens that all windows still admit; negative where more was charged than the limit is
+    int64_t request_drain    # units per ns; 0 = no long-run rate
+    int64_t token_drain
+    uint8_t request_shift    # a level's unit is 1 / (10**9 * 2**shift) of a request or token
+    uint8_t token_shift
+    uint16_t reserved[3]
+    Wide request_level
+    Wide request_cap         # max(rate, 1) + burst
+    Wide token_level
+    Wide token_cap
+
+
+cdef struct Ledger:
+    # The rest of a model: written when a slot ends, a limit changes or a request is denied. Guarded by Row.lock.
+    # -- rolling windows SECOND, HOUR, DAY. Charged ever = mark - Row's room; used = charged - base. All modulo 2**64.
+    uint64_t requests_mark
+    uint64_t tokens_mark
+    int64_t slot                # number of the current 1/60 s slot since time 0
+    uint64_t requests_base[3]   # charged when the oldest counted slot began
+    uint64_t tokens_base[3]
+    uint64_t requests_start[3]  # charged when the current slot began
+    uint64_t tokens_start[3]
+    int64_t request_limit[3]    # per window, or UNLIMITED; for SECOND ceil(rate) + burst
+    int64_t token_limit[3]
+    uint8_t filled[3]           # closed slots of each ring that hold a count, 0..SLOTS
+    uint8_t action              # ViolationAction code, 0..3
+    # -- name record: NAME_UNIT bytes * offset into the names; the record stays with the row and only grows
+    uint32_t name_offset
+    uint32_t name_capacity      # bytes
+    uint32_t name_size          # bytes in use
+    # -- memory, MB, and concurrency
+    int64_t ram_mb              # reported use
+    int64_t ssd_mb
+    int64_t peak_ram_mb
+    int64_t peak_ssd_mb
+    int64_t reserved_ram_mb     # held by open grants
+    int64_t reserved_ssd_mb
+    int64_t max_ram_mb          # or UNLIMITED
+    int64_t max_ssd_mb
+    int64_t concurrent          # open grants
+    int64_t max_concurrent      # or UNLIMITED
+    int64_t waiting             # requests in the queue
+    int64_t max_queued
+    # -- counters since the model was registered
+    uint64_t rejected           # denied checks, by the action applied
+    uint64_t throttled
+    uint64_t queued
+    uint64_t violations[5]      # violated checks by first limit: RAM, SSD, rate, quota, concurrency
+    uint32_t log_second         # 1 + the second of the model's time in which a violation was logged last
+    uint32_t log_held           # violations since then that were not logged
+    # -- the configuration that the fields above do not hold
+    int64_t burst_requests
+    int64_t burst_tokens
+    double requests_per_second  # infinity = no limit
+    double tokens_per_second
+    double grace_period_sec
+    int64_t spare               # makes the ledger 2,560 bytes, whole cache lines
+    # -- the closed slots of each window; slot s stands at s % SLOTS. A slot's requests beyond 2**32 - 1 are carried into
+    # the next one.
+    int64_t tokens[3][60]
+    uint32_t requests[3][60]
+
+
+cdef struct Header:
+    # The first page. What every check would share stands in the rows and is summed on reading.
+    uint64_t magic
+    uint32_t version          # LAYOUT_VERSION
+    uint32_t registry_lock    # guards the fields below it, and generations
+    uint64_t fingerprint      # of the layout: sizes and offsets of the structs
+    int64_t max_models
+    int64_t row_count         # rows ever used; rows at and above it are zero
+    int64_t lowest_free       # no row below it is free
+    int64_t names_used        # bytes of the name region handed out
+    uint32_t enforcing        # 0 = admit everything and count
+    uint32_t reserved
+    uint64_t unknown_checks   # checks of ids that have no quota; atomic
+    # counts of removed models, so that totals never fall
+    uint64_t retired_allowed
+    uint64_t retired_rejected
+    uint64_t retired_throttled
+    uint64_t retired_queued
+    uint64_t retired_violations[5]

@@ -1,0 +1,131 @@
+# The long-run rate: a level that drains at `drain` units per ns and grows by what is admitted (a leaky bucket as a meter,
+# ITU-T I.371). Pure arithmetic on one row, whose lock is held.
+#
+# Exact: a rate is a double, that is an integer over 2**shift, so in units of 1 / (10**9 * 2**shift) of a request or token
+# the drain per ns is a whole number and nothing is ever rounded. 128 bits hold every level. (Where rate and burst are so
+# far apart that they would not fit, encode_rate rounds the drain down: never more than the rate is admitted.)
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from modelquota._core.layout cimport MAX_COUNT, Row, Wide
+from modelquota._core.window cimport NEVER
+
+cdef extern from *:
+    """
+    typedef __int128 mq_wide;
+    #define MQ_LEVEL_MAX ((mq_wide)1 << 125)
+    """
+    ctypedef long long wide "mq_wide"
+    const wide LEVEL_MAX "MQ_LEVEL_MAX"     # a forced charge fills a level no further
+
+cdef enum:
+    NS_PER_SECOND = 1_000_000_000
+
+
+cdef inline wide load(const Wide* stored) noexcept nogil:
+    return (<wide> stored.high << 64) | <wide> stored.low
+
+
+cdef inline void store(Wide* stored, wide value) noexcept nogil:
+    stored.low = <uint64_t> value
+    stored.high = <uint64_t> (value >> 64)
+
+
+cdef inline double as_double(const Wide* stored) noexcept nogil:
+    return <double> stored.high * 18446744073709551616.0 + <double> stored.low
+
+
+cdef inline wide level_cost(int64_t count, int64_t drain, uint8_t shift) noexcept nogil:
+    """`count` requests or tokens in the level's units; 0 where there is no rate. `count` is within the window's limit."""
+    if drain == 0:
+        return 0
+    return (<wide> count * <wide> NS_PER_SECOND) << shift
+
+
+cdef inline wide whole(const Wide* level, uint8_t shift) noexcept nogil:
+    """A level in whole requests or tokens, rounded up."""
+    cdef wide unit = <wide> NS_PER_SECOND << shift
+    return (load(level) + unit - 1) // unit
+
+
+cdef inline void drain_level(Wide* level, int64_t drain, int64_t elapsed_ns) noexcept nogil:
+    cdef wide left = load(level) - <wide> drain * <wide> elapsed_ns
+    store(level, left if left > 0 else <wide> 0)
+
+
+cdef inline void drain_levels(Row* row, int64_t now_ns) noexcept nogil:
+    """Let time pass for both levels. The row's time never runs backwards."""
+    cdef int64_t elapsed_ns = now_ns - row.level_ns
+    if elapsed_ns <= 0:
+        return
+    row.level_ns = now_ns
+    drain_level(&row.request_level, row.request_drain, elapsed_ns)
+    drain_level(&row.token_level, row.token_drain, elapsed_ns)
+
+
+cdef inline void raise_level(Wide* level, int64_t count, int64_t drain, uint8_t shift) noexcept nogil:
+    """Charge a count of any size."""
+    cdef wide now
+    if drain == 0:
+        return
+    now = load(level)
+    # the first test is the second one's cheap half: 30 + 30 + 63 bits are below LEVEL_MAX
+    if (count >> 30 or shift > 63) and <wide> count > (LEVEL_MAX >> shift) // NS_PER_SECOND:
+        now = LEVEL_MAX
+    else:
+        now += level_cost(count, drain, shift)
+    store(level, now if now < LEVEL_MAX else LEVEL_MAX)
+
+
+cdef inline int64_t level_wait_ns(
+    const Wide* level, const Wide* cap, int64_t drain, uint8_t shift, int64_t cost
+) noexcept nogil:
+    """How long until the level admits `cost`: 0 = now, NEVER = no wait helps."""
+    cdef wide excess, needed, wait
+    if cost == 0 or drain == 0:
+        return 0
+    if <wide> cost > (load(cap) >> shift) // NS_PER_SECOND:
+        return NEVER
+    needed = level_cost(cost, drain, shift)
+    excess = load(level) + needed - load(cap)
+    if excess <= 0:
+        return 0
+    wait = (excess + drain - 1) // drain
+    return <int64_t> wait if wait <= MAX_COUNT else NEVER
+
+
+cdef inline void rescale(Wide* level, int64_t old_drain, uint8_t old_shift, int64_t drain, uint8_t shift) noexcept nogil:
+    """Carry a level over to another rate's unit: the same count, rounded up."""
+    cdef wide now = load(level)
+    cdef wide one = 1
+    if old_drain == 0 or drain == 0:
+        now = 0
+    elif shift >= old_shift:
+        now = LEVEL_MAX if now > (LEVEL_MAX >> (shift - old_shift)) else now << (shift - old_shift)
+    else:
+        now = (now + (one << (old_shift - shift)) - 1) >> (old_shift - shift)
+    store(level, now)
+
+
+cdef inline void empty_burst(Wide* level, int64_t drain, uint8_t shift) noexcept nogil:
+    """Lower a level to max(rate, 1), where no burst is in use."""
+    cdef wide base = <wide> drain * <wide> NS_PER_SECOND
+    cdef wide one = level_cost(1, drain, shift)
+    if base < one:
+        base = one
+    if load(level) > base:
+        store(level, base)
+
+
+cdef inline int64_t burst_used(const Wide* level, int64_t drain, uint8_t shift) noexcept nogil:
+    """max(0, ceil(level - max(rate, 1)))."""
+    cdef wide unit, above
+    if drain == 0:
+        return 0
+    unit = <wide> NS_PER_SECOND << shift
+    above = <wide> drain * <wide> NS_PER_SECOND
+    if above < unit:
+        above = unit
+    above = load(level) - above
+    if above <= 0:
+        return 0
+    above = (above + unit - 1) // unit
+    return <int64_t> above if above <= MAX_COUNT else MAX_COUNT

@@ -1,0 +1,101 @@
+"""What a check answers: numbers only; words are made when somebody reads them."""
+cimport cython
+
+from modelquota.limits import Limit, ViolationAction
+
+cdef tuple LIMITS = (None, *Limit)
+cdef tuple ACTIONS = tuple(ViolationAction)
+
+
+@cython.final
+@cython.freelist(64)
+cdef class QuotaCheckResult:
+    """The outcome of one check: immutable, true when the request was admitted. Made by checks, not by hand.
+
+    Attributes
+    ----------
+    allowed : bool
+        Whether the request was admitted, and charged.
+    current_usage : float
+        Percent. Denied: of the violated limit, without this request. Allowed: the highest of all limits, with it.
+    """
+
+    @property
+    def limit(self):
+        """The `Limit` that was violated first, or None. Set under the action ``warn`` too."""
+        return LIMITS[self.limit_code]
+
+    @property
+    def violation_type(self):
+        """The `ViolationType` of `limit`, or None. Set under the action ``warn`` too."""
+        return LIMITS[self.limit_code].violation_type if self.limit_code else None
+
+    @property
+    def action(self):
+        """The `ViolationAction` that was applied, or None where nothing was violated."""
+        return ACTIONS[self.action_code] if self.action_code >= 0 else None
+
+    @property
+    def retry_after_ms(self):
+        """Milliseconds after which the same request passes if nothing else is admitted meanwhile; exact, rounded up.
+
+        None where nothing was violated, and where no wait helps: the request exceeds a limit itself, or memory or
+        concurrency is the obstacle.
+        """
+        return self.wait_ms if self.wait_ms >= 0 else None
+
+    @property
+    def reason(self):
+        """The violation in words and numbers, or None. Made on access."""
+        if self.limit_code == 0:
+            return None
+        limit = LIMITS[self.limit_code]
+        wait = (f"retry in {self.wait_ms:,} ms" if self.wait_ms >= 0
+                else "never fits: more than the limit itself" if self.asked > self.bound
+                else "no wait is known to help")
+        return (f"{limit.label}: {_figure(self.used)} of {_figure(self.bound)} used, {self.asked:,} asked; {wait}")
+
+    def __bool__(self):
+        return self.allowed
+
+    def __eq__(self, other):
+        if not isinstance(other, QuotaCheckResult):
+            return NotImplemented
+        return _fields(self) == _fields(other)
+
+    def __hash__(self):
+        return hash(_fields(self))
+
+    def __reduce__(self):
+        return _restore, _fields(self)
+
+    def __repr__(self):
+        if self.limit_code == 0:
+            return f"<QuotaCheckResult allowed, current_usage={self.current_usage:.1f}%>"
+        return (f"<QuotaCheckResult {'allowed' if self.allowed else 'denied'} ({ACTIONS[self.action_code]}), "
+                f"{self.reason}>")
+
+
+cdef tuple _fields(QuotaCheckResult result):
+    return (result.allowed, result.limit_code, result.action_code, result.wait_ms, result.current_usage,
+            result.used, result.bound, result.asked)
+
+
+def _restore(allowed, limit_code, action_code, wait_ms, current_usage, used, bound, asked):
+    cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
+    if not (0 <= limit_code < len(LIMITS) and -1 <= action_code < len(ACTIONS)):
+        raise ValueError("not the fields of a QuotaCheckResult")
+    result.allowed = allowed
+    result.limit_code = limit_code
+    result.action_code = action_code
+    result.wait_ms = wait_ms
+    result.current_usage = current_usage
+    result.used = used
+    result.bound = bound
+    result.asked = asked
+    return result
+
+
+cdef str _figure(double value):
+    """A count without a fraction where it has none."""
+    return f"{value:,.0f}" if value == <double> <long long> value else f"{value:,.2f}"

@@ -1,0 +1,353 @@
+"""The hot half of the core: single checks, bound handles and batches. Everything here ends in `decide`.
+
+One check keeps the GIL: its critical section is a few tens of nanoseconds and touches no Python object, so it takes the
+row's lock with one compare-and-swap. Only where the lock is held does it spin, and then release the GIL to wait. A batch
+runs wholly without the GIL.
+"""
+import operator
+
+cimport cython
+import numpy as np
+cimport numpy as cnp
+from cpython.dict cimport PyDict_GetItemWithError
+from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from modelquota._core.batch cimport Batch, charge_batch, check_batch, first_bad_code, first_out_of_range, index_of
+from modelquota._core.decision cimport Ask, NEVER, Verdict, decide, highest_usage
+from modelquota._core.layout cimport Header, MAX_COUNT, MAX_TIME_NS, Ledger, Row
+from modelquota._core.lock cimport lock, spin_lock, try_lock, unlock
+from modelquota._core.result cimport result_of
+from modelquota._core.state cimport QuotaState, RowRef
+
+from modelquota.errors import UnknownModelError
+
+cnp.import_array()
+
+cdef extern from *:
+    uint64_t count_atomically "__atomic_fetch_add"(uint64_t* word, uint64_t more, int order) noexcept nogil
+    const int RELAXED "__ATOMIC_RELAXED"
+
+
+cdef int bad_count(object value, str name) except -1:
+    number = operator.index(value)      # TypeError for a float
+    raise ValueError(f"{name} is {number}; give an integer, 0 .. 2**62")
+
+
+cdef inline int64_t as_count(object value, str name) except -1:
+    """A count from anything with __index__, 0 .. MAX_COUNT."""
+    cdef int overflow = 0
+    cdef int64_t count
+    if PyLong_CheckExact(value):
+        count = PyLong_AsLongLongAndOverflow(value, &overflow)
+    else:
+        count = PyLong_AsLongLongAndOverflow(operator.index(value), &overflow)
+    if overflow or count < 0 or count > MAX_COUNT:
+        bad_count(value, name)
+    return count
+
+
+cdef inline bint decide_and_unlock(
+    Row* row, Ledger* ledger, uint32_t generation, const Header* header, int64_t now_ns, const Ask* ask, Verdict* verdict
+) noexcept nogil:
+    """With the row's lock held; False, and nothing decided, where the model has left the row."""
+    cdef bint alive = row.generation == generation
+    if alive:
+        decide(row, ledger, now_ns, ask, header.enforcing, verdict)
+        if verdict.allowed:
+            verdict.usage = highest_usage(row, ledger, ask)
+    unlock(&row.lock)
+    return alive
+
+
+cdef bint wait_and_decide(
+    Row* row, Ledger* ledger, uint32_t generation, const Header* header, int64_t now_ns, const Ask* ask, Verdict* verdict,
+    uint32_t seat
+) noexcept:
+    """decide_and_unlock for a lock that somebody else holds."""
+    if spin_lock(&row.lock, seat):
+        return decide_and_unlock(row, ledger, generation, header, now_ns, ask, verdict)
+    with nogil:
+        lock(&row.lock, seat)
+        return decide_and_unlock(row, ledger, generation, header, now_ns, ask, verdict)
+
+
+cdef class QuotaTable(QuotaState):
+    """The verbs that stand in front of every request. `ResourceQuotaManager` inherits them as they are."""
+
+    def check_quota(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
+        """May this model take this request now? Charges one request and its tokens, or nothing at all; never waits.
+
+        Parameters
+        ----------
+        model_id : str
+            An id without a quota is allowed and counted; with `default_quota` it is registered from that template.
+        estimated_tokens : int
+            Tokens, 0 .. 2**62. 0 passes every token limit.
+        ram_needed_mb, ssd_needed_mb : int
+            MB (2**20 bytes), 0 .. 2**62, compared with what the caps leave; not held. 0 passes, however full.
+
+        Returns
+        -------
+        QuotaCheckResult
+            True when admitted.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A count that is no integer, or out of range; nothing is charged.
+        """
+        cdef Ask ask
+        cdef void* found
+        ask.tokens = as_count(estimated_tokens, "estimated_tokens")
+        ask.ram_mb = as_count(ram_needed_mb, "ram_needed_mb")
+        ask.ssd_mb = as_count(ssd_needed_mb, "ssd_needed_mb")
+        found = <void*> PyDict_GetItemWithError(self.interned, model_id)
+        if found == NULL:
+            return self.answer_unknown(model_id, &ask)
+        return self.answer(<RowRef> found, model_id, &ask, None)
+
+    cdef inline object answer(self, RowRef ref, object model_id, const Ask* ask, object handle):
+        cdef Verdict verdict
+        cdef Row* row = ref.row
+        cdef int64_t now_ns = self.now_ns()
+        cdef bint alive
+        if try_lock(&row.lock, self.seat):
+            alive = decide_and_unlock(row, ref.ledger, ref.generation, self.header, now_ns, ask, &verdict)
+        else:
+            alive = wait_and_decide(row, ref.ledger, ref.generation, self.header, now_ns, ask, &verdict, self.seat)
+        if not alive:
+            if handle is not None:
+                raise UnknownModelError(model_id)
+            return self.answer_unknown(model_id, ask)
+        result = result_of(&verdict)
+        if verdict.log_held:
+            self._log_violation(model_id, result, verdict.log_held)
+        return result
+
+    cdef object answer_unknown(self, object model_id, const Ask* ask):
+        cdef Verdict verdict
+        self.require_open()
+        if not isinstance(model_id, str):
+            raise TypeError(f"model_id is {model_id!r}; give a str")
+        if self._adopt(model_id):
+            return self.answer(self.known(model_id), model_id, ask, None)
+        count_atomically(&self.header.unknown_checks, 1, RELAXED)
+        verdict.allowed = True
+        verdict.limit = 0
+        verdict.action = -1
+        verdict.retry_after_ms = NEVER
+        verdict.usage = 0.0
+        return result_of(&verdict)
+
+    def _adopt(self, model_id):
+        """Called for an id without a quota: True where it has one now."""
+        return False
+
+    def _log_violation(self, model_id, result, stands_for):
+        """Called at most once per model and second of its time, for the violation in `result` and those held back."""
+
+    # -- batches
+
+    def rows(self, model_ids):
+        """Codes of models for `check_many` and `charge_many`, as an int64 array.
+
+        A code stays good until its model is removed; with `default_quota` an unknown id is registered. Raises
+        UnknownModelError for an id that has no quota.
+        """
+        cdef RowRef ref
+        cdef list refs = []
+        for model_id in model_ids:
+            ref = self.find(model_id)
+            if ref is None and self._adopt(model_id):
+                ref = self.find(model_id)
+            if ref is None:
+                raise UnknownModelError(model_id)
+            refs.append(ref)
+        codes = np.empty(len(refs), np.int64)
+        cdef int64_t[::1] view = codes
+        cdef Py_ssize_t i = 0
+        for ref in refs:
+            view[i] = (<int64_t> ref.generation << 32) | <int64_t> (ref.row - self.row_array)
+            i += 1
+        return codes
+
+    def check_many(self, rows, estimated_tokens, out=None, *, times_ns=None, retry_after_ms=None):
+        """Decide many requests in order, with the GIL released; each as `check_quota` would.
+
+        Everything is validated before anything is charged. One reading of the clock serves the whole batch.
+
+        Parameters
+        ----------
+        rows : int64 array, shape (n,)
+            Codes from `rows`.
+        estimated_tokens : int64 array, shape (n,), or int
+            Tokens of each request, 0 .. 2**62.
+        out : uint8 array, shape (n,), optional
+            Filled and returned instead of a new array.
+        times_ns : int64 array, shape (n,), optional
+            The time of each request, on a manager with a `ManualClock` only: never falling, and not before the clock,
+            which stands at the last one afterwards.
+        retry_after_ms : int64 array, shape (n,), optional
+            Filled: 0 where admitted, -1 where no wait helps, otherwise milliseconds.
+
+        Returns
+        -------
+        uint8 array, shape (n,)
+            0 where admitted, otherwise the code of the violated `Limit`. Under the action ``warn`` all are admitted.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A wrong dtype, shape or figure, or a code that is no living model's; the message names the argument and the
+            first bad element.
+        """
+        cdef Batch batch
+        cdef Verdict verdict
+        cdef Py_ssize_t i = 0
+        cdef list due = []
+        self.require_open()
+        codes = _int64_copy(rows, "rows")
+        batch.count = codes.shape[0]
+        tokens = _tokens(estimated_tokens, "estimated_tokens", batch.count)
+        if out is None:
+            out = np.empty(batch.count, np.uint8)
+        else:
+            _require_target(out, "out", np.uint8, batch.count)
+        batch.codes = <const int64_t*> cnp.PyArray_DATA(codes)
+        batch.tokens = <const int64_t*> cnp.PyArray_DATA(tokens)
+        batch.limits = <uint8_t*> cnp.PyArray_DATA(out)
+        batch.waits_ms = NULL
+        batch.times_ns = NULL
+        if retry_after_ms is not None:
+            _require_target(retry_after_ms, "retry_after_ms", np.int64, batch.count)
+            batch.waits_ms = <int64_t*> cnp.PyArray_DATA(retry_after_ms)
+        if times_ns is not None:
+            times_ns = self._times(times_ns, batch.count)
+            batch.times_ns = <const int64_t*> cnp.PyArray_DATA(times_ns)
+        self._require_codes(codes)
+        batch.now_ns = self.now_ns()
+        while i < batch.count:
+            with nogil:
+                i = check_batch(&batch, self.row_array, self.ledger_array, self.header, self.seat, i, &verdict)
+            if verdict.log_held:
+                due.append((self.name_of(index_of(batch.codes[i - 1])), result_of(&verdict),
+                            verdict.log_held))
+        if times_ns is not None and batch.count:
+            self.manual.move_to(batch.times_ns[batch.count - 1])
+        for model_id, result, held in due:
+            self._log_violation(model_id, result, held)
+        return out
+
+    def charge_many(self, rows, tokens):
+        """Charge tokens unconditionally, such as those that one decode step produced; no request is counted.
+
+        Parameters are as for `check_many`; so are the errors, and nothing is charged where one is raised. Afterwards
+        nothing is admitted until what exceeds a limit has aged out.
+        """
+        cdef Batch batch
+        self.require_open()
+        codes = _int64_copy(rows, "rows")
+        batch.count = codes.shape[0]
+        counts = _tokens(tokens, "tokens", batch.count)
+        self._require_codes(codes)
+        batch.codes = <const int64_t*> cnp.PyArray_DATA(codes)
+        batch.tokens = <const int64_t*> cnp.PyArray_DATA(counts)
+        batch.now_ns = self.now_ns()
+        with nogil:
+            charge_batch(&batch, self.row_array, self.ledger_array, self.seat)
+
+    def _require_codes(self, cnp.ndarray codes):
+        cdef const int64_t* first = <const int64_t*> cnp.PyArray_DATA(codes)
+        cdef Py_ssize_t count = codes.shape[0]
+        cdef Py_ssize_t bad
+        with nogil:
+            bad = first_bad_code(first, count, self.row_array, self.header)
+        if bad < count:
+            raise ValueError(f"rows[{bad}] is {first[bad]}, which is no model's code; codes come from rows(), and a code "
+                             "ends when its model is removed")
+
+    def _times(self, times_ns, Py_ssize_t count):
+        cdef object times
+        if self.manual is None:
+            raise ValueError("times_ns needs a manager with a clock of its own: ResourceQuotaManager(clock=ManualClock())")
+        times = _int64_copy(times_ns, "times_ns")
+        _require_length(times, "times_ns", count)
+        if count:
+            if times[0] < self.manual.time_ns or times[count - 1] > MAX_TIME_NS:
+                raise ValueError(f"times_ns runs from {times[0]} to {times[count - 1]}; it must lie between the clock, "
+                                 f"{self.manual.time_ns}, and 2**61")
+            falls = np.flatnonzero(np.diff(times) < 0)
+            if falls.size:
+                at = falls[0] + 1
+                raise ValueError(f"times_ns[{at}] = {times[at]} is before times_ns[{at - 1}] = {times[at - 1]}; "
+                                 "times must not fall: sort the requests by time")
+        return times
+
+
+cdef class RowHandle:
+    """One model, bound: the checks of `QuotaTable` without the look-up. `ModelQuota` adds the cold verbs."""
+
+    def __init__(self, QuotaTable manager not None, model_id):
+        self.manager = manager
+        self.ref = manager.known(model_id)
+        self.model_id = model_id
+
+    def check(self, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
+        """As `QuotaTable.check_quota`, for this model; UnknownModelError once it has been removed."""
+        cdef Ask ask
+        ask.tokens = as_count(estimated_tokens, "estimated_tokens")
+        ask.ram_mb = as_count(ram_needed_mb, "ram_needed_mb")
+        ask.ssd_mb = as_count(ssd_needed_mb, "ssd_needed_mb")
+        return self.manager.answer(self.ref, self.model_id, &ask, self)
+
+    def _require_alive(self):
+        if self.ref.row.generation != self.ref.generation:
+            raise UnknownModelError(self.model_id)
+
+
+cdef cnp.ndarray _int64_copy(object values, str name):
+    """A private, contiguous copy: what was validated is what is charged, whoever writes to the original meanwhile."""
+    cdef cnp.ndarray array
+    if cnp.PyArray_CheckExact(values) and cnp.PyArray_TYPE(values) == cnp.NPY_INT64 and cnp.PyArray_NDIM(values) == 1:
+        return cnp.PyArray_NewCopy(values, cnp.NPY_CORDER)
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {(<object> array).shape}; give one dimension")
+    if (<object> array).size and (<object> array).dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {(<object> array).dtype}; give int64")
+    return np.array(array, np.int64, order="C", copy=True)
+
+
+cdef cnp.ndarray _tokens(object values, str name, Py_ssize_t count):
+    cdef cnp.ndarray array
+    cdef const int64_t* first
+    cdef Py_ssize_t bad
+    if not isinstance(values, np.ndarray) and hasattr(values, "__index__"):
+        return np.full(count, as_count(values, name), np.int64)
+    array = _int64_copy(values, name)
+    _require_length(array, name, count)
+    first = <const int64_t*> cnp.PyArray_DATA(array)
+    with nogil:
+        bad = first_out_of_range(first, count)
+    if bad < count:
+        raise ValueError(f"{name}[{bad}] is {values[bad]}; give an integer, 0 .. 2**62")
+    return array
+
+
+cdef int _require_length(cnp.ndarray array, str name, Py_ssize_t count) except -1:
+    if array.shape[0] != count:
+        raise ValueError(f"{name} has {array.shape[0]} elements and rows has {count}; give one each")
+    return 0
+
+
+cdef int _require_target(object array, str name, object dtype, Py_ssize_t count) except -1:
+    """That `array` can be filled from C."""
+    if not isinstance(array, np.ndarray) or array.dtype != dtype:
+        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise TypeError(f"{name} is {kind}; give a {np.dtype(dtype)} array")
+    if array.shape != (count,):
+        raise ValueError(f"{name} has shape {array.shape}; give ({count},)")
+    if not (array.flags.c_contiguous and array.flags.writeable and array.flags.aligned):
+        raise ValueError(f"{name} cannot be filled in place; give a contiguous, writeable array")
+    return 0

@@ -1,0 +1,146 @@
+# What can be read of a row, whose lock is held, and how limits are put into it.
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from modelquota._core.decision cimport NS_PER_SECOND, pass_time
+from modelquota._core.layout cimport DAY, HOUR, Ledger, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.level cimport burst_used, drain_levels, rescale
+from modelquota._core.window cimport measure_room, requests_charged, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_used
+
+
+cdef struct Usage:
+    # The fields of ResourceUsage (MB, requests, tokens), then the row's counters since it was registered.
+    int64_t current_ram_mb
+    int64_t peak_ram_mb
+    int64_t current_ssd_mb
+    int64_t peak_ssd_mb
+    int64_t requests_this_second
+    int64_t tokens_this_second
+    int64_t tokens_this_hour
+    int64_t tokens_this_day
+    int64_t requests_this_hour
+    int64_t requests_this_day
+    int64_t burst_requests_used
+    int64_t burst_tokens_used
+    int64_t total_violations
+    int64_t ram_violations
+    int64_t ssd_violations
+    int64_t rate_violations
+    int64_t quota_violations
+    int64_t concurrency_violations
+    int64_t reserved_ram_mb
+    int64_t reserved_ssd_mb
+    int64_t concurrent_requests
+    int64_t queued_requests
+    int64_t allowed_total
+    int64_t rejected_total
+    int64_t throttled_total
+    int64_t queued_total
+    int64_t warned_total
+    uint64_t tokens_total       # modulo 2**64
+
+
+cdef struct Limits:
+    # One configuration as the row stores it.
+    int64_t max_ram_mb
+    int64_t max_ssd_mb
+    int64_t max_concurrent
+    int64_t max_queued
+    int64_t burst_requests
+    int64_t burst_tokens
+    double requests_per_second
+    double tokens_per_second
+    double grace_period_sec
+    int64_t request_limits[3]
+    int64_t token_limits[3]
+    Wide request_cap
+    Wide token_cap
+    int64_t request_drain
+    int64_t token_drain
+    uint8_t request_shift
+    uint8_t token_shift
+    uint8_t action
+
+
+cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usage) noexcept nogil:
+    """State the row's use at `now_ns`; time passes first, so that an idle model shows an empty second."""
+    pass_time(row, ledger, now_ns)
+    usage.current_ram_mb = ledger.ram_mb
+    usage.peak_ram_mb = ledger.peak_ram_mb
+    usage.current_ssd_mb = ledger.ssd_mb
+    usage.peak_ssd_mb = ledger.peak_ssd_mb
+    usage.requests_this_second = requests_used(row, ledger, SECOND)
+    usage.tokens_this_second = tokens_used(row, ledger, SECOND)
+    usage.tokens_this_hour = tokens_used(row, ledger, HOUR)
+    usage.tokens_this_day = tokens_used(row, ledger, DAY)
+    usage.requests_this_hour = requests_used(row, ledger, HOUR)
+    usage.requests_this_day = requests_used(row, ledger, DAY)
+    usage.burst_requests_used = burst_used(&row.request_level, row.request_drain, row.request_shift)
+    usage.burst_tokens_used = burst_used(&row.token_level, row.token_drain, row.token_shift)
+    usage.ram_violations = <int64_t> ledger.violations[0]
+    usage.ssd_violations = <int64_t> ledger.violations[1]
+    usage.rate_violations = <int64_t> ledger.violations[2]
+    usage.quota_violations = <int64_t> ledger.violations[3]
+    usage.concurrency_violations = <int64_t> ledger.violations[4]
+    usage.total_violations = (usage.ram_violations + usage.ssd_violations + usage.rate_violations
+                              + usage.quota_violations + usage.concurrency_violations)
+    usage.reserved_ram_mb = ledger.reserved_ram_mb
+    usage.reserved_ssd_mb = ledger.reserved_ssd_mb
+    usage.concurrent_requests = ledger.concurrent
+    usage.queued_requests = ledger.waiting
+    usage.allowed_total = <int64_t> requests_charged(row, ledger)
+    usage.rejected_total = <int64_t> ledger.rejected
+    usage.throttled_total = <int64_t> ledger.throttled
+    usage.queued_total = <int64_t> ledger.queued
+    usage.warned_total = (usage.total_violations - usage.rejected_total - usage.throttled_total - usage.queued_total)
+    usage.tokens_total = tokens_charged(row, ledger)
+
+
+cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noexcept nogil:
+    """Replace the row's limits; what was used stays used."""
+    cdef int i
+    rescale(&row.request_level, row.request_drain, row.request_shift, limits.request_drain, limits.request_shift)
+    rescale(&row.token_level, row.token_drain, row.token_shift, limits.token_drain, limits.token_shift)
+    row.request_drain = limits.request_drain
+    row.token_drain = limits.token_drain
+    row.request_shift = limits.request_shift
+    row.token_shift = limits.token_shift
+    row.request_cap = limits.request_cap
+    row.token_cap = limits.token_cap
+    for i in range(WINDOWS):
+        ledger.request_limit[i] = limits.request_limits[i]
+        ledger.token_limit[i] = limits.token_limits[i]
+    ledger.max_ram_mb = limits.max_ram_mb
+    ledger.max_ssd_mb = limits.max_ssd_mb
+    ledger.max_concurrent = limits.max_concurrent
+    ledger.max_queued = limits.max_queued
+    ledger.burst_requests = limits.burst_requests
+    ledger.burst_tokens = limits.burst_tokens
+    ledger.requests_per_second = limits.requests_per_second
+    ledger.tokens_per_second = limits.tokens_per_second
+    ledger.grace_period_sec = limits.grace_period_sec
+    ledger.action = limits.action
+    measure_room(row, ledger)
+
+
+cdef inline void read_limits(const Ledger* ledger, Limits* limits) noexcept nogil:
+    """The configured part of the limits; what put_limits derives for the core is left out."""
+    cdef int i
+    for i in range(WINDOWS):
+        limits.request_limits[i] = ledger.request_limit[i]
+        limits.token_limits[i] = ledger.token_limit[i]
+    limits.max_ram_mb = ledger.max_ram_mb
+    limits.max_ssd_mb = ledger.max_ssd_mb
+    limits.max_concurrent = ledger.max_concurrent
+    limits.max_queued = ledger.max_queued
+    limits.burst_requests = ledger.burst_requests
+    limits.burst_tokens = ledger.burst_tokens
+    limits.requests_per_second = ledger.requests_per_second
+    limits.tokens_per_second = ledger.tokens_per_second
+    limits.grace_period_sec = ledger.grace_period_sec
+    limits.action = ledger.action
+
+
+cdef inline void start_row(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+    """Set the time of a model whose row and ledger are zero."""
+    row.level_ns = now_ns
+    ledger.slot = slot_at(now_ns)
+    row.slot_end_ns = slot_start_ns(ledger.slot + 1)

@@ -1,0 +1,150 @@
+# Rolling windows: pure arithmetic on one row, whose lock is held. Time is an argument.
+#
+# A window of length T counts 60 closed slots of T/60 and the current one, so any interval of length T lies within what it
+# counts. Slot s begins at s * T / 60 exactly, since time 0: the slots of a second are no whole number of nanoseconds long,
+# hence the fractions below. 3,600 slots of the second make one of the hour, 86,400 one of the day.
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, Row, SECOND, SLOTS, UNLIMITED, WINDOWS
+
+cdef enum:
+    SLOTS_PER_HOUR_SLOT = 3_600
+    SLOTS_PER_DAY_SLOT = 86_400
+    THREE_SLOTS_NS = 50_000_000     # three slots of the second, the least whole number of ns
+    NEVER = -1                      # a wait that no time ends
+
+cdef extern from *:
+    const uint32_t UINT32_MAX
+
+
+cdef inline int64_t slot_at(int64_t now_ns) noexcept nogil:
+    """Number of the 1/60 s slot that `now_ns` lies in."""
+    return now_ns * 3 // THREE_SLOTS_NS
+
+
+cdef inline int64_t slot_start_ns(int64_t slot) noexcept nogil:
+    """First nanosecond of a 1/60 s slot."""
+    return (slot * THREE_SLOTS_NS + 2) // 3
+
+
+cdef inline int64_t slots_per_slot(int window) noexcept nogil:
+    """How many 1/60 s slots make one slot of the window."""
+    if window == SECOND:
+        return 1
+    return SLOTS_PER_HOUR_SLOT if window == HOUR else SLOTS_PER_DAY_SLOT
+
+
+cdef inline uint64_t requests_charged(const Row* row, const Ledger* ledger) noexcept nogil:
+    """Requests charged ever, modulo 2**64; differences are what counts."""
+    return ledger.requests_mark - <uint64_t> row.request_room
+
+
+cdef inline uint64_t tokens_charged(const Row* row, const Ledger* ledger) noexcept nogil:
+    """Tokens charged ever, modulo 2**64."""
+    return ledger.tokens_mark - <uint64_t> row.token_room
+
+
+cdef inline int64_t requests_used(const Row* row, const Ledger* ledger, int window) noexcept nogil:
+    return <int64_t> (requests_charged(row, ledger) - ledger.requests_base[window])
+
+
+cdef inline int64_t tokens_used(const Row* row, const Ledger* ledger, int window) noexcept nogil:
+    return <int64_t> (tokens_charged(row, ledger) - ledger.tokens_base[window])
+
+
+cdef inline void roll(
+    Ledger* ledger, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
+) noexcept nogil:
+    """Close the window's slot `slot` and open `slot + steps`; what leaves the window no longer counts.
+
+    `requests` and `tokens` are those charged ever.
+    """
+    cdef int64_t position, closed
+    if steps > SLOTS:
+        ledger.requests_base[window] = ledger.requests_start[window] = requests
+        ledger.tokens_base[window] = ledger.tokens_start[window] = tokens
+        ledger.filled[window] = 0
+        return
+    position = slot % SLOTS
+    while steps > 0:
+        if ledger.filled[window] == SLOTS:
+            ledger.requests_base[window] += ledger.requests[window][position]
+            ledger.tokens_base[window] += <uint64_t> ledger.tokens[window][position]
+        else:
+            ledger.filled[window] += 1
+        closed = <int64_t> (requests - ledger.requests_start[window])
+        if closed > UINT32_MAX:
+            closed = UINT32_MAX
+        ledger.requests[window][position] = <uint32_t> closed
+        ledger.requests_start[window] += <uint64_t> closed
+        ledger.tokens[window][position] = <int64_t> (tokens - ledger.tokens_start[window])
+        ledger.tokens_start[window] = tokens
+        position = 0 if position == SLOTS - 1 else position + 1
+        steps -= 1
+
+
+cdef inline void measure_room(Row* row, Ledger* ledger) noexcept nogil:
+    """State anew what may still be admitted. To be called whenever a base, a limit or the concurrency has changed."""
+    cdef uint64_t requests = requests_charged(row, ledger)
+    cdef uint64_t tokens = tokens_charged(row, ledger)
+    cdef int64_t request_room = MAX_COUNT
+    cdef int64_t token_room = MAX_COUNT
+    cdef int64_t room
+    cdef int i
+    for i in range(WINDOWS):
+        room = min(ledger.request_limit[i], MAX_COUNT) - <int64_t> (requests - ledger.requests_base[i])
+        if room < request_room:
+            request_room = room
+        room = min(ledger.token_limit[i], MAX_COUNT) - <int64_t> (tokens - ledger.tokens_base[i])
+        if room < token_room:
+            token_room = room
+    if ledger.concurrent >= ledger.max_concurrent and request_room > 0:
+        request_room = 0
+    row.request_room = request_room
+    row.token_room = token_room
+    ledger.requests_mark = requests + <uint64_t> request_room
+    ledger.tokens_mark = tokens + <uint64_t> token_room
+
+
+cdef inline void turn_slots(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+    """Move all windows to `now_ns`, which is not before the end of the current slot."""
+    cdef uint64_t requests = requests_charged(row, ledger)
+    cdef uint64_t tokens = tokens_charged(row, ledger)
+    cdef int64_t before = ledger.slot
+    cdef int64_t after = slot_at(now_ns)
+    cdef int64_t first, steps
+    roll(ledger, SECOND, requests, tokens, before, after - before)
+    first = before // SLOTS_PER_HOUR_SLOT
+    steps = after // SLOTS_PER_HOUR_SLOT - first
+    if steps:
+        roll(ledger, HOUR, requests, tokens, first, steps)
+        first = before // SLOTS_PER_DAY_SLOT
+        steps = after // SLOTS_PER_DAY_SLOT - first
+        if steps:
+            roll(ledger, DAY, requests, tokens, first, steps)
+    ledger.slot = after
+    row.slot_end_ns = slot_start_ns(after + 1)
+    measure_room(row, ledger)
+
+
+cdef inline int64_t window_wait_ns(
+    const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, int64_t now_ns
+) noexcept nogil:
+    """How long until the window admits `cost`: 0 = now, NEVER = no wait helps. Exact, if nothing else is admitted."""
+    cdef int64_t limit = ledger.token_limit[window] if of_tokens else ledger.request_limit[window]
+    cdef int64_t used = tokens_used(row, ledger, window) if of_tokens else requests_used(row, ledger, window)
+    cdef int64_t per_slot, slot, excess, position, i
+    if cost == 0 or limit == UNLIMITED or cost <= limit - used:
+        return 0
+    if cost > limit:
+        return NEVER
+    excess = used - (limit - cost)
+    per_slot = slots_per_slot(window)
+    slot = ledger.slot // per_slot - ledger.filled[window]
+    position = slot % SLOTS
+    for i in range(ledger.filled[window]):
+        excess -= ledger.tokens[window][position] if of_tokens else <int64_t> ledger.requests[window][position]
+        if excess <= 0:
+            break
+        slot += 1
+        position = 0 if position == SLOTS - 1 else position + 1
+    return slot_start_ns((slot + SLOTS + 1) * per_slot) - now_ns

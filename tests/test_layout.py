@@ -1,0 +1,114 @@
+"""The layout of the shared state: numpy's view of it is the C compiler's, and nothing straddles what it should not."""
+
+import numpy as np
+import pytest
+
+from modelquota import ManualClock, ResourceQuotaManager
+from modelquota._core.mapping import PAGE, fingerprint, plan
+from modelquota._core.state import dtypes, encode_rate, struct_sizes
+
+CACHE_LINE = 64
+
+
+@pytest.mark.parametrize("part", ["header", "row", "ledger", "usage"])
+def test_dtype_matches_the_struct(part):
+    dtype = dtypes()[part]
+    assert dtype.itemsize == struct_sizes()[part]
+    end = 0
+    for name in dtype.names:
+        field, offset = dtype.fields[name]
+        base = field.base
+        widest = max((base.fields[n][0].itemsize for n in base.names), default=1) if base.names else base.itemsize
+        assert offset >= end, f"{name} overlaps the field before it"
+        assert offset % widest == 0, f"{name} is not aligned"
+        end = offset + field.itemsize
+    assert end <= dtype.itemsize
+
+
+def test_a_row_is_two_cache_lines_and_a_ledger_whole_ones():
+    sizes = struct_sizes()
+    assert sizes["row"] == 2 * CACHE_LINE
+    assert sizes["ledger"] % CACHE_LINE == 0
+    assert sizes["row"] + sizes["ledger"] <= 2_700
+
+
+def test_no_wide_integer_straddles_a_cache_line():
+    dtype = dtypes()["row"]
+    for name in ("request_level", "request_cap", "token_level", "token_cap"):
+        offset = dtype.fields[name][1]
+        assert offset // CACHE_LINE == (offset + 15) // CACHE_LINE
+
+
+def test_counters_are_64_bits_wide():
+    for dtype in (dtypes()["row"], dtypes()["ledger"], dtypes()["usage"]):
+        for name in dtype.names:
+            if any(word in name for word in ("requests", "tokens", "violations", "room", "mark", "base", "start")):
+                size = dtype.fields[name][0].base.itemsize
+                assert size == 8 or name == "requests", name  # the ring of requests carries over, see test_windows
+
+
+def test_regions_are_page_aligned_and_do_not_overlap():
+    regions = plan(144, 128, 2560, 496, 1000)
+    assert regions.rows >= 144
+    assert regions.ledgers >= regions.rows + 128 * 1000
+    assert regions.names >= regions.ledgers + 2560 * 1000
+    assert regions.size >= regions.names + 496 * 1000
+    assert all(offset % PAGE == 0 for offset in regions)
+
+
+def test_the_arrays_are_views_of_the_live_state():
+    manager = ResourceQuotaManager(clock=ManualClock(5_000_000_000), max_models=10)
+    header, rows, ledgers = manager._arrays()
+    assert bytes(header["magic"].tobytes()) == b"mdquota1"
+    assert header["fingerprint"][0] == fingerprint(*(dtypes()[part] for part in ("header", "row", "ledger")))
+    assert header["max_models"][0] == 10
+    assert header["row_count"][0] == 0
+    manager.set_quota("a", max_requests_per_hour=50)
+    assert header["row_count"][0] == 1
+    before = int(rows["token_room"][0])
+    assert manager.check_quota("a", 7)
+    assert rows["token_room"][0] == before - 7
+    assert ledgers["request_limit"][0].tolist() == [300, 50, 100_000]
+    assert rows["lock"][0] == 0
+    assert rows["generation"][0] % 2 == 1
+    assert len(rows) == len(ledgers) == 10
+
+
+def test_the_fingerprint_sees_names_types_offsets_and_sizes():
+    base = np.dtype([("a", "<i8"), ("b", "<u4", (3,))])
+    others = [
+        np.dtype([("a", "<i8"), ("c", "<u4", (3,))]),
+        np.dtype([("a", "<u8"), ("b", "<u4", (3,))]),
+        np.dtype([("a", "<i8"), ("b", "<u4", (4,))]),
+        np.dtype({"names": ["a", "b"], "formats": ["<i8", ("<u4", (3,))], "offsets": [0, 12]}),
+        np.dtype({"names": ["a", "b"], "formats": ["<i8", ("<u4", (3,))], "offsets": [0, 8], "itemsize": 32}),
+    ]
+    assert len({fingerprint(base), *map(fingerprint, others)}) == 6
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5, 0.1, 2.5, 100.0, 1e-6, 1 / 3, 12345.678, 2.0**61, 1e18])
+@pytest.mark.parametrize("burst", [0, 1, 200, 10_000])
+def test_an_encoded_rate_is_exact(rate, burst):
+    window_limit, drain, shift, cap = encode_rate(rate, burst)
+    numerator, denominator = rate.as_integer_ratio()
+    whole = -(-numerator // denominator)
+    assert window_limit == min(whole + burst, 2**62)
+    assert drain * denominator == numerator << shift
+    assert cap * denominator == (max(numerator, denominator) + burst * denominator) * 10**9 << shift
+    assert 0 < drain < 2**63
+    assert cap < 2**125
+
+
+def test_a_rate_that_does_not_fit_beside_its_burst_is_rounded_down():
+    _, drain, shift, cap = encode_rate(0.1, 2**62)
+    numerator, denominator = (0.1).as_integer_ratio()
+    assert cap < 2**125
+    assert drain * denominator <= numerator << shift
+    assert drain / 2**shift == pytest.approx(0.1, rel=1e-8)
+
+
+def test_rates_that_are_no_limit_or_admit_nothing():
+    unlimited = 2**63 - 1
+    assert encode_rate(None, 5) == (unlimited, 0, 0, 0)
+    assert encode_rate(2.0**62, 5) == (unlimited, 0, 0, 0)
+    assert encode_rate(0.0, 5) == (0, 0, 0, 0)
