@@ -109,6 +109,7 @@ def test_a_rate_that_does_not_fit_beside_its_burst_is_rounded_down():
 
 def test_rates_that_are_no_limit_or_admit_nothing():
     unlimited = 2**63 - 1
-    assert encode_rate(None, 5) == (unlimited, 0, 0, 0)
-    assert encode_rate(2.0**62, 5) == (unlimited, 0, 0, 0)
-    assert encode_rate(0.0, 5) == (0, 0, 0, 0)
+    no_rate = 255
+    assert encode_rate(None, 5) == (unlimited, 0, no_rate, 0)
+    assert encode_rate(2.0**62, 5) == (unlimited, 0, no_rate, 0)
+    assert encode_rate(0.0, 5) == (0, 0, 0, 6 * 10**9)

@@ -56,6 +56,17 @@ def test_set_get_update_remove(manager):
     assert manager.list_models() == ["m"]
 
 
+def test_a_pause_by_rate_zero_refills_nothing(manager):
+    manager.set_quota("p", max_requests_per_second=10, burst_requests=90, max_requests_per_hour=None)
+    assert sum(bool(manager.check_quota("p", 0)) for _ in range(200)) == 100
+    manager.clock.advance(1.1)
+    manager.update_quota("p", max_requests_per_second=0)
+    assert manager.check_quota("p", 0).retry_after_ms is None
+    manager.clock.advance(50)
+    manager.update_quota("p", max_requests_per_second=10)
+    assert sum(bool(manager.check_quota("p", 0)) for _ in range(200)) == 11
+
+
 def test_a_change_keeps_what_was_used(manager):
     for _ in range(3):
         assert manager.check_quota("m", 1)

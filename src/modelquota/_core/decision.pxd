@@ -6,7 +6,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, Row, SECOND, UNLIMITED, Wide, WINDOWS
 from modelquota._core.level cimport (
-    NS_PER_SECOND, as_double, drain_levels, level_cost, level_wait_ns, load, raise_level, store, whole, wide
+    NO_RATE, NS_PER_SECOND, as_double, drain_levels, level_cost, level_wait_ns, load, raise_level, store, wide
 )
 from modelquota._core.window cimport NEVER, requests_used, tokens_used, turn_slots, window_wait_ns
 
@@ -62,14 +62,14 @@ cdef inline double percent(double used, double limit) noexcept nogil:
     return 100.0 * used / (limit if limit > 1.0 else 1.0)
 
 
-cdef inline double level_percent(const Wide* level, const Wide* cap, int64_t drain) noexcept nogil:
-    return 100.0 * as_double(level) / as_double(cap) if drain else 0.0
+cdef inline double level_percent(const Wide* level, const Wide* cap, uint8_t shift) noexcept nogil:
+    return 100.0 * as_double(level) / as_double(cap) if shift != NO_RATE else 0.0
 
 
 cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask* ask) noexcept nogil:
     """Percent of the fullest limit, with the request: windows and levels are charged, memory and concurrency are not."""
-    cdef double highest = level_percent(&row.request_level, &row.request_cap, row.request_drain)
-    cdef double share = level_percent(&row.token_level, &row.token_cap, row.token_drain)
+    cdef double highest = level_percent(&row.request_level, &row.request_cap, row.request_shift)
+    cdef double share = level_percent(&row.token_level, &row.token_cap, row.token_shift)
     cdef int i
     highest = share if share > highest else highest
     for i in range(WINDOWS):
@@ -103,13 +103,13 @@ cdef inline void charge_tokens(Row* row, const Ledger* ledger, int64_t tokens) n
     cdef int64_t left = MAX_COUNT - tokens_used(row, ledger, DAY)
     cdef int64_t charged = tokens if tokens < left else left
     row.token_room -= charged
-    raise_level(&row.token_level, charged, row.token_drain, row.token_shift)
+    raise_level(&row.token_level, charged, row.token_shift)
 
 
 cdef inline void charge(Row* row, const Ledger* ledger, const Ask* ask) noexcept nogil:
     """Charge one request without asking."""
     row.request_room -= 1
-    raise_level(&row.request_level, 1, row.request_drain, row.request_shift)
+    raise_level(&row.request_level, 1, row.request_shift)
     charge_tokens(row, ledger, ask.tokens)
 
 
@@ -150,7 +150,7 @@ cdef inline void note_rate(
     wait_ns = NEVER if ceiling_ns == NEVER or level_ns == NEVER else max(ceiling_ns, level_ns)
     used = <double> (tokens_used(row, ledger, SECOND) if of_tokens else requests_used(row, ledger, SECOND))
     bound = <double> (ledger.token_limit[SECOND] if of_tokens else ledger.request_limit[SECOND])
-    if drain:
+    if shift != NO_RATE:
         unit = as_double(cap) / (
             (ledger.tokens_per_second if ledger.tokens_per_second > 1.0 else 1.0) + <double> ledger.burst_tokens if of_tokens else
             (ledger.requests_per_second if ledger.requests_per_second > 1.0 else 1.0) + <double> ledger.burst_requests)
@@ -249,8 +249,8 @@ cdef inline void decide(
         and (ask.ssd_mb == 0 or ask.ssd_mb <= ledger.max_ssd_mb - (ledger.ssd_mb + ledger.reserved_ssd_mb))
     )
     if fits:
-        request_level = load(&row.request_level) + level_cost(1, row.request_drain, row.request_shift)
-        token_level = load(&row.token_level) + level_cost(ask.tokens, row.token_drain, row.token_shift)
+        request_level = load(&row.request_level) + level_cost(1, row.request_shift)
+        token_level = load(&row.token_level) + level_cost(ask.tokens, row.token_shift)
         fits = request_level <= load(&row.request_cap) and (ask.tokens == 0 or token_level <= load(&row.token_cap))
     # decide
     verdict.allowed = True

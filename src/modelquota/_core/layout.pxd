@@ -42,9 +42,9 @@ cdef struct Row:
     int64_t level_ns         # the model's time: when the levels were drained last
     int64_t request_room     # requests that all windows and the concurrency still admit
     int64_t token_room       # tokens that all windows still admit; negative where more was charged than the limit is
-    int64_t request_drain    # units per ns; 0 = no long-run rate
+    int64_t request_drain    # units per ns
     int64_t token_drain
-    uint8_t request_shift    # a level's unit is 1 / (10**9 * 2**shift) of a request or token
+    uint8_t request_shift    # a level's unit is 1 / (10**9 * 2**shift) of a request or token; NO_RATE = no level
     uint8_t token_shift
     uint16_t reserved[3]
     Wide request_level

@@ -14,10 +14,11 @@ cdef extern from *:
     #define MQ_LEVEL_MAX ((mq_wide)1 << 125)
     """
     ctypedef long long wide "mq_wide"
-    const wide LEVEL_MAX "MQ_LEVEL_MAX"     # a forced charge fills a level no further
+    const wide LEVEL_MAX "MQ_LEVEL_MAX"     # a forced charge fills a level no further: 100,000 years of draining or more
 
 cdef enum:
     NS_PER_SECOND = 1_000_000_000
+    NO_RATE = 255       # the shift of a rate that is not set: its level stays 0 (a rate of 0 has a level, and never drains)
 
 
 cdef inline wide load(const Wide* stored) noexcept nogil:
@@ -33,17 +34,11 @@ cdef inline double as_double(const Wide* stored) noexcept nogil:
     return <double> stored.high * 18446744073709551616.0 + <double> stored.low
 
 
-cdef inline wide level_cost(int64_t count, int64_t drain, uint8_t shift) noexcept nogil:
+cdef inline wide level_cost(int64_t count, uint8_t shift) noexcept nogil:
     """`count` requests or tokens in the level's units; 0 where there is no rate. `count` is within the window's limit."""
-    if drain == 0:
+    if shift == NO_RATE:
         return 0
     return (<wide> count * <wide> NS_PER_SECOND) << shift
-
-
-cdef inline wide whole(const Wide* level, uint8_t shift) noexcept nogil:
-    """A level in whole requests or tokens, rounded up."""
-    cdef wide unit = <wide> NS_PER_SECOND << shift
-    return (load(level) + unit - 1) // unit
 
 
 cdef inline void drain_level(Wide* level, int64_t drain, int64_t elapsed_ns) noexcept nogil:
@@ -61,17 +56,17 @@ cdef inline void drain_levels(Row* row, int64_t now_ns) noexcept nogil:
     drain_level(&row.token_level, row.token_drain, elapsed_ns)
 
 
-cdef inline void raise_level(Wide* level, int64_t count, int64_t drain, uint8_t shift) noexcept nogil:
+cdef inline void raise_level(Wide* level, int64_t count, uint8_t shift) noexcept nogil:
     """Charge a count of any size."""
     cdef wide now
-    if drain == 0:
+    if shift == NO_RATE:
         return
     now = load(level)
     # the first test is the second one's cheap half: 30 + 30 + 63 bits are below LEVEL_MAX
     if (count >> 30 or shift > 63) and <wide> count > (LEVEL_MAX >> shift) // NS_PER_SECOND:
         now = LEVEL_MAX
     else:
-        now += level_cost(count, drain, shift)
+        now += level_cost(count, shift)
     store(level, now if now < LEVEL_MAX else LEVEL_MAX)
 
 
@@ -80,23 +75,25 @@ cdef inline int64_t level_wait_ns(
 ) noexcept nogil:
     """How long until the level admits `cost`: 0 = now, NEVER = no wait helps."""
     cdef wide excess, needed, wait
-    if cost == 0 or drain == 0:
+    if cost == 0 or shift == NO_RATE:
         return 0
     if <wide> cost > (load(cap) >> shift) // NS_PER_SECOND:
         return NEVER
-    needed = level_cost(cost, drain, shift)
+    needed = level_cost(cost, shift)
     excess = load(level) + needed - load(cap)
     if excess <= 0:
         return 0
+    if drain == 0:
+        return NEVER
     wait = (excess + drain - 1) // drain
     return <int64_t> wait if wait <= MAX_COUNT else NEVER
 
 
-cdef inline void rescale(Wide* level, int64_t old_drain, uint8_t old_shift, int64_t drain, uint8_t shift) noexcept nogil:
+cdef inline void rescale(Wide* level, uint8_t old_shift, uint8_t shift) noexcept nogil:
     """Carry a level over to another rate's unit: the same count, rounded up."""
     cdef wide now = load(level)
     cdef wide one = 1
-    if old_drain == 0 or drain == 0:
+    if old_shift == NO_RATE or shift == NO_RATE:
         now = 0
     elif shift >= old_shift:
         now = LEVEL_MAX if now > (LEVEL_MAX >> (shift - old_shift)) else now << (shift - old_shift)
@@ -108,7 +105,7 @@ cdef inline void rescale(Wide* level, int64_t old_drain, uint8_t old_shift, int6
 cdef inline void empty_burst(Wide* level, int64_t drain, uint8_t shift) noexcept nogil:
     """Lower a level to max(rate, 1), where no burst is in use."""
     cdef wide base = <wide> drain * <wide> NS_PER_SECOND
-    cdef wide one = level_cost(1, drain, shift)
+    cdef wide one = level_cost(1, shift)
     if base < one:
         base = one
     if load(level) > base:
@@ -118,7 +115,7 @@ cdef inline void empty_burst(Wide* level, int64_t drain, uint8_t shift) noexcept
 cdef inline int64_t burst_used(const Wide* level, int64_t drain, uint8_t shift) noexcept nogil:
     """max(0, ceil(level - max(rate, 1)))."""
     cdef wide unit, above
-    if drain == 0:
+    if shift == NO_RATE:
         return 0
     unit = <wide> NS_PER_SECOND << shift
     above = <wide> drain * <wide> NS_PER_SECOND

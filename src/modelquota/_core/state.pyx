@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t, uint64_t
 from modelquota._core.layout cimport (
     DAY, HOUR, LAYOUT_VERSION, MAX_COUNT, SECOND, UNLIMITED, VIOLATION_TYPES, Header, Ledger, Row
 )
-from modelquota._core.level cimport empty_burst
+from modelquota._core.level cimport NO_RATE, empty_burst
 from modelquota._core.lock cimport lock, unlock
 from modelquota._core.decision cimport pass_time
 from modelquota._core.registry cimport NAME_SHARE, NAME_UNIT, enter, leave, replace_limits
@@ -48,12 +48,12 @@ def struct_sizes():
 def encode_rate(rate, burst):
     """A rate and its burst as the core counts them: ``(window_limit, drain, shift, cap)``, see ``level.pxd``.
 
-    None, or a rate above the largest count, is no limit. A rate of 0 admits nothing, whatever the burst.
+    None, or a rate of the largest count and more, is no limit. A rate of 0 admits nothing, whatever the burst.
     """
     if rate is None or rate >= MAX_COUNT:
-        return UNLIMITED, 0, 0, 0
+        return UNLIMITED, 0, NO_RATE, 0
     if rate == 0:
-        return 0, 0, 0, 0
+        return 0, 0, 0, (1 + burst) * 10**9
     numerator, denominator = rate.as_integer_ratio()
     whole = -(-numerator // denominator)
     widest = 125 - 30 - (whole + burst).bit_length()

@@ -97,8 +97,8 @@ cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usa
 cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noexcept nogil:
     """Replace the row's limits; what was used stays used."""
     cdef int i
-    rescale(&row.request_level, row.request_drain, row.request_shift, limits.request_drain, limits.request_shift)
-    rescale(&row.token_level, row.token_drain, row.token_shift, limits.token_drain, limits.token_shift)
+    rescale(&row.request_level, row.request_shift, limits.request_shift)
+    rescale(&row.token_level, row.token_shift, limits.token_shift)
     row.request_drain = limits.request_drain
     row.token_drain = limits.token_drain
     row.request_shift = limits.request_shift

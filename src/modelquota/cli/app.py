@@ -1,0 +1,155 @@
+"""The typer application: arguments, help and exit codes of `modelquota replay` and `modelquota demo`."""
+
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from modelquota import __version__
+from modelquota.cli.demo import run_demo
+from modelquota.cli.replay import print_json, print_report, replay_file
+from modelquota.cli.text import printable
+from modelquota.errors import QuotaError
+from modelquota.quotafile import load_quotas
+
+__all__ = ["app", "run"]
+
+EXIT_UNUSABLE_INPUT = 2
+
+app = typer.Typer(
+    name="modelquota",
+    help="Per-model resource quotas for inference: try limits on recorded traffic, or watch them live.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line on `arguments` (those of the process by default) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A model id that the terminal's encoding does not have is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="modelquota")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"modelquota {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("replay")
+def _replay(
+    trace: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TRACE.csv",
+            help="Requests as CSV: TIMESTAMP,ContextTokens,GeneratedTokens and optionally Model.",
+        ),
+    ],
+    quotas: Annotated[
+        Path, typer.Option("--quotas", "-q", metavar="QUOTAS.toml", help="A table [models.NAME] for each model.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            help="Whom to charge for a trace without a Model column; by default the only model of the quotas.",
+        ),
+    ] = None,
+    speed: Annotated[
+        float, typer.Option("--speed", "-s", metavar="FACTOR", help="Play the trace faster: 24 makes a day an hour.")
+    ] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Replay a request trace through quotas, and report what they admit and deny.
+
+    Every request is tried once, at its own time, on a simulated clock: an hour of traffic takes
+    milliseconds, and the same input gives the same report.
+
+    **--json** prints one object: trace, requests, duration_ns, speed, out_of_order, core_time_ns, and
+    models, a list of objects with model_id, requests, admitted, warned, denied (a count for each limit),
+    never (denied whatever the wait), tokens, tokens_admitted, longest_retry_after_ms and
+    median_retry_after_ms (null where nothing was to be waited for), peak_requests and peak_tokens
+    (admitted in any second), peak_requests_asked and peak_tokens_asked.
+
+    **Exit code**: 0 when the trace was replayed, whatever was denied; 2 when an argument or a file
+    cannot be used.
+    """
+    errors = Console(stderr=True)
+    with _quiet_log():
+        try:
+            report = replay_file(trace, load_quotas(quotas), model=model, speed=speed, errors=errors)
+        except OSError as error:
+            raise _unusable(errors, f"{error.filename or trace}: {error.strerror or error}") from None
+        except (QuotaError, ValueError) as error:
+            raise _unusable(errors, str(error)) from None
+    if report.out_of_order:
+        _say(errors, f"note: {report.out_of_order:,} rows of the trace were out of order and have been sorted by time")
+    if as_json:
+        print_json(report)
+    else:
+        print_report(report, Console())
+
+
+@app.command("demo")
+def _demo(
+    seconds: Annotated[float, typer.Option(min=0.1, max=86_400, help="How long to run.")] = 10.0,
+    threads: Annotated[int, typer.Option(min=1, max=64, help="Threads that send requests.")] = 4,
+    seed: Annotated[
+        int | None, typer.Option(help="Draw the same sizes and times of arrival as every run with this seed.")
+    ] = None,
+) -> None:
+    """Watch quotas at work: a live inference loop with generated traffic, nothing to configure.
+
+    Threads send requests for four models, one for each action on a violation, on the real clock;
+    sizes and mix follow production traces. Ctrl-C ends it early, with the closing report.
+    """
+    with _quiet_log():
+        run_demo(Console(), seconds=seconds, threads=threads, seed=seed)
+
+
+@contextmanager
+def _quiet_log() -> Iterator[None]:
+    """Keep violations out of the terminal: the commands report all of them."""
+    log = logging.getLogger("modelquota")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled
+
+
+def _unusable(errors: Console, message: str) -> typer.Exit:
+    _say(errors, f"error: {message}")
+    return typer.Exit(EXIT_UNUSABLE_INPUT)
+
+
+def _say(errors: Console, message: str) -> None:
+    # One line however narrow the terminal, so that a path in it can be copied and a script can match it.
+    errors.print(f"modelquota: {printable(message)}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,175 @@
+"""What `modelquota demo` runs and prints."""
+
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from itertools import pairwise
+from statistics import median, quantiles
+from time import monotonic_ns, perf_counter_ns
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from modelquota.cli.demo_table import demo_table
+from modelquota.cli.text import duration
+from modelquota.cli.traffic import MODELS, NS_PER_MS, NS_PER_SECOND, Lane, Tally, total
+from modelquota.config import ResourceQuotaConfig
+from modelquota.limits import ViolationAction
+from modelquota.manager import ResourceQuotaManager
+
+__all__ = ["run_demo"]
+
+REFRESHES_PER_SECOND = 4
+CHECKS_IN_A_ROW = 100_000
+
+
+def run_demo(console: Console, *, seconds: float, threads: int, seed: int | None) -> None:
+    """Run the traffic of `MODELS` for some seconds on the real clock, show it live, and report.
+
+    On a terminal a table is redrawn in place; elsewhere only the last one is printed, without control codes.
+    Ctrl-C ends the traffic early and leads to the same report.
+    """
+    manager = ResourceQuotaManager()
+    for traffic in MODELS:
+        manager.set_quota(traffic.quota)
+    # A generator for each lane: one that they shared would be drawn from in an order of chance.
+    seeds = random.Random(seed)
+    start_ns = monotonic_ns()
+    end_ns = start_ns + round(seconds * NS_PER_SECOND)
+    lanes = [
+        Lane(manager, MODELS, share=1 / threads, rng=random.Random(seeds.random()), now=monotonic_ns)
+        for _ in range(threads)
+    ]
+
+    def screen() -> RenderableType:
+        elapsed_s = (min(monotonic_ns(), end_ns) - start_ns) / NS_PER_SECOND
+        table = demo_table(manager, MODELS, total(lanes), width=console.width)
+        return Group(_headline(threads), table, Text(), _footline(lanes, elapsed_s, seconds, stop.is_set()))
+
+    stop = threading.Event()
+    with ThreadPoolExecutor(threads, thread_name_prefix="client") as pool:
+        clients = [pool.submit(_drive, lane, stop, end_ns) for lane in lanes]
+        live = Live(get_renderable=screen, console=console, refresh_per_second=REFRESHES_PER_SECOND)
+        with live if console.is_terminal else nullcontext():
+            try:
+                wait(clients, return_when=FIRST_EXCEPTION)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                stop.set()
+            wait(clients)
+            ran_ms = (min(monotonic_ns(), end_ns) - start_ns) / NS_PER_MS
+    for client in clients:
+        client.result()
+    if not console.is_terminal:
+        console.print(screen())
+    for paragraph in _closing(lanes, start_ns, ran_ms):
+        console.print()
+        console.print(paragraph)
+
+
+def _drive(lane: Lane, stop: threading.Event, end_ns: int) -> None:
+    """Step a lane whenever something is due, until `end_ns` or until told to stop."""
+    while not stop.is_set() and (now_ns := monotonic_ns()) < end_ns:
+        lane.step()
+        stop.wait(max(min(lane.next_ns, end_ns) - now_ns, 0) / NS_PER_SECOND)
+
+
+def _headline(threads: int) -> Text:
+    return Text.assemble(
+        ("modelquota demo", "bold"),
+        (f"  {len(MODELS)} models, {threads} threads, generated traffic, the real clock", "dim"),
+    )
+
+
+def _footline(lanes: Sequence[Lane], elapsed_s: float, seconds: float, over: bool) -> Text:
+    check_ns = _check_ns(lanes)
+    line = Text(f"{elapsed_s:.1f} of {seconds:g} s   {len(check_ns):,} checks", "dim")
+    if check_ns:
+        line.append(f" of {median(check_ns):,.0f} ns (median)")
+    return line.append("" if over else "   Ctrl-C ends early")
+
+
+def _check_ns(lanes: Sequence[Lane]) -> list[int]:
+    return [check_ns for lane in lanes for check_ns in lane.check_ns[:]]
+
+
+def _closing(lanes: Sequence[Lane], start_ns: int, ran_ms: float) -> Iterator[RenderableType]:
+    """What was seen, how fast it was, and what to do next."""
+    tallies = total(lanes)
+    sent = sum(tally.sent for tally in tallies.values())
+    yield Text.assemble(
+        ("What you saw. ", "bold"),
+        f"{sent:,} requests in {duration(ran_ms)}, and four ways to deal with those that are too many:",
+    )
+    seen = Table.grid(padding=(0, 2, 0, 0))
+    for traffic in MODELS:
+        model_id = traffic.quota.model_id
+        seen.add_row("", Text(model_id, "bold"), Text(_seen(traffic.quota, tallies[model_id], start_ns)))
+    yield seen
+    check_ns = _check_ns(lanes)
+    if len(check_ns) > 1:
+        yield Text.assemble(
+            ("How fast. ", "bold"),
+            f"{_check_in_a_row_ns():.0f} ns a check, {CHECKS_IN_A_ROW:,} in a row. In the loop above, where threads "
+            f"wake up for each request and find the caches cold, {median(check_ns):,.0f} ns in the median and "
+            f"{quantiles(check_ns, n=100)[-1]:,.0f} at the 99th percentile; checks were timed one by one, "
+            f"of which the timer takes some {_timer_ns():.0f} ns.",
+        )
+    yield Text.assemble(
+        ("Next. ", "bold"),
+        ("modelquota replay TRACE.csv --quotas quotas.toml", "cyan"),
+        " tries limits on your own traffic. To ask before each request of your own loop: ",
+        ("manager.check_quota(model, tokens)", "cyan"),
+        ", shown in the README.",
+    )
+
+
+def _seen(quota: ResourceQuotaConfig, tally: Tally, start_ns: int) -> str:
+    """What the limits of a model did, in one sentence."""
+    if not tally.denials or tally.first_violation_ns is None:
+        return "stayed within its limits"
+    limit = tally.denials.most_common(1)[0][0].label
+    after = duration((tally.first_violation_ns - start_ns) / NS_PER_MS)
+    match quota.on_violation:
+        case ViolationAction.WARN:
+            return f"let {tally.warned:,} requests through over its {limit}, with a warning each"
+        case ViolationAction.REJECT:
+            told = "" if tally.retry_after_ms is None else f"; the next may come in {duration(tally.retry_after_ms)}"
+            return f"reached its {limit} after {after} and rejected {tally.denied:,} requests{told}"
+    verb = "queued" if quota.on_violation is ViolationAction.QUEUE else "throttled"
+    waits = f" after {duration(median(tally.waits_ms))} in the median" if tally.waits_ms else ""
+    given_up = f"; {tally.denied:,} could not be within {quota.grace_period_sec:g} s" if tally.denied else ""
+    return (
+        f"{verb} what exceeded its {limit}: {len(tally.waits_ms):,} were admitted{waits}, "
+        f"{tally.waiting:,} still wait{given_up}"
+    )
+
+
+def _timer_ns() -> float:
+    """What reading the timer adds to a single timed check."""
+    readings = [perf_counter_ns() for _ in range(2_001)]
+    return median(after - before for before, after in pairwise(readings))
+
+
+def _check_in_a_row_ns() -> float:
+    """Average of many checks that are all admitted, loop included, on a manager of their own."""
+    manager = ResourceQuotaManager()
+    manager.set_quota(
+        "timed",
+        max_requests_per_second=1e9,
+        max_tokens_per_second=1e12,
+        max_requests_per_hour=10**12,
+        max_tokens_per_hour=10**15,
+        max_requests_per_day=10**12,
+        max_tokens_per_day=10**15,
+    )
+    check_quota = manager.check_quota
+    start_ns = perf_counter_ns()
+    for _ in range(CHECKS_IN_A_ROW):
+        check_quota("timed", 100)
+    return (perf_counter_ns() - start_ns) / CHECKS_IN_A_ROW

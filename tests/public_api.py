@@ -1,0 +1,117 @@
+"""Every public name, used as a typed program would: `mypy --strict tests/public_api.py` checks it, nothing runs it."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import modelquota
+from modelquota import (
+    CapacityError,
+    Limit,
+    ManualClock,
+    ModelQuota,
+    ModelReport,
+    QuotaCheckResult,
+    QuotaConfigError,
+    QuotaError,
+    QuotaFileError,
+    QuotaStats,
+    ResourceQuotaConfig,
+    ResourceQuotaManager,
+    ResourceUsage,
+    TraceError,
+    UnknownModelError,
+    ViolationAction,
+    ViolationType,
+    load_quotas,
+)
+from modelquota.replay import ReplayReport, replay
+from modelquota.trace import Trace, read_trace
+
+
+def configure(path: Path) -> dict[str, ResourceQuotaConfig]:
+    config = ResourceQuotaConfig("m", max_ram_mb=None, max_requests_per_second=0.5, on_violation="warn")
+    config = config.replace(on_violation=ViolationAction.REJECT, grace_period_sec=1)
+    again: ResourceQuotaConfig = ResourceQuotaConfig.from_dict(config.to_dict())
+    quotas: dict[str, ResourceQuotaConfig] = load_quotas(path)
+    return {**quotas, again.model_id: again}
+
+
+def manage(quotas: dict[str, ResourceQuotaConfig]) -> ResourceQuotaManager:
+    clock = ManualClock(now_ns=0)
+    manager = ResourceQuotaManager(clock=clock, default_quota=quotas["m"], max_models=100)
+    for config in quotas.values():
+        manager.set_quota(config)
+    manager.set_quota("other", max_tokens_per_hour=5)
+    changed: ResourceQuotaConfig = manager.update_quota("other", burst_tokens=5)
+    removed: bool = manager.remove_quota(changed.model_id)
+    manager.enforcement_enabled = not removed
+    clock.advance(1.5)
+    clock.advance_ns(5)
+    given: ManualClock | None = manager.clock
+    assert given is clock
+    return manager
+
+
+def check(manager: ResourceQuotaManager) -> int | None:
+    result: QuotaCheckResult = manager.check_quota("m", estimated_tokens=100, ram_needed_mb=1, ssd_needed_mb=1)
+    handle: ModelQuota = manager.model("m")
+    result = handle.check(np.int64(5))
+    limit: Limit | None = result.limit
+    kind: ViolationType | None = result.violation_type
+    action: ViolationAction | None = result.action
+    words: str | None = result.reason
+    share: float = result.current_usage
+    if result or result.allowed:
+        print(limit, kind, action, words, share)
+    handle.get_quota().replace(burst_tokens=1)
+    handle.update_quota(burst_requests=1)
+    handle.update_memory_usage(1, 2)
+    handle.reset_burst()
+    return result.retry_after_ms
+
+
+def check_in_batches(manager: ResourceQuotaManager) -> NDArray[np.uint8]:
+    rows: NDArray[np.int64] = manager.rows(["m", "m"])
+    retry = np.zeros(2, np.int64)
+    manager.charge_many(rows, np.array([1, 2]))
+    manager.charge_many(rows, 1)
+    return manager.check_many(rows, [1, 2], np.zeros(2, np.uint8), times_ns=[5, 6], retry_after_ms=retry)
+
+
+def read(manager: ResourceQuotaManager) -> NDArray[np.void]:
+    usage: ResourceUsage | None = manager.get_usage("m")
+    report: ModelReport | None = manager.get_model_report("m")
+    stats: QuotaStats = manager.get_stats()
+    models: list[str] = manager.list_models()
+    manager.update_memory_usage("m", 1, 1)
+    manager.reset_burst("m")
+    manager.print_status(file=io.StringIO())
+    print(usage and usage.tokens_this_hour, report and report.hourly_quota_used, stats.total_checks, models)
+    print(manager.get_quota("m"), manager.max_models, modelquota.__version__)
+    return manager.snapshot()
+
+
+def run_trace(path: Path, quotas: dict[str, ResourceQuotaConfig]) -> dict[str, object]:
+    trace: Trace = read_trace(path)
+    report: ReplayReport = replay(trace, quotas, model="m", speed=24)
+    return report.to_dict()
+
+
+def handle_errors() -> None:
+    try:
+        manage({})
+    except QuotaFileError as error:
+        print(error.path, error.table, error.field)
+    except QuotaConfigError as error:
+        print(error.field, error.value, error.accepted)
+    except UnknownModelError as error:
+        print(error.model_id)
+    except CapacityError as error:
+        print(error.max_models)
+    except TraceError as error:
+        print(error.path, error.line, error.column)
+    except QuotaError:
+        raise
