@@ -23,7 +23,8 @@ compile_args = ["-O3", "-g1", "-std=c11", "-fno-math-errno", "-D_GNU_SOURCE"]
 link_args = []
 if SANITIZE:
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-    compile_args = [*compile_args, *sanitizers, "-O1"]
+    # CPython's own flags carry -fwrapv, which would hide every signed overflow
+    compile_args = [*compile_args, *sanitizers, "-fno-wrapv", "-O1"]
     link_args = sanitizers
 
 
@@ -32,7 +33,7 @@ class SourceDistribution(sdist):
 
     def add_defaults(self):
         super().add_defaults()
-        for pattern in ("tests/*.py", "benchmarks/**/*.py", "benchmarks/**/*.zig"):
+        for pattern in ("tests/*.py", "benchmarks/**/*.py", "benchmarks/**/*.pyx", "benchmarks/**/*.zig"):
             self.filelist.extend(glob(pattern, recursive=True))
 
 
@@ -66,5 +67,5 @@ setup(
             "cdivision": True,
             "initializedcheck": False,
         },
-    )
+    ),
 )

@@ -155,6 +155,19 @@ def test_bad_input_changes_nothing(manager, case):
     assert state_of(manager) == before
 
 
+def test_foreign_byte_order_is_converted(manager):
+    rows = manager.rows(["b"] * 3)
+    assert manager.check_many(rows.astype(">i8"), np.array([1, 2, 3], ">i8")).tolist() == [0, 0, 0]
+    assert manager.get_usage("b").tokens_this_day == 6
+
+
+def test_times_that_fall_by_more_than_an_int64_are_refused(manager):
+    before = state_of(manager)
+    with pytest.raises(ValueError, match="times_ns"):
+        manager.check_many(manager.rows(["a"] * 5), 1, times_ns=[10**12, 2**62, 2**63 - 1, -(2**63), 10**13])
+    assert state_of(manager) == before
+
+
 def test_a_read_only_output_is_refused(manager):
     out = np.zeros(1, np.uint8)
     out.flags.writeable = False

@@ -155,13 +155,20 @@ def on_a_terminal(*arguments: str, columns: int) -> Iterator[tuple[subprocess.Po
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     env |= {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
-    with subprocess.Popen(demo(*arguments), stdin=theirs, stdout=theirs, stderr=theirs, env=env) as process:
+    with subprocess.Popen(
+        demo(*arguments), stdin=theirs, stdout=theirs, stderr=theirs, env=env, preexec_fn=heed_interrupts
+    ) as process:
         os.close(theirs)
         try:
             yield process, ours
         finally:
             process.kill()
             os.close(ours)
+
+
+def heed_interrupts() -> None:
+    """Undo what a background job of a shell inherits: that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def plain(screen: bytes) -> str:

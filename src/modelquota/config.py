@@ -179,8 +179,9 @@ _Convert = Callable[[str, Any], object]
 def _model_id(field: str, value: Any) -> str:
     """Return the id as a plain str."""
     try:
-        if isinstance(value, str) and 0 < len(value.encode()) <= MAX_MODEL_ID_BYTES and "\0" not in value:
-            return str.__str__(value)
+        plain = str.__str__(value) if isinstance(value, str) else ""  # a subclass may answer the questions below anyhow
+        if 0 < len(plain.encode()) <= MAX_MODEL_ID_BYTES and "\0" not in plain:
+            return plain
     except UnicodeEncodeError:  # half of a surrogate pair
         pass
     raise QuotaConfigError(field, value, f"a str of 1 to {MAX_MODEL_ID_BYTES} bytes of UTF-8 without NUL")

@@ -210,7 +210,7 @@ class ResourceQuotaManager(QuotaTable):
 
     def _adopt(self, model_id: str) -> bool:
         if self.default_quota is not None:
-            self._put(self.default_quota.replace(model_id=model_id))
+            self._put(self.default_quota.replace(model_id=model_id), only_new=True)
             return True
         self._unknown_held += 1
         clock = self.clock

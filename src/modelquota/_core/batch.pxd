@@ -53,7 +53,7 @@ cdef inline void prefetch_row(
             prefetch(ledger, 1, 3)
             prefetch(ledger + LINE, 1, 3)
             prefetch(ledger + 2 * LINE, 1, 3)
-            position = (slot_at(near.slot_end_ns) - 1) % SLOTS
+            position = (slot_at(near.slot_end_ns) + SLOTS - 1) % SLOTS
             prefetch(&(<Ledger*> ledger).tokens[SECOND][position], 1, 3)
             prefetch(&(<Ledger*> ledger).requests[SECOND][position], 1, 3)
 

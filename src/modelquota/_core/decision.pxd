@@ -62,6 +62,11 @@ cdef inline double percent(double used, double limit) noexcept nogil:
     return 100.0 * used / (limit if limit > 1.0 else 1.0)
 
 
+cdef inline bint exceeds(int64_t asked, int64_t used, int64_t cap) noexcept nogil:
+    """Whether memory asked for does not fit under a cap; asking for nothing always fits."""
+    return asked != 0 and cap != UNLIMITED and asked > cap - used
+
+
 cdef inline double level_percent(const Wide* level, const Wide* cap, uint8_t shift) noexcept nogil:
     return 100.0 * as_double(level) / as_double(cap) if shift != NO_RATE else 0.0
 
@@ -191,10 +196,10 @@ cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
 cdef inline void find_violations(const Row* row, const Ledger* ledger, const Ask* ask, Verdict* verdict) noexcept nogil:
     """Go through all limits in their order; state the first that is violated and the longest wait of all that are."""
     cdef int64_t longest_ns = 0
-    if ask.ram_mb and ask.ram_mb > ledger.max_ram_mb - (ledger.ram_mb + ledger.reserved_ram_mb):
+    if exceeds(ask.ram_mb, ledger.ram_mb + ledger.reserved_ram_mb, ledger.max_ram_mb):
         note(verdict, RAM_MB, NEVER, <double> (ledger.ram_mb + ledger.reserved_ram_mb), <double> ledger.max_ram_mb, ask.ram_mb,
              &longest_ns)
-    if ask.ssd_mb and ask.ssd_mb > ledger.max_ssd_mb - (ledger.ssd_mb + ledger.reserved_ssd_mb):
+    if exceeds(ask.ssd_mb, ledger.ssd_mb + ledger.reserved_ssd_mb, ledger.max_ssd_mb):
         note(verdict, SSD_MB, NEVER, <double> (ledger.ssd_mb + ledger.reserved_ssd_mb), <double> ledger.max_ssd_mb, ask.ssd_mb,
              &longest_ns)
     if ledger.concurrent >= ledger.max_concurrent:
@@ -245,8 +250,8 @@ cdef inline void decide(
     fits = (
         row.request_room >= 1
         and (ask.tokens <= row.token_room or ask.tokens == 0)
-        and (ask.ram_mb == 0 or ask.ram_mb <= ledger.max_ram_mb - (ledger.ram_mb + ledger.reserved_ram_mb))
-        and (ask.ssd_mb == 0 or ask.ssd_mb <= ledger.max_ssd_mb - (ledger.ssd_mb + ledger.reserved_ssd_mb))
+        and not exceeds(ask.ram_mb, ledger.ram_mb + ledger.reserved_ram_mb, ledger.max_ram_mb)
+        and not exceeds(ask.ssd_mb, ledger.ssd_mb + ledger.reserved_ssd_mb, ledger.max_ssd_mb)
     )
     if fits:
         request_level = load(&row.request_level) + level_cost(1, row.request_shift)

@@ -12,16 +12,19 @@ cdef enum:
     NAME_SHARE = 496        # what one row takes at most over its life: 16 + 32 + 64 + 128 + 256
 
 
-cdef inline void replace_limits(
+cdef inline bint replace_limits(
     Row* row, Ledger* ledger, uint32_t generation, const Limits* limits, int64_t now_ns, uint32_t seat
 ) noexcept:
-    """Change limits: the time until now passes under the old ones."""
+    """Change limits: the time until now passes under the old ones. False where the model has left the row."""
+    cdef bint alive
     with nogil:
         lock(&row.lock, seat)
-        if row.generation == generation:    # otherwise removed meanwhile, as if just after this
+        alive = row.generation == generation
+        if alive:
             pass_time(row, ledger, now_ns)
             put_limits(row, ledger, limits)
         unlock(&row.lock)
+    return alive
 
 
 cdef inline void write_name(Header* header, Ledger* ledger, char* names, const char* name, int64_t size) noexcept nogil:

@@ -98,4 +98,4 @@ def _restore(allowed, limit_code, action_code, wait_ms, current_usage, used, bou
 
 cdef str _figure(double value):
     """A count without a fraction where it has none."""
-    return f"{value:,.0f}" if value == <double> <long long> value else f"{value:,.2f}"
+    return f"{value:,.0f}" if value >= 1e15 or value == <double> <long long> value else f"{value:,.2f}"

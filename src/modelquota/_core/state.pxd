@@ -23,6 +23,7 @@ cdef class QuotaState:
     cdef uint32_t seat              # names this process in locks
 
     cdef int require_open(self) except -1
+    cdef int drop(self, object model_id, RowRef ref) except -1
     cdef RowRef find(self, object model_id)
     cdef RowRef known(self, object model_id)
     cdef bint read(self, RowRef ref, Usage* usage, Limits* limits) noexcept

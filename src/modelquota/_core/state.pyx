@@ -224,27 +224,45 @@ cdef class QuotaState:
 
     # -- rows come and go
 
-    def _put(self, config):
+    cdef int drop(self, object model_id, RowRef ref) except -1:
+        """Forget a row that another process has taken from the model."""
+        if self.interned.get(model_id) is ref:
+            del self.interned[model_id]
+        return 0
+
+    def _put(self, config, only_new=False):
         """Register the model, or replace the limits of a known one and keep its use."""
         cdef Limits limits
-        cdef RowRef ref
+        cdef RowRef ref, other
         cdef int64_t index, now_ns = self.now_ns()
         cdef bytes name = config.model_id.encode()
         self.require_open()
         _pack(config, &limits)
-        ref = self.interned.get(config.model_id)
-        if ref is not None:
-            replace_limits(ref.row, ref.ledger, ref.generation, &limits, now_ns, self.seat)
-            return
+        while True:
+            ref = self.interned.get(config.model_id)
+            if ref is None:
+                break
+            if only_new and ref.row.generation == ref.generation:
+                return
+            if not only_new and replace_limits(ref.row, ref.ledger, ref.generation, &limits, now_ns, self.seat):
+                return
+            self.drop(config.model_id, ref)
         ref = RowRef.__new__(RowRef)
         index = enter(self.header, self.row_array, self.ledger_array, self.name_bytes, name, len(name), &limits, now_ns,
                       self.seat)
-        if index < 0:
+        other = self.interned.get(config.model_id)
+        if index < 0 and other is None:
             raise CapacityError(self.header.max_models)
-        ref.row = &self.row_array[index]
-        ref.ledger = &self.ledger_array[index]
-        ref.generation = ref.row.generation
-        self.interned[config.model_id] = ref
+        if index >= 0:
+            ref.row = &self.row_array[index]
+            ref.ledger = &self.ledger_array[index]
+            ref.generation = ref.row.generation
+            if other is None:       # no thread can come between this and the look-up above
+                self.interned[config.model_id] = ref
+                return
+            leave(self.header, self.row_array, ref.row, ref.ledger, ref.generation, self.seat)  # another was first
+        if not only_new:
+            replace_limits(other.row, other.ledger, other.generation, &limits, now_ns, self.seat)
 
     def _forget(self, model_id):
         """Remove a model; True if it was known."""

@@ -119,6 +119,7 @@ cdef class QuotaTable(QuotaState):
         if not alive:
             if handle is not None:
                 raise UnknownModelError(model_id)
+            self.drop(model_id, ref)
             return self.answer_unknown(model_id, ask)
         result = result_of(&verdict)
         if verdict.log_held:
@@ -210,6 +211,8 @@ cdef class QuotaTable(QuotaState):
         codes = _int64_copy(rows, "rows")
         batch.count = codes.shape[0]
         tokens = _tokens(estimated_tokens, "estimated_tokens", batch.count)
+        if times_ns is not None:    # before the targets: a conversion may run foreign code, which may resize them
+            times_ns = self._times(times_ns, batch.count)
         if out is None:
             out = np.empty(batch.count, np.uint8)
         else:
@@ -223,7 +226,6 @@ cdef class QuotaTable(QuotaState):
             _require_target(retry_after_ms, "retry_after_ms", np.int64, batch.count)
             batch.waits_ms = <int64_t*> cnp.PyArray_DATA(retry_after_ms)
         if times_ns is not None:
-            times_ns = self._times(times_ns, batch.count)
             batch.times_ns = <const int64_t*> cnp.PyArray_DATA(times_ns)
         self._require_codes(codes)
         batch.now_ns = self.now_ns()
@@ -234,7 +236,8 @@ cdef class QuotaTable(QuotaState):
                 due.append((self.name_of(index_of(batch.codes[i - 1])), result_of(&verdict),
                             verdict.log_held))
         if times_ns is not None and batch.count:
-            self.manual.move_to(batch.times_ns[batch.count - 1])
+            if batch.times_ns[batch.count - 1] > self.manual.time_ns:
+                self.manual.move_to(batch.times_ns[batch.count - 1])
         for model_id, result, held in due:
             self._log_violation(model_id, result, held)
         return out
@@ -277,7 +280,7 @@ cdef class QuotaTable(QuotaState):
             if times[0] < self.manual.time_ns or times[count - 1] > MAX_TIME_NS:
                 raise ValueError(f"times_ns runs from {times[0]} to {times[count - 1]}; it must lie between the clock, "
                                  f"{self.manual.time_ns}, and 2**61")
-            falls = np.flatnonzero(np.diff(times) < 0)
+            falls = np.flatnonzero(times[1:] < times[:count - 1])
             if falls.size:
                 at = falls[0] + 1
                 raise ValueError(f"times_ns[{at}] = {times[at]} is before times_ns[{at - 1}] = {times[at - 1]}; "
@@ -288,10 +291,16 @@ cdef class QuotaTable(QuotaState):
 cdef class RowHandle:
     """One model, bound: the checks of `QuotaTable` without the look-up. `ModelQuota` adds the cold verbs."""
 
-    def __init__(self, QuotaTable manager not None, model_id):
-        self.manager = manager
+    def __cinit__(self, QuotaTable manager not None, model_id):
         self.ref = manager.known(model_id)
-        self.model_id = model_id
+        self.manager = manager
+        self.model_id = str.__str__(model_id)
+
+    def __init__(self, manager, model_id):
+        pass
+
+    def __reduce__(self):
+        raise TypeError("a bound model cannot be pickled or copied; call manager.model(model_id)")
 
     def check(self, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
         """As `QuotaTable.check_quota`, for this model; UnknownModelError once it has been removed."""
@@ -309,7 +318,8 @@ cdef class RowHandle:
 cdef cnp.ndarray _int64_copy(object values, str name):
     """A private, contiguous copy: what was validated is what is charged, whoever writes to the original meanwhile."""
     cdef cnp.ndarray array
-    if cnp.PyArray_CheckExact(values) and cnp.PyArray_TYPE(values) == cnp.NPY_INT64 and cnp.PyArray_NDIM(values) == 1:
+    if cnp.PyArray_CheckExact(values) and cnp.PyArray_TYPE(values) == cnp.NPY_INT64 \
+            and cnp.PyArray_ISNOTSWAPPED(values) and cnp.PyArray_NDIM(values) == 1:
         return cnp.PyArray_NewCopy(values, cnp.NPY_CORDER)
     array = np.asarray(values)
     if array.ndim != 1:
@@ -342,12 +352,16 @@ cdef int _require_length(cnp.ndarray array, str name, Py_ssize_t count) except -
 
 
 cdef int _require_target(object array, str name, object dtype, Py_ssize_t count) except -1:
-    """That `array` can be filled from C."""
-    if not isinstance(array, np.ndarray) or array.dtype != dtype:
-        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-        raise TypeError(f"{name} is {kind}; give a {np.dtype(dtype)} array")
-    if array.shape != (count,):
+    """That `array` can be filled from C. Asks numpy itself: a subclass may say anything of its dtype, shape and flags."""
+    cdef cnp.ndarray target
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name} is {type(array).__name__}; give a {np.dtype(dtype)} array")
+    target = array
+    actual = np.ndarray.dtype.__get__(target)
+    if actual != dtype:
+        raise TypeError(f"{name} is {actual}; give a {np.dtype(dtype)} array")
+    if cnp.PyArray_NDIM(target) != 1 or cnp.PyArray_DIM(target, 0) != count:
         raise ValueError(f"{name} has shape {array.shape}; give ({count},)")
-    if not (array.flags.c_contiguous and array.flags.writeable and array.flags.aligned):
+    if not cnp.PyArray_ISCARRAY(target):
         raise ValueError(f"{name} cannot be filled in place; give a contiguous, writeable array")
     return 0
