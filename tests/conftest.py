@@ -1,0 +1,29 @@
+"""How hard Hypothesis searches, and what the promises are checked of.
+
+``HYPOTHESIS_PROFILE=thorough pytest`` searches for many minutes instead of seconds.
+"""
+
+import os
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from oracle import Oracle
+
+from modelquota import ResourceQuotaManager
+
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
+# The first example of a large strategy takes longer, on a busy machine, than Hypothesis thinks healthy.
+SLOW_START = (HealthCheck.too_slow, HealthCheck.data_too_large)
+
+settings.register_profile(
+    "default", deadline=None, print_blob=True, derandomize=IN_CI, max_examples=100, suppress_health_check=SLOW_START
+)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=2500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture(params=[ResourceQuotaManager, Oracle], ids=["core", "oracle"], scope="session")
+def kind(request: pytest.FixtureRequest) -> Any:
+    """A class with the verbs of a manager, whose promises are checked: the core, and the model that judges it."""
+    return request.param

@@ -1,0 +1,364 @@
+"""A plain model of what modelquota does: the referee of the tests.
+
+It is written to be read against the semantics, line by line, and to be slow. Every window keeps a log of
+all that was ever charged to it and counts by adding the log up; every level is a `Fraction`; a wait is found
+by trying each moment at which something leaves. Nothing here is shared with the core, except the words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from fractions import Fraction
+from typing import Any, Protocol
+
+from oracle_answers import COUNTERS, OUTCOMES, TYPES, Decision, Stats, Usage
+
+from modelquota import Limit, ResourceQuotaConfig, UnknownModelError, ViolationAction
+
+SECOND_NS = 10**9
+HOUR_NS = 3600 * SECOND_NS
+DAY_NS = 24 * HOUR_NS
+MS_NS = 10**6
+SLOTS = 60
+NEVER_NS = 2**62
+COUNT_MAX = 2**62
+
+
+def slot_of(at_ns: int, length_ns: int) -> int:
+    """Number of the sub-interval of a window of `length_ns` in which the moment lies."""
+    return at_ns * SLOTS // length_ns
+
+
+def slot_start_ns(slot: int, length_ns: int) -> int:
+    """First whole nanosecond of a sub-interval."""
+    return -(-slot * length_ns // SLOTS)
+
+
+class Clock(Protocol):
+    """What the oracle needs of a clock."""
+
+    @property
+    def now_ns(self) -> int: ...
+
+
+class Window:
+    """Everything that was ever charged to one rolling window."""
+
+    def __init__(self, length_ns: int) -> None:
+        self.length_ns = length_ns
+        self.log: list[tuple[int, int]] = []
+
+    def used(self, now_ns: int) -> int:
+        """Sum of what was charged in the current sub-interval and in the 60 before it."""
+        current = slot_of(now_ns, self.length_ns)
+        return sum(amount for slot, amount in self.log if current - SLOTS <= slot <= current)
+
+    def charge(self, now_ns: int, amount: int) -> None:
+        """Charge, up to the largest number that a window counts."""
+        amount = min(amount, COUNT_MAX - self.used(now_ns))
+        self.log.append((slot_of(now_ns, self.length_ns), amount))
+
+    def passes_at(self, now_ns: int, cost: int, limit: int) -> int | None:
+        """First moment from now at which `cost` fits under `limit` if nothing else is charged; None: never."""
+        leaving = {slot_start_ns(slot + SLOTS + 1, self.length_ns) for slot, _ in self.log}
+        for moment in [now_ns, *sorted(moment for moment in leaving if moment > now_ns)]:
+            if self.used(moment) + cost <= limit:
+                return moment
+        return None
+
+
+class Level:
+    """What was charged and has not drained yet, exactly."""
+
+    def __init__(self) -> None:
+        self.value = Fraction(0)
+        self.at_ns = 0
+
+    def drain(self, now_ns: int, rate: float | None) -> None:
+        """Let time pass under a rate."""
+        if rate is None:
+            self.value = Fraction(0)
+        else:
+            self.value = max(Fraction(0), self.value - Fraction(rate) * (now_ns - self.at_ns) / SECOND_NS)
+        self.at_ns = now_ns
+
+    def passes_at(self, now_ns: int, cost: int, rate: float, cap: Fraction) -> int | None:
+        """First whole nanosecond from now at which `cost` fits under `cap`; None: never."""
+        if self.value + cost <= cap:
+            return now_ns
+        if cost > cap or rate == 0:
+            return None
+        return now_ns + math.ceil((self.value + cost - cap) * SECOND_NS / Fraction(rate))
+
+
+def base(rate: float) -> Fraction:
+    """The part of the level that is rate, not burst."""
+    return max(Fraction(rate), Fraction(1))
+
+
+def percent(used: Fraction | int, limit: Fraction | int | None) -> float:
+    """Share of a limit that is used; an unlimited one is never used."""
+    return 0.0 if limit is None else float(Fraction(100) * used / max(limit, 1))
+
+
+class Model:
+    """One model: its limits, its logs, its memory and its counters."""
+
+    def __init__(self, config: ResourceQuotaConfig) -> None:
+        self.config = config
+        self.requests = {length: Window(length) for length in (SECOND_NS, HOUR_NS, DAY_NS)}
+        self.tokens = {length: Window(length) for length in (SECOND_NS, HOUR_NS, DAY_NS)}
+        self.request_level = Level()
+        self.token_level = Level()
+        self.ram = self.peak_ram = self.ssd = self.peak_ssd = 0
+        self.stats = Stats()
+
+    def pass_time(self, now_ns: int) -> None:
+        """Drain both levels under the rates in force."""
+        self.request_level.drain(now_ns, self.config.max_requests_per_second)
+        self.token_level.drain(now_ns, self.config.max_tokens_per_second)
+
+    def charge(self, now_ns: int, requests: int, tokens: int) -> None:
+        """Add to every window and level; `pass_time` has been called."""
+        for window in self.requests.values():
+            window.charge(now_ns, requests)
+        for window in self.tokens.values():
+            window.charge(now_ns, tokens)
+        if self.config.max_requests_per_second is not None:
+            self.request_level.value += requests
+        if self.config.max_tokens_per_second is not None:
+            self.token_level.value += tokens
+
+    def waits(self, now_ns: int, tokens: int, ram_mb: int, ssd_mb: int) -> dict[Limit, int | None]:
+        """Moment at which each limit passes, in the order in which limits are judged; None: no wait helps."""
+        c, req, tok = self.config, self.requests, self.tokens
+        return {
+            Limit.RAM: _fixed(now_ns, self.ram, ram_mb, c.max_ram_mb),
+            Limit.SSD: _fixed(now_ns, self.ssd, ssd_mb, c.max_ssd_mb),
+            Limit.CONCURRENCY: _fixed(now_ns, 0, 1, c.max_concurrent_requests),
+            Limit.REQUESTS_PER_SECOND: _rate(
+                now_ns, req[SECOND_NS], self.request_level, 1, c.max_requests_per_second, c.burst_requests
+            ),
+            Limit.TOKENS_PER_SECOND: _rate(
+                now_ns, tok[SECOND_NS], self.token_level, tokens, c.max_tokens_per_second, c.burst_tokens
+            ),
+            Limit.TOKENS_PER_HOUR: _quota(now_ns, tok[HOUR_NS], tokens, c.max_tokens_per_hour),
+            Limit.REQUESTS_PER_HOUR: _quota(now_ns, req[HOUR_NS], 1, c.max_requests_per_hour),
+            Limit.TOKENS_PER_DAY: _quota(now_ns, tok[DAY_NS], tokens, c.max_tokens_per_day),
+            Limit.REQUESTS_PER_DAY: _quota(now_ns, req[DAY_NS], 1, c.max_requests_per_day),
+        }
+
+    def percents(self, now_ns: int, ram_mb: int = 0, ssd_mb: int = 0, grants: int = 0) -> dict[Limit, float]:
+        """Percent of each limit in use now, with so much memory and so many grants on top."""
+        c, req, tok = self.config, self.requests, self.tokens
+        return {
+            Limit.RAM: percent(self.ram + ram_mb, c.max_ram_mb),
+            Limit.SSD: percent(self.ssd + ssd_mb, c.max_ssd_mb),
+            Limit.CONCURRENCY: percent(grants, c.max_concurrent_requests),
+            Limit.REQUESTS_PER_SECOND: _rate_percent(
+                now_ns, req[SECOND_NS], self.request_level, c.max_requests_per_second, c.burst_requests
+            ),
+            Limit.TOKENS_PER_SECOND: _rate_percent(
+                now_ns, tok[SECOND_NS], self.token_level, c.max_tokens_per_second, c.burst_tokens
+            ),
+            Limit.TOKENS_PER_HOUR: percent(tok[HOUR_NS].used(now_ns), c.max_tokens_per_hour),
+            Limit.REQUESTS_PER_HOUR: percent(req[HOUR_NS].used(now_ns), c.max_requests_per_hour),
+            Limit.TOKENS_PER_DAY: percent(tok[DAY_NS].used(now_ns), c.max_tokens_per_day),
+            Limit.REQUESTS_PER_DAY: percent(req[DAY_NS].used(now_ns), c.max_requests_per_day),
+        }
+
+    def check(self, now_ns: int, tokens: int, ram_mb: int, ssd_mb: int, enforced: bool) -> Decision:
+        """Decide one request; charge it and count it as the decision says."""
+        self.pass_time(now_ns)
+        waits = self.waits(now_ns, tokens, ram_mb, ssd_mb) if enforced else {}
+        violated = {limit: moment for limit, moment in waits.items() if moment is None or moment > now_ns}
+        first = next(iter(violated), None)
+        action = None if first is None else self.config.on_violation
+        allowed = action in (None, ViolationAction.WARN)
+        before = self.percents(now_ns)
+        if allowed:
+            self.charge(now_ns, 1, tokens)
+        self.stats.add(total_checks=1, allowed_requests=int(allowed))
+        if first is None:
+            return Decision(True, current_usage=max(self.percents(now_ns, ram_mb, ssd_mb, 1).values()))
+        assert action is not None
+        self.stats.add(**{"total_violations": 1, OUTCOMES[action]: 1, COUNTERS[TYPES[first]]: 1})
+        usage = max(self.percents(now_ns, ram_mb, ssd_mb, 1).values()) if allowed else before[first]
+        return Decision(allowed, TYPES[first], first, action, _retry_ms(now_ns, violated.values()), usage)
+
+    def usage(self, now_ns: int) -> Usage:
+        """What the model uses now."""
+        self.pass_time(now_ns)
+        c, stats = self.config, self.stats
+        return Usage(
+            current_ram_mb=self.ram,
+            peak_ram_mb=self.peak_ram,
+            current_ssd_mb=self.ssd,
+            peak_ssd_mb=self.peak_ssd,
+            requests_this_second=self.requests[SECOND_NS].used(now_ns),
+            tokens_this_second=self.tokens[SECOND_NS].used(now_ns),
+            tokens_this_hour=self.tokens[HOUR_NS].used(now_ns),
+            tokens_this_day=self.tokens[DAY_NS].used(now_ns),
+            requests_this_hour=self.requests[HOUR_NS].used(now_ns),
+            requests_this_day=self.requests[DAY_NS].used(now_ns),
+            burst_requests_used=_burst_used(self.request_level, c.max_requests_per_second),
+            burst_tokens_used=_burst_used(self.token_level, c.max_tokens_per_second),
+            total_violations=stats.total_violations,
+            ram_violations=stats.ram_violations,
+            ssd_violations=stats.ssd_violations,
+            rate_violations=stats.rate_violations,
+            quota_violations=stats.quota_violations,
+            concurrency_violations=stats.concurrency_violations,
+        )
+
+
+def _fixed(now_ns: int, used: int, cost: int, limit: int | None) -> int | None:
+    return now_ns if limit is None or cost == 0 or used + cost <= limit else None
+
+
+def _quota(now_ns: int, window: Window, cost: int, limit: int | None) -> int | None:
+    return now_ns if limit is None or cost == 0 else window.passes_at(now_ns, cost, limit)
+
+
+def _rate(now_ns: int, window: Window, level: Level, cost: int, rate: float | None, burst: int) -> int | None:
+    if rate is None or cost == 0:
+        return now_ns
+    if rate == 0:
+        return None
+    ceiling = window.passes_at(now_ns, cost, math.ceil(rate) + burst)
+    drained = level.passes_at(now_ns, cost, rate, base(rate) + burst)
+    return None if ceiling is None or drained is None else max(ceiling, drained)
+
+
+def _rate_percent(now_ns: int, window: Window, level: Level, rate: float | None, burst: int) -> float:
+    if rate is None:
+        return 0.0
+    ceiling = math.ceil(rate) + burst if rate else 0  # a rate of 0 admits nothing, whatever the burst
+    return max(percent(window.used(now_ns), ceiling), percent(level.value, base(rate) + burst))
+
+
+def _retry_ms(now_ns: int, moments: Iterable[int | None]) -> int | None:
+    waits = [None if moment is None else moment - now_ns for moment in moments]
+    if any(wait is None or wait > NEVER_NS for wait in waits):
+        return None
+    return max(-(-wait // MS_NS) for wait in waits if wait is not None)
+
+
+def _burst_used(level: Level, rate: float | None) -> int:
+    return 0 if rate is None else max(0, math.ceil(level.value - base(rate)))
+
+
+class Oracle:
+    """The verbs of a `ResourceQuotaManager`, for the tests to compare with."""
+
+    def __init__(self, *, clock: Clock, default_quota: ResourceQuotaConfig | None = None) -> None:
+        self.clock = clock
+        self.default_quota = default_quota
+        self.enforcement_enabled = True
+        self.models: dict[str, Model] = {}
+        self.elsewhere = Stats()
+
+    def set_quota(self, config: ResourceQuotaConfig | str, **changes: Any) -> None:
+        """Replace the limits of a model and keep its usage; register it where it is unknown."""
+        if isinstance(config, str):
+            config = ResourceQuotaConfig(config, **changes)
+        model = self.models.setdefault(config.model_id, Model(config))
+        model.pass_time(self.clock.now_ns)
+        model.config = config
+        model.pass_time(self.clock.now_ns)
+
+    def update_quota(self, model_id: str, **changes: Any) -> ResourceQuotaConfig:
+        """Change some limits of a known model."""
+        config = self._known(model_id).config.replace(**changes)
+        self.set_quota(config)
+        return config
+
+    def remove_quota(self, model_id: str) -> bool:
+        """Forget a model but for its part in the totals."""
+        model = self.models.pop(model_id, None)
+        if model is not None:
+            self.elsewhere.add(**{f.name: getattr(model.stats, f.name) for f in fields(Stats)})
+        return model is not None
+
+    def check_quota(
+        self, model_id: str, estimated_tokens: int, ram_needed_mb: int = 0, ssd_needed_mb: int = 0
+    ) -> Decision:
+        """Decide one request."""
+        if model_id not in self.models and self.default_quota is not None:
+            self.set_quota(self.default_quota.replace(model_id=model_id))
+        if model_id not in self.models:
+            self.elsewhere.add(total_checks=1, allowed_requests=1)
+            return Decision(True)
+        return self.models[model_id].check(
+            self.clock.now_ns, estimated_tokens, ram_needed_mb, ssd_needed_mb, self.enforcement_enabled
+        )
+
+    def rows(self, model_ids: Sequence[str]) -> list[str]:
+        """Row codes: here the ids themselves."""
+        return list(model_ids)
+
+    def charge_many(self, rows: Sequence[str], tokens: int | Sequence[int]) -> None:
+        """Charge tokens to models, whatever their limits."""
+        for row, amount in zip(rows, [tokens] * len(rows) if isinstance(tokens, int) else tokens, strict=True):
+            model = self._known(row)
+            model.pass_time(self.clock.now_ns)
+            model.charge(self.clock.now_ns, 0, int(amount))
+
+    def update_memory_usage(self, model_id: str, ram_mb: int, ssd_mb: int) -> None:
+        """State the memory that a model uses."""
+        model = self._known(model_id)
+        model.ram, model.ssd = ram_mb, ssd_mb
+        model.peak_ram, model.peak_ssd = max(model.peak_ram, ram_mb), max(model.peak_ssd, ssd_mb)
+
+    def reset_burst(self, model_id: str) -> None:
+        """Forgive what both levels hold above the rate."""
+        model = self._known(model_id)
+        model.pass_time(self.clock.now_ns)
+        for level, rate in (
+            (model.request_level, model.config.max_requests_per_second),
+            (model.token_level, model.config.max_tokens_per_second),
+        ):
+            level.value = Fraction(0) if rate is None else min(level.value, base(rate))
+
+    def get_quota(self, model_id: str) -> ResourceQuotaConfig | None:
+        """Limits of a model, or None."""
+        return self.models[model_id].config if model_id in self.models else None
+
+    def get_usage(self, model_id: str) -> Usage | None:
+        """Usage of a model, or None."""
+        return self.models[model_id].usage(self.clock.now_ns) if model_id in self.models else None
+
+    def get_report(self, model_id: str) -> dict[str, float] | None:
+        """Numbers of a `ModelReport`, or None."""
+        model, usage = self.models.get(model_id), self.get_usage(model_id)
+        if model is None or usage is None:
+            return None
+        percents = model.percents(self.clock.now_ns)
+        return {
+            "ram_utilization": percents[Limit.RAM],
+            "ssd_utilization": percents[Limit.SSD],
+            "requests_per_second": float(usage.requests_this_second),
+            "tokens_per_second": float(usage.tokens_this_second),
+            "hourly_quota_used": percents[Limit.TOKENS_PER_HOUR],
+            "daily_quota_used": percents[Limit.TOKENS_PER_DAY],
+            "hourly_requests_used": percents[Limit.REQUESTS_PER_HOUR],
+            "daily_requests_used": percents[Limit.REQUESTS_PER_DAY],
+        }
+
+    def get_stats(self) -> Stats:
+        """Totals over all models that are or ever were."""
+        total = Stats()
+        for part in [self.elsewhere, *(model.stats for model in self.models.values())]:
+            total.add(**{f.name: getattr(part, f.name) for f in fields(Stats)})
+        return total
+
+    def list_models(self) -> list[str]:
+        """Ids of the known models."""
+        return list(self.models)
+
+    def _known(self, model_id: str) -> Model:
+        if model_id not in self.models:
+            raise UnknownModelError(model_id)
+        return self.models[model_id]
