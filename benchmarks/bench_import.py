@@ -1,0 +1,14 @@
+"""How long does the import take, which brings numpy with it?"""
+
+from benchmarks.children import import_ns
+from benchmarks.figures import Row, ratio_at_most
+
+QUESTION = "import"
+ROUNDS = 15
+NS_PER_MS = 1e6
+
+
+def test_import(bench):
+    series = bench.interleave(ROUNDS, lambda: import_ns("modelquota"), numpy=lambda: import_ns("numpy"))
+    ms, numpy_ms = (min(series[name]) / NS_PER_MS for name in ("ours", "numpy"))
+    bench.add(Row(QUESTION, "import modelquota", ms, "ms", "numpy", numpy_ms, (ratio_at_most(1.3),)))
