@@ -31,10 +31,11 @@ if SANITIZE:
 class SourceDistribution(sdist):
     """The sources with everything that the tests and benchmarks need."""
 
-    def add_defaults(self):
-        super().add_defaults()
-        for pattern in ("tests/*.py", "benchmarks/**/*.py", "benchmarks/**/*.pyx", "benchmarks/**/*.zig"):
+    def make_distribution(self):
+        sources = f"{CORE}/*.pyx", "tests/*.py", "benchmarks/**/*.py", "benchmarks/**/*.pyx", "benchmarks/**/*.zig"
+        for pattern in sources:
             self.filelist.extend(glob(pattern, recursive=True))
+        super().make_distribution()
 
 
 CORE = "src/modelquota/_core"
