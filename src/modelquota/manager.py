@@ -14,7 +14,7 @@ from modelquota._core.clock import ManualClock
 from modelquota._core.mapping import MAX_MODELS_LIMIT
 from modelquota._core.result import QuotaCheckResult
 from modelquota._core.table import QuotaTable, RowHandle
-from modelquota.config import ResourceQuotaConfig
+from modelquota.config import MAX_COUNT, ResourceQuotaConfig
 from modelquota.errors import UnknownModelError
 from modelquota.limits import ViolationAction
 from modelquota.report import ModelReport, QuotaStats, ResourceUsage, model_report, status_lines
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("modelquota")
 logger.addHandler(logging.NullHandler())
 
-MAX_COUNT = 2**62
 _USAGE_FIELDS = tuple(ResourceUsage.__dataclass_fields__)
 _SECOND_NS = 1_000_000_000
 _T = TypeVar("_T")

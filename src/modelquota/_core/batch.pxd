@@ -1,6 +1,6 @@
 # Batches: the loops around one decision, wholly without the GIL. Codes are generation << 32 | row number.
 from libc.stdint cimport int64_t, uint8_t, uint32_t
-from modelquota._core.decision cimport Ask, NEVER, Verdict, charge_tokens, decide, pass_time
+from modelquota._core.decision cimport Ask, Verdict, charge_tokens, decide, pass_time
 from modelquota._core.layout cimport Header, MAX_COUNT, Ledger, Row, SECOND, SLOTS
 from modelquota._core.lock cimport lock, unlock
 from modelquota._core.window cimport slot_at

@@ -6,7 +6,6 @@ runs wholly without the GIL.
 """
 import operator
 
-cimport cython
 import numpy as np
 cimport numpy as cnp
 from cpython.dict cimport PyDict_GetItemWithError

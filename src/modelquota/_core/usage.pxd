@@ -1,8 +1,8 @@
 # What can be read of a row, whose lock is held, and how limits are put into it.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
-from modelquota._core.decision cimport NS_PER_SECOND, pass_time
-from modelquota._core.layout cimport DAY, HOUR, Ledger, Row, SECOND, UNLIMITED, Wide, WINDOWS
-from modelquota._core.level cimport burst_used, drain_levels, rescale
+from modelquota._core.decision cimport pass_time
+from modelquota._core.layout cimport DAY, HOUR, Ledger, Row, SECOND, Wide, WINDOWS
+from modelquota._core.level cimport burst_used, rescale
 from modelquota._core.window cimport measure_room, requests_charged, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_used
 
 
