@@ -1,12 +1,15 @@
 """Resource quotas for multi-model inference: may this model take this request now?"""
 
 from modelquota._core.clock import ManualClock
+from modelquota._core.grant import Grant
 from modelquota._core.result import QuotaCheckResult
 from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import (
     CapacityError,
+    GrantClosedError,
     QuotaConfigError,
     QuotaError,
+    QuotaExceededError,
     QuotaFileError,
     TraceError,
     UnknownModelError,
@@ -20,6 +23,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CapacityError",
+    "Grant",
+    "GrantClosedError",
     "Limit",
     "ManualClock",
     "ModelQuota",
@@ -27,6 +32,7 @@ __all__ = [
     "QuotaCheckResult",
     "QuotaConfigError",
     "QuotaError",
+    "QuotaExceededError",
     "QuotaFileError",
     "QuotaStats",
     "ResourceQuotaConfig",

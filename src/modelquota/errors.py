@@ -4,6 +4,10 @@ Wrong types and figures in the arguments of a check are plain `TypeError` and `V
 """
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._core.result import QuotaCheckResult
 
 
 class QuotaError(Exception):
@@ -105,6 +109,57 @@ class UnknownModelError(QuotaError, KeyError):
 
     def __str__(self) -> str:
         return self.message or f"no quota is set for model {_shown(self.model_id)}; call set_quota for it first"
+
+
+class QuotaExceededError(QuotaError):
+    """A request was denied, or waited as long as it may and was not admitted. Nothing has been charged.
+
+    Wait for `retry_after_ms` where that is no None, free memory or ask for less where it is, or tell the client.
+
+    Parameters
+    ----------
+    result : QuotaCheckResult
+        The denial: which limit of which model, with the numbers.
+    """
+
+    def __init__(self, result: "QuotaCheckResult") -> None:
+        super().__init__(result)
+        self.result = result
+
+    @property
+    def retry_after_ms(self) -> int | None:
+        """Milliseconds after which the same request passes if nothing else is admitted meanwhile, or None."""
+        return self.result.retry_after_ms
+
+    def __str__(self) -> str:
+        return f"model {_shown(self.result.model_id)}: {self.result.reason}"
+
+
+class GrantClosedError(QuotaError, RuntimeError):
+    """A grant was to be changed after it had been settled, cancelled or released.
+
+    Settle or cancel a grant once, while it is open, and count tokens before that.
+
+    Parameters
+    ----------
+    verb : str
+        What was to be done.
+    stage : str
+        What had been done before: ``"settled"``, ``"cancelled"`` or ``"released"``.
+
+    Examples
+    --------
+    >>> print(GrantClosedError("add", "released"))
+    add comes too late: the grant has been released
+    """
+
+    def __init__(self, verb: str, stage: str) -> None:
+        super().__init__(verb, stage)
+        self.verb = verb
+        self.stage = stage
+
+    def __str__(self) -> str:
+        return f"{self.verb} comes too late: the grant has been {self.stage}"
 
 
 class CapacityError(QuotaError, RuntimeError):

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import numpy as np
 
 from modelquota._core.clock import ManualClock
+from modelquota._core.grant import GrantTable
 from modelquota._core.mapping import MAX_MODELS_LIMIT
 from modelquota._core.result import QuotaCheckResult
-from modelquota._core.table import QuotaTable, RowHandle
+from modelquota._core.table import RowHandle
 from modelquota.config import MAX_COUNT, ResourceQuotaConfig
 from modelquota.errors import UnknownModelError
 from modelquota.limits import ViolationAction
@@ -30,7 +31,7 @@ _SECOND_NS = 1_000_000_000
 _T = TypeVar("_T")
 
 
-class ResourceQuotaManager(QuotaTable):
+class ResourceQuotaManager(GrantTable):
     """Quotas of many models, and the one question of an inference service: may this model take this request now?
 
     Every verb may be called from any thread. Processes forked after its creation share the state.
@@ -170,7 +171,7 @@ class ResourceQuotaManager(QuotaTable):
         violations = totals["violations"]
         denied = totals["rejected"] + totals["throttled"] + totals["queued"]
         return QuotaStats(
-            total_checks=totals["allowed"] + denied,
+            total_checks=totals["allowed"] + denied - totals["waited"],
             allowed_requests=totals["allowed"],
             total_violations=sum(violations),
             rejected_requests=totals["rejected"],

@@ -1,6 +1,8 @@
 # Batches: the loops around one decision, wholly without the GIL. Codes are generation << 32 | row number.
 from libc.stdint cimport int64_t, uint8_t, uint32_t
-from modelquota._core.decision cimport Ask, Verdict, charge_tokens, decide, pass_time
+from modelquota._core.decision cimport (
+    Ask, LAST_TICKET, LOWEST_PRIORITY, Verdict, charge_tokens, decide, pass_time
+)
 from modelquota._core.layout cimport Header, MAX_COUNT, Ledger, Row, SECOND, SLOTS
 from modelquota._core.lock cimport lock, unlock
 from modelquota._core.window cimport slot_at
@@ -94,6 +96,9 @@ cdef inline Py_ssize_t check_batch(
     cdef Row* row
     cdef int64_t now_ns
     ask.ram_mb = ask.ssd_mb = 0
+    ask.ticket = LAST_TICKET
+    ask.priority = LOWEST_PRIORITY
+    ask.waiting = False
     verdict.log_held = 0
     while i < batch.count:
         now_ns = batch.times_ns[i] if batch.times_ns else batch.now_ns

@@ -2,7 +2,7 @@
 #
 # One mapping holds, in this order: Header, Row[max_models], Ledger[max_models], names. Rows never move. Every field
 # names its unit.
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from *:
     """
@@ -18,7 +18,7 @@ cdef extern from *:
     const int64_t MAX_TIME_NS "MQ_MAX_TIME_NS"  # the latest time that slot arithmetic holds (73 years)
 
 cdef enum:
-    LAYOUT_VERSION = 1
+    LAYOUT_VERSION = 2
     SLOTS = 60              # closed slots that a window counts beside the current one
     WINDOWS = 3             # SECOND, HOUR, DAY
     SECOND = 0
@@ -58,7 +58,6 @@ cdef struct Ledger:
     # -- rolling windows SECOND, HOUR, DAY. Charged ever = mark - Row's room; used = charged - base. All modulo 2**64.
     uint64_t requests_mark
     uint64_t tokens_mark
-    int64_t slot                # number of the current 1/60 s slot since time 0
     uint64_t requests_base[3]   # charged when the oldest counted slot began
     uint64_t tokens_base[3]
     uint64_t requests_start[3]  # charged when the current slot began
@@ -82,12 +81,23 @@ cdef struct Ledger:
     int64_t max_ssd_mb
     int64_t concurrent          # open grants
     int64_t max_concurrent      # or UNLIMITED
-    int64_t waiting             # requests in the queue
+    # -- the line of requests that wait
+    int64_t waiting             # how many
     int64_t max_queued
+    int64_t head_ready_ns       # when the first of them may pass; NEVER where that depends on others
+    int64_t head_ticket         # its place: higher priority first, then the lower ticket
+    int32_t head_priority
+    uint8_t head_limit          # Limit code of what it waits for; 0 where that is not known yet
+    # -- what levels may take back, see level.pxd: the lowest level of the current 60 s slot and of the one before
+    int64_t request_low[2]
+    int64_t token_low[2]
+    int64_t rates_since_ns      # when a rate changed last; a level takes back nothing that was charged before
     # -- counters since the model was registered
     uint64_t rejected           # denied checks, by the action applied
     uint64_t throttled
     uint64_t queued
+    uint64_t waited             # requests that were counted as denied and then admitted after a wait
+    uint64_t tokens_refunded
     uint64_t violations[5]      # violated checks by first limit: RAM, SSD, rate, quota, concurrency
     uint32_t log_second         # 1 + the second of the model's time in which a violation was logged last
     uint32_t log_held           # violations since then that were not logged
@@ -97,7 +107,6 @@ cdef struct Ledger:
     double requests_per_second  # infinity = no limit
     double tokens_per_second
     double grace_period_sec
-    int64_t spare               # makes the ledger 2,560 bytes, whole cache lines
     # -- the closed slots of each window; slot s stands at s % SLOTS. A slot's requests beyond 2**32 - 1 are carried into
     # the next one.
     int64_t tokens[3][60]
@@ -122,4 +131,5 @@ cdef struct Header:
     uint64_t retired_rejected
     uint64_t retired_throttled
     uint64_t retired_queued
+    uint64_t retired_waited
     uint64_t retired_violations[5]

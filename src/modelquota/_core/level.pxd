@@ -4,7 +4,7 @@
 # Exact: a rate is a double, that is an integer over 2**shift, so in units of 1 / (10**9 * 2**shift) of a request or token
 # the drain per ns is a whole number and nothing is ever rounded. 128 bits hold every level. (Where rate and burst are so
 # far apart that they would not fit, encode_rate rounds the drain down: never more than the rate is admitted.)
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t
 from modelquota._core.layout cimport MAX_COUNT, Row, Wide
 from modelquota._core.window cimport NEVER
 
@@ -18,6 +18,8 @@ cdef extern from *:
 
 cdef enum:
     NS_PER_SECOND = 1_000_000_000
+    SLOT_NS = 16_666_667    # 1/60 s
+    COARSE_BITS = 30
     NO_RATE = 255       # the shift of a rate that is not set: its level stays 0 (a rate of 0 has a level, and never drains)
 
 
@@ -56,18 +58,68 @@ cdef inline void drain_levels(Row* row, int64_t now_ns) noexcept nogil:
     drain_level(&row.token_level, row.token_drain, elapsed_ns)
 
 
+cdef inline wide any_cost(int64_t count, uint8_t shift) noexcept nogil:
+    """level_cost of a count of any size, up to LEVEL_MAX."""
+    # the first test is the second one's cheap half: 30 + 30 + 63 bits are below LEVEL_MAX
+    if (count >> 30 or shift > 63) and shift != NO_RATE and <wide> count > (LEVEL_MAX >> shift) // NS_PER_SECOND:
+        return LEVEL_MAX
+    return level_cost(count, shift)
+
+
 cdef inline void raise_level(Wide* level, int64_t count, uint8_t shift) noexcept nogil:
     """Charge a count of any size."""
     cdef wide now
     if shift == NO_RATE:
         return
-    now = load(level)
-    # the first test is the second one's cheap half: 30 + 30 + 63 bits are below LEVEL_MAX
-    if (count >> 30 or shift > 63) and <wide> count > (LEVEL_MAX >> shift) // NS_PER_SECOND:
-        now = LEVEL_MAX
-    else:
-        now += level_cost(count, shift)
+    now = load(level) + any_cost(count, shift)
     store(level, now if now < LEVEL_MAX else LEVEL_MAX)
+
+
+# Taking back. Had a charge never been made, the level would stand lower by as much of it as has not drained away unused:
+# by the charge, or by the lowest level since then, whichever is less (Lindley's recursion for a queue). The lowest level
+# is kept, as a bound from below, for the current 60 s slot and for the one before; older charges have only what of
+# themselves cannot have drained yet. So a level never takes back too much, and all of it while the model is busy.
+
+cdef inline int64_t coarse(const Wide* level, uint8_t shift) noexcept nogil:
+    """A level rounded down to COARSE_BITS fewer bits, which fits 64."""
+    cdef wide value
+    if shift == NO_RATE:
+        return 0
+    value = load(level) >> (COARSE_BITS + shift)
+    return <int64_t> value if value < INT64_MAX else INT64_MAX
+
+
+cdef inline void note_low(int64_t* low, int64_t level, int64_t steps) noexcept nogil:
+    """Note the level at a slot's beginning, `steps` 60 s slots after the one before."""
+    if steps == 0:
+        low[0] = min(low[0], level)
+        return
+    low[1] = low[0] if steps == 1 else level
+    low[0] = level
+
+
+cdef inline void lower_level(
+    Wide* level, int64_t* low, int64_t drain, uint8_t shift, int64_t count, int64_t charged, int64_t elapsed_ns, int64_t steps
+) noexcept nogil:
+    """Take back `count` of `charged`, which were charged `elapsed_ns` and `steps` 60 s slots ago, as far as that goes."""
+    cdef wide bound, lowest, taken
+    cdef int64_t fewer
+    if shift == NO_RATE or count == 0:
+        return
+    bound = any_cost(charged, shift) - <wide> drain * <wide> elapsed_ns
+    if steps <= 1:
+        lowest = low[0] if steps == 0 else min(low[0], low[1])
+        lowest = (lowest << (COARSE_BITS + shift)) - <wide> drain * SLOT_NS     # a slot's own draining comes on top
+        bound = bound if bound > lowest else lowest
+    taken = any_cost(count, shift)
+    taken = taken if taken < bound else bound
+    taken = taken if taken < load(level) else load(level)
+    if taken <= 0:
+        return
+    store(level, load(level) - taken)
+    fewer = <int64_t> min(taken >> (COARSE_BITS + shift), <wide> INT64_MAX - 1) + 1
+    low[0] = max(low[0] - fewer, 0)
+    low[1] = max(low[1] - fewer, 0)
 
 
 cdef inline int64_t level_wait_ns(
@@ -102,7 +154,7 @@ cdef inline void rescale(Wide* level, uint8_t old_shift, uint8_t shift) noexcept
     store(level, now)
 
 
-cdef inline void empty_burst(Wide* level, int64_t drain, uint8_t shift) noexcept nogil:
+cdef inline void empty_burst(Wide* level, int64_t* low, int64_t drain, uint8_t shift) noexcept nogil:
     """Lower a level to max(rate, 1), where no burst is in use."""
     cdef wide base = <wide> drain * <wide> NS_PER_SECOND
     cdef wide one = level_cost(1, shift)
@@ -110,6 +162,7 @@ cdef inline void empty_burst(Wide* level, int64_t drain, uint8_t shift) noexcept
         base = one
     if load(level) > base:
         store(level, base)
+        note_low(low, coarse(level, shift), 0)
 
 
 cdef inline int64_t burst_used(const Wide* level, int64_t drain, uint8_t shift) noexcept nogil:

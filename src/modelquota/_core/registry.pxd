@@ -94,6 +94,7 @@ cdef inline void leave(
             header.retired_rejected += ledger.rejected
             header.retired_throttled += ledger.throttled
             header.retired_queued += ledger.queued
+            header.retired_waited += ledger.waited
             for kind in range(VIOLATION_TYPES):
                 header.retired_violations[kind] += ledger.violations[kind]
             clear(row, ledger)

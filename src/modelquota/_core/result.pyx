@@ -18,6 +18,8 @@ cdef class QuotaCheckResult:
         Whether the request was admitted, and charged.
     current_usage : float
         Percent. Denied: of the violated limit, without this request. Allowed: the highest of all limits, with it.
+    model_id : str or None
+        The model whose limit was violated, which tells where a request names several; None where nothing was violated.
     """
 
     @property
@@ -27,8 +29,11 @@ cdef class QuotaCheckResult:
 
     @property
     def violation_type(self):
-        """The `ViolationType` of `limit`, or None. Set under the action ``warn`` too."""
-        return LIMITS[self.limit_code].violation_type if self.limit_code else None
+        """The `ViolationType` of `limit`, or None. Set under the action ``warn`` too.
+
+        For `Limit.QUEUE` it is that of the request that is first in line.
+        """
+        return LIMITS[self.cause_code].violation_type if self.cause_code else None
 
     @property
     def action(self):
@@ -77,22 +82,24 @@ cdef class QuotaCheckResult:
 
 
 cdef tuple _fields(QuotaCheckResult result):
-    return (result.allowed, result.limit_code, result.action_code, result.wait_ms, result.current_usage,
-            result.used, result.bound, result.asked)
+    return (result.allowed, result.limit_code, result.cause_code, result.action_code, result.wait_ms, result.current_usage,
+            result.used, result.bound, result.asked, result.model_id)
 
 
-def _restore(allowed, limit_code, action_code, wait_ms, current_usage, used, bound, asked):
+def _restore(allowed, limit_code, cause_code, action_code, wait_ms, current_usage, used, bound, asked, model_id):
     cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
-    if not (0 <= limit_code < len(LIMITS) and -1 <= action_code < len(ACTIONS)):
+    if not (0 <= limit_code < len(LIMITS) and 0 <= cause_code < len(LIMITS) and -1 <= action_code < len(ACTIONS)):
         raise ValueError("not the fields of a QuotaCheckResult")
     result.allowed = allowed
     result.limit_code = limit_code
+    result.cause_code = cause_code
     result.action_code = action_code
     result.wait_ms = wait_ms
     result.current_usage = current_usage
     result.used = used
     result.bound = bound
     result.asked = asked
+    result.model_id = model_id
     return result
 
 

@@ -10,6 +10,10 @@ cdef class RowRef:
     cdef Row* row
     cdef Ledger* ledger
     cdef uint32_t generation
+    cdef object line                # the Line of this process's requests that wait for the model, or None
+
+
+cdef int fork_count() noexcept
 
 
 cdef class QuotaState:
@@ -27,6 +31,7 @@ cdef class QuotaState:
     cdef RowRef find(self, object model_id)
     cdef RowRef known(self, object model_id)
     cdef bint read(self, RowRef ref, Usage* usage, Limits* limits) noexcept
+    cdef int freed(self, RowRef ref) except -1
     cdef str name_of(self, int64_t index)
 
     cdef inline int64_t now_ns(self) noexcept:

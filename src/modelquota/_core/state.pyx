@@ -3,6 +3,8 @@
 Nothing here decides. Critical sections are ``noexcept nogil`` from lock to unlock; whatever may raise comes before or after.
 """
 cimport cython
+import os
+
 import numpy as np
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.math cimport INFINITY
@@ -21,6 +23,22 @@ from modelquota._core.window cimport requests_charged
 from modelquota._core.mapping import create_mapping, fingerprint, plan
 from modelquota.errors import CapacityError, UnknownModelError
 from modelquota.limits import ViolationAction
+
+cdef int forks = 0      # between the first process and this one
+
+
+def _count_fork():
+    global forks
+    forks += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
+cdef int fork_count() noexcept:
+    """Which process this is among those forked from one another: what belongs to another one is left alone."""
+    return forks
+
 
 cdef uint64_t MAGIC = 0x31_61_74_6F_75_71_64_6D     # "mdquota1", as it stands in memory
 cdef tuple ACTIONS = tuple(ViolationAction)
@@ -222,6 +240,12 @@ cdef class QuotaState:
         cdef char* name = self.name_bytes + <int64_t> ledger.name_offset * NAME_UNIT
         return name[:ledger.name_size].decode("utf-8", "replace")
 
+    cdef int freed(self, RowRef ref) except -1:
+        """Something has become free: let those who wait in this process try again."""
+        if ref.line is not None:
+            ref.line.pump()
+        return 0
+
     # -- rows come and go
 
     cdef int drop(self, object model_id, RowRef ref) except -1:
@@ -323,7 +347,7 @@ cdef class QuotaState:
         cdef Ledger* ledger
         cdef int64_t i
         cdef int kind
-        cdef uint64_t allowed, rejected, throttled, queued
+        cdef uint64_t allowed, rejected, throttled, queued, waited
         cdef uint64_t violations[VIOLATION_TYPES]
         self.require_open()
         with nogil:
@@ -332,6 +356,7 @@ cdef class QuotaState:
             rejected = header.retired_rejected
             throttled = header.retired_throttled
             queued = header.retired_queued
+            waited = header.retired_waited
             for kind in range(VIOLATION_TYPES):
                 violations[kind] = header.retired_violations[kind]
             for i in range(header.row_count):
@@ -342,11 +367,12 @@ cdef class QuotaState:
                 rejected += ledger.rejected
                 throttled += ledger.throttled
                 queued += ledger.queued
+                waited += ledger.waited
                 for kind in range(VIOLATION_TYPES):
                     violations[kind] += ledger.violations[kind]
                 unlock(&row.lock)
             unlock(&header.registry_lock)
-        return {"allowed": allowed, "rejected": rejected, "throttled": throttled, "queued": queued,
+        return {"allowed": allowed, "rejected": rejected, "throttled": throttled, "queued": queued, "waited": waited,
                 "violations": [violations[kind] for kind in range(VIOLATION_TYPES)]}
 
     def _state_memory(self, model_id, int64_t ram_mb, int64_t ssd_mb):
@@ -378,8 +404,8 @@ cdef class QuotaState:
             alive = row.generation == ref.generation
             if alive:
                 pass_time(row, ref.ledger, now_ns)
-                empty_burst(&row.request_level, row.request_drain, row.request_shift)
-                empty_burst(&row.token_level, row.token_drain, row.token_shift)
+                empty_burst(&row.request_level, ref.ledger.request_low, row.request_drain, row.request_shift)
+                empty_burst(&row.token_level, ref.ledger.token_low, row.token_drain, row.token_shift)
             unlock(&row.lock)
         if not alive:
             raise UnknownModelError(model_id)

@@ -1,10 +1,24 @@
-from modelquota._core.decision cimport Ask
+from modelquota._core.counts cimport as_count
+from modelquota._core.decision cimport Ask, LAST_TICKET, LOWEST_PRIORITY
 from modelquota._core.state cimport QuotaState, RowRef
+
+
+cdef inline int start_ask(Ask* ask, object tokens, object ram_mb, object ssd_mb) except -1:
+    """What a request that does not wait asks."""
+    ask.tokens = as_count(tokens, "estimated_tokens")
+    ask.ram_mb = as_count(ram_mb, "ram_needed_mb")
+    ask.ssd_mb = as_count(ssd_mb, "ssd_needed_mb")
+    ask.ticket = LAST_TICKET
+    ask.priority = LOWEST_PRIORITY
+    ask.waiting = False
+    return 0
 
 
 cdef class QuotaTable(QuotaState):
     cdef object answer(self, RowRef ref, object model_id, const Ask* ask, object handle)
     cdef object answer_unknown(self, object model_id, const Ask* ask)
+    cdef object check_several(self, object model_ids, const Ask* ask)
+    cdef int count_unknown(self, int ids) except -1
 
 
 cdef class RowHandle:

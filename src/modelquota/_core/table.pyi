@@ -10,7 +10,7 @@ from modelquota._core.state import QuotaState
 class QuotaTable(QuotaState):
     def check_quota(
         self,
-        model_id: str,
+        model_id: str | Sequence[str],
         estimated_tokens: SupportsIndex,
         ram_needed_mb: SupportsIndex = 0,
         ssd_needed_mb: SupportsIndex = 0,

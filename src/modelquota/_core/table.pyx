@@ -4,15 +4,14 @@ One check keeps the GIL: its critical section is a few tens of nanoseconds and t
 row's lock with one compare-and-swap. Only where the lock is held does it spin, and then release the GIL to wait. A batch
 runs wholly without the GIL.
 """
-import operator
-
 import numpy as np
 cimport numpy as cnp
-from cpython.dict cimport PyDict_GetItemWithError
-from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
+from cpython.exc cimport PyErr_Clear
+from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from modelquota._core.batch cimport Batch, charge_batch, check_batch, first_bad_code, first_out_of_range, index_of
+from modelquota._core.counts cimport as_count
 from modelquota._core.decision cimport Ask, NEVER, Verdict, decide, highest_usage
 from modelquota._core.layout cimport Header, MAX_COUNT, MAX_TIME_NS, Ledger, Row
 from modelquota._core.lock cimport lock, spin_lock, try_lock, unlock
@@ -23,27 +22,12 @@ from modelquota.errors import UnknownModelError
 
 cnp.import_array()
 
+cdef extern from "Python.h":
+    PyObject* look_up "PyDict_GetItemWithError"(object mapping, object key)    # the caller sees to the error
+
 cdef extern from *:
     uint64_t count_atomically "__atomic_fetch_add"(uint64_t* word, uint64_t more, int order) noexcept nogil
     const int RELAXED "__ATOMIC_RELAXED"
-
-
-cdef int bad_count(object value, str name) except -1:
-    number = operator.index(value)      # TypeError for a float
-    raise ValueError(f"{name} is {number}; give an integer, 0 .. 2**62")
-
-
-cdef inline int64_t as_count(object value, str name) except -1:
-    """A count from anything with __index__, 0 .. MAX_COUNT."""
-    cdef int overflow = 0
-    cdef int64_t count
-    if PyLong_CheckExact(value):
-        count = PyLong_AsLongLongAndOverflow(value, &overflow)
-    else:
-        count = PyLong_AsLongLongAndOverflow(operator.index(value), &overflow)
-    if overflow or count < 0 or count > MAX_COUNT:
-        bad_count(value, name)
-    return count
 
 
 cdef inline bint decide_and_unlock(
@@ -79,8 +63,10 @@ cdef class QuotaTable(QuotaState):
 
         Parameters
         ----------
-        model_id : str
+        model_id : str or sequence of str
             An id without a quota is allowed and counted; with `default_quota` it is registered from that template.
+            Several, such as ``("acme", "acme/bob", "llama-70b")``, are one decision: all are charged, or none. Each
+            counts as a check of its own, a violation only for the model that the result names.
         estimated_tokens : int
             Tokens, 0 .. 2**62. 0 passes every token limit.
         ram_needed_mb, ssd_needed_mb : int
@@ -97,11 +83,9 @@ cdef class QuotaTable(QuotaState):
             A count that is no integer, or out of range; nothing is charged.
         """
         cdef Ask ask
-        cdef void* found
-        ask.tokens = as_count(estimated_tokens, "estimated_tokens")
-        ask.ram_mb = as_count(ram_needed_mb, "ram_needed_mb")
-        ask.ssd_mb = as_count(ssd_needed_mb, "ssd_needed_mb")
-        found = <void*> PyDict_GetItemWithError(self.interned, model_id)
+        cdef PyObject* found
+        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+        found = look_up(self.interned, model_id)
         if found == NULL:
             return self.answer_unknown(model_id, &ask)
         return self.answer(<RowRef> found, model_id, &ask, None)
@@ -120,25 +104,34 @@ cdef class QuotaTable(QuotaState):
                 raise UnknownModelError(model_id)
             self.drop(model_id, ref)
             return self.answer_unknown(model_id, ask)
-        result = result_of(&verdict)
+        result = result_of(&verdict, model_id)
         if verdict.log_held:
             self._log_violation(model_id, result, verdict.log_held)
         return result
 
     cdef object answer_unknown(self, object model_id, const Ask* ask):
         cdef Verdict verdict
+        PyErr_Clear()       # of a list, which is no key
         self.require_open()
         if not isinstance(model_id, str):
-            raise TypeError(f"model_id is {model_id!r}; give a str")
+            return self.check_several(model_id, ask)
         if self._adopt(model_id):
             return self.answer(self.known(model_id), model_id, ask, None)
-        count_atomically(&self.header.unknown_checks, 1, RELAXED)
+        self.count_unknown(1)
         verdict.allowed = True
         verdict.limit = 0
         verdict.action = -1
         verdict.retry_after_ms = NEVER
         verdict.usage = 0.0
-        return result_of(&verdict)
+        return result_of(&verdict, None)
+
+    cdef object check_several(self, object model_ids, const Ask* ask):
+        """check_quota for a sequence of ids."""
+        raise TypeError(f"model_id is {model_ids!r}; give a str")
+
+    cdef int count_unknown(self, int ids) except -1:
+        count_atomically(&self.header.unknown_checks, ids, RELAXED)
+        return 0
 
     def _adopt(self, model_id):
         """Called for an id without a quota: True where it has one now."""
@@ -232,8 +225,8 @@ cdef class QuotaTable(QuotaState):
             with nogil:
                 i = check_batch(&batch, self.row_array, self.ledger_array, self.header, self.seat, i, &verdict)
             if verdict.log_held:
-                due.append((self.name_of(index_of(batch.codes[i - 1])), result_of(&verdict),
-                            verdict.log_held))
+                name = self.name_of(index_of(batch.codes[i - 1]))
+                due.append((name, result_of(&verdict, name), verdict.log_held))
         if times_ns is not None and batch.count:
             if batch.times_ns[batch.count - 1] > self.manual.time_ns:
                 self.manual.move_to(batch.times_ns[batch.count - 1])
@@ -304,9 +297,7 @@ cdef class RowHandle:
     def check(self, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
         """As `QuotaTable.check_quota`, for this model; UnknownModelError once it has been removed."""
         cdef Ask ask
-        ask.tokens = as_count(estimated_tokens, "estimated_tokens")
-        ask.ram_mb = as_count(ram_needed_mb, "ram_needed_mb")
-        ask.ssd_mb = as_count(ssd_needed_mb, "ssd_needed_mb")
+        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
         return self.manager.answer(self.ref, self.model_id, &ask, self)
 
     def _require_alive(self):

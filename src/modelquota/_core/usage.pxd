@@ -35,7 +35,9 @@ cdef struct Usage:
     int64_t throttled_total
     int64_t queued_total
     int64_t warned_total
-    uint64_t tokens_total       # modulo 2**64
+    int64_t waited_total
+    uint64_t tokens_total           # modulo 2**64; what was refunded is not subtracted
+    uint64_t tokens_refunded_total
 
 
 cdef struct Limits:
@@ -91,12 +93,18 @@ cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usa
     usage.throttled_total = <int64_t> ledger.throttled
     usage.queued_total = <int64_t> ledger.queued
     usage.warned_total = (usage.total_violations - usage.rejected_total - usage.throttled_total - usage.queued_total)
+    usage.waited_total = <int64_t> ledger.waited
     usage.tokens_total = tokens_charged(row, ledger)
+    usage.tokens_refunded_total = ledger.tokens_refunded
 
 
 cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noexcept nogil:
     """Replace the row's limits; what was used stays used."""
     cdef int i
+    if (limits.requests_per_second != ledger.requests_per_second or limits.tokens_per_second != ledger.tokens_per_second
+            or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
+        ledger.rates_since_ns = row.level_ns
+        ledger.request_low[0] = ledger.request_low[1] = ledger.token_low[0] = ledger.token_low[1] = 0
     rescale(&row.request_level, row.request_shift, limits.request_shift)
     rescale(&row.token_level, row.token_shift, limits.token_shift)
     row.request_drain = limits.request_drain
@@ -142,5 +150,5 @@ cdef inline void read_limits(const Ledger* ledger, Limits* limits) noexcept nogi
 cdef inline void start_row(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
     """Set the time of a model whose row and ledger are zero."""
     row.level_ns = now_ns
-    ledger.slot = slot_at(now_ns)
-    row.slot_end_ns = slot_start_ns(ledger.slot + 1)
+    ledger.rates_since_ns = now_ns
+    row.slot_end_ns = slot_start_ns(slot_at(now_ns) + 1)

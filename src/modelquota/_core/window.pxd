@@ -26,6 +26,11 @@ cdef inline int64_t slot_start_ns(int64_t slot) noexcept nogil:
     return (slot * THREE_SLOTS_NS + 2) // 3
 
 
+cdef inline int64_t current_slot(const Row* row) noexcept nogil:
+    """Number of the 1/60 s slot that the row is in."""
+    return slot_at(row.slot_end_ns) - 1
+
+
 cdef inline int64_t slots_per_slot(int window) noexcept nogil:
     """How many 1/60 s slots make one slot of the window."""
     if window == SECOND:
@@ -82,8 +87,39 @@ cdef inline void roll(
         steps -= 1
 
 
+cdef inline void take_back(
+    const Row* row, Ledger* ledger, int64_t requests, int64_t tokens, int64_t charged_ns
+) noexcept nogil:
+    """Refund what was charged at `charged_ns` to the slots that were charged; nothing where they have left a window.
+
+    measure_room is to be called afterwards. What a slot carried into the next one stays there until it ages out.
+    """
+    cdef int64_t charged = slot_at(charged_ns)
+    cdef int64_t here = current_slot(row)
+    cdef int64_t slot, current, position, fewer_requests, fewer_tokens
+    cdef int i
+    for i in range(WINDOWS):
+        slot = charged // slots_per_slot(i)
+        current = here // slots_per_slot(i)
+        if slot < current - ledger.filled[i]:
+            continue
+        fewer_requests = requests
+        fewer_tokens = tokens
+        if slot == current:
+            ledger.requests_start[i] += <uint64_t> fewer_requests
+            ledger.tokens_start[i] += <uint64_t> fewer_tokens
+        else:
+            position = slot % SLOTS
+            fewer_requests = min(fewer_requests, <int64_t> ledger.requests[i][position])
+            fewer_tokens = min(fewer_tokens, ledger.tokens[i][position])
+            ledger.requests[i][position] -= <uint32_t> fewer_requests
+            ledger.tokens[i][position] -= fewer_tokens
+        ledger.requests_base[i] += <uint64_t> fewer_requests
+        ledger.tokens_base[i] += <uint64_t> fewer_tokens
+
+
 cdef inline void measure_room(Row* row, Ledger* ledger) noexcept nogil:
-    """State anew what may still be admitted. To be called whenever a base, a limit or the concurrency has changed."""
+    """State anew what may still be admitted. To be called when a base, a limit, the concurrency or the line has changed."""
     cdef uint64_t requests = requests_charged(row, ledger)
     cdef uint64_t tokens = tokens_charged(row, ledger)
     cdef int64_t request_room = MAX_COUNT
@@ -97,33 +133,33 @@ cdef inline void measure_room(Row* row, Ledger* ledger) noexcept nogil:
         room = min(ledger.token_limit[i], MAX_COUNT) - <int64_t> (tokens - ledger.tokens_base[i])
         if room < token_room:
             token_room = room
-    if ledger.concurrent >= ledger.max_concurrent and request_room > 0:
-        request_room = 0
+    if request_room > 0 and (ledger.concurrent >= ledger.max_concurrent or ledger.waiting):
+        request_room = 0    # whoever comes now is judged one limit after the other
     row.request_room = request_room
     row.token_room = token_room
     ledger.requests_mark = requests + <uint64_t> request_room
     ledger.tokens_mark = tokens + <uint64_t> token_room
 
 
-cdef inline void turn_slots(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
-    """Move all windows to `now_ns`, which is not before the end of the current slot."""
+cdef inline int64_t turn_slots(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+    """Move all windows to `now_ns`, which is not before the end of the current slot; by how many slots of the hour."""
     cdef uint64_t requests = requests_charged(row, ledger)
     cdef uint64_t tokens = tokens_charged(row, ledger)
-    cdef int64_t before = ledger.slot
+    cdef int64_t before = current_slot(row)
     cdef int64_t after = slot_at(now_ns)
-    cdef int64_t first, steps
+    cdef int64_t first_hour = before // SLOTS_PER_HOUR_SLOT
+    cdef int64_t hours = after // SLOTS_PER_HOUR_SLOT - first_hour
+    cdef int64_t first_day, days
     roll(ledger, SECOND, requests, tokens, before, after - before)
-    first = before // SLOTS_PER_HOUR_SLOT
-    steps = after // SLOTS_PER_HOUR_SLOT - first
-    if steps:
-        roll(ledger, HOUR, requests, tokens, first, steps)
-        first = before // SLOTS_PER_DAY_SLOT
-        steps = after // SLOTS_PER_DAY_SLOT - first
-        if steps:
-            roll(ledger, DAY, requests, tokens, first, steps)
-    ledger.slot = after
+    if hours:
+        roll(ledger, HOUR, requests, tokens, first_hour, hours)
+        first_day = before // SLOTS_PER_DAY_SLOT
+        days = after // SLOTS_PER_DAY_SLOT - first_day
+        if days:
+            roll(ledger, DAY, requests, tokens, first_day, days)
     row.slot_end_ns = slot_start_ns(after + 1)
     measure_room(row, ledger)
+    return hours
 
 
 cdef inline int64_t window_wait_ns(
@@ -139,7 +175,7 @@ cdef inline int64_t window_wait_ns(
         return NEVER
     excess = used - (limit - cost)
     per_slot = slots_per_slot(window)
-    slot = ledger.slot // per_slot - ledger.filled[window]
+    slot = current_slot(row) // per_slot - ledger.filled[window]
     position = slot % SLOTS
     for i in range(ledger.filled[window]):
         excess -= ledger.tokens[window][position] if of_tokens else <int64_t> ledger.requests[window][position]

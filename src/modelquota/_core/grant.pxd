@@ -1,0 +1,51 @@
+from libc.stdint cimport int64_t
+from modelquota._core.decision cimport Ask, Verdict
+from modelquota._core.hold cimport Charge, Hold
+from modelquota._core.joint cimport Joint
+from modelquota._core.state cimport RowRef
+from modelquota._core.table cimport QuotaTable
+
+
+cdef enum Stage:
+    CLOSED = 0
+    OPEN = 1
+    SETTLED = 2         # the truth is known; memory and concurrency are still held
+
+
+cdef class Grant:
+    cdef GrantTable manager
+    cdef RowRef ref             # of the first model
+    cdef tuple others           # RowRefs of the rest, or None
+    cdef Hold first
+    cdef Hold* more             # those of the others
+    cdef Charge charge          # of the first model, by the admission
+    cdef Charge* charges        # all: `parties` a time, the admission's and then those of add()
+    cdef int parties
+    cdef int times
+    cdef int capacity           # of `charges`, in times; 0 while it is `charge` itself
+    cdef int forks              # in which process it was made
+    cdef Stage stage
+    cdef bint cancelled
+    cdef bint counting          # add() was called
+    cdef readonly bint limit_reached
+    cdef readonly int64_t estimated_tokens
+    cdef int64_t charged        # the estimate and what add() charged beyond it
+    cdef int64_t used           # what add() counted, or settle() said
+
+    cdef Hold* hold(self, int party) noexcept
+    cdef Charge* charge_of(self, int time, int party) noexcept
+    cdef RowRef ref_of(self, int party)
+    cdef int require_open(self, str verb) except -1
+    cdef bint ours(self) noexcept
+    cdef bint charge_more(self) except -1
+    cdef int reserve_charges(self) except -1
+    cdef int finish(self, int64_t tokens, bint undo, bint close) except -1
+    cdef int release_as(self, bint failed) except -1
+
+
+cdef class GrantTable(QuotaTable):
+    cdef int parties_of(self, object model_ids, Joint* joint, list refs) except -1
+    cdef Grant grant_of(self, Joint* joint, list refs, const Ask* ask)
+    cdef int decide_all(self, object model_ids, const Ask* ask, bint holding, bint nowait, list refs, Joint* joint,
+                        Verdict* verdict) except -3
+    cdef object name_in(self, object model_ids, list refs, int party)

@@ -1,0 +1,478 @@
+"""Grants: admissions whose outcome is held, and settled once the truth is known.
+
+A grant belongs to the process that made it. Its own fields are guarded by the GIL; what it changes of a row, by the
+row's lock. Whatever has closed once stays closed: nothing is given back twice.
+"""
+cimport cython
+from cpython.exc cimport PyErr_WarnEx, PyErr_WriteUnraisable
+from libc.stdint cimport int64_t, uint32_t
+from libc.stdlib cimport free, malloc, realloc
+
+from modelquota._core.counts cimport as_count
+from modelquota._core.decision cimport Ask, Verdict, charge_tokens, highest_usage, pass_time
+from modelquota._core.hold cimport Charge, Hold, admits_tokens, let_go, refund, take_hold
+from modelquota._core.joint cimport (
+    Joint, MOST_MODELS, NOBODY, decide_jointly, first_gone, lock_rows, put_in_order, try_lock_rows, unlock_rows
+)
+from modelquota._core.layout cimport Header, Ledger, MAX_COUNT, Row
+from modelquota._core.lock cimport lock, spin_lock, try_lock, unlock
+from modelquota._core.result cimport result_of
+from modelquota._core.state cimport RowRef, fork_count
+from modelquota._core.table cimport QuotaTable, start_ask
+
+from modelquota.errors import GrantClosedError, QuotaExceededError, UnknownModelError
+
+cdef enum:
+    LEAST_CHUNK = 16        # tokens that add() charges at a time beyond the estimate, at least,
+    CHUNK_SHARE = 8         # and one part in so many of what has been charged
+    BUSY = -2               # decide_all: a row is locked, and the caller does not wait
+
+
+cdef inline void take_lock(Row* row, uint32_t seat) noexcept:
+    """Lock a row while holding the GIL; where it is locked for long, the GIL is released to wait."""
+    if try_lock(&row.lock, seat) or spin_lock(&row.lock, seat):
+        return
+    with nogil:
+        lock(&row.lock, seat)
+
+
+@cython.final
+@cython.freelist(64)
+cdef class Grant:
+    """An admitted request: it holds memory and one unit of concurrency until it is released. Made by `reserve`.
+
+    As a context manager it releases on leaving. Where the tokens were not settled by then, what `add` counted stands;
+    where `add` was not called either, the estimate stands after success, and no tokens after an exception.
+
+    Refunds go to the very slots of the windows that were charged, and count nowhere once those have left a window. A
+    grant that is garbage-collected unreleased is released, with a ResourceWarning. In a process forked meanwhile the
+    copy of a grant does nothing.
+
+    Attributes
+    ----------
+    estimated_tokens : int
+        What was asked.
+    limit_reached : bool
+        Whether `add` has returned False: tokens beyond the estimate did not fit any more.
+    """
+
+    def __init__(self):
+        raise TypeError("grants are made by reserve, acquire and acquire_async")
+
+    def __dealloc__(self):
+        if self.manager is not None and self.stage != CLOSED and self.ours():
+            try:
+                self.release_as(False)
+                PyErr_WarnEx(ResourceWarning, b"a grant was garbage-collected unreleased; use it in a with statement", 1)
+            except BaseException:
+                PyErr_WriteUnraisable(None)     # warnings may be errors, and nobody can catch one here
+        free(self.more)
+        if self.capacity:
+            free(self.charges)
+
+    # -- the parts
+
+    cdef inline Hold* hold(self, int party) noexcept:
+        return &self.first if party == 0 else &self.more[party - 1]
+
+    cdef inline Charge* charge_of(self, int time, int party) noexcept:
+        return &self.charges[time * self.parties + party]
+
+    cdef RowRef ref_of(self, int party):
+        return self.ref if party == 0 else <RowRef> self.others[party - 1]
+
+    cdef inline bint ours(self) noexcept:
+        return self.forks == fork_count()
+
+    cdef inline int require_open(self, str verb) except -1:
+        if self.stage != OPEN:
+            raise GrantClosedError(verb, "cancelled" if self.cancelled else
+                                   "settled" if self.stage == SETTLED else "released")
+        return 0
+
+    @property
+    def model_ids(self):
+        """The models that granted, in the order in which they were named."""
+        return tuple([self.manager.name_of(self.ref_of(i).row - self.manager.row_array) for i in range(self.parties)])
+
+    @property
+    def tokens(self):
+        """What stands for the request now: what was settled, or counted by `add`, or else the estimate."""
+        return self.used if self.counting or self.stage == SETTLED else self.charged
+
+    @property
+    def released(self):
+        """Whether memory and concurrency have been given back."""
+        return self.stage == CLOSED
+
+    # -- tokens
+
+    def add(self, tokens=1):
+        """Account tokens as they are generated; False where a limit has been reached and generation should stop.
+
+        Within the estimate this touches no shared state. Beyond it tokens are charged in chunks, so that the next calls
+        are cheap again, and what is left of a chunk is refunded at the end. Tokens that do not fit exist all the same:
+        they are charged past the limit, and the answer is False.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Not an integer from 0 to 2**62; nothing is counted.
+        GrantClosedError
+            The grant has been settled, cancelled or released.
+        """
+        cdef int64_t more = as_count(tokens, "tokens")
+        if self.stage != OPEN:
+            self.require_open("add")
+        if more > MAX_COUNT - self.used:
+            raise ValueError(f"tokens is {more}, and {self.used} were counted before; the sum may be 2**62 at most")
+        self.counting = True
+        self.used += more
+        if self.used <= self.charged:
+            return True
+        return self.charge_more()
+
+    cdef bint charge_more(self) except -1:
+        """Charge what has been used beyond what was charged, and a little ahead where that fits."""
+        cdef Joint joint
+        cdef int64_t over = self.used - self.charged
+        cdef int64_t chunk = min(max(over, max(LEAST_CHUNK, self.charged // CHUNK_SHARE)), MAX_COUNT - self.charged)
+        cdef int64_t now_ns
+        cdef bint fits = True
+        cdef int i
+        cdef Hold* party
+        if not self.ours():
+            return True
+        self.reserve_charges()
+        now_ns = self.manager.now_ns()
+        joint.count = self.parties
+        for i in range(self.parties):
+            joint.parties[i] = self.hold(i)[0]
+        put_in_order(&joint)
+        if not try_lock_rows(&joint, self.manager.seat):
+            with nogil:
+                lock_rows(&joint, self.manager.seat)
+        for i in range(self.parties):
+            party = &joint.parties[i]
+            if party.row.generation == party.generation:
+                pass_time(party.row, party.ledger, now_ns)
+                if not admits_tokens(party.row, party.ledger, chunk, self.manager.header.enforcing):
+                    chunk = over
+                    fits = fits and admits_tokens(party.row, party.ledger, over, self.manager.header.enforcing)
+        for i in range(self.parties):
+            party = &joint.parties[i]
+            if party.row.generation == party.generation:
+                self.charge_of(self.times, i).at_ns = party.row.level_ns
+                self.charge_of(self.times, i).tokens = charge_tokens(party.row, party.ledger, chunk)
+        unlock_rows(&joint, joint.count)
+        self.times += 1
+        self.charged += chunk
+        if not fits:
+            self.limit_reached = True
+        return fits
+
+    cdef int reserve_charges(self) except -1:
+        """Make room for one more time of charges."""
+        cdef Charge* grown
+        cdef int i
+        if self.times < self.capacity:
+            return 0
+        grown = <Charge*> realloc(self.charges if self.capacity else NULL,
+                                  (2 * self.times + 2) * self.parties * sizeof(Charge))
+        if grown == NULL:
+            raise MemoryError()
+        if self.capacity == 0:
+            grown[0] = self.charge
+        self.charges = grown
+        self.capacity = 2 * self.times + 2
+        return 0
+
+    def settle(self, actual_tokens):
+        """Replace the estimate, and what `add` counted, by the truth; memory and concurrency stay held.
+
+        Less is refunded to the slots that were charged, more is charged to now, even past a limit: then nothing is
+        admitted until it has aged out. Settling again with the same figure does nothing.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Not an integer from 0 to 2**62; nothing is changed.
+        GrantClosedError
+            The grant has been settled with another figure, or cancelled, or released.
+        """
+        cdef int64_t actual = as_count(actual_tokens, "actual_tokens")
+        if self.stage == SETTLED and self.used == actual:
+            return
+        if self.stage != OPEN:
+            self.require_open("settle")
+        self.finish(actual, False, False)
+        self.used = actual
+        self.stage = SETTLED
+
+    def cancel(self):
+        """Undo the request: its tokens and the request itself are refunded, and all that is held is given back.
+
+        Cancelling again does nothing. Raises GrantClosedError where the grant has been settled or released.
+        """
+        if self.cancelled:
+            return
+        self.require_open("cancel")
+        self.stage = CLOSED
+        self.cancelled = True
+        self.used = 0
+        self.finish(0, True, True)
+
+    def release(self):
+        """Give back memory and concurrency; as on leaving ``with`` without an exception. Again it does nothing."""
+        if self.stage != CLOSED:
+            self.release_as(False)
+
+    cdef int release_as(self, bint failed) except -1:
+        cdef int64_t tokens = self.used
+        if self.stage == SETTLED:
+            tokens = self.charged       # nothing is left to change
+        elif not self.counting:
+            tokens = 0 if failed else self.estimated_tokens
+            self.used = tokens
+        self.stage = CLOSED
+        return self.finish(tokens, False, True)
+
+    cdef int finish(self, int64_t tokens, bint undo, bint close) except -1:
+        """Bring what is charged to `tokens`; `undo` refunds the request, `close` gives back what is held."""
+        cdef int64_t now_ns, left, part
+        cdef int i, time
+        cdef bint changes = tokens != self.charged or undo
+        cdef bint alive, waited_for
+        cdef Hold* party
+        cdef Row* row
+        cdef Charge* charge
+        if not self.ours():
+            return 0
+        now_ns = self.manager.now_ns() if changes else 0
+        for i in range(self.parties):
+            party = self.hold(i)
+            row = party.row
+            take_lock(row, self.manager.seat)
+            alive = row.generation == party.generation
+            if alive and changes:
+                pass_time(row, party.ledger, now_ns)
+                left = self.charged - tokens
+                if left < 0:
+                    charge_tokens(row, party.ledger, -left)
+                for time in range(self.times - 1, -1, -1):
+                    if left <= 0 and not (undo and time == 0):
+                        continue
+                    charge = self.charge_of(time, i)
+                    part = min(max(left, 0), charge.tokens)
+                    refund(row, party.ledger, 1 if undo and time == 0 else 0, part, charge)
+                    left -= part
+            if alive and close:
+                let_go(party)
+            waited_for = alive and party.ledger.waiting != 0
+            unlock(&row.lock)
+            if waited_for:
+                self.manager.freed(self.ref_of(i))
+        self.charged = tokens
+        return 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.stage != CLOSED:
+            self.release_as(kind is not None)
+
+    def __reduce__(self):
+        raise TypeError("a grant cannot be pickled or copied: it is given back once")
+
+    def __repr__(self):
+        stage = "cancelled" if self.cancelled else ("released", "open", "settled")[self.stage]
+        return f"<Grant {', '.join(map(repr, self.model_ids))}, {self.tokens} tokens, {stage}>"
+
+
+cdef class GrantTable(QuotaTable):
+    """Reservations, and decisions over several models at once."""
+
+    def reserve(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
+        """Check, and hold the outcome: memory, one unit of concurrency, and tokens that can be settled later.
+
+        Parameters
+        ----------
+        model_id : str or sequence of str
+            One model, or up to 16 that must all admit, such as ``("acme", "acme/bob", "llama-70b")``: one decision,
+            all or nothing. An id without a quota admits and holds nothing.
+        estimated_tokens : int
+            Tokens, 0 .. 2**62.
+        ram_needed_mb, ssd_needed_mb : int
+            MB (2**20 bytes), 0 .. 2**62, held beside the reported use until the grant is released.
+
+        Returns
+        -------
+        Grant
+
+        Raises
+        ------
+        QuotaExceededError
+            Denied; ``.result`` is the `QuotaCheckResult`. Nothing has been charged.
+        TypeError, ValueError
+            A count that is no integer or out of range, or ids that are none; nothing has been charged.
+        """
+        cdef Ask ask
+        cdef Joint joint
+        cdef Verdict verdict
+        cdef list refs = []
+        cdef int named
+        cdef Grant grant
+        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+        named = self.decide_all(model_id, &ask, True, False, refs, &joint, &verdict)
+        grant = self.grant_of(&joint, refs, &ask) if verdict.allowed else None
+        if named != NOBODY:
+            result = result_of(&verdict, self.name_in(model_id, refs, named))
+            if verdict.log_held:
+                self._log_violation(result.model_id, result, verdict.log_held)
+            if grant is None:
+                raise QuotaExceededError(result)
+        return grant
+
+    def settle_many(self, grants, actual_tokens):
+        """Settle many grants at once, such as those that one step of continuous batching completed.
+
+        Parameters
+        ----------
+        grants : sequence of Grant
+            Open ones.
+        actual_tokens : sequence of int or int64 array, of the same length
+            Tokens of each, 0 .. 2**62.
+
+        Raises
+        ------
+        TypeError, ValueError, GrantClosedError
+            As `Grant.settle`; everything is validated before anything is settled.
+        """
+        cdef Grant grant
+        cdef list open_grants = list(grants)
+        cdef list counts = actual_tokens.tolist() if hasattr(actual_tokens, "tolist") else list(actual_tokens)
+        cdef Py_ssize_t i
+        if len(open_grants) != len(counts):
+            raise ValueError(f"actual_tokens has {len(counts)} elements and grants has {len(open_grants)}; give one each")
+        for i in range(len(counts)):
+            if type(open_grants[i]) is not Grant:
+                raise TypeError(f"grants[{i}] is {open_grants[i]!r}; give a Grant")
+            counts[i] = as_count(counts[i], f"actual_tokens[{i}]")
+            grant = open_grants[i]
+            if not (grant.stage == SETTLED and grant.used == counts[i]):
+                grant.require_open("settle")
+        if len(set(map(id, open_grants))) != len(open_grants):
+            raise ValueError("grants has one grant twice; give each once")
+        for i in range(len(counts)):
+            (<Grant> open_grants[i]).settle(counts[i])
+
+    cdef object check_several(self, object model_ids, const Ask* ask):
+        cdef Joint joint
+        cdef Verdict verdict
+        cdef list refs = []
+        cdef int named = self.decide_all(model_ids, ask, False, False, refs, &joint, &verdict)
+        result = result_of(&verdict, None if named == NOBODY else self.name_in(model_ids, refs, named))
+        if verdict.log_held:
+            self._log_violation(result.model_id, result, verdict.log_held)
+        return result
+
+    cdef object name_in(self, object model_ids, list refs, int party):
+        """The id of a party: ids without a quota are none."""
+        if isinstance(model_ids, str):
+            return model_ids
+        for model_id in model_ids:
+            if self.interned.get(model_id) is refs[party]:
+                return model_id
+        return self.name_of((<RowRef> refs[party]).row - self.row_array)
+
+    cdef int parties_of(self, object model_ids, Joint* joint, list refs) except -1:
+        """Look up the models of a request; ids without a quota are left out. Returns how many those are."""
+        cdef RowRef ref
+        cdef Hold* party
+        refs.clear()
+        joint.count = 0
+        if isinstance(model_ids, str):
+            model_ids = (model_ids,)
+        elif not isinstance(model_ids, (tuple, list)):
+            raise TypeError(f"model_id is {model_ids!r}; give a str, or a tuple or list of them")
+        elif not 1 <= len(model_ids) <= MOST_MODELS:
+            raise ValueError(f"model_id names {len(model_ids)} models; give 1 to {MOST_MODELS}")
+        for model_id in model_ids:
+            ref = self.find(model_id)
+            if ref is None and self._adopt(model_id):
+                ref = self.known(model_id)
+            if ref is None:
+                continue
+            for other in refs:
+                if other is ref:
+                    raise ValueError(f"model_id names {model_id!r} twice; give each model once")
+            refs.append(ref)
+            party = &joint.parties[joint.count]
+            party.row = ref.row
+            party.ledger = ref.ledger
+            party.generation = ref.generation
+            party.ram_mb = party.ssd_mb = 0
+            joint.count += 1
+        put_in_order(joint)
+        return len(model_ids) - joint.count
+
+    cdef int decide_all(self, object model_ids, const Ask* ask, bint holding, bint nowait, list refs, Joint* joint,
+                        Verdict* verdict) except -3:
+        """One decision over all models. The index of the named one, or NOBODY; BUSY with `nowait` where a row is locked."""
+        cdef int named = NOBODY
+        cdef int unknown, gone, i
+        cdef int64_t now_ns
+        cdef uint32_t seat = self.seat
+        while True:
+            unknown = self.parties_of(model_ids, joint, refs)
+            now_ns = self.now_ns()
+            if not try_lock_rows(joint, seat):
+                if nowait:
+                    return BUSY
+                with nogil:
+                    lock_rows(joint, seat)
+            gone = first_gone(joint)
+            if gone == NOBODY:
+                named = decide_jointly(joint, now_ns, ask, self.header.enforcing, verdict)
+                if verdict.allowed:
+                    for i in range(joint.count):
+                        if holding:
+                            take_hold(&joint.parties[i], ask)
+                        else:
+                            verdict.usage = max(verdict.usage if i else 0.0,
+                                                highest_usage(joint.parties[i].row, joint.parties[i].ledger, ask))
+            unlock_rows(joint, joint.count)
+            if gone == NOBODY:
+                if unknown and verdict.allowed:
+                    self.count_unknown(unknown)
+                return named
+            self.drop(self.name_in(model_ids, refs, gone), refs[gone])
+
+    cdef Grant grant_of(self, Joint* joint, list refs, const Ask* ask):
+        """The grant of what decide_all has just taken."""
+        cdef Grant grant = Grant.__new__(Grant)
+        cdef int i
+        grant.manager = self
+        grant.forks = fork_count()
+        grant.estimated_tokens = grant.charged = ask.tokens
+        grant.parties = joint.count
+        grant.times = 1
+        grant.charges = &grant.charge
+        if joint.count:
+            grant.ref = refs[0]
+            grant.first = joint.parties[0]
+            grant.charge = joint.charges[0]
+        if joint.count > 1:
+            grant.others = tuple(refs[1:])
+            grant.more = <Hold*> malloc((joint.count - 1) * sizeof(Hold))
+            grant.charges = <Charge*> malloc(2 * joint.count * sizeof(Charge))
+            grant.capacity = 2
+            if grant.more == NULL or grant.charges == NULL:
+                raise MemoryError()
+            for i in range(joint.count):
+                grant.charges[i] = joint.charges[i]
+                if i:
+                    grant.more[i - 1] = joint.parties[i]
+        grant.stage = OPEN
+        return grant

@@ -1,0 +1,256 @@
+"""Grants: what is held is given back once, and the truth replaces the estimate where the estimate was charged."""
+
+import contextlib
+import pickle
+import warnings
+
+import pytest
+
+from modelquota import Grant, GrantClosedError, Limit, ManualClock, QuotaExceededError, ResourceQuotaManager
+
+HOUR_NS = 3600 * 10**9
+OPEN = {
+    "max_requests_per_second": None,
+    "max_tokens_per_second": None,
+    "max_tokens_per_hour": None,
+    "max_tokens_per_day": None,
+    "max_requests_per_hour": None,
+    "max_requests_per_day": None,
+    "on_violation": "reject",
+}
+
+
+@pytest.fixture
+def clock():
+    return ManualClock(10 * HOUR_NS)
+
+
+@pytest.fixture
+def manager(clock):
+    manager = ResourceQuotaManager(clock=clock)
+    manager.set_quota("m", **OPEN | {"max_tokens_per_hour": 1000})
+    return manager
+
+
+def used(manager, model_id="m"):
+    return manager.get_usage(model_id).tokens_this_hour
+
+
+def test_a_reservation_charges_and_holds(manager):
+    grant = manager.reserve("m", 300, ram_needed_mb=100, ssd_needed_mb=200)
+    usage = manager.get_usage("m")
+    assert (usage.tokens_this_hour, usage.requests_this_hour) == (300, 1)
+    assert (usage.reserved_ram_mb, usage.reserved_ssd_mb, usage.concurrent_requests) == (100, 200, 1)
+    assert (grant.estimated_tokens, grant.tokens, grant.model_ids, grant.released) == (300, 300, ("m",), False)
+    grant.release()
+    usage = manager.get_usage("m")
+    assert (usage.tokens_this_hour, usage.requests_this_hour) == (300, 1)
+    assert (usage.reserved_ram_mb, usage.reserved_ssd_mb, usage.concurrent_requests) == (0, 0, 0)
+
+
+def test_what_is_held_counts_against_the_caps(manager):
+    manager.update_quota("m", max_ram_mb=100, max_concurrent_requests=2)
+    manager.update_memory_usage("m", 30, 0)
+    with manager.reserve("m", 1, ram_needed_mb=60):
+        with pytest.raises(QuotaExceededError, match="RAM: 90 of 100 used, 11 asked") as error:
+            manager.reserve("m", 1, ram_needed_mb=11)
+        assert error.value.result.limit is Limit.RAM
+        assert error.value.retry_after_ms is None
+        with manager.reserve("m", 1), pytest.raises(QuotaExceededError, match="concurrent requests: 2 of 2"):
+            manager.reserve("m", 1)
+        assert manager.check_quota("m", 1)
+    assert manager.check_quota("m", 1, ram_needed_mb=70)
+
+
+def test_settling_for_less_refunds_for_more_charges_past_the_limit(manager):
+    grant = manager.reserve("m", 900)
+    grant.settle(100)
+    assert used(manager) == grant.tokens == 100
+    second = manager.reserve("m", 100)
+    second.settle(1500)
+    assert used(manager) == 1600
+    assert not manager.check_quota("m", 1)
+    grant.release()
+    second.release()
+    assert manager.get_usage("m").concurrent_requests == 0
+
+
+def test_a_refund_goes_to_the_slots_that_were_charged(manager, clock):
+    """The hour frees what was settled when its slot leaves, and a refund after that changes nothing."""
+    early = manager.reserve("m", 400)
+    clock.advance(120)
+    late = manager.reserve("m", 500)
+    early.settle(100)
+    assert used(manager) == 600
+    clock.advance(3600 - 60)
+    assert used(manager) == 500  # the slot with the 100 that were left has gone
+    clock.advance(120)
+    assert used(manager) == 0
+    late.settle(0)
+    assert used(manager) == 0
+    assert manager.get_usage("m").tokens_this_day == 100
+    early.release()
+    late.release()
+
+
+def test_add_is_free_within_the_estimate_and_charges_in_chunks_beyond(manager):
+    with manager.reserve("m", 100) as grant:
+        assert all(grant.add() for _ in range(100))
+        assert used(manager) == 100
+        assert grant.add()
+        assert used(manager) == 116
+        assert grant.add(14)
+        assert used(manager) == 116
+    assert used(manager) == grant.tokens == 115
+
+
+def test_add_says_stop_at_a_limit_and_counts_what_exists(manager):
+    with manager.reserve("m", 990) as grant:
+        assert grant.add(1000)
+        assert used(manager) == 1000
+        assert not grant.add(1)
+        assert grant.limit_reached
+        assert used(manager) == 1001
+        assert not grant.add(2)
+    assert used(manager) == 1003
+    with pytest.raises(QuotaExceededError):
+        manager.reserve("m", 1)
+
+
+def test_what_stands_when_a_block_is_left(manager):
+    with manager.reserve("m", 100):
+        pass
+    assert used(manager) == 100
+    with pytest.raises(ZeroDivisionError), manager.reserve("m", 200):
+        raise ZeroDivisionError
+    assert used(manager) == 100
+    with contextlib.suppress(ZeroDivisionError), manager.reserve("m", 200) as grant:
+        grant.add(30)
+        raise ZeroDivisionError
+    assert used(manager) == 130
+    with contextlib.suppress(ZeroDivisionError), manager.reserve("m", 200) as grant:
+        grant.settle(50)
+        raise ZeroDivisionError
+    assert used(manager) == 180
+    assert manager.get_usage("m").requests_this_hour == 4
+
+
+def test_cancelling_undoes_the_request(manager):
+    grant = manager.reserve("m", 700, ram_needed_mb=5)
+    grant.cancel()
+    grant.cancel()
+    usage = manager.get_usage("m")
+    assert (usage.tokens_this_hour, usage.requests_this_hour) == (0, 0)
+    assert (usage.reserved_ram_mb, usage.concurrent_requests) == (0, 0)
+    assert manager.check_quota("m", 1000)
+
+
+def test_levels_take_back_what_has_not_drained(clock):
+    manager = ResourceQuotaManager(clock=clock)
+    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 990})
+    grant = manager.reserve("m", 1000)
+    clock.advance(20)
+    grant.settle(100)  # had it asked for 100, the level would be empty by now
+    assert manager.get_usage("m").burst_tokens_used == 0
+    clock.advance(1)
+    assert manager.check_quota("m", 1000)
+    grant.release()
+
+
+def test_levels_take_back_all_while_the_model_is_busy(clock):
+    manager = ResourceQuotaManager(clock=clock)
+    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 100, "burst_tokens": 10_000})
+    assert manager.check_quota("m", 10_000)
+    clock.advance(60)
+    grants = []
+    for _ in range(30):  # a level of 4,000 or more for 30 s, kept by requests that turn out to be small
+        grants.append(manager.reserve("m", 100))
+        clock.advance(1)
+    before = manager.get_usage("m").burst_tokens_used
+    for grant in grants:
+        grant.settle(10)
+        grant.release()
+    assert manager.get_usage("m").burst_tokens_used == before - 30 * 90
+
+
+def test_bad_use_is_a_clear_error(manager):
+    grant = manager.reserve("m", 100)
+    for verb in (grant.add, grant.settle):
+        with pytest.raises(ValueError, match="tokens is -1; give an integer, 0"):
+            verb(-1)
+        with pytest.raises(TypeError):
+            verb(1.5)
+    with pytest.raises(ValueError, match="the sum may be 2"):
+        grant.add(5) and grant.add(2**62)
+    grant.settle(7)
+    grant.settle(7)
+    for verb, figure in ((grant.settle, 8), (grant.add, 1)):
+        with pytest.raises(GrantClosedError, match="comes too late: the grant has been settled"):
+            verb(figure)
+    with pytest.raises(GrantClosedError, match="cancel comes too late: the grant has been settled"):
+        grant.cancel()
+    grant.release()
+    grant.release()
+    with pytest.raises(GrantClosedError, match="add comes too late: the grant has been released"):
+        grant.add(1)
+    assert used(manager) == 7
+    with pytest.raises(TypeError, match="grants are made by"):
+        Grant()
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(grant)
+    with pytest.raises(GrantClosedError):
+        Grant.__new__(Grant).add(1)
+
+
+def test_a_forgotten_grant_is_released_with_a_warning(manager):
+    manager.reserve("m", 100).release()
+    grant = manager.reserve("m", 100, ram_needed_mb=1)
+    with pytest.warns(ResourceWarning, match="garbage-collected unreleased"):
+        del grant
+    usage = manager.get_usage("m")
+    assert (usage.reserved_ram_mb, usage.concurrent_requests, usage.tokens_this_hour) == (0, 0, 200)
+
+
+def test_a_removed_model_gives_nothing_back(manager):
+    grant = manager.reserve("m", 100, ram_needed_mb=1)
+    manager.remove_quota("m")
+    manager.set_quota("m", **OPEN)
+    grant.settle(5)
+    grant.release()
+    usage = manager.get_usage("m")
+    assert (usage.reserved_ram_mb, usage.concurrent_requests, usage.tokens_this_day) == (0, 0, 0)
+
+
+def test_several_models_grant_together_or_not_at_all(manager):
+    manager.set_quota("tenant", **OPEN | {"max_tokens_per_hour": 150})
+    with manager.reserve(("tenant", "nobody", "m"), 100, ram_needed_mb=3) as grant:
+        assert grant.model_ids == ("tenant", "m")
+        assert used(manager, "tenant") == used(manager) == 100
+        with pytest.raises(QuotaExceededError, match="model 'tenant': tokens per hour: 100 of 150 used, 51") as error:
+            manager.reserve(["m", "tenant"], 51)
+        assert error.value.result.model_id == "tenant"
+        assert used(manager) == 100
+        grant.add(150)
+        assert not grant.add(1)
+    assert used(manager, "tenant") == used(manager) == 151
+    assert manager.get_usage("tenant").reserved_ram_mb == 0
+    stats = manager.get_stats()
+    assert (stats.allowed_requests, stats.rejected_requests, stats.total_checks) == (3, 1, 4)
+
+
+def test_many_are_settled_at_once_or_none(manager):
+    grants = [manager.reserve("m", 100) for _ in range(3)]
+    for bad, error in [(([1, 2]), ValueError), (([1, 2, -1]), ValueError), (([1, 2, 0.5]), TypeError)]:
+        with pytest.raises(error):
+            manager.settle_many(grants, bad)
+    with pytest.raises(ValueError, match="twice"):
+        manager.settle_many([grants[0], grants[0]], [1, 1])
+    with pytest.raises(TypeError, match=r"grants\[1\] is 5; give a Grant"):
+        manager.settle_many([grants[0], 5], [1, 1])
+    assert used(manager) == 300
+    manager.settle_many(grants, [1, 2, 3])
+    assert used(manager) == 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        del grants
+    assert manager.get_usage("m").concurrent_requests == 0
