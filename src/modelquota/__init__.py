@@ -16,6 +16,7 @@ from modelquota.errors import (
 )
 from modelquota.limits import Limit, ViolationAction, ViolationType
 from modelquota.manager import ModelQuota, ResourceQuotaManager
+from modelquota.metering import meter
 from modelquota.quotafile import load_quotas
 from modelquota.report import ModelReport, QuotaStats, ResourceUsage
 
@@ -43,4 +44,5 @@ __all__ = [
     "ViolationAction",
     "ViolationType",
     "load_quotas",
+    "meter",
 ]

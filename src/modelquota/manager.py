@@ -6,32 +6,41 @@ import logging
 import operator
 import sys
 import time
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
 
 import numpy as np
 
 from modelquota._core.clock import ManualClock
-from modelquota._core.grant import GrantTable
+from modelquota._core.grant import Grant
+from modelquota._core.line import WaitTable
 from modelquota._core.mapping import MAX_MODELS_LIMIT
 from modelquota._core.result import QuotaCheckResult
 from modelquota._core.table import RowHandle
 from modelquota.config import MAX_COUNT, ResourceQuotaConfig
 from modelquota.errors import UnknownModelError
 from modelquota.limits import ViolationAction
+from modelquota.metering import limit
 from modelquota.report import ModelReport, QuotaStats, ResourceUsage, model_report, status_lines
+from modelquota.waiting import acquire
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import SupportsIndex
+
     from numpy.typing import NDArray
+
+    from modelquota.waiting_async import Acquisition
 
 logger = logging.getLogger("modelquota")
 logger.addHandler(logging.NullHandler())
 
 _USAGE_FIELDS = tuple(ResourceUsage.__dataclass_fields__)
 _SECOND_NS = 1_000_000_000
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class ResourceQuotaManager(GrantTable):
+class ResourceQuotaManager(WaitTable):
     """Quotas of many models, and the one question of an inference service: may this model take this request now?
 
     Every verb may be called from any thread. Processes forked after its creation share the state.
@@ -127,6 +136,100 @@ class ResourceQuotaManager(GrantTable):
     def model(self, model_id: str) -> ModelQuota:
         """Bind a model: its verbs without the look-up. Raises UnknownModelError where it has no quota."""
         return ModelQuota(self, model_id)
+
+    # -- waiting
+
+    def acquire(
+        self,
+        model_id: str | Sequence[str],
+        estimated_tokens: SupportsIndex,
+        ram_needed_mb: SupportsIndex = 0,
+        ssd_needed_mb: SupportsIndex = 0,
+        *,
+        timeout: float | None = None,
+        priority: SupportsIndex = 0,
+    ) -> Grant:
+        """Reserve, and wait for it as the action of the violated model says.
+
+        ``reject`` does not wait. ``throttle`` tries again when that may help; who comes meanwhile may be served first.
+        ``queue`` waits in line, and nobody who comes later is served before, large requests included.
+
+        Parameters
+        ----------
+        model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb
+            As for `reserve`.
+        timeout : float, optional
+            The longest wait in seconds, 0 or more; never longer than ``grace_period_sec`` of the model.
+        priority : int
+            The higher, the sooner; first come, first served within one.
+
+        Returns
+        -------
+        Grant
+
+        Raises
+        ------
+        QuotaExceededError
+            Denied: at once where no wait can help in time or where ``max_queued_requests`` wait already, otherwise at
+            the end of the wait. A request counts once, however often it was tried.
+        TypeError, ValueError
+            As for `reserve`, and for a timeout or priority out of range.
+        """
+        return acquire(self, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority)
+
+    def acquire_async(
+        self,
+        model_id: str | Sequence[str],
+        estimated_tokens: SupportsIndex,
+        ram_needed_mb: SupportsIndex = 0,
+        ssd_needed_mb: SupportsIndex = 0,
+        *,
+        timeout: float | None = None,
+        priority: SupportsIndex = 0,
+    ) -> Acquisition:
+        """`acquire` for asyncio: ``await`` it, or ``async with`` it. The event loop is never blocked.
+
+        Threads and tasks stand in one line. A cancelled wait leaves no trace.
+        """
+        from modelquota.waiting_async import Acquisition
+
+        return Acquisition(self, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority)
+
+    def limit(
+        self,
+        model_id: str | Sequence[str] | Callable[..., str | Sequence[str]],
+        tokens: SupportsIndex | Callable[..., SupportsIndex] = 0,
+        *,
+        ram_mb: SupportsIndex = 0,
+        ssd_mb: SupportsIndex = 0,
+        timeout: float | None = None,
+        priority: SupportsIndex = 0,
+        actual_tokens: Callable[[Any], SupportsIndex] | None = None,
+    ) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
+        """Decorate a function or coroutine function: each call acquires first and releases at its end.
+
+        Parameters
+        ----------
+        model_id : str, sequence of str, or callable
+            A callable is given the arguments of the call.
+        tokens : int or callable
+            The estimate, or a callable that makes it of the arguments of the call.
+        ram_mb, ssd_mb, timeout, priority
+            As for `acquire`.
+        actual_tokens : callable, optional
+            Makes the true number of tokens of what the function returned; without it the estimate stands.
+
+        Examples
+        --------
+        >>> manager = ResourceQuotaManager(clock=ManualClock())
+        >>> manager.set_quota("llama")
+        >>> @manager.limit("llama", tokens=lambda prompt: len(prompt), actual_tokens=len)
+        ... def generate(prompt):
+        ...     return prompt[:5]
+        >>> generate("Hello, world"), manager.get_usage("llama").tokens_this_hour
+        ('Hello', 5)
+        """
+        return limit(self, model_id, tokens, ram_mb, ssd_mb, timeout, priority, actual_tokens)
 
     # -- what the model uses
 

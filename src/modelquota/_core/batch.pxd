@@ -98,7 +98,7 @@ cdef inline Py_ssize_t check_batch(
     ask.ram_mb = ask.ssd_mb = 0
     ask.ticket = LAST_TICKET
     ask.priority = LOWEST_PRIORITY
-    ask.waiting = False
+    ask.heads = ask.counted = NULL
     verdict.log_held = 0
     while i < batch.count:
         now_ns = batch.times_ns[i] if batch.times_ns else batch.now_ns

@@ -4,6 +4,7 @@ from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cdef class ManualClock:
     cdef int64_t time_ns    # under the GIL
+    cdef set watchers       # lines, to be pumped whenever time moves
 
     cdef int move_to(self, int64_t time_ns) except -1
 

@@ -22,6 +22,9 @@ cdef class ManualClock:
     1500000000
     """
 
+    def __cinit__(self, now_ns=0):
+        self.watchers = set()
+
     def __init__(self, now_ns=0):
         self.move_to(_nanoseconds("now_ns", now_ns))
 
@@ -48,6 +51,9 @@ cdef class ManualClock:
             raise ValueError(f"the clock stands at {self.time_ns} ns and moves forward only, up to 2**61 ns; "
                              f"{time_ns} ns is out of range")
         self.time_ns = time_ns
+        if self.watchers:
+            for line in list(self.watchers):
+                line.pump()
         return 0
 
     def __repr__(self):

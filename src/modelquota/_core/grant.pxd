@@ -6,6 +6,10 @@ from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport QuotaTable
 
 
+cdef enum:
+    BUSY = -2           # decide_all: a row is locked, and the caller does not wait
+
+
 cdef enum Stage:
     CLOSED = 0
     OPEN = 1

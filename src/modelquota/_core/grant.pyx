@@ -25,7 +25,6 @@ from modelquota.errors import GrantClosedError, QuotaExceededError, UnknownModel
 cdef enum:
     LEAST_CHUNK = 16        # tokens that add() charges at a time beyond the estimate, at least,
     CHUNK_SHARE = 8         # and one part in so many of what has been charged
-    BUSY = -2               # decide_all: a row is locked, and the caller does not wait
 
 
 cdef inline void take_lock(Row* row, uint32_t seat) noexcept:

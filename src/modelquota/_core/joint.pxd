@@ -100,13 +100,15 @@ cdef inline int decide_jointly(Joint* joint, int64_t now_ns, const Ask* ask, bin
                 named = i
             elif not one.allowed:
                 add_wait(verdict, &one)
-        if named != NOBODY and not ask.waiting:
+        if named != NOBODY and ask.counted == NULL:
             count_violation(joint.parties[named].row, joint.parties[named].ledger, verdict)
     if verdict.allowed:
         for i in range(joint.count):
             party = &joint.parties[i]
             joint.charges[i].at_ns = party.row.level_ns
             joint.charges[i].tokens = ask.tokens
+            if party.ledger == ask.counted and party.generation == ask.counted_generation:
+                party.ledger.waited += 1
             if fitting:
                 commit(party.row, ask, &levels[i])
             else:

@@ -125,6 +125,7 @@ cdef struct Header:
     int64_t names_used        # bytes of the name region handed out
     uint32_t enforcing        # 0 = admit everything and count
     uint32_t reserved
+    int64_t next_ticket       # for requests that wait; atomic
     uint64_t unknown_checks   # checks of ids that have no quota; atomic
     # counts of removed models, so that totals never fall
     uint64_t retired_allowed

@@ -214,6 +214,7 @@ cdef class QuotaState:
     def enforcement_enabled(self, value):
         self.require_open()
         self.header.enforcing = 1 if value else 0
+        self._pump_all()
 
     def list_models(self):
         """The ids of all models that have a quota, oldest first."""
@@ -246,6 +247,9 @@ cdef class QuotaState:
             ref.line.pump()
         return 0
 
+    def _pump_all(self):
+        """Something has changed for all models."""
+
     # -- rows come and go
 
     cdef int drop(self, object model_id, RowRef ref) except -1:
@@ -269,6 +273,7 @@ cdef class QuotaState:
             if only_new and ref.row.generation == ref.generation:
                 return
             if not only_new and replace_limits(ref.row, ref.ledger, ref.generation, &limits, now_ns, self.seat):
+                self.freed(ref)
                 return
             self.drop(config.model_id, ref)
         ref = RowRef.__new__(RowRef)
@@ -295,6 +300,7 @@ cdef class QuotaState:
             return False
         del self.interned[model_id]
         leave(self.header, self.row_array, ref.row, ref.ledger, ref.generation, self.seat)
+        self.freed(ref)
         return True
 
     # -- reading and stating
@@ -392,6 +398,7 @@ cdef class QuotaState:
             unlock(&row.lock)
         if not alive:
             raise UnknownModelError(model_id)
+        self.freed(ref)
 
     def _empty_burst(self, model_id):
         """Set both levels to at most max(rate, 1)."""
@@ -409,3 +416,4 @@ cdef class QuotaState:
             unlock(&row.lock)
         if not alive:
             raise UnknownModelError(model_id)
+        self.freed(ref)

@@ -10,7 +10,7 @@ cdef inline int start_ask(Ask* ask, object tokens, object ram_mb, object ssd_mb)
     ask.ssd_mb = as_count(ssd_mb, "ssd_needed_mb")
     ask.ticket = LAST_TICKET
     ask.priority = LOWEST_PRIORITY
-    ask.waiting = False
+    ask.heads = ask.counted = NULL
     return 0
 
 

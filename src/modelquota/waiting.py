@@ -1,0 +1,68 @@
+"""Waiting for admission in a thread: only how one sleeps is said here, all else is in `_core.line`."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, SupportsIndex
+
+from modelquota._core.grant import Grant
+from modelquota._core.line import Waiter, WaitTable
+
+if TYPE_CHECKING:
+    pass
+
+_ORPHAN_SECONDS = 1e-4
+
+
+class ThreadWaiter(Waiter):
+    """Sleeps on a lock that whoever wakes it releases."""
+
+    def __init__(self) -> None:
+        self.in_thread = True
+
+    def prepare(self) -> None:
+        """Make what it sleeps on."""
+        self._bell = threading.Lock()
+        self._bell.acquire()
+
+    def wake(self) -> None:
+        """Ring, however often."""
+        with contextlib.suppress(RuntimeError):  # it has not heard the last time yet
+            self._bell.release()
+
+    arm = wake
+
+    def sleep(self) -> None:
+        """Sleep until woken, or until it is to look again."""
+        seconds = self.sleep_seconds()
+        if seconds is None:
+            self._bell.acquire()
+        elif seconds > 0:
+            self._bell.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+
+
+def acquire(
+    manager: WaitTable,
+    model_id: str | Sequence[str],
+    estimated_tokens: SupportsIndex,
+    ram_needed_mb: SupportsIndex,
+    ssd_needed_mb: SupportsIndex,
+    timeout: float | None,
+    priority: SupportsIndex,
+) -> Grant:
+    """As `ResourceQuotaManager.acquire`."""
+    waiter = ThreadWaiter()
+    try:
+        outcome = manager._begin(
+            waiter, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority, nowait=False
+        )
+        if isinstance(outcome, Grant):
+            return outcome
+        while not waiter.done:
+            waiter.sleep()
+            waiter.pump()
+        return waiter.take()
+    finally:
+        waiter.leave()  # a KeyboardInterrupt may come anywhere

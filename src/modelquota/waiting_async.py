@@ -1,0 +1,141 @@
+"""Waiting for admission in an asyncio task: only how one sleeps is said here, all else is in `_core.line`.
+
+Imported with the first `acquire_async`, since asyncio takes longer to import than all of modelquota.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Generator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+from modelquota._core.grant import Grant
+from modelquota._core.line import Line, Waiter, WaitTable
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop, Future, TimerHandle
+
+_ORPHAN_SECONDS = 1e-4
+
+
+class TaskWaiter(Waiter):
+    """Sleeps on a future of the running event loop, and watches the clock with a timer of that loop."""
+
+    def __init__(self) -> None:
+        self.in_thread = False
+        self._timer: TimerHandle | None = None
+
+    def prepare(self) -> None:
+        """Make what it sleeps on."""
+        self._loop: AbstractEventLoop = asyncio.get_running_loop()
+        self._future: Future[None] = self._loop.create_future()
+
+    def wake(self) -> None:
+        """Finish the future, from whatever thread."""
+        self._in_loop(self._finish)
+
+    def arm(self) -> None:
+        """Set the timer anew, from whatever thread."""
+        self._in_loop(self.set_timer)
+
+    def _in_loop(self, call: Callable[[], None]) -> None:
+        if asyncio._get_running_loop() is self._loop:
+            self._loop.call_soon(call)
+            return
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:  # the loop has been closed over it
+            super().leave()
+
+    def _finish(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def set_timer(self) -> None:
+        """Look again when that is due."""
+        if self._timer is not None:
+            self._timer.cancel()
+        seconds = None if self.done else self.sleep_seconds()
+        self._timer = None if seconds is None else self._loop.call_later(seconds, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self.pump(nowait=True)
+        self.set_timer()
+
+    async def sleep(self) -> None:
+        """Sleep until it is done."""
+        self.set_timer()
+        await self._future
+
+    def retire(self) -> None:
+        """Leave without a trace, and without waiting for a lock."""
+        if self._timer is not None:
+            self._timer.cancel()
+        line = self.leave(nowait=True)
+        if line is not None:
+            self._bury(line)
+
+    def _bury(self, line: Line) -> None:
+        line.pump(nowait=True)
+        if line.orphaned:
+            self._loop.call_later(_ORPHAN_SECONDS, self._bury, line)
+
+
+async def _acquire_in_task(
+    manager: WaitTable,
+    model_id: str | Sequence[str],
+    estimated_tokens: SupportsIndex,
+    ram_needed_mb: SupportsIndex,
+    ssd_needed_mb: SupportsIndex,
+    timeout: float | None,
+    priority: SupportsIndex,
+) -> Grant:
+    waiter = TaskWaiter()
+    try:
+        outcome = None
+        while outcome is None:
+            outcome = manager._begin(
+                waiter, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority, nowait=True
+            )
+            if isinstance(outcome, Grant):
+                return outcome
+            if outcome is None:
+                await asyncio.sleep(0)  # a row is locked: the loop goes on instead of spinning
+        await waiter.sleep()
+        return waiter.take()
+    finally:
+        waiter.retire()
+
+
+class Acquisition(Coroutine[Any, Any, Grant]):
+    """What `acquire_async` returns: ``await`` it for the grant, or ``async with`` it, which releases on leaving."""
+
+    def __init__(self, *args: Any) -> None:
+        self._coroutine = _acquire_in_task(*args)
+        self._grant: Grant | None = None
+
+    def send(self, value: Any) -> Any:
+        """As a coroutine's."""
+        return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """As a coroutine's."""
+        return self._coroutine.throw(*error)
+
+    def close(self) -> None:
+        """As a coroutine's."""
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, Grant]:
+        return self._coroutine.__await__()
+
+    async def __aenter__(self) -> Grant:
+        self._grant = await self._coroutine
+        return self._grant
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._grant is not None
+        self._grant.__exit__(kind, error, traceback)
