@@ -38,6 +38,7 @@ cdef inline void take_lock(Row* row, uint32_t seat) noexcept:
 
 @cython.final
 @cython.freelist(64)
+@cython.no_gc_clear     # a cycle around a grant is broken elsewhere: to release, it needs what it refers to
 cdef class Grant:
     """An admitted request: it holds memory and one unit of concurrency until it is released. Made by `reserve`.
 

@@ -143,6 +143,7 @@ cdef class RowRef:
     """A row and the generation in which it was found."""
 
 
+@cython.no_gc_clear     # the mapping stays until the last grant has been released, whatever the order of collection
 cdef class QuotaState:
     """One mapping with everything in it, and the dict that interns a model id to its row."""
 
