@@ -62,3 +62,13 @@ def test_a_manager_outlives_its_grants(cyclic):
             del manager
             del grants
             gc.collect()
+
+
+def test_a_grant_of_nobody_counts_and_holds_nothing(manager):
+    grant = manager.reserve("nobody", 1)
+    assert all(grant.add() for _ in range(1000))
+    assert (grant.tokens, grant.model_ids) == (1000, ())
+    grant.settle(7)
+    grant.release()
+    manager.reserve(("nobody", "neither"), 1).cancel()
+    assert manager.get_stats().total_checks == 3

@@ -142,7 +142,7 @@ cdef class Grant:
         cdef bint fits = True
         cdef int i
         cdef Hold* party
-        if not self.ours():
+        if not self.ours() or self.parties == 0:
             return True
         self.reserve_charges()
         now_ns = self.manager.now_ns()
