@@ -173,6 +173,22 @@ def test_levels_take_back_all_while_the_model_is_busy(clock):
     assert manager.get_usage("m").burst_tokens_used == before - 30 * 90
 
 
+def test_a_level_takes_back_nothing_that_it_has_forgotten(manager):
+    """A refund of what was charged under another rate, in the same nanosecond too, or forgiven, is nobody else's."""
+    grant = manager.reserve("m", 500)
+    manager.update_quota("m", max_tokens_per_second=10, burst_tokens=990)
+    assert manager.check_quota("m", 500)
+    grant.cancel()
+    assert manager.get_usage("m").burst_tokens_used == 490
+    manager.set_quota("n", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 490})
+    grant = manager.reserve("n", 500)
+    manager.reset_burst("n")
+    grant.settle(0)
+    assert not manager.check_quota("n", 491)
+    assert manager.check_quota("n", 490)
+    grant.release()
+
+
 def test_bad_use_is_a_clear_error(manager):
     grant = manager.reserve("m", 100)
     for verb in (grant.add, grant.settle):
