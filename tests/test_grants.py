@@ -62,6 +62,17 @@ def test_what_is_held_counts_against_the_caps(manager):
     assert manager.check_quota("m", 1, ram_needed_mb=70)
 
 
+def test_the_most_that_is_reported_and_held_is_counted(manager):
+    manager.update_memory_usage("m", 2**62, 2**62)
+    manager.update_quota("m", max_ram_mb=None, max_ssd_mb=None)
+    with manager.reserve("m", 1, 2**62, 2**62):
+        manager.update_quota("m", max_ram_mb=2**62)
+        assert manager.check_quota("m", 1).current_usage == 200.0
+        result = manager.check_quota("m", 1, ram_needed_mb=1)
+        assert not result
+        assert result.current_usage == 200.0
+
+
 def test_settling_for_less_refunds_for_more_charges_past_the_limit(manager):
     grant = manager.reserve("m", 900)
     grant.settle(100)
