@@ -436,6 +436,7 @@ cdef class GrantTable(QuotaTable):
         cdef int unknown, gone, i
         cdef int64_t now_ns
         cdef uint32_t seat = self.seat
+        verdict.usage = 0.0         # of models of which none has a quota
         while True:
             unknown = self.parties_of(model_ids, joint, refs)
             now_ns = self.now_ns()
