@@ -62,6 +62,17 @@ def test_what_is_held_counts_against_the_caps(manager):
     assert manager.check_quota("m", 1, ram_needed_mb=70)
 
 
+def test_the_most_that_is_reported_and_held_is_counted(manager):
+    manager.update_memory_usage("m", 2**62, 2**62)
+    manager.update_quota("m", max_ram_mb=None, max_ssd_mb=None)
+    with manager.reserve("m", 1, 2**62, 2**62):
+        manager.update_quota("m", max_ram_mb=2**62)
+        assert manager.check_quota("m", 1).current_usage == 200.0
+        result = manager.check_quota("m", 1, ram_needed_mb=1)
+        assert not result
+        assert result.current_usage == 200.0
+
+
 def test_settling_for_less_refunds_for_more_charges_past_the_limit(manager):
     grant = manager.reserve("m", 900)
     grant.settle(100)
@@ -171,6 +182,22 @@ def test_levels_take_back_all_while_the_model_is_busy(clock):
         grant.settle(10)
         grant.release()
     assert manager.get_usage("m").burst_tokens_used == before - 30 * 90
+
+
+def test_a_level_takes_back_nothing_that_it_has_forgotten(manager):
+    """A refund of what was charged under another rate, in the same nanosecond too, or forgiven, is nobody else's."""
+    grant = manager.reserve("m", 500)
+    manager.update_quota("m", max_tokens_per_second=10, burst_tokens=990)
+    assert manager.check_quota("m", 500)
+    grant.cancel()
+    assert manager.get_usage("m").burst_tokens_used == 490
+    manager.set_quota("n", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 490})
+    grant = manager.reserve("n", 500)
+    manager.reset_burst("n")
+    grant.settle(0)
+    assert not manager.check_quota("n", 491)
+    assert manager.check_quota("n", 490)
+    grant.release()
 
 
 def test_bad_use_is_a_clear_error(manager):

@@ -87,9 +87,14 @@ cdef inline double percent(double used, double limit) noexcept nogil:
     return 100.0 * used / (limit if limit > 1.0 else 1.0)
 
 
-cdef inline bint exceeds(int64_t asked, int64_t used, int64_t cap) noexcept nogil:
+cdef inline uint64_t in_use(int64_t reported, int64_t reserved) noexcept nogil:
+    """Memory that counts against a cap: twice MAX_COUNT is one more than an int64 holds."""
+    return <uint64_t> reported + <uint64_t> reserved
+
+
+cdef inline bint exceeds(int64_t asked, uint64_t used, int64_t cap) noexcept nogil:
     """Whether memory asked for does not fit under a cap; asking for nothing always fits."""
-    return asked != 0 and cap != UNLIMITED and <uint64_t> asked + <uint64_t> used > <uint64_t> cap
+    return asked != 0 and cap != UNLIMITED and <uint64_t> asked + used > <uint64_t> cap
 
 
 cdef inline double level_percent(const Wide* level, const Wide* cap, uint8_t shift) noexcept nogil:
@@ -110,10 +115,12 @@ cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask
             share = percent(<double> tokens_used(row, ledger, i), <double> ledger.token_limit[i])
             highest = share if share > highest else highest
     if ledger.max_ram_mb != UNLIMITED:
-        share = percent(<double> (ledger.ram_mb + ledger.reserved_ram_mb) + <double> ask.ram_mb, <double> ledger.max_ram_mb)
+        share = percent(<double> in_use(ledger.ram_mb, ledger.reserved_ram_mb) + <double> ask.ram_mb,
+                        <double> ledger.max_ram_mb)
         highest = share if share > highest else highest
     if ledger.max_ssd_mb != UNLIMITED:
-        share = percent(<double> (ledger.ssd_mb + ledger.reserved_ssd_mb) + <double> ask.ssd_mb, <double> ledger.max_ssd_mb)
+        share = percent(<double> in_use(ledger.ssd_mb, ledger.reserved_ssd_mb) + <double> ask.ssd_mb,
+                        <double> ledger.max_ssd_mb)
         highest = share if share > highest else highest
     if ledger.max_concurrent != UNLIMITED:
         share = percent(<double> ledger.concurrent + 1.0, <double> ledger.max_concurrent)
@@ -241,8 +248,8 @@ cdef inline void find_violations(const Row* row, const Ledger* ledger, const Ask
 
     Who stands behind others is told to wait for them, whatever else is in the way.
     """
-    cdef int64_t used_ram_mb = ledger.ram_mb + ledger.reserved_ram_mb
-    cdef int64_t used_ssd_mb = ledger.ssd_mb + ledger.reserved_ssd_mb
+    cdef uint64_t used_ram_mb = in_use(ledger.ram_mb, ledger.reserved_ram_mb)
+    cdef uint64_t used_ssd_mb = in_use(ledger.ssd_mb, ledger.reserved_ssd_mb)
     verdict.wait_ns = verdict.patience_ns = 0
     if exceeds(ask.ram_mb, used_ram_mb, ledger.max_ram_mb):
         note(verdict, RAM_MB, NEVER, <double> used_ram_mb, <double> ledger.max_ram_mb, ask.ram_mb)
@@ -282,8 +289,8 @@ cdef inline bint fits(const Row* row, const Ledger* ledger, const Ask* ask, Leve
     if not (
         row.request_room >= 1
         and (ask.tokens <= row.token_room or ask.tokens == 0)
-        and not exceeds(ask.ram_mb, ledger.ram_mb + ledger.reserved_ram_mb, ledger.max_ram_mb)
-        and not exceeds(ask.ssd_mb, ledger.ssd_mb + ledger.reserved_ssd_mb, ledger.max_ssd_mb)
+        and not exceeds(ask.ram_mb, in_use(ledger.ram_mb, ledger.reserved_ram_mb), ledger.max_ram_mb)
+        and not exceeds(ask.ssd_mb, in_use(ledger.ssd_mb, ledger.reserved_ssd_mb), ledger.max_ssd_mb)
     ):
         return False
     levels.request = load(&row.request_level) + level_cost(1, row.request_shift)

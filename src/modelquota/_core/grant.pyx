@@ -37,6 +37,7 @@ cdef inline void take_lock(Row* row, uint32_t seat) noexcept:
 
 @cython.final
 @cython.freelist(64)
+@cython.no_gc_clear     # a cycle around a grant is broken elsewhere: to release, it needs what it refers to
 cdef class Grant:
     """An admitted request: it holds memory and one unit of concurrency until it is released. Made by `reserve`.
 
@@ -134,23 +135,30 @@ cdef class Grant:
     cdef bint charge_more(self) except -1:
         """Charge what has been used beyond what was charged, and a little ahead where that fits."""
         cdef Joint joint
-        cdef int64_t over = self.used - self.charged
-        cdef int64_t chunk = min(max(over, max(LEAST_CHUNK, self.charged // CHUNK_SHARE)), MAX_COUNT - self.charged)
-        cdef int64_t now_ns
+        cdef int64_t over, chunk, now_ns
         cdef bint fits = True
         cdef int i
         cdef Hold* party
-        if not self.ours():
+        if not self.ours() or self.parties == 0:
             return True
-        self.reserve_charges()
         now_ns = self.manager.now_ns()
         joint.count = self.parties
         for i in range(self.parties):
             joint.parties[i] = self.hold(i)[0]
         put_in_order(&joint)
-        if not try_lock_rows(&joint, self.manager.seat):
-            with nogil:
-                lock_rows(&joint, self.manager.seat)
+        while True:
+            self.reserve_charges()
+            if not try_lock_rows(&joint, self.manager.seat):
+                with nogil:
+                    lock_rows(&joint, self.manager.seat)
+            over = self.used - self.charged     # other threads may have charged or closed the grant during the wait
+            if over <= 0:
+                unlock_rows(&joint, joint.count)
+                return True
+            if self.times < self.capacity:
+                break
+            unlock_rows(&joint, joint.count)
+        chunk = min(max(over, max(LEAST_CHUNK, self.charged // CHUNK_SHARE)), MAX_COUNT - self.charged)
         for i in range(self.parties):
             party = &joint.parties[i]
             if party.row.generation == party.generation:
@@ -204,9 +212,9 @@ cdef class Grant:
             return
         if self.stage != OPEN:
             self.require_open("settle")
-        self.finish(actual, False, False)
         self.used = actual
         self.stage = SETTLED
+        self.finish(actual, False, False)
 
     def cancel(self):
         """Undo the request: its tokens and the request itself are refunded, and all that is held is given back.
@@ -237,14 +245,19 @@ cdef class Grant:
         return self.finish(tokens, False, True)
 
     cdef int finish(self, int64_t tokens, bint undo, bint close) except -1:
-        """Bring what is charged to `tokens`; `undo` refunds the request, `close` gives back what is held."""
+        """Bring what is charged to `tokens`; `undo` refunds the request, `close` gives back what is held.
+
+        Other threads run while a row is waited for, so the grant itself says by then that this has been done.
+        """
+        cdef int64_t surplus = self.charged - tokens
         cdef int64_t now_ns, left, part
         cdef int i, time
-        cdef bint changes = tokens != self.charged or undo
+        cdef bint changes = surplus != 0 or undo
         cdef bint alive, waited_for
         cdef Hold* party
         cdef Row* row
         cdef Charge* charge
+        self.charged = tokens
         if not self.ours():
             return 0
         now_ns = self.manager.now_ns() if changes else 0
@@ -255,7 +268,7 @@ cdef class Grant:
             alive = row.generation == party.generation
             if alive and changes:
                 pass_time(row, party.ledger, now_ns)
-                left = self.charged - tokens
+                left = surplus
                 if left < 0:
                     charge_tokens(row, party.ledger, -left)
                 for time in range(self.times - 1, -1, -1):
@@ -271,7 +284,6 @@ cdef class Grant:
             unlock(&row.lock)
             if waited_for:
                 self.manager.freed(self.ref_of(i))
-        self.charged = tokens
         return 0
 
     def __enter__(self):
@@ -423,6 +435,7 @@ cdef class GrantTable(QuotaTable):
         cdef int unknown, gone, i
         cdef int64_t now_ns
         cdef uint32_t seat = self.seat
+        verdict.usage = 0.0         # of models of which none has a quota
         while True:
             unknown = self.parties_of(model_ids, joint, refs)
             now_ns = self.now_ns()

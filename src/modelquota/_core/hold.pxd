@@ -48,7 +48,7 @@ cdef inline void refund(Row* row, Ledger* ledger, int64_t requests, int64_t toke
     take_back(row, ledger, requests, tokens, charge.at_ns)
     measure_room(row, ledger)
     ledger.tokens_refunded += tokens
-    if charge.at_ns < ledger.rates_since_ns:
+    if charge.at_ns < ledger.refunds_since_ns:
         return
     lower_level(&row.request_level, ledger.request_low, row.request_drain, row.request_shift, requests, requests,
                 elapsed_ns, steps)

@@ -143,6 +143,7 @@ cdef class RowRef:
     """A row and the generation in which it was found."""
 
 
+@cython.no_gc_clear     # the mapping stays until the last grant has been released, whatever the order of collection
 cdef class QuotaState:
     """One mapping with everything in it, and the dict that interns a model id to its row."""
 
@@ -405,14 +406,16 @@ cdef class QuotaState:
         cdef RowRef ref = self.known(model_id)
         cdef Row* row = ref.row
         cdef int64_t now_ns = self.now_ns()
-        cdef bint alive
+        cdef bint alive, forgiven
         with nogil:
             lock(&row.lock, self.seat)
             alive = row.generation == ref.generation
             if alive:
                 pass_time(row, ref.ledger, now_ns)
-                empty_burst(&row.request_level, ref.ledger.request_low, row.request_drain, row.request_shift)
-                empty_burst(&row.token_level, ref.ledger.token_low, row.token_drain, row.token_shift)
+                forgiven = empty_burst(&row.request_level, ref.ledger.request_low, row.request_drain, row.request_shift)
+                forgiven |= empty_burst(&row.token_level, ref.ledger.token_low, row.token_drain, row.token_shift)
+                if forgiven:
+                    ref.ledger.refunds_since_ns = row.level_ns + 1
             unlock(&row.lock)
         if not alive:
             raise UnknownModelError(model_id)
