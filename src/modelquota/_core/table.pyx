@@ -4,17 +4,15 @@ One check keeps the GIL: its critical section is a few tens of nanoseconds and t
 row's lock with one compare-and-swap. Only where the lock is held does it spin, and then release the GIL to wait. A batch
 runs wholly without the GIL.
 """
-import operator
-
 import numpy as np
 cimport numpy as cnp
 from cpython.dict cimport PyDict_GetItemWithError
-from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from modelquota._core.batch cimport Batch, charge_batch, check_batch, first_bad_code, first_out_of_range, index_of
+from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, NEVER, Verdict, decide, highest_usage
-from modelquota._core.layout cimport Header, MAX_COUNT, MAX_TIME_NS, Ledger, Row
+from modelquota._core.layout cimport Header, MAX_TIME_NS, Ledger, Row
 from modelquota._core.lock cimport lock, spin_lock, try_lock, unlock
 from modelquota._core.result cimport result_of
 from modelquota._core.state cimport QuotaState, RowRef
@@ -26,24 +24,6 @@ cnp.import_array()
 cdef extern from *:
     uint64_t count_atomically "__atomic_fetch_add"(uint64_t* word, uint64_t more, int order) noexcept nogil
     const int RELAXED "__ATOMIC_RELAXED"
-
-
-cdef int bad_count(object value, str name) except -1:
-    number = operator.index(value)      # TypeError for a float
-    raise ValueError(f"{name} is {number}; give an integer, 0 .. 2**62")
-
-
-cdef inline int64_t as_count(object value, str name) except -1:
-    """A count from anything with __index__, 0 .. MAX_COUNT."""
-    cdef int overflow = 0
-    cdef int64_t count
-    if PyLong_CheckExact(value):
-        count = PyLong_AsLongLongAndOverflow(value, &overflow)
-    else:
-        count = PyLong_AsLongLongAndOverflow(operator.index(value), &overflow)
-    if overflow or count < 0 or count > MAX_COUNT:
-        bad_count(value, name)
-    return count
 
 
 cdef inline bint decide_and_unlock(
