@@ -58,9 +58,13 @@ cdef struct Ledger:
     # -- rolling windows SECOND, HOUR, DAY. Charged ever = mark - Row's room; used = charged - base. All modulo 2**64.
     uint64_t requests_mark
     uint64_t tokens_mark
-    int64_t slot                # number of the current 1/60 s slot since time 0
     uint64_t requests_base[3]   # charged when the oldest counted slot began
     uint64_t tokens_base[3]
+    double request_percent[3]   # of a window's limit, that one request or token is; 0 = no limit
+    double token_percent[3]
+    double request_level_percent    # of the level's cap, that one of its units is; 0 = no level
+    double token_level_percent
+    int64_t slot                # number of the current 1/60 s slot since time 0
     uint64_t requests_start[3]  # charged when the current slot began
     uint64_t tokens_start[3]
     int64_t request_limit[3]    # per window, or UNLIMITED; for SECOND ceil(rate) + burst
@@ -97,7 +101,7 @@ cdef struct Ledger:
     double requests_per_second  # infinity = no limit
     double tokens_per_second
     double grace_period_sec
-    int64_t spare               # makes the ledger 2,560 bytes, whole cache lines
+    int64_t spare               # makes the ledger 2,624 bytes, whole cache lines
     # -- the closed slots of each window; slot s stands at s % SLOTS. A slot's requests beyond 2**32 - 1 are carried into
     # the next one.
     int64_t tokens[3][60]
