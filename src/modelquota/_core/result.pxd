@@ -13,18 +13,4 @@ cdef class QuotaCheckResult:
     cdef int64_t asked
 
 
-cdef inline QuotaCheckResult result_of(const Verdict* verdict):
-    cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
-    result.allowed = verdict.allowed
-    result.limit_code = verdict.limit
-    result.action_code = <signed char> verdict.action
-    result.wait_ms = verdict.retry_after_ms
-    result.current_usage = verdict.usage
-    if verdict.limit:
-        result.used = verdict.used
-        result.bound = verdict.bound
-        result.asked = verdict.asked
-    else:
-        result.used = result.bound = 0.0
-        result.asked = 0
-    return result
+cdef QuotaCheckResult result_of(const Verdict* verdict)

@@ -76,6 +76,21 @@ cdef class QuotaCheckResult:
                 f"{self.reason}>")
 
 
+cdef QuotaCheckResult result_of(const Verdict* verdict):
+    """A new result. It is zero where nothing is put: there is neither use nor bound without a violated limit."""
+    cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
+    result.allowed = verdict.allowed
+    result.limit_code = verdict.limit
+    result.action_code = <signed char> verdict.action
+    result.wait_ms = verdict.retry_after_ms
+    result.current_usage = verdict.usage
+    if verdict.limit:
+        result.used = verdict.used
+        result.bound = verdict.bound
+        result.asked = verdict.asked
+    return result
+
+
 cdef tuple _fields(QuotaCheckResult result):
     return (result.allowed, result.limit_code, result.action_code, result.wait_ms, result.current_usage,
             result.used, result.bound, result.asked)

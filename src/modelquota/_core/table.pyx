@@ -100,9 +100,10 @@ cdef class QuotaTable(QuotaState):
                 raise UnknownModelError(model_id)
             self.drop(model_id, ref)
             return self.answer_unknown(model_id, ask)
+        if verdict.log_held == 0:
+            return result_of(&verdict)
         result = result_of(&verdict)
-        if verdict.log_held:
-            self._log_violation(model_id, result, verdict.log_held)
+        self._log_violation(model_id, result, verdict.log_held)
         return result
 
     cdef object answer_unknown(self, object model_id, const Ask* ask):
