@@ -8,7 +8,7 @@ from cpython.exc cimport PyErr_WarnEx, PyErr_WriteUnraisable
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
-from modelquota._core.counts cimport as_count
+from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, Verdict, charge_tokens, highest_usage, pass_time
 from modelquota._core.hold cimport Charge, Hold, admits_tokens, let_go, refund, take_hold
 from modelquota._core.joint cimport (
@@ -391,10 +391,10 @@ cdef class GrantTable(QuotaTable):
     cdef object name_in(self, object model_ids, list refs, int party):
         """The id of a party: ids without a quota are none."""
         if isinstance(model_ids, str):
-            return model_ids
+            return str.__str__(model_ids)       # of a subclass too
         for model_id in model_ids:
             if self.interned.get(model_id) is refs[party]:
-                return model_id
+                return str.__str__(model_id)
         return self.name_of((<RowRef> refs[party]).row - self.row_array)
 
     cdef int parties_of(self, object model_ids, Joint* joint, list refs) except -1:

@@ -60,6 +60,10 @@ cdef struct Ledger:
     uint64_t tokens_mark
     uint64_t requests_base[3]   # charged when the oldest counted slot began
     uint64_t tokens_base[3]
+    double request_percent[3]   # of a window's limit, that one request or token is; 0 = no limit
+    double token_percent[3]
+    double request_level_percent    # of the level's cap, that one of its units is; 0 = no level
+    double token_level_percent
     uint64_t requests_start[3]  # charged when the current slot began
     uint64_t tokens_start[3]
     int64_t request_limit[3]    # per window, or UNLIMITED; for SECOND ceil(rate) + burst

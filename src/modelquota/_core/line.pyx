@@ -10,7 +10,7 @@ Only finalizers may, wherever an object is made, and what wakes a waiter; both f
 from libc.math cimport INFINITY
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint64_t
 
-from modelquota._core.counts cimport as_count
+from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, NEVER, QUEUE, QUEUE_PLACE, REJECT, Verdict
 from modelquota._core.grant cimport BUSY, Grant, GrantTable
 from modelquota._core.joint cimport Joint, NOBODY

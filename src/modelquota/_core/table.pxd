@@ -1,4 +1,4 @@
-from modelquota._core.counts cimport as_count
+from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, LAST_TICKET, LOWEST_PRIORITY
 from modelquota._core.state cimport QuotaState, RowRef
 

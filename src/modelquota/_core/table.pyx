@@ -11,9 +11,9 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from modelquota._core.batch cimport Batch, charge_batch, check_batch, first_bad_code, first_out_of_range, index_of
-from modelquota._core.counts cimport as_count
+from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, NEVER, Verdict, decide, highest_usage
-from modelquota._core.layout cimport Header, MAX_COUNT, MAX_TIME_NS, Ledger, Row
+from modelquota._core.layout cimport Header, MAX_TIME_NS, Ledger, Row
 from modelquota._core.lock cimport lock, spin_lock, try_lock, unlock
 from modelquota._core.result cimport result_of
 from modelquota._core.state cimport QuotaState, RowRef
@@ -104,9 +104,10 @@ cdef class QuotaTable(QuotaState):
                 raise UnknownModelError(model_id)
             self.drop(model_id, ref)
             return self.answer_unknown(model_id, ask)
-        result = result_of(&verdict, model_id)
-        if verdict.log_held:
-            self._log_violation(model_id, result, verdict.log_held)
+        if verdict.log_held == 0:
+            return result_of(&verdict, <str> model_id)
+        result = result_of(&verdict, <str> model_id)
+        self._log_violation(model_id, result, verdict.log_held)
         return result
 
     cdef object answer_unknown(self, object model_id, const Ask* ask):

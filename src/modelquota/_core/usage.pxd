@@ -1,8 +1,8 @@
 # What can be read of a row, whose lock is held, and how limits are put into it.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
-from modelquota._core.decision cimport pass_time
-from modelquota._core.layout cimport DAY, HOUR, Ledger, Row, SECOND, Wide, WINDOWS
-from modelquota._core.level cimport burst_used, rescale
+from modelquota._core.decision cimport pass_time, percent
+from modelquota._core.layout cimport DAY, HOUR, Ledger, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.level cimport NO_RATE, as_double, burst_used, rescale
 from modelquota._core.window cimport measure_room, requests_charged, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_used
 
 
@@ -98,6 +98,10 @@ cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usa
     usage.tokens_refunded_total = ledger.tokens_refunded
 
 
+cdef inline double share_of_one(int64_t limit) noexcept nogil:
+    return 0.0 if limit == UNLIMITED else percent(1.0, <double> limit)
+
+
 cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noexcept nogil:
     """Replace the row's limits; what was used stays used."""
     cdef int i
@@ -116,6 +120,10 @@ cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noex
     for i in range(WINDOWS):
         ledger.request_limit[i] = limits.request_limits[i]
         ledger.token_limit[i] = limits.token_limits[i]
+        ledger.request_percent[i] = share_of_one(limits.request_limits[i])
+        ledger.token_percent[i] = share_of_one(limits.token_limits[i])
+    ledger.request_level_percent = 0.0 if limits.request_shift == NO_RATE else 100.0 / as_double(&limits.request_cap)
+    ledger.token_level_percent = 0.0 if limits.token_shift == NO_RATE else 100.0 / as_double(&limits.token_cap)
     ledger.max_ram_mb = limits.max_ram_mb
     ledger.max_ssd_mb = limits.max_ssd_mb
     ledger.max_concurrent = limits.max_concurrent
