@@ -27,8 +27,10 @@ from modelquota import (
     ViolationType,
     load_quotas,
 )
+from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 from modelquota.replay import ReplayReport, replay
 from modelquota.trace import Trace, read_trace
+from modelquota.utilization import Utilization, read_utilization
 
 
 def configure(path: Path) -> dict[str, ResourceQuotaConfig]:
@@ -98,6 +100,18 @@ def run_trace(path: Path, quotas: dict[str, ResourceQuotaConfig]) -> dict[str, o
     trace: Trace = read_trace(path)
     report: ReplayReport = replay(trace, quotas, model="m", speed=24)
     return report.to_dict()
+
+
+def export(manager: ResourceQuotaManager) -> str:
+    found: Utilization = read_utilization(manager)
+    pressure: NDArray[np.float64] = found.pressure
+    print(found.model_ids, pressure, found.by_pressure(), found.of(Limit.RAM), found.nearest, found.quotas, len(found))
+    QuotaCollector(manager, max_models=50).collect()
+    make_exporter_app(manager)
+    server, thread = start_exporter(manager, 0, addr="127.0.0.1")
+    server.shutdown()
+    thread.join()
+    return grafana_dashboard()
 
 
 def handle_errors() -> None:
