@@ -27,6 +27,7 @@ from modelquota import (
     ViolationType,
     load_quotas,
 )
+from modelquota.otel import instrument
 from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 from modelquota.replay import ReplayReport, replay
 from modelquota.trace import Trace, read_trace
@@ -108,6 +109,7 @@ def export(manager: ResourceQuotaManager) -> str:
     print(found.model_ids, pressure, found.by_pressure(), found.of(Limit.RAM), found.nearest, found.quotas, len(found))
     QuotaCollector(manager, max_models=50).collect()
     make_exporter_app(manager)
+    instrument(manager, max_models=10)
     server, thread = start_exporter(manager, 0, addr="127.0.0.1")
     server.shutdown()
     thread.join()

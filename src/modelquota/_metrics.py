@@ -246,8 +246,8 @@ class MetricSource:
         with self._lock:
             found = read_utilization(self.manager)
             stats = self.manager.get_stats()
-            facts = {name: float(getattr(stats, name)) for name in stats.__dataclass_fields__}
-            facts |= {"models": len(found), "enforcing": float(self.manager.enforcement_enabled)}
+            facts: dict[str, float] = {name: getattr(stats, name) for name in stats.__dataclass_fields__}
+            facts |= {"models": len(found), "enforcing": int(self.manager.enforcement_enabled)}
             ids = found.model_ids
             order = np.array([index for index in found.by_pressure() if ids[index] != OTHERS], np.intp)
             shown = np.sort(order[: self.max_models])
