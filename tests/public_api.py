@@ -27,6 +27,7 @@ from modelquota import (
     ViolationType,
     load_quotas,
 )
+from modelquota.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
 from modelquota.otel import instrument
 from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 from modelquota.replay import ReplayReport, replay
@@ -114,6 +115,16 @@ def export(manager: ResourceQuotaManager) -> str:
     server.shutdown()
     thread.join()
     return grafana_dashboard()
+
+
+def watch(manager: ResourceQuotaManager) -> list[Alert]:
+    rules = [*DEFAULT_RULES, AlertRule("burst", Severity.CRITICAL, 95, Limit.TOKENS_PER_SECOND, clear_at=50)]
+    with AlertMonitor(manager, rules, on_raise=lambda alert: print(alert.message), on_clear=print) as monitor:
+        monitor.start(interval_sec=10.0)
+        raised, cleared = monitor.poll()
+        for alert in [*raised, *cleared, *monitor.active]:
+            print(alert.rule, alert.severity, alert.model_id, alert.value, alert.threshold)
+    return check_alerts(manager)
 
 
 def handle_errors() -> None:
