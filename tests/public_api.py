@@ -27,6 +27,7 @@ from modelquota import (
     ViolationType,
     load_quotas,
 )
+from modelquota.adjust import Adjustment, LoadAdjuster, cpu_load
 from modelquota.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
 from modelquota.otel import instrument
 from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
@@ -125,6 +126,15 @@ def watch(manager: ResourceQuotaManager) -> list[Alert]:
         for alert in [*raised, *cleared, *monitor.active]:
             print(alert.rule, alert.severity, alert.model_id, alert.value, alert.threshold)
     return check_alerts(manager)
+
+
+def adjust(manager: ResourceQuotaManager) -> float:
+    with LoadAdjuster(manager, cpu_load(), models=["m"], floor=0.4, relaxed_action="warn") as adjuster:
+        adjuster.start(1.0)
+        change: Adjustment | None = adjuster.poll()
+        print(change and (change.load, change.before, change.factor), adjuster.running)
+        adjuster.undo()
+    return adjuster.factor
 
 
 def handle_errors() -> None:
