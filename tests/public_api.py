@@ -29,6 +29,7 @@ from modelquota import (
 )
 from modelquota.adjust import Adjustment, LoadAdjuster, cpu_load
 from modelquota.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
+from modelquota.memory import MemoryProbe, ModelRegistry, ReportsMemory, register_models
 from modelquota.otel import instrument
 from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 from modelquota.replay import ReplayReport, replay
@@ -135,6 +136,14 @@ def adjust(manager: ResourceQuotaManager) -> float:
         print(change and (change.load, change.before, change.factor), adjuster.running)
         adjuster.undo()
     return adjuster.factor
+
+
+def remember(manager: ResourceQuotaManager, registry: ModelRegistry, caches: dict[str, ReportsMemory]) -> bool:
+    changed: list[str] = register_models(manager, registry)
+    with MemoryProbe(manager, caches).start(interval_sec=1) as probe:
+        updated: list[str] = probe.poll()
+        print(changed, updated)
+        return probe.update("m")
 
 
 def handle_errors() -> None:
