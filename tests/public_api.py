@@ -27,8 +27,14 @@ from modelquota import (
     ViolationType,
     load_quotas,
 )
+from modelquota.adjust import Adjustment, LoadAdjuster, cpu_load
+from modelquota.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
+from modelquota.memory import MemoryProbe, ModelRegistry, ReportsMemory, register_models
+from modelquota.otel import instrument
+from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 from modelquota.replay import ReplayReport, replay
 from modelquota.trace import Trace, read_trace
+from modelquota.utilization import Utilization, read_utilization
 
 
 def configure(path: Path) -> dict[str, ResourceQuotaConfig]:
@@ -98,6 +104,46 @@ def run_trace(path: Path, quotas: dict[str, ResourceQuotaConfig]) -> dict[str, o
     trace: Trace = read_trace(path)
     report: ReplayReport = replay(trace, quotas, model="m", speed=24)
     return report.to_dict()
+
+
+def export(manager: ResourceQuotaManager) -> str:
+    found: Utilization = read_utilization(manager)
+    pressure: NDArray[np.float64] = found.pressure
+    print(found.model_ids, pressure, found.by_pressure(), found.of(Limit.RAM), found.nearest, found.quotas, len(found))
+    QuotaCollector(manager, max_models=50).collect()
+    make_exporter_app(manager)
+    instrument(manager, max_models=10)
+    server, thread = start_exporter(manager, 0, addr="127.0.0.1")
+    server.shutdown()
+    thread.join()
+    return grafana_dashboard()
+
+
+def watch(manager: ResourceQuotaManager) -> list[Alert]:
+    rules = [*DEFAULT_RULES, AlertRule("burst", Severity.CRITICAL, 95, Limit.TOKENS_PER_SECOND, clear_at=50)]
+    with AlertMonitor(manager, rules, on_raise=lambda alert: print(alert.message), on_clear=print) as monitor:
+        monitor.start(interval_sec=10.0)
+        raised, cleared = monitor.poll()
+        for alert in [*raised, *cleared, *monitor.active]:
+            print(alert.rule, alert.severity, alert.model_id, alert.value, alert.threshold)
+    return check_alerts(manager)
+
+
+def adjust(manager: ResourceQuotaManager) -> float:
+    with LoadAdjuster(manager, cpu_load(), models=["m"], floor=0.4, relaxed_action="warn") as adjuster:
+        adjuster.start(1.0)
+        change: Adjustment | None = adjuster.poll()
+        print(change and (change.load, change.before, change.factor), adjuster.running)
+        adjuster.undo()
+    return adjuster.factor
+
+
+def remember(manager: ResourceQuotaManager, registry: ModelRegistry, caches: dict[str, ReportsMemory]) -> bool:
+    changed: list[str] = register_models(manager, registry)
+    with MemoryProbe(manager, caches).start(interval_sec=1) as probe:
+        updated: list[str] = probe.poll()
+        print(changed, updated)
+        return probe.update("m")
 
 
 def handle_errors() -> None:

@@ -384,6 +384,37 @@ def test_snapshot_has_all_models_at_once(manager):
     assert manager.get_usage("m").requests_this_hour == 3
 
 
+def test_snapshot_while_models_come_and_go_holds_whole_models_only():
+    """An element is a model that was there, with its own figures; the array keeps its ids alive."""
+    manager = ResourceQuotaManager(clock=ManualClock(10**12))
+    manager.set_quota("stays", max_requests_per_hour=None)
+    stop = threading.Event()
+
+    def come_and_go():
+        while not stop.is_set():
+            for i in range(20):
+                manager.set_quota(f"guest-{i}")
+                manager.check_quota(f"guest-{i}", 7)
+            for i in range(20):
+                manager.remove_quota(f"guest-{i}")
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        arrays = [manager.snapshot() for _ in range(500)]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    for array in arrays:
+        assert array["model_id"][0] == "stays"
+        assert len(set(array["model_id"])) == len(array)
+        for model_id, allowed, tokens in array[["model_id", "allowed_total", "tokens_total"]][1:]:
+            assert model_id.startswith("guest-")
+            assert tokens == 7 * allowed
+
+
 def test_reset_burst(manager):
     manager.set_quota("b", max_requests_per_second=2, burst_requests=10, max_requests_per_hour=None)
     for _ in range(12):

@@ -294,15 +294,9 @@ class ResourceQuotaManager(WaitTable):
         Fields: ``model_id`` (object, a str), the fields of `ResourceUsage` (int64: MB, requests, tokens), and the
         model's totals since it was registered: ``allowed_total``, ``rejected_total``, ``throttled_total``,
         ``queued_total``, ``warned_total`` (int64) and ``tokens_total`` (uint64, tokens charged). Each element is read
-        under its model's lock.
+        under its model's lock, all of them at one reading of the clock.
         """
-        ids, usage = self._read_all()
-        fields = usage.dtype.descr
-        array = np.empty(len(ids), dtype=[("model_id", object), *fields])
-        array["model_id"] = ids
-        for name, *_ in fields:
-            array[name] = usage[name]
-        return array
+        return self._read_all()
 
     def print_status(self, file: TextIO | None = None) -> None:
         """Write use against limits of all models, and the totals, to `file` (standard output by default)."""

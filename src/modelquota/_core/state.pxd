@@ -30,7 +30,7 @@ cdef class QuotaState:
     cdef int drop(self, object model_id, RowRef ref) except -1
     cdef RowRef find(self, object model_id)
     cdef RowRef known(self, object model_id)
-    cdef bint read(self, RowRef ref, Usage* usage, Limits* limits) noexcept
+    cdef bint read(self, RowRef ref, int64_t now_ns, Usage* usage, Limits* limits) noexcept
     cdef int freed(self, RowRef ref) except -1
     cdef str name_of(self, int64_t index)
 

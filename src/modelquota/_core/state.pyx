@@ -6,6 +6,7 @@ cimport cython
 import os
 
 import numpy as np
+cimport numpy as cnp
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint64_t
@@ -14,7 +15,7 @@ from modelquota._core.layout cimport (
     DAY, HOUR, LAYOUT_VERSION, MAX_COUNT, SECOND, UNLIMITED, VIOLATION_TYPES, Header, Ledger, Row
 )
 from modelquota._core.level cimport NO_RATE, empty_burst
-from modelquota._core.lock cimport lock, unlock
+from modelquota._core.lock cimport lock, spin_lock, unlock
 from modelquota._core.decision cimport pass_time
 from modelquota._core.registry cimport NAME_SHARE, NAME_UNIT, enter, leave, replace_limits
 from modelquota._core.usage cimport read_limits, read_usage
@@ -23,6 +24,8 @@ from modelquota._core.window cimport requests_charged
 from modelquota._core.mapping import create_mapping, fingerprint, plan
 from modelquota.errors import CapacityError, UnknownModelError
 from modelquota.limits import ViolationAction
+
+cnp.import_array()
 
 cdef int forks = 0      # between the first process and this one
 
@@ -56,6 +59,17 @@ def dtypes():
         "ledger": np.asarray(<Ledger[:1]> &ledger).dtype,
         "usage": np.asarray(<Usage[:1]> &usage).dtype,
     }
+
+
+cdef struct Record:
+    # One element of a snapshot; the dtype below is derived from it.
+    void* model_id
+    Usage usage
+
+
+RECORD = np.dtype([("model_id", object), *dtypes()["usage"].descr])
+"""The dtype of a snapshot: the model's id, then `Usage`."""
+assert RECORD.itemsize == sizeof(Record)
 
 
 def struct_sizes():
@@ -306,17 +320,22 @@ cdef class QuotaState:
 
     # -- reading and stating
 
-    cdef bint read(self, RowRef ref, Usage* usage, Limits* limits) noexcept:
-        """Both under one lock; False where the model has been removed."""
-        cdef int64_t now_ns = self.now_ns()
+    cdef bint read(self, RowRef ref, int64_t now_ns, Usage* usage, Limits* limits) noexcept:
+        """Use, and limits unless they are NULL, under one lock; False where the model has been removed.
+
+        Keeps the GIL unless the lock is held for long: who gives the GIL away for each of a thousand rows waits a
+        thousand times for busy threads to give it back.
+        """
         cdef bint alive
-        with nogil:
-            lock(&ref.row.lock, self.seat)
-            alive = ref.row.generation == ref.generation
-            if alive:
-                read_usage(ref.row, ref.ledger, now_ns, usage)
+        if not spin_lock(&ref.row.lock, self.seat):
+            with nogil:
+                lock(&ref.row.lock, self.seat)
+        alive = ref.row.generation == ref.generation
+        if alive:
+            read_usage(ref.row, ref.ledger, now_ns, usage)
+            if limits != NULL:
                 read_limits(ref.ledger, limits)
-            unlock(&ref.row.lock)
+        unlock(&ref.row.lock)
         return alive
 
     def _read(self, model_id):
@@ -326,26 +345,26 @@ cdef class QuotaState:
         cdef RowRef ref = self.find(model_id)
         if ref is None:
             return None
-        return (_unpack(&limits), usage) if self.read(ref, &usage, &limits) else None
+        return (_unpack(&limits), usage) if self.read(ref, self.now_ns(), &usage, &limits) else None
 
     def _read_all(self):
-        """``(ids, usage array)`` of all models."""
-        cdef Usage usage
-        cdef Limits limits
-        cdef Usage[::1] records
-        cdef RowRef ref
+        """A snapshot of all models, each read under its lock and all at one reading of the clock."""
+        cdef int64_t now_ns = self.now_ns()
         cdef Py_ssize_t i = 0
-        refs = list(self.interned.items())
-        array = np.zeros(len(refs), dtype=np.asarray(<Usage[:1]> &usage).dtype)
-        if not refs:
-            return [], array
-        records = array
+        cdef RowRef ref
+        cdef Record* records
+        self.require_open()
+        cdef dict found = self.interned.copy()      # another thread may add to it where read() waits
+        array = np.zeros(len(found), dtype=RECORD)  # np.empty sets object fields one by one, some 800 ns each
+        records = <Record*> cnp.PyArray_DATA(array)
         ids = []
-        for model_id, ref in refs:
-            if self.read(ref, &records[i], &limits):
+        for model_id, ref in found.items():
+            if self.read(ref, now_ns, &records[i].usage, NULL):
                 ids.append(model_id)
                 i += 1
-        return ids, array[:i]
+        array = array[:i]
+        array["model_id"] = ids
+        return array
 
     def _totals(self):
         """Sums over all models, living and removed, and over checks of unknown ones."""
