@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
@@ -47,17 +48,23 @@ class ResourceQuotaManager(WaitTable):
 
     Parameters
     ----------
+    path : str or os.PathLike, optional
+        A state file, created with mode 0600 where there is none: all processes that open it share the limits, and it
+        outlives them. Keep it on a local file system. By default the state is in memory and shared with forked processes.
     clock : ManualClock, optional
         Time as a parameter, for tests and replays. By default the time is that of ``CLOCK_MONOTONIC``.
     default_quota : ResourceQuotaConfig, optional
         A model that is checked and has no quota is registered with these limits. By default it is allowed and counted.
-    max_models : int
-        Size of the table, 1 .. 2**24. Memory is taken only for models in use, some 2.7 KB each.
+    max_models : int, optional
+        Size of the table, 1 .. 2**24, by default that of the state file, or 65,536. Memory is taken only for models in
+        use, some 3 KB each.
 
     Raises
     ------
     TypeError, ValueError
         A parameter of another kind or out of range.
+    StateFileError
+        The file at `path` is no state file that this version can use; it is left as it was.
 
     Examples
     --------
@@ -73,16 +80,18 @@ class ResourceQuotaManager(WaitTable):
     def __init__(
         self,
         *,
+        path: str | os.PathLike[str] | None = None,
         clock: ManualClock | None = None,
         default_quota: ResourceQuotaConfig | None = None,
-        max_models: int = 65_536,
+        max_models: int | None = None,
     ) -> None:
-        max_models = operator.index(max_models)
-        if not 1 <= max_models <= MAX_MODELS_LIMIT:
-            raise ValueError(f"max_models is {max_models}; give an integer, 1 .. 2**24")
+        if max_models is not None:
+            max_models = operator.index(max_models)
+            if not 1 <= max_models <= MAX_MODELS_LIMIT:
+                raise ValueError(f"max_models is {max_models}; give an integer, 1 .. 2**24")
         if default_quota is not None and not isinstance(default_quota, ResourceQuotaConfig):
             raise TypeError(f"default_quota is {default_quota!r}; give a ResourceQuotaConfig, or None")
-        super().__init__(max_models=max_models, clock=clock)
+        super().__init__(path=path, max_models=max_models, clock=clock)
         self.default_quota = default_quota
         self._unknown_logged_second = -1
         self._unknown_held = 0

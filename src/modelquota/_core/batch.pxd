@@ -3,8 +3,9 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t
 from modelquota._core.decision cimport (
     Ask, LAST_TICKET, LOWEST_PRIORITY, Verdict, charge_tokens, decide, pass_time
 )
-from modelquota._core.layout cimport Header, MAX_COUNT, Ledger, Row, SECOND, SLOTS
-from modelquota._core.lock cimport lock, unlock
+from modelquota._core.layout cimport Header, MAX_COUNT, Ledger, Row, Shared, SECOND, SLOTS
+from modelquota._core.lock cimport unlock
+from modelquota._core.repair cimport enter_row
 from modelquota._core.window cimport slot_at
 
 cdef extern from *:
@@ -86,19 +87,21 @@ cdef inline Py_ssize_t first_bad_code(
 
 
 cdef inline Py_ssize_t check_batch(
-    const Batch* batch, Row* rows, Ledger* ledgers, const Header* header, uint32_t seat, Py_ssize_t i, Verdict* verdict
+    const Batch* batch, const Shared* shared, Py_ssize_t i, Verdict* verdict
 ) noexcept nogil:
     """Decide from element `i` on; stop behind one whose violation is to be logged. Returns where to go on.
 
     A model that was removed after the codes were validated has no limits any more: its requests are admitted.
     """
+    cdef Row* rows = shared.rows
+    cdef Ledger* ledgers = shared.ledgers
     cdef Ask ask
     cdef Row* row
     cdef int64_t now_ns
     ask.ram_mb = ask.ssd_mb = 0
     ask.ticket = LAST_TICKET
     ask.priority = LOWEST_PRIORITY
-    ask.heads = ask.counted = NULL
+    ask.counted = NULL
     verdict.log_held = 0
     while i < batch.count:
         now_ns = batch.times_ns[i] if batch.times_ns else batch.now_ns
@@ -106,9 +109,9 @@ cdef inline Py_ssize_t check_batch(
         row = &rows[index_of(batch.codes[i])]
         ask.tokens = batch.tokens[i]
         verdict.allowed = True
-        lock(&row.lock, seat)
+        enter_row(row, shared)
         if row.generation == generation_of(batch.codes[i]):
-            decide(row, &ledgers[index_of(batch.codes[i])], now_ns, &ask, header.enforcing, verdict)
+            decide(row, &ledgers[index_of(batch.codes[i])], now_ns, &ask, shared.header.enforcing, verdict)
         unlock(&row.lock)
         batch.limits[i] = 0 if verdict.allowed else verdict.limit
         if batch.waits_ms:
@@ -119,13 +122,15 @@ cdef inline Py_ssize_t check_batch(
     return i
 
 
-cdef inline void charge_batch(const Batch* batch, Row* rows, Ledger* ledgers, uint32_t seat) noexcept nogil:
+cdef inline void charge_batch(const Batch* batch, const Shared* shared) noexcept nogil:
+    cdef Row* rows = shared.rows
+    cdef Ledger* ledgers = shared.ledgers
     cdef Row* row
     cdef Py_ssize_t i
     for i in range(batch.count):
         prefetch_row(batch, rows, ledgers, i, batch.now_ns)
         row = &rows[index_of(batch.codes[i])]
-        lock(&row.lock, seat)
+        enter_row(row, shared)
         if row.generation == generation_of(batch.codes[i]):
             pass_time(row, &ledgers[index_of(batch.codes[i])], batch.now_ns)
             charge_tokens(row, &ledgers[index_of(batch.codes[i])], batch.tokens[i])

@@ -53,9 +53,8 @@ cdef struct Ask:
     int64_t tokens      # 0 .. MAX_COUNT, as are the others
     int64_t ram_mb
     int64_t ssd_mb
-    int64_t ticket      # its place in line, or LAST_TICKET
+    int64_t ticket      # its place in a line, or LAST_TICKET
     int32_t priority
-    const Ledger* heads     # of the model whose line it is called up from; NULL where it does not wait
     const Ledger* counted   # of the model where its violation has been counted, or NULL
     uint32_t counted_generation
 
@@ -240,7 +239,7 @@ cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
 cdef inline bint stands_behind(const Ledger* ledger, const Ask* ask) noexcept nogil:
     """Whether others wait for this model whose turn comes first."""
     return (
-        ledger.waiting != 0 and ledger.action == QUEUE and ledger != ask.heads
+        ledger.waiting != 0 and ledger.action == QUEUE
         and (ledger.head_priority > ask.priority
              or (ledger.head_priority == ask.priority and ledger.head_ticket < ask.ticket))
     )

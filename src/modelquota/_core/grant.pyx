@@ -12,27 +12,30 @@ from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, Verdict, charge_tokens, highest_usage, pass_time
 from modelquota._core.hold cimport Charge, Hold, admits_tokens, let_go, refund, take_hold
 from modelquota._core.joint cimport (
-    Joint, MOST_MODELS, NOBODY, decide_jointly, first_gone, lock_rows, put_in_order, try_lock_rows, unlock_rows
+    Joint, MOST_MODELS, NOBODY, decide_jointly, first_gone, free_dead_rows, lock_rows, put_in_order,
+    try_lock_rows, unlock_rows
 )
-from modelquota._core.layout cimport Header, Ledger, MAX_COUNT, Row
-from modelquota._core.lock cimport lock, spin_lock, try_lock, unlock
+from modelquota._core.layout cimport Header, Held, Ledger, MAX_COUNT, Row, Shared
+from modelquota._core.lock cimport unlock
+from modelquota._core.repair cimport enter_row, try_row
 from modelquota._core.result cimport result_of
-from modelquota._core.state cimport RowRef, fork_count
+from modelquota._core.shared cimport fork_count
+from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport QuotaTable, start_ask
 
-from modelquota.errors import GrantClosedError, QuotaExceededError, UnknownModelError
+from modelquota.errors import CapacityError, GrantClosedError, QuotaExceededError, UnknownModelError
 
 cdef enum:
     LEAST_CHUNK = 16        # tokens that add() charges at a time beyond the estimate, at least,
     CHUNK_SHARE = 8         # and one part in so many of what has been charged
 
 
-cdef inline void take_lock(Row* row, uint32_t seat) noexcept:
+cdef inline void take_lock(Row* row, const Shared* shared) noexcept:
     """Lock a row while holding the GIL; where it is locked for long, the GIL is released to wait."""
-    if try_lock(&row.lock, seat) or spin_lock(&row.lock, seat):
+    if try_row(row, shared):
         return
     with nogil:
-        lock(&row.lock, seat)
+        enter_row(row, shared)
 
 
 @cython.final
@@ -93,7 +96,7 @@ cdef class Grant:
     @property
     def model_ids(self):
         """The models that granted, in the order in which they were named."""
-        return tuple([self.manager.name_of(self.ref_of(i).row - self.manager.row_array) for i in range(self.parties)])
+        return tuple([self.manager.name_of(self.ref_of(i).row - self.manager.shared.rows) for i in range(self.parties)])
 
     @property
     def tokens(self):
@@ -148,9 +151,9 @@ cdef class Grant:
         put_in_order(&joint)
         while True:
             self.reserve_charges()
-            if not try_lock_rows(&joint, self.manager.seat):
+            if not try_lock_rows(&joint, &self.manager.shared):
                 with nogil:
-                    lock_rows(&joint, self.manager.seat)
+                    lock_rows(&joint, &self.manager.shared)
             over = self.used - self.charged     # other threads may have charged or closed the grant during the wait
             if over <= 0:
                 unlock_rows(&joint, joint.count)
@@ -163,9 +166,9 @@ cdef class Grant:
             party = &joint.parties[i]
             if party.row.generation == party.generation:
                 pass_time(party.row, party.ledger, now_ns)
-                if not admits_tokens(party.row, party.ledger, chunk, self.manager.header.enforcing):
+                if not admits_tokens(party.row, party.ledger, chunk, self.manager.shared.header.enforcing):
                     chunk = over
-                    fits = fits and admits_tokens(party.row, party.ledger, over, self.manager.header.enforcing)
+                    fits = fits and admits_tokens(party.row, party.ledger, over, self.manager.shared.header.enforcing)
         for i in range(self.parties):
             party = &joint.parties[i]
             if party.row.generation == party.generation:
@@ -264,7 +267,7 @@ cdef class Grant:
         for i in range(self.parties):
             party = self.hold(i)
             row = party.row
-            take_lock(row, self.manager.seat)
+            take_lock(row, &self.manager.shared)
             alive = row.generation == party.generation
             if alive and changes:
                 pass_time(row, party.ledger, now_ns)
@@ -278,10 +281,14 @@ cdef class Grant:
                     part = min(max(left, 0), charge.tokens)
                     refund(row, party.ledger, 1 if undo and time == 0 else 0, part, charge)
                     left -= part
-            if alive and close:
-                let_go(party)
+            if close and alive:
+                let_go(row, party.ledger, party.record)
+            elif close:
+                party.record.seat = 0
             waited_for = alive and party.ledger.waiting != 0
             unlock(&row.lock)
+            if close:
+                self.manager.give_record(party.record)
             if waited_for:
                 self.manager.freed(self.ref_of(i))
         return 0
@@ -395,7 +402,7 @@ cdef class GrantTable(QuotaTable):
         for model_id in model_ids:
             if self.interned.get(model_id) is refs[party]:
                 return str.__str__(model_id)
-        return self.name_of((<RowRef> refs[party]).row - self.row_array)
+        return self.name_of((<RowRef> refs[party]).row - self.shared.rows)
 
     cdef int parties_of(self, object model_ids, Joint* joint, list refs) except -1:
         """Look up the models of a request; ids without a quota are left out. Returns how many those are."""
@@ -423,7 +430,8 @@ cdef class GrantTable(QuotaTable):
             party.row = ref.row
             party.ledger = ref.ledger
             party.generation = ref.generation
-            party.ram_mb = party.ssd_mb = 0
+            party.index = <uint32_t> (ref.row - self.shared.rows)
+            party.record = NULL
             joint.count += 1
         put_in_order(joint)
         return len(model_ids) - joint.count
@@ -434,32 +442,59 @@ cdef class GrantTable(QuotaTable):
         cdef int named = NOBODY
         cdef int unknown, gone, i
         cdef int64_t now_ns
-        cdef uint32_t seat = self.seat
+        cdef const Shared* shared = &self.shared
         verdict.usage = 0.0         # of models of which none has a quota
         while True:
             unknown = self.parties_of(model_ids, joint, refs)
+            if holding:
+                self.take_records(joint)
             now_ns = self.now_ns()
-            if not try_lock_rows(joint, seat):
+            if not try_lock_rows(joint, shared):
                 if nowait:
+                    free_dead_rows(joint, shared)
+                    self.give_records(joint)
                     return BUSY
                 with nogil:
-                    lock_rows(joint, seat)
+                    lock_rows(joint, shared)
             gone = first_gone(joint)
             if gone == NOBODY:
-                named = decide_jointly(joint, now_ns, ask, self.header.enforcing, verdict)
+                named = decide_jointly(joint, now_ns, ask, self.shared.header.enforcing, verdict)
                 if verdict.allowed:
                     for i in range(joint.count):
                         if holding:
-                            take_hold(&joint.parties[i], ask)
+                            take_hold(&joint.parties[i], ask, shared.me)
                         else:
                             verdict.usage = max(verdict.usage if i else 0.0,
                                                 highest_usage(joint.parties[i].row, joint.parties[i].ledger, ask))
             unlock_rows(joint, joint.count)
+            if gone != NOBODY or not verdict.allowed:
+                self.give_records(joint)
             if gone == NOBODY:
+                if not verdict.allowed and verdict.held_up:
+                    self.look_for_dead()
                 if unknown and verdict.allowed:
                     self.count_unknown(unknown)
                 return named
             self.drop(self.name_in(model_ids, refs, gone), refs[gone])
+
+    cdef int take_records(self, Joint* joint) except -1:
+        """A free record for each party."""
+        cdef int i
+        try:
+            for i in range(joint.count):
+                joint.parties[i].record = self.take_record()
+        except CapacityError:
+            self.give_records(joint)
+            raise
+        return 0
+
+    cdef int give_records(self, Joint* joint) except -1:
+        cdef int i
+        for i in range(joint.count):
+            if joint.parties[i].record != NULL:
+                self.give_record(joint.parties[i].record)
+                joint.parties[i].record = NULL
+        return 0
 
     cdef Grant grant_of(self, Joint* joint, list refs, const Ask* ask):
         """The grant of what decide_all has just taken."""

@@ -1,7 +1,7 @@
 # What can be read of a row, whose lock is held, and how limits are put into it.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from modelquota._core.decision cimport pass_time, percent
-from modelquota._core.layout cimport DAY, HOUR, Ledger, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.layout cimport DAY, HOUR, Ledger, Limits, Row, SECOND, UNLIMITED, Wide, WINDOWS
 from modelquota._core.level cimport NO_RATE, as_double, burst_used, rescale
 from modelquota._core.window cimport measure_room, requests_charged, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_used
 
@@ -38,28 +38,6 @@ cdef struct Usage:
     int64_t waited_total
     uint64_t tokens_total           # modulo 2**64; what was refunded is not subtracted
     uint64_t tokens_refunded_total
-
-
-cdef struct Limits:
-    # One configuration as the row stores it.
-    int64_t max_ram_mb
-    int64_t max_ssd_mb
-    int64_t max_concurrent
-    int64_t max_queued
-    int64_t burst_requests
-    int64_t burst_tokens
-    double requests_per_second
-    double tokens_per_second
-    double grace_period_sec
-    int64_t request_limits[3]
-    int64_t token_limits[3]
-    Wide request_cap
-    Wide token_cap
-    int64_t request_drain
-    int64_t token_drain
-    uint8_t request_shift
-    uint8_t token_shift
-    uint8_t action
 
 
 cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usage) noexcept nogil:
