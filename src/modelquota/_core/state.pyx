@@ -273,6 +273,7 @@ cdef class QuotaState:
                 return
             self.drop(config.model_id, ref)
         ref = RowRef.__new__(RowRef)
+        ref.model_id = config.model_id
         index = enter(self.header, self.row_array, self.ledger_array, self.name_bytes, name, len(name), &limits, now_ns,
                       self.seat)
         other = self.interned.get(config.model_id)
