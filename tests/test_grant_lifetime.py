@@ -1,6 +1,7 @@
 """Grants end exactly once, wherever that happens: in a cycle, in a forked process, in several threads at a time."""
 
 import gc
+import multiprocessing
 import warnings
 
 import pytest
@@ -72,3 +73,66 @@ def test_a_grant_of_nobody_counts_and_holds_nothing(manager):
     grant.release()
     assert manager.check_quota(("nobody", "neither"), 1).current_usage == 0.0
     assert manager.get_stats().total_checks == 3
+
+
+def in_a_fork(work):
+    """Run it in a forked child, where warnings are errors and it may fail."""
+
+    def body():
+        warnings.simplefilter("error")
+        work()
+        gc.collect()
+
+    child = multiprocessing.get_context("fork").Process(target=body)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def test_the_copy_of_a_grant_in_a_forked_process_does_nothing(manager, capfd):
+    grants = {
+        verb: manager.reserve(ids, 100, ram_needed_mb=1)
+        for verb, ids in {"settle": "a", "add": ("b", "a"), "cancel": ("a", "b"), "leave": "a", "drop": "a"}.items()
+    }
+    before = manager.get_usage("a"), manager.get_usage("b")
+
+    def end_all():
+        assert grants["add"].add(1000)
+        manager.settle_many([grants["settle"]], [7])
+        grants["cancel"].cancel()
+        with pytest.raises(ZeroDivisionError), grants["leave"]:
+            raise ZeroDivisionError
+        grants.clear()
+        gc.collect()
+        assert (manager.get_usage("a"), manager.get_usage("b")) == before
+
+    in_a_fork(end_all)
+    assert capfd.readouterr().err == ""
+    assert (manager.get_usage("a"), manager.get_usage("b")) == before
+    grants["settle"].settle(30)
+    assert grants["add"].add(150)
+    grants["cancel"].cancel()
+    for grant in grants.values():
+        grant.release()
+    usage = manager.get_usage("a")
+    assert usage.tokens_this_day == 30 + 150 + 0 + 100 + 100
+    assert usage.requests_this_day == 4
+    assert manager.get_usage("b").tokens_this_day == 150
+    assert held(manager, "a") == held(manager, "b") == (0, 0)
+
+
+def test_a_forked_process_has_grants_of_its_own(manager):
+    """What it reserves counts for all, it releases itself, and its own child leaves that alone."""
+
+    def reserve():
+        grant = manager.reserve(("a", "b"), 50, ram_needed_mb=2)
+        in_a_fork(grant.cancel)
+        assert held(manager) == (2, 3)
+        grant.settle(20)
+        grant.release()
+
+    with manager.reserve("a", 100, ram_needed_mb=1):
+        in_a_fork(reserve)
+        assert held(manager) == (1, 1)
+    assert manager.get_usage("a").tokens_this_day == 120
+    assert manager.get_usage("b").tokens_this_day == 20

@@ -241,9 +241,13 @@ def test_a_forgotten_grant_is_released_with_a_warning(manager):
 def test_a_removed_model_gives_nothing_back(manager):
     grant = manager.reserve("m", 100, ram_needed_mb=1)
     manager.remove_quota("m")
+    manager.set_quota("other", **OPEN)  # takes the row
     manager.set_quota("m", **OPEN)
     grant.settle(5)
     grant.release()
+    assert grant.model_ids == ("m",)
+    assert repr(grant) == "<Grant 'm', 5 tokens, released>"
+    assert not manager.get_usage("other").concurrent_requests
     usage = manager.get_usage("m")
     assert (usage.reserved_ram_mb, usage.concurrent_requests, usage.tokens_this_day) == (0, 0, 0)
 

@@ -50,7 +50,7 @@ class ResourceQuotaManager(WaitTable):
     ----------
     path : str or os.PathLike, optional
         A state file, created with mode 0600 where there is none: all processes that open it share the limits, and it
-        outlives them. Keep it on a local file system. By default the state is in memory and shared with forked processes.
+        outlives them. Keep it on a local file system. By default the state is in memory, shared with forked processes.
     clock : ManualClock, optional
         Time as a parameter, for tests and replays. By default the time is that of ``CLOCK_MONOTONIC``.
     default_quota : ResourceQuotaConfig, optional

@@ -54,4 +54,3 @@ cdef class GrantTable(QuotaTable):
     cdef Grant grant_of(self, Joint* joint, list refs, const Ask* ask)
     cdef int decide_all(self, object model_ids, const Ask* ask, bint holding, bint nowait, list refs, Joint* joint,
                         Verdict* verdict) except -3
-    cdef object name_in(self, object model_ids, list refs, int party)

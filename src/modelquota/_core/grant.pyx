@@ -96,7 +96,7 @@ cdef class Grant:
     @property
     def model_ids(self):
         """The models that granted, in the order in which they were named."""
-        return tuple([self.manager.name_of(self.ref_of(i).row - self.manager.shared.rows) for i in range(self.parties)])
+        return tuple([self.ref_of(i).model_id for i in range(self.parties)])
 
     @property
     def tokens(self):
@@ -345,7 +345,7 @@ cdef class GrantTable(QuotaTable):
         named = self.decide_all(model_id, &ask, True, False, refs, &joint, &verdict)
         grant = self.grant_of(&joint, refs, &ask) if verdict.allowed else None
         if named != NOBODY:
-            result = result_of(&verdict, self.name_in(model_id, refs, named))
+            result = result_of(&verdict, (<RowRef> refs[named]).model_id)
             if verdict.log_held:
                 self._log_violation(result.model_id, result, verdict.log_held)
             if grant is None:
@@ -390,19 +390,10 @@ cdef class GrantTable(QuotaTable):
         cdef Verdict verdict
         cdef list refs = []
         cdef int named = self.decide_all(model_ids, ask, False, False, refs, &joint, &verdict)
-        result = result_of(&verdict, None if named == NOBODY else self.name_in(model_ids, refs, named))
+        result = result_of(&verdict, None if named == NOBODY else (<RowRef> refs[named]).model_id)
         if verdict.log_held:
             self._log_violation(result.model_id, result, verdict.log_held)
         return result
-
-    cdef object name_in(self, object model_ids, list refs, int party):
-        """The id of a party: ids without a quota are none."""
-        if isinstance(model_ids, str):
-            return str.__str__(model_ids)       # of a subclass too
-        for model_id in model_ids:
-            if self.interned.get(model_id) is refs[party]:
-                return str.__str__(model_id)
-        return self.name_of((<RowRef> refs[party]).row - self.shared.rows)
 
     cdef int parties_of(self, object model_ids, Joint* joint, list refs) except -1:
         """Look up the models of a request; ids without a quota are left out. Returns how many those are."""
@@ -475,7 +466,7 @@ cdef class GrantTable(QuotaTable):
                 if unknown and verdict.allowed:
                     self.count_unknown(unknown)
                 return named
-            self.drop(self.name_in(model_ids, refs, gone), refs[gone])
+            self.drop((<RowRef> refs[gone]).model_id, refs[gone])
 
     cdef int take_records(self, Joint* joint) except -1:
         """A free record for each party."""

@@ -1,7 +1,7 @@
 """Whether the bytes of a state make sense: read only, whoever may be writing meanwhile.
 
-A row is judged on a copy that was the same twice with the lock free. One that stays locked is being changed, or its owner
-has died, and then it will be repaired: of it only what could lead outside the mapping is judged.
+A row is judged on a copy that was the same twice with the lock free. One that stays locked is being changed, or its
+owner has died, and then it will be repaired: of it only what could lead outside the mapping is judged.
 """
 
 from __future__ import annotations
@@ -129,10 +129,8 @@ class Reader:
         top = int(self.header["names_used"])
         for ledger in part.ledgers:
             offset, size = int(ledger["name_offset"]) * NAME_UNIT, int(ledger["name_size"])
-            inside = offset + size <= max(top, 0)
-            found.append(
-                os.pread(self.descriptor, size, self.regions.names + offset) if inside and size <= 256 else b""
-            )
+            inside = size <= 256 and offset + size <= top
+            found.append(os.pread(self.descriptor, size, self.regions.names + offset) if inside else b"")
         return found
 
 

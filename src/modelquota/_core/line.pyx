@@ -204,7 +204,7 @@ cdef class Line:
                 told.append(waiter)
                 continue
             ref = refs[named]
-            waiter.result = result_of(&verdict, self.manager.name_in(waiter.model_ids, refs, named))
+            waiter.result = result_of(&verdict, (<RowRef> refs[named]).model_id)
             if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns):
                 self.remove(waiter)
                 waiter.finish(None, None)
@@ -380,7 +380,7 @@ cdef class WaitTable(GrantTable):
         grant = self.grant_of(&joint, refs, &waiter.ask) if verdict.allowed else None
         if named == NOBODY:
             return grant
-        result = result_of(&verdict, self.name_in(model_id, refs, named))
+        result = result_of(&verdict, (<RowRef> refs[named]).model_id)
         if verdict.log_held:
             self._log_violation(result.model_id, result, verdict.log_held)
         if grant is not None:

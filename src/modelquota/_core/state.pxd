@@ -9,6 +9,7 @@ cdef class RowRef:
     cdef Row* row
     cdef Ledger* ledger
     cdef uint32_t generation
+    cdef str model_id
     cdef object line                # the Line of this process's requests that wait for the model, or None
 
 

@@ -151,6 +151,7 @@ cdef class QuotaState(SharedState):
         if self.seen[index] == generation:
             return 0
         ref = RowRef.__new__(RowRef)
+        ref.model_id = model_id
         ref.row = &self.shared.rows[index]
         ref.ledger = &self.shared.ledgers[index]
         ref.generation = generation
