@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 import operator
 import sys
 import time
@@ -20,13 +20,13 @@ from modelquota.limits import ViolationAction
 from modelquota.report import ModelReport, QuotaStats, ResourceUsage, model_report, status_lines
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    import logging
 
-logger = logging.getLogger("modelquota")
-logger.addHandler(logging.NullHandler())
+    from numpy.typing import NDArray
 
 _USAGE_FIELDS = tuple(ResourceUsage.__dataclass_fields__)
 _SECOND_NS = 1_000_000_000
+_INFO, _WARNING = 20, 30  # the levels' numbers, as the logging documentation gives them
 _T = TypeVar("_T")
 
 
@@ -217,18 +217,20 @@ class ResourceQuotaManager(QuotaTable):
         if second != self._unknown_logged_second:
             self._unknown_logged_second = second
             held, self._unknown_held = self._unknown_held, 0
-            logger.warning(
-                "model %r has no quota: allowed (%d checks of unknown models since the last record)", model_id, held
+            _log(
+                _WARNING,
+                "model %r has no quota: allowed (%d checks of unknown models since the last record)",
+                model_id,
+                held,
             )
         return False
 
     def _log_violation(self, model_id: str, result: QuotaCheckResult, stands_for: int) -> None:
-        level = logging.INFO if result.action is ViolationAction.QUEUE else logging.WARNING
-        if logger.isEnabledFor(level):
-            logger.log(
-                level, "model %r: %s (%s; %d since the last record)", model_id, result.reason, result.action,
-                stands_for,
-            )  # fmt: skip
+        level = _INFO if result.action is ViolationAction.QUEUE else _WARNING
+        if _logger().isEnabledFor(level):
+            _log(
+                level, "model %r: %s (%s; %d since the last record)", model_id, result.reason, result.action, stands_for
+            )
 
 
 class ModelQuota(RowHandle):
@@ -282,6 +284,25 @@ class ModelQuota(RowHandle):
         if read is None:
             raise UnknownModelError(self.model_id)
         return read
+
+
+@functools.cache
+def _logger() -> logging.Logger:
+    import logging  # an eighth of the package's import, and most programs never meet a violation at start
+
+    logger = logging.getLogger("modelquota")
+    logger.addHandler(logging.NullHandler())
+    return logger
+
+
+def _log(level: int, message: str, *values: object) -> None:
+    """Log, come what may: the decision stands, and a handler that raises must not keep it from its caller."""
+    try:
+        _logger().log(level, message, *values)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()  # to sys.stderr, as logging itself does
 
 
 def _megabytes(name: str, value: int) -> int:
