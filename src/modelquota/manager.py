@@ -105,14 +105,15 @@ class ResourceQuotaManager(QuotaTable):
 
         Raises UnknownModelError where the model has no quota, QuotaConfigError where a field is not accepted.
         """
-        quota = self.get_quota(model_id)
-        if quota is None:
-            raise UnknownModelError(model_id)
-        quota = quota.replace(**changes)
-        if quota.model_id != model_id:
-            raise TypeError("model_id cannot be changed; set_quota for the new id and remove_quota for the old one")
-        self._put(quota)
-        return quota
+        while True:  # until nobody has changed it between the reading and the writing
+            old = self.get_quota(model_id)
+            if old is None:
+                raise UnknownModelError(model_id)
+            new = old.replace(**changes)
+            if new.model_id != model_id:
+                raise TypeError("model_id cannot be changed; set_quota for the new id and remove_quota for the old one")
+            if self._swap(old, new):
+                return new
 
     def remove_quota(self, model_id: str) -> bool:
         """Forget a model and what it has used; True if it was known. What it counted stays in `get_stats`."""

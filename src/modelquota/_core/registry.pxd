@@ -4,7 +4,7 @@ from libc.string cimport memcpy, memset
 from modelquota._core.decision cimport pass_time
 from modelquota._core.layout cimport Header, Ledger, Row, VIOLATION_TYPES
 from modelquota._core.lock cimport lock, unlock
-from modelquota._core.usage cimport Limits, put_limits, start_row
+from modelquota._core.usage cimport Limits, put_limits, read_limits, same_limits, start_row
 from modelquota._core.window cimport requests_charged
 
 cdef enum:
@@ -13,18 +13,26 @@ cdef enum:
 
 
 cdef inline bint replace_limits(
-    Row* row, Ledger* ledger, uint32_t generation, const Limits* limits, int64_t now_ns, uint32_t seat
+    Row* row, Ledger* ledger, uint32_t generation, const Limits* limits, const Limits* expected, int64_t now_ns, uint32_t seat
 ) noexcept:
-    """Change limits: the time until now passes under the old ones. False where the model has left the row."""
-    cdef bint alive
+    """Change limits: the time until now passes under the old ones.
+
+    False, and nothing is changed, where the model has left the row, or its limits are no longer those that were
+    `expected` (NULL: any).
+    """
+    cdef Limits current
+    cdef bint fits
     with nogil:
         lock(&row.lock, seat)
-        alive = row.generation == generation
-        if alive:
+        fits = row.generation == generation
+        if fits and expected != NULL:
+            read_limits(ledger, &current)
+            fits = same_limits(&current, expected)
+        if fits:
             pass_time(row, ledger, now_ns)
             put_limits(row, ledger, limits)
         unlock(&row.lock)
-    return alive
+    return fits
 
 
 cdef inline void write_name(Header* header, Ledger* ledger, char* names, const char* name, int64_t size) noexcept nogil:

@@ -244,7 +244,8 @@ cdef class QuotaState:
                 break
             if only_new and ref.row.generation == ref.generation:
                 return
-            if not only_new and replace_limits(ref.row, ref.ledger, ref.generation, &limits, now_ns, self.seat):
+            if not only_new and replace_limits(ref.row, ref.ledger, ref.generation, &limits, NULL, now_ns,
+                                                    self.seat):
                 return
             self.drop(config.model_id, ref)
         ref = RowRef.__new__(RowRef)
@@ -262,7 +263,16 @@ cdef class QuotaState:
                 return
             leave(self.header, self.row_array, ref.row, ref.ledger, ref.generation, self.seat)  # another was first
         if not only_new:
-            replace_limits(other.row, other.ledger, other.generation, &limits, now_ns, self.seat)
+            replace_limits(other.row, other.ledger, other.generation, &limits, NULL, now_ns, self.seat)
+
+    def _swap(self, old, new):
+        """Put `new` in the place of `old`, a model's limits until now; False where it has others, or is gone."""
+        cdef Limits expected, limits
+        cdef RowRef ref = self.find(old.model_id)
+        cdef int64_t now_ns = self.now_ns()
+        _pack(old, &expected)
+        _pack(new, &limits)
+        return ref is not None and replace_limits(ref.row, ref.ledger, ref.generation, &limits, &expected, now_ns, self.seat)
 
     def _forget(self, model_id):
         """Remove a model; True if it was known."""
