@@ -342,6 +342,21 @@ def test_a_model_removed_by_a_forked_process_is_registered_anew():
     assert not manager.check_quota("b", 1)
 
 
+def test_a_model_removed_by_a_forked_process_is_listed_no_more():
+    manager = ResourceQuotaManager()
+    for model_id in "abc":
+        manager.set_quota(model_id)
+    child = multiprocessing.get_context("fork").Process(target=lambda: [manager.remove_quota(i) for i in "ab"])
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert manager.list_models() == ["c"]
+    for ask in (manager.model, manager.reset_burst, lambda model_id: manager.rows([model_id])):
+        with pytest.raises(UnknownModelError):
+            ask("a")
+    assert not manager.remove_quota("b")
+
+
 # -- handles
 
 

@@ -199,16 +199,22 @@ cdef class QuotaState:
 
     def list_models(self):
         """The ids of all models that have a quota, oldest first."""
-        return list(self.interned)
+        cdef RowRef ref
+        return [model_id for model_id, ref in list(self.interned.items()) if ref.row.generation == ref.generation]
 
     # -- finding a row
 
     cdef RowRef find(self, object model_id):
         """The row of a model, or None. TypeError where the id is no str."""
+        cdef RowRef ref
         self.require_open()
         if not isinstance(model_id, str):
             raise TypeError(f"model_id is {model_id!r}; give a str")
-        return self.interned.get(model_id)
+        ref = self.interned.get(model_id)
+        if ref is not None and ref.row.generation != ref.generation:
+            self.drop(model_id, ref)
+            return None
+        return ref
 
     cdef RowRef known(self, object model_id):
         cdef RowRef ref = self.find(model_id)
