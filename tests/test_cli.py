@@ -206,6 +206,15 @@ def test_without_the_extra_it_says_what_to_install(missing):
     assert done.returncode == 2
 
 
+def test_import_brings_along_only_what_it_needs():
+    slow = {"asyncio", "decimal", "difflib", "hashlib", "logging", "tomllib"}
+    code = (
+        f"import sys, numpy; numpys = set(sys.modules); import modelquota; print(*({slow} & set(sys.modules)) - numpys)"
+    )
+    done = in_a_process("-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, "")
+
+
 def test_the_library_does_not_import_the_extra():
     code = "import sys, modelquota, modelquota.replay; assert not {'rich', 'typer'} & set(sys.modules)"
     assert in_a_process("-c", code).returncode == 0

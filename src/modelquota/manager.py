@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 import operator
 import os
 import sys
@@ -25,6 +25,7 @@ from modelquota.report import ModelReport, QuotaStats, ResourceUsage, model_repo
 from modelquota.waiting import acquire
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Callable, Sequence
     from typing import SupportsIndex
 
@@ -32,11 +33,9 @@ if TYPE_CHECKING:
 
     from modelquota.waiting_async import Acquisition
 
-logger = logging.getLogger("modelquota")
-logger.addHandler(logging.NullHandler())
-
 _USAGE_FIELDS = tuple(ResourceUsage.__dataclass_fields__)
 _SECOND_NS = 1_000_000_000
+_INFO, _WARNING = 20, 30  # the levels' numbers, as the logging documentation gives them
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -124,14 +123,15 @@ class ResourceQuotaManager(WaitTable):
 
         Raises UnknownModelError where the model has no quota, QuotaConfigError where a field is not accepted.
         """
-        quota = self.get_quota(model_id)
-        if quota is None:
-            raise UnknownModelError(model_id)
-        quota = quota.replace(**changes)
-        if quota.model_id != model_id:
-            raise TypeError("model_id cannot be changed; set_quota for the new id and remove_quota for the old one")
-        self._put(quota)
-        return quota
+        while True:  # until nobody has changed it between the reading and the writing
+            old = self.get_quota(model_id)
+            if old is None:
+                raise UnknownModelError(model_id)
+            new = old.replace(**changes)
+            if new.model_id != model_id:
+                raise TypeError("model_id cannot be changed; set_quota for the new id and remove_quota for the old one")
+            if self._swap(old, new):
+                return new
 
     def remove_quota(self, model_id: str) -> bool:
         """Forget a model and what it has used; True if it was known. What it counted stays in `get_stats`."""
@@ -324,18 +324,20 @@ class ResourceQuotaManager(WaitTable):
         if second != self._unknown_logged_second:
             self._unknown_logged_second = second
             held, self._unknown_held = self._unknown_held, 0
-            logger.warning(
-                "model %r has no quota: allowed (%d checks of unknown models since the last record)", model_id, held
+            _log(
+                _WARNING,
+                "model %r has no quota: allowed (%d checks of unknown models since the last record)",
+                model_id,
+                held,
             )
         return False
 
     def _log_violation(self, model_id: str, result: QuotaCheckResult, stands_for: int) -> None:
-        level = logging.INFO if result.action is ViolationAction.QUEUE else logging.WARNING
-        if logger.isEnabledFor(level):
-            logger.log(
-                level, "model %r: %s (%s; %d since the last record)", model_id, result.reason, result.action,
-                stands_for,
-            )  # fmt: skip
+        level = _INFO if result.action is ViolationAction.QUEUE else _WARNING
+        if _logger().isEnabledFor(level):
+            _log(
+                level, "model %r: %s (%s; %d since the last record)", model_id, result.reason, result.action, stands_for
+            )
 
 
 class ModelQuota(RowHandle):
@@ -389,6 +391,25 @@ class ModelQuota(RowHandle):
         if read is None:
             raise UnknownModelError(self.model_id)
         return read
+
+
+@functools.cache
+def _logger() -> logging.Logger:
+    import logging  # an eighth of the package's import, and most programs never meet a violation at start
+
+    logger = logging.getLogger("modelquota")
+    logger.addHandler(logging.NullHandler())
+    return logger
+
+
+def _log(level: int, message: str, *values: object) -> None:
+    """Log, come what may: the decision stands, and a handler that raises must not keep it from its caller."""
+    try:
+        _logger().log(level, message, *values)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()  # to sys.stderr, as logging itself does
 
 
 def _megabytes(name: str, value: int) -> int:

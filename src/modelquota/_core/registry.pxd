@@ -5,7 +5,7 @@ from modelquota._core.decision cimport pass_time
 from modelquota._core.layout cimport Header, Ledger, Limits, Row, Shared, VIOLATION_TYPES
 from modelquota._core.lock cimport lock, unlock
 from modelquota._core.repair cimport clear, enter_row
-from modelquota._core.usage cimport put_limits, start_row
+from modelquota._core.usage cimport put_limits, read_limits, same_limits, start_row
 from modelquota._core.window cimport in_order, requests_charged
 
 cdef enum:
@@ -34,17 +34,25 @@ cdef inline void leave_registry(const Shared* shared) noexcept nogil:
 
 
 cdef inline bint replace_limits(
-    Row* row, uint32_t generation, const Limits* limits, int64_t now_ns, const Shared* shared
+    Row* row, uint32_t generation, const Limits* limits, const Limits* expected, int64_t now_ns, const Shared* shared
 ) noexcept:
-    """Change limits: the time until now passes under the old ones. False where the model has left the row."""
+    """Change limits: the time until now passes under the old ones.
+
+    False, and nothing is changed, where the model has left the row, or its limits are no longer those that were
+    `expected` (NULL: any).
+    """
     cdef Header* header = shared.header
     cdef Ledger* ledger = &shared.ledgers[row - shared.rows]
-    cdef bint alive
+    cdef Limits current
+    cdef bint fits
     with nogil:
         enter_registry(shared)
         enter_row(row, shared)
-        alive = row.generation == generation
-        if alive:
+        fits = row.generation == generation
+        if fits and expected != NULL:
+            read_limits(ledger, &current)
+            fits = same_limits(&current, expected)
+        if fits:
             pass_time(row, ledger, now_ns)
             header.staged = limits[0]
             header.staged_request_level = row.request_level
@@ -60,7 +68,7 @@ cdef inline bint replace_limits(
             header.staged_row = -1
         unlock(&row.lock)
         leave_registry(shared)
-    return alive
+    return fits
 
 
 cdef inline bint write_name(const Shared* shared, Ledger* ledger, const char* name, int64_t size) noexcept nogil:

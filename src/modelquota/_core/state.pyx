@@ -183,7 +183,7 @@ cdef class QuotaState(SharedState):
             if ref is not None:
                 if only_new:
                     return
-                if replace_limits(ref.row, ref.generation, &limits, now_ns, &self.shared):
+                if replace_limits(ref.row, ref.generation, &limits, NULL, now_ns, &self.shared):
                     self.freed(ref)
                     return
                 continue
@@ -198,6 +198,18 @@ cdef class QuotaState(SharedState):
                 if self.seen_version == version:
                     self.seen_version = version + 1     # nobody else came or went meanwhile
                 return
+
+    def _swap(self, old, new):
+        """Put `new` in the place of `old`, a model's limits until now; False where it has others, or is gone."""
+        cdef Limits expected, limits
+        cdef RowRef ref = self.find(old.model_id)
+        cdef int64_t now_ns = self.now_ns()
+        pack(old, &expected)
+        pack(new, &limits)
+        if ref is None or not replace_limits(ref.row, ref.generation, &limits, &expected, now_ns, &self.shared):
+            return False
+        self.freed(ref)
+        return True
 
     def _forget(self, model_id):
         """Remove a model; True if it was known."""

@@ -321,10 +321,12 @@ cdef cnp.ndarray _int64_copy(object values, str name):
             and cnp.PyArray_ISNOTSWAPPED(values) and cnp.PyArray_NDIM(values) == 1:
         return cnp.PyArray_NewCopy(values, cnp.NPY_CORDER)
     array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {(<object> array).shape}; give one dimension")
     if (<object> array).size and (<object> array).dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {(<object> array).dtype}; give int64")
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {(<object> array).shape}; give one dimension")
+    if isinstance(values, np.ndarray) and np.ma.is_masked(values):
+        raise ValueError(f"{name} has masked elements; give only those that are to be decided")
     return np.array(array, np.int64, order="C", copy=True)
 
 
@@ -353,7 +355,7 @@ cdef int _require_length(cnp.ndarray array, str name, Py_ssize_t count) except -
 cdef int _require_target(object array, str name, object dtype, Py_ssize_t count) except -1:
     """That `array` can be filled from C. Asks numpy itself: a subclass may say anything of its dtype, shape and flags."""
     cdef cnp.ndarray target
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.ndarray) or type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} is {type(array).__name__}; give a {np.dtype(dtype)} array")
     target = array
     actual = np.ndarray.dtype.__get__(target)

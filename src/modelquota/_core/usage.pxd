@@ -133,6 +133,26 @@ cdef inline void read_limits(const Ledger* ledger, Limits* limits) noexcept nogi
     limits.action = ledger.action
 
 
+cdef inline bint same_limits(const Limits* a, const Limits* b) noexcept nogil:
+    """Whether the configured parts are equal."""
+    cdef int i
+    for i in range(WINDOWS):
+        if a.request_limits[i] != b.request_limits[i] or a.token_limits[i] != b.token_limits[i]:
+            return False
+    return (
+        a.max_ram_mb == b.max_ram_mb
+        and a.max_ssd_mb == b.max_ssd_mb
+        and a.max_concurrent == b.max_concurrent
+        and a.max_queued == b.max_queued
+        and a.burst_requests == b.burst_requests
+        and a.burst_tokens == b.burst_tokens
+        and a.requests_per_second == b.requests_per_second
+        and a.tokens_per_second == b.tokens_per_second
+        and a.grace_period_sec == b.grace_period_sec
+        and a.action == b.action
+    )
+
+
 cdef inline void start_row(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
     """Set the time of a model that has its limits and has charged nothing."""
     row.level_ns = now_ns
