@@ -150,7 +150,7 @@ def handle_errors() -> None:
     try:
         manage({})
     except QuotaFileError as error:
-        print(error.path, error.table, error.field)
+        print(error.path, error.table, error.field, error.line)
     except QuotaConfigError as error:
         print(error.field, error.value, error.accepted)
     except UnknownModelError as error:
