@@ -32,7 +32,9 @@ from modelquota.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Sev
 from modelquota.memory import MemoryProbe, ModelRegistry, ReportsMemory, register_models
 from modelquota.otel import instrument
 from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
+from modelquota.reload import QuotaReloader, Reloaded
 from modelquota.replay import ReplayReport, replay
+from modelquota.schema import quota_file_schema
 from modelquota.trace import Trace, read_trace
 from modelquota.utilization import Utilization, read_utilization
 
@@ -146,11 +148,18 @@ def remember(manager: ResourceQuotaManager, registry: ModelRegistry, caches: dic
         return probe.update("m")
 
 
+def follow(manager: ResourceQuotaManager, path: Path) -> dict[str, object]:
+    with QuotaReloader(manager, path, remove_missing=True).start() as reloader:
+        done: Reloaded = reloader.reload()
+        print(done.changed, done.missing, done.error)
+    return quota_file_schema()
+
+
 def handle_errors() -> None:
     try:
         manage({})
     except QuotaFileError as error:
-        print(error.path, error.table, error.field)
+        print(error.path, error.table, error.field, error.line)
     except QuotaConfigError as error:
         print(error.field, error.value, error.accepted)
     except UnknownModelError as error:

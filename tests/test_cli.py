@@ -111,7 +111,10 @@ def test_rows_out_of_order_are_mentioned_on_stderr(files):
             "error: bad.csv: line 6: column GeneratedTokens: expected",
         ),
         (["replay", "trace.csv", "-q", "trace.csv"], "modelquota: error: trace.csv: "),
-        (["replay", "trace.csv", "-q", "bad.toml"], 'bad.toml: [models."llama"]: max_ram_mb=-1 is not accepted'),
+        (
+            ["replay", "trace.csv", "-q", "bad.toml"],
+            'bad.toml: line 7: [models."llama"]: max_ram_mb=-1 is not accepted',
+        ),
         (["replay", "trace.csv", "-q", "two.toml"], "say which model to charge ('llama', 'qwen')"),
         (["replay", "trace.csv", "-q", "quotas.toml", "-m", "x"], "no quota for 'x'; add it to the quotas"),
         (["replay", "trace.csv", "-q", "quotas.toml", "-s", "0"], "speed is 0.0; expected above 0"),

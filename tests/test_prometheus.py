@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
+import modelquota.prometheus
 from modelquota import ManualClock, ResourceQuotaManager
 from modelquota._metrics import METRICS, OTHERS
 from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
@@ -260,6 +262,15 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(manager):
     for expression in expressions:
         assert set(re.findall(r"by \((\w+)\)", expression)) <= labels
         assert expression.count("(") == expression.count(")")
+
+
+def test_the_documentation_names_only_metrics_that_there_are(manager):
+    exported = {key[0] for key in scrape(registry_of(manager))}
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    for text in (readme, modelquota.prometheus.__doc__):
+        named = set(re.findall(r"\bmodelquota_[a-z_]*[a-z]\b", text))
+        assert named
+        assert named <= exported
 
 
 def test_without_the_extra_it_says_what_to_install():

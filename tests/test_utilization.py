@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.utilization import _USED, LIMITS, read_utilization, window_limit
+from modelquota.utilization import _USED, LIMITS, limits_of, read_utilization, window_limit
 
 
 @pytest.fixture
@@ -38,6 +38,8 @@ def test_it_agrees_with_the_reports(manager):
             (Limit.REQUESTS_PER_DAY, report.daily_requests_used),
         ):
             assert found.of(limit)[index] == pytest.approx(percent)
+        assert found.used(Limit.TOKENS_PER_DAY)[index] == report.usage.tokens_this_day
+        assert found.used(Limit.RAM)[index] == report.usage.current_ram_mb
 
 
 def test_a_rate_is_as_full_as_its_second_or_its_burst(manager):
@@ -85,4 +87,5 @@ def test_a_model_that_is_removed_meanwhile_is_left_out(manager):
 
 def test_every_limit_has_its_column():
     assert tuple(_USED) == LIMITS == tuple(Limit)
+    assert len(limits_of(ResourceQuotaConfig("m"))) == len(LIMITS)
     assert window_limit(99.5, 0) == 100

@@ -63,25 +63,36 @@ class QuotaFileError(QuotaConfigError):
         What stands there; with neither table nor field, what the TOML parser said of the file, with line and column.
     accepted : str
         What is accepted instead.
+    line : int or None
+        Where it stands, from 1; None where it has no line of its own, or where the parser's words name it.
 
     Examples
     --------
-    >>> print(QuotaFileError("quotas.toml", 'models."llama"', "max_ram_mb", -1, "an integer from 0 to 2**62"))
-    quotas.toml: [models."llama"]: max_ram_mb=-1 is not accepted; expected an integer from 0 to 2**62
+    >>> print(QuotaFileError("quotas.toml", 'models."llama"', "max_ram_mb", -1, "an integer from 0 to 2**62", 7))
+    quotas.toml: line 7: [models."llama"]: max_ram_mb=-1 is not accepted; expected an integer from 0 to 2**62
     """
 
-    def __init__(self, path: str | os.PathLike[str], table: str, field: str, value: object, accepted: str) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        table: str,
+        field: str,
+        value: object,
+        accepted: str,
+        line: int | None = None,
+    ) -> None:
         super().__init__(field, value, accepted)
         self.path = os.fspath(path)
         self.table = table
-        self.args = (self.path, table, field, value, accepted)
+        self.line = line
+        self.args = (self.path, table, field, value, accepted, line)
 
     def __str__(self) -> str:
+        where = self.path if self.line is None else f"{self.path}: line {self.line}"
         if self.field:
-            where = f"{self.path}: [{self.table}]" if self.table else self.path
-            return f"{where}: {super().__str__()}"
+            return f"{where}: [{self.table}]: {super().__str__()}" if self.table else f"{where}: {super().__str__()}"
         what = f"[{self.table}] is not accepted" if self.table else self.value
-        return f"{self.path}: {what}; expected {self.accepted}"
+        return f"{where}: {what}; expected {self.accepted}"
 
 
 class UnknownModelError(QuotaError, KeyError):

@@ -1,7 +1,6 @@
 """How near every model is to each of its limits: one reading for metrics, alerts and the terminal."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
     from modelquota.manager import ResourceQuotaManager
 
-__all__ = ["LIMITS", "Utilization", "read_utilization", "window_limit"]
+__all__ = ["LIMITS", "Utilization", "limits_of", "read_utilization", "window_limit"]
 
 LIMITS: Final = tuple(Limit)
 """The columns of `Utilization.percent`, in their order."""
@@ -64,6 +63,11 @@ class Utilization:
         """Indices of the models, the one nearest to a limit first; equals stay in order."""
         return np.argsort(-self.pressure, kind="stable")
 
+    def used(self, limit: Limit) -> "NDArray[np.int64]":
+        """Use of one limit in its own unit, one figure for each model; of a rate, that of the rolling second."""
+        used: NDArray[np.int64] = np.sum([self.counters[field] for field in _USED[limit]], axis=0)
+        return used
+
     def of(self, limit: Limit) -> "NDArray[np.float64]":
         """Percentages of one limit, one for each model."""
         return self.percent[:, LIMITS.index(limit)]
@@ -111,9 +115,25 @@ def window_limit(rate: float | None, burst: int) -> int | None:
     return math.ceil(rate) + burst if rate else 0
 
 
+def limits_of(quota: ResourceQuotaConfig) -> tuple[int | None, ...]:
+    """Return a model's limits in the order of `LIMITS`, those of a second with the burst; None for no limit."""
+    return (
+        quota.max_ram_mb,
+        quota.max_ssd_mb,
+        quota.max_concurrent_requests,
+        window_limit(quota.max_requests_per_second, quota.burst_requests),
+        window_limit(quota.max_tokens_per_second, quota.burst_tokens),
+        quota.max_tokens_per_hour,
+        quota.max_requests_per_hour,
+        quota.max_tokens_per_day,
+        quota.max_requests_per_day,
+        quota.max_queued_requests,
+    )
+
+
 def _percent(counters: "NDArray[np.void]", quotas: list[ResourceQuotaConfig]) -> "NDArray[np.float64]":
     # a limit that is not set is infinite here: whatever is used of it is 0 percent
-    limits = np.array([[math.inf if limit is None else limit for limit in _limits(quota)] for quota in quotas], float)
+    limits = np.array([[math.inf if limit is None else limit for limit in limits_of(quota)] for quota in quotas], float)
     used = np.zeros((len(quotas), len(LIMITS)))
     for column, fields in enumerate(_USED.values()):
         for field in fields:
@@ -144,17 +164,3 @@ _BURSTS = (
     (Limit.REQUESTS_PER_SECOND, "max_requests_per_second", "burst_requests", "burst_requests_used"),
     (Limit.TOKENS_PER_SECOND, "max_tokens_per_second", "burst_tokens", "burst_tokens_used"),
 )
-
-
-def _limits(quota: ResourceQuotaConfig) -> Iterator[float | None]:
-    """Yield the limits in the order of `LIMITS`."""
-    yield quota.max_ram_mb
-    yield quota.max_ssd_mb
-    yield quota.max_concurrent_requests
-    yield window_limit(quota.max_requests_per_second, quota.burst_requests)
-    yield window_limit(quota.max_tokens_per_second, quota.burst_tokens)
-    yield quota.max_tokens_per_hour
-    yield quota.max_requests_per_hour
-    yield quota.max_tokens_per_day
-    yield quota.max_requests_per_day
-    yield quota.max_queued_requests

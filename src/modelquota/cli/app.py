@@ -12,21 +12,17 @@ import typer
 from rich.console import Console
 
 from modelquota import __version__
+from modelquota.cli.answers import answering, say
 from modelquota.cli.demo import run_demo
 from modelquota.cli.replay import print_json, print_report, replay_file
-from modelquota.cli.text import printable
-from modelquota.errors import QuotaError
 from modelquota.quotafile import load_quotas
 
 __all__ = ["app", "run"]
-
-EXIT_UNUSABLE_INPUT = 2
 
 app = typer.Typer(
     name="modelquota",
     help="Per-model resource quotas for inference: try limits on recorded traffic, or watch them live.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -102,15 +98,10 @@ def _replay(
     cannot be used.
     """
     errors = Console(stderr=True)
-    with _quiet_log():
-        try:
-            report = replay_file(trace, load_quotas(quotas), model=model, speed=speed, errors=errors)
-        except OSError as error:
-            raise _unusable(errors, f"{error.filename or trace}: {error.strerror or error}") from None
-        except (QuotaError, ValueError) as error:
-            raise _unusable(errors, str(error)) from None
+    with _quiet_log(), answering(errors, trace):
+        report = replay_file(trace, load_quotas(quotas), model=model, speed=speed, errors=errors)
     if report.out_of_order:
-        _say(errors, f"note: {report.out_of_order:,} rows of the trace were out of order and have been sorted by time")
+        say(errors, f"note: {report.out_of_order:,} rows of the trace were out of order and have been sorted by time")
     if as_json:
         print_json(report)
     else:
@@ -143,13 +134,3 @@ def _quiet_log() -> Iterator[None]:
         yield
     finally:
         log.disabled = disabled
-
-
-def _unusable(errors: Console, message: str) -> typer.Exit:
-    _say(errors, f"error: {message}")
-    return typer.Exit(EXIT_UNUSABLE_INPUT)
-
-
-def _say(errors: Console, message: str) -> None:
-    # One line however narrow the terminal, so that a path in it can be copied and a script can match it.
-    errors.print(f"modelquota: {printable(message)}", markup=False, highlight=False, soft_wrap=True)
