@@ -102,10 +102,12 @@ class Call:
         return self
 
     async def until(self, condition):
-        async with asyncio.timeout(PATIENCE):
-            while not condition(self.response):
-                self.moved.clear()
-                await self.moved.wait()
+        while not condition(self.response):
+            assert not self.task.done(), self.task
+            self.moved.clear()
+            moved = asyncio.create_task(self.moved.wait())
+            await asyncio.wait([moved, self.task], timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+            moved.cancel()
 
     async def leave(self):
         """Close the connection, and wait until the application has ended."""
