@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from modelquota._core.result import QuotaCheckResult
-from modelquota.asgi.fields import Header, limit_headers, never_fits, tightest
+from modelquota.asgi.fields import Header, limit_headers, never_fits
 from modelquota.asgi.request import Demand, RequestRefusedError, Send
 from modelquota.errors import CapacityError, QuotaExceededError
 from modelquota.limits import ViolationType
@@ -69,7 +69,7 @@ def denial(
     """
     result = error.result
     message = f"Model {result.model_id}: {result.reason}."
-    headers = limit_headers(tightest(reports), result)
+    headers = limit_headers(reports, result)
     wait_ms = result.retry_after_ms
     if wait_ms is not None:
         return _too_many(message, result, wait_ms, headers)

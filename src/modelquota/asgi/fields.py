@@ -5,7 +5,9 @@ The latter follow draft-ietf-httpapi-ratelimit-headers: structured fields, lists
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
@@ -22,10 +24,11 @@ MOST: Final = 10**15 - 1
 _HOUR_S = 3_600
 _DAY_S = 86_400
 _SLOTS = 60  # capacity of a window returns at most this part of it late
-_NAMES = {limit: limit.name.lower().replace("_", "-") for limit in Limit}
+_NAMES = {limit: limit.label.replace(" ", "-").lower() for limit in Limit}
+_LEFT = operator.itemgetter(1)
 _UNITS = (
-    ("requests", (Limit.REQUESTS_PER_SECOND, Limit.REQUESTS_PER_HOUR, Limit.REQUESTS_PER_DAY)),
-    ("tokens", (Limit.TOKENS_PER_SECOND, Limit.TOKENS_PER_HOUR, Limit.TOKENS_PER_DAY)),
+    (b"requests", (Limit.REQUESTS_PER_SECOND, Limit.REQUESTS_PER_HOUR, Limit.REQUESTS_PER_DAY)),
+    (b"tokens", (Limit.TOKENS_PER_SECOND, Limit.TOKENS_PER_HOUR, Limit.TOKENS_PER_DAY)),
 )
 _QUOTA_UNITS = {
     Limit.CONCURRENCY: ';qu="concurrent-requests"',
@@ -35,8 +38,8 @@ _QUOTA_UNITS = {
 }
 
 
-class Allowance(NamedTuple):
-    """One limit as a client sees it.
+class Bound(NamedTuple):
+    """One limit of a model, as far as it is the same for every request.
 
     Attributes
     ----------
@@ -44,19 +47,60 @@ class Allowance(NamedTuple):
         Which one.
     most : int
         What may be used at once where nothing has been used.
-    left : int
-        What may be used now.
     window_s : int
         In how many seconds `most` comes back; 0 where it comes back when requests end.
-    reset_ms : int
-        After how many milliseconds nothing of it is used any more, at the latest, if nothing else is admitted.
+    used : str
+        The field of `ResourceUsage` that counts against it.
+    ahead : str
+        For a rate, the field that says how far the model has run ahead of it; empty otherwise.
+    ceiling : int
+        For a rate, what is admitted in any second at most; otherwise `most`.
+    rate : float
+        Per second; 0.0 for other limits.
     """
 
     limit: Limit
     most: int
-    left: int
     window_s: int
-    reset_ms: int
+    used: str
+    ahead: str = ""
+    ceiling: int = 0
+    rate: float = 0.0
+
+    def left(self, usage: ResourceUsage) -> int:
+        """What may be used now."""
+        used: int = getattr(usage, self.used)
+        if not self.ahead:
+            return max(self.most - used, 0)
+        left = min(self.ceiling - used, self.most)
+        ahead: int = getattr(usage, self.ahead)
+        if ahead:  # the level is known only above one second's worth of the rate
+            left = min(left, self.most - math.floor(max(self.rate, 1.0)) - ahead)
+        return max(left, 0)
+
+    def reset_ms(self, usage: ResourceUsage) -> int:
+        """After how many milliseconds nothing of it is used any more, at the latest, if nothing else is admitted."""
+        used: int = getattr(usage, self.used)
+        ahead: int = getattr(usage, self.ahead) if self.ahead else 0
+        if not used and not ahead:
+            return 0
+        if not self.ahead:
+            return (self.window_s + self.window_s // _SLOTS) * 1000
+        return _whole(1000 * (ahead + max(self.rate, 1.0)) / self.rate) if self.rate else 0
+
+
+class Plan(NamedTuple):
+    """What the headers of a model have in common, made once for each quota."""
+
+    bounds: tuple[Bound, ...]
+    policy: bytes
+    """The value of ``RateLimit-Policy``."""
+    state: str
+    """The value of ``RateLimit``, with a %d for each limit."""
+
+
+Standing = tuple[Bound, int, ResourceUsage]
+"""A limit, what is left of it, and the usage from which that was read."""
 
 
 def largest_burst(rate: float, burst: int) -> int:
@@ -64,53 +108,44 @@ def largest_burst(rate: float, burst: int) -> int:
     return math.floor(max(rate, 1.0)) + burst if rate else 0
 
 
-def allowances(quota: ResourceQuotaConfig, usage: ResourceUsage) -> list[Allowance]:
-    """Return the limits of a model on requests and tokens, and how much of each is left."""
+def bounds_of(quota: ResourceQuotaConfig) -> list[Bound]:
+    """Return the limits of a model on requests and tokens, in the order in which they are judged."""
     found = []
     if quota.max_concurrent_requests is not None:
-        most = quota.max_concurrent_requests
-        found.append(Allowance(Limit.CONCURRENCY, most, max(most - usage.concurrent_requests, 0), 0, 0))
-    if quota.max_requests_per_second is not None:
-        found.append(
-            _of_rate(
-                Limit.REQUESTS_PER_SECOND,
-                quota.max_requests_per_second,
-                quota.burst_requests,
-                usage.requests_this_second,
-                usage.burst_requests_used,
-            )
-        )
-    if quota.max_tokens_per_second is not None:
-        found.append(
-            _of_rate(
-                Limit.TOKENS_PER_SECOND,
-                quota.max_tokens_per_second,
-                quota.burst_tokens,
-                usage.tokens_this_second,
-                usage.burst_tokens_used,
-            )
-        )
-    for limit, bound, used, window_s in (
-        (Limit.TOKENS_PER_HOUR, quota.max_tokens_per_hour, usage.tokens_this_hour, _HOUR_S),
-        (Limit.REQUESTS_PER_HOUR, quota.max_requests_per_hour, usage.requests_this_hour, _HOUR_S),
-        (Limit.TOKENS_PER_DAY, quota.max_tokens_per_day, usage.tokens_this_day, _DAY_S),
-        (Limit.REQUESTS_PER_DAY, quota.max_requests_per_day, usage.requests_this_day, _DAY_S),
+        found.append(Bound(Limit.CONCURRENCY, quota.max_concurrent_requests, 0, "concurrent_requests"))
+    for limit, rate, burst, unit in (
+        (Limit.REQUESTS_PER_SECOND, quota.max_requests_per_second, quota.burst_requests, "requests"),
+        (Limit.TOKENS_PER_SECOND, quota.max_tokens_per_second, quota.burst_tokens, "tokens"),
     ):
-        if bound is not None:
-            reset_ms = (window_s + window_s // _SLOTS) * 1000 if used else 0
-            found.append(Allowance(limit, bound, max(bound - used, 0), window_s, reset_ms))
+        if rate is not None:
+            most = largest_burst(rate, burst)
+            window_s = max(_whole(most / rate), 1) if rate else 1
+            ceiling = math.ceil(rate) + burst if rate else 0
+            found.append(Bound(limit, most, window_s, f"{unit}_this_second", f"burst_{unit}_used", ceiling, rate))
+    for limit, most_or_none, window_s, used in (
+        (Limit.TOKENS_PER_HOUR, quota.max_tokens_per_hour, _HOUR_S, "tokens_this_hour"),
+        (Limit.REQUESTS_PER_HOUR, quota.max_requests_per_hour, _HOUR_S, "requests_this_hour"),
+        (Limit.TOKENS_PER_DAY, quota.max_tokens_per_day, _DAY_S, "tokens_this_day"),
+        (Limit.REQUESTS_PER_DAY, quota.max_requests_per_day, _DAY_S, "requests_this_day"),
+    ):
+        if most_or_none is not None:
+            found.append(Bound(limit, most_or_none, window_s, used))
     return found
 
 
-def _of_rate(limit: Limit, rate: float, burst: int, used: int, ahead: int) -> Allowance:
-    most = largest_burst(rate, burst)
-    if not rate:
-        return Allowance(limit, 0, 0, 1, 0)
-    left = min(math.ceil(rate) + burst - used, most)
-    if ahead:
-        left = min(left, burst - ahead)
-    drained = ahead + max(rate, 1.0) if ahead or used else 0
-    return Allowance(limit, most, max(left, 0), _whole(most / rate) or 1, _whole(1000 * drained / rate))
+@functools.lru_cache(maxsize=4096)
+def plan_of(quota: ResourceQuotaConfig) -> Plan:
+    """Return the plan of a model by itself."""
+    return _plan(tuple(bounds_of(quota)))
+
+
+def _plan(bounds: tuple[Bound, ...]) -> Plan:
+    policies = []
+    for bound in bounds:
+        window = f";w={min(bound.window_s, MOST)}" if bound.window_s else ""
+        policies.append(f'"{_NAMES[bound.limit]}";q={min(bound.most, MOST)}{_QUOTA_UNITS.get(bound.limit, "")}{window}')
+    state = ", ".join(f'"{_NAMES[bound.limit]}";r=%d' for bound in bounds)
+    return Plan(bounds, ", ".join(policies).encode(), state)
 
 
 def _whole(value: float) -> int:
@@ -118,59 +153,70 @@ def _whole(value: float) -> int:
     return math.ceil(min(value, MOST))
 
 
-def tightest(reports: Iterable[ModelReport]) -> list[Allowance]:
-    """Return the limits of several models that decide together: of each, the one with the least left."""
-    found: dict[Limit, Allowance] = {}
+def limit_headers(reports: Sequence[ModelReport], denial: QuotaCheckResult | None = None) -> list[Header]:
+    """Return the header fields that say how much is left, of several models that decide together as of one.
+
+    Of each kind of limit, the one with the least left is told. ``x-ratelimit-*`` have room for one on requests and one
+    on tokens: again the one with the least left, or the one that denied. ``RateLimit-Policy`` and ``RateLimit`` list
+    all. After a denial the time until it would be admitted stands in both; otherwise ``x-ratelimit-reset-*`` is the
+    time until nothing is used any more, at the latest.
+    """
+    if not reports:
+        return []
+    if len(reports) == 1:
+        usage = reports[0].usage
+        plan = plan_of(reports[0].quota)
+        standings = [(bound, bound.left(usage), usage) for bound in plan.bounds]
+    else:
+        standings = _tightest(reports)
+        plan = _plan(tuple(bound for bound, _, _ in standings))
+    if not standings:
+        return []
+    headers: list[Header] = []
+    for unit, kinds in _UNITS:
+        shown = [standing for standing in standings if standing[0].limit in kinds]
+        if shown:
+            headers += _of_unit(unit, shown, denial)
+    headers.append((b"ratelimit-policy", plan.policy))
+    headers.append((b"ratelimit", _state(plan, standings, denial)))
+    return headers
+
+
+def _tightest(reports: Iterable[ModelReport]) -> list[Standing]:
+    found: dict[Limit, Standing] = {}
     for report in reports:
-        for allowance in allowances(report.quota, report.usage):
-            known = found.get(allowance.limit)
-            if known is None or allowance.left < known.left:
-                found[allowance.limit] = allowance
+        for bound in plan_of(report.quota).bounds:
+            left = bound.left(report.usage)
+            known = found.get(bound.limit)
+            if known is None or left < known[1]:
+                found[bound.limit] = bound, left, report.usage
     return [found[limit] for limit in sorted(found)]
 
 
-def limit_headers(limits: Sequence[Allowance], denial: QuotaCheckResult | None = None) -> list[Header]:
-    """Return the header fields that say how much is left.
+def _of_unit(unit: bytes, shown: list[Standing], denial: QuotaCheckResult | None) -> tuple[Header, Header, Header]:
+    """The three headers of OpenAI's API on requests, or on tokens."""
+    bound, left, usage = min(shown, key=_LEFT)
+    reset_ms = None
+    if denial is not None and denial.retry_after_ms is not None:
+        for standing in shown:
+            if standing[0].limit is denial.limit:
+                bound, left, usage = standing
+                reset_ms = denial.retry_after_ms
+    if reset_ms is None:
+        reset_ms = bound.reset_ms(usage)
+    return (
+        (b"x-ratelimit-limit-" + unit, b"%d" % min(bound.most, MOST)),
+        (b"x-ratelimit-remaining-" + unit, b"%d" % min(left, MOST)),
+        (b"x-ratelimit-reset-" + unit, go_duration(reset_ms).encode()),
+    )
 
-    ``x-ratelimit-*`` have room for one limit on requests and one on tokens: the one with the least left, or the one
-    that denied. ``RateLimit-Policy`` and ``RateLimit`` list all. After a denial the time until it would be admitted
-    stands in both; otherwise ``x-ratelimit-reset-*`` is the time until nothing is used any more, at the latest.
 
-    Examples
-    --------
-    >>> limit_headers([Allowance(Limit.TOKENS_PER_HOUR, 1000, 600, 3600, 3_660_000)])[:3]
-    [(b'x-ratelimit-limit-tokens', b'1000'), (b'x-ratelimit-remaining-tokens', b'600'), \
-(b'x-ratelimit-reset-tokens', b'1h1m0s')]
-    """
-    if not limits:
-        return []
-    denied_by = None if denial is None else denial.limit
-    wait_ms = None if denial is None else denial.retry_after_ms
-    headers: list[Header] = []
-    for unit, kinds in _UNITS:
-        shown: Allowance | None = None
-        for each in limits:
-            if each.limit in kinds and (shown is None or each.limit == denied_by or each.left < shown.left):
-                shown = each
-                if each.limit == denied_by:
-                    break
-        if shown is not None:
-            reset_ms = shown.reset_ms if wait_ms is None or shown.limit != denied_by else wait_ms
-            headers += (
-                (b"x-ratelimit-limit-" + unit.encode(), b"%d" % shown.most),
-                (b"x-ratelimit-remaining-" + unit.encode(), b"%d" % shown.left),
-                (b"x-ratelimit-reset-" + unit.encode(), go_duration(reset_ms).encode()),
-            )
-    policies = []
-    states = []
-    for each in limits:
-        window = f";w={min(each.window_s, MOST)}" if each.window_s else ""
-        policies.append(f'"{_NAMES[each.limit]}";q={min(each.most, MOST)}{_QUOTA_UNITS.get(each.limit, "")}{window}')
-        wait = "" if wait_ms is None or each.limit != denied_by else f";t={min(-(-wait_ms // 1000), MOST)}"
-        states.append(f'"{_NAMES[each.limit]}";r={min(each.left, MOST)}{wait}')
-    headers.append((b"ratelimit-policy", ", ".join(policies).encode()))
-    headers.append((b"ratelimit", ", ".join(states).encode()))
-    return headers
+def _state(plan: Plan, standings: Sequence[Standing], denial: QuotaCheckResult | None) -> bytes:
+    state = plan.state
+    if denial is not None and denial.limit is not None and denial.retry_after_ms is not None:
+        item = f'"{_NAMES[denial.limit]}";r=%d'
+        state = state.replace(item, f"{item};t={min(-(-denial.retry_after_ms // 1000), MOST)}")
+    return (state % tuple([left if left < MOST else MOST for _, left, _ in standings])).encode()
 
 
 def go_duration(ms: int) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from modelquota._core.grant import Grant
 from modelquota.asgi.answer import denial, full_table, refusal
-from modelquota.asgi.fields import Header, limit_headers, tightest
+from modelquota.asgi.fields import Header, limit_headers
 from modelquota.asgi.openai import openai_routes
 from modelquota.asgi.request import (
     ASGIApp,
@@ -263,7 +263,7 @@ class Exchange:
             self._meter = ResponseMeter(
                 self._grant, message["status"], headers, demand.prompt_tokens, self._middleware.chunk_tokens
             )
-            ours = limit_headers(tightest(self._middleware.reports(demand)))
+            ours = limit_headers(self._middleware.reports(demand))
             message = {**message, "headers": _replaced(headers, ours)}
         elif kind == "http.response.body":
             if self._meter is not None and not self._complete:
