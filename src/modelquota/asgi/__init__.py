@@ -5,6 +5,7 @@
 
 from modelquota.asgi.middleware import QuotaMiddleware
 from modelquota.asgi.openai import estimate_prompt, openai_routes
+from modelquota.asgi.page import QuotaPage
 from modelquota.asgi.request import Demand, IncomingRequest, RequestRefusedError
 from modelquota.asgi.usage import event_tokens
 
@@ -12,6 +13,7 @@ __all__ = [
     "Demand",
     "IncomingRequest",
     "QuotaMiddleware",
+    "QuotaPage",
     "RequestRefusedError",
     "estimate_prompt",
     "event_tokens",

@@ -30,6 +30,8 @@ DEFAULT_TOKENS: Final = 24
 """Tokens that the mock model says where the request states no bound."""
 
 _UNLIMITED: Final[dict[str, Any]] = {
+    "max_ram_mb": None,
+    "max_ssd_mb": None,
     "max_requests_per_second": None,
     "max_tokens_per_second": None,
     "max_tokens_per_hour": None,
@@ -107,6 +109,7 @@ def create_app(manager: ResourceQuotaManager, *, tokens_per_second: float = 20.0
         QuotaMiddleware,
         manager=manager,
         identity=key,
+        page="/quota",
         routes=openai_routes(prompt_tokens=count_words, default_output_tokens=DEFAULT_TOKENS),
     )
     return app

@@ -29,6 +29,7 @@ from modelquota.asgi.usage import ResponseMeter, event_tokens
 from modelquota.errors import CapacityError, QuotaExceededError
 
 if TYPE_CHECKING:
+    from modelquota.asgi.page import QuotaPage
     from modelquota.manager import ResourceQuotaManager
     from modelquota.report import ModelReport
 
@@ -63,6 +64,10 @@ class QuotaMiddleware:
         Given the `IncomingRequest`, returns one or more ids, such as tenant and user, that must admit together with the
         model. It too may be a coroutine function and may raise `RequestRefusedError`. Clients choose the name of the
         model: give identities a prefix that no model has.
+    page : str, optional
+        A path, such as ``"/quota"``, at which to show `QuotaPage`. By default there is no page.
+    allow_page : callable, optional
+        Who may see the page, as for `QuotaPage`. By default everybody who reaches the server.
     max_body_bytes : int
         A larger body is answered with 413, before any quota is touched, and never held.
     chunk_tokens : callable
@@ -85,6 +90,8 @@ class QuotaMiddleware:
         *,
         routes: Mapping[str, Route] | None = None,
         identity: Identity | None = None,
+        page: str | None = None,
+        allow_page: Callable[[Scope], bool | Awaitable[bool]] | None = None,
         max_body_bytes: int = 8 << 20,
         chunk_tokens: Callable[[bytes], int] = event_tokens,
         busy_retry_seconds: int = 2,
@@ -94,6 +101,12 @@ class QuotaMiddleware:
         self.manager = manager
         self.routes: dict[str, Route] = dict(openai_routes() if routes is None else routes)
         self.identity = identity
+        self.page_path = page
+        self._page: QuotaPage | None = None
+        if page is not None:
+            from modelquota.asgi.page import QuotaPage
+
+            self._page = QuotaPage(manager, allow=allow_page)
         self.max_body_bytes = max_body_bytes
         self.chunk_tokens = chunk_tokens
         self.busy_retry_seconds = busy_retry_seconds
@@ -101,10 +114,14 @@ class QuotaMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        route = self.routes.get(route_path(scope))
+        path = route_path(scope)
+        if self._page is not None and path == self.page_path:
+            await self._page(scope, receive, send)
+            return
+        route = self.routes.get(path) if scope["method"] == "POST" else None
         if route is None:
             await self.app(scope, receive, send)
             return
