@@ -140,7 +140,7 @@ class ResourceQuotaManager(WaitTable):
     def get_quota(self, model_id: str) -> ResourceQuotaConfig | None:
         """Return the model's quota, or None where it has none."""
         read = self._read(model_id)
-        return None if read is None else ResourceQuotaConfig(model_id, **read[0])
+        return None if read is None else _quota_of(model_id, tuple(read[0].items()))
 
     def model(self, model_id: str) -> ModelQuota:
         """Bind a model: its verbs without the look-up. Raises UnknownModelError where it has no quota."""
@@ -275,7 +275,7 @@ class ResourceQuotaManager(WaitTable):
         read = self._read(model_id)
         if read is None:
             return None
-        return model_report(model_id, ResourceQuotaConfig(model_id, **read[0]), _usage_of(read[1]))
+        return model_report(model_id, _quota_of(model_id, tuple(read[0].items())), _usage_of(read[1]))
 
     def get_stats(self) -> QuotaStats:
         """Return the totals over all models, those that have been removed too."""
@@ -417,6 +417,12 @@ def _megabytes(name: str, value: int) -> int:
     if not 0 <= megabytes <= MAX_COUNT:
         raise ValueError(f"{name} is {megabytes}; give an integer, 0 .. 2**62")
     return megabytes
+
+
+@functools.lru_cache(maxsize=4096)
+def _quota_of(model_id: str, fields: tuple[tuple[str, Any], ...]) -> ResourceQuotaConfig:
+    """The quota that a row states. It is validated when it is made, which takes longer than to look it up."""
+    return ResourceQuotaConfig(model_id, **dict(fields))
 
 
 def _usage_of(record: dict[str, int]) -> ResourceUsage:

@@ -1,4 +1,4 @@
-"""The typer application: arguments, help and exit codes of `modelquota replay` and `modelquota demo`."""
+"""The typer application: arguments, help and exit codes of the commands of `modelquota`."""
 
 import io
 import logging
@@ -21,7 +21,7 @@ __all__ = ["app", "run"]
 
 app = typer.Typer(
     name="modelquota",
-    help="Per-model resource quotas for inference: try limits on recorded traffic, or watch them live.",
+    help="Per-model resource quotas for inference: try limits on recorded traffic, live, or over HTTP.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -123,6 +123,45 @@ def _demo(
     """
     with _quiet_log():
         run_demo(Console(), seconds=seconds, threads=threads, seed=seed)
+
+
+@app.command("serve-demo")
+def _serve_demo(
+    host: Annotated[str, typer.Option(help="Address to listen at. Everybody who reaches it may use it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 takes a free one.")] = 8000,
+    quotas: Annotated[
+        Path | None,
+        typer.Option("--quotas", "-q", metavar="QUOTAS.toml", help="Models to serve, instead of those of the example."),
+    ] = None,
+    speed: Annotated[
+        float, typer.Option("--speed", "-s", min=0.1, max=100_000, help="Tokens that the mock model says a second.")
+    ] = 20.0,
+) -> None:
+    """Try quotas over HTTP: a mock OpenAI-compatible server, with waiting, 429s, headers and a live page.
+
+    Prints commands to try with curl; the openai package works as well. The page is at /quota. Needs the
+    extra **asgi**.
+
+    **Exit code**: 0 when it was ended; 2 when an argument or a file cannot be used, or the address is taken.
+    """
+    errors = Console(stderr=True)
+    try:
+        from modelquota.cli.serve import serve_demo
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("starlette", "uvicorn", "anyio"):
+            raise
+        raise _unusable(errors, "serve-demo needs the extra 'asgi': pip install 'modelquota[asgi]'") from None
+    with _quiet_log():
+        try:
+            chosen = None if quotas is None else list(load_quotas(quotas).values())
+        except OSError as error:
+            raise _unusable(errors, f"{error.filename}: {error.strerror or error}") from None
+        except QuotaError as error:
+            raise _unusable(errors, str(error)) from None
+        try:
+            serve_demo(Console(), host=host, port=port, quotas=chosen, tokens_per_second=speed)
+        except OSError as error:
+            raise _unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
 
 
 @contextmanager

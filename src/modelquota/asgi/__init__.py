@@ -1,0 +1,21 @@
+"""Quotas in front of a model server: ASGI middleware for OpenAI-compatible HTTP.
+
+`QuotaMiddleware` needs nothing but the standard library; `modelquota.asgi.demo` needs the extra ``modelquota[asgi]``.
+"""
+
+from modelquota.asgi.middleware import QuotaMiddleware
+from modelquota.asgi.openai import estimate_prompt, openai_routes
+from modelquota.asgi.page import QuotaPage
+from modelquota.asgi.request import Demand, IncomingRequest, RequestRefusedError
+from modelquota.asgi.usage import event_tokens
+
+__all__ = [
+    "Demand",
+    "IncomingRequest",
+    "QuotaMiddleware",
+    "QuotaPage",
+    "RequestRefusedError",
+    "estimate_prompt",
+    "event_tokens",
+    "openai_routes",
+]

@@ -1,0 +1,96 @@
+"""What the middleware answers by itself: errors in the shape that OpenAI's clients understand, and when to retry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from modelquota._core.result import QuotaCheckResult
+from modelquota.asgi.fields import Header, limit_headers, never_fits
+from modelquota.asgi.request import Demand, RequestRefusedError, Send
+from modelquota.errors import CapacityError, QuotaExceededError
+from modelquota.limits import ViolationType
+from modelquota.report import ModelReport
+
+MOST_PATIENCE_MS: Final = 60_000
+"""The longest wait that OpenAI's clients of all versions obey; beyond it they are told not to retry by themselves."""
+
+_JSON: Final[Header] = (b"content-type", b"application/json")
+
+
+class Answer(NamedTuple):
+    """A whole response."""
+
+    status: int
+    headers: list[Header]
+    body: bytes
+
+    async def send(self, send: Send) -> None:
+        """Send it; a client that has left is nobody's error."""
+        headers = [_JSON, (b"content-length", b"%d" % len(self.body)), *self.headers]
+        try:
+            await send({"type": "http.response.start", "status": self.status, "headers": headers})
+            await send({"type": "http.response.body", "body": self.body})
+        except OSError:
+            pass
+
+
+def error_answer(
+    status: int, message: str, kind: str, code: str | None, param: str | None = None, headers: Sequence[Header] = ()
+) -> Answer:
+    """Return an error in OpenAI's shape."""
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    # ASCII, since a message may quote half of a surrogate pair
+    return Answer(status, list(headers), json.dumps({"error": error}).encode())
+
+
+def refusal(error: RequestRefusedError) -> Answer:
+    """Return the answer to a request that is not to be decided at all."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    # What is left of a body that was not read must not be taken for the next request.
+    headers = [(b"connection", b"close")] if error.status == 413 else []
+    return error_answer(error.status, error.message, kind, error.code, error.param, headers)
+
+
+def full_table(error: CapacityError, busy_retry_seconds: int) -> Answer:
+    """Return the answer where no place is left for a model that has not been seen before."""
+    headers = [(b"retry-after", b"%d" % busy_retry_seconds)]
+    return error_answer(503, "no further model can be accounted for", "server_error", "too_many_models", None, headers)
+
+
+def denial(
+    error: QuotaExceededError, demand: Demand, reports: Sequence[ModelReport], busy_retry_seconds: int
+) -> Answer:
+    """Return the answer to a request that the quotas do not admit.
+
+    429 where a wait helps, with the time; 400 where the request exceeds a limit by itself; 503 where memory or
+    concurrency is the obstacle, so that nobody knows how long.
+    """
+    result = error.result
+    message = f"Model {result.model_id}: {result.reason}."
+    headers = limit_headers(reports, result)
+    wait_ms = result.retry_after_ms
+    if wait_ms is not None:
+        return _too_many(message, result, wait_ms, headers)
+    for report in reports:
+        limit = never_fits(report.quota, demand.tokens, demand.ram_mb, demand.ssd_mb)
+        if limit is not None:
+            if limit != result.limit or report.model_id != result.model_id:
+                message = f"Model {report.model_id}: more than its limit of {limit.label} ever admits at once."
+            headers.append((b"x-should-retry", b"false"))
+            return error_answer(400, message, "invalid_request_error", "request_exceeds_limit", None, headers)
+    headers.append((b"retry-after", b"%d" % busy_retry_seconds))
+    return error_answer(503, message, "server_error", "overloaded", None, headers)
+
+
+def _too_many(message: str, result: QuotaCheckResult, wait_ms: int, headers: list[Header]) -> Answer:
+    headers += (
+        (b"retry-after", b"%d" % max(-(-wait_ms // 1000), 1)),
+        (b"retry-after-ms", b"%d" % wait_ms),
+        (b"x-should-retry", b"true" if wait_ms <= MOST_PATIENCE_MS else b"false"),
+    )
+    if result.violation_type is ViolationType.QUOTA_LIMIT:
+        return error_answer(429, message, "insufficient_quota", "insufficient_quota", None, headers)
+    unit = "requests" if result.limit is None else result.limit.unit
+    return error_answer(429, message, unit, "rate_limit_exceeded", None, headers)

@@ -1,0 +1,259 @@
+"""Header fields that tell a client where it stands: OpenAI's ``x-ratelimit-*``, and ``RateLimit`` of the IETF.
+
+The latter follow draft-ietf-httpapi-ratelimit-headers: structured fields, lists of strings with parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
+
+from modelquota._core.result import QuotaCheckResult
+from modelquota.config import ResourceQuotaConfig
+from modelquota.limits import Limit
+from modelquota.report import ModelReport, ResourceUsage
+
+Header = tuple[bytes, bytes]
+
+MOST: Final = 10**15 - 1
+"""The largest integer of a structured field."""
+
+_HOUR_S = 3_600
+_DAY_S = 86_400
+_SLOTS = 60  # capacity of a window returns at most this part of it late
+_NAMES = {limit: limit.label.replace(" ", "-").lower() for limit in Limit}
+_LEFT = operator.itemgetter(1)
+_UNITS = (
+    (b"requests", (Limit.REQUESTS_PER_SECOND, Limit.REQUESTS_PER_HOUR, Limit.REQUESTS_PER_DAY)),
+    (b"tokens", (Limit.TOKENS_PER_SECOND, Limit.TOKENS_PER_HOUR, Limit.TOKENS_PER_DAY)),
+)
+_QUOTA_UNITS = {
+    Limit.CONCURRENCY: ';qu="concurrent-requests"',
+    Limit.TOKENS_PER_SECOND: ';qu="tokens"',
+    Limit.TOKENS_PER_HOUR: ';qu="tokens"',
+    Limit.TOKENS_PER_DAY: ';qu="tokens"',
+}
+
+
+class Bound(NamedTuple):
+    """One limit of a model, as far as it is the same for every request.
+
+    Attributes
+    ----------
+    limit : Limit
+        Which one.
+    most : int
+        What may be used at once where nothing has been used.
+    window_s : int
+        In how many seconds `most` comes back; 0 where it comes back when requests end.
+    used : str
+        The field of `ResourceUsage` that counts against it.
+    ahead : str
+        For a rate, the field that says how far the model has run ahead of it; empty otherwise.
+    ceiling : int
+        For a rate, what is admitted in any second at most; otherwise `most`.
+    rate : float
+        Per second; 0.0 for other limits.
+    """
+
+    limit: Limit
+    most: int
+    window_s: int
+    used: str
+    ahead: str = ""
+    ceiling: int = 0
+    rate: float = 0.0
+
+    def left(self, usage: ResourceUsage) -> int:
+        """What may be used now."""
+        used: int = getattr(usage, self.used)
+        if not self.ahead:
+            return max(self.most - used, 0)
+        left = min(self.ceiling - used, self.most)
+        ahead: int = getattr(usage, self.ahead)
+        if ahead:  # the level is known only above one second's worth of the rate
+            left = min(left, self.most - math.floor(max(self.rate, 1.0)) - ahead)
+        return max(left, 0)
+
+    def reset_ms(self, usage: ResourceUsage) -> int:
+        """After how many milliseconds nothing of it is used any more, at the latest, if nothing else is admitted."""
+        used: int = getattr(usage, self.used)
+        ahead: int = getattr(usage, self.ahead) if self.ahead else 0
+        if not used and not ahead:
+            return 0
+        if not self.ahead:
+            return (self.window_s + self.window_s // _SLOTS) * 1000
+        return _whole(1000 * (ahead + max(self.rate, 1.0)) / self.rate) if self.rate else 0
+
+
+class Plan(NamedTuple):
+    """What the headers of a model have in common, made once for each quota."""
+
+    bounds: tuple[Bound, ...]
+    policy: bytes
+    """The value of ``RateLimit-Policy``."""
+    state: str
+    """The value of ``RateLimit``, with a %d for each limit."""
+
+
+Standing = tuple[Bound, int, ResourceUsage]
+"""A limit, what is left of it, and the usage from which that was read."""
+
+
+def largest_burst(rate: float, burst: int) -> int:
+    """What a rate admits at once where nothing has been used: ``max(rate, 1) + burst``; nothing where the rate is 0."""
+    return math.floor(max(rate, 1.0)) + burst if rate else 0
+
+
+def bounds_of(quota: ResourceQuotaConfig) -> list[Bound]:
+    """Return the limits of a model on requests and tokens, in the order in which they are judged."""
+    found = []
+    if quota.max_concurrent_requests is not None:
+        found.append(Bound(Limit.CONCURRENCY, quota.max_concurrent_requests, 0, "concurrent_requests"))
+    for limit, rate, burst, unit in (
+        (Limit.REQUESTS_PER_SECOND, quota.max_requests_per_second, quota.burst_requests, "requests"),
+        (Limit.TOKENS_PER_SECOND, quota.max_tokens_per_second, quota.burst_tokens, "tokens"),
+    ):
+        if rate is not None:
+            most = largest_burst(rate, burst)
+            window_s = max(_whole(most / rate), 1) if rate else 1
+            ceiling = math.ceil(rate) + burst if rate else 0
+            found.append(Bound(limit, most, window_s, f"{unit}_this_second", f"burst_{unit}_used", ceiling, rate))
+    for limit, most_or_none, window_s, used in (
+        (Limit.TOKENS_PER_HOUR, quota.max_tokens_per_hour, _HOUR_S, "tokens_this_hour"),
+        (Limit.REQUESTS_PER_HOUR, quota.max_requests_per_hour, _HOUR_S, "requests_this_hour"),
+        (Limit.TOKENS_PER_DAY, quota.max_tokens_per_day, _DAY_S, "tokens_this_day"),
+        (Limit.REQUESTS_PER_DAY, quota.max_requests_per_day, _DAY_S, "requests_this_day"),
+    ):
+        if most_or_none is not None:
+            found.append(Bound(limit, most_or_none, window_s, used))
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_of(quota: ResourceQuotaConfig) -> Plan:
+    """Return the plan of a model by itself."""
+    return _plan(tuple(bounds_of(quota)))
+
+
+def _plan(bounds: tuple[Bound, ...]) -> Plan:
+    policies = []
+    for bound in bounds:
+        window = f";w={min(bound.window_s, MOST)}" if bound.window_s else ""
+        policies.append(f'"{_NAMES[bound.limit]}";q={min(bound.most, MOST)}{_QUOTA_UNITS.get(bound.limit, "")}{window}')
+    state = ", ".join(f'"{_NAMES[bound.limit]}";r=%d' for bound in bounds)
+    return Plan(bounds, ", ".join(policies).encode(), state)
+
+
+def _whole(value: float) -> int:
+    """Round up, and keep within what a field can say."""
+    return math.ceil(min(value, MOST))
+
+
+def limit_headers(reports: Sequence[ModelReport], denial: QuotaCheckResult | None = None) -> list[Header]:
+    """Return the header fields that say how much is left, of several models that decide together as of one.
+
+    Of each kind of limit, the one with the least left is told. ``x-ratelimit-*`` have room for one on requests and one
+    on tokens: again the one with the least left, or the one that denied. ``RateLimit-Policy`` and ``RateLimit`` list
+    all. After a denial the time until it would be admitted stands in both; otherwise ``x-ratelimit-reset-*`` is the
+    time until nothing is used any more, at the latest.
+    """
+    if not reports:
+        return []
+    if len(reports) == 1:
+        usage = reports[0].usage
+        plan = plan_of(reports[0].quota)
+        standings = [(bound, bound.left(usage), usage) for bound in plan.bounds]
+    else:
+        standings = _tightest(reports)
+        plan = _plan(tuple(bound for bound, _, _ in standings))
+    if not standings:
+        return []
+    headers: list[Header] = []
+    for unit, kinds in _UNITS:
+        shown = [standing for standing in standings if standing[0].limit in kinds]
+        if shown:
+            headers += _of_unit(unit, shown, denial)
+    headers.append((b"ratelimit-policy", plan.policy))
+    headers.append((b"ratelimit", _state(plan, standings, denial)))
+    return headers
+
+
+def _tightest(reports: Iterable[ModelReport]) -> list[Standing]:
+    found: dict[Limit, Standing] = {}
+    for report in reports:
+        for bound in plan_of(report.quota).bounds:
+            left = bound.left(report.usage)
+            known = found.get(bound.limit)
+            if known is None or left < known[1]:
+                found[bound.limit] = bound, left, report.usage
+    return [found[limit] for limit in sorted(found)]
+
+
+def _of_unit(unit: bytes, shown: list[Standing], denial: QuotaCheckResult | None) -> tuple[Header, Header, Header]:
+    """The three headers of OpenAI's API on requests, or on tokens."""
+    bound, left, usage = min(shown, key=_LEFT)
+    reset_ms = None
+    if denial is not None and denial.retry_after_ms is not None:
+        for standing in shown:
+            if standing[0].limit is denial.limit:
+                bound, left, usage = standing
+                reset_ms = denial.retry_after_ms
+    if reset_ms is None:
+        reset_ms = bound.reset_ms(usage)
+    return (
+        (b"x-ratelimit-limit-" + unit, b"%d" % min(bound.most, MOST)),
+        (b"x-ratelimit-remaining-" + unit, b"%d" % min(left, MOST)),
+        (b"x-ratelimit-reset-" + unit, go_duration(reset_ms).encode()),
+    )
+
+
+def _state(plan: Plan, standings: Sequence[Standing], denial: QuotaCheckResult | None) -> bytes:
+    state = plan.state
+    if denial is not None and denial.limit is not None and denial.retry_after_ms is not None:
+        item = f'"{_NAMES[denial.limit]}";r=%d'
+        state = state.replace(item, f"{item};t={min(-(-denial.retry_after_ms // 1000), MOST)}")
+    return (state % tuple([left if left < MOST else MOST for _, left, _ in standings])).encode()
+
+
+def go_duration(ms: int) -> str:
+    """Return a time as OpenAI's headers have it, which is how Go writes durations.
+
+    Examples
+    --------
+    >>> go_duration(0), go_duration(12), go_duration(8640), go_duration(360_000)
+    ('0s', '12ms', '8.64s', '6m0s')
+    """
+    if 0 < ms < 1000:
+        return f"{ms}ms"
+    seconds, ms = divmod(ms, 1000)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    fraction = f".{ms:03}".rstrip("0") if ms else ""
+    prefix = f"{hours}h{minutes}m" if hours else f"{minutes}m" if minutes else ""
+    return f"{prefix}{seconds}{fraction}s"
+
+
+def never_fits(quota: ResourceQuotaConfig, tokens: int, ram_mb: int, ssd_mb: int) -> Limit | None:
+    """Return the first limit that a request exceeds by itself, so that no wait helps; None where it may fit later."""
+    rate = quota.max_requests_per_second
+    burst = None if rate is None else largest_burst(rate, quota.burst_requests)
+    token_rate = quota.max_tokens_per_second
+    token_burst = None if token_rate is None else largest_burst(token_rate, quota.burst_tokens)
+    for limit, asked, most in (
+        (Limit.RAM, ram_mb, quota.max_ram_mb),
+        (Limit.SSD, ssd_mb, quota.max_ssd_mb),
+        (Limit.CONCURRENCY, 1, quota.max_concurrent_requests),
+        (Limit.REQUESTS_PER_SECOND, 1, burst),
+        (Limit.TOKENS_PER_SECOND, tokens, token_burst),
+        (Limit.TOKENS_PER_HOUR, tokens, quota.max_tokens_per_hour),
+        (Limit.REQUESTS_PER_HOUR, 1, quota.max_requests_per_hour),
+        (Limit.TOKENS_PER_DAY, tokens, quota.max_tokens_per_day),
+        (Limit.REQUESTS_PER_DAY, 1, quota.max_requests_per_day),
+    ):
+        if most is not None and asked > most:
+            return limit
+    return None

@@ -1,0 +1,376 @@
+"""What clients are told: errors in OpenAI's shape, when to come back, and how much is left."""
+
+import asyncio
+import gc
+import math
+import re
+
+import pytest
+from asgi_client import Call, Model, chat
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import configs, extreme_configs, tokens
+from structured_fields import parse_list
+from test_asgi_middleware import OPEN
+
+from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota.asgi import Demand, QuotaMiddleware
+from modelquota.asgi.fields import MOST, bounds_of, go_duration, limit_headers, never_fits
+
+REJECT = OPEN | {"on_violation": "reject"}
+
+
+@pytest.fixture
+def clock():
+    return ManualClock(10**12)
+
+
+@pytest.fixture
+def manager(clock):
+    manager = ResourceQuotaManager(clock=clock)
+    manager.set_quota("m", **REJECT)
+    return manager
+
+
+def ask(manager, body=None, *, model=None, **options):
+    app = QuotaMiddleware(model or Model(tokens=10), manager, **options)
+    response = asyncio.run(Call(app, body=chat() if body is None else body).run())
+    gc.collect()
+    return response
+
+
+def test_too_many_requests_per_second_are_a_rate_limit(manager, clock):
+    manager.update_quota("m", max_requests_per_second=2, burst_requests=0)
+    assert ask(manager).status == ask(manager).status == 200
+    response = ask(manager)
+    assert response.status == 429
+    assert response.error == {
+        "message": "Model m: requests per second: 2 of 2 used, 1 asked; retry in 1,017 ms.",
+        "type": "requests",
+        "param": None,
+        "code": "rate_limit_exceeded",
+    }
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["content-length"] == str(len(response.body))
+    assert response.headers["retry-after"] == "2"
+    assert response.headers["retry-after-ms"] == "1017"
+    assert response.headers["x-should-retry"] == "true"
+    assert response.headers["x-ratelimit-limit-requests"] == "2"
+    assert response.headers["x-ratelimit-remaining-requests"] == "0"
+    assert response.headers["x-ratelimit-reset-requests"] == "1.017s"
+    assert parse_list(response.headers["ratelimit"])["requests-per-second"] == {"r": 0, "t": 2}
+    clock.advance_ns(1_016_000_000)
+    assert ask(manager).status == 429
+    clock.advance_ns(1_000_000)
+    assert ask(manager).status == 200
+
+
+def test_tokens_have_a_type_of_their_own(manager):
+    manager.update_quota("m", max_tokens_per_second=100, burst_tokens=20)
+    assert ask(manager, model=Model(tokens=110)).status == 200
+    response = ask(manager)
+    assert (response.status, response.error["type"], response.error["code"]) == (429, "tokens", "rate_limit_exceeded")
+    assert response.headers["x-ratelimit-limit-tokens"] == "120"
+    assert response.headers["x-ratelimit-remaining-tokens"] == "10"
+
+
+def test_an_hour_that_is_used_up_is_an_insufficient_quota(manager):
+    manager.update_quota("m", max_tokens_per_hour=150)
+    assert ask(manager, model=Model(tokens=100)).status == 200
+    response = ask(manager)
+    assert response.status == 429
+    assert (response.error["type"], response.error["code"]) == ("insufficient_quota", "insufficient_quota")
+    assert "tokens per hour: 100 of 150 used, 110 asked; retry in 3,620,000 ms" in response.error["message"]
+    assert response.headers["retry-after"] == "3620"
+    assert response.headers["x-should-retry"] == "false"
+    assert response.headers["x-ratelimit-reset-tokens"] == "1h0m20s"
+
+
+def test_no_known_wait_is_service_unavailable(manager):
+    manager.update_quota("m", max_concurrent_requests=1)
+    with manager.reserve("m", 1):
+        response = ask(manager, busy_retry_seconds=7)
+    assert response.status == 503
+    assert (response.error["type"], response.error["code"]) == ("server_error", "overloaded")
+    assert "concurrent requests: 1 of 1 used" in response.error["message"]
+    assert response.headers["retry-after"] == "7"
+    assert "retry-after-ms" not in response.headers
+    assert parse_list(response.headers["ratelimit"])["concurrent-requests"] == {"r": 0}
+    manager.update_quota("m", max_concurrent_requests=None, max_ram_mb=100)
+    manager.update_memory_usage("m", 50, 0)
+    routes = {"/v1/chat/completions": lambda request: Demand("m", 1, ram_mb=60)}
+    response = ask(manager, routes=routes)
+    assert (response.status, response.error["code"]) == (503, "overloaded")
+
+
+@pytest.mark.parametrize(
+    ("limits", "demand", "says"),
+    [
+        ({"max_tokens_per_hour": 109}, Demand("m", 110), "tokens per hour: 0 of 109 used, 110 asked; never fits"),
+        ({"max_tokens_per_second": 100, "burst_tokens": 9}, Demand("m", 110), "tokens per second: 0 of 109 used"),
+        ({"max_ram_mb": 10}, Demand("m", 1, ram_mb=11), "RAM: 0 of 10 used, 11 asked; never fits"),
+        ({"max_requests_per_day": 0}, Demand("m", 1), "requests per day: 0 of 0 used, 1 asked; never fits"),
+    ],
+)
+def test_what_never_fits_is_a_bad_request(manager, limits, demand, says):
+    manager.update_quota("m", **limits)
+    response = ask(manager, routes={"/v1/chat/completions": lambda request: demand})
+    assert (response.status, response.error["type"]) == (400, "invalid_request_error")
+    assert response.error["code"] == "request_exceeds_limit"
+    assert says in response.error["message"]
+    assert response.headers["x-should-retry"] == "false"
+    assert "retry-after" not in response.headers
+
+
+def test_what_never_fits_is_told_even_where_another_limit_denies_first(manager):
+    manager.set_quota("org:acme", **REJECT | {"max_requests_per_second": 1, "burst_requests": 0})
+    manager.update_quota("m", max_tokens_per_hour=109)
+    manager.check_quota("org:acme", 0)
+    response = ask(manager, identity=lambda request: "org:acme")
+    assert response.status == 400
+    assert response.error["message"] == "Model m: more than its limit of tokens per hour ever admits at once."
+
+
+def test_a_full_queue_tells_the_wait_of_its_head(manager):
+    manager.update_quota("m", max_requests_per_second=1, burst_requests=0, on_violation="queue", max_queued_requests=0)
+    assert ask(manager).status == 200
+    response = ask(manager)
+    assert (response.status, response.error["code"]) == (429, "rate_limit_exceeded")
+    assert "queued requests: 0 of 0 used" in response.error["message"]
+    assert response.headers["retry-after-ms"] == "1017"
+
+
+def test_a_warning_is_served(manager):
+    manager.update_quota("m", max_tokens_per_hour=1, on_violation="warn")
+    response = ask(manager)
+    assert response.status == 200
+    assert response.headers["x-ratelimit-remaining-tokens"] == "0"
+
+
+def test_the_same_headers_on_success(manager):
+    manager.set_quota(
+        "m",
+        max_requests_per_second=10,
+        burst_requests=5,
+        max_tokens_per_second=1000,
+        burst_tokens=9000,
+        max_tokens_per_hour=20_000,
+        max_requests_per_hour=1000,
+        max_tokens_per_day=100_000,
+        max_requests_per_day=None,
+        max_concurrent_requests=4,
+    )
+    response = ask(manager, chat(max_tokens=90))
+    assert response.status == 200
+    headers = {name: value for name, value in response.headers.items() if "ratelimit" in name}
+    assert headers == {
+        "x-ratelimit-limit-requests": "15",
+        "x-ratelimit-remaining-requests": "14",
+        "x-ratelimit-reset-requests": "1s",
+        "x-ratelimit-limit-tokens": "10000",
+        "x-ratelimit-remaining-tokens": "9900",
+        "x-ratelimit-reset-tokens": "1s",
+        "ratelimit-policy": '"concurrent-requests";q=4;qu="concurrent-requests", "requests-per-second";q=15;w=2, '
+        '"tokens-per-second";q=10000;qu="tokens";w=10, "tokens-per-hour";q=20000;qu="tokens";w=3600, '
+        '"requests-per-hour";q=1000;w=3600, "tokens-per-day";q=100000;qu="tokens";w=86400',
+        "ratelimit": '"concurrent-requests";r=3, "requests-per-second";r=14, "tokens-per-second";r=9900, '
+        '"tokens-per-hour";r=19900, "requests-per-hour";r=999, "tokens-per-day";r=99900',
+    }
+
+
+def test_headers_of_a_server_behind_are_replaced(manager):
+    headers = [(b"content-type", b"application/json"), (b"X-RateLimit-Limit-Tokens", b"9"), (b"x-request-id", b"r")]
+    sent = []
+
+    async def model(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def note(message):
+        sent.append(message)
+
+    async def main():
+        call = Call(QuotaMiddleware(model, manager), body=chat())
+        call._send = note
+        await call
+
+    asyncio.run(main())
+    names = [name.lower() for name, _ in sent[0]["headers"]]
+    assert names.count(b"x-ratelimit-limit-tokens") == 1
+    assert (b"x-ratelimit-limit-tokens", b"1000000") in sent[0]["headers"]
+    assert (b"x-request-id", b"r") in sent[0]["headers"]
+
+
+def test_of_several_models_the_tightest_limit_is_told(manager):
+    manager.set_quota("org:acme", **REJECT | {"max_tokens_per_hour": 500, "max_requests_per_hour": 3})
+    response = ask(manager, identity=lambda request: "org:acme")
+    assert response.headers["x-ratelimit-limit-tokens"] == "500"
+    assert response.headers["x-ratelimit-remaining-tokens"] == "390"
+    assert parse_list(response.headers["ratelimit-policy"]) == {
+        "tokens-per-hour": {"q": 500, "qu": "tokens", "w": 3600},
+        "requests-per-hour": {"q": 3, "w": 3600},
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        (b"", 400, "invalid_json", None),
+        (b"{", 400, "invalid_json", None),
+        (b"[]", 400, "invalid_json", None),
+        (b"\xff", 400, "invalid_json", None),
+        ('{"model": "m"}'.encode("utf-16"), 400, "invalid_json", None),
+        (b'{"model": NaN}', 400, "invalid_json", None),
+        (b'{"model": ' + b"[" * 100_000, 400, "invalid_json", None),
+        (b'{"model": "m", "n": ' + b"1" * 5000 + b"}", 400, "invalid_json", None),
+        (b"{}", 400, "invalid_value", "model"),
+        (b'{"model": 5}', 400, "invalid_value", "model"),
+        (b'{"model": ""}', 400, "invalid_value", "model"),
+        (b'{"model": "\\u0000"}', 400, "invalid_value", "model"),
+        (b'{"model": "\\ud800"}', 400, "invalid_value", "model"),
+        ({"model": "x" * 256}, 400, "invalid_value", "model"),
+        ({"model": "ü" * 128}, 400, "invalid_value", "model"),
+        (chat(max_tokens=-1), 400, "invalid_value", "max_tokens"),
+        (chat(max_tokens="5"), 400, "invalid_value", "max_tokens"),
+        (chat(max_tokens=True), 400, "invalid_value", "max_tokens"),
+        (chat(max_completion_tokens=1.5), 400, "invalid_value", "max_completion_tokens"),
+        (chat(max_output_tokens=2**62 + 1), 400, "invalid_value", "max_output_tokens"),
+        (chat(n=0), 400, "invalid_value", "n"),
+        (b" " * 1001, 413, "body_too_large", None),
+    ],
+)
+def test_bodies_that_are_not_accepted(manager, body, status, code, param):
+    limit = 1000 if status == 413 else 10**6
+    response = ask(manager, body, max_body_bytes=limit)
+    assert response.status == status
+    assert response.error["type"] == "invalid_request_error"
+    assert (response.error["code"], response.error["param"]) == (code, param)
+    assert manager.get_stats().total_checks == 0
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_that_is_too_large_is_not_read_to_its_end(manager, declared):
+    async def main():
+        headers = [(b"Content-Length", b"100000")] if declared else []
+        call = Call(QuotaMiddleware(Model(), manager, max_body_bytes=1000), parts=[b" " * 400] * 250, headers=headers)
+        response = await call
+        assert response.status == 413
+        assert response.headers["connection"] == "close"
+        assert call.received == (0 if declared else 3)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        (chat(), 110),
+        (chat(n=3), 310),
+        (chat(max_tokens=None), 266),
+        (chat(max_tokens=10, max_completion_tokens=30, max_output_tokens=20), 40),
+        ({"model": "m", "prompt": "x" * 8, "max_tokens": 5, "best_of": 4, "n": 2}, 22),
+        ({"model": "m", "prompt": ["x" * 8, "y" * 4], "max_tokens": 5}, 13),
+        ({"model": "m", "prompt": [1, 2, 3], "max_tokens": 5}, 8),
+        ({"model": "m", "prompt": [[1, 2, 3], [4]], "max_tokens": 5}, 14),
+        ({"model": "m", "prompt": "üü", "max_tokens": 0}, 1),
+        ({"model": "m", "messages": [{"content": [{"image_url": {"url": "data:" + "x" * 9999}}]}], "n": 1}, 1256),
+        ({"model": "m", "prompt": "\ud800", "max_tokens": 0}, 1),
+    ],
+)
+def test_the_estimate(manager, body, tokens):
+    seen = []
+
+    async def model(scope, receive, send):
+        seen.append(manager.get_usage("m").tokens_this_hour)
+        await Model()(scope, receive, send)
+
+    ask(manager, body, model=model)
+    assert seen == [tokens]
+
+
+def test_an_estimate_beyond_all_bounds_never_fits(manager):
+    assert ask(manager, chat(max_tokens=2**62, n=2**62)).status == 400
+
+
+def test_embeddings_have_no_output(manager):
+    app = QuotaMiddleware(Model(), manager)
+    body = {"model": "m", "input": ["x" * 8, "y" * 8]}
+    assert asyncio.run(Call(app, "/v1/embeddings", body).run()).status == 200
+    assert manager.get_usage("m").tokens_this_hour == 4
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"),
+    [(0, "0s"), (1, "1ms"), (999, "999ms"), (1000, "1s"), (8640, "8.64s"), (60_000, "1m0s"), (90_951, "1m30.951s"),
+     (360_000, "6m0s"), (3_600_000, "1h0m0s"), (86_400_001, "24h0m0.001s")],
+)  # fmt: skip
+def test_durations_are_written_as_go_does(ms, text):
+    assert go_duration(ms) == text
+
+
+HEADER_VALUE = re.compile(rb"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
+
+
+@given(
+    quota=configs() | extreme_configs(),
+    before=st.lists(tokens() | st.integers(0, 2**62), max_size=4),
+    asked=tokens() | st.integers(0, 2**62),
+)
+@example(quota=ResourceQuotaConfig("m", max_requests_per_second=1e308, burst_requests=2**62), before=[], asked=1)
+@example(quota=ResourceQuotaConfig("m", max_requests_per_second=5e-324, burst_requests=2**62), before=[], asked=1)
+def test_headers_of_any_quota_keep_the_grammar_and_the_promise(quota, before, asked):
+    manager = ResourceQuotaManager(clock=ManualClock(10**12))
+    manager.set_quota(quota.replace(model_id="m", on_violation="reject"))
+    for count in before:
+        manager.check_quota("m", count)
+    report = manager.get_model_report("m")
+    result = manager.check_quota("m", asked)
+    reports = [report, manager.get_model_report("m")]
+    for several in ([report], reports):
+        for denial in (None, None if result else result):
+            headers = limit_headers(several, denial)
+            for name, value in headers:
+                assert name == name.lower()
+                assert HEADER_VALUE.fullmatch(value)
+                if b"-limit-" in name or b"-remaining-" in name:
+                    assert 0 <= int(value) <= MOST
+            fields = dict(headers)
+            if not fields:
+                assert not bounds_of(quota)
+                continue
+            policies = parse_list(fields[b"ratelimit-policy"].decode())
+            states = parse_list(fields[b"ratelimit"].decode())
+            assert list(policies) == list(states)
+            for name, policy in policies.items():
+                assert 0 <= states[name]["r"] <= policy["q"] <= MOST
+                assert policy.get("w", 1) > 0
+                if "t" in states[name]:
+                    assert denial is not None
+                    assert states[name]["t"] == min(math.ceil(denial.retry_after_ms / 1000), MOST)
+    rates = [rate for rate in (quota.max_requests_per_second, quota.max_tokens_per_second) if rate]
+    within_reach = min(rates, default=1) > 1e-6  # otherwise a wait may be longer than time is reckoned
+    if within_reach and not result and result.retry_after_ms is None and result.limit is not Limit.CONCURRENCY:
+        assert never_fits(manager.get_quota("m"), asked, 0, 0) is not None
+    if result or result.retry_after_ms is not None:
+        assert never_fits(manager.get_quota("m"), asked, 0, 0) is None
+
+
+@given(
+    rate=st.floats(0.01, 50) | st.integers(1, 50),
+    burst=st.integers(0, 20),
+    steps=st.lists(st.tuples(st.integers(0, 3_000), st.integers(0, 30)), max_size=12),
+)
+def test_what_is_told_to_be_left_is_admitted(rate, burst, steps):
+    """Of the tokens per second, exactly; one more may fit too, where the level is not known to the last token."""
+    clock = ManualClock(10**12)
+    manager = ResourceQuotaManager(clock=clock)
+    limits = OPEN | {"max_tokens_per_hour": None, "max_tokens_per_second": rate, "burst_tokens": burst}
+    manager.set_quota("m", **limits | {"on_violation": "reject"})
+    for wait_ms, asked in steps:
+        clock.advance_ns(wait_ms * 1_000_000)
+        manager.check_quota("m", asked)
+    told = dict(limit_headers([manager.get_model_report("m")]))
+    left = int(told[b"x-ratelimit-remaining-tokens"])
+    assert left <= burst + max(rate, 1)
+    if manager.get_usage("m").burst_tokens_used:
+        assert manager.check_quota("m", left)
