@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from modelquota import __version__
-from modelquota.cli.answers import answering, say
+from modelquota.cli.answers import answering, say, unusable
 from modelquota.cli.demo import run_demo
 from modelquota.cli.replay import print_json, print_report, replay_file
 from modelquota.quotafile import load_quotas
@@ -150,18 +150,14 @@ def _serve_demo(
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("starlette", "uvicorn", "anyio"):
             raise
-        raise _unusable(errors, "serve-demo needs the extra 'asgi': pip install 'modelquota[asgi]'") from None
+        raise unusable(errors, "serve-demo needs the extra 'asgi': pip install 'modelquota[asgi]'") from None
     with _quiet_log():
-        try:
+        with answering(errors, quotas):
             chosen = None if quotas is None else list(load_quotas(quotas).values())
-        except OSError as error:
-            raise _unusable(errors, f"{error.filename}: {error.strerror or error}") from None
-        except QuotaError as error:
-            raise _unusable(errors, str(error)) from None
         try:
             serve_demo(Console(), host=host, port=port, quotas=chosen, tokens_per_second=speed)
         except OSError as error:
-            raise _unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
+            raise unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
 
 
 @contextmanager
