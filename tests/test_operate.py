@@ -54,7 +54,7 @@ def run(manager, monkeypatch):
             raise FileNotFoundError(2, "No such file or directory", "none")
         yield manager
 
-    add_commands(app, open_manager)
+    add_commands(app, open_manager, open_manager)
     return lambda *arguments: CliRunner().invoke(app, [*arguments, "--path", "state"])
 
 
@@ -181,7 +181,7 @@ def _failing(app):
         open(path).close()
         yield ResourceQuotaManager()
 
-    add_commands(app, open_manager)
+    add_commands(app, open_manager, open_manager)
     return app
 
 
@@ -287,25 +287,18 @@ def test_top_for_some_time_and_on_a_small_screen(manager):
 # -- exporter, completion
 
 
-def test_exporter_serves_until_it_is_interrupted():
-    code = """
-        import contextlib, typer
-        from modelquota import ResourceQuotaManager
-        from modelquota.cli.operate import add_commands
-        app = typer.Typer()
-        manager = ResourceQuotaManager()
-        manager.set_quota("llama")
-        add_commands(app, lambda path: contextlib.nullcontext(manager))
-        app(["exporter", "--path", "state", "--port", "0"])
-    """
+def test_exporter_serves_until_it_is_interrupted(tmp_path):
+    path = tmp_path / "quota.state"
+    manager = ResourceQuotaManager(path=path)
+    manager.set_quota("llama", max_tokens_per_hour=1000)
+    manager.check_quota("llama", 500)
+    command = [sys.executable, "-m", "modelquota", "exporter", "--path", str(path), "--port", "0"]
     heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.PIPE, text=True, preexec_fn=heed
-    ) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
         line = process.stderr.readline()
         assert line.startswith("modelquota: serving http://127.0.0.1:")
         with urllib.request.urlopen(line.split()[-1], timeout=30) as answer:
-            assert b'modelquota_model_pressure_ratio{model="llama"} 0.0' in answer.read()
+            assert b'modelquota_model_pressure_ratio{model="llama"} 0.5' in answer.read()
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert process.stderr.read() == ""
@@ -316,4 +309,4 @@ def test_shell_completion():
     done = subprocess.run(
         [sys.executable, "-m", "modelquota"], capture_output=True, text=True, timeout=60, env=env, check=True
     )
-    assert done.stdout.split() == ["replay"]
+    assert done.stdout.split() == ["replay", "remove", "reset-burst"]

@@ -22,7 +22,7 @@ from modelquota.utilization import Utilization, read_utilization, window_limit
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from modelquota.manager import ResourceQuotaManager
+    from modelquota.reading import QuotaReader
 
 __all__ = ["DEFAULT_MAX_MODELS", "METRICS", "MODEL", "OTHERS", "Kind", "Metric", "MetricSource", "Reading"]
 
@@ -223,13 +223,13 @@ class MetricSource:
 
     Parameters
     ----------
-    manager : ResourceQuotaManager
+    manager : ResourceQuotaManager or QuotaView
         What is measured.
     max_models : int
         How many models have a label of their own, 0 or more: those nearest to a limit, at each reading anew.
     """
 
-    def __init__(self, manager: "ResourceQuotaManager", *, max_models: int = DEFAULT_MAX_MODELS) -> None:
+    def __init__(self, manager: "QuotaReader", *, max_models: int = DEFAULT_MAX_MODELS) -> None:
         if max_models < 0:
             raise ValueError(f"max_models is {max_models}; give an integer, 0 or more")
         self.manager = manager

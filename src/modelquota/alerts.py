@@ -14,7 +14,7 @@ from modelquota.limits import Limit
 from modelquota.utilization import Utilization, read_utilization
 
 if TYPE_CHECKING:
-    from modelquota.manager import ResourceQuotaManager
+    from modelquota.reading import QuotaReader
 
 __all__ = ["DEFAULT_RULES", "Alert", "AlertMonitor", "AlertRule", "Severity", "check_alerts"]
 
@@ -111,7 +111,7 @@ class Alert:
     threshold: float
 
 
-def check_alerts(manager: "ResourceQuotaManager", rules: Sequence[AlertRule] = DEFAULT_RULES) -> list[Alert]:
+def check_alerts(manager: "QuotaReader", rules: Sequence[AlertRule] = DEFAULT_RULES) -> list[Alert]:
     """Judge all rules now; violations are those since the manager was made.
 
     Returns
@@ -145,7 +145,7 @@ class AlertMonitor(Periodic):
 
     Parameters
     ----------
-    manager : ResourceQuotaManager
+    manager : ResourceQuotaManager or QuotaView
         What is watched.
     rules : sequence of AlertRule
         Their names differ.
@@ -165,7 +165,7 @@ class AlertMonitor(Periodic):
 
     def __init__(
         self,
-        manager: "ResourceQuotaManager",
+        manager: "QuotaReader",
         rules: Sequence[AlertRule] = DEFAULT_RULES,
         *,
         on_raise: Callable[[Alert], object] | None = None,

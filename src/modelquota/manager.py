@@ -5,11 +5,8 @@ from __future__ import annotations
 import functools
 import operator
 import os
-import sys
 import time
-from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from modelquota._core.clock import ManualClock
 from modelquota._core.grant import Grant
@@ -21,7 +18,7 @@ from modelquota.config import MAX_COUNT, ResourceQuotaConfig
 from modelquota.errors import UnknownModelError
 from modelquota.limits import ViolationAction
 from modelquota.metering import limit
-from modelquota.report import ModelReport, QuotaStats, ResourceUsage, model_report, status_lines
+from modelquota.reading import QuotaReader
 from modelquota.waiting import acquire
 
 if TYPE_CHECKING:
@@ -29,18 +26,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import SupportsIndex
 
-    from numpy.typing import NDArray
-
+    from modelquota.report import ModelReport, ResourceUsage
+    from modelquota.view import QuotaView
     from modelquota.waiting_async import Acquisition
 
-_USAGE_FIELDS = tuple(ResourceUsage.__dataclass_fields__)
 _SECOND_NS = 1_000_000_000
 _INFO, _WARNING = 20, 30  # the levels' numbers, as the logging documentation gives them
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class ResourceQuotaManager(WaitTable):
+class ResourceQuotaManager(WaitTable, QuotaReader):
     """Quotas of many models, and the one question of an inference service: may this model take this request now?
 
     Every verb may be called from any thread. Processes forked after its creation share the state.
@@ -95,6 +91,21 @@ class ResourceQuotaManager(WaitTable):
         self._unknown_logged_second = -1
         self._unknown_held = 0
 
+    @classmethod
+    def open_readonly(cls, path: str | os.PathLike[str]) -> QuotaView:
+        """Open a state file for reading only, such as for monitoring: it needs no write permission and takes no lock.
+
+        Raises
+        ------
+        OSError
+            The file cannot be opened; it is not created.
+        StateFileError
+            It is no state file that this version can use.
+        """
+        from modelquota.view import QuotaView
+
+        return QuotaView(path)
+
     # -- quotas
 
     def set_quota(self, config: ResourceQuotaConfig | str, /, **fields: Any) -> None:
@@ -136,11 +147,6 @@ class ResourceQuotaManager(WaitTable):
     def remove_quota(self, model_id: str) -> bool:
         """Forget a model and what it has used; True if it was known. What it counted stays in `get_stats`."""
         return self._forget(model_id)
-
-    def get_quota(self, model_id: str) -> ResourceQuotaConfig | None:
-        """Return the model's quota, or None where it has none."""
-        read = self._read(model_id)
-        return None if read is None else _quota_of(model_id, tuple(read[0].items()))
 
     def model(self, model_id: str) -> ModelQuota:
         """Bind a model: its verbs without the look-up. Raises UnknownModelError where it has no quota."""
@@ -263,55 +269,6 @@ class ResourceQuotaManager(WaitTable):
         """
         self._empty_burst(model_id)
 
-    # -- reading
-
-    def get_usage(self, model_id: str) -> ResourceUsage | None:
-        """Return what the model uses now, under its lock; None where it has no quota."""
-        read = self._read(model_id)
-        return None if read is None else _usage_of(read[1])
-
-    def get_model_report(self, model_id: str) -> ModelReport | None:
-        """Return quota, use and utilisation of a model, one consistent view; None where it has no quota."""
-        read = self._read(model_id)
-        if read is None:
-            return None
-        return model_report(model_id, _quota_of(model_id, tuple(read[0].items())), _usage_of(read[1]))
-
-    def get_stats(self) -> QuotaStats:
-        """Return the totals over all models, those that have been removed too."""
-        totals = self._totals()
-        violations = totals["violations"]
-        denied = totals["rejected"] + totals["throttled"] + totals["queued"]
-        return QuotaStats(
-            total_checks=totals["allowed"] + denied - totals["waited"],
-            allowed_requests=totals["allowed"],
-            total_violations=sum(violations),
-            rejected_requests=totals["rejected"],
-            throttled_requests=totals["throttled"],
-            queued_requests=totals["queued"],
-            warned_requests=sum(violations) - denied,
-            ram_violations=violations[0],
-            ssd_violations=violations[1],
-            rate_violations=violations[2],
-            quota_violations=violations[3],
-            concurrency_violations=violations[4],
-        )
-
-    def snapshot(self) -> NDArray[np.void]:
-        """Return the counters of all models at once: a structured array, a copy, one element a model.
-
-        Fields: ``model_id`` (object, a str), the fields of `ResourceUsage` (int64: MB, requests, tokens), and the
-        model's totals since it was registered: ``allowed_total``, ``rejected_total``, ``throttled_total``,
-        ``queued_total``, ``warned_total`` (int64) and ``tokens_total`` (uint64, tokens charged). Each element is read
-        under its model's lock, all of them at one reading of the clock.
-        """
-        return self._read_all()
-
-    def print_status(self, file: TextIO | None = None) -> None:
-        """Write use against limits of all models, and the totals, to `file` (standard output by default)."""
-        reports = [report for model_id in self.list_models() if (report := self.get_model_report(model_id)) is not None]
-        print(status_lines(reports, self.get_stats()), file=sys.stdout if file is None else file)
-
     # -- called by the core
 
     def _adopt(self, model_id: str) -> bool:
@@ -417,13 +374,3 @@ def _megabytes(name: str, value: int) -> int:
     if not 0 <= megabytes <= MAX_COUNT:
         raise ValueError(f"{name} is {megabytes}; give an integer, 0 .. 2**62")
     return megabytes
-
-
-@functools.lru_cache(maxsize=4096)
-def _quota_of(model_id: str, fields: tuple[tuple[str, Any], ...]) -> ResourceQuotaConfig:
-    """The quota that a row states. It is validated when it is made, which takes longer than to look it up."""
-    return ResourceQuotaConfig(model_id, **dict(fields))
-
-
-def _usage_of(record: dict[str, int]) -> ResourceUsage:
-    return ResourceUsage(**{name: record[name] for name in _USAGE_FIELDS})

@@ -17,21 +17,19 @@ with extra("otel", "opentelemetry"):
     from opentelemetry.metrics import CallbackOptions, Meter, Observation, get_meter
 
 if TYPE_CHECKING:
-    from modelquota.manager import ResourceQuotaManager
+    from modelquota.reading import QuotaReader
 
 __all__ = ["instrument"]
 
 
-def instrument(
-    manager: "ResourceQuotaManager", meter: Meter | None = None, *, max_models: int = DEFAULT_MAX_MODELS
-) -> None:
+def instrument(manager: "QuotaReader", meter: Meter | None = None, *, max_models: int = DEFAULT_MAX_MODELS) -> None:
     """Let a meter observe a manager: one observable counter or gauge for every metric.
 
     The manager is read once for each collection, and lives as long as the meter.
 
     Parameters
     ----------
-    manager : ResourceQuotaManager
+    manager : ResourceQuotaManager or QuotaView
         What is measured.
     meter : opentelemetry.metrics.Meter, optional
         By default one named ``modelquota`` of the global meter provider.

@@ -59,7 +59,7 @@ with extra("prometheus", "prometheus_client"):
     from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from modelquota.manager import ResourceQuotaManager
+    from modelquota.reading import QuotaReader
 
 __all__ = ["QuotaCollector", "grafana_dashboard", "make_exporter_app", "start_exporter"]
 
@@ -72,7 +72,7 @@ class QuotaCollector(Collector):
 
     Parameters
     ----------
-    manager : ResourceQuotaManager
+    manager : ResourceQuotaManager or QuotaView
         What is measured, at each scrape.
     max_models : int
         How many models have a label of their own, 0 or more: those nearest to a limit.
@@ -95,7 +95,7 @@ class QuotaCollector(Collector):
     100
     """
 
-    def __init__(self, manager: "ResourceQuotaManager", *, max_models: int = DEFAULT_MAX_MODELS) -> None:
+    def __init__(self, manager: "QuotaReader", *, max_models: int = DEFAULT_MAX_MODELS) -> None:
         self._source = MetricSource(manager, max_models=max_models)
 
     def describe(self) -> Iterator[_Family]:
@@ -114,13 +114,13 @@ class QuotaCollector(Collector):
 
 
 def start_exporter(
-    manager: "ResourceQuotaManager", port: int, *, addr: str = "127.0.0.1", max_models: int = DEFAULT_MAX_MODELS
+    manager: "QuotaReader", port: int, *, addr: str = "127.0.0.1", max_models: int = DEFAULT_MAX_MODELS
 ) -> tuple[WSGIServer, Thread]:
     """Serve a manager's metrics over HTTP from a daemon thread, and nothing else.
 
     Parameters
     ----------
-    manager : ResourceQuotaManager
+    manager : ResourceQuotaManager or QuotaView
         What is measured.
     port : int
         TCP port; 0 takes a free one, which is then ``server.server_port``.
@@ -142,7 +142,7 @@ def start_exporter(
     return start_http_server(port, addr=addr, registry=_registry(manager, max_models))
 
 
-def make_exporter_app(manager: "ResourceQuotaManager", *, max_models: int = DEFAULT_MAX_MODELS) -> Any:
+def make_exporter_app(manager: "QuotaReader", *, max_models: int = DEFAULT_MAX_MODELS) -> Any:
     """Return a WSGI application that serves a manager's metrics, to mount in a server of one's own."""
     return make_wsgi_app(_registry(manager, max_models))
 
@@ -152,7 +152,7 @@ def grafana_dashboard() -> str:
     return files("modelquota").joinpath("data", "grafana-dashboard.json").read_text(encoding="utf-8")
 
 
-def _registry(manager: "ResourceQuotaManager", max_models: int) -> CollectorRegistry:
+def _registry(manager: "QuotaReader", max_models: int) -> CollectorRegistry:
     registry = CollectorRegistry()
     registry.register(QuotaCollector(manager, max_models=max_models))
     return registry

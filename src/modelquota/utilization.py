@@ -12,7 +12,7 @@ from modelquota.limits import Limit
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from modelquota.manager import ResourceQuotaManager
+    from modelquota.reading import QuotaReader
 
 __all__ = ["LIMITS", "Utilization", "limits_of", "read_utilization", "window_limit"]
 
@@ -73,7 +73,7 @@ class Utilization:
         return self.percent[:, LIMITS.index(limit)]
 
 
-def read_utilization(manager: "ResourceQuotaManager") -> Utilization:
+def read_utilization(manager: "QuotaReader") -> Utilization:
     """Read all models of a manager, and compare their use with their limits.
 
     Returns

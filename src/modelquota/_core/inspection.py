@@ -94,6 +94,14 @@ class Reader:
             if abs(int(header[name])) > _MAX_TIME_NS and name != "anchor_wall_ns":
                 raise StateFileError(self.path, f"{name} is {header[name]}; 2**61 ns is the most")
 
+    def held(self) -> NDArray[Any]:
+        """Records of what open grants hold; those with seat 0 are free."""
+        return self._read(self.layout["held"], int(self.header["chunks_used"]) * 64, self.regions.held)
+
+    def places(self) -> NDArray[Any]:
+        """Records of the lines; those with seat 0 are free."""
+        return self._read(self.layout["place"], int(self.header["places_used"]), self.regions.places)
+
     def parts(self) -> Iterator[Part]:
         """All rows that were ever used, some at a time."""
         count = int(self.header["row_count"])
@@ -178,7 +186,7 @@ def part_faults(part: Part, names_used: int) -> Iterator[str]:
     for times in (rows["slot_end_ns"], rows["level_ns"], ledgers["refunds_since_ns"]):
         yield from _each(part, (times < 0) | (times > _MAX_TIME_NS), "its time is beyond 2**61 ns")
     yield from _each(part, ledgers["head_limit"] > 10, "its line waits for an unknown limit")
-    alive = part.steady & (rows["generation"] % 2 == 1)
+    alive: NDArray[np.bool_] = part.steady & (rows["generation"] % 2 == 1)
     yield from sum_faults(part, alive)
 
 
@@ -215,6 +223,6 @@ def sum_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
         yield from _each(part, alive & (ledgers[name] < 0), f"{name} is negative")
 
 
-def _each(part: Part, wrong: NDArray[np.bool_], what: str) -> Iterator[str]:
+def _each(part: Part, wrong: Any, what: str) -> Iterator[str]:
     for index in np.flatnonzero(wrong):
         yield f"row {part.first + int(index)}: {what}"

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from modelquota import __version__
+from modelquota import ResourceQuotaManager, __version__
+from modelquota.cli import operate, statefile
 from modelquota.cli.answers import answering, say, unusable
 from modelquota.cli.demo import run_demo
 from modelquota.cli.replay import print_json, print_report, replay_file
@@ -158,6 +160,18 @@ def _serve_demo(
             serve_demo(Console(), host=host, port=port, quotas=chosen, tokens_per_second=speed)
         except OSError as error:
             raise unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _open_manager(path: Path) -> Iterator[ResourceQuotaManager]:
+    """Open the state file that is there: a mistyped path is no reason to make one."""
+    os.stat(path)
+    with _quiet_log():
+        yield ResourceQuotaManager(path=path)
+
+
+operate.add_commands(app, _open_manager, ResourceQuotaManager.open_readonly)
+statefile.add_commands(app)
 
 
 @contextmanager

@@ -14,18 +14,22 @@ from modelquota.cli.change import parse_fields, remove_models, reset_bursts, set
 from modelquota.cli.status import print_status, print_status_json
 from modelquota.cli.top import run_top
 from modelquota.manager import ResourceQuotaManager
+from modelquota.reading import QuotaReader
 
-__all__ = ["OpenManager", "add_commands"]
+__all__ = ["OpenManager", "OpenView", "add_commands"]
 
 OpenManager = Callable[[Path], AbstractContextManager[ResourceQuotaManager]]
 """Opens the manager whose state is in a file; an OSError, QuotaError or ValueError is told in one line."""
+
+OpenView = Callable[[Path], AbstractContextManager[QuotaReader]]
+"""The same for reading only."""
 
 _Path = Annotated[Path, typer.Option("--path", "-p", metavar="FILE", help="The file with the managers' shared state.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Their ids.")]
 
 
-def add_commands(app: typer.Typer, open_manager: OpenManager) -> None:
+def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenView) -> None:
     """Add the commands to an application. All of them end with 0 when done, 1 for "no", 2 for unusable input."""
 
     @app.command("status")
@@ -44,7 +48,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager) -> None:
 
         **Exit code**: 0; 1 when a model is above PERCENT; 2 when the file cannot be used.
         """
-        with answering(Console(stderr=True), path), open_manager(path) as manager:
+        with answering(Console(stderr=True), path), open_view(path) as manager:
             highest = print_status_json(manager) if as_json else print_status(manager, Console())
         if above is not None and highest > above:
             raise typer.Exit(EXIT_NO)
@@ -55,7 +59,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager) -> None:
         interval: Annotated[float, typer.Option(min=0.1, max=3600, metavar="SECONDS", help="Between two looks.")] = 1.0,
     ) -> None:
         """Watch use against limits, the model nearest to a limit first, until q or Ctrl-C."""
-        with answering(Console(stderr=True), path), open_manager(path) as manager:
+        with answering(Console(stderr=True), path), open_view(path) as manager:
             run_top(manager, Console(), interval_sec=interval)
 
     @app.command("set")
@@ -108,7 +112,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager) -> None:
     ) -> None:
         """Serve metrics for Prometheus over HTTP until Ctrl-C. It needs the extra `prometheus`."""
         errors = Console(stderr=True)
-        with answering(errors, path), open_manager(path) as manager:
+        with answering(errors, path), open_view(path) as manager:
             from modelquota.prometheus import start_exporter  # an extra of its own
 
             server, thread = start_exporter(manager, port, addr=addr, max_models=max_models)

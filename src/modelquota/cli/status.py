@@ -11,7 +11,7 @@ from rich.text import Text
 from modelquota.cli.demo_table import ACTION_STYLES, UsageBar
 from modelquota.cli.text import printable, short
 from modelquota.limits import Limit
-from modelquota.manager import ResourceQuotaManager
+from modelquota.reading import QuotaReader
 from modelquota.report import QuotaStats
 from modelquota.utilization import LIMITS, Utilization, limits_of, read_utilization
 
@@ -31,7 +31,7 @@ _BURST_FIELDS = {Limit.REQUESTS_PER_SECOND: "burst_requests", Limit.TOKENS_PER_S
 _DENIED_FIELDS = ("rejected_total", "throttled_total", "queued_total")
 
 
-def print_status(manager: ResourceQuotaManager, console: Console) -> float:
+def print_status(manager: QuotaReader, console: Console) -> float:
     """Print use against limits of all models; return the highest pressure in percent, 0 where there is no model."""
     found = read_utilization(manager)
     if len(found):
@@ -42,7 +42,7 @@ def print_status(manager: ResourceQuotaManager, console: Console) -> float:
     return float(found.pressure.max(initial=0.0))
 
 
-def print_status_json(manager: ResourceQuotaManager) -> float:
+def print_status_json(manager: QuotaReader) -> float:
     """Print the same as one JSON object, everything that can be read in it; return the highest pressure in percent."""
     found = read_utilization(manager)
     stats = manager.get_stats()

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from modelquota.cli.status import status_table, totals_line
-from modelquota.manager import ResourceQuotaManager
+from modelquota.reading import QuotaReader
 from modelquota.report import QuotaStats
 from modelquota.utilization import read_utilization
 
@@ -27,7 +27,7 @@ OTHER_LINES = 5
 class Top:
     """The screen at one moment; knows the one before it, and so how much there was per second."""
 
-    def __init__(self, manager: ResourceQuotaManager, console: Console) -> None:
+    def __init__(self, manager: QuotaReader, console: Console) -> None:
         self._manager = manager
         self._console = console
         self._before: tuple[float, QuotaStats] = monotonic(), manager.get_stats()
@@ -60,9 +60,7 @@ class Top:
         )
 
 
-def run_top(
-    manager: ResourceQuotaManager, console: Console, *, interval_sec: float = 1.0, seconds: float | None = None
-) -> None:
+def run_top(manager: QuotaReader, console: Console, *, interval_sec: float = 1.0, seconds: float | None = None) -> None:
     """Show a manager until q or Ctrl-C, or for so many seconds; needs a terminal.
 
     Raises
