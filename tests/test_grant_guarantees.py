@@ -155,6 +155,8 @@ class Subject:
         usage = self.manager.get_usage("m")
         assert usage is not None
         assert_sound(self.manager, "m", [(opened.ram_mb, 0) for opened in self.grants])
+        (record,) = self.manager.snapshot()
+        assert record["tokens_total"] - record["tokens_refunded_total"] == self.net_since("tokens", 0)
         assert usage.tokens_this_second >= self.net_since("tokens", self.clock.now_ns - SECOND_NS)
         assert usage.requests_this_hour >= self.net_since("requests", self.clock.now_ns - HOUR_NS)
         assert usage.tokens_this_day >= self.net_since("tokens", self.clock.now_ns - DAY_NS)
