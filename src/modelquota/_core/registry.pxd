@@ -56,8 +56,8 @@ cdef inline int64_t enter(
             row = &rows[index]
             lock(&row.lock, seat)
             write_name(header, &ledgers[index], names, name, size)
-            put_limits(row, &ledgers[index], limits)
             start_row(row, &ledgers[index], now_ns)
+            put_limits(row, &ledgers[index], limits)
             row.generation += 1
             unlock(&row.lock)
             header.lowest_free = index + 1
