@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DAY_NS, HOUR_NS, MS_NS, SECOND_NS
 from soundness import assert_sound
@@ -207,6 +207,7 @@ def traffic(count: int) -> st.SearchStrategy[list[Event]]:
 
 
 @given(config=configs(), start_ns=starts_ns(), events=traffic(200))
+@settings(max_examples=max(5, settings().max_examples // 3))
 def test_no_interval_is_above_its_limit_by_admission(
     config: ResourceQuotaConfig, start_ns: int, events: list[Event]
 ) -> None:

@@ -221,6 +221,16 @@ def test_two_refunds_do_not_take_back_the_same(clock, later):
     second.release()
 
 
+def test_a_level_that_was_full_does_not_fall_below_zero(manager):
+    """It holds 100,000 years of draining and no more, so that two such charges are more than it has to give back."""
+    manager.update_quota("m", max_tokens_per_second=0.1, on_violation="warn")
+    grants = [manager.reserve("m", 2**50) for _ in range(2)]
+    for grant in grants:
+        grant.cancel()
+    assert manager.get_usage("m").burst_tokens_used == 0
+    assert manager.check_quota("m", 1).limit is None
+
+
 def test_what_was_charged_last_is_refunded_first(manager, clock):
     grant = manager.reserve("m", 100)
     clock.advance(120)
