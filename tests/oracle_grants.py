@@ -109,6 +109,7 @@ class Charge:
     """What a grant charged to a model at one time; a level that had no rate then was not charged."""
 
     at_ns: int
+    epoch: int
     tokens: int
     of_requests: Charged | None
     of_tokens: Charged | None
@@ -124,7 +125,7 @@ class GrantModel(Model):
     def __init__(self, config: ResourceQuotaConfig) -> None:
         super().__init__(config)
         self.holds: list[Hold] = []
-        self.changed_ns = -1  # when a rate changed last, or a burst was forgiven
+        self.epoch = 0  # how often a rate changed, or a burst was forgiven
 
     @property
     def held_ram(self) -> int:  # type: ignore[override]
@@ -157,7 +158,7 @@ class GrantModel(Model):
                 (self.token_level, self.config.max_tokens_per_second),
             )
         ]
-        return Charge(now_ns, tokens, *entries)  # type: ignore[arg-type]
+        return Charge(now_ns, self.epoch, tokens, *entries)  # type: ignore[arg-type]
 
     def refund(self, now_ns: int, charge: Charge, requests: int, tokens: int) -> None:
         """Take back part of a charge; `pass_time` has been called."""
@@ -171,7 +172,7 @@ class GrantModel(Model):
         ):
             if entry is not None and count:
                 left = Fraction(0)
-                if rate is not None and charge.at_ns > self.changed_ns:
+                if rate is not None and charge.epoch == self.epoch:
                     left = max(left, charged - Fraction(rate) * (now_ns - charge.at_ns) / SECOND_NS)
                 level.refund(entry, count, left)
 
@@ -196,7 +197,7 @@ class GrantOracle(Oracle):
         before = None if model is None else _rates(model.config)
         super().set_quota(config)
         if model is not None and before != _rates(config):
-            model.changed_ns = self.clock.now_ns
+            model.epoch += 1
             for level in (model.request_level, model.token_level):
                 level.lowest, level.value = level.value, level.value + ROUNDING * (level.value > 0)
 
@@ -208,7 +209,7 @@ class GrantOracle(Oracle):
         before = [level.value for level in levels]
         super().reset_burst(model_id)
         if before != [level.value for level in levels]:
-            model.changed_ns = self.clock.now_ns
+            model.epoch += 1
 
     def check_quota(
         self, model_id: str | Sequence[str], estimated_tokens: int, ram_needed_mb: int = 0, ssd_needed_mb: int = 0

@@ -173,6 +173,7 @@ cdef class Grant:
             party = &joint.parties[i]
             if party.row.generation == party.generation:
                 self.charge_of(self.times, i).at_ns = party.row.level_ns
+                self.charge_of(self.times, i).epoch = party.ledger.level_epoch
                 self.charge_of(self.times, i).tokens = charge_tokens(party.row, party.ledger, chunk)
         unlock_rows(&joint, joint.count)
         self.times += 1

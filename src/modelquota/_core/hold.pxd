@@ -17,6 +17,7 @@ cdef struct Hold:
 cdef struct Charge:
     int64_t tokens
     int64_t at_ns           # the row's time
+    int64_t epoch           # the ledger's level_epoch
 
 
 cdef inline void take_hold(Hold* hold, const Ask* ask, uint32_t me) noexcept nogil:
@@ -54,7 +55,7 @@ cdef inline void refund(Row* row, Ledger* ledger, int64_t requests, int64_t toke
     cdef int64_t steps = current_slot(row) // SLOTS_PER_HOUR_SLOT - slot_at(charge.at_ns) // SLOTS_PER_HOUR_SLOT
     take_back(row, ledger, requests, tokens, charge.at_ns)
     ledger.tokens_refunded += tokens
-    if charge.at_ns < ledger.refunds_since_ns:
+    if charge.epoch != ledger.level_epoch:
         return
     lower_level(&row.request_level, ledger.request_low, row.request_drain, row.request_shift, requests, requests,
                 elapsed_ns, steps)

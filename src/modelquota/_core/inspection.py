@@ -58,7 +58,7 @@ class Reader:
         data = os.pread(self.descriptor, dtype.itemsize * count, offset)
         if len(data) != dtype.itemsize * count:
             raise StateFileError(self.path, f"it ends after {offset + len(data)} bytes, in the middle of its contents")
-        return np.frombuffer(data, dtype)
+        return np.frombuffer(bytearray(data), dtype)  # writeable: time passes in a copy
 
     def check_header(self) -> None:
         """Raise StateFileError where the file is of something else, of another version, or of another length."""
@@ -118,7 +118,7 @@ class Reader:
                 self._read(ledger_type, count, self.regions.ledgers + first * ledger_type.itemsize),
             )
 
-        rows, ledgers = (array.copy() for array in read())
+        rows, ledgers = read()
         steady = np.zeros(count, bool)
         for attempt in range(_TRIES):
             if attempt:
@@ -128,7 +128,8 @@ class Reader:
             steady |= same & (rows["lock"] == 0)
             if steady.all():
                 break
-            rows[~steady], ledgers[~steady] = again_rows[~steady], again_ledgers[~steady]
+            for copy, again in ((rows, again_rows), (ledgers, again_ledgers)):
+                _bytes(copy)[~steady] = _bytes(again)[~steady]  # numpy would leave out what pads the fields
         return Part(first, rows, ledgers, steady)
 
     def names(self, part: Part) -> list[bytes]:
@@ -183,7 +184,7 @@ def part_faults(part: Part, names_used: int) -> Iterator[str]:
         wide = (rows[f"{what}_level"]["high"] >> 62) | (rows[f"{what}_cap"]["high"] >> 62)
         yield from _each(part, wide != 0, f"its {what} level is beyond all bounds")
         yield from _each(part, rows[f"{what}_drain"] < 0, f"its {what} rate is negative")
-    for times in (rows["slot_end_ns"], rows["level_ns"], ledgers["refunds_since_ns"]):
+    for times in (rows["slot_end_ns"], rows["level_ns"]):
         yield from _each(part, (times < 0) | (times > _MAX_TIME_NS), "its time is beyond 2**61 ns")
     yield from _each(part, ledgers["head_limit"] > 10, "its line waits for an unknown limit")
     alive: NDArray[np.bool_] = part.steady & (rows["generation"] % 2 == 1)

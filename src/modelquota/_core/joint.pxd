@@ -119,6 +119,7 @@ cdef inline int decide_jointly(Joint* joint, int64_t now_ns, const Ask* ask, bin
         for i in range(joint.count):
             party = &joint.parties[i]
             joint.charges[i].at_ns = party.row.level_ns
+            joint.charges[i].epoch = party.ledger.level_epoch
             joint.charges[i].tokens = ask.tokens
             if party.ledger == ask.counted and party.generation == ask.counted_generation:
                 party.ledger.waited += 1

@@ -109,8 +109,7 @@ cdef struct Ledger:
     # -- what levels may take back, see level.pxd: the lowest level of the current 60 s slot and of the one before
     int64_t request_low[2]
     int64_t token_low[2]
-    int64_t refunds_since_ns    # 1 ns after a rate changed or a burst was forgiven: what was charged before it, no level
-                                # takes back
+    int64_t level_epoch         # how often a rate changed or a burst was forgiven; what was charged before, no level takes back
     # -- counters since the model was registered
     uint64_t rejected           # denied checks, by the action applied
     uint64_t throttled

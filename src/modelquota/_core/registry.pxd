@@ -115,8 +115,8 @@ cdef inline int64_t enter(
             ledger = &shared.ledgers[index]
             enter_row(row, shared)
             if write_name(shared, ledger, name, size):
-                put_limits(row, ledger, limits)
                 start_row(row, ledger, now_ns)
+                put_limits(row, ledger, limits)
                 in_order()
                 row.generation += 1
                 header.lowest_free = index + 1

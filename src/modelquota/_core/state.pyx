@@ -339,7 +339,7 @@ cdef class QuotaState(SharedState):
                 forgiven = empty_burst(&row.request_level, ref.ledger.request_low, row.request_drain, row.request_shift)
                 forgiven |= empty_burst(&row.token_level, ref.ledger.token_low, row.token_drain, row.token_shift)
                 if forgiven:
-                    ref.ledger.refunds_since_ns = row.level_ns + 1
+                    ref.ledger.level_epoch += 1
             unlock(&row.lock)
         if not alive:
             raise UnknownModelError(model_id)

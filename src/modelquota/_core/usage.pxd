@@ -85,7 +85,7 @@ cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noex
     cdef int i
     if (limits.requests_per_second != ledger.requests_per_second or limits.tokens_per_second != ledger.tokens_per_second
             or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
-        ledger.refunds_since_ns = row.level_ns + 1
+        ledger.level_epoch += 1
         ledger.request_low[0] = ledger.request_low[1] = ledger.token_low[0] = ledger.token_low[1] = 0
     rescale(&row.request_level, row.request_shift, limits.request_shift)
     rescale(&row.token_level, row.token_shift, limits.token_shift)
@@ -154,7 +154,6 @@ cdef inline bint same_limits(const Limits* a, const Limits* b) noexcept nogil:
 
 
 cdef inline void start_row(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
-    """Set the time of a model that has its limits and has charged nothing."""
+    """Set the time of a model whose row and ledger are zero."""
     row.level_ns = now_ns
-    ledger.refunds_since_ns = now_ns
     row.slot_end_ns = slot_start_ns(slot_at(now_ns) + 1)
