@@ -171,14 +171,13 @@ def test_200_versions_half_of_them_broken_under_load(path):
                 time.sleep(rng.choice([0, 0.002, 0.01]))
             path.write_text(version(77))
             allowed.add(77)
-            eventually(lambda: manager.get_quota("a").max_ram_mb == 77)
+            eventually(lambda: 77 in seen)
         finally:
             stop.set()
             for thread in threads:
                 thread.join()
     assert failures == []
     assert seen <= allowed
-    assert 77 in seen
     assert manager.list_models() == ["a", "b.c"]
 
 
