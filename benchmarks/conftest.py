@@ -17,7 +17,20 @@ from benchmarks.machine import build_info
 
 ROUNDS = 200
 #: The questions from the first to the last; what takes longest, and most memory, is last.
-ORDER = ("single", "models", "denied", "batch", "threads", "processes", "rivals", "memory", "import", "floor", "growth")
+ORDER = (
+    "single",
+    "models",
+    "denied",
+    "batch",
+    "threads",
+    "processes",
+    "http",
+    "rivals",
+    "memory",
+    "import",
+    "floor",
+    "growth",
+)
 ROWS = pytest.StashKey[list[Row]]()
 NOTES = pytest.StashKey[list[str]]()
 
