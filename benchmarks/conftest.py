@@ -24,6 +24,7 @@ ORDER = (
     "batch",
     "threads",
     "processes",
+    "http",
     "rivals",
     "memory",
     "reading",

@@ -80,7 +80,7 @@ class Call:
             response.status = message["status"]
             names = [name for name, _ in message["headers"]]
             assert all(name == name.lower() for name in names)
-            response.headers = {name.decode(): value.decode("ascii") for name, value in message["headers"]}
+            response.headers = {name.decode(): value.decode("latin-1") for name, value in message["headers"]}
         else:
             assert message["type"] == "http.response.body"
             assert response.status is not None, "a body before the start"

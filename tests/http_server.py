@@ -18,7 +18,8 @@ def serving(app, **options):
     """Serve an application, and yield its address."""
     config = uvicorn.Config(app, log_level="error", ws="none", lifespan="off", timeout_graceful_shutdown=5, **options)
     server = _Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         give_up = time.monotonic() + 20

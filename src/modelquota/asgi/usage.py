@@ -69,7 +69,7 @@ def event_tokens(data: bytes) -> int:
     0
     """
     try:
-        event = json.loads(data)
+        event = _DECODER.decode(data.decode())  # json.loads would first guess the encoding
     except (ValueError, RecursionError):
         return 0
     if not isinstance(event, dict):

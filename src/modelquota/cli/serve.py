@@ -31,7 +31,10 @@ def serve_demo(
     app = create_app(demo_manager(QUOTAS if quotas is None else quotas), tokens_per_second=tokens_per_second)
     config = uvicorn.Config(app, log_level="info", ws="none", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=config.backlog) as listener:
+    # The protocol is named, since asyncio turns Nagle's algorithm off only where it is: no token is to be held back.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
         name = f"[{host}]" if ":" in host else host
         _explain(console, f"http://{name}:{listener.getsockname()[1]}", quotas)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
