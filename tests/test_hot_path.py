@@ -45,7 +45,7 @@ def test_a_check_allocates_nothing_but_its_result(manager):
     assert most_allocated(lambda: denied.retry_after_ms or 10**7 + len(manager.list_models())) > nothing
 
 
-def test_a_kept_result_is_one_block_of_64_bytes(manager):
+def test_a_kept_result_is_one_block_of_80_bytes(manager):
     check = manager.check_quota
     kept = [check("a", 1) for _ in range(200)]  # the freelist is empty now, and the list has room
     kept.extend(repeat(None, 1_000))
@@ -57,7 +57,10 @@ def test_a_kept_result_is_one_block_of_64_bytes(manager):
         taken = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
-    assert taken <= 64 * 1_000 + 200
+    assert taken <= 80 * 1_000 + 200
+
+
+MINE = 1 << 10 | 1  # the first seat, taken once: this process, which lives; a lock of the dead would be taken over
 
 
 @pytest.fixture
@@ -89,9 +92,9 @@ def test_a_check_takes_no_lock_but_its_rows(manager, locks):
         lambda: manager.charge_many(rows, 1),
     ]
     registry, a, b, c = locks
-    registry[0] = a[0] = c[0] = 9
+    registry[0] = a[0] = c[0] = MINE
     assert not any(thread.is_alive() for thread in begin(verbs))
-    b[0] = 9
+    b[0] = MINE
     waiting = begin(verbs)
     assert all(thread.is_alive() for thread in waiting)
     registry[0] = a[0] = b[0] = c[0] = 0
