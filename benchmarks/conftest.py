@@ -22,6 +22,7 @@ ORDER = (
     "models",
     "denied",
     "batch",
+    "grants",
     "threads",
     "processes",
     "http",
