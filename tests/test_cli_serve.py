@@ -68,7 +68,7 @@ def test_a_newcomer_sees_429_and_headers_and_ends_it():
         answers = [command.post(body) for _ in range(4)]
         assert [status for status, _, _ in answers] == [200, 200, 200, 429]
         _, headers, content = answers[-1]
-        assert 0 < int(headers["retry-after-ms"]) <= 1000
+        assert 0 < int(headers["retry-after-ms"]) < 1100
         assert json.loads(content)["error"]["code"] == "rate_limit_exceeded"
         status, headers, content = command.post({**body, "model": "chat-70b", "stream": True})
         assert status == 200
