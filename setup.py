@@ -32,7 +32,14 @@ class SourceDistribution(sdist):
     """The sources with everything that the tests and benchmarks need."""
 
     def make_distribution(self):
-        sources = f"{CORE}/*.pyx", "tests/*.py", "benchmarks/**/*.py", "benchmarks/**/*.pyx", "benchmarks/**/*.zig"
+        sources = (
+            f"{CORE}/*.pyx",
+            "tests/*.py",
+            "benchmarks/**/*.py",
+            "benchmarks/**/*.pyx",
+            "benchmarks/**/*.zig",
+            "benchmarks/**/*.svg",
+        )
         for pattern in sources:
             self.filelist.extend(glob(pattern, recursive=True))
         super().make_distribution()
@@ -49,7 +56,7 @@ extensions = [
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
-    for name in ("clock", "result", "state", "table", "grant", "line")
+    for name in ("clock", "result", "packing", "shared", "state", "table", "grant", "line", "view")
 ]
 
 setup(

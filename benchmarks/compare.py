@@ -1,8 +1,9 @@
-"""Has it become slower? ``python -m benchmarks.compare BASELINE.json NEW.json`` judges one run by another.
+"""Has it become slower? ``python -m benchmarks.compare BASELINE.json NEW.json [NEW.json ...]`` judges runs by another.
 
-Both are what ``pytest benchmarks --benchmark-json=FILE`` wrote. What is judged is the ratio of a figure to its floor,
+All are what ``pytest benchmarks --benchmark-json=FILE`` wrote. What is judged is the ratio of a figure to its floor,
 both measured in the same run in turn: figures of two runs differ by tens of percent on a shared machine, such ratios by
-a few. Figures without a floor are shown and not judged.
+a few. Of several new runs the best ratio of each case counts: what is slower is slower in all of them, and what a
+neighbour on the machine has spoilt is not. Figures without a floor are shown and not judged.
 
 Exit status: 0 where no ratio is worse by more than the threshold; 1 where one is; 2 where that cannot be said: a file
 that is not readable or holds nothing to judge, or a judged case of the baseline that the new run lacks (unless
@@ -81,6 +82,20 @@ def _surroundings(machine: dict[str, Any]) -> dict[str, str]:
     return {"processor": str(machine.get("cpu", {}).get("brand_raw")), **known}
 
 
+def best_of(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """Return each case once, from the run in which its ratio, or failing that its figure, is the least."""
+    best: dict[tuple[str, str], Row] = {}
+    for row in (row for run in runs for row in run):
+        known = best.get(row.key)
+        if known is None or _weight(row) < _weight(known):
+            best[row.key] = row
+    return list(best.values())
+
+
+def _weight(row: Row) -> float:
+    return row.figure if row.ratio is None else row.ratio
+
+
 def compare(baseline: Sequence[Row], new: Sequence[Row]) -> list[Comparison]:
     """Pair the rows of two runs by question and case, in the order of the baseline, new cases last."""
     new_rows = {row.key: row for row in new}
@@ -136,23 +151,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("baseline", type=Path, metavar="BASELINE.json")
-    parser.add_argument("new", type=Path, metavar="NEW.json")
+    parser.add_argument("new", type=Path, nargs="+", metavar="NEW.json")
     parser.add_argument(
         "--threshold", type=_threshold, default=THRESHOLD, help="the worst change to let pass (default: %(default)s)"
     )
     parser.add_argument("--partial", action="store_true", help="the new run has only some of the cases")
     options = parser.parse_args(arguments)
     try:
-        (baseline, before), (new, now) = read_run(options.baseline), read_run(options.new)
-        comparisons = compare(baseline, new)
+        baseline, before = read_run(options.baseline)
+        runs = [read_run(path) for path in options.new]
+        comparisons = compare(baseline, best_of([rows for rows, _ in runs]))
         passed = judge(comparisons, options.threshold, partial=options.partial)
     except UnusableError as error:
         print(error, file=sys.stderr)
         return 2
     print(render(comparisons, options.threshold, colour=sys.stdout.isatty()))
     for name, value in before.items():
-        if now[name] != value:
-            print(f"Another {name}: {value} before, {now[name]} now. Ratios of such runs are no fair comparison.")
+        for other in {now[name] for _, now in runs} - {value}:
+            print(f"Another {name}: {value} before, {other} now. Ratios of such runs are no fair comparison.")
     judged = [each.change for each in comparisons if each.judged]
     print(f"{len(judged)} ratios judged, the worst changed by {max(judged):+.1%}; {options.threshold:.0%} is let pass.")
     return 0 if passed else 1

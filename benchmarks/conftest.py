@@ -27,6 +27,7 @@ ORDER = (
     "http",
     "rivals",
     "memory",
+    "reading",
     "import",
     "floor",
     "growth",

@@ -18,6 +18,7 @@ from benchmarks.children import ROOT
 from benchmarks.figures import Row, rows_of
 
 RESULTS = ROOT / ".benchmarks" / "latest.json"
+PICTURES = ROOT / "benchmarks" / "pictures"
 OURS = "modelquota, every limit set, called from Python"
 FLOORS = "Floors: the call, the look-up, the clock, the lock; nothing decided"
 
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="results go here")
     parser.add_argument("--from", type=Path, dest="saved", metavar="FILE", help="draw from these results, run nothing")
-    parser.add_argument("--pictures", type=Path, default=ROOT / ".github", metavar="DIRECTORY")
+    parser.add_argument("--pictures", type=Path, default=PICTURES, metavar="DIRECTORY")
     options = parser.parse_args(arguments)
     path = options.saved or options.json.absolute()
     if options.saved is None:

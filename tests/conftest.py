@@ -4,6 +4,8 @@
 """
 
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,3 +29,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 def kind(request: pytest.FixtureRequest) -> Any:
     """A class with the verbs of a manager, whose promises are checked: the core, and the model that judges it."""
     return request.param
+
+
+@pytest.fixture
+def switch_threads_often() -> Iterator[None]:
+    """Threads take turns after microseconds, so that what depends on their order shows."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)

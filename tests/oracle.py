@@ -60,6 +60,10 @@ class Window:
         amount = min(amount, COUNT_MAX - self.used(now_ns))
         self.log.append((slot_of(now_ns, self.length_ns), amount))
 
+    def refund(self, charged_ns: int, amount: int) -> None:
+        """Take back from what was charged then; where that has left the window, this has, too."""
+        self.log.append((slot_of(charged_ns, self.length_ns), -amount))
+
     def passes_at(self, now_ns: int, cost: int, limit: int) -> int | None:
         """First moment from now at which `cost` fits under `limit` if nothing else is charged; None: never."""
         leaving = {slot_start_ns(slot + SLOTS + 1, self.length_ns) for slot, _ in self.log}
@@ -84,6 +88,14 @@ class Level:
             self.value = max(Fraction(0), self.value - Fraction(rate) * (now_ns - self.at_ns) / SECOND_NS)
         self.at_ns = now_ns
 
+    def charge(self, count: int) -> None:
+        """Add what was charged now."""
+        self.value += count
+
+    def forgive(self, rest: Fraction) -> None:
+        """Leave no more than so much."""
+        self.value = min(self.value, rest)
+
     def passes_at(self, now_ns: int, cost: int, rate: float, cap: Fraction) -> int | None:
         """First whole nanosecond from now at which `cost` fits under `cap`; None: never."""
         if self.value + cost <= cap:
@@ -106,12 +118,15 @@ def percent(used: Fraction | int, limit: Fraction | int | None) -> float:
 class Model:
     """One model: its limits, its logs, its memory and its counters."""
 
+    level_type = Level
+    held_ram = held_ssd = concurrent = 0  # by grants; `oracle_grants` knows them
+
     def __init__(self, config: ResourceQuotaConfig) -> None:
         self.config = config
         self.requests = {length: Window(length) for length in (SECOND_NS, HOUR_NS, DAY_NS)}
         self.tokens = {length: Window(length) for length in (SECOND_NS, HOUR_NS, DAY_NS)}
-        self.request_level = Level()
-        self.token_level = Level()
+        self.request_level = self.level_type()
+        self.token_level = self.level_type()
         self.ram = self.peak_ram = self.ssd = self.peak_ssd = 0
         self.stats = Stats()
 
@@ -127,17 +142,17 @@ class Model:
         for window in self.tokens.values():
             window.charge(now_ns, tokens)
         if self.config.max_requests_per_second is not None:
-            self.request_level.value += requests
+            self.request_level.charge(requests)
         if self.config.max_tokens_per_second is not None:
-            self.token_level.value += tokens
+            self.token_level.charge(tokens)
 
     def waits(self, now_ns: int, tokens: int, ram_mb: int, ssd_mb: int) -> dict[Limit, int | None]:
         """Moment at which each limit passes, in the order in which limits are judged; None: no wait helps."""
         c, req, tok = self.config, self.requests, self.tokens
         return {
-            Limit.RAM: _fixed(now_ns, self.ram, ram_mb, c.max_ram_mb),
-            Limit.SSD: _fixed(now_ns, self.ssd, ssd_mb, c.max_ssd_mb),
-            Limit.CONCURRENCY: _fixed(now_ns, 0, 1, c.max_concurrent_requests),
+            Limit.RAM: _fixed(now_ns, self.ram + self.held_ram, ram_mb, c.max_ram_mb),
+            Limit.SSD: _fixed(now_ns, self.ssd + self.held_ssd, ssd_mb, c.max_ssd_mb),
+            Limit.CONCURRENCY: _fixed(now_ns, self.concurrent, 1, c.max_concurrent_requests),
             Limit.REQUESTS_PER_SECOND: _rate(
                 now_ns, req[SECOND_NS], self.request_level, 1, c.max_requests_per_second, c.burst_requests
             ),
@@ -154,9 +169,9 @@ class Model:
         """Percent of each limit in use now, with so much memory and so many grants on top."""
         c, req, tok = self.config, self.requests, self.tokens
         return {
-            Limit.RAM: percent(self.ram + ram_mb, c.max_ram_mb),
-            Limit.SSD: percent(self.ssd + ssd_mb, c.max_ssd_mb),
-            Limit.CONCURRENCY: percent(grants, c.max_concurrent_requests),
+            Limit.RAM: percent(self.ram + self.held_ram + ram_mb, c.max_ram_mb),
+            Limit.SSD: percent(self.ssd + self.held_ssd + ssd_mb, c.max_ssd_mb),
+            Limit.CONCURRENCY: percent(self.concurrent + grants, c.max_concurrent_requests),
             Limit.REQUESTS_PER_SECOND: _rate_percent(
                 now_ns, req[SECOND_NS], self.request_level, c.max_requests_per_second, c.burst_requests
             ),
@@ -169,11 +184,15 @@ class Model:
             Limit.REQUESTS_PER_DAY: percent(req[DAY_NS].used(now_ns), c.max_requests_per_day),
         }
 
+    def violated(self, now_ns: int, tokens: int, ram_mb: int, ssd_mb: int, enforced: bool) -> dict[Limit, int | None]:
+        """The violated limits, in their order, each with the moment at which it passes; `pass_time` has been called."""
+        waits = self.waits(now_ns, tokens, ram_mb, ssd_mb) if enforced else {}
+        return {limit: moment for limit, moment in waits.items() if moment is None or moment > now_ns}
+
     def check(self, now_ns: int, tokens: int, ram_mb: int, ssd_mb: int, enforced: bool) -> Decision:
         """Decide one request; charge it and count it as the decision says."""
         self.pass_time(now_ns)
-        waits = self.waits(now_ns, tokens, ram_mb, ssd_mb) if enforced else {}
-        violated = {limit: moment for limit, moment in waits.items() if moment is None or moment > now_ns}
+        violated = self.violated(now_ns, tokens, ram_mb, ssd_mb, enforced)
         first = next(iter(violated), None)
         action = None if first is None else self.config.on_violation
         allowed = action in (None, ViolationAction.WARN)
@@ -186,7 +205,7 @@ class Model:
         assert action is not None
         self.stats.add(**{"total_violations": 1, OUTCOMES[action]: 1, COUNTERS[TYPES[first]]: 1})
         usage = max(self.percents(now_ns, ram_mb, ssd_mb, 1).values()) if allowed else before[first]
-        return Decision(allowed, TYPES[first], first, action, _retry_ms(now_ns, violated.values()), usage)
+        return Decision(allowed, TYPES[first], first, action, retry_ms(now_ns, violated.values()), usage)
 
     def usage(self, now_ns: int) -> Usage:
         """What the model uses now."""
@@ -211,6 +230,9 @@ class Model:
             rate_violations=stats.rate_violations,
             quota_violations=stats.quota_violations,
             concurrency_violations=stats.concurrency_violations,
+            reserved_ram_mb=self.held_ram,
+            reserved_ssd_mb=self.held_ssd,
+            concurrent_requests=self.concurrent,
         )
 
 
@@ -239,7 +261,7 @@ def _rate_percent(now_ns: int, window: Window, level: Level, rate: float | None,
     return max(percent(window.used(now_ns), ceiling), percent(level.value, base(rate) + burst))
 
 
-def _retry_ms(now_ns: int, moments: Iterable[int | None]) -> int | None:
+def retry_ms(now_ns: int, moments: Iterable[int | None]) -> int | None:
     waits = [None if moment is None else moment - now_ns for moment in moments]
     if any(wait is None or wait > NEVER_NS for wait in waits):
         return None
@@ -253,6 +275,8 @@ def _burst_used(level: Level, rate: float | None) -> int:
 class Oracle:
     """The verbs of a `ResourceQuotaManager`, for the tests to compare with."""
 
+    model_type = Model
+
     def __init__(self, *, clock: Clock, default_quota: ResourceQuotaConfig | None = None) -> None:
         self.clock = clock
         self.default_quota = default_quota
@@ -264,7 +288,7 @@ class Oracle:
         """Replace the limits of a model and keep its usage; register it where it is unknown."""
         if isinstance(config, str):
             config = ResourceQuotaConfig(config, **changes)
-        model = self.models.setdefault(config.model_id, Model(config))
+        model = self.models.setdefault(config.model_id, self.model_type(config))
         model.pass_time(self.clock.now_ns)
         model.config = config
         model.pass_time(self.clock.now_ns)
@@ -320,7 +344,7 @@ class Oracle:
             (model.request_level, model.config.max_requests_per_second),
             (model.token_level, model.config.max_tokens_per_second),
         ):
-            level.value = Fraction(0) if rate is None else min(level.value, base(rate))
+            level.forgive(Fraction(0) if rate is None else base(rate))
 
     def get_quota(self, model_id: str) -> ResourceQuotaConfig | None:
         """Limits of a model, or None."""

@@ -27,6 +27,8 @@ from modelquota import (
     ViolationType,
     load_quotas,
 )
+from modelquota.adjust import Adjustment, LoadAdjuster, cpu_load
+from modelquota.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
 from modelquota.asgi import (
     Demand,
     IncomingRequest,
@@ -38,8 +40,14 @@ from modelquota.asgi import (
     openai_routes,
 )
 from modelquota.asgi.request import ASGIApp, Scope
+from modelquota.memory import MemoryProbe, ModelRegistry, ReportsMemory, register_models
+from modelquota.otel import instrument
+from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
+from modelquota.reload import QuotaReloader, Reloaded
 from modelquota.replay import ReplayReport, replay
+from modelquota.schema import quota_file_schema
 from modelquota.trace import Trace, read_trace
+from modelquota.utilization import Utilization, read_utilization
 
 
 def configure(path: Path) -> dict[str, ResourceQuotaConfig]:
@@ -144,11 +152,58 @@ def serve(app: ASGIApp, manager: ResourceQuotaManager) -> tuple[ASGIApp, ASGIApp
     return middleware, QuotaPage(manager, allow=allow)
 
 
+def export(manager: ResourceQuotaManager) -> str:
+    found: Utilization = read_utilization(manager)
+    pressure: NDArray[np.float64] = found.pressure
+    print(found.model_ids, pressure, found.by_pressure(), found.of(Limit.RAM), found.nearest, found.quotas, len(found))
+    QuotaCollector(manager, max_models=50).collect()
+    make_exporter_app(manager)
+    instrument(manager, max_models=10)
+    server, thread = start_exporter(manager, 0, addr="127.0.0.1")
+    server.shutdown()
+    thread.join()
+    return grafana_dashboard()
+
+
+def watch(manager: ResourceQuotaManager) -> list[Alert]:
+    rules = [*DEFAULT_RULES, AlertRule("burst", Severity.CRITICAL, 95, Limit.TOKENS_PER_SECOND, clear_at=50)]
+    with AlertMonitor(manager, rules, on_raise=lambda alert: print(alert.message), on_clear=print) as monitor:
+        monitor.start(interval_sec=10.0)
+        raised, cleared = monitor.poll()
+        for alert in [*raised, *cleared, *monitor.active]:
+            print(alert.rule, alert.severity, alert.model_id, alert.value, alert.threshold)
+    return check_alerts(manager)
+
+
+def adjust(manager: ResourceQuotaManager) -> float:
+    with LoadAdjuster(manager, cpu_load(), models=["m"], floor=0.4, relaxed_action="warn") as adjuster:
+        adjuster.start(1.0)
+        change: Adjustment | None = adjuster.poll()
+        print(change and (change.load, change.before, change.factor), adjuster.running)
+        adjuster.undo()
+    return adjuster.factor
+
+
+def remember(manager: ResourceQuotaManager, registry: ModelRegistry, caches: dict[str, ReportsMemory]) -> bool:
+    changed: list[str] = register_models(manager, registry)
+    with MemoryProbe(manager, caches).start(interval_sec=1) as probe:
+        updated: list[str] = probe.poll()
+        print(changed, updated)
+        return probe.update("m")
+
+
+def follow(manager: ResourceQuotaManager, path: Path) -> dict[str, object]:
+    with QuotaReloader(manager, path, remove_missing=True).start() as reloader:
+        done: Reloaded = reloader.reload()
+        print(done.changed, done.missing, done.error)
+    return quota_file_schema()
+
+
 def handle_errors() -> None:
     try:
         manage({})
     except QuotaFileError as error:
-        print(error.path, error.table, error.field)
+        print(error.path, error.table, error.field, error.line)
     except QuotaConfigError as error:
         print(error.field, error.value, error.accepted)
     except UnknownModelError as error:

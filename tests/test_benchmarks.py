@@ -92,6 +92,14 @@ def test_compare_judges_every_case(saved):
     assert compare.main([old, saved("new.json", row(40), row(100, case="another"))]) == 1
 
 
+def test_of_several_runs_the_best_ratio_of_each_case_counts(saved):
+    old = saved("old.json", row(), row(case="another"))
+    disturbed = [saved("1.json", row(100), row(case="another")), saved("2.json", row(), row(100, case="another"))]
+    assert [compare.main([old, path]) for path in disturbed] == [1, 1]
+    assert compare.main([old, *disturbed]) == 0
+    assert compare.main([old, disturbed[0], saved("3.json", row(99), row(case="another"))]) == 1
+
+
 @pytest.mark.parametrize(("threshold", "status"), [("0.1", 1), ("0.3", 0)])
 def test_compare_threshold(saved, threshold, status):
     assert compare.main([saved("old.json", row()), saved("new.json", row(100)), "--threshold", threshold]) == status

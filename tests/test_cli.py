@@ -111,7 +111,10 @@ def test_rows_out_of_order_are_mentioned_on_stderr(files):
             "error: bad.csv: line 6: column GeneratedTokens: expected",
         ),
         (["replay", "trace.csv", "-q", "trace.csv"], "modelquota: error: trace.csv: "),
-        (["replay", "trace.csv", "-q", "bad.toml"], 'bad.toml: [models."llama"]: max_ram_mb=-1 is not accepted'),
+        (
+            ["replay", "trace.csv", "-q", "bad.toml"],
+            'bad.toml: line 7: [models."llama"]: max_ram_mb=-1 is not accepted',
+        ),
         (["replay", "trace.csv", "-q", "two.toml"], "say which model to charge ('llama', 'qwen')"),
         (["replay", "trace.csv", "-q", "quotas.toml", "-m", "x"], "no quota for 'x'; add it to the quotas"),
         (["replay", "trace.csv", "-q", "quotas.toml", "-s", "0"], "speed is 0.0; expected above 0"),
@@ -204,6 +207,15 @@ def test_without_the_extra_it_says_what_to_install(missing):
         "-c", f"import sys; sys.modules[{missing!r}] = None; from modelquota.cli import main; sys.exit(main())"
     )
     assert done.returncode == 2
+
+
+def test_import_brings_along_only_what_it_needs():
+    slow = {"asyncio", "decimal", "difflib", "hashlib", "logging", "tomllib"}
+    code = (
+        f"import sys, numpy; numpys = set(sys.modules); import modelquota; print(*({slow} & set(sys.modules)) - numpys)"
+    )
+    done = in_a_process("-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, "")
 
 
 def test_the_library_does_not_import_the_extra():

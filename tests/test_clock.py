@@ -22,6 +22,13 @@ def test_moves_exactly():
     assert ManualClock(2**61).now_ns == 2**61
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.int64, np.uint16, np.float16, np.float32])
+def test_advances_by_numpy_numbers_of_any_width(kind):
+    clock = ManualClock()
+    clock.advance(kind(100))
+    assert clock.now_ns == 100 * 10**9
+
+
 @pytest.mark.parametrize("seconds", [-1, -1e-9, float("nan"), float("inf"), 1e300, 2**61])
 def test_advance_refuses(seconds):
     clock = ManualClock(7)

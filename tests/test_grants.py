@@ -62,6 +62,17 @@ def test_what_is_held_counts_against_the_caps(manager):
     assert manager.check_quota("m", 1, ram_needed_mb=70)
 
 
+def test_the_most_that_is_reported_and_held_is_counted(manager):
+    manager.update_memory_usage("m", 2**62, 2**62)
+    manager.update_quota("m", max_ram_mb=None, max_ssd_mb=None)
+    with manager.reserve("m", 1, 2**62, 2**62):
+        manager.update_quota("m", max_ram_mb=2**62)
+        assert manager.check_quota("m", 1).current_usage == 200.0
+        result = manager.check_quota("m", 1, ram_needed_mb=1)
+        assert not result
+        assert result.current_usage == 200.0
+
+
 def test_settling_for_less_refunds_for_more_charges_past_the_limit(manager):
     grant = manager.reserve("m", 900)
     grant.settle(100)
@@ -173,6 +184,80 @@ def test_levels_take_back_all_while_the_model_is_busy(clock):
     assert manager.get_usage("m").burst_tokens_used == before - 30 * 90
 
 
+def test_a_level_takes_back_nothing_that_drained_between_two_looks(clock):
+    """A level that was empty for an instant, within a slot of the second, had nothing of the charge left by then."""
+    manager = ResourceQuotaManager(clock=clock)
+    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 600, "burst_tokens": 10_000})
+    clock.advance(59)
+    assert manager.check_quota("m", 605)
+    clock.advance(1)
+    grant = manager.reserve("m", 3)  # the slots of second and minute begin here, at a level of 5
+    clock.advance(0.016)
+    assert manager.check_quota("m", 5000)  # at a level of 0
+    clock.advance(1)
+    grant.settle(0)
+    assert manager.get_usage("m").burst_tokens_used == 5000 - 600 - 600
+    grant.release()
+
+
+@pytest.mark.parametrize("later", [2, 8])
+def test_two_refunds_do_not_take_back_the_same(clock, later):
+    """At its lowest the level stood at 100; the first refund has 80 of them, for the second 20 are left."""
+    manager = ResourceQuotaManager(clock=clock)
+    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 20, "burst_tokens": 10_000})
+    clock.advance(59)
+    assert manager.check_quota("m", 1020)
+    clock.advance(1)
+    first, second = manager.reserve("m", 80), manager.reserve("m", 80)
+    clock.advance(53)
+    assert manager.check_quota("m", 5000)  # at a level of 100
+    clock.advance(later)  # within the minute or into the next
+    level = 5100 - 20 * later
+    first.settle(0)
+    assert manager.get_usage("m").burst_tokens_used == level - 80 - 20
+    second.settle(0)
+    assert level - 80 - 20 <= manager.get_usage("m").burst_tokens_used + 20 <= level - 80 - 18
+    first.release()
+    second.release()
+
+
+def test_a_level_that_was_full_does_not_fall_below_zero(manager):
+    """It holds 100,000 years of draining and no more, so that two such charges are more than it has to give back."""
+    manager.update_quota("m", max_tokens_per_second=0.1, on_violation="warn")
+    grants = [manager.reserve("m", 2**50) for _ in range(2)]
+    for grant in grants:
+        grant.cancel()
+    assert manager.get_usage("m").burst_tokens_used == 0
+    assert manager.check_quota("m", 1).limit is None
+
+
+def test_what_was_charged_last_is_refunded_first(manager, clock):
+    grant = manager.reserve("m", 100)
+    clock.advance(120)
+    assert grant.add(150)
+    grant.settle(100)
+    clock.advance(3600 - 60)
+    assert used(manager) == 0
+    assert manager.get_usage("m").tokens_this_day == 100
+    grant.release()
+
+
+def test_a_level_takes_back_nothing_that_it_has_forgotten(manager):
+    """A refund of what was charged under another rate, in the same nanosecond too, or forgiven, is nobody else's."""
+    grant = manager.reserve("m", 500)
+    manager.update_quota("m", max_tokens_per_second=10, burst_tokens=990)
+    assert manager.check_quota("m", 500)
+    grant.cancel()
+    assert manager.get_usage("m").burst_tokens_used == 490
+    manager.set_quota("n", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 490})
+    grant = manager.reserve("n", 500)
+    manager.reset_burst("n")
+    grant.settle(0)
+    assert not manager.check_quota("n", 491)
+    assert manager.check_quota("n", 490)
+    grant.release()
+
+
 def test_bad_use_is_a_clear_error(manager):
     grant = manager.reserve("m", 100)
     for verb in (grant.add, grant.settle):
@@ -214,9 +299,13 @@ def test_a_forgotten_grant_is_released_with_a_warning(manager):
 def test_a_removed_model_gives_nothing_back(manager):
     grant = manager.reserve("m", 100, ram_needed_mb=1)
     manager.remove_quota("m")
+    manager.set_quota("other", **OPEN)  # takes the row
     manager.set_quota("m", **OPEN)
     grant.settle(5)
     grant.release()
+    assert grant.model_ids == ("m",)
+    assert repr(grant) == "<Grant 'm', 5 tokens, released>"
+    assert not manager.get_usage("other").concurrent_requests
     usage = manager.get_usage("m")
     assert (usage.reserved_ram_mb, usage.concurrent_requests, usage.tokens_this_day) == (0, 0, 0)
 

@@ -5,20 +5,24 @@ import pytest
 
 from modelquota import ManualClock, ResourceQuotaManager
 from modelquota._core.mapping import PAGE, fingerprint, plan
-from modelquota._core.state import dtypes, encode_rate, struct_sizes
+from modelquota._core.packing import dtypes, encode_rate, struct_sizes
 
 CACHE_LINE = 64
 
 
-@pytest.mark.parametrize("part", ["header", "row", "ledger", "usage"])
+def alignment(dtype):
+    base = dtype.base
+    return max(alignment(base.fields[name][0]) for name in base.names) if base.names else base.itemsize
+
+
+@pytest.mark.parametrize("part", ["header", "place", "held", "row", "ledger", "usage"])
 def test_dtype_matches_the_struct(part):
     dtype = dtypes()[part]
     assert dtype.itemsize == struct_sizes()[part]
     end = 0
     for name in dtype.names:
         field, offset = dtype.fields[name]
-        base = field.base
-        widest = max((base.fields[n][0].itemsize for n in base.names), default=1) if base.names else base.itemsize
+        widest = alignment(field)
         assert offset >= end, f"{name} overlaps the field before it"
         assert offset % widest == 0, f"{name} is not aligned"
         end = offset + field.itemsize
@@ -29,7 +33,7 @@ def test_a_row_is_two_cache_lines_and_a_ledger_whole_ones():
     sizes = struct_sizes()
     assert sizes["row"] == 2 * CACHE_LINE
     assert sizes["ledger"] % CACHE_LINE == 0
-    assert sizes["row"] + sizes["ledger"] <= 2_752
+    assert sizes["row"] + sizes["ledger"] <= 2_880
 
 
 def test_no_wide_integer_straddles_a_cache_line():
@@ -48,11 +52,11 @@ def test_counters_are_64_bits_wide():
 
 
 def test_regions_are_page_aligned_and_do_not_overlap():
-    regions = plan(144, 128, 2560, 496, 1000)
-    assert regions.rows >= 144
-    assert regions.ledgers >= regions.rows + 128 * 1000
-    assert regions.names >= regions.ledgers + 2560 * 1000
-    assert regions.size >= regions.names + 496 * 1000
+    regions = plan(144, (4096, 40_000, 100, 8_000_000), 128, 2560, 496, 1000)
+    sizes = (144, 4096, 40_000, 100, 8_000_000, 128 * 1000, 2560 * 1000, 496 * 1000)
+    offsets = (0, *regions)
+    for offset, size, end in zip(offsets[:-1], sizes, offsets[1:], strict=True):
+        assert offset + size <= end
     assert all(offset % PAGE == 0 for offset in regions)
 
 
@@ -60,7 +64,9 @@ def test_the_arrays_are_views_of_the_live_state():
     manager = ResourceQuotaManager(clock=ManualClock(5_000_000_000), max_models=10)
     header, rows, ledgers = manager._arrays()
     assert bytes(header["magic"].tobytes()) == b"mdquota1"
-    assert header["fingerprint"][0] == fingerprint(*(dtypes()[part] for part in ("header", "row", "ledger")))
+    assert header["fingerprint"][0] == fingerprint(
+        *(dtypes()[part] for part in ("header", "place", "held", "row", "ledger"))
+    )
     assert header["max_models"][0] == 10
     assert header["row_count"][0] == 0
     manager.set_quota("a", max_requests_per_hour=50)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import COUNT_MAX, UNLIMITED
 
-from modelquota import Limit, ManualClock, ViolationType
+from modelquota import Limit, ManualClock, ResourceQuotaManager, ViolationType
 
 IN_ORDER = [
     (Limit.RAM, "max_ram_mb", ViolationType.RAM_LIMIT),
@@ -110,6 +110,15 @@ def test_percent_of_a_rate_of_zero_is_reckoned_against_nothing(kind: Any) -> Non
     manager = manager_with(kind, max_tokens_per_second=0.0, burst_tokens=5)
     manager.charge_many(manager.rows(["m"]), 3)
     assert manager.check_quota("m", 1).current_usage == 300.0
+
+
+@pytest.mark.parametrize("field", ["max_tokens_per_hour", "max_tokens_per_day", "max_tokens_per_second"])
+def test_percent_is_the_quotient_and_a_full_limit_reads_exactly_100(field: str) -> None:
+    for limit in (*range(1, 400), 12_345_677, 2**53 - 1):
+        manager = manager_with(ResourceQuotaManager, **{field: limit, "burst_tokens": 0})
+        most = limit // 3
+        assert manager.check_quota("m", most).current_usage == pytest.approx(100 * most / limit, rel=2**-48, abs=0)
+        assert manager.check_quota("m", limit - most).current_usage == 100.0
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,23 @@ def test_a_handler_may_use_the_manager(manager):
     assert seen == [(1, False), (2, False)]
 
 
+def test_a_handler_that_raises_loses_no_decision(manager, capsys):
+    class Broken(logging.Handler):
+        def emit(self, record):
+            raise OSError("the disk is full")
+
+    handler = Broken()
+    logger = logging.getLogger("modelquota")
+    logger.addHandler(handler)
+    try:
+        assert not manager.check_quota("reject", 1)
+        assert manager.check_many(manager.rows(["throttle", "warn", "queue"]), 1).tolist() == [7, 0, 7]
+        assert manager.check_quota("nobody", 1)
+    finally:
+        logger.removeHandler(handler)
+    assert capsys.readouterr().err.count("OSError: the disk is full") == 4  # queue is below the level
+
+
 def test_silent_where_nobody_listens():
     code = """
 from modelquota import ResourceQuotaManager

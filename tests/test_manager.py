@@ -71,6 +71,50 @@ def test_a_pause_by_rate_zero_refills_nothing(manager):
     assert sum(bool(manager.check_quota("p", 0)) for _ in range(200)) == 11
 
 
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Have something done, once, between an update's reading of the quota and its writing."""
+
+    def meanwhile(action):
+        replace = ResourceQuotaConfig.replace
+        actions = [action]
+
+        def interrupted(config, **changes):
+            if actions:
+                actions.pop()()
+            return replace(config, **changes)
+
+        monkeypatch.setattr(ResourceQuotaConfig, "replace", interrupted)
+
+    return meanwhile
+
+
+def test_two_updates_at_once_both_count(manager, meanwhile):
+    manager.set_quota("m", max_ram_mb=1, max_ssd_mb=1)
+    meanwhile(lambda: manager.update_quota("m", max_ram_mb=2))
+    new = manager.update_quota("m", max_ssd_mb=2)
+    assert (new.max_ram_mb, new.max_ssd_mb) == (2, 2)
+    assert manager.get_quota("m") == new
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_an_update_does_not_bring_a_removed_model_back(manager, meanwhile, returns):
+    manager.set_quota("m", max_ram_mb=1)
+
+    def remove():
+        manager.remove_quota("m")
+        if returns:
+            manager.set_quota("m", max_ram_mb=7)
+
+    meanwhile(remove)
+    if returns:
+        assert manager.update_quota("m", max_ssd_mb=2).max_ram_mb == 7
+    else:
+        with pytest.raises(UnknownModelError):
+            manager.update_quota("m", max_ssd_mb=2)
+        assert manager.get_quota("m") is None
+
+
 def test_a_change_keeps_what_was_used(manager):
     for _ in range(3):
         assert manager.check_quota("m", 1)
@@ -302,6 +346,21 @@ def test_a_model_removed_by_a_forked_process_is_registered_anew():
     assert not manager.check_quota("b", 1)
 
 
+def test_a_model_removed_by_a_forked_process_is_listed_no_more():
+    manager = ResourceQuotaManager()
+    for model_id in "abc":
+        manager.set_quota(model_id)
+    child = multiprocessing.get_context("fork").Process(target=lambda: [manager.remove_quota(i) for i in "ab"])
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert manager.list_models() == ["c"]
+    for ask in (manager.model, manager.reset_burst, lambda model_id: manager.rows([model_id])):
+        with pytest.raises(UnknownModelError):
+            ask("a")
+    assert not manager.remove_quota("b")
+
+
 # -- handles
 
 
@@ -363,25 +422,6 @@ def test_time_passes_for_a_reader(manager):
     report = manager.get_model_report("m")
     assert report.requests_per_second == report.tokens_per_second == 0.0
     assert report.hourly_requests_used == pytest.approx(100 / 3)
-
-
-def test_snapshot_has_all_models_at_once(manager):
-    manager.set_quota("w", on_violation="warn", max_requests_per_hour=1)
-    for _ in range(4):
-        manager.check_quota("m", 10)
-        manager.check_quota("w", 20)
-    array = manager.snapshot()
-    assert array["model_id"].tolist() == ["m", "w"]
-    assert array["requests_this_hour"].tolist() == [3, 4]
-    assert array["tokens_total"].tolist() == [30, 80]
-    assert array["allowed_total"].tolist() == [3, 4]
-    assert array["rejected_total"].tolist() == [1, 0]
-    assert array["warned_total"].tolist() == [0, 3]
-    usage = manager.get_usage("w")
-    for name in usage.__dataclass_fields__:
-        assert array[1][name] == getattr(usage, name)
-    array["requests_this_hour"] = 0
-    assert manager.get_usage("m").requests_this_hour == 3
 
 
 def test_reset_burst(manager):

@@ -88,6 +88,8 @@ def assert_same_state(manager: ResourceQuotaManager, oracle: Oracle, model_ids: 
 class Agreement(RuleBasedStateMachine):
     """Checks, live changes, memory, charges and time in any order."""
 
+    oracle_type = Oracle
+
     @initialize(start_ns=starts_ns(), first=configs("a"), second=configs("b"), default=st.none() | configs("template"))
     def begin(
         self,
@@ -98,13 +100,13 @@ class Agreement(RuleBasedStateMachine):
     ) -> None:
         self.clock = ManualClock(start_ns)
         self.manager = ResourceQuotaManager(clock=self.clock, default_quota=default)
-        self.oracle = Oracle(clock=self.clock, default_quota=default)
-        self.denied: tuple[str, Arrival, int] | None = None
+        self.oracle = self.oracle_type(clock=self.clock, default_quota=default)
+        self.denied: tuple[str | Sequence[str], Arrival, int] | None = None
         for config in (first, second):
             self.manager.set_quota(config)
             self.oracle.set_quota(config)
 
-    def check(self, model_id: str, arrival: Arrival) -> None:
+    def check(self, model_id: str | Sequence[str], arrival: Arrival) -> None:
         cost = (arrival.tokens, arrival.ram_mb, arrival.ssd_mb)
         expected = self.oracle.check_quota(model_id, *cost)
         assert_same_decision(self.manager.check_quota(model_id, *cost), expected)

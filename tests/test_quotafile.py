@@ -1,6 +1,7 @@
 """`load_quotas`: what a quota file may say, and file, table and field in the text of every refusal."""
 
 import pathlib
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -136,7 +137,41 @@ def test_what_is_refused_is_named(write: Write, text: str, table: str, field: st
         load_quotas(path)
     error = caught.value
     assert (error.path, error.table, error.field) == (str(path), table, field)
-    assert str(error) == f"{path}: {message}"
+    assert str(error) == f"{path}: line {error.line}: {message}"
+    assert error.line is not None
+    named = field if field in text else table.removeprefix("models.")
+    assert named in text.split("\n")[error.line - 1]
+
+
+ANY_LINE = """# a comment
+[defaults]
+max_ram_mb = 5
+
+[models."a.b"] # {line 5}
+burst_tokens = 3
+on_violation = """
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (ANY_LINE + "'wait'", 7),
+        (ANY_LINE + "'reject'\nmax_ram_mb = [\n  1,\n  2,\n]\nmax_ssd_mb = 5\n[models.c]\n", 8),
+        (ANY_LINE + '"""\nwait\nlong\n"""\nmax_ssd_mb = 5\n', 7),
+        (ANY_LINE + "'reject'\r\n\r\n[models.c]\r\nburst_tokens = -1\r\n[models.d]\r\n", 10),
+        (ANY_LINE + "'reject'\n[models]\nc.burst_tokens = -1", 9),
+        (ANY_LINE + "'reject'\n[models.'']\nburst_tokens = 1", 8),
+        ("models = { a = { burst_tokens = -1 } }", 1),
+        (ANY_LINE + "'reject'\n[models.c]\nmax_ram_mb = 5\n" * 1 + "".join(f"[models.x{i}]\n" for i in range(500))
+         + "[models.y]\nburst_tokens = -1\n" + "".join(f"[models.z{i}]\n" for i in range(500)), 511),
+    ],
+)  # fmt: skip
+def test_the_line_is_named(write: Write, text: str, line: int) -> None:
+    with pytest.raises(QuotaFileError, match=f"quotas.toml: line {line}: ") as caught:
+        load_quotas(write(text))
+    assert caught.value.line == line
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.line) == (str(caught.value), line)
 
 
 def test_a_file_that_is_not_toml(write: Write) -> None:

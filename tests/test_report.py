@@ -101,7 +101,8 @@ def test_a_model_without_limits_uses_nothing_of_them() -> None:
         (
             QuotaStats,
             "total_checks total_violations rejected_requests throttled_requests queued_requests ram_violations"
-            " ssd_violations rate_violations quota_violations allowed_requests warned_requests concurrency_violations",
+            " ssd_violations rate_violations quota_violations allowed_requests warned_requests concurrency_violations"
+            " recoveries",
         ),
     ],
 )

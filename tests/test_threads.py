@@ -2,13 +2,14 @@
 
 import contextlib
 import multiprocessing
-import sys
 import threading
 
 import numpy as np
 import pytest
 
 from modelquota import ManualClock, ResourceQuotaManager, UnknownModelError
+
+pytestmark = pytest.mark.usefixtures("switch_threads_often")
 
 THREADS = 8
 LIMIT = 20_000
@@ -26,14 +27,6 @@ def limited_manager(**limits):
     }
     manager.set_quota("m", on_violation="reject", **unlimited | limits)
     return manager
-
-
-@pytest.fixture(autouse=True)
-def _switch_threads_often():
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(interval)
 
 
 def run_together(work, count=THREADS):

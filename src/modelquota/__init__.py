@@ -11,6 +11,7 @@ from modelquota.errors import (
     QuotaError,
     QuotaExceededError,
     QuotaFileError,
+    StateFileError,
     TraceError,
     UnknownModelError,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "ResourceQuotaConfig",
     "ResourceQuotaManager",
     "ResourceUsage",
+    "StateFileError",
     "TraceError",
     "UnknownModelError",
     "ViolationAction",

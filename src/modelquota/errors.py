@@ -63,25 +63,36 @@ class QuotaFileError(QuotaConfigError):
         What stands there; with neither table nor field, what the TOML parser said of the file, with line and column.
     accepted : str
         What is accepted instead.
+    line : int or None
+        Where it stands, from 1; None where it has no line of its own, or where the parser's words name it.
 
     Examples
     --------
-    >>> print(QuotaFileError("quotas.toml", 'models."llama"', "max_ram_mb", -1, "an integer from 0 to 2**62"))
-    quotas.toml: [models."llama"]: max_ram_mb=-1 is not accepted; expected an integer from 0 to 2**62
+    >>> print(QuotaFileError("quotas.toml", 'models."llama"', "max_ram_mb", -1, "an integer from 0 to 2**62", 7))
+    quotas.toml: line 7: [models."llama"]: max_ram_mb=-1 is not accepted; expected an integer from 0 to 2**62
     """
 
-    def __init__(self, path: str | os.PathLike[str], table: str, field: str, value: object, accepted: str) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        table: str,
+        field: str,
+        value: object,
+        accepted: str,
+        line: int | None = None,
+    ) -> None:
         super().__init__(field, value, accepted)
         self.path = os.fspath(path)
         self.table = table
-        self.args = (self.path, table, field, value, accepted)
+        self.line = line
+        self.args = (self.path, table, field, value, accepted, line)
 
     def __str__(self) -> str:
+        where = self.path if self.line is None else f"{self.path}: line {self.line}"
         if self.field:
-            where = f"{self.path}: [{self.table}]" if self.table else self.path
-            return f"{where}: {super().__str__()}"
+            return f"{where}: [{self.table}]: {super().__str__()}" if self.table else f"{where}: {super().__str__()}"
         what = f"[{self.table}] is not accepted" if self.table else self.value
-        return f"{self.path}: {what}; expected {self.accepted}"
+        return f"{where}: {what}; expected {self.accepted}"
 
 
 class UnknownModelError(QuotaError, KeyError):
@@ -163,7 +174,7 @@ class GrantClosedError(QuotaError, RuntimeError):
 
 
 class CapacityError(QuotaError, RuntimeError):
-    """The table holds as many models as the manager was made for.
+    """A table is full: of models, of processes that share a state, of open grants, or of lines.
 
     Nothing is evicted to make room, since that would forgive what the evicted model has used. Remove models that are no
     longer needed, or make the manager with a larger ``max_models``.
@@ -171,7 +182,11 @@ class CapacityError(QuotaError, RuntimeError):
     Parameters
     ----------
     max_models : int
-        The bound, in models.
+        The bound.
+    what : str
+        What is bounded.
+    remedy : str
+        What to do.
 
     Examples
     --------
@@ -179,15 +194,46 @@ class CapacityError(QuotaError, RuntimeError):
     all 2 places for models are taken; remove_quota a model or make the manager with a larger max_models
     """
 
-    def __init__(self, max_models: int) -> None:
-        super().__init__(max_models)
+    def __init__(
+        self,
+        max_models: int,
+        what: str = "models",
+        remedy: str = "remove_quota a model or make the manager with a larger max_models",
+    ) -> None:
+        super().__init__(max_models, what, remedy)
         self.max_models = max_models
+        self.what = what
+        self.remedy = remedy
 
     def __str__(self) -> str:
-        return (
-            f"all {self.max_models} places for models are taken; "
-            "remove_quota a model or make the manager with a larger max_models"
-        )
+        return f"all {self.max_models} places for {self.what} are taken; {self.remedy}"
+
+
+class StateFileError(QuotaError, OSError):
+    """A file is no state file that this version can use: damaged, cut off, foreign, or newer. It is left as it was.
+
+    Give another path, use the version that wrote the file, or move the file away to begin anew (which refills quotas).
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file; kept as str.
+    message : str
+        What is wrong with it.
+
+    Examples
+    --------
+    >>> print(StateFileError("quota.state", "it is not a state file of modelquota"))
+    quota.state cannot be used: it is not a state file of modelquota
+    """
+
+    def __init__(self, path: str | os.PathLike[str], message: str) -> None:
+        self.path = os.fspath(path)
+        self.message = message
+        super().__init__(self.path, message)
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be used: {self.message}"
 
 
 class TraceError(QuotaError, ValueError):

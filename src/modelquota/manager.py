@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import logging
 import operator
-import sys
+import os
 import time
-from typing import TYPE_CHECKING, Any, ParamSpec, TextIO, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from modelquota._core.clock import ManualClock
 from modelquota._core.grant import Grant
@@ -21,44 +18,48 @@ from modelquota.config import MAX_COUNT, ResourceQuotaConfig
 from modelquota.errors import UnknownModelError
 from modelquota.limits import ViolationAction
 from modelquota.metering import limit
-from modelquota.report import ModelReport, QuotaStats, ResourceUsage, model_report, status_lines
+from modelquota.reading import QuotaReader
 from modelquota.waiting import acquire
 
 if TYPE_CHECKING:
+    import logging
     from collections.abc import Callable, Sequence
     from typing import SupportsIndex
 
-    from numpy.typing import NDArray
-
+    from modelquota.report import ModelReport, ResourceUsage
+    from modelquota.view import QuotaView
     from modelquota.waiting_async import Acquisition
 
-logger = logging.getLogger("modelquota")
-logger.addHandler(logging.NullHandler())
-
-_USAGE_FIELDS = tuple(ResourceUsage.__dataclass_fields__)
 _SECOND_NS = 1_000_000_000
+_INFO, _WARNING = 20, 30  # the levels' numbers, as the logging documentation gives them
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class ResourceQuotaManager(WaitTable):
+class ResourceQuotaManager(WaitTable, QuotaReader):
     """Quotas of many models, and the one question of an inference service: may this model take this request now?
 
     Every verb may be called from any thread. Processes forked after its creation share the state.
 
     Parameters
     ----------
+    path : str or os.PathLike, optional
+        A state file, created with mode 0600 where there is none: all processes that open it share the limits, and it
+        outlives them. Keep it on a local file system. By default the state is in memory, shared with forked processes.
     clock : ManualClock, optional
         Time as a parameter, for tests and replays. By default the time is that of ``CLOCK_MONOTONIC``.
     default_quota : ResourceQuotaConfig, optional
         A model that is checked and has no quota is registered with these limits. By default it is allowed and counted.
-    max_models : int
-        Size of the table, 1 .. 2**24. Memory is taken only for models in use, some 2.7 KB each.
+    max_models : int, optional
+        Size of the table, 1 .. 2**24, by default that of the state file, or 65,536. Memory is taken only for models in
+        use, some 3 KB each.
 
     Raises
     ------
     TypeError, ValueError
         A parameter of another kind or out of range.
+    StateFileError
+        The file at `path` is no state file that this version can use; it is left as it was.
 
     Examples
     --------
@@ -74,19 +75,36 @@ class ResourceQuotaManager(WaitTable):
     def __init__(
         self,
         *,
+        path: str | os.PathLike[str] | None = None,
         clock: ManualClock | None = None,
         default_quota: ResourceQuotaConfig | None = None,
-        max_models: int = 65_536,
+        max_models: int | None = None,
     ) -> None:
-        max_models = operator.index(max_models)
-        if not 1 <= max_models <= MAX_MODELS_LIMIT:
-            raise ValueError(f"max_models is {max_models}; give an integer, 1 .. 2**24")
+        if max_models is not None:
+            max_models = operator.index(max_models)
+            if not 1 <= max_models <= MAX_MODELS_LIMIT:
+                raise ValueError(f"max_models is {max_models}; give an integer, 1 .. 2**24")
         if default_quota is not None and not isinstance(default_quota, ResourceQuotaConfig):
             raise TypeError(f"default_quota is {default_quota!r}; give a ResourceQuotaConfig, or None")
-        super().__init__(max_models=max_models, clock=clock)
+        super().__init__(path=path, max_models=max_models, clock=clock)
         self.default_quota = default_quota
         self._unknown_logged_second = -1
         self._unknown_held = 0
+
+    @classmethod
+    def open_readonly(cls, path: str | os.PathLike[str]) -> QuotaView:
+        """Open a state file for reading only, such as for monitoring: it needs no write permission and takes no lock.
+
+        Raises
+        ------
+        OSError
+            The file cannot be opened; it is not created.
+        StateFileError
+            It is no state file that this version can use.
+        """
+        from modelquota.view import QuotaView
+
+        return QuotaView(path)
 
     # -- quotas
 
@@ -116,23 +134,19 @@ class ResourceQuotaManager(WaitTable):
 
         Raises UnknownModelError where the model has no quota, QuotaConfigError where a field is not accepted.
         """
-        quota = self.get_quota(model_id)
-        if quota is None:
-            raise UnknownModelError(model_id)
-        quota = quota.replace(**changes)
-        if quota.model_id != model_id:
-            raise TypeError("model_id cannot be changed; set_quota for the new id and remove_quota for the old one")
-        self._put(quota)
-        return quota
+        while True:  # until nobody has changed it between the reading and the writing
+            old = self.get_quota(model_id)
+            if old is None:
+                raise UnknownModelError(model_id)
+            new = old.replace(**changes)
+            if new.model_id != model_id:
+                raise TypeError("model_id cannot be changed; set_quota for the new id and remove_quota for the old one")
+            if self._swap(old, new):
+                return new
 
     def remove_quota(self, model_id: str) -> bool:
         """Forget a model and what it has used; True if it was known. What it counted stays in `get_stats`."""
         return self._forget(model_id)
-
-    def get_quota(self, model_id: str) -> ResourceQuotaConfig | None:
-        """Return the model's quota, or None where it has none."""
-        read = self._read(model_id)
-        return None if read is None else _quota_of(model_id, tuple(read[0].items()))
 
     def model(self, model_id: str) -> ModelQuota:
         """Bind a model: its verbs without the look-up. Raises UnknownModelError where it has no quota."""
@@ -255,61 +269,6 @@ class ResourceQuotaManager(WaitTable):
         """
         self._empty_burst(model_id)
 
-    # -- reading
-
-    def get_usage(self, model_id: str) -> ResourceUsage | None:
-        """Return what the model uses now, under its lock; None where it has no quota."""
-        read = self._read(model_id)
-        return None if read is None else _usage_of(read[1])
-
-    def get_model_report(self, model_id: str) -> ModelReport | None:
-        """Return quota, use and utilisation of a model, one consistent view; None where it has no quota."""
-        read = self._read(model_id)
-        if read is None:
-            return None
-        return model_report(model_id, _quota_of(model_id, tuple(read[0].items())), _usage_of(read[1]))
-
-    def get_stats(self) -> QuotaStats:
-        """Return the totals over all models, those that have been removed too."""
-        totals = self._totals()
-        violations = totals["violations"]
-        denied = totals["rejected"] + totals["throttled"] + totals["queued"]
-        return QuotaStats(
-            total_checks=totals["allowed"] + denied - totals["waited"],
-            allowed_requests=totals["allowed"],
-            total_violations=sum(violations),
-            rejected_requests=totals["rejected"],
-            throttled_requests=totals["throttled"],
-            queued_requests=totals["queued"],
-            warned_requests=sum(violations) - denied,
-            ram_violations=violations[0],
-            ssd_violations=violations[1],
-            rate_violations=violations[2],
-            quota_violations=violations[3],
-            concurrency_violations=violations[4],
-        )
-
-    def snapshot(self) -> NDArray[np.void]:
-        """Return the counters of all models at once: a structured array, a copy, one element a model.
-
-        Fields: ``model_id`` (object, a str), the fields of `ResourceUsage` (int64: MB, requests, tokens), and the
-        model's totals since it was registered: ``allowed_total``, ``rejected_total``, ``throttled_total``,
-        ``queued_total``, ``warned_total`` (int64) and ``tokens_total`` (uint64, tokens charged). Each element is read
-        under its model's lock.
-        """
-        ids, usage = self._read_all()
-        fields = usage.dtype.descr
-        array = np.empty(len(ids), dtype=[("model_id", object), *fields])
-        array["model_id"] = ids
-        for name, *_ in fields:
-            array[name] = usage[name]
-        return array
-
-    def print_status(self, file: TextIO | None = None) -> None:
-        """Write use against limits of all models, and the totals, to `file` (standard output by default)."""
-        reports = [report for model_id in self.list_models() if (report := self.get_model_report(model_id)) is not None]
-        print(status_lines(reports, self.get_stats()), file=sys.stdout if file is None else file)
-
     # -- called by the core
 
     def _adopt(self, model_id: str) -> bool:
@@ -322,18 +281,20 @@ class ResourceQuotaManager(WaitTable):
         if second != self._unknown_logged_second:
             self._unknown_logged_second = second
             held, self._unknown_held = self._unknown_held, 0
-            logger.warning(
-                "model %r has no quota: allowed (%d checks of unknown models since the last record)", model_id, held
+            _log(
+                _WARNING,
+                "model %r has no quota: allowed (%d checks of unknown models since the last record)",
+                model_id,
+                held,
             )
         return False
 
     def _log_violation(self, model_id: str, result: QuotaCheckResult, stands_for: int) -> None:
-        level = logging.INFO if result.action is ViolationAction.QUEUE else logging.WARNING
-        if logger.isEnabledFor(level):
-            logger.log(
-                level, "model %r: %s (%s; %d since the last record)", model_id, result.reason, result.action,
-                stands_for,
-            )  # fmt: skip
+        level = _INFO if result.action is ViolationAction.QUEUE else _WARNING
+        if _logger().isEnabledFor(level):
+            _log(
+                level, "model %r: %s (%s; %d since the last record)", model_id, result.reason, result.action, stands_for
+            )
 
 
 class ModelQuota(RowHandle):
@@ -389,18 +350,27 @@ class ModelQuota(RowHandle):
         return read
 
 
+@functools.cache
+def _logger() -> logging.Logger:
+    import logging  # an eighth of the package's import, and most programs never meet a violation at start
+
+    logger = logging.getLogger("modelquota")
+    logger.addHandler(logging.NullHandler())
+    return logger
+
+
+def _log(level: int, message: str, *values: object) -> None:
+    """Log, come what may: the decision stands, and a handler that raises must not keep it from its caller."""
+    try:
+        _logger().log(level, message, *values)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()  # to sys.stderr, as logging itself does
+
+
 def _megabytes(name: str, value: int) -> int:
     megabytes = operator.index(value)
     if not 0 <= megabytes <= MAX_COUNT:
         raise ValueError(f"{name} is {megabytes}; give an integer, 0 .. 2**62")
     return megabytes
-
-
-@functools.lru_cache(maxsize=4096)
-def _quota_of(model_id: str, fields: tuple[tuple[str, Any], ...]) -> ResourceQuotaConfig:
-    """The quota that a row states. It is validated when it is made, which takes longer than to look it up."""
-    return ResourceQuotaConfig(model_id, **dict(fields))
-
-
-def _usage_of(record: dict[str, int]) -> ResourceUsage:
-    return ResourceUsage(**{name: record[name] for name in _USAGE_FIELDS})

@@ -40,7 +40,7 @@ def load_quotas(path: str | os.PathLike[str]) -> dict[str, ResourceQuotaConfig]:
     Raises
     ------
     QuotaFileError
-        The file is not TOML, or something in it is not accepted: the error has file, table, field and value.
+        The file is not TOML, or something in it is not accepted: the error has file, line, table, field and value.
     OSError
         The file cannot be opened or read.
 
@@ -60,7 +60,14 @@ def load_quotas(path: str | os.PathLike[str]) -> dict[str, ResourceQuotaConfig]:
     True
     """
     name = os.fspath(path)
-    document = _parse(name)
+    text = _read(name)
+    try:
+        return _quotas(name, _parse(name, text))
+    except QuotaFileError as error:
+        raise _with_line(error, text) from None
+
+
+def _quotas(name: str, document: dict[str, Any]) -> dict[str, ResourceQuotaConfig]:
     for key, value in document.items():
         if key not in ("defaults", "models"):
             where = (key, "") if isinstance(value, dict) else ("", key)
@@ -74,14 +81,31 @@ def load_quotas(path: str | os.PathLike[str]) -> dict[str, ResourceQuotaConfig]:
     }
 
 
-def _parse(name: str) -> dict[str, Any]:
-    import tomllib  # only where a file is read
-
+def _read(name: str) -> str:
     with open(name, "rb") as file:
         try:
-            return tomllib.load(file)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            return file.read().decode().replace("\r\n", "\n")
+        except UnicodeDecodeError as error:
             raise QuotaFileError(name, "", "", str(error), "TOML in UTF-8") from None
+
+
+def _parse(name: str, text: str) -> dict[str, Any]:
+    import tomllib  # only where a file is read
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise QuotaFileError(name, "", "", str(error), "TOML in UTF-8") from None
+
+
+def _with_line(error: QuotaFileError, text: str) -> QuotaFileError:
+    """Say on which line stands what the error is about; of a key that is not there, on which its table."""
+    from modelquota._tomlline import find_line
+
+    parent, dot, model = error.table.partition(".")
+    keys = [parent, model[1:-1], error.field] if dot else [key for key in (error.table, error.field) if key]
+    line = find_line(text, keys) or find_line(text, keys[:-1]) if keys else None
+    return QuotaFileError(error.path, error.table, error.field, error.value, error.accepted, line)
 
 
 def _table(name: str, parent: str, key: str, value: Any) -> dict[str, Any]:

@@ -119,6 +119,8 @@ class QuotaStats:
         Requests admitted in spite of a violation.
     concurrency_violations : int
         Violations whose first violated limit is that of concurrent requests.
+    recoveries : int
+        How often something was put right that a process had left behind by dying: a row, a grant, a place in a line.
     """
 
     total_checks: int = 0
@@ -133,6 +135,7 @@ class QuotaStats:
     allowed_requests: int = 0
     warned_requests: int = 0
     concurrency_violations: int = 0
+    recoveries: int = 0
 
 
 def percent(used: int, limit: int | None) -> float:

@@ -3,18 +3,19 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t
 from modelquota._core.decision cimport (
     Ask, LAST_TICKET, LOWEST_PRIORITY, Verdict, charge_tokens, decide, pass_time
 )
-from modelquota._core.layout cimport Header, MAX_COUNT, Ledger, Row, SECOND, SLOTS
-from modelquota._core.lock cimport lock, unlock
+from modelquota._core.layout cimport Header, MAX_COUNT, Ledger, Row, Shared, SECOND, SLOTS
+from modelquota._core.lock cimport unlock
+from modelquota._core.repair cimport enter_row
 from modelquota._core.window cimport slot_at
 
 cdef extern from *:
-    void prefetch "__builtin_prefetch"(const void* address, int to_write, int locality) noexcept nogil
     int64_t read_count "__atomic_load_n"(const int64_t* word, int order) noexcept nogil
+    char read_byte "__atomic_load_n"(const char* byte, int order) noexcept nogil
     const int ACQUIRE "__ATOMIC_ACQUIRE"
+    const int RELAXED "__ATOMIC_RELAXED"
 
 cdef enum:
-    ROWS_AHEAD = 16         # a row is asked for so many elements early,
-    SLOTS_AHEAD = 8         # and once it is there, what the end of its slot will touch
+    BLOCK = 16              # elements whose memory is fetched together
     LINE = 64
 
 
@@ -36,28 +37,40 @@ cdef inline uint32_t generation_of(int64_t code) noexcept nogil:
     return <uint32_t> (code >> 32)
 
 
-cdef inline void prefetch_row(
-    const Batch* batch, Row* rows, Ledger* ledgers, Py_ssize_t i, int64_t now_ns
+cdef inline void fetch(const void* address) noexcept nogil:
+    """Read a byte for nothing but to have its cache line."""
+    read_byte(<const char*> address, RELAXED)
+
+
+cdef inline void fetch_block(
+    const Batch* batch, Row* rows, Ledger* ledgers, Py_ssize_t first, int64_t now_ns, bint charging
 ) noexcept nogil:
-    """Ask for the lines of models ahead; for many models memory, not arithmetic, is what takes the time."""
-    cdef char* row
-    cdef char* ledger
-    cdef Row* near
+    """Fetch what BLOCK elements from `first` on will touch; for many models memory, not arithmetic, takes the time.
+
+    In loops so tight that the processor has all these reads under way at once. They are reads, not prefetches, which
+    are dropped where the page is in no TLB.
+    """
+    cdef Py_ssize_t last = min(first + BLOCK, batch.count)
+    cdef Py_ssize_t i
+    cdef Row* row
+    cdef Ledger* ledger
     cdef int64_t position
-    if i + ROWS_AHEAD < batch.count:
-        row = <char*> &rows[index_of(batch.codes[i + ROWS_AHEAD])]
-        prefetch(row, 1, 3)
-        prefetch(row + LINE, 1, 3)
-    if i + SLOTS_AHEAD < batch.count:
-        near = &rows[index_of(batch.codes[i + SLOTS_AHEAD])]
-        if now_ns >= near.slot_end_ns:
-            ledger = <char*> &ledgers[index_of(batch.codes[i + SLOTS_AHEAD])]
-            prefetch(ledger, 1, 3)
-            prefetch(ledger + LINE, 1, 3)
-            prefetch(ledger + 2 * LINE, 1, 3)
-            position = (slot_at(near.slot_end_ns) + SLOTS - 1) % SLOTS
-            prefetch(&(<Ledger*> ledger).tokens[SECOND][position], 1, 3)
-            prefetch(&(<Ledger*> ledger).requests[SECOND][position], 1, 3)
+    for i in range(first, last):
+        row = &rows[index_of(batch.codes[i])]
+        fetch(row)
+        fetch(<char*> row + LINE)
+        if charging:
+            fetch(&ledgers[index_of(batch.codes[i])])
+    for i in range(first, last):
+        row = &rows[index_of(batch.codes[i])]
+        if now_ns >= row.slot_end_ns:       # without the lock: a wrong guess costs a line too many or too few
+            ledger = &ledgers[index_of(batch.codes[i])]
+            position = (slot_at(row.slot_end_ns) + SLOTS - 1) % SLOTS
+            fetch(ledger)
+            fetch(<char*> ledger + 2 * LINE)
+            fetch(<char*> ledger + 3 * LINE)
+            fetch(&ledger.tokens[SECOND][position])
+            fetch(&ledger.requests[SECOND][position])
 
 
 cdef inline Py_ssize_t first_out_of_range(const int64_t* counts, Py_ssize_t n) noexcept nogil:
@@ -76,8 +89,6 @@ cdef inline Py_ssize_t first_bad_code(
     cdef int64_t row_count = read_count(&header.row_count, ACQUIRE)
     cdef Py_ssize_t i
     for i in range(n):
-        if i + ROWS_AHEAD < n:
-            prefetch(&rows[index_of(codes[i + ROWS_AHEAD])], 1, 3)
         if <int64_t> index_of(codes[i]) >= row_count or not generation_of(codes[i]) & 1:
             return i
         if rows[index_of(codes[i])].generation != generation_of(codes[i]):
@@ -86,29 +97,32 @@ cdef inline Py_ssize_t first_bad_code(
 
 
 cdef inline Py_ssize_t check_batch(
-    const Batch* batch, Row* rows, Ledger* ledgers, const Header* header, uint32_t seat, Py_ssize_t i, Verdict* verdict
+    const Batch* batch, const Shared* shared, Py_ssize_t i, Verdict* verdict
 ) noexcept nogil:
     """Decide from element `i` on; stop behind one whose violation is to be logged. Returns where to go on.
 
     A model that was removed after the codes were validated has no limits any more: its requests are admitted.
     """
+    cdef Row* rows = shared.rows
+    cdef Ledger* ledgers = shared.ledgers
     cdef Ask ask
     cdef Row* row
     cdef int64_t now_ns
     ask.ram_mb = ask.ssd_mb = 0
     ask.ticket = LAST_TICKET
     ask.priority = LOWEST_PRIORITY
-    ask.heads = ask.counted = NULL
+    ask.counted = NULL
     verdict.log_held = 0
     while i < batch.count:
         now_ns = batch.times_ns[i] if batch.times_ns else batch.now_ns
-        prefetch_row(batch, rows, ledgers, i, now_ns)
+        if i % BLOCK == 0:
+            fetch_block(batch, rows, ledgers, i, now_ns, False)
         row = &rows[index_of(batch.codes[i])]
         ask.tokens = batch.tokens[i]
         verdict.allowed = True
-        lock(&row.lock, seat)
+        enter_row(row, shared)
         if row.generation == generation_of(batch.codes[i]):
-            decide(row, &ledgers[index_of(batch.codes[i])], now_ns, &ask, header.enforcing, verdict)
+            decide(row, &ledgers[index_of(batch.codes[i])], now_ns, &ask, shared.header.enforcing, verdict)
         unlock(&row.lock)
         batch.limits[i] = 0 if verdict.allowed else verdict.limit
         if batch.waits_ms:
@@ -119,13 +133,16 @@ cdef inline Py_ssize_t check_batch(
     return i
 
 
-cdef inline void charge_batch(const Batch* batch, Row* rows, Ledger* ledgers, uint32_t seat) noexcept nogil:
+cdef inline void charge_batch(const Batch* batch, const Shared* shared) noexcept nogil:
+    cdef Row* rows = shared.rows
+    cdef Ledger* ledgers = shared.ledgers
     cdef Row* row
     cdef Py_ssize_t i
     for i in range(batch.count):
-        prefetch_row(batch, rows, ledgers, i, batch.now_ns)
+        if i % BLOCK == 0:
+            fetch_block(batch, rows, ledgers, i, batch.now_ns, True)
         row = &rows[index_of(batch.codes[i])]
-        lock(&row.lock, seat)
+        enter_row(row, shared)
         if row.generation == generation_of(batch.codes[i]):
             pass_time(row, &ledgers[index_of(batch.codes[i])], batch.now_ns)
             charge_tokens(row, &ledgers[index_of(batch.codes[i])], batch.tokens[i])

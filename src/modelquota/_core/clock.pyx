@@ -38,6 +38,8 @@ cdef class ManualClock:
 
         Raises ValueError, and stays where it is, where that is negative, not finite, or past 2**61 ns.
         """
+        if hasattr(seconds, "item"):    # a numpy scalar, which would overflow in its own width
+            seconds = seconds.item()
         if not 0 <= seconds <= MAX_TIME_NS:     # false for a NaN too
             raise ValueError(f"seconds is {seconds!r}; a clock moves forward only: give a finite number >= 0")
         self.advance_ns(round(seconds * 1_000_000_000))

@@ -53,9 +53,8 @@ cdef struct Ask:
     int64_t tokens      # 0 .. MAX_COUNT, as are the others
     int64_t ram_mb
     int64_t ssd_mb
-    int64_t ticket      # its place in line, or LAST_TICKET
+    int64_t ticket      # its place in a line, or LAST_TICKET
     int32_t priority
-    const Ledger* heads     # of the model whose line it is called up from; NULL where it does not wait
     const Ledger* counted   # of the model where its violation has been counted, or NULL
     uint32_t counted_generation
 
@@ -87,38 +86,48 @@ cdef inline double percent(double used, double limit) noexcept nogil:
     return 100.0 * used / (limit if limit > 1.0 else 1.0)
 
 
-cdef inline bint exceeds(int64_t asked, int64_t used, int64_t cap) noexcept nogil:
+cdef inline uint64_t in_use(int64_t reported, int64_t reserved) noexcept nogil:
+    """Memory that counts against a cap: twice MAX_COUNT is one more than an int64 holds."""
+    return <uint64_t> reported + <uint64_t> reserved
+
+
+cdef inline double neat(double value) noexcept nogil:
+    """Round to 50 bits (Veltkamp): the last bits of a product with a stored quotient go, so that 7 of 7 reads 100.0."""
+    cdef double scaled = 9.0 * value
+    return scaled - (scaled - value)
+
+
+cdef inline bint exceeds(int64_t asked, uint64_t used, int64_t cap) noexcept nogil:
     """Whether memory asked for does not fit under a cap; asking for nothing always fits."""
-    return asked != 0 and cap != UNLIMITED and <uint64_t> asked + <uint64_t> used > <uint64_t> cap
+    return asked != 0 and cap != UNLIMITED and <uint64_t> asked + used > <uint64_t> cap
 
 
-cdef inline double level_percent(const Wide* level, const Wide* cap, uint8_t shift) noexcept nogil:
-    return 100.0 * as_double(level) / as_double(cap) if shift != NO_RATE else 0.0
+cdef inline double larger(double a, double b) noexcept nogil:
+    return a if a > b else b
+
+
+cdef inline double memory_percent(uint64_t used, int64_t asked, int64_t cap) noexcept nogil:
+    if cap == UNLIMITED or used + <uint64_t> asked == 0:
+        return 0.0
+    return percent(<double> used + <double> asked, <double> cap)
 
 
 cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask* ask) noexcept nogil:
-    """Percent of the fullest limit, with the request: windows and levels are charged, memory and concurrency are not."""
-    cdef double highest = level_percent(&row.request_level, &row.request_cap, row.request_shift)
-    cdef double share = level_percent(&row.token_level, &row.token_cap, row.token_shift)
+    """Percent of the fullest limit, with the request: windows and levels are charged, memory and concurrency are not.
+
+    Products with stored percents instead of quotients, and nothing to branch on: this stands in every check.
+    """
+    cdef double share = as_double(&row.request_level) * ledger.request_level_percent
     cdef int i
-    highest = share if share > highest else highest
+    share = larger(share, as_double(&row.token_level) * ledger.token_level_percent)
     for i in range(WINDOWS):
-        if ledger.request_limit[i] != UNLIMITED:
-            share = percent(<double> requests_used(row, ledger, i), <double> ledger.request_limit[i])
-            highest = share if share > highest else highest
-        if ledger.token_limit[i] != UNLIMITED:
-            share = percent(<double> tokens_used(row, ledger, i), <double> ledger.token_limit[i])
-            highest = share if share > highest else highest
-    if ledger.max_ram_mb != UNLIMITED:
-        share = percent(<double> (ledger.ram_mb + ledger.reserved_ram_mb) + <double> ask.ram_mb, <double> ledger.max_ram_mb)
-        highest = share if share > highest else highest
-    if ledger.max_ssd_mb != UNLIMITED:
-        share = percent(<double> (ledger.ssd_mb + ledger.reserved_ssd_mb) + <double> ask.ssd_mb, <double> ledger.max_ssd_mb)
-        highest = share if share > highest else highest
+        share = larger(share, <double> requests_used(row, ledger, i) * ledger.request_percent[i])
+        share = larger(share, <double> tokens_used(row, ledger, i) * ledger.token_percent[i])
+    share = larger(share, memory_percent(in_use(ledger.ram_mb, ledger.reserved_ram_mb), ask.ram_mb, ledger.max_ram_mb))
+    share = larger(share, memory_percent(in_use(ledger.ssd_mb, ledger.reserved_ssd_mb), ask.ssd_mb, ledger.max_ssd_mb))
     if ledger.max_concurrent != UNLIMITED:
-        share = percent(<double> ledger.concurrent + 1.0, <double> ledger.max_concurrent)
-        highest = share if share > highest else highest
-    return highest
+        share = larger(share, percent(<double> ledger.concurrent + 1.0, <double> ledger.max_concurrent))
+    return neat(share)
 
 
 cdef inline void pass_time(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
@@ -230,7 +239,7 @@ cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
 cdef inline bint stands_behind(const Ledger* ledger, const Ask* ask) noexcept nogil:
     """Whether others wait for this model whose turn comes first."""
     return (
-        ledger.waiting != 0 and ledger.action == QUEUE and ledger != ask.heads
+        ledger.waiting != 0 and ledger.action == QUEUE
         and (ledger.head_priority > ask.priority
              or (ledger.head_priority == ask.priority and ledger.head_ticket < ask.ticket))
     )
@@ -241,8 +250,8 @@ cdef inline void find_violations(const Row* row, const Ledger* ledger, const Ask
 
     Who stands behind others is told to wait for them, whatever else is in the way.
     """
-    cdef int64_t used_ram_mb = ledger.ram_mb + ledger.reserved_ram_mb
-    cdef int64_t used_ssd_mb = ledger.ssd_mb + ledger.reserved_ssd_mb
+    cdef uint64_t used_ram_mb = in_use(ledger.ram_mb, ledger.reserved_ram_mb)
+    cdef uint64_t used_ssd_mb = in_use(ledger.ssd_mb, ledger.reserved_ssd_mb)
     verdict.wait_ns = verdict.patience_ns = 0
     if exceeds(ask.ram_mb, used_ram_mb, ledger.max_ram_mb):
         note(verdict, RAM_MB, NEVER, <double> used_ram_mb, <double> ledger.max_ram_mb, ask.ram_mb)
@@ -282,8 +291,8 @@ cdef inline bint fits(const Row* row, const Ledger* ledger, const Ask* ask, Leve
     if not (
         row.request_room >= 1
         and (ask.tokens <= row.token_room or ask.tokens == 0)
-        and not exceeds(ask.ram_mb, ledger.ram_mb + ledger.reserved_ram_mb, ledger.max_ram_mb)
-        and not exceeds(ask.ssd_mb, ledger.ssd_mb + ledger.reserved_ssd_mb, ledger.max_ssd_mb)
+        and not exceeds(ask.ram_mb, in_use(ledger.ram_mb, ledger.reserved_ram_mb), ledger.max_ram_mb)
+        and not exceeds(ask.ssd_mb, in_use(ledger.ssd_mb, ledger.reserved_ssd_mb), ledger.max_ssd_mb)
     ):
         return False
     levels.request = load(&row.request_level) + level_cost(1, row.request_shift)

@@ -49,7 +49,8 @@ cdef class Grant:
 
 cdef class GrantTable(QuotaTable):
     cdef int parties_of(self, object model_ids, Joint* joint, list refs) except -1
+    cdef int take_records(self, Joint* joint) except -1
+    cdef int give_records(self, Joint* joint) except -1
     cdef Grant grant_of(self, Joint* joint, list refs, const Ask* ask)
     cdef int decide_all(self, object model_ids, const Ask* ask, bint holding, bint nowait, list refs, Joint* joint,
                         Verdict* verdict) except -3
-    cdef object name_in(self, object model_ids, list refs, int party)

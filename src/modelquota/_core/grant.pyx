@@ -8,35 +8,39 @@ from cpython.exc cimport PyErr_WarnEx, PyErr_WriteUnraisable
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
-from modelquota._core.counts cimport as_count
+from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, Verdict, charge_tokens, highest_usage, pass_time
 from modelquota._core.hold cimport Charge, Hold, admits_tokens, let_go, refund, take_hold
 from modelquota._core.joint cimport (
-    Joint, MOST_MODELS, NOBODY, decide_jointly, first_gone, lock_rows, put_in_order, try_lock_rows, unlock_rows
+    Joint, MOST_MODELS, NOBODY, decide_jointly, first_gone, free_dead_rows, lock_rows, put_in_order,
+    try_lock_rows, unlock_rows
 )
-from modelquota._core.layout cimport Header, Ledger, MAX_COUNT, Row
-from modelquota._core.lock cimport lock, spin_lock, try_lock, unlock
+from modelquota._core.layout cimport Header, Held, Ledger, MAX_COUNT, Row, Shared
+from modelquota._core.lock cimport unlock
+from modelquota._core.repair cimport enter_row, try_row
 from modelquota._core.result cimport result_of
-from modelquota._core.state cimport RowRef, fork_count
+from modelquota._core.shared cimport fork_count
+from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport QuotaTable, start_ask
 
-from modelquota.errors import GrantClosedError, QuotaExceededError, UnknownModelError
+from modelquota.errors import CapacityError, GrantClosedError, QuotaExceededError, UnknownModelError
 
 cdef enum:
     LEAST_CHUNK = 16        # tokens that add() charges at a time beyond the estimate, at least,
     CHUNK_SHARE = 8         # and one part in so many of what has been charged
 
 
-cdef inline void take_lock(Row* row, uint32_t seat) noexcept:
+cdef inline void take_lock(Row* row, const Shared* shared) noexcept:
     """Lock a row while holding the GIL; where it is locked for long, the GIL is released to wait."""
-    if try_lock(&row.lock, seat) or spin_lock(&row.lock, seat):
+    if try_row(row, shared):
         return
     with nogil:
-        lock(&row.lock, seat)
+        enter_row(row, shared)
 
 
 @cython.final
 @cython.freelist(64)
+@cython.no_gc_clear     # a cycle around a grant is broken elsewhere: to release, it needs what it refers to
 cdef class Grant:
     """An admitted request: it holds memory and one unit of concurrency until it is released. Made by `reserve`.
 
@@ -92,7 +96,7 @@ cdef class Grant:
     @property
     def model_ids(self):
         """The models that granted, in the order in which they were named."""
-        return tuple([self.manager.name_of(self.ref_of(i).row - self.manager.row_array) for i in range(self.parties)])
+        return tuple([self.ref_of(i).model_id for i in range(self.parties)])
 
     @property
     def tokens(self):
@@ -134,34 +138,42 @@ cdef class Grant:
     cdef bint charge_more(self) except -1:
         """Charge what has been used beyond what was charged, and a little ahead where that fits."""
         cdef Joint joint
-        cdef int64_t over = self.used - self.charged
-        cdef int64_t chunk = min(max(over, max(LEAST_CHUNK, self.charged // CHUNK_SHARE)), MAX_COUNT - self.charged)
-        cdef int64_t now_ns
+        cdef int64_t over, chunk, now_ns
         cdef bint fits = True
         cdef int i
         cdef Hold* party
-        if not self.ours():
+        if not self.ours() or self.parties == 0:
             return True
-        self.reserve_charges()
         now_ns = self.manager.now_ns()
         joint.count = self.parties
         for i in range(self.parties):
             joint.parties[i] = self.hold(i)[0]
         put_in_order(&joint)
-        if not try_lock_rows(&joint, self.manager.seat):
-            with nogil:
-                lock_rows(&joint, self.manager.seat)
+        while True:
+            self.reserve_charges()
+            if not try_lock_rows(&joint, &self.manager.shared):
+                with nogil:
+                    lock_rows(&joint, &self.manager.shared)
+            over = self.used - self.charged     # other threads may have charged or closed the grant during the wait
+            if over <= 0:
+                unlock_rows(&joint, joint.count)
+                return True
+            if self.times < self.capacity:
+                break
+            unlock_rows(&joint, joint.count)
+        chunk = min(max(over, max(LEAST_CHUNK, self.charged // CHUNK_SHARE)), MAX_COUNT - self.charged)
         for i in range(self.parties):
             party = &joint.parties[i]
             if party.row.generation == party.generation:
                 pass_time(party.row, party.ledger, now_ns)
-                if not admits_tokens(party.row, party.ledger, chunk, self.manager.header.enforcing):
+                if not admits_tokens(party.row, party.ledger, chunk, self.manager.shared.header.enforcing):
                     chunk = over
-                    fits = fits and admits_tokens(party.row, party.ledger, over, self.manager.header.enforcing)
+                    fits = fits and admits_tokens(party.row, party.ledger, over, self.manager.shared.header.enforcing)
         for i in range(self.parties):
             party = &joint.parties[i]
             if party.row.generation == party.generation:
                 self.charge_of(self.times, i).at_ns = party.row.level_ns
+                self.charge_of(self.times, i).epoch = party.ledger.level_epoch
                 self.charge_of(self.times, i).tokens = charge_tokens(party.row, party.ledger, chunk)
         unlock_rows(&joint, joint.count)
         self.times += 1
@@ -204,9 +216,9 @@ cdef class Grant:
             return
         if self.stage != OPEN:
             self.require_open("settle")
-        self.finish(actual, False, False)
         self.used = actual
         self.stage = SETTLED
+        self.finish(actual, False, False)
 
     def cancel(self):
         """Undo the request: its tokens and the request itself are refunded, and all that is held is given back.
@@ -237,25 +249,30 @@ cdef class Grant:
         return self.finish(tokens, False, True)
 
     cdef int finish(self, int64_t tokens, bint undo, bint close) except -1:
-        """Bring what is charged to `tokens`; `undo` refunds the request, `close` gives back what is held."""
+        """Bring what is charged to `tokens`; `undo` refunds the request, `close` gives back what is held.
+
+        Other threads run while a row is waited for, so the grant itself says by then that this has been done.
+        """
+        cdef int64_t surplus = self.charged - tokens
         cdef int64_t now_ns, left, part
         cdef int i, time
-        cdef bint changes = tokens != self.charged or undo
+        cdef bint changes = surplus != 0 or undo
         cdef bint alive, waited_for
         cdef Hold* party
         cdef Row* row
         cdef Charge* charge
+        self.charged = tokens
         if not self.ours():
             return 0
         now_ns = self.manager.now_ns() if changes else 0
         for i in range(self.parties):
             party = self.hold(i)
             row = party.row
-            take_lock(row, self.manager.seat)
+            take_lock(row, &self.manager.shared)
             alive = row.generation == party.generation
             if alive and changes:
                 pass_time(row, party.ledger, now_ns)
-                left = self.charged - tokens
+                left = surplus
                 if left < 0:
                     charge_tokens(row, party.ledger, -left)
                 for time in range(self.times - 1, -1, -1):
@@ -265,13 +282,16 @@ cdef class Grant:
                     part = min(max(left, 0), charge.tokens)
                     refund(row, party.ledger, 1 if undo and time == 0 else 0, part, charge)
                     left -= part
-            if alive and close:
-                let_go(party)
+            if close and alive:
+                let_go(row, party.ledger, party.record)
+            elif close:
+                party.record.seat = 0
             waited_for = alive and party.ledger.waiting != 0
             unlock(&row.lock)
+            if close:
+                self.manager.give_record(party.record)
             if waited_for:
                 self.manager.freed(self.ref_of(i))
-        self.charged = tokens
         return 0
 
     def __enter__(self):
@@ -326,7 +346,7 @@ cdef class GrantTable(QuotaTable):
         named = self.decide_all(model_id, &ask, True, False, refs, &joint, &verdict)
         grant = self.grant_of(&joint, refs, &ask) if verdict.allowed else None
         if named != NOBODY:
-            result = result_of(&verdict, self.name_in(model_id, refs, named))
+            result = result_of(&verdict, (<RowRef> refs[named]).model_id)
             if verdict.log_held:
                 self._log_violation(result.model_id, result, verdict.log_held)
             if grant is None:
@@ -371,19 +391,10 @@ cdef class GrantTable(QuotaTable):
         cdef Verdict verdict
         cdef list refs = []
         cdef int named = self.decide_all(model_ids, ask, False, False, refs, &joint, &verdict)
-        result = result_of(&verdict, None if named == NOBODY else self.name_in(model_ids, refs, named))
+        result = result_of(&verdict, None if named == NOBODY else (<RowRef> refs[named]).model_id)
         if verdict.log_held:
             self._log_violation(result.model_id, result, verdict.log_held)
         return result
-
-    cdef object name_in(self, object model_ids, list refs, int party):
-        """The id of a party: ids without a quota are none."""
-        if isinstance(model_ids, str):
-            return model_ids
-        for model_id in model_ids:
-            if self.interned.get(model_id) is refs[party]:
-                return model_id
-        return self.name_of((<RowRef> refs[party]).row - self.row_array)
 
     cdef int parties_of(self, object model_ids, Joint* joint, list refs) except -1:
         """Look up the models of a request; ids without a quota are left out. Returns how many those are."""
@@ -411,7 +422,8 @@ cdef class GrantTable(QuotaTable):
             party.row = ref.row
             party.ledger = ref.ledger
             party.generation = ref.generation
-            party.ram_mb = party.ssd_mb = 0
+            party.index = <uint32_t> (ref.row - self.shared.rows)
+            party.record = NULL
             joint.count += 1
         put_in_order(joint)
         return len(model_ids) - joint.count
@@ -422,31 +434,59 @@ cdef class GrantTable(QuotaTable):
         cdef int named = NOBODY
         cdef int unknown, gone, i
         cdef int64_t now_ns
-        cdef uint32_t seat = self.seat
+        cdef const Shared* shared = &self.shared
+        verdict.usage = 0.0         # of models of which none has a quota
         while True:
             unknown = self.parties_of(model_ids, joint, refs)
+            if holding:
+                self.take_records(joint)
             now_ns = self.now_ns()
-            if not try_lock_rows(joint, seat):
+            if not try_lock_rows(joint, shared):
                 if nowait:
+                    free_dead_rows(joint, shared)
+                    self.give_records(joint)
                     return BUSY
                 with nogil:
-                    lock_rows(joint, seat)
+                    lock_rows(joint, shared)
             gone = first_gone(joint)
             if gone == NOBODY:
-                named = decide_jointly(joint, now_ns, ask, self.header.enforcing, verdict)
+                named = decide_jointly(joint, now_ns, ask, self.shared.header.enforcing, verdict)
                 if verdict.allowed:
                     for i in range(joint.count):
                         if holding:
-                            take_hold(&joint.parties[i], ask)
+                            take_hold(&joint.parties[i], ask, shared.me)
                         else:
                             verdict.usage = max(verdict.usage if i else 0.0,
                                                 highest_usage(joint.parties[i].row, joint.parties[i].ledger, ask))
             unlock_rows(joint, joint.count)
+            if gone != NOBODY or not verdict.allowed:
+                self.give_records(joint)
             if gone == NOBODY:
+                if not verdict.allowed and verdict.held_up:
+                    self.look_for_dead()
                 if unknown and verdict.allowed:
                     self.count_unknown(unknown)
                 return named
-            self.drop(self.name_in(model_ids, refs, gone), refs[gone])
+            self.drop((<RowRef> refs[gone]).model_id, refs[gone])
+
+    cdef int take_records(self, Joint* joint) except -1:
+        """A free record for each party."""
+        cdef int i
+        try:
+            for i in range(joint.count):
+                joint.parties[i].record = self.take_record()
+        except CapacityError:
+            self.give_records(joint)
+            raise
+        return 0
+
+    cdef int give_records(self, Joint* joint) except -1:
+        cdef int i
+        for i in range(joint.count):
+            if joint.parties[i].record != NULL:
+                self.give_record(joint.parties[i].record)
+                joint.parties[i].record = NULL
+        return 0
 
     cdef Grant grant_of(self, Joint* joint, list refs, const Ask* ask):
         """The grant of what decide_all has just taken."""

@@ -1,12 +1,14 @@
 # One decision over several rows, all or nothing: each is decided as if alone, and only then anything is charged.
 #
 # Locks are taken in the order of the rows, whatever the order of the ids, so nobody waits in a circle.
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t
 from modelquota._core.decision cimport (
     Ask, Levels, NEVER, Verdict, charge, commit, count_violation, fits, judge, pass_time, start_verdict
 )
 from modelquota._core.hold cimport Charge, Hold
-from modelquota._core.lock cimport lock, spin_lock, try_lock, unlock
+from modelquota._core.layout cimport Row, Shared
+from modelquota._core.lock cimport take_over, unlock
+from modelquota._core.repair cimport enter_row, repair_row, try_row
 
 cdef enum:
     MOST_MODELS = 16
@@ -37,20 +39,31 @@ cdef inline void unlock_rows(Joint* joint, int count) noexcept nogil:
         unlock(&joint.parties[joint.by_row[i]].row.lock)
 
 
-cdef inline bint try_lock_rows(Joint* joint, uint32_t seat) noexcept nogil:
+cdef inline bint try_lock_rows(Joint* joint, const Shared* shared) noexcept nogil:
     """Take all locks, or none where one is held."""
     cdef int i
     for i in range(joint.count):
-        if not try_lock(&joint.parties[joint.by_row[i]].row.lock, seat):
+        if not try_row(joint.parties[joint.by_row[i]].row, shared):
             unlock_rows(joint, i)
             return False
     return True
 
 
-cdef inline void lock_rows(Joint* joint, uint32_t seat) noexcept nogil:
+cdef inline void lock_rows(Joint* joint, const Shared* shared) noexcept nogil:
     cdef int i
     for i in range(joint.count):
-        lock(&joint.parties[joint.by_row[i]].row.lock, seat)
+        enter_row(joint.parties[joint.by_row[i]].row, shared)
+
+
+cdef inline void free_dead_rows(Joint* joint, const Shared* shared) noexcept nogil:
+    """For who does not wait for locks: put those rows right whose lock a dead process holds."""
+    cdef int i
+    cdef Row* row
+    for i in range(joint.count):
+        row = joint.parties[i].row
+        if take_over(&row.lock, shared):
+            repair_row(row, shared)
+            unlock(&row.lock)
 
 
 cdef inline int first_gone(const Joint* joint) noexcept nogil:
@@ -106,6 +119,7 @@ cdef inline int decide_jointly(Joint* joint, int64_t now_ns, const Ask* ask, bin
         for i in range(joint.count):
             party = &joint.parties[i]
             joint.charges[i].at_ns = party.row.level_ns
+            joint.charges[i].epoch = party.ledger.level_epoch
             joint.charges[i].tokens = ask.tokens
             if party.ledger == ask.counted and party.generation == ask.counted_generation:
                 party.ledger.waited += 1

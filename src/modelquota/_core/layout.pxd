@@ -1,7 +1,7 @@
 # The layout of the shared state: structs only, nothing that computes.
 #
-# One mapping holds, in this order: Header, Row[max_models], Ledger[max_models], names. Rows never move. Every field
-# names its unit.
+# One mapping holds, in this order: Header, epochs of the seats, Place[PLACES], owners of the chunks, Held[HELDS],
+# Row[max_models], Ledger[max_models], names. Rows never move. Every field names its unit.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from *:
@@ -25,6 +25,12 @@ cdef enum:
     HOUR = 1
     DAY = 2
     VIOLATION_TYPES = 5     # in the order of violations[] below
+    SEAT_BITS = 10
+    SEATS = 1024            # processes that share a state at once; seat 0 is nobody's
+    PLACES = 1024           # lines, one a model and process
+    CHUNK = 64              # grant records that one process owns together
+    CHUNKS = 4096
+    HELDS = 262_144         # CHUNK * CHUNKS: grants open at once, over all processes
 
 
 cdef struct Wide:
@@ -36,7 +42,7 @@ cdef struct Wide:
 cdef struct Row:
     # What every decision about one model reads and writes: two cache lines, apart from everything colder, so that the
     # rows of many models stay in the cache. Guarded by `lock`.
-    uint32_t lock            # 0 = free, otherwise the seat of its owner
+    uint32_t lock            # 0 = free, otherwise the seat word of its owner
     uint32_t generation      # odd while a model lives here; grows when one enters or leaves, under the registry lock too
     int64_t slot_end_ns      # first ns after the current 1/60 s slot; until then no window moves
     int64_t level_ns         # the model's time: when the levels were drained last
@@ -60,6 +66,10 @@ cdef struct Ledger:
     uint64_t tokens_mark
     uint64_t requests_base[3]   # charged when the oldest counted slot began
     uint64_t tokens_base[3]
+    double request_percent[3]   # of a window's limit, that one request or token is; 0 = no limit
+    double token_percent[3]
+    double request_level_percent    # of the level's cap, that one of its units is; 0 = no level
+    double token_level_percent
     uint64_t requests_start[3]  # charged when the current slot began
     uint64_t tokens_start[3]
     int64_t request_limit[3]    # per window, or UNLIMITED; for SECOND ceil(rate) + burst
@@ -88,10 +98,18 @@ cdef struct Ledger:
     int64_t head_ticket         # its place: higher priority first, then the lower ticket
     int32_t head_priority
     uint8_t head_limit          # Limit code of what it waits for; 0 where that is not known yet
+    # -- the journal of a change in several steps, for whoever takes the lock over from a dead owner, see repair.pxd
+    uint8_t stage               # 0 = no change under way
+    uint8_t journal_filled      # of the window that is being rolled
+    uint64_t journal_requests   # charged ever
+    uint64_t journal_tokens
+    uint64_t journal_requests_start     # of the window that is being rolled
+    uint64_t journal_tokens_start
+    int64_t journal_slot        # the 1/60 s slot to which all windows are being rolled
     # -- what levels may take back, see level.pxd: the lowest level of the current 60 s slot and of the one before
     int64_t request_low[2]
     int64_t token_low[2]
-    int64_t rates_since_ns      # when a rate changed last; a level takes back nothing that was charged before
+    int64_t level_epoch         # how often a rate changed or a burst was forgiven; what was charged before, no level takes back
     # -- counters since the model was registered
     uint64_t rejected           # denied checks, by the action applied
     uint64_t throttled
@@ -107,10 +125,55 @@ cdef struct Ledger:
     double requests_per_second  # infinity = no limit
     double tokens_per_second
     double grace_period_sec
+    int64_t spare[3]            # makes the ledger 2,752 bytes, whole cache lines
     # -- the closed slots of each window; slot s stands at s % SLOTS. A slot's requests beyond 2**32 - 1 are carried into
     # the next one.
     int64_t tokens[3][60]
     uint32_t requests[3][60]
+
+
+cdef struct Place:
+    # The line of one process for one model. Guarded by the row's lock; `seat` is claimed with a compare-and-swap.
+    uint32_t seat            # seat word of the process; 0 = free
+    uint32_t row
+    uint32_t generation
+    int32_t priority         # of the first in line
+    int64_t ticket
+    int64_t ready_ns
+    int64_t count            # how many wait
+    uint8_t limit
+
+
+cdef struct Held:
+    # What one open grant holds of one row. Guarded by the row's lock.
+    uint32_t seat            # seat word of the process; 0 = free
+    uint32_t row
+    uint32_t generation
+    uint32_t spare
+    int64_t ram_mb
+    int64_t ssd_mb
+
+
+cdef struct Limits:
+    # One configuration as the row stores it.
+    int64_t max_ram_mb
+    int64_t max_ssd_mb
+    int64_t max_concurrent
+    int64_t max_queued
+    int64_t burst_requests
+    int64_t burst_tokens
+    double requests_per_second
+    double tokens_per_second
+    double grace_period_sec
+    int64_t request_limits[3]
+    int64_t token_limits[3]
+    Wide request_cap
+    Wide token_cap
+    int64_t request_drain
+    int64_t token_drain
+    uint8_t request_shift
+    uint8_t token_shift
+    uint8_t action
 
 
 cdef struct Header:
@@ -123,10 +186,19 @@ cdef struct Header:
     int64_t row_count         # rows ever used; rows at and above it are zero
     int64_t lowest_free       # no row below it is free
     int64_t names_used        # bytes of the name region handed out
+    uint64_t registry_version # grows whenever a model enters or leaves
+    # -- time: the rows' is CLOCK_MONOTONIC + clock_offset_ns
+    uint8_t boot_id[16]
+    int64_t clock_offset_ns
+    int64_t anchor_ns         # the rows' time at anchor_wall_ns of CLOCK_REALTIME
+    int64_t anchor_wall_ns
     uint32_t enforcing        # 0 = admit everything and count
-    uint32_t reserved
+    uint32_t seats_used       # no seat above it was ever taken
+    uint32_t places_used      # no place at or above it was ever taken
+    uint32_t chunks_used      # likewise
     int64_t next_ticket       # for requests that wait; atomic
     uint64_t unknown_checks   # checks of ids that have no quota; atomic
+    uint64_t recoveries       # rows, lines and grants put right after a process had died; atomic
     # counts of removed models, so that totals never fall
     uint64_t retired_allowed
     uint64_t retired_rejected
@@ -134,3 +206,26 @@ cdef struct Header:
     uint64_t retired_queued
     uint64_t retired_waited
     uint64_t retired_violations[5]
+    # -- the change of limits that is under way, for whoever takes the locks over from a dead owner
+    int64_t staged_row        # -1 = none
+    uint32_t staged_generation
+    uint8_t staged_request_shift
+    uint8_t staged_token_shift
+    Wide staged_request_level # as they stood before
+    Wide staged_token_level
+    Limits staged
+
+
+cdef struct Shared:
+    # Where the parts of the mapping are in this process, and who it is there.
+    Header* header
+    uint32_t* epochs          # how often each seat has been taken
+    Place* places
+    uint32_t* owners          # seat word of each chunk's owner; 0 = free
+    Held* held
+    Row* rows
+    Ledger* ledgers
+    char* names
+    int64_t names_size        # bytes
+    uint32_t me               # this process's seat word: epoch << SEAT_BITS | seat
+    int fd                    # the open file description that holds the seat's byte

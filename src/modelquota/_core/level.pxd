@@ -33,6 +33,8 @@ cdef inline void store(Wide* stored, wide value) noexcept nogil:
 
 
 cdef inline double as_double(const Wide* stored) noexcept nogil:
+    if stored.high | stored.low >> 63 == 0:    # a signed conversion is one instruction, an unsigned one a detour
+        return <double> <int64_t> stored.low
     return <double> stored.high * 18446744073709551616.0 + <double> stored.low
 
 
@@ -154,15 +156,17 @@ cdef inline void rescale(Wide* level, uint8_t old_shift, uint8_t shift) noexcept
     store(level, now)
 
 
-cdef inline void empty_burst(Wide* level, int64_t* low, int64_t drain, uint8_t shift) noexcept nogil:
-    """Lower a level to max(rate, 1), where no burst is in use."""
+cdef inline bint empty_burst(Wide* level, int64_t* low, int64_t drain, uint8_t shift) noexcept nogil:
+    """Lower a level to max(rate, 1), where no burst is in use; whether it stood higher."""
     cdef wide base = <wide> drain * <wide> NS_PER_SECOND
     cdef wide one = level_cost(1, shift)
     if base < one:
         base = one
-    if load(level) > base:
-        store(level, base)
-        note_low(low, coarse(level, shift), 0)
+    if load(level) <= base:
+        return False
+    store(level, base)
+    note_low(low, coarse(level, shift), 0)
+    return True
 
 
 cdef inline int64_t burst_used(const Wide* level, int64_t drain, uint8_t shift) noexcept nogil:

@@ -2,6 +2,7 @@ from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.decision cimport Ask, Verdict
 from modelquota._core.grant cimport Grant, GrantTable
 from modelquota._core.joint cimport Joint
+from modelquota._core.layout cimport Place
 from modelquota._core.state cimport RowRef
 
 
@@ -22,7 +23,9 @@ cdef class Line:
     cdef WaitTable manager
     cdef RowRef ref
     cdef list order                 # Waiters, the first to be served first
-    cdef int64_t published          # how many of Ledger.waiting are these
+    cdef Place* place               # where it is stated in the shared state
+    cdef int64_t published          # how many it says there
+    cdef Waiter head                # whom it says there
     cdef int64_t next_ns            # when to try again unless something becomes free; FAR
     cdef int64_t armed_ns
     cdef Waiter driver              # who watches the clock

@@ -10,20 +10,22 @@ Only finalizers may, wherever an object is made, and what wakes a waiter; both f
 from libc.math cimport INFINITY
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint64_t
 
-from modelquota._core.counts cimport as_count
+from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, NEVER, QUEUE, QUEUE_PLACE, REJECT, Verdict
 from modelquota._core.grant cimport BUSY, Grant, GrantTable
 from modelquota._core.joint cimport Joint, NOBODY
-from modelquota._core.layout cimport Ledger, MAX_COUNT, MAX_TIME_NS, Row
-from modelquota._core.lock cimport lock, spin_lock, try_lock, unlock
+from modelquota._core.layout cimport Ledger, MAX_COUNT, MAX_TIME_NS, Row, Shared
+from modelquota._core.lock cimport take_over, unlock
+from modelquota._core.repair cimport enter_row, fold_places, repair_row, try_row
 from modelquota._core.result cimport result_of
-from modelquota._core.state cimport RowRef, fork_count
+from modelquota._core.shared cimport fork_count
+from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport start_ask
-from modelquota._core.window cimport measure_room
 
 from modelquota.errors import QuotaExceededError
 
 cdef int64_t FAR = INT64_MAX
+cdef int64_t LOOK_NS = 10_000_000   # how often a line looks what other processes have given back
 cdef int64_t BUSY_NS = 50_000       # a row was locked longer than a look: its owner was preempted
 
 cdef extern from *:
@@ -128,7 +130,6 @@ cdef class Line:
         while at > 0 and precedes(&waiter.ask, &(<Waiter> self.order[at - 1]).ask):
             at -= 1
         waiter.line = self
-        waiter.ask.heads = self.ref.ledger
         self.order.insert(at, waiter)
         return 0
 
@@ -181,6 +182,9 @@ cdef class Line:
         self.next_ns = FAR
         while i < len(self.order):
             waiter = self.order[i]
+            if i == 0 and waiter is not self.head and not self.publish(nowait):
+                self.next_ns = now_ns + BUSY_NS
+                break
             if blocked is not None and asks_as_much(&waiter.ask, &blocked.ask):
                 i += 1
                 continue
@@ -200,15 +204,15 @@ cdef class Line:
                 told.append(waiter)
                 continue
             ref = refs[named]
-            waiter.result = result_of(&verdict, self.manager.name_in(waiter.model_ids, refs, named))
+            waiter.result = result_of(&verdict, (<RowRef> refs[named]).model_id)
             if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns):
                 self.remove(waiter)
                 waiter.finish(None, None)
                 told.append(waiter)
                 continue
             if ref is not self.ref:
-                self.remove(waiter)
                 other = self.manager.line_of(ref)
+                self.remove(waiter)
                 (<Line> other).insert(waiter)
                 moved.append(other)
                 continue
@@ -224,6 +228,8 @@ cdef class Line:
         self.expire(told, now_ns)
         if not self.publish(nowait):
             self.next_ns = now_ns + BUSY_NS
+        elif not self.manager.alone():
+            self.next_ns = min(self.next_ns, now_ns + LOOK_NS)
         return 0
 
     cdef int expire(self, list told, int64_t now_ns) except -1:
@@ -241,25 +247,32 @@ cdef class Line:
         return 0
 
     cdef bint publish(self, bint nowait) except -1:
-        """State in the row how many wait and who is first, for everybody who comes; False where it was locked."""
+        """State for all processes how many wait here and who is first; False where the row was locked."""
         cdef Row* row = self.ref.row
-        cdef Ledger* ledger = self.ref.ledger
+        cdef const Shared* shared = &self.manager.shared
         cdef Waiter head = self.order[0] if self.order else None
-        cdef int64_t count = len(self.order)
-        if not (try_lock(&row.lock, self.manager.seat) or spin_lock(&row.lock, self.manager.seat)):
+        if not try_row(row, shared):
             if nowait:
+                if take_over(&row.lock, shared):
+                    repair_row(row, shared)
+                    unlock(&row.lock)
                 return False
             with nogil:
-                lock(&row.lock, self.manager.seat)
+                enter_row(row, shared)
+        self.place.row = <uint32_t> (row - shared.rows)
+        self.place.generation = self.ref.generation
+        if head is not None:
+            self.place.priority = head.ask.priority
+            self.place.ticket = head.ask.ticket
+            self.place.limit = self.head_limit
+            self.place.ready_ns = self.head_ready_ns
+        self.place.count = len(self.order)
         if row.generation == self.ref.generation:
-            ledger.waiting += count - self.published
-            if head is not None:
-                ledger.head_priority = head.ask.priority
-                ledger.head_ticket = head.ask.ticket
-                ledger.head_limit = self.head_limit
-                ledger.head_ready_ns = self.head_ready_ns
-            measure_room(row, ledger)
-        self.published = count
+            fold_places(row, self.ref.ledger, shared)
+        self.published = self.place.count
+        self.head = head
+        if head is None:
+            self.place.seat = 0
         unlock(&row.lock)
         if head is None:
             self.ref.line = None
@@ -337,6 +350,7 @@ cdef class WaitTable(GrantTable):
         line.next_ns = line.armed_ns = FAR
         line.head_ready_ns = NEVER
         line.forks = fork_count()
+        line.place = self.take_place()
         ref.line = line
         self.lines.add(line)
         if self.manual is not None:
@@ -366,7 +380,7 @@ cdef class WaitTable(GrantTable):
         grant = self.grant_of(&joint, refs, &waiter.ask) if verdict.allowed else None
         if named == NOBODY:
             return grant
-        result = result_of(&verdict, self.name_in(model_id, refs, named))
+        result = result_of(&verdict, (<RowRef> refs[named]).model_id)
         if verdict.log_held:
             self._log_violation(result.model_id, result, verdict.log_held)
         if grant is not None:
@@ -389,7 +403,7 @@ cdef class WaitTable(GrantTable):
         waiter.result = result
         waiter.ask.counted = ref.ledger
         waiter.ask.counted_generation = ref.generation
-        waiter.ask.ticket = take_ticket(&self.header.next_ticket, 1, RELAXED)
+        waiter.ask.ticket = take_ticket(&self.shared.header.next_ticket, 1, RELAXED)
         waiter.prepare()
         line = self.line_of(ref)
         if not line.order:

@@ -1,10 +1,10 @@
-"""Where the state lives: one shared, sparse mapping, and what lies where in it."""
+"""What lies where in the mapping, and how it is opened."""
 
 from __future__ import annotations
 
-import hashlib
-import mmap
+import itertools
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,10 @@ MAX_MODELS_LIMIT = 2**24
 class Regions(NamedTuple):
     """Offsets of the parts of the mapping, in bytes; every part begins on a page of its own."""
 
+    epochs: int
+    places: int
+    owners: int
+    held: int
     rows: int
     ledgers: int
     names: int
@@ -26,22 +30,31 @@ def _pages(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def plan(header: int, row: int, ledger: int, name_share: int, max_models: int) -> Regions:
-    """Lay out the mapping for `max_models` models from the sizes of its structs, in bytes."""
-    rows = _pages(header)
-    ledgers = rows + _pages(row * max_models)
-    names = ledgers + _pages(ledger * max_models)
-    return Regions(rows, ledgers, names, names + _pages(name_share * max_models))
+def plan(header: int, fixed: Sequence[int], row: int, ledger: int, name_share: int, max_models: int) -> Regions:
+    """Lay out the mapping for `max_models` models from the sizes of its parts, in bytes.
+
+    `fixed` has the sizes of the four parts that do not depend on the number of models, whole.
+    """
+    sizes = (header, *fixed, row * max_models, ledger * max_models, name_share * max_models)
+    return Regions(*itertools.accumulate(_pages(size) for size in sizes))
 
 
-def create_mapping(size: int) -> mmap.mmap:
-    """Map `size` bytes of zeros, shared with every process forked from here; pages cost nothing until touched."""
+def create_anonymous(size: int) -> int:
+    """Return the descriptor of `size` bytes of zeros without a name; pages cost nothing until touched."""
     descriptor = os.memfd_create("modelquota", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(descriptor, size)
-        return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED)
-    finally:
-        os.close(descriptor)
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def open_again(descriptor: int) -> int:
+    """Open the same file anew: locks belong to what is opened, not to the file or the process."""
+    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+
+
+def boot_id() -> bytes:
+    """16 bytes that no other boot of this machine has."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return bytes.fromhex(file.read().strip().replace("-", ""))
 
 
 def _describe(dtype: np.dtype[Any]) -> str:
@@ -57,6 +70,11 @@ def _describe(dtype: np.dtype[Any]) -> str:
 
 
 def fingerprint(*layout: np.dtype[Any]) -> int:
-    """A 64-bit digest of names, types, offsets and sizes: states of another layout are never taken for one's own."""
-    text = "|".join(_describe(dtype) for dtype in layout)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    """A 64-bit digest of names, types, offsets and sizes: states of another layout are never taken for one's own.
+
+    FNV-1a, by hand: against accidents it is enough, and hashlib would bring 4 MB of OpenSSL along.
+    """
+    digest = 0xCBF29CE484222325
+    for byte in "|".join(_describe(dtype) for dtype in layout).encode():
+        digest = (digest ^ byte) * 0x100000001B3 % 2**64
+    return digest

@@ -1,95 +1,147 @@
-# The registry: models enter and leave rows. Lock order: the registry's, then a row's.
-from libc.stdint cimport int64_t, uint32_t
-from libc.string cimport memcpy, memset
+# The registry: models enter and leave rows, and limits are changed. Lock order: the registry's, then a row's.
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 from modelquota._core.decision cimport pass_time
-from modelquota._core.layout cimport Header, Ledger, Row, VIOLATION_TYPES
+from modelquota._core.layout cimport Header, Ledger, Limits, Row, Shared, VIOLATION_TYPES
 from modelquota._core.lock cimport lock, unlock
-from modelquota._core.usage cimport Limits, put_limits, start_row
-from modelquota._core.window cimport requests_charged
+from modelquota._core.repair cimport clear, enter_row
+from modelquota._core.usage cimport put_limits, read_limits, same_limits, start_row
+from modelquota._core.window cimport in_order, requests_charged
 
 cdef enum:
     NAME_UNIT = 16          # a name record has 16, 32, 64, 128 or 256 bytes
     NAME_SHARE = 496        # what one row takes at most over its life: 16 + 32 + 64 + 128 + 256
+    TABLE_FULL = -1
+
+
+cdef inline void enter_registry(const Shared* shared) noexcept nogil:
+    """Lock the registry; what a dead owner left half done is finished."""
+    cdef Header* header = shared.header
+    if not lock(&header.registry_lock, shared):
+        return
+    if header.staged_row >= 0 and header.staged_row < header.max_models:
+        enter_row(&shared.rows[header.staged_row], shared)      # where its owner died with it, this finishes the change
+        unlock(&shared.rows[header.staged_row].lock)
+    header.staged_row = -1
+    while header.row_count < header.max_models and shared.rows[header.row_count].generation != 0:
+        header.row_count += 1
+    header.lowest_free = 0
+    header.registry_version += 1
+
+
+cdef inline void leave_registry(const Shared* shared) noexcept nogil:
+    unlock(&shared.header.registry_lock)
 
 
 cdef inline bint replace_limits(
-    Row* row, Ledger* ledger, uint32_t generation, const Limits* limits, int64_t now_ns, uint32_t seat
+    Row* row, uint32_t generation, const Limits* limits, const Limits* expected, int64_t now_ns, const Shared* shared
 ) noexcept:
-    """Change limits: the time until now passes under the old ones. False where the model has left the row."""
-    cdef bint alive
+    """Change limits: the time until now passes under the old ones.
+
+    False, and nothing is changed, where the model has left the row, or its limits are no longer those that were
+    `expected` (NULL: any).
+    """
+    cdef Header* header = shared.header
+    cdef Ledger* ledger = &shared.ledgers[row - shared.rows]
+    cdef Limits current
+    cdef bint fits
     with nogil:
-        lock(&row.lock, seat)
-        alive = row.generation == generation
-        if alive:
+        enter_registry(shared)
+        enter_row(row, shared)
+        fits = row.generation == generation
+        if fits and expected != NULL:
+            read_limits(ledger, &current)
+            fits = same_limits(&current, expected)
+        if fits:
             pass_time(row, ledger, now_ns)
+            header.staged = limits[0]
+            header.staged_request_level = row.request_level
+            header.staged_token_level = row.token_level
+            header.staged_request_shift = row.request_shift
+            header.staged_token_shift = row.token_shift
+            header.staged_generation = generation
+            in_order()
+            header.staged_row = row - shared.rows
+            in_order()
             put_limits(row, ledger, limits)
+            in_order()
+            header.staged_row = -1
         unlock(&row.lock)
-    return alive
+        leave_registry(shared)
+    return fits
 
 
-cdef inline void write_name(Header* header, Ledger* ledger, char* names, const char* name, int64_t size) noexcept nogil:
-    """Put a name into the row's record, or into a larger one; requires the registry lock."""
+cdef inline bint write_name(const Shared* shared, Ledger* ledger, const char* name, int64_t size) noexcept nogil:
+    """Put a name into the row's record, or into a larger one; requires the registry lock. False where none is left."""
+    cdef Header* header = shared.header
     cdef int64_t capacity = NAME_UNIT
+    cdef int64_t offset
     if ledger.name_capacity < size:
         while capacity < size:
             capacity *= 2
-        ledger.name_offset = <uint32_t> (header.names_used // NAME_UNIT)
+        offset = header.names_used
+        if offset + capacity > shared.names_size:
+            return False
+        header.names_used = offset + capacity       # first: who dies here leaves a gap, not two owners
+        in_order()
+        ledger.name_offset = <uint32_t> (offset // NAME_UNIT)
+        in_order()
         ledger.name_capacity = <uint32_t> capacity
-        header.names_used += capacity
-    memcpy(names + <int64_t> ledger.name_offset * NAME_UNIT, name, size)
+    memcpy(shared.names + <int64_t> ledger.name_offset * NAME_UNIT, name, size)
     ledger.name_size = <uint32_t> size
+    return True
 
 
 cdef inline int64_t enter(
-    Header* header, Row* rows, Ledger* ledgers, char* names, const char* name, int64_t size, const Limits* limits,
-    int64_t now_ns, uint32_t seat
+    const char* name, int64_t size, const Limits* limits, int64_t now_ns, uint64_t version, const Shared* shared
 ) noexcept:
-    """Put a model into the lowest free row and return its number; -1 where the table is full."""
+    """Put a model into the lowest free row and return its number; TABLE_FULL, or -2 where the registry is not `version`."""
+    cdef Header* header = shared.header
+    cdef Row* rows = shared.rows
+    cdef Ledger* ledger
     cdef int64_t index
     cdef Row* row
     with nogil:
-        lock(&header.registry_lock, seat)
+        enter_registry(shared)
         index = header.lowest_free
         while index < header.row_count and rows[index].generation & 1:
             index += 1
-        if index < header.max_models:
-            row = &rows[index]
-            lock(&row.lock, seat)
-            write_name(header, &ledgers[index], names, name, size)
-            start_row(row, &ledgers[index], now_ns)
-            put_limits(row, &ledgers[index], limits)
-            row.generation += 1
-            unlock(&row.lock)
-            header.lowest_free = index + 1
-            if index == header.row_count:
-                header.row_count = index + 1
+        if header.registry_version != version:
+            index = -2
+        elif index >= header.max_models:
+            index = TABLE_FULL
         else:
-            index = -1
-        unlock(&header.registry_lock)
+            row = &rows[index]
+            ledger = &shared.ledgers[index]
+            enter_row(row, shared)
+            if write_name(shared, ledger, name, size):
+                start_row(row, ledger, now_ns)
+                put_limits(row, ledger, limits)
+                in_order()
+                row.generation += 1
+                header.lowest_free = index + 1
+                if index == header.row_count:
+                    header.row_count = index + 1
+                header.registry_version += 1
+            else:
+                index = TABLE_FULL
+            unlock(&row.lock)
+        leave_registry(shared)
     return index
 
 
-cdef inline void clear(Row* row, Ledger* ledger) noexcept nogil:
-    """Zero a model but for its row's lock and generation and its name record."""
-    cdef uint32_t name_offset = ledger.name_offset
-    cdef uint32_t name_capacity = ledger.name_capacity
-    cdef Py_ssize_t kept = <char*> &row.slot_end_ns - <char*> row
-    memset(&row.slot_end_ns, 0, sizeof(Row) - kept)
-    memset(ledger, 0, sizeof(Ledger))
-    ledger.name_offset = name_offset
-    ledger.name_capacity = name_capacity
-
-
-cdef inline void leave(
-    Header* header, Row* rows, Row* row, Ledger* ledger, uint32_t generation, uint32_t seat
-) noexcept:
-    """Take a model out of its row; what it counted goes into the header's totals."""
-    cdef int64_t index = row - rows
+cdef inline bint leave(Row* row, uint32_t generation, const Shared* shared) noexcept:
+    """Take a model out of its row; what it counted goes into the header's totals. False where it was not there."""
+    cdef Header* header = shared.header
+    cdef int64_t index = row - shared.rows
+    cdef Ledger* ledger = &shared.ledgers[index]
+    cdef bint alive
     cdef int kind
     with nogil:
-        lock(&header.registry_lock, seat)
-        lock(&row.lock, seat)
-        if row.generation == generation:
+        enter_registry(shared)
+        enter_row(row, shared)
+        alive = row.generation == generation
+        if alive:
             header.retired_allowed += requests_charged(row, ledger)
             header.retired_rejected += ledger.rejected
             header.retired_throttled += ledger.throttled
@@ -97,9 +149,13 @@ cdef inline void leave(
             header.retired_waited += ledger.waited
             for kind in range(VIOLATION_TYPES):
                 header.retired_violations[kind] += ledger.violations[kind]
-            clear(row, ledger)
+            in_order()
             row.generation += 1
+            in_order()
+            clear(row, ledger)
             if index < header.lowest_free:
                 header.lowest_free = index
+            header.registry_version += 1
         unlock(&row.lock)
-        unlock(&header.registry_lock)
+        leave_registry(shared)
+    return alive

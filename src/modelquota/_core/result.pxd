@@ -1,5 +1,5 @@
 from libc.stdint cimport int64_t, uint8_t
-from modelquota._core.decision cimport QUEUE_PLACE, Verdict
+from modelquota._core.decision cimport Verdict
 
 
 cdef class QuotaCheckResult:
@@ -12,24 +12,7 @@ cdef class QuotaCheckResult:
     cdef double used                # these three of the violated limit, 0 without one
     cdef double bound
     cdef int64_t asked
-    cdef readonly object model_id
+    cdef readonly str model_id
 
 
-cdef inline QuotaCheckResult result_of(const Verdict* verdict, object model_id):
-    cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
-    result.allowed = verdict.allowed
-    result.limit_code = verdict.limit
-    result.action_code = <signed char> verdict.action
-    result.wait_ms = verdict.retry_after_ms
-    result.current_usage = verdict.usage
-    if verdict.limit:
-        result.cause_code = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
-        result.model_id = model_id
-        result.used = verdict.used
-        result.bound = verdict.bound
-        result.asked = verdict.asked
-    else:
-        result.cause_code = 0
-        result.used = result.bound = 0.0
-        result.asked = 0
-    return result
+cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id)

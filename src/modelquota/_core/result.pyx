@@ -1,6 +1,8 @@
 """What a check answers: numbers only; words are made when somebody reads them."""
 cimport cython
 
+from modelquota._core.decision cimport QUEUE_PLACE, Verdict
+
 from modelquota.limits import Limit, ViolationAction
 
 cdef tuple LIMITS = (None, *Limit)
@@ -79,6 +81,23 @@ cdef class QuotaCheckResult:
             return f"<QuotaCheckResult allowed, current_usage={self.current_usage:.1f}%>"
         return (f"<QuotaCheckResult {'allowed' if self.allowed else 'denied'} ({ACTIONS[self.action_code]}), "
                 f"{self.reason}>")
+
+
+cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id):
+    """A new result. It is zero where nothing is put: there is neither use nor bound without a violated limit."""
+    cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
+    result.allowed = verdict.allowed
+    result.limit_code = verdict.limit
+    result.action_code = <signed char> verdict.action
+    result.wait_ms = verdict.retry_after_ms
+    result.current_usage = verdict.usage
+    if verdict.limit:
+        result.cause_code = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
+        result.model_id = model_id
+        result.used = verdict.used
+        result.bound = verdict.bound
+        result.asked = verdict.asked
+    return result
 
 
 cdef tuple _fields(QuotaCheckResult result):

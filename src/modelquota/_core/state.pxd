@@ -1,8 +1,7 @@
-from cpython.buffer cimport Py_buffer
-from libc.stdint cimport int64_t, uint32_t
-from modelquota._core.clock cimport ManualClock, monotonic_ns
-from modelquota._core.layout cimport Header, Ledger, Row
-from modelquota._core.usage cimport Limits, Usage
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from modelquota._core.layout cimport Ledger, Limits, Row
+from modelquota._core.shared cimport SharedState
+from modelquota._core.usage cimport Usage
 
 
 cdef class RowRef:
@@ -10,29 +9,20 @@ cdef class RowRef:
     cdef Row* row
     cdef Ledger* ledger
     cdef uint32_t generation
+    cdef str model_id
     cdef object line                # the Line of this process's requests that wait for the model, or None
 
 
-cdef int fork_count() noexcept
-
-
-cdef class QuotaState:
-    cdef Py_buffer buffer           # keeps the mapping alive
-    cdef Header* header
-    cdef Row* row_array
-    cdef Ledger* ledger_array
-    cdef char* name_bytes
+cdef class QuotaState(SharedState):
     cdef dict interned              # model id -> RowRef
-    cdef ManualClock manual         # None: the monotonic clock
-    cdef uint32_t seat              # names this process in locks
+    cdef uint64_t seen_version      # of the registry, as far as `interned` goes
+    cdef uint32_t[::1] seen         # generation of each row that is interned
 
-    cdef int require_open(self) except -1
+    cdef int look_around(self) except -1
+    cdef int learn(self, object model_id, int64_t index, uint32_t generation) except -1
     cdef int drop(self, object model_id, RowRef ref) except -1
     cdef RowRef find(self, object model_id)
     cdef RowRef known(self, object model_id)
-    cdef bint read(self, RowRef ref, Usage* usage, Limits* limits) noexcept
+    cdef bint read(self, RowRef ref, int64_t now_ns, Usage* usage, Limits* limits) noexcept
     cdef int freed(self, RowRef ref) except -1
     cdef str name_of(self, int64_t index)
-
-    cdef inline int64_t now_ns(self) noexcept:
-        return monotonic_ns() if self.manual is None else self.manual.time_ns

@@ -1,4 +1,4 @@
-from modelquota._core.counts cimport as_count
+from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, LAST_TICKET, LOWEST_PRIORITY
 from modelquota._core.state cimport QuotaState, RowRef
 
@@ -10,13 +10,14 @@ cdef inline int start_ask(Ask* ask, object tokens, object ram_mb, object ssd_mb)
     ask.ssd_mb = as_count(ssd_mb, "ssd_needed_mb")
     ask.ticket = LAST_TICKET
     ask.priority = LOWEST_PRIORITY
-    ask.heads = ask.counted = NULL
+    ask.counted = NULL
     return 0
 
 
 cdef class QuotaTable(QuotaState):
     cdef object answer(self, RowRef ref, object model_id, const Ask* ask, object handle)
     cdef object answer_unknown(self, object model_id, const Ask* ask)
+    cdef int look_for_dead(self) except -1
     cdef object check_several(self, object model_ids, const Ask* ask)
     cdef int count_unknown(self, int ids) except -1
 

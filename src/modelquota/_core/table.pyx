@@ -11,10 +11,11 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from modelquota._core.batch cimport Batch, charge_batch, check_batch, first_bad_code, first_out_of_range, index_of
-from modelquota._core.counts cimport as_count
+from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, NEVER, Verdict, decide, highest_usage
-from modelquota._core.layout cimport Header, MAX_COUNT, MAX_TIME_NS, Ledger, Row
-from modelquota._core.lock cimport lock, spin_lock, try_lock, unlock
+from modelquota._core.layout cimport Header, MAX_TIME_NS, Ledger, Row, Shared
+from modelquota._core.lock cimport try_lock, unlock
+from modelquota._core.repair cimport enter_row, try_row
 from modelquota._core.result cimport result_of
 from modelquota._core.state cimport QuotaState, RowRef
 
@@ -44,15 +45,14 @@ cdef inline bint decide_and_unlock(
 
 
 cdef bint wait_and_decide(
-    Row* row, Ledger* ledger, uint32_t generation, const Header* header, int64_t now_ns, const Ask* ask, Verdict* verdict,
-    uint32_t seat
+    Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Ask* ask, Verdict* verdict
 ) noexcept:
     """decide_and_unlock for a lock that somebody else holds."""
-    if spin_lock(&row.lock, seat):
-        return decide_and_unlock(row, ledger, generation, header, now_ns, ask, verdict)
+    if try_row(row, shared):
+        return decide_and_unlock(row, ledger, generation, shared.header, now_ns, ask, verdict)
     with nogil:
-        lock(&row.lock, seat)
-        return decide_and_unlock(row, ledger, generation, header, now_ns, ask, verdict)
+        enter_row(row, shared)
+        return decide_and_unlock(row, ledger, generation, shared.header, now_ns, ask, verdict)
 
 
 cdef class QuotaTable(QuotaState):
@@ -95,18 +95,21 @@ cdef class QuotaTable(QuotaState):
         cdef Row* row = ref.row
         cdef int64_t now_ns = self.now_ns()
         cdef bint alive
-        if try_lock(&row.lock, self.seat):
-            alive = decide_and_unlock(row, ref.ledger, ref.generation, self.header, now_ns, ask, &verdict)
+        if try_lock(&row.lock, self.shared.me):
+            alive = decide_and_unlock(row, ref.ledger, ref.generation, self.shared.header, now_ns, ask, &verdict)
         else:
-            alive = wait_and_decide(row, ref.ledger, ref.generation, self.header, now_ns, ask, &verdict, self.seat)
+            alive = wait_and_decide(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict)
         if not alive:
             if handle is not None:
                 raise UnknownModelError(model_id)
             self.drop(model_id, ref)
             return self.answer_unknown(model_id, ask)
-        result = result_of(&verdict, model_id)
-        if verdict.log_held:
-            self._log_violation(model_id, result, verdict.log_held)
+        if verdict.limit and verdict.held_up:
+            self.look_for_dead()
+        if verdict.log_held == 0:
+            return result_of(&verdict, <str> model_id)
+        result = result_of(&verdict, <str> model_id)
+        self._log_violation(model_id, result, verdict.log_held)
         return result
 
     cdef object answer_unknown(self, object model_id, const Ask* ask):
@@ -125,12 +128,18 @@ cdef class QuotaTable(QuotaState):
         verdict.usage = 0.0
         return result_of(&verdict, None)
 
+    cdef int look_for_dead(self) except -1:
+        """Somebody is held up by what others hold: see whether those are still alive."""
+        if self.sweep_if_due():
+            self._pump_all()
+        return 0
+
     cdef object check_several(self, object model_ids, const Ask* ask):
         """check_quota for a sequence of ids."""
         raise TypeError(f"model_id is {model_ids!r}; give a str")
 
     cdef int count_unknown(self, int ids) except -1:
-        count_atomically(&self.header.unknown_checks, ids, RELAXED)
+        count_atomically(&self.shared.header.unknown_checks, ids, RELAXED)
         return 0
 
     def _adopt(self, model_id):
@@ -161,7 +170,7 @@ cdef class QuotaTable(QuotaState):
         cdef int64_t[::1] view = codes
         cdef Py_ssize_t i = 0
         for ref in refs:
-            view[i] = (<int64_t> ref.generation << 32) | <int64_t> (ref.row - self.row_array)
+            view[i] = (<int64_t> ref.generation << 32) | <int64_t> (ref.row - self.shared.rows)
             i += 1
         return codes
 
@@ -223,7 +232,7 @@ cdef class QuotaTable(QuotaState):
         batch.now_ns = self.now_ns()
         while i < batch.count:
             with nogil:
-                i = check_batch(&batch, self.row_array, self.ledger_array, self.header, self.seat, i, &verdict)
+                i = check_batch(&batch, &self.shared, i, &verdict)
             if verdict.log_held:
                 name = self.name_of(index_of(batch.codes[i - 1]))
                 due.append((name, result_of(&verdict, name), verdict.log_held))
@@ -250,14 +259,14 @@ cdef class QuotaTable(QuotaState):
         batch.tokens = <const int64_t*> cnp.PyArray_DATA(counts)
         batch.now_ns = self.now_ns()
         with nogil:
-            charge_batch(&batch, self.row_array, self.ledger_array, self.seat)
+            charge_batch(&batch, &self.shared)
 
     def _require_codes(self, cnp.ndarray codes):
         cdef const int64_t* first = <const int64_t*> cnp.PyArray_DATA(codes)
         cdef Py_ssize_t count = codes.shape[0]
         cdef Py_ssize_t bad
         with nogil:
-            bad = first_bad_code(first, count, self.row_array, self.header)
+            bad = first_bad_code(first, count, self.shared.rows, self.shared.header)
         if bad < count:
             raise ValueError(f"rows[{bad}] is {first[bad]}, which is no model's code; codes come from rows(), and a code "
                              "ends when its model is removed")
@@ -312,10 +321,12 @@ cdef cnp.ndarray _int64_copy(object values, str name):
             and cnp.PyArray_ISNOTSWAPPED(values) and cnp.PyArray_NDIM(values) == 1:
         return cnp.PyArray_NewCopy(values, cnp.NPY_CORDER)
     array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {(<object> array).shape}; give one dimension")
     if (<object> array).size and (<object> array).dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {(<object> array).dtype}; give int64")
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {(<object> array).shape}; give one dimension")
+    if isinstance(values, np.ndarray) and np.ma.is_masked(values):
+        raise ValueError(f"{name} has masked elements; give only those that are to be decided")
     return np.array(array, np.int64, order="C", copy=True)
 
 
@@ -344,7 +355,7 @@ cdef int _require_length(cnp.ndarray array, str name, Py_ssize_t count) except -
 cdef int _require_target(object array, str name, object dtype, Py_ssize_t count) except -1:
     """That `array` can be filled from C. Asks numpy itself: a subclass may say anything of its dtype, shape and flags."""
     cdef cnp.ndarray target
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.ndarray) or type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} is {type(array).__name__}; give a {np.dtype(dtype)} array")
     target = array
     actual = np.ndarray.dtype.__get__(target)

@@ -1,8 +1,8 @@
 # What can be read of a row, whose lock is held, and how limits are put into it.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
-from modelquota._core.decision cimport pass_time
-from modelquota._core.layout cimport DAY, HOUR, Ledger, Row, SECOND, Wide, WINDOWS
-from modelquota._core.level cimport burst_used, rescale
+from modelquota._core.decision cimport pass_time, percent
+from modelquota._core.layout cimport DAY, HOUR, Ledger, Limits, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.level cimport NO_RATE, as_double, burst_used, rescale
 from modelquota._core.window cimport measure_room, requests_charged, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_used
 
 
@@ -38,28 +38,6 @@ cdef struct Usage:
     int64_t waited_total
     uint64_t tokens_total           # modulo 2**64; what was refunded is not subtracted
     uint64_t tokens_refunded_total
-
-
-cdef struct Limits:
-    # One configuration as the row stores it.
-    int64_t max_ram_mb
-    int64_t max_ssd_mb
-    int64_t max_concurrent
-    int64_t max_queued
-    int64_t burst_requests
-    int64_t burst_tokens
-    double requests_per_second
-    double tokens_per_second
-    double grace_period_sec
-    int64_t request_limits[3]
-    int64_t token_limits[3]
-    Wide request_cap
-    Wide token_cap
-    int64_t request_drain
-    int64_t token_drain
-    uint8_t request_shift
-    uint8_t token_shift
-    uint8_t action
 
 
 cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usage) noexcept nogil:
@@ -98,12 +76,16 @@ cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usa
     usage.tokens_refunded_total = ledger.tokens_refunded
 
 
+cdef inline double share_of_one(int64_t limit) noexcept nogil:
+    return 0.0 if limit == UNLIMITED else percent(1.0, <double> limit)
+
+
 cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noexcept nogil:
     """Replace the row's limits; what was used stays used."""
     cdef int i
     if (limits.requests_per_second != ledger.requests_per_second or limits.tokens_per_second != ledger.tokens_per_second
             or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
-        ledger.rates_since_ns = row.level_ns
+        ledger.level_epoch += 1
         ledger.request_low[0] = ledger.request_low[1] = ledger.token_low[0] = ledger.token_low[1] = 0
     rescale(&row.request_level, row.request_shift, limits.request_shift)
     rescale(&row.token_level, row.token_shift, limits.token_shift)
@@ -116,6 +98,10 @@ cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noex
     for i in range(WINDOWS):
         ledger.request_limit[i] = limits.request_limits[i]
         ledger.token_limit[i] = limits.token_limits[i]
+        ledger.request_percent[i] = share_of_one(limits.request_limits[i])
+        ledger.token_percent[i] = share_of_one(limits.token_limits[i])
+    ledger.request_level_percent = 0.0 if limits.request_shift == NO_RATE else 100.0 / as_double(&limits.request_cap)
+    ledger.token_level_percent = 0.0 if limits.token_shift == NO_RATE else 100.0 / as_double(&limits.token_cap)
     ledger.max_ram_mb = limits.max_ram_mb
     ledger.max_ssd_mb = limits.max_ssd_mb
     ledger.max_concurrent = limits.max_concurrent
@@ -147,8 +133,27 @@ cdef inline void read_limits(const Ledger* ledger, Limits* limits) noexcept nogi
     limits.action = ledger.action
 
 
+cdef inline bint same_limits(const Limits* a, const Limits* b) noexcept nogil:
+    """Whether the configured parts are equal."""
+    cdef int i
+    for i in range(WINDOWS):
+        if a.request_limits[i] != b.request_limits[i] or a.token_limits[i] != b.token_limits[i]:
+            return False
+    return (
+        a.max_ram_mb == b.max_ram_mb
+        and a.max_ssd_mb == b.max_ssd_mb
+        and a.max_concurrent == b.max_concurrent
+        and a.max_queued == b.max_queued
+        and a.burst_requests == b.burst_requests
+        and a.burst_tokens == b.burst_tokens
+        and a.requests_per_second == b.requests_per_second
+        and a.tokens_per_second == b.tokens_per_second
+        and a.grace_period_sec == b.grace_period_sec
+        and a.action == b.action
+    )
+
+
 cdef inline void start_row(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
     """Set the time of a model whose row and ledger are zero."""
     row.level_ns = now_ns
-    ledger.rates_since_ns = now_ns
     row.slot_end_ns = slot_start_ns(slot_at(now_ns) + 1)

@@ -3,7 +3,7 @@
 # A window of length T counts 60 closed slots of T/60 and the current one, so any interval of length T lies within what it
 # counts. Slot s begins at s * T / 60 exactly, since time 0: the slots of a second are no whole number of nanoseconds long,
 # hence the fractions below. 3,600 slots of the second make one of the hour, 86,400 one of the day.
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, Row, SECOND, SLOTS, UNLIMITED, WINDOWS
 
 cdef enum:
@@ -13,7 +13,17 @@ cdef enum:
     NEVER = -1                      # a wait that no time ends
 
 cdef extern from *:
+    """
+    #define MQ_IN_ORDER() __atomic_signal_fence(__ATOMIC_SEQ_CST)
+    """
     const uint32_t UINT32_MAX
+    void in_order "MQ_IN_ORDER"() noexcept nogil    # a process dies between two instructions: keep the compiler's order
+
+cdef enum:  # Ledger.stage
+    SETTLED = 0
+    CHANGING = 1        # what was charged is in the journal; bases and room follow from it and the rings
+    ROLLING = 2         # + 2 * window: that window's start and filled are in the journal too
+    ROLLED = 3          # + 2 * window: that window is done, and so are those before it
 
 
 cdef inline int64_t slot_at(int64_t now_ns) noexcept nogil:
@@ -56,6 +66,20 @@ cdef inline int64_t tokens_used(const Row* row, const Ledger* ledger, int window
     return <int64_t> (tokens_charged(row, ledger) - ledger.tokens_base[window])
 
 
+cdef inline void begin_change(const Row* row, Ledger* ledger) noexcept nogil:
+    """What follows cannot be done in one instruction: note what is charged, from which all else can be found again."""
+    ledger.journal_requests = requests_charged(row, ledger)
+    ledger.journal_tokens = tokens_charged(row, ledger)
+    in_order()
+    ledger.stage = CHANGING
+    in_order()
+
+
+cdef inline void end_change(Ledger* ledger) noexcept nogil:
+    in_order()
+    ledger.stage = SETTLED
+
+
 cdef inline void roll(
     Ledger* ledger, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
 ) noexcept nogil:
@@ -63,6 +87,23 @@ cdef inline void roll(
 
     `requests` and `tokens` are those charged ever.
     """
+    cdef int64_t position, closed
+    ledger.journal_requests_start = ledger.requests_start[window]
+    ledger.journal_tokens_start = ledger.tokens_start[window]
+    ledger.journal_filled = ledger.filled[window]
+    in_order()
+    ledger.stage = <uint8_t> (ROLLING + 2 * window)
+    in_order()
+    turn_ring(ledger, window, requests, tokens, slot, steps)
+    in_order()
+    ledger.stage = <uint8_t> (ROLLED + 2 * window)
+    in_order()
+
+
+cdef inline void turn_ring(
+    Ledger* ledger, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
+) noexcept nogil:
+    """The work of roll(). Done again from the same start and filled it comes out the same, but for the bases."""
     cdef int64_t position, closed
     if steps > SLOTS:
         ledger.requests_base[window] = ledger.requests_start[window] = requests
@@ -88,16 +129,17 @@ cdef inline void roll(
 
 
 cdef inline void take_back(
-    const Row* row, Ledger* ledger, int64_t requests, int64_t tokens, int64_t charged_ns
+    Row* row, Ledger* ledger, int64_t requests, int64_t tokens, int64_t charged_ns
 ) noexcept nogil:
     """Refund what was charged at `charged_ns` to the slots that were charged; nothing where they have left a window.
 
-    measure_room is to be called afterwards. What a slot carried into the next one stays there until it ages out.
+    Room is measured anew. What a slot carried into the next one stays there until it ages out.
     """
     cdef int64_t charged = slot_at(charged_ns)
     cdef int64_t here = current_slot(row)
     cdef int64_t slot, current, position, fewer_requests, fewer_tokens
     cdef int i
+    begin_change(row, ledger)
     for i in range(WINDOWS):
         slot = charged // slots_per_slot(i)
         current = here // slots_per_slot(i)
@@ -116,6 +158,7 @@ cdef inline void take_back(
             ledger.tokens[i][position] -= fewer_tokens
         ledger.requests_base[i] += <uint64_t> fewer_requests
         ledger.tokens_base[i] += <uint64_t> fewer_tokens
+    measure_room(row, ledger)
 
 
 cdef inline void measure_room(Row* row, Ledger* ledger) noexcept nogil:
@@ -126,6 +169,7 @@ cdef inline void measure_room(Row* row, Ledger* ledger) noexcept nogil:
     cdef int64_t token_room = MAX_COUNT
     cdef int64_t room
     cdef int i
+    begin_change(row, ledger)
     for i in range(WINDOWS):
         room = min(ledger.request_limit[i], MAX_COUNT) - <int64_t> (requests - ledger.requests_base[i])
         if room < request_room:
@@ -139,6 +183,7 @@ cdef inline void measure_room(Row* row, Ledger* ledger) noexcept nogil:
     row.token_room = token_room
     ledger.requests_mark = requests + <uint64_t> request_room
     ledger.tokens_mark = tokens + <uint64_t> token_room
+    end_change(ledger)
 
 
 cdef inline int64_t turn_slots(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
@@ -150,6 +195,8 @@ cdef inline int64_t turn_slots(Row* row, Ledger* ledger, int64_t now_ns) noexcep
     cdef int64_t first_hour = before // SLOTS_PER_HOUR_SLOT
     cdef int64_t hours = after // SLOTS_PER_HOUR_SLOT - first_hour
     cdef int64_t first_day, days
+    begin_change(row, ledger)
+    ledger.journal_slot = after
     roll(ledger, SECOND, requests, tokens, before, after - before)
     if hours:
         roll(ledger, HOUR, requests, tokens, first_hour, hours)
@@ -157,7 +204,9 @@ cdef inline int64_t turn_slots(Row* row, Ledger* ledger, int64_t now_ns) noexcep
         days = after // SLOTS_PER_DAY_SLOT - first_day
         if days:
             roll(ledger, DAY, requests, tokens, first_day, days)
+    in_order()
     row.slot_end_ns = slot_start_ns(after + 1)
+    in_order()
     measure_room(row, ledger)
     return hours
 

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,22 +12,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from modelquota import __version__
+from modelquota import ResourceQuotaManager, __version__
+from modelquota.cli import operate, statefile
+from modelquota.cli.answers import answering, say, unusable
 from modelquota.cli.demo import run_demo
 from modelquota.cli.replay import print_json, print_report, replay_file
-from modelquota.cli.text import printable
-from modelquota.errors import QuotaError
 from modelquota.quotafile import load_quotas
 
 __all__ = ["app", "run"]
-
-EXIT_UNUSABLE_INPUT = 2
 
 app = typer.Typer(
     name="modelquota",
     help="Per-model resource quotas for inference: try limits on recorded traffic, live, or over HTTP.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -102,15 +100,10 @@ def _replay(
     cannot be used.
     """
     errors = Console(stderr=True)
-    with _quiet_log():
-        try:
-            report = replay_file(trace, load_quotas(quotas), model=model, speed=speed, errors=errors)
-        except OSError as error:
-            raise _unusable(errors, f"{error.filename or trace}: {error.strerror or error}") from None
-        except (QuotaError, ValueError) as error:
-            raise _unusable(errors, str(error)) from None
+    with _quiet_log(), answering(errors, trace):
+        report = replay_file(trace, load_quotas(quotas), model=model, speed=speed, errors=errors)
     if report.out_of_order:
-        _say(errors, f"note: {report.out_of_order:,} rows of the trace were out of order and have been sorted by time")
+        say(errors, f"note: {report.out_of_order:,} rows of the trace were out of order and have been sorted by time")
     if as_json:
         print_json(report)
     else:
@@ -159,18 +152,26 @@ def _serve_demo(
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("starlette", "uvicorn", "anyio"):
             raise
-        raise _unusable(errors, "serve-demo needs the extra 'asgi': pip install 'modelquota[asgi]'") from None
+        raise unusable(errors, "serve-demo needs the extra 'asgi': pip install 'modelquota[asgi]'") from None
     with _quiet_log():
-        try:
+        with answering(errors, quotas):
             chosen = None if quotas is None else list(load_quotas(quotas).values())
-        except OSError as error:
-            raise _unusable(errors, f"{error.filename}: {error.strerror or error}") from None
-        except QuotaError as error:
-            raise _unusable(errors, str(error)) from None
         try:
             serve_demo(Console(), host=host, port=port, quotas=chosen, tokens_per_second=speed)
         except OSError as error:
-            raise _unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
+            raise unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _open_manager(path: Path) -> Iterator[ResourceQuotaManager]:
+    """Open the state file that is there: a mistyped path is no reason to make one."""
+    os.stat(path)
+    with _quiet_log():
+        yield ResourceQuotaManager(path=path)
+
+
+operate.add_commands(app, _open_manager, ResourceQuotaManager.open_readonly)
+statefile.add_commands(app)
 
 
 @contextmanager
@@ -182,13 +183,3 @@ def _quiet_log() -> Iterator[None]:
         yield
     finally:
         log.disabled = disabled
-
-
-def _unusable(errors: Console, message: str) -> typer.Exit:
-    _say(errors, f"error: {message}")
-    return typer.Exit(EXIT_UNUSABLE_INPUT)
-
-
-def _say(errors: Console, message: str) -> None:
-    # One line however narrow the terminal, so that a path in it can be copied and a script can match it.
-    errors.print(f"modelquota: {printable(message)}", markup=False, highlight=False, soft_wrap=True)

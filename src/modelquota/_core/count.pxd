@@ -1,0 +1,34 @@
+# Counts as callers give them: anything with __index__, 0 .. MAX_COUNT.
+from cpython.long cimport PyLong_AsLongLongAndOverflow
+from cpython.number cimport PyNumber_Index
+from libc.stdint cimport int64_t
+from modelquota._core.layout cimport MAX_COUNT
+
+cdef extern from *:
+    """
+    /* The value of a non-negative int of one digit, that is below 2**30, as most counts are; -1 for anything else. */
+    static inline int64_t mq_small_count(PyObject *value) {
+        if (!PyLong_CheckExact(value)) return -1;
+    #if PY_VERSION_HEX >= 0x030C0000
+        return PyUnstable_Long_IsCompact((PyLongObject *)value) ? PyUnstable_Long_CompactValue((PyLongObject *)value) : -1;
+    #else
+        return Py_SIZE(value) == 1 ? (int64_t)((PyLongObject *)value)->ob_digit[0] : Py_SIZE(value) == 0 ? 0 : -1;
+    #endif
+    }
+    """
+    int64_t small_count "mq_small_count"(object value) noexcept
+
+
+cdef inline int64_t any_count(object value, str name) except -1:
+    cdef int overflow = 0
+    number = PyNumber_Index(value)      # TypeError for a float
+    cdef int64_t count = PyLong_AsLongLongAndOverflow(number, &overflow)
+    if overflow or count < 0 or count > MAX_COUNT:
+        raise ValueError(f"{name} is {number}; give an integer, 0 .. 2**62")
+    return count
+
+
+cdef inline int64_t as_count(object value, str name) except -1:
+    """A count from anything with __index__, 0 .. MAX_COUNT. The way of a small int calls nothing."""
+    cdef int64_t count = small_count(value)
+    return count if count >= 0 else any_count(value, name)

@@ -1,0 +1,229 @@
+"""Whether the bytes of a state make sense: read only, whoever may be writing meanwhile.
+
+A row is judged on a copy that was the same twice with the lock free. One that stays locked is being changed, or its
+owner has died, and then it will be repaired: of it only what could lead outside the mapping is judged.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelquota._core.packing import dtypes
+from modelquota._core.shared import FACTS, layout_fingerprint, regions_for
+from modelquota.errors import StateFileError
+
+MAX_MODELS_LIMIT = 2**24
+MAGIC = FACTS["magic"]
+LAYOUT_VERSION = FACTS["version"]
+NAME_UNIT = FACTS["name_unit"]
+_MAX_COUNT = 2**62
+_MAX_TIME_NS = 2**61
+_SLOTS = 60
+_PER_SLOT = (1, 3600, 86_400)
+_AT_A_TIME = 1024
+_TRIES = 20
+_NO_RATE = 255
+_WIDEST_SHIFT = 95
+
+
+@dataclass
+class Part:
+    """Some rows and their ledgers, copied; `steady` says of which the copy is of one moment."""
+
+    first: int
+    rows: NDArray[Any]
+    ledgers: NDArray[Any]
+    steady: NDArray[np.bool_] = field(repr=False)
+
+
+class Reader:
+    """Reads the parts of an open state file through its descriptor."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self.descriptor = descriptor
+        self.path = path
+        self.layout = dtypes()
+        self.size = os.fstat(descriptor).st_size
+        dtype = self.layout["header"]
+        self.header: Any = self._read(dtype, 1, 0)[0] if self.size >= dtype.itemsize else None
+
+    def _read(self, dtype: np.dtype[Any], count: int, offset: int) -> NDArray[Any]:
+        data = os.pread(self.descriptor, dtype.itemsize * count, offset)
+        if len(data) != dtype.itemsize * count:
+            raise StateFileError(self.path, f"it ends after {offset + len(data)} bytes, in the middle of its contents")
+        return np.frombuffer(bytearray(data), dtype)  # writeable: time passes in a copy
+
+    def check_header(self) -> None:
+        """Raise StateFileError where the file is of something else, of another version, or of another length."""
+        header = self.header
+        if header is None or int(header["magic"]) != MAGIC:
+            raise StateFileError(self.path, "it is not a state file of modelquota")
+        if int(header["version"]) > LAYOUT_VERSION:
+            raise StateFileError(
+                self.path,
+                f"it has version {header['version']}, and this modelquota knows {LAYOUT_VERSION}: "
+                "use the newer modelquota that wrote it",
+            )
+        if int(header["version"]) < LAYOUT_VERSION or int(header["fingerprint"]) != layout_fingerprint():
+            raise StateFileError(
+                self.path, "another version of modelquota, or one built for another machine, wrote it; start a new file"
+            )
+        most = int(header["max_models"])
+        if not 1 <= most <= MAX_MODELS_LIMIT:
+            raise StateFileError(self.path, f"max_models is {most}; 1 .. 2**24 is possible")
+        self.regions = regions_for(most)
+        if self.size != self.regions.size:
+            raise StateFileError(
+                self.path, f"it is {self.size} bytes long and should be {self.regions.size}: it was cut off or added to"
+            )
+        names = self.regions.size - self.regions.names
+        for name, top in (("row_count", most), ("lowest_free", most), ("names_used", names), ("staged_row", most - 1)):
+            if not (-1 if name == "staged_row" else 0) <= int(header[name]) <= top:
+                raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
+        for name, top in (("seats_used", 1023), ("places_used", 1024), ("chunks_used", 4096)):
+            if int(header[name]) > top:
+                raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
+        for name in ("anchor_ns", "clock_offset_ns", "anchor_wall_ns"):
+            if abs(int(header[name])) > _MAX_TIME_NS and name != "anchor_wall_ns":
+                raise StateFileError(self.path, f"{name} is {header[name]}; 2**61 ns is the most")
+
+    def held(self) -> NDArray[Any]:
+        """Records of what open grants hold; those with seat 0 are free."""
+        return self._read(self.layout["held"], int(self.header["chunks_used"]) * 64, self.regions.held)
+
+    def places(self) -> NDArray[Any]:
+        """Records of the lines; those with seat 0 are free."""
+        return self._read(self.layout["place"], int(self.header["places_used"]), self.regions.places)
+
+    def parts(self) -> Iterator[Part]:
+        """All rows that were ever used, some at a time."""
+        count = int(self.header["row_count"])
+        for first in range(0, count, _AT_A_TIME):
+            yield self.part(first, min(_AT_A_TIME, count - first))
+
+    def part(self, first: int, count: int) -> Part:
+        """Copies of some rows, each of one moment where that can be had."""
+        row_type, ledger_type = self.layout["row"], self.layout["ledger"]
+
+        def read() -> tuple[NDArray[Any], NDArray[Any]]:
+            return (
+                self._read(row_type, count, self.regions.rows + first * row_type.itemsize),
+                self._read(ledger_type, count, self.regions.ledgers + first * ledger_type.itemsize),
+            )
+
+        rows, ledgers = read()
+        steady = np.zeros(count, bool)
+        for attempt in range(_TRIES):
+            if attempt:
+                time.sleep(0.0002)  # an owner that was preempted holds its lock for longer than a look
+            again_rows, again_ledgers = read()
+            same = (_bytes(rows) == _bytes(again_rows)).all(1) & (_bytes(ledgers) == _bytes(again_ledgers)).all(1)
+            steady |= same & (rows["lock"] == 0)
+            if steady.all():
+                break
+            for copy, again in ((rows, again_rows), (ledgers, again_ledgers)):
+                _bytes(copy)[~steady] = _bytes(again)[~steady]  # numpy would leave out what pads the fields
+        return Part(first, rows, ledgers, steady)
+
+    def names(self, part: Part) -> list[bytes]:
+        """The names of a part's rows; what lies outside the names is empty."""
+        found = []
+        top = int(self.header["names_used"])
+        for ledger in part.ledgers:
+            offset, size = int(ledger["name_offset"]) * NAME_UNIT, int(ledger["name_size"])
+            inside = size <= 256 and offset + size <= top
+            found.append(os.pread(self.descriptor, size, self.regions.names + offset) if inside else b"")
+        return found
+
+
+def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return array.view(np.uint8).reshape(len(array), array.dtype.itemsize)
+
+
+def faults(descriptor: int, path: str) -> int:
+    """Raise StateFileError for the first thing that makes no sense; ``max_models`` of the file where all does."""
+    reader = Reader(descriptor, path)
+    reader.check_header()
+    seen: set[bytes] = set()
+    for part in reader.parts():
+        for fault in part_faults(part, int(reader.header["names_used"])):
+            raise StateFileError(path, f"it is damaged: {fault}")
+        for index, name in enumerate(reader.names(part)):
+            if not part.steady[index] or part.rows["generation"][index] % 2 == 0:
+                continue
+            try:
+                text = name.decode()
+            except UnicodeDecodeError:
+                text = ""
+            if not text or "\0" in text or name in seen:
+                raise StateFileError(path, f"it is damaged: row {part.first + index} has no name, or one used before")
+            seen.add(name)
+    return int(reader.header["max_models"])
+
+
+def part_faults(part: Part, names_used: int) -> Iterator[str]:
+    """Say what makes no sense in some rows, in words with numbers."""
+    rows, ledgers = part.rows, part.ledgers
+    outside = ledgers["name_offset"].astype(np.int64) * NAME_UNIT + ledgers["name_capacity"] > names_used
+    outside |= (ledgers["name_size"] > ledgers["name_capacity"]) | (ledgers["name_capacity"] > 256)
+    yield from _each(part, outside, "its name lies outside the names")
+    yield from _each(part, (ledgers["filled"] > _SLOTS).any(1), "a window has more slots than there are")
+    yield from _each(part, ledgers["journal_filled"] > _SLOTS, "its journal has more slots than there are")
+    yield from _each(part, ledgers["action"] > 3, "its action is unknown")
+    yield from _each(part, ledgers["stage"] > 7, "its stage is unknown")
+    for what in ("request", "token"):
+        shift = rows[f"{what}_shift"]
+        yield from _each(part, (shift > _WIDEST_SHIFT) & (shift != _NO_RATE), f"its {what} rate has an unknown unit")
+        wide = (rows[f"{what}_level"]["high"] >> 62) | (rows[f"{what}_cap"]["high"] >> 62)
+        yield from _each(part, wide != 0, f"its {what} level is beyond all bounds")
+        yield from _each(part, rows[f"{what}_drain"] < 0, f"its {what} rate is negative")
+    for times in (rows["slot_end_ns"], rows["level_ns"]):
+        yield from _each(part, (times < 0) | (times > _MAX_TIME_NS), "its time is beyond 2**61 ns")
+    yield from _each(part, ledgers["head_limit"] > 10, "its line waits for an unknown limit")
+    alive: NDArray[np.bool_] = part.steady & (rows["generation"] % 2 == 1)
+    yield from sum_faults(part, alive)
+
+
+def sum_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
+    """Compare sums with what they are the sums of, in rows that are alive and nobody is changing."""
+    rows, ledgers = part.rows, part.ledgers
+    yield from _each(part, alive & (ledgers["stage"] != 0), "a change was left half done")
+    edge = (rows["slot_end_ns"] * 3 // 50_000_000 * 50_000_000 + 2) // 3
+    yield from _each(part, alive & (edge != rows["slot_end_ns"]), "its slot ends where none does")
+    current = rows["slot_end_ns"] * 3 // 50_000_000 - 1
+    room = {"requests": rows["request_room"], "tokens": rows["token_room"]}
+    limit = {"requests": ledgers["request_limit"], "tokens": ledgers["token_limit"]}
+    for what in ("requests", "tokens"):
+        charged = ledgers[f"{what}_mark"] - room[what].view(np.uint64)
+        least = np.full(len(rows), _MAX_COUNT)
+        for window, per_slot in enumerate(_PER_SLOT):
+            filled = ledgers["filled"][:, window].astype(np.int64)
+            position = (current // per_slot - 1)[:, None] - np.arange(_SLOTS)
+            ring = np.take_along_axis(ledgers[what][:, window], position % _SLOTS, axis=1).astype(np.uint64)
+            ring[np.arange(_SLOTS) >= filled[:, None]] = 0
+            base, start = ledgers[f"{what}_base"][:, window], ledgers[f"{what}_start"][:, window]
+            wrong = start - base != ring.sum(1, dtype=np.uint64)
+            yield from _each(part, alive & wrong, f"the {what} of window {window} are not the sum of its slots")
+            used = (charged - base).view(np.int64)
+            here = (charged - start).view(np.int64)
+            bad = (used < 0) | (used > _MAX_COUNT) | (here < 0)
+            yield from _each(part, alive & bad, f"the {what} of window {window} are no count")
+            least = np.minimum(least, np.minimum(limit[what][:, window], _MAX_COUNT) - used)
+        if what == "requests":
+            held_up = (ledgers["concurrent"] >= ledgers["max_concurrent"]) | (ledgers["waiting"] != 0)
+            least = np.where(held_up & (least > 0), 0, least)
+        yield from _each(part, alive & (least != room[what]), f"the {what} that are left are not what the limits leave")
+    for name in ("ram_mb", "ssd_mb", "reserved_ram_mb", "reserved_ssd_mb", "concurrent", "waiting"):
+        yield from _each(part, alive & (ledgers[name] < 0), f"{name} is negative")
+
+
+def _each(part: Part, wrong: Any, what: str) -> Iterator[str]:
+    for index in np.flatnonzero(wrong):
+        yield f"row {part.first + int(index)}: {what}"

@@ -1,0 +1,74 @@
+"""A step that is repeated in the background; only where somebody has called `start`."""
+
+import logging
+import math
+import threading
+from types import TracebackType
+from typing import Self
+
+logger = logging.getLogger("modelquota")
+
+
+class Periodic:
+    """The base of what watches a manager: `poll` does one step, `start` repeats it in a daemon thread until `stop`.
+
+    As a context manager it stops at the end. A step that fails is logged, and the next one is tried.
+    """
+
+    _thread: threading.Thread | None = None
+    _stop: threading.Event
+
+    def poll(self) -> object:
+        """Do one step."""
+        raise NotImplementedError
+
+    def start(self, interval_sec: float) -> Self:
+        """Repeat `poll` in a daemon thread, at once and then every `interval_sec` seconds (above 0, finite).
+
+        Raises
+        ------
+        ValueError
+            The interval is not accepted.
+        RuntimeError
+            It has been started already.
+        """
+        if not 0 < interval_sec < math.inf:
+            raise ValueError(f"interval_sec is {interval_sec}; give a finite number of seconds above 0")
+        if self.running:
+            raise RuntimeError(f"{type(self).__name__} is running; stop() it before it is started again")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._repeat, args=(self._stop, interval_sec), name=f"modelquota-{type(self).__name__}", daemon=True
+        )
+        self._thread.start()
+        return self
+
+    @property
+    def running(self) -> bool:
+        """True from `start` to `stop`."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def stop(self) -> None:
+        """End the thread and wait for its last step; does nothing where none runs."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stop.set()
+            if thread is not threading.current_thread():  # a callback may stop what called it
+                thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _repeat(self, stop: threading.Event, interval_sec: float) -> None:
+        while True:
+            try:
+                self.poll()
+            except Exception:
+                logger.exception("%s: a step has failed; the next is in %g s", type(self).__name__, interval_sec)
+            if stop.wait(interval_sec):
+                return

@@ -1,0 +1,272 @@
+"""Limits that follow the load: tighter while the machine is busy, looser while it is idle, and back again."""
+
+import atexit
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from modelquota._extras import extra
+from modelquota._periodic import Periodic
+from modelquota.config import MAX_COUNT, ResourceQuotaConfig
+from modelquota.errors import UnknownModelError
+from modelquota.limits import ViolationAction
+
+if TYPE_CHECKING:
+    from modelquota.manager import ResourceQuotaManager
+
+__all__ = ["DEFAULT_FIELDS", "Adjustment", "LoadAdjuster", "cpu_load"]
+
+logger = logging.getLogger("modelquota")
+
+DEFAULT_FIELDS: Final = ("max_ram_mb", "max_requests_per_second")
+"""The limits that are adjusted unless said otherwise."""
+
+_ADJUSTABLE = tuple(field for field in ResourceQuotaConfig.__dataclass_fields__ if field.startswith(("max_", "burst_")))
+
+
+def cpu_load() -> Callable[[], float]:
+    """Return a function that tells the load of all processors together, 0.0 .. 1.0, since it was called last.
+
+    It needs the extra ``modelquota[adjust]``. Let a tenth of a second or more pass between two calls.
+
+    Raises
+    ------
+    ImportError
+        `psutil` is not installed.
+    """
+    with extra("adjust", "psutil"):
+        import psutil
+    psutil.cpu_percent()  # the first call has nothing to compare with and says 0
+    return lambda: psutil.cpu_percent() / 100
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustment:
+    """A change of all limits.
+
+    Attributes
+    ----------
+    load : float or None
+        The load that led to it; None where it was undone.
+    before, factor : float
+        What the limits were multiplied with until now, and what they are from now on; 1.0 is as configured.
+    """
+
+    load: float | None
+    before: float
+    factor: float
+
+
+class LoadAdjuster(Periodic):
+    """Tightens the limits of models above one load, relaxes them below another, and undoes both.
+
+    A limit is always its *configured* value times a factor, so that adjustments do not compound. Above `high` the
+    factor falls by `step`, at most once in `min_interval_sec` and not below `floor`; below `low` it rises by `step`, up
+    to `ceiling`. From tightened it returns to 1 below ``high - hysteresis``, from relaxed above ``low + hysteresis``.
+    Who changes a limit meanwhile changes the configured value: the factor is applied to it at the next poll. A limit
+    that is not set stays so, and one above 0 stays above 0. What was used stays used, as with any change of limits.
+
+    Call `poll` from a loop of one's own, or `start` a thread that does. `stop`, the end of a ``with``, and the end of
+    the interpreter undo what was adjusted.
+
+    Parameters
+    ----------
+    manager : ResourceQuotaManager
+        Whose limits are adjusted.
+    load : callable, optional
+        Returns the load now, where 0 is idle and 1 is busy; by default `cpu_load`, which needs the extra
+        ``modelquota[adjust]``. What is no finite number changes nothing.
+    models : iterable of str, optional
+        Only these; by default all, those too that are registered later.
+    high, low : float
+        Tighten above the one, relax below the other.
+    hysteresis : float
+        How far the load must come back.
+    step, floor, ceiling : float
+        The factor's step, its least and its largest value: 0 < floor <= 1 <= ceiling. By default one step either way.
+    min_interval_sec : float
+        The least time between two changes of the factor, in seconds.
+    fields : sequence of str
+        The limits that are adjusted.
+    tightened_action, relaxed_action : ViolationAction or str, optional
+        Replace ``on_violation`` while limits are tightened or relaxed. By default it stays as it is; mind that
+        ``"warn"`` admits everything.
+    on_change : callable, optional
+        Called with an `Adjustment` after each change, in the thread that polls.
+    monotonic : callable, optional
+        Seconds that only grow, for tests; `time.monotonic` by default.
+
+    Raises
+    ------
+    ValueError
+        A parameter out of range, or a field that is no limit.
+    ImportError
+        No `load` is given and `psutil` is not installed.
+
+    Examples
+    --------
+    >>> manager = ResourceQuotaManager()
+    >>> manager.set_quota("llama", max_ram_mb=1000)
+    >>> with LoadAdjuster(manager, load=lambda: 0.95) as adjuster:
+    ...     adjuster.poll().factor, manager.get_quota("llama").max_ram_mb
+    (0.8, 800)
+    >>> manager.get_quota("llama").max_ram_mb
+    1000
+    """
+
+    def __init__(
+        self,
+        manager: "ResourceQuotaManager",
+        load: Callable[[], float] | None = None,
+        *,
+        models: Iterable[str] | None = None,
+        high: float = 0.8,
+        low: float = 0.3,
+        hysteresis: float = 0.1,
+        step: float = 0.2,
+        floor: float = 0.8,
+        ceiling: float = 1.2,
+        min_interval_sec: float = 30.0,
+        fields: Sequence[str] = DEFAULT_FIELDS,
+        tightened_action: ViolationAction | str | None = None,
+        relaxed_action: ViolationAction | str | None = None,
+        on_change: Callable[[Adjustment], object] | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        _require(0 <= low < high, f"low is {low} and high {high}; give 0 <= low < high")
+        _require(
+            0 <= hysteresis <= high - low,
+            f"hysteresis is {hysteresis}; give a number, 0 .. high - low ({high - low:g})",
+        )
+        _require(0 < step <= 1, f"step is {step}; give a number above 0, up to 1")
+        _require(
+            0 < floor <= 1 <= ceiling < math.inf,
+            f"floor is {floor} and ceiling {ceiling}; give 0 < floor <= 1 <= ceiling",
+        )
+        _require(
+            0 <= min_interval_sec < math.inf, f"min_interval_sec is {min_interval_sec}; give a finite number, 0 or more"
+        )
+        for field in fields:
+            _require(field in _ADJUSTABLE, f"fields has {field!r}; give some of {', '.join(_ADJUSTABLE)}")
+        self._manager = manager
+        self._load = cpu_load() if load is None else load
+        self._models = None if models is None else frozenset(models)
+        self._high, self._low = high, low
+        # rounded, since 0.8 - 0.1 is a little above 0.7
+        self._high_again, self._low_again = round(high - hysteresis, 9), round(low + hysteresis, 9)
+        self._step, self._floor, self._ceiling = step, floor, ceiling
+        self._min_interval_sec = min_interval_sec
+        self._fields = tuple(fields)
+        self._tightened_action = None if tightened_action is None else ViolationAction(tightened_action)
+        self._relaxed_action = None if relaxed_action is None else ViolationAction(relaxed_action)
+        self._on_change = on_change
+        self._monotonic = monotonic
+        self._lock = threading.RLock()  # a callback may stop or undo
+        self._factor = 1.0
+        self._changed_at = -math.inf
+        self._configured: dict[str, dict[str, Any]] = {}
+        self._applied: dict[str, dict[str, Any]] = {}
+
+    @property
+    def factor(self) -> float:
+        """What the configured limits are multiplied with now."""
+        return self._factor
+
+    def poll(self) -> Adjustment | None:
+        """Ask for the load, adjust all models to it, and return the change, or None where the factor stays."""
+        load = float(self._load())
+        with self._lock:
+            now = self._monotonic()
+            factor = self._wanted(load) if math.isfinite(load) else self._factor
+            if now - self._changed_at < self._min_interval_sec:
+                factor = self._factor
+            change = self._change(load, factor)
+            if change is not None:
+                self._changed_at = now
+        self._tell(change)
+        return change
+
+    def undo(self) -> Adjustment | None:
+        """Give all models their configured limits again; what somebody else has set meanwhile stays."""
+        with self._lock:
+            change = self._change(None, 1.0)
+            self._configured.clear()
+            self._applied.clear()
+            atexit.unregister(self.undo)
+        self._tell(change)
+        return change
+
+    def stop(self) -> None:
+        """End the thread, if one was started, and undo."""
+        super().stop()
+        self.undo()
+
+    def _wanted(self, load: float) -> float:
+        """Return the factor for a load, from the present one."""
+        if load > self._high:
+            return max(self._floor, round(min(self._factor, 1.0) - self._step, 9))
+        if load < self._low:
+            return min(self._ceiling, round(max(self._factor, 1.0) + self._step, 9))
+        if (self._factor < 1 and load < self._high_again) or (self._factor > 1 and load > self._low_again):
+            return 1.0
+        return self._factor
+
+    def _change(self, load: float | None, factor: float) -> Adjustment | None:
+        before, self._factor = self._factor, factor
+        if factor != before and before == 1:
+            atexit.register(self.undo)
+        models = self._manager.list_models()
+        for model_id in models:
+            if self._models is None or model_id in self._models:
+                self._adjust(model_id)
+        for model_id in self._configured.keys() - set(models):
+            del self._configured[model_id], self._applied[model_id]
+        return None if factor == before else Adjustment(load, before, factor)
+
+    def _adjust(self, model_id: str) -> None:
+        quota = self._manager.get_quota(model_id)
+        if quota is None:
+            return
+        # field by field: where somebody has changed one of them, the others are still ours
+        applied, configured = self._applied.get(model_id, {}), self._configured.setdefault(model_id, {})
+        fields = (*self._fields, "on_violation")
+        for field in fields:
+            value = getattr(quota, field)
+            if field not in applied or applied[field] != value:
+                configured[field] = value
+        wanted: dict[str, Any] = {field: self._scaled(configured[field]) for field in self._fields}
+        wanted["on_violation"] = self._action(configured["on_violation"])
+        changes = {field: value for field, value in wanted.items() if value != getattr(quota, field)}
+        if changes:
+            try:
+                self._manager.update_quota(model_id, **changes)
+            except UnknownModelError:  # removed just now
+                wanted = {}
+        self._applied[model_id] = wanted
+
+    def _scaled(self, limit: float | None) -> float | None:
+        if limit is None or limit == 0 or self._factor == 1:
+            return limit
+        if isinstance(limit, int):
+            return min(max(int(limit * self._factor), 1), MAX_COUNT)
+        return limit * self._factor
+
+    def _action(self, configured: ViolationAction) -> ViolationAction:
+        if self._factor == 1:
+            return configured
+        return (self._tightened_action if self._factor < 1 else self._relaxed_action) or configured
+
+    def _tell(self, change: Adjustment | None) -> None:
+        if change is not None:
+            logger.info("limits are adjusted from %g to %g times the configured ones", change.before, change.factor)
+            if self._on_change is not None:
+                self._on_change(change)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)

@@ -1,0 +1,252 @@
+"""Alerts: rules over what a manager's models use, judged once by `check_alerts`, or watched by `AlertMonitor`."""
+
+import enum
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from modelquota._periodic import Periodic
+from modelquota.limits import Limit
+from modelquota.utilization import Utilization, read_utilization
+
+if TYPE_CHECKING:
+    from modelquota.reading import QuotaReader
+
+__all__ = ["DEFAULT_RULES", "Alert", "AlertMonitor", "AlertRule", "Severity", "check_alerts"]
+
+logger = logging.getLogger("modelquota")
+_Key = tuple[str, str | None]
+
+
+class Severity(enum.StrEnum):
+    """How urgent an alert is."""
+
+    WARNING = "warning"
+    """Look at it in time."""
+    CRITICAL = "critical"
+    """Requests are being refused, or soon will be."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlertRule:
+    """When to raise an alert.
+
+    Parameters
+    ----------
+    name : str
+        Names the rule in its alerts.
+    severity : Severity
+        That of its alerts.
+    threshold : float
+        Raised above it: percent of `limit`, or a number of violations.
+    limit : Limit, optional
+        The limit whose use is judged, model by model; None judges the violations of all models together.
+    clear_at : float, optional
+        `AlertMonitor` clears at or below it; by default at 95 % of the threshold, so that a figure that sways about the
+        threshold raises one alert and not many.
+
+    Raises
+    ------
+    ValueError
+        `threshold` is negative or NaN, or `clear_at` is not in 0 .. threshold.
+    """
+
+    name: str
+    severity: Severity
+    threshold: float
+    limit: Limit | None = None
+    clear_at: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold is {self.threshold}; give a number, 0 or more")
+        if self.clear_at is not None and not 0 <= self.clear_at <= self.threshold:
+            raise ValueError(f"clear_at is {self.clear_at}; give a number, 0 .. threshold ({self.threshold:g})")
+
+    @property
+    def clears_at(self) -> float:
+        """`clear_at`, or its default."""
+        return 0.95 * self.threshold if self.clear_at is None else self.clear_at
+
+
+DEFAULT_RULES: Final = (
+    AlertRule("violations", Severity.WARNING, 1000),
+    AlertRule("ram", Severity.CRITICAL, 90, Limit.RAM),
+    AlertRule("ssd", Severity.CRITICAL, 90, Limit.SSD),
+    AlertRule("hourly_tokens", Severity.WARNING, 80, Limit.TOKENS_PER_HOUR),
+    AlertRule("hourly_requests", Severity.WARNING, 80, Limit.REQUESTS_PER_HOUR),
+    AlertRule("daily_tokens", Severity.WARNING, 80, Limit.TOKENS_PER_DAY),
+    AlertRule("daily_requests", Severity.WARNING, 80, Limit.REQUESTS_PER_DAY),
+    AlertRule("queue", Severity.WARNING, 80, Limit.QUEUE),
+)
+"""More than 1,000 violations; memory above 90 %; an hour's or day's quota, or the queue, above 80 %."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """A rule that holds for a model, or for all of them together.
+
+    Attributes
+    ----------
+    rule : str
+        Name of the rule.
+    severity : Severity
+    model_id : str or None
+        None where the rule is about all models together.
+    message : str
+        One sentence for people.
+    value, threshold : float
+        What was found, and above what it was raised: percent, or a number of violations.
+    """
+
+    rule: str
+    severity: Severity
+    model_id: str | None
+    message: str
+    value: float
+    threshold: float
+
+
+def check_alerts(manager: "QuotaReader", rules: Sequence[AlertRule] = DEFAULT_RULES) -> list[Alert]:
+    """Judge all rules now; violations are those since the manager was made.
+
+    Returns
+    -------
+    list of Alert
+        By rule, then by model in order of registration; empty where all is well.
+
+    Examples
+    --------
+    >>> manager = ResourceQuotaManager()
+    >>> manager.set_quota("llama", max_ram_mb=1000)
+    >>> manager.update_memory_usage("llama", ram_mb=950, ssd_mb=0)
+    >>> [(alert.severity.value, alert.message) for alert in check_alerts(manager)]
+    [('critical', "model 'llama': RAM at 95.0 % of the limit")]
+    """
+    found = read_utilization(manager)
+    total = manager.get_stats().total_violations
+    return [
+        _alert(rule, model_id, value)
+        for rule in rules
+        for model_id, value in _values(rule, found, total)
+        if value > rule.threshold
+    ]
+
+
+class AlertMonitor(Periodic):
+    """Says once when a rule begins to hold and once when it no longer does.
+
+    A rule holds from when its figure is above the threshold until it is at or below ``rule.clears_at``. An alert of a
+    model that has been removed is cleared. Call `poll` from a loop of one's own, or `start` a thread that does.
+
+    Parameters
+    ----------
+    manager : ResourceQuotaManager or QuotaView
+        What is watched.
+    rules : sequence of AlertRule
+        Their names differ.
+    on_raise, on_clear : callable, optional
+        Called with the `Alert`, in the thread that polls; what they raise is logged and stops nothing.
+    violations_window_sec : float
+        Violations are those of so many seconds before a poll, as far as polls have seen them: the total of all times
+        would never clear.
+    monotonic : callable, optional
+        Seconds that only grow, for tests; `time.monotonic` by default.
+
+    Raises
+    ------
+    ValueError
+        Two rules of one name, or a window that is not above 0.
+    """
+
+    def __init__(
+        self,
+        manager: "QuotaReader",
+        rules: Sequence[AlertRule] = DEFAULT_RULES,
+        *,
+        on_raise: Callable[[Alert], object] | None = None,
+        on_clear: Callable[[Alert], object] | None = None,
+        violations_window_sec: float = 3600.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if len({rule.name for rule in rules}) < len(rules):
+            raise ValueError(f"rules have the names {[rule.name for rule in rules]}; give each a name of its own")
+        if not violations_window_sec > 0:
+            raise ValueError(f"violations_window_sec is {violations_window_sec}; give a number of seconds above 0")
+        self._manager = manager
+        self._rules = tuple(rules)
+        self._on_raise = on_raise
+        self._on_clear = on_clear
+        self._window_sec = violations_window_sec
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._active: dict[_Key, Alert] = {}
+        self._totals: deque[tuple[float, int]] = deque([(monotonic(), manager.get_stats().total_violations)])
+
+    @property
+    def active(self) -> list[Alert]:
+        """The alerts that hold, with the figures of the last poll, oldest first."""
+        with self._lock:
+            return list(self._active.values())
+
+    def poll(self) -> tuple[list[Alert], list[Alert]]:
+        """Judge all rules, call back, and return what was raised and what was cleared."""
+        with self._lock:
+            raised, cleared = self._judge()
+        for alerts, callback in ((raised, self._on_raise), (cleared, self._on_clear)):
+            for alert in alerts:
+                try:
+                    if callback is not None:
+                        callback(alert)
+                except Exception:
+                    logger.exception("the callback for an alert has failed: %s", alert.message)
+        return raised, cleared
+
+    def _judge(self) -> tuple[list[Alert], list[Alert]]:
+        found, violations = read_utilization(self._manager), self._recent_violations()
+        raised, cleared, gone = [], [], dict(self._active)
+        for rule in self._rules:
+            for model_id, value in _values(rule, found, violations):
+                key = rule.name, model_id
+                held = gone.pop(key, None)
+                if value > (rule.threshold if held is None else rule.clears_at):
+                    self._active[key] = _alert(rule, model_id, value)
+                    if held is None:
+                        raised.append(self._active[key])
+                elif held is not None:
+                    del self._active[key]
+                    cleared.append(_alert(rule, model_id, value))
+        for key, alert in gone.items():  # its model has been removed
+            del self._active[key]
+            cleared.append(alert)
+        return raised, cleared
+
+    def _recent_violations(self) -> int:
+        now, total = self._monotonic(), self._manager.get_stats().total_violations
+        # the newest total that is as old as the window stays, to be subtracted
+        while len(self._totals) > 1 and self._totals[1][0] <= now - self._window_sec:
+            self._totals.popleft()
+        recent = total - self._totals[0][1]
+        if total != self._totals[-1][1]:
+            self._totals.append((now, total))
+        return recent
+
+
+def _values(rule: AlertRule, found: Utilization, violations: int) -> Iterator[tuple[str | None, float]]:
+    """Yield what a rule judges."""
+    if rule.limit is None:
+        yield None, float(violations)
+    else:
+        yield from zip(found.model_ids, found.of(rule.limit).tolist(), strict=True)
+
+
+def _alert(rule: AlertRule, model_id: str | None, value: float) -> Alert:
+    if rule.limit is None:
+        message = f"{value:,.0f} quota violations"
+    else:
+        message = f"model {model_id!r}: {rule.limit.label} at {value:.1f} % of the limit"
+    return Alert(rule.name, rule.severity, model_id, message, value, rule.threshold)

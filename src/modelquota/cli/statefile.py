@@ -1,0 +1,72 @@
+"""`modelquota inspect` and `modelquota verify`: what a state file is, and whether all of it agrees."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from modelquota.cli.answers import EXIT_NO, answering
+from modelquota.cli.text import printable
+from modelquota.stateinfo import StateFileInfo, inspect_file, verify_file
+
+__all__ = ["add_commands"]
+
+_File = Annotated[Path, typer.Argument(metavar="FILE", help="The state file.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands to an application."""
+
+    @app.command("inspect")
+    def inspect(file: _File, as_json: _Json = False) -> None:
+        """Print what a state file is: its models, the processes that share it now, grants, recoveries.
+
+        **Exit code**: 0; 2 when the file cannot be used. It is only read.
+        """
+        with answering(Console(stderr=True), file):
+            info = inspect_file(file)
+        if as_json:
+            print(json.dumps(dataclasses.asdict(info), default=str, indent=2))
+        else:
+            Console().print(_table(info))
+
+    @app.command("verify")
+    def verify(file: _File, as_json: _Json = False) -> None:
+        """Check every sum in a state file against what it is the sum of. It is only read, whoever may use it.
+
+        **Exit code**: 0 when all agrees; 1 when not; 2 when the file cannot be used.
+        """
+        with answering(Console(stderr=True), file):
+            info, faults = inspect_file(file), verify_file(file)
+        if as_json:
+            print(json.dumps({"models": info.models, "faults": faults}, indent=2))
+        else:
+            for fault in faults:
+                print(printable(fault))
+            print(f"{len(faults)} faults" if faults else f"ok: {info.models:,} models, all sums agree")
+        if faults:
+            raise typer.Exit(EXIT_NO)
+
+
+def _table(info: StateFileInfo) -> Table:
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in (
+        ("file", printable(info.path)),
+        ("layout version", str(info.version)),
+        ("size", f"{info.size_bytes:,} bytes, of which {info.disk_bytes:,} are on disk"),
+        ("models", f"{info.models:,} of {info.max_models:,}"),
+        ("processes", f"{info.processes:,} share it now"),
+        ("open grants", f"{info.open_grants:,}"),
+        ("waiting lines", f"{info.waiting_lines:,}"),
+        ("recoveries", f"{info.recoveries:,} after the death of a process"),
+        ("last anchored", f"{info.anchored_at:%Y-%m-%d %H:%M:%S} UTC"),
+    ):
+        table.add_row(name, value)
+    return table

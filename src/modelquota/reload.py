@@ -1,0 +1,191 @@
+"""Hot reload: limits follow a quota file while requests are being checked.
+
+Needs the extra ``modelquota[reload]`` to watch the file; `QuotaReloader.reload` alone needs nothing.
+"""
+
+import logging
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from modelquota._extras import extra
+from modelquota.config import ResourceQuotaConfig
+from modelquota.errors import CapacityError, QuotaError, QuotaFileError
+from modelquota.quotafile import load_quotas
+
+if TYPE_CHECKING:
+    from modelquota.manager import ResourceQuotaManager
+
+__all__ = ["QuotaReloader", "Reloaded"]
+
+logger = logging.getLogger("modelquota")
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a reload has done.
+
+    Attributes
+    ----------
+    changed : tuple of str
+        Models that are new or have other limits, in the order of the file.
+    missing : tuple of str
+        Models that the file had and has no longer.
+    error : Exception or None
+        Why the file was refused; then nothing has been changed.
+    """
+
+    changed: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    error: Exception | None = None
+
+
+class QuotaReloader:
+    r"""Gives a manager the limits of a quota file, at once and whenever the file changes.
+
+    A file with an error is refused whole: it is logged with line and field, and all limits stay as they are. What
+    models have used stays used. Limits that were set otherwise stay until the file's own for that model change.
+    A file that names no model is refused too: it is most likely half written. That a longer file is never read half
+    written is up to its writer: write another beside it and rename it into its place, as most editors do.
+
+    A model that is no longer in the file keeps its last limits, with a warning in the log: to remove it would forget
+    what it has used, and admit it without any limit, because of a slip of the editor. With `remove_missing` it is
+    removed.
+
+    Parameters
+    ----------
+    manager : ResourceQuotaManager
+        Who gets the limits.
+    path : str or os.PathLike
+        The file, for `load_quotas`. Editors may rewrite it in place or put another in its place.
+    remove_missing : bool
+        Remove models that an earlier version of the file had; never one that it has not.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> manager = ResourceQuotaManager()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder, "quotas.toml")
+    ...     _ = file.write_text("[models.llama]\nmax_ram_mb = 512")
+    ...     reloader = QuotaReloader(manager, file)
+    ...     reloader.reload().changed, manager.get_quota("llama").max_ram_mb
+    ...     _ = file.write_text("[models.llama]\nmax_ram_mb = -1")
+    ...     type(reloader.reload().error).__name__, manager.get_quota("llama").max_ram_mb
+    (('llama',), 512)
+    ('QuotaFileError', 512)
+    """
+
+    def __init__(
+        self, manager: "ResourceQuotaManager", path: str | os.PathLike[str], *, remove_missing: bool = False
+    ) -> None:
+        self._manager = manager
+        self._path = Path(path)
+        self._remove_missing = remove_missing
+        self._lock = threading.Lock()
+        self._quotas: dict[str, ResourceQuotaConfig] = {}
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def reload(self) -> Reloaded:
+        """Read the file and give the manager what has changed in it; an error is returned and logged, never raised."""
+        with self._lock:
+            try:
+                return self._apply(load_quotas(self._path))
+            except (QuotaError, OSError) as error:
+                logger.error("quotas are not reloaded, the limits stay as they are: %s", error)
+                return Reloaded(error=error)
+
+    def start(self) -> Self:
+        """Reload now, and from then on in a daemon thread whenever the file changes.
+
+        Raises
+        ------
+        ImportError
+            `watchfiles` is not installed.
+        RuntimeError
+            It has been started already.
+        """
+        with extra("reload", "watchfiles"):
+            import watchfiles
+        if self._thread is not None:
+            raise RuntimeError("QuotaReloader is running; stop() it before it is started again")
+        self._stop = stop = threading.Event()
+        name = self._path.absolute().name
+
+        def watch() -> None:
+            # the folder is watched: an editor that replaces the file leaves a watch on the file with the old one
+            changes = watchfiles.watch(
+                self._path.absolute().parent,
+                watch_filter=lambda change, path: os.path.basename(path) == name,
+                recursive=False,
+                stop_event=stop,
+                yield_on_timeout=True,
+                rust_timeout=500,
+                debounce=200,
+                raise_interrupt=False,
+            )
+            seen = None
+            # also at the first timeout: the file may have changed before the watch was set up
+            for _ in changes:
+                stamp = self._stamp()
+                if stamp != seen:
+                    seen = stamp
+                    self.reload()
+
+        self.reload()
+        self._thread = threading.Thread(target=watch, name="modelquota-reload", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the thread; the limits stay as they are."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stop.set()
+            thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        """What tells one version of the file from another; None where there is no file."""
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _apply(self, quotas: dict[str, ResourceQuotaConfig]) -> Reloaded:
+        if not quotas:
+            raise QuotaFileError(self._path, "models", "", {}, 'at least one table [models."<id>"]')
+        known = set(self._manager.list_models())
+        if len(known | quotas.keys()) > self._manager.max_models:
+            raise CapacityError(self._manager.max_models)
+        changed = tuple(
+            model_id
+            for model_id, quota in quotas.items()
+            if quota != self._quotas.get(model_id) or model_id not in known
+        )
+        for model_id in changed:
+            self._manager.set_quota(quotas[model_id])
+        missing = tuple(model_id for model_id in self._quotas if model_id not in quotas)
+        for model_id in missing:
+            if self._remove_missing:
+                self._manager.remove_quota(model_id)
+            else:
+                logger.warning("model %r is no longer in %s: it keeps its limits", model_id, self._path)
+        self._quotas = quotas
+        if changed or missing:
+            logger.info(
+                "quotas reloaded from %s: %d models changed, %d missing", self._path, len(changed), len(missing)
+            )
+        return Reloaded(changed, missing)

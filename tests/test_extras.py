@@ -1,0 +1,49 @@
+"""Extras: what the code says to install can be installed, and none of it is imported by the library itself."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import modelquota
+from modelquota._extras import extra
+
+PACKAGE = Path(modelquota.__file__).parent
+PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+OPTIONAL = ("prometheus_client", "opentelemetry", "psutil", "watchfiles", "rich", "typer")
+
+
+def test_every_extra_that_a_message_names_is_one():
+    named = {name for path in PACKAGE.rglob("*.py") for name in re.findall(r'with extra\("(\w+)"', path.read_text())}
+    assert named == {"prometheus", "otel", "adjust", "reload"}
+    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    assert named <= extras.keys()
+    (own,) = (entry for entry in extras["test"] if entry.startswith("modelquota["))
+    assert named <= set(own.removeprefix("modelquota[").removesuffix("]").split(","))
+
+
+def test_the_library_imports_none_of_them():
+    code = f"import sys, modelquota; print([name for name in {OPTIONAL} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_what_needs_no_extra_imports_without_any():
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({OPTIONAL}))
+import modelquota.alerts, modelquota.adjust, modelquota.memory, modelquota.reload, modelquota.schema
+import modelquota.utilization
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_another_package_that_is_missing_is_another_error():
+    with (
+        pytest.raises(ModuleNotFoundError, match="No module named 'not_of_this_extra'"),
+        extra("otel", "opentelemetry"),
+    ):
+        import not_of_this_extra  # noqa: F401

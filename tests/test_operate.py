@@ -1,0 +1,312 @@
+"""The commands over a manager: what they print and change, their exit codes, and the live screen on a real terminal."""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import textwrap
+import time
+import urllib.request
+
+import pyte
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota.cli.operate import add_commands
+from modelquota.cli.status import print_status
+from modelquota.cli.top import Top, run_top
+
+
+@pytest.fixture
+def manager():
+    manager = ResourceQuotaManager(clock=ManualClock(10**12), max_models=4)
+    manager.set_quota("idle")
+    manager.set_quota("full", max_ram_mb=1000, max_ssd_mb=None, on_violation="reject")
+    manager.set_quota(
+        "busy", max_requests_per_second=10, burst_requests=10, max_requests_per_hour=15, on_violation="warn"
+    )
+    manager.update_memory_usage("full", 900, 5)
+    for _ in range(16):
+        manager.check_quota("busy", 10)
+    manager.check_quota("full", 10, ram_needed_mb=200)
+    return manager
+
+
+@pytest.fixture
+def run(manager, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    app = typer.Typer()
+
+    @contextlib.contextmanager
+    def open_manager(path):
+        if path.name == "none":
+            raise FileNotFoundError(2, "No such file or directory", "none")
+        yield manager
+
+    add_commands(app, open_manager, open_manager)
+    return lambda *arguments: CliRunner().invoke(app, [*arguments, "--path", "state"])
+
+
+# -- status
+
+
+def test_status_has_the_model_nearest_to_a_limit_first(run):
+    outcome = run("status")
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
+    lines = [" ".join(line.split()) for line in outcome.stdout.splitlines()]
+    assert lines[0] == "model pressure % nearest limit allowed denied"
+    assert [line.split()[0] for line in lines[1:4]] == ["busy", "full", "idle"]
+    assert lines[1].endswith("107 16 of 15 requests/hour 16 1 warned")
+    assert lines[2].endswith("90 900 of 1k MB RAM 0 1")
+    assert lines[3].endswith("0 idle 0 0")
+    assert lines[4] == "17 checks, 16 allowed, 1 denied, 1 warned"
+    assert max(map(len, outcome.stdout.splitlines())) <= 80
+
+
+def test_status_has_more_room_on_a_wide_screen(manager):
+    console = Console(file=io.StringIO(), width=130)
+    assert print_status(manager, console) == pytest.approx(100 * 16 / 15)
+    heading, _, full, *_ = console.file.getvalue().splitlines()
+    assert all(f"{name} %" in heading for name in ("RAM", "SSD", "tok/h", "req/h", "tok/day", "req/day"))
+    assert "-" in full.split()
+
+
+def test_a_burst_that_is_not_repaid_is_named(manager):
+    manager.set_quota("busy", max_requests_per_second=1, burst_requests=19)
+    manager.clock.advance(1.1)
+    console = Console(file=io.StringIO(), width=80)
+    print_status(manager, console)
+    assert "burst: 14 of 19 requests/second" in console.file.getvalue()
+
+
+def test_status_of_nothing_and_without_enforcement():
+    manager = ResourceQuotaManager()
+    manager.enforcement_enabled = False
+    console = Console(file=io.StringIO(), width=80)
+    assert print_status(manager, console) == 0
+    assert console.file.getvalue().startswith("no models\n")
+    assert "enforcement is off: everything is admitted" in " ".join(console.file.getvalue().split())
+
+
+def test_status_as_json(run, manager):
+    outcome = run("status", "--json")
+    document = json.loads(outcome.stdout)
+    assert [model["model_id"] for model in document["models"]] == ["busy", "full", "idle"]
+    full = document["models"][1]
+    assert (full["pressure"], full["nearest_limit"], full["percent"]["ram"]) == (90.0, "ram", 90.0)
+    assert full["usage"]["rejected_total"] == full["usage"]["ram_violations"] == 1
+    assert ResourceQuotaConfig.from_dict(full["quota"]) == manager.get_quota("full")
+    assert document["stats"]["total_checks"] == 17
+    assert document["enforcing"] is True
+    help_text = " ".join(run("status", "--help").stdout.split())
+    assert all(key in help_text for key in [*document, *full])
+
+
+def test_status_answers_a_script_by_its_exit_code(run):
+    assert [run("status", "--above", percent).exit_code for percent in ("106", "107", "200")] == [1, 0, 0]
+    assert run("status", "--json", "--above", "50").exit_code == 1
+
+
+# -- changes
+
+
+def test_set_changes_what_is_named_and_keeps_what_was_used(run, manager):
+    outcome = run(
+        "set", "busy", "max_ram_mb=5", "max_ssd_mb=unlimited", "max_tokens_per_second=0.5", "on_violation=queue"
+    )
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
+    quota = manager.get_quota("busy")
+    assert (quota.max_ram_mb, quota.max_ssd_mb, quota.max_tokens_per_second) == (5, None, 0.5)
+    assert (quota.on_violation, quota.max_requests_per_hour) == ("queue", 15)
+    assert manager.get_usage("busy").requests_this_hour == 16
+    assert "max_ssd_mb = unlimited\n" in outcome.stdout
+    assert "on_violation = queue\n" in outcome.stdout
+    outcome = run("set", "new", "--json")
+    assert json.loads(outcome.stdout) == ResourceQuotaConfig("new").to_dict()
+    assert manager.list_models()[-1] == "new"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (
+            ["set", "m", "max_ram_mb=-1"],
+            2,
+            "error: max_ram_mb=-1 is not accepted; expected an integer from 0 to 2**62 MB",
+        ),
+        (
+            ["set", "m", "max_ram=1"],
+            2,
+            "error: max_ram=1 is not accepted; expected a field of a quota, perhaps max_ram_mb",
+        ),
+        (["set", "m", "max_ram_mb=lots"], 2, "max_ram_mb='lots' is not accepted"),
+        (["set", "m", "max_ram_mb"], 2, "expected field=value, such as max_ram_mb=1024"),
+        (["set", "m", "model_id=x", "burst_tokens=1.5"], 2, "burst_tokens=1.5 is not accepted"),
+        (["set", ""], 2, "model_id='' is not accepted"),
+        (["remove", "idle", "nobody"], 1, "error: no quota is set for model 'nobody'"),
+        (["reset-burst", "busy", "nobody"], 1, "error: no quota is set for model 'nobody'"),
+        (["top"], 2, "error: top needs a terminal; `modelquota status` prints the same once"),
+        (["status", "--path", "none"], 2, "error: none: No such file or directory"),
+        (["exporter", "--addr", "256.0.0.1"], 2, "error: "),
+    ],
+)
+def test_no_is_one_line_and_an_exit_code_and_changes_nothing(manager, run, arguments, code, says):
+    before = manager.print_status(file=io.StringIO()), manager.list_models(), manager.get_usage("busy")
+    if "--path" in arguments:
+        app = typer.Typer()
+        outcome = CliRunner().invoke(_failing(app), arguments)
+    else:
+        outcome = run(*arguments)
+    assert outcome.exit_code == code
+    assert outcome.stdout == ""
+    assert says in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+    assert (manager.print_status(file=io.StringIO()), manager.list_models(), manager.get_usage("busy")) == before
+
+
+def _failing(app):
+    @contextlib.contextmanager
+    def open_manager(path):
+        open(path).close()
+        yield ResourceQuotaManager()
+
+    add_commands(app, open_manager, open_manager)
+    return app
+
+
+def test_remove_and_reset_burst(run, manager):
+    assert manager.get_usage("busy").burst_requests_used > 0
+    assert run("reset-burst", "busy", "full").exit_code == 0
+    assert manager.get_usage("busy").burst_requests_used == 0
+    assert run("remove", "busy", "idle").exit_code == 0
+    assert manager.list_models() == ["full"]
+
+
+# -- top, on a pseudo-terminal
+
+WATCH = """
+    import sys, threading, time
+    from rich.console import Console
+    from modelquota import ResourceQuotaManager
+    from modelquota.cli.top import run_top
+    manager = ResourceQuotaManager()
+    for i in range(40):
+        manager.set_quota(f"model-{i}", max_ram_mb=100)
+        manager.update_memory_usage(f"model-{i}", 2 * i, 0)
+    def work():
+        while True:
+            manager.check_quota("model-0", 1)
+            time.sleep(0.001)
+    threading.Thread(target=work, daemon=True).start()
+    run_top(manager, Console(), interval_sec=0.1)
+    print("over")
+"""
+
+
+@contextlib.contextmanager
+def terminal(columns, lines):
+    """A child that shows `top`, and its screen as a terminal draws it."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    env |= {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(WATCH)]
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, preexec_fn=heed) as process:
+        os.close(theirs)
+        screen = pyte.Screen(columns, lines)
+        yield process, ours, screen, pyte.ByteStream(screen)
+        process.kill()
+        os.close(ours)
+
+
+def draw_until(ours, stream, holds):
+    until = time.monotonic() + 60
+    seen = b""
+    while not holds():
+        assert time.monotonic() < until
+        if not select.select([ours], [], [], 1)[0]:
+            continue
+        try:
+            data = os.read(ours, 65_536)
+        except OSError:
+            break
+        seen += data
+        stream.feed(data)
+    return seen
+
+
+@pytest.mark.parametrize("leave", ["q", "Ctrl-C"])
+def test_top_fills_the_screen_and_leaves_it_as_it_was(leave):
+    with terminal(80, 20) as (process, ours, screen, stream):
+        seen = draw_until(
+            ours, stream, lambda: "checks, " in screen.display[-1] and " 0 checks/s" not in screen.display[0]
+        )
+        rows = [line.rstrip() for line in screen.display]
+        assert rows[0].startswith("modelquota top  40 models  ")
+        assert rows[0].endswith("q ends it")
+        assert rows[2].split() == ["model", "pressure", "%", "nearest", "limit", "allowed", "denied"]
+        assert [row.split()[0] for row in rows[3:18]] == [f"model-{i}" for i in range(39, 24, -1)]
+        assert "78 of 100 MB RAM" in rows[3]
+        assert rows[18] == "and 25 models with less pressure"
+        colours = {screen.buffer[y][x].fg for y in range(3, 18) for x in range(80)}
+        assert {"green", "brown"} <= colours, "yellow is what pyte calls brown"
+        assert b"\x1b[?1049h" in seen, "a screen of its own"
+        if leave == "q":
+            os.write(ours, b"xq")
+        else:
+            process.send_signal(signal.SIGINT)
+        rest = draw_until(ours, stream, lambda: False)
+        assert process.wait(60) == 0
+        assert b"\x1b[?1049l" in rest
+        assert b"\x1b[?25h" in rest
+        assert rest.endswith(b"over\r\n")
+
+
+def test_top_for_some_time_and_on_a_small_screen(manager):
+    console = Console(file=io.StringIO(), width=60, height=7, force_terminal=True)
+    run_top(manager, console, interval_sec=0.01, seconds=0.05)
+    console = Console(file=io.StringIO(), width=80, height=7)
+    console.print(Top(manager, console).screen())
+    text = console.file.getvalue()
+    assert "and 1 models with less pressure" in text
+    assert len(text.splitlines()) == 7
+
+
+# -- exporter, completion
+
+
+def test_exporter_serves_until_it_is_interrupted(tmp_path):
+    path = tmp_path / "quota.state"
+    manager = ResourceQuotaManager(path=path)
+    manager.set_quota("llama", max_tokens_per_hour=1000)
+    manager.check_quota("llama", 500)
+    command = [sys.executable, "-m", "modelquota", "exporter", "--path", str(path), "--port", "0"]
+    heed = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
+        line = process.stderr.readline()
+        assert line.startswith("modelquota: serving http://127.0.0.1:")
+        with urllib.request.urlopen(line.split()[-1], timeout=30) as answer:
+            assert b'modelquota_model_pressure_ratio{model="llama"} 0.5' in answer.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+
+
+def test_shell_completion():
+    env = {**os.environ, "_MODELQUOTA_COMPLETE": "complete_bash", "COMP_WORDS": "modelquota re", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "modelquota"], capture_output=True, text=True, timeout=60, env=env, check=True
+    )
+    assert done.stdout.split() == ["replay", "remove", "reset-burst"]

@@ -1,0 +1,60 @@
+"""The schema for editors accepts and refuses the same files as `load_quotas`."""
+
+import tomllib
+
+import pytest
+from jsonschema import Draft4Validator
+
+from modelquota import QuotaFileError, ResourceQuotaConfig, load_quotas
+from modelquota.schema import quota_file_schema
+
+FIELDS = ResourceQuotaConfig("m").to_dict()
+del FIELDS["model_id"]
+VALUES = [
+    "0", "1", "-1", "2.0", "0.5", "-0.5", "4611686018427387904", "4611686018427387905", "true", "inf", "-inf", "1e300",
+    "[]", "{}", "1979-05-27", "''", "'unlimited'", "'none'", "'reject'", "'throttle'", "'warn'", "'queue'", "'REJECT'",
+]  # fmt: skip
+FILES = [
+    "", "[models]", "[defaults]", "[models.a]\n[defaults]", "[model.a]", "max_ram_mb = 5", "defaults = 5",
+    "models = [1]", "[[models]]", "[models]\na = 5", "[models.a.b]", "[models.llama-3.2-1b]\nmax_ram_mb = 5",
+    "[models.'']", "[models.'a b.c/ü']", "[models.a]\nmodel_id = 'a'", "[models.a]\nmax_ram = 5",
+    '[models."a\\u0000b"]', f"[models.{'x' * 255}]", f"[models.{'x' * 256}]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def validator():
+    schema = quota_file_schema()
+    Draft4Validator.check_schema(schema)
+    return Draft4Validator(schema)
+
+
+def agree(validator, path, text):
+    path.write_text(text, encoding="utf-8")
+    try:
+        load_quotas(path)
+        loads = True
+    except QuotaFileError:
+        loads = False
+    assert validator.is_valid(tomllib.loads(text)) is loads
+    return loads
+
+
+@pytest.mark.parametrize("table", ["defaults", "models.a"])
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_value_of_every_field(validator, tmp_path, table, field):
+    loads = [agree(validator, tmp_path / "q.toml", f"[{table}]\n{field} = {value}") for value in VALUES]
+    assert any(loads)
+    assert not all(loads)
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_every_shape_of_file(validator, tmp_path, text):
+    agree(validator, tmp_path / "q.toml", text)
+
+
+def test_it_knows_all_fields_and_their_defaults():
+    properties = quota_file_schema()["definitions"]["quota"]["properties"]
+    defaults = {name: "unlimited" if value is None else value for name, value in FIELDS.items()}
+    assert {name: field["default"] for name, field in properties.items()} == defaults
+    assert all(field["description"] for field in properties.values())

@@ -1,0 +1,64 @@
+"""`snapshot`: every counter of every model, a copy, and whole models only while others come and go."""
+
+import threading
+
+import pytest
+
+from modelquota import ManualClock, ResourceQuotaManager
+
+
+@pytest.fixture
+def manager():
+    manager = ResourceQuotaManager(clock=ManualClock(10**12))
+    manager.set_quota("m", max_requests_per_hour=3, on_violation="reject")
+    return manager
+
+
+def test_snapshot_has_all_models_at_once(manager):
+    manager.set_quota("w", on_violation="warn", max_requests_per_hour=1)
+    for _ in range(4):
+        manager.check_quota("m", 10)
+        manager.check_quota("w", 20)
+    array = manager.snapshot()
+    assert array["model_id"].tolist() == ["m", "w"]
+    assert array["requests_this_hour"].tolist() == [3, 4]
+    assert array["tokens_total"].tolist() == [30, 80]
+    assert array["allowed_total"].tolist() == [3, 4]
+    assert array["rejected_total"].tolist() == [1, 0]
+    assert array["warned_total"].tolist() == [0, 3]
+    usage = manager.get_usage("w")
+    for name in usage.__dataclass_fields__:
+        assert array[1][name] == getattr(usage, name)
+    array["requests_this_hour"] = 0
+    assert manager.get_usage("m").requests_this_hour == 3
+
+
+def test_snapshot_while_models_come_and_go_holds_whole_models_only():
+    """An element is a model that was there, with its own figures; the array keeps its ids alive."""
+    manager = ResourceQuotaManager(clock=ManualClock(10**12))
+    manager.set_quota("stays", max_requests_per_hour=None)
+    stop = threading.Event()
+
+    def come_and_go():
+        while not stop.is_set():
+            for i in range(20):
+                manager.set_quota(f"guest-{i}")
+                manager.check_quota(f"guest-{i}", 7)
+            for i in range(20):
+                manager.remove_quota(f"guest-{i}")
+
+    threads = [threading.Thread(target=come_and_go) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        arrays = [manager.snapshot() for _ in range(500)]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    for array in arrays:
+        assert array["model_id"][0] == "stays"
+        assert len(set(array["model_id"])) == len(array)
+        for model_id, allowed, tokens in array[["model_id", "allowed_total", "tokens_total"]][1:]:
+            assert model_id.startswith("guest-")
+            assert tokens == 7 * allowed
