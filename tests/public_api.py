@@ -29,6 +29,17 @@ from modelquota import (
 )
 from modelquota.adjust import Adjustment, LoadAdjuster, cpu_load
 from modelquota.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
+from modelquota.asgi import (
+    Demand,
+    IncomingRequest,
+    QuotaMiddleware,
+    QuotaPage,
+    RequestRefusedError,
+    estimate_prompt,
+    event_tokens,
+    openai_routes,
+)
+from modelquota.asgi.request import ASGIApp, Scope
 from modelquota.memory import MemoryProbe, ModelRegistry, ReportsMemory, register_models
 from modelquota.otel import instrument
 from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
@@ -106,6 +117,39 @@ def run_trace(path: Path, quotas: dict[str, ResourceQuotaConfig]) -> dict[str, o
     trace: Trace = read_trace(path)
     report: ReplayReport = replay(trace, quotas, model="m", speed=24)
     return report.to_dict()
+
+
+async def generate(request: IncomingRequest) -> Demand | None:
+    if request.header("x-free") is not None:
+        return None
+    body = request.json()
+    if "text" not in body:
+        raise RequestRefusedError(400, "text is missing", code="missing", param="text")
+    return Demand(("tenant", "m"), tokens=estimate_prompt(body), ram_mb=1, timeout=5.0, priority=1)
+
+
+def tenant(request: IncomingRequest) -> str | list[str]:
+    return request.header("x-tenant") or ["a", "b"]
+
+
+def allow(scope: Scope) -> bool:
+    return str(scope["path"]) == "/quota"
+
+
+def serve(app: ASGIApp, manager: ResourceQuotaManager) -> tuple[ASGIApp, ASGIApp]:
+    middleware = QuotaMiddleware(
+        app,
+        manager,
+        routes={**openai_routes(prompt_tokens=estimate_prompt, default_output_tokens=64), "/generate": generate},
+        identity=tenant,
+        page="/quota",
+        allow_page=allow,
+        max_body_bytes=1 << 20,
+        chunk_tokens=event_tokens,
+        busy_retry_seconds=1,
+        cancel_on_disconnect=False,
+    )
+    return middleware, QuotaPage(manager, allow=allow)
 
 
 def export(manager: ResourceQuotaManager) -> str:

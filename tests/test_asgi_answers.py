@@ -257,6 +257,8 @@ def test_a_body_that_is_too_large_is_not_read_to_its_end(manager, declared):
         assert response.status == 413
         assert response.headers["connection"] == "close"
         assert call.received == (0 if declared else 3)
+        call = Call(QuotaMiddleware(Model(), manager, max_body_bytes=5), body=b" " * 9, http_version="2")
+        assert "connection" not in (await call).headers
 
     asyncio.run(main())
 

@@ -14,7 +14,7 @@ from modelquota.limits import ViolationType
 from modelquota.report import ModelReport
 
 MOST_PATIENCE_MS: Final = 60_000
-"""The longest wait that OpenAI's clients of all versions obey; beyond it they are told not to retry by themselves."""
+"""The longest wait that older clients obey too; beyond it clients are told not to retry by themselves."""
 
 _JSON: Final[Header] = (b"content-type", b"application/json")
 
@@ -45,11 +45,11 @@ def error_answer(
     return Answer(status, list(headers), json.dumps({"error": error}).encode())
 
 
-def refusal(error: RequestRefusedError) -> Answer:
+def refusal(error: RequestRefusedError, http_version: str) -> Answer:
     """Return the answer to a request that is not to be decided at all."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    # What is left of a body that was not read must not be taken for the next request.
-    headers = [(b"connection", b"close")] if error.status == 413 else []
+    # What is left of a body that was not read must not be taken for the next request; HTTP/2 has no such header.
+    headers = [(b"connection", b"close")] if error.status == 413 and http_version.startswith("1") else []
     return error_answer(error.status, error.message, kind, error.code, error.param, headers)
 
 

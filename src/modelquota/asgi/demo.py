@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Final
@@ -115,9 +116,11 @@ def create_app(manager: ResourceQuotaManager, *, tokens_per_second: float = 20.0
     return app
 
 
-def demo_manager(quotas: Iterable[ResourceQuotaConfig] = QUOTAS) -> ResourceQuotaManager:
-    """Return a manager with the quotas of the example."""
-    manager = ResourceQuotaManager()
+def demo_manager(
+    quotas: Iterable[ResourceQuotaConfig] = QUOTAS, *, path: str | os.PathLike[str] | None = None
+) -> ResourceQuotaManager:
+    """Return a manager with the quotas of the example; with a state file, what was used stays used."""
+    manager = ResourceQuotaManager(path=path)
     for quota in quotas:
         manager.set_quota(quota)
     return manager

@@ -63,7 +63,8 @@ class QuotaMiddleware:
     identity : callable, optional
         Given the `IncomingRequest`, returns one or more ids, such as tenant and user, that must admit together with the
         model. It too may be a coroutine function and may raise `RequestRefusedError`. Clients choose the name of the
-        model: give identities a prefix that no model has.
+        model: give identities a prefix that no model has. Error messages and the page show ids: use no secret, such as
+        an API key, as one.
     page : str, optional
         A path, such as ``"/quota"``, at which to show `QuotaPage`. By default there is no page.
     allow_page : callable, optional
@@ -132,7 +133,7 @@ class QuotaMiddleware:
                 return
             demand = await self._demand(route, IncomingRequest(scope, body))
         except RequestRefusedError as error:
-            await refusal(error).send(send)
+            await refusal(error, scope.get("http_version", "1.1")).send(send)
             return
         exchange = Exchange(self, scope, receive, send, body)
         if demand is None:

@@ -45,7 +45,10 @@ def estimate_prompt(body: Mapping[str, Any]) -> int:
                 else:
                     stack.append(part)
         elif isinstance(value, list):
-            stack.extend(value)
+            if value and type(value[0]) is int:  # token ids, of which there may be millions
+                tokens += len(value)
+            else:
+                stack.extend(value)
         elif value is not None:
             tokens += 1
     return tokens + -(-text_bytes // BYTES_PER_TOKEN)

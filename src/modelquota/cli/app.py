@@ -138,6 +138,11 @@ def _serve_demo(
     speed: Annotated[
         float, typer.Option("--speed", "-s", min=0.1, max=100_000, help="Tokens that the mock model says a second.")
     ] = 20.0,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that serve, under one set of limits.")] = 1,
+    path: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="State file, made where there is none: what was used outlasts a restart."),
+    ] = None,
 ) -> None:
     """Try quotas over HTTP: a mock OpenAI-compatible server, with waiting, 429s, headers and a live page.
 
@@ -148,6 +153,7 @@ def _serve_demo(
     """
     errors = Console(stderr=True)
     try:
+        from modelquota.asgi.demo import QUOTAS, demo_manager
         from modelquota.cli.serve import serve_demo
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("starlette", "uvicorn", "anyio"):
@@ -156,8 +162,12 @@ def _serve_demo(
     with _quiet_log():
         with answering(errors, quotas):
             chosen = None if quotas is None else list(load_quotas(quotas).values())
+        with answering(errors, path):
+            manager = demo_manager(QUOTAS if chosen is None else chosen, path=path)
         try:
-            serve_demo(Console(), host=host, port=port, quotas=chosen, tokens_per_second=speed)
+            serve_demo(
+                Console(), manager, host=host, port=port, quotas=chosen, tokens_per_second=speed, workers=workers
+            )
         except OSError as error:
             raise unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
 

@@ -2,16 +2,21 @@
 
 import contextlib
 import json
+import os
 import shlex
+import signal
 import socket
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
 
 import uvicorn
 from rich.console import Console
 
-from modelquota.asgi.demo import QUOTAS, create_app, demo_manager
+from modelquota.asgi.demo import create_app
 from modelquota.cli.text import printable
 from modelquota.config import ResourceQuotaConfig
+from modelquota.manager import ResourceQuotaManager
 
 __all__ = ["serve_demo"]
 
@@ -21,14 +26,19 @@ _FREE_KEY = "-H 'Authorization: Bearer free'"
 
 def serve_demo(
     console: Console,
+    manager: ResourceQuotaManager,
     *,
     host: str,
     port: int,
     quotas: Sequence[ResourceQuotaConfig] | None,
     tokens_per_second: float,
+    workers: int,
 ) -> None:
-    """Serve the example until Ctrl-C. Raises OSError where the address cannot be listened at."""
-    app = create_app(demo_manager(QUOTAS if quotas is None else quotas), tokens_per_second=tokens_per_second)
+    """Serve the example until Ctrl-C. Raises OSError where the address cannot be listened at.
+
+    `quotas` are those to explain; None for those of the example.
+    """
+    app = create_app(manager, tokens_per_second=tokens_per_second)
     config = uvicorn.Config(app, log_level="info", ws="none", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named, since asyncio turns Nagle's algorithm off only where it is: no token is to be held back.
@@ -37,8 +47,49 @@ def serve_demo(
         listener.bind((host, port))
         name = f"[{host}]" if ":" in host else host
         _explain(console, f"http://{name}:{listener.getsockname()[1]}", quotas)
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
-            uvicorn.Server(config).run(sockets=[listener])
+
+        def run() -> None:
+            with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
+                uvicorn.Server(config).run(sockets=[listener])
+
+        if workers == 1:
+            run()
+        else:
+            _in_processes(workers, run)
+
+
+def _in_processes(count: int, run: Callable[[], None]) -> None:
+    """Run something in so many forked processes, and wait for all of them; what ends this one ends them.
+
+    The manager was made before, so that they share its limits, in a state file or in memory.
+    """
+    children: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # or each process would print what is still to be printed
+    try:
+        for _ in range(count):
+            child = os.fork()
+            if child == 0:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+                try:
+                    run()
+                    sys.stdout.flush()
+                finally:
+                    os._exit(0)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _explain(console: Console, address: str, quotas: Sequence[ResourceQuotaConfig] | None) -> None:
