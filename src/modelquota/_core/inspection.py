@@ -179,7 +179,9 @@ def part_faults(part: Part, names_used: int) -> Iterator[str]:
     outside = ledgers["name_offset"].astype(np.int64) * NAME_UNIT + ledgers["name_capacity"] > names_used
     outside |= (ledgers["name_size"] > ledgers["name_capacity"]) | (ledgers["name_capacity"] > 256)
     yield from _each(part, outside, "its name lies outside the names")
-    yield from _each(part, (ledgers["filled"] > _SLOTS).any(1), "a window has more slots than there are")
+    yield from _each(
+        part, np.asarray((ledgers["filled"] > _SLOTS).any(1), np.bool_), "a window has more slots than there are"
+    )
     yield from _each(part, ledgers["journal_filled"] > _SLOTS, "its journal has more slots than there are")
     yield from _each(part, ledgers["action"] > 3, "its action is unknown")
     yield from _each(part, ledgers["stage"] > 7, "its stage is unknown")
