@@ -29,6 +29,7 @@ _SLOTS = 60
 _PER_SLOT = (1, 3600, 86_400)
 _AT_A_TIME = 1024
 _TRIES = 20
+_LOOKS = 8
 _NO_RATE = 255
 _WIDEST_SHIFT = 95
 
@@ -148,13 +149,27 @@ def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def faults(descriptor: int, path: str) -> int:
-    """Raise StateFileError for the first thing that makes no sense; ``max_models`` of the file where all does."""
-    reader = Reader(descriptor, path)
-    reader.check_header()
+    """Raise StateFileError for the first thing that makes no sense; ``max_models`` of the file where all does.
+
+    While others register and remove models, parts that are read one after the other may not fit together. Damage is
+    what is still there at the next look.
+    """
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(0.001 * look)
+        reader = Reader(descriptor, path)
+        reader.check_header()
+        fault = next(content_faults(reader), None)
+        if fault is None:
+            return int(reader.header["max_models"])
+    raise StateFileError(path, f"it is damaged: {fault}")
+
+
+def content_faults(reader: Reader) -> Iterator[str]:
+    """Say what makes no sense behind a header that has been checked."""
     seen: set[bytes] = set()
     for part in reader.parts():
-        for fault in part_faults(part, int(reader.header["names_used"])):
-            raise StateFileError(path, f"it is damaged: {fault}")
+        yield from part_faults(part, int(reader.header["names_used"]))
         for index, name in enumerate(reader.names(part)):
             if not part.steady[index] or part.rows["generation"][index] % 2 == 0:
                 continue
@@ -163,9 +178,8 @@ def faults(descriptor: int, path: str) -> int:
             except UnicodeDecodeError:
                 text = ""
             if not text or "\0" in text or name in seen:
-                raise StateFileError(path, f"it is damaged: row {part.first + index} has no name, or one used before")
+                yield f"row {part.first + index} has no name, or one used before"
             seen.add(name)
-    return int(reader.header["max_models"])
 
 
 def part_faults(part: Part, names_used: int) -> Iterator[str]:
@@ -174,7 +188,9 @@ def part_faults(part: Part, names_used: int) -> Iterator[str]:
     outside = ledgers["name_offset"].astype(np.int64) * NAME_UNIT + ledgers["name_capacity"] > names_used
     outside |= (ledgers["name_size"] > ledgers["name_capacity"]) | (ledgers["name_capacity"] > 256)
     yield from _each(part, outside, "its name lies outside the names")
-    yield from _each(part, (ledgers["filled"] > _SLOTS).any(1), "a window has more slots than there are")
+    yield from _each(
+        part, np.asarray((ledgers["filled"] > _SLOTS).any(1), np.bool_), "a window has more slots than there are"
+    )
     yield from _each(part, ledgers["journal_filled"] > _SLOTS, "its journal has more slots than there are")
     yield from _each(part, ledgers["action"] > 3, "its action is unknown")
     yield from _each(part, ledgers["stage"] > 7, "its stage is unknown")
@@ -219,7 +235,8 @@ def sum_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
         if what == "requests":
             held_up = (ledgers["concurrent"] >= ledgers["max_concurrent"]) | (ledgers["waiting"] != 0)
             least = np.where(held_up & (least > 0), 0, least)
-        yield from _each(part, alive & (least != room[what]), f"the {what} that are left are not what the limits leave")
+        unlike = np.asarray(least != room[what], np.bool_)
+        yield from _each(part, alive & unlike, f"the {what} that are left are not what the limits leave")
     for name in ("ram_mb", "ssd_mb", "reserved_ram_mb", "reserved_ssd_mb", "concurrent", "waiting"):
         yield from _each(part, alive & (ledgers[name] < 0), f"{name} is negative")
 

@@ -1,0 +1,279 @@
+"""Death at any instruction: each verb is ended after its first, second, third … instruction, and the state is put right.
+
+A process runs one verb with the processor's trap flag set and is killed at a chosen instruction. Whoever asks next must
+find every counter as it was before the verb, or as it is after it, and sums that agree. ``MODELQUOTA_EVERY=1 pytest
+tests/test_every_instruction.py`` goes through all instructions; by default through a random one in so many.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crew import shared_array
+
+from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota._core.inspection import faults
+
+MOST = (int(os.environ.get("MODELQUOTA_EVERY", "0")) and 10**9) or 8  # deaths per verb
+HELD = {"concurrent_requests", "reserved_ram_mb", "reserved_ssd_mb", "queued_requests"}
+START_NS = 10**15 + 12_345
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("gcc") is None, reason="needs x86-64 and gcc"
+)
+
+
+@pytest.fixture(scope="module")
+def stepper(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    library = tmp_path_factory.mktemp("steps") / "single_step.so"
+    source = Path(__file__).with_name("single_step.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-mno-red-zone", "-o", library, source], check=True)
+    loaded = ctypes.CDLL(str(library))
+    loaded.add_range.argtypes = [ctypes.c_size_t] * 2
+    loaded.add_word.argtypes = [ctypes.c_size_t]
+    loaded.begin_steps.argtypes = [ctypes.c_long]
+    loaded.end_steps.restype = ctypes.c_long
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, rights, *_, path = line.split(maxsplit=5)
+        if "x" in rights and "/modelquota/_core/" in path:
+            loaded.add_range(*(int(address, 16) for address in addresses.split("-")))
+    return loaded
+
+
+class Case:
+    """One state with some history, and what is done to it."""
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        path.unlink(missing_ok=True)
+        self.clock = ManualClock(START_NS)
+        self.manager = ResourceQuotaManager(path=path, clock=self.clock, max_models=8)
+        for model_id in ("x", "m", "y"):
+            self.manager.set_quota(model_id, **LIMITS | config)
+        self.manager.remove_quota("x")  # leaves the first row free, with a name record
+        for _ in range(7):
+            self.manager.check_quota("m", 11)
+            self.clock.advance(0.3)
+            self.manager.check_quota("m", 5)
+            self.clock.advance(70.0)
+        self.manager.charge_many(self.manager.rows(["m"]), [3])
+        self.clock.advance(1800.0)
+        self.manager.check_quota("m", 40)
+        self.manager.check_quota("y", 1)
+
+    def seen(self, model_id: str) -> dict[str, Any] | None:
+        """All that can be read of a model but for what open grants hold."""
+        usage = self.manager.get_usage(model_id)
+        quota = self.manager.get_quota(model_id)
+        if usage is None or quota is None:
+            return None
+        fields = dataclasses.asdict(usage) | {"quota": quota.to_dict()}
+        fields.pop("last_updated_ns", None)
+        return {name: value for name, value in fields.items() if name not in HELD}
+
+
+LIMITS: dict[str, Any] = {
+    "max_requests_per_second": 5.3,
+    "max_tokens_per_second": 90.1,
+    "burst_requests": 20,
+    "burst_tokens": 700,
+    "max_concurrent_requests": 2,
+    "max_ram_mb": 100,
+    "max_ssd_mb": 100,
+    "on_violation": "reject",
+}
+
+Begin = Callable[[Case], Any]
+
+
+def nothing(case: Case) -> Any:
+    return None
+
+
+def later(seconds: float, then: Begin = nothing) -> Begin:
+    def begin(case: Case) -> Any:
+        found = then(case)
+        case.clock.advance(seconds)
+        return found
+
+    return begin
+
+
+def granted(case: Case) -> Any:
+    return case.manager.reserve("m", 30, 7, 9)
+
+
+def granted_jointly(case: Case) -> Any:
+    return case.manager.reserve(("y", "m"), 30, 7, 9)
+
+
+def twice_granted(case: Case) -> Any:
+    return case.manager.reserve("m", 30, 7, 9), case.manager.reserve("m", 1, 2, 3)
+
+
+def check(case: Case, _: Any) -> None:
+    case.manager.check_quota("m", 17)
+
+
+def refused(case: Case, _: Any) -> None:
+    case.manager.check_quota("m", 17, 200)
+
+
+def reserve(case: Case, _: Any) -> None:
+    case.kept = case.manager.reserve("m", 17, 5, 6)  # type: ignore[attr-defined]
+
+
+def reserve_jointly(case: Case, _: Any) -> None:
+    case.kept = case.manager.reserve(("y", "m"), 17, 5, 6)  # type: ignore[attr-defined]
+
+
+def batch(case: Case, codes: Any) -> None:
+    case.manager.check_many(codes, 17)
+
+
+LONG = ResourceQuotaConfig("a longer name than any before", max_ram_mb=3)
+
+
+def changes(**fields: Any) -> Begin:
+    def begin(case: Case) -> Any:
+        quota = case.manager.get_quota("m")
+        assert quota is not None
+        return quota, quota.replace(**fields)
+
+    return begin
+
+
+CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
+    "check in the same slot": (nothing, check),
+    "check in the next slot": (later(0.02), check),
+    "check a second later": (later(1.5), check),
+    "check a minute later": (later(60.0), check),
+    "check an hour later": (later(3700.0), check),
+    "check half a day later": (later(43_000.0), check),
+    "check a week later": (later(700_000.0), check),
+    "refuse": (later(61.0), refused),
+    "batch": (lambda case: case.manager.rows(["m"]), batch),
+    "reserve": (later(0.5), reserve),
+    "reserve jointly": (later(61.0), reserve_jointly),
+    "cancel at once": (granted, lambda case, grant: grant.cancel()),
+    "cancel after a second": (later(0.9, granted), lambda case, grant: grant.cancel()),
+    "cancel after minutes": (later(200.0, granted), lambda case, grant: grant.cancel()),
+    "cancel jointly": (later(61.0, granted_jointly), lambda case, grant: grant.cancel()),
+    "settle below": (later(0.1, granted), lambda case, grant: grant.settle(3)),
+    "settle above": (later(0.1, granted), lambda case, grant: grant.settle(333)),
+    "add beyond": (later(0.1, granted), lambda case, grant: grant.add(31)),
+    "release": (granted, lambda case, grant: grant.release()),
+    "release at the cap": (twice_granted, lambda case, grants: grants[0].release()),
+    "raise limits": (changes(max_requests_per_second=7.7, burst_tokens=9), lambda case, new: case.manager._swap(*new)),
+    "lift limits": (changes(max_tokens_per_second=None, max_ram_mb=5), lambda case, new: case.manager._swap(*new)),
+    "remove": (nothing, lambda case, _: case.manager.remove_quota("m")),
+    "register": (lambda case: LONG, lambda case, config: case.manager._put(config)),
+    "report memory": (nothing, lambda case, _: case.manager.update_memory_usage("m", 3, 4)),
+    "forgive a burst": (later(0.1, granted), lambda case, _: case.manager.reset_burst("m")),
+}
+
+
+def run_and_die(
+    case: Case, begin: Begin, end: Callable[[Case, Any], None], stepper: Any, dies_at: int
+) -> tuple[bool, int]:
+    """In a forked process: whether it was killed on the way, otherwise how many instructions there were."""
+    count = shared_array("i8", 1)
+    header, rows, _ = case.manager._arrays()
+    words = [header["registry_lock"].ctypes.data, *(rows["lock"][i : i + 1].ctypes.data for i in range(3))]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            start = begin(case)
+            for word in words:
+                stepper.add_word(word)
+            stepper.begin_steps(dies_at)
+            end(case, start)
+            count[0] = stepper.end_steps()
+            os._exit(0)
+        except BaseException:
+            stepper.end_steps()
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
+    return status != 0, int(count[0])
+
+
+def look(case: Case) -> dict[str, Any]:
+    """What everybody finds afterwards, when those who died have been looked for."""
+    return {model_id: case.seen(model_id) for model_id in ("m", "y", LONG.model_id)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_after_any_instruction(name, stepper, tmp_path, monkeypatch):
+    begin, end = CASES[name]
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    cases = [Case(tmp_path / f"{i}.state", {}) for i in range(3)]
+    started = [begin(case) for case in cases[:2]]
+    end(cases[1], started[1])
+    before, after = (look(case) for case in cases[:2])
+    total_before, total_after = (case.manager.get_stats().total_checks for case in cases[:2])
+    died, count = run_and_die(cases[2], begin, end, stepper, 0)
+    assert not died
+    assert count > 50
+    stride = max(1, count // MOST)
+    rng = random.Random()
+    for dies_at in range(1 + rng.randrange(stride), count - 1, stride):
+        where = f"{name}: instruction {dies_at} of {count}"
+        case = Case(tmp_path / "state", {})
+        died, _ = run_and_die(case, begin, end, stepper, dies_at)
+        if not died:
+            continue
+        at_ns = cases[0].clock.now_ns
+        case.clock.advance_ns(at_ns - case.clock.now_ns)
+        recover(case)
+        descriptor = os.open(str(case.manager.path), os.O_RDONLY)
+        try:
+            assert faults(descriptor, where) == 8
+        finally:
+            os.close(descriptor)
+        header, rows, _ = case.manager._arrays()
+        assert header["registry_lock"] == 0
+        assert not rows["lock"].any()
+        found = look(case)
+        for model_id in found:
+            assert_either(where, found[model_id], before[model_id], after[model_id])
+        total = case.manager.get_stats().total_checks
+        assert min(total_before, total_after) <= total <= max(total_before, total_after), where
+        for model_id in ("m", "y"):
+            usage = case.manager.get_usage(model_id)
+            assert usage is None or not any(getattr(usage, field) for field in HELD), where
+        case.manager.set_quota("new")
+        assert case.manager.check_quota("new", 1)
+
+
+def recover(case: Case) -> None:
+    """Let somebody come who looks for the dead: a manager that opens the file does."""
+    ResourceQuotaManager(path=case.manager.path, clock=case.clock)
+    case.manager.snapshot()
+    case.manager.get_stats()
+
+
+def assert_either(where: str, found: Any, before: Any, after: Any) -> None:
+    """Every figure is that before, or that after, or lies between the two."""
+    if found == before or found == after:
+        return
+    assert None not in (found, before, after), (where, found, before, after)
+    for field, value in found.items():
+        lowest, highest = before[field], after[field]
+        if field == "quota" or not isinstance(value, int | float):
+            assert value in (lowest, highest), (where, field, value, lowest, highest)
+        else:
+            assert min(lowest, highest) <= value <= max(lowest, highest), (where, field, value, lowest, highest)
