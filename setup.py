@@ -56,7 +56,7 @@ extensions = [
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
-    for name in ("clock", "result", "packing", "shared", "state", "table", "grant", "line", "view")
+    for name in ("clock", "result", "packing", "shared", "state", "table", "grant", "reserve", "line", "view")
 ]
 
 setup(

@@ -1,13 +1,9 @@
 from libc.stdint cimport int64_t
-from modelquota._core.decision cimport Ask, Verdict
+from modelquota._core.decision cimport Ask
 from modelquota._core.hold cimport Charge, Hold
 from modelquota._core.joint cimport Joint
 from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport QuotaTable
-
-
-cdef enum:
-    BUSY = -2           # decide_all: a row is locked, and the caller does not wait
 
 
 cdef enum Stage:
@@ -17,7 +13,7 @@ cdef enum Stage:
 
 
 cdef class Grant:
-    cdef GrantTable manager
+    cdef QuotaTable manager
     cdef RowRef ref             # of the first model
     cdef tuple others           # RowRefs of the rest, or None
     cdef Hold first
@@ -47,10 +43,4 @@ cdef class Grant:
     cdef int release_as(self, bint failed) except -1
 
 
-cdef class GrantTable(QuotaTable):
-    cdef int parties_of(self, object model_ids, Joint* joint, list refs) except -1
-    cdef int take_records(self, Joint* joint) except -1
-    cdef int give_records(self, Joint* joint) except -1
-    cdef Grant grant_of(self, Joint* joint, list refs, const Ask* ask)
-    cdef int decide_all(self, object model_ids, const Ask* ask, bint holding, bint nowait, list refs, Joint* joint,
-                        Verdict* verdict) except -3
+cdef Grant make_grant(QuotaTable manager, Joint* joint, list refs, const Ask* ask)

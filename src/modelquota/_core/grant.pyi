@@ -1,11 +1,5 @@
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Self, SupportsIndex, final
-
-import numpy as np
-from numpy.typing import NDArray
-
-from modelquota._core.table import QuotaTable
 
 @final
 class Grant:
@@ -26,16 +20,4 @@ class Grant:
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
-
-class GrantTable(QuotaTable):
-    def reserve(
-        self,
-        model_id: str | Sequence[str],
-        estimated_tokens: SupportsIndex,
-        ram_needed_mb: SupportsIndex = 0,
-        ssd_needed_mb: SupportsIndex = 0,
-    ) -> Grant: ...
-    def settle_many(
-        self, grants: Sequence[Grant], actual_tokens: Sequence[SupportsIndex] | NDArray[np.int64]
     ) -> None: ...

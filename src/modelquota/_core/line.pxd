@@ -1,8 +1,9 @@
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.decision cimport Ask, Verdict
-from modelquota._core.grant cimport Grant, GrantTable
+from modelquota._core.grant cimport Grant
 from modelquota._core.joint cimport Joint
 from modelquota._core.layout cimport Place
+from modelquota._core.reserve cimport GrantTable
 from modelquota._core.state cimport RowRef
 
 

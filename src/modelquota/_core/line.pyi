@@ -1,7 +1,8 @@
 from collections.abc import Sequence
 from typing import SupportsIndex
 
-from modelquota._core.grant import Grant, GrantTable
+from modelquota._core.grant import Grant
+from modelquota._core.reserve import GrantTable
 
 class Waiter:
     in_thread: bool

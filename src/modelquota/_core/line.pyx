@@ -12,11 +12,12 @@ from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint64_t
 
 from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, NEVER, QUEUE, QUEUE_PLACE, REJECT, Verdict
-from modelquota._core.grant cimport BUSY, Grant, GrantTable
+from modelquota._core.grant cimport Grant, make_grant
 from modelquota._core.joint cimport Joint, NOBODY
 from modelquota._core.layout cimport Ledger, MAX_COUNT, MAX_TIME_NS, Row, Shared
 from modelquota._core.lock cimport take_over, unlock
 from modelquota._core.repair cimport enter_row, fold_places, repair_row, try_row
+from modelquota._core.reserve cimport BUSY, GrantTable
 from modelquota._core.result cimport result_of
 from modelquota._core.shared cimport fork_count
 from modelquota._core.state cimport RowRef
@@ -192,7 +193,7 @@ cdef class Line:
             if named == BUSY:
                 self.next_ns = now_ns + BUSY_NS
                 break
-            grant = self.manager.grant_of(&joint, refs, &waiter.ask) if verdict.allowed else None
+            grant = make_grant(self.manager, &joint, refs, &waiter.ask) if verdict.allowed else None
             if waiter.line is not self:     # a finalizer ran, and took it out of the line
                 if grant is not None:
                     (<Grant> grant).cancel()
@@ -377,7 +378,7 @@ cdef class WaitTable(GrantTable):
         named = self.decide_all(model_id, &waiter.ask, True, nowait, refs, &joint, &verdict)
         if named == BUSY:
             return None
-        grant = self.grant_of(&joint, refs, &waiter.ask) if verdict.allowed else None
+        grant = make_grant(self, &joint, refs, &waiter.ask) if verdict.allowed else None
         if named == NOBODY:
             return grant
         result = result_of(&verdict, (<RowRef> refs[named]).model_id)
