@@ -23,7 +23,7 @@ from modelquota._core.shared cimport fork_count
 from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport QuotaTable, start_ask
 
-from modelquota.errors import CapacityError, GrantClosedError, QuotaExceededError, UnknownModelError
+from modelquota.errors import CapacityError, GrantClosedError, QuotaExceededError, StateFileError
 
 cdef enum:
     LEAST_CHUNK = 16        # tokens that add() charges at a time beyond the estimate, at least,
@@ -474,7 +474,7 @@ cdef class GrantTable(QuotaTable):
         try:
             for i in range(joint.count):
                 joint.parties[i].record = self.take_record()
-        except CapacityError:
+        except (CapacityError, StateFileError):
             self.give_records(joint)
             raise
         return 0
