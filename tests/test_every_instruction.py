@@ -1,4 +1,4 @@
-"""Death at any instruction: each verb is ended after its first, second, third … instruction, and the state is put right.
+"""Death at any instruction: each verb is ended after its first, second, third … one, and the state is put right.
 
 A process runs one verb with the processor's trap flag set and is killed at a chosen instruction. Whoever asks next must
 find every counter as it was before the verb, or as it is after it, and sums that agree. ``MODELQUOTA_EVERY=1 pytest
@@ -268,7 +268,7 @@ def recover(case: Case) -> None:
 
 def assert_either(where: str, found: Any, before: Any, after: Any) -> None:
     """Every figure is that before, or that after, or lies between the two."""
-    if found == before or found == after:
+    if found in (before, after):
         return
     assert None not in (found, before, after), (where, found, before, after)
     for field, value in found.items():

@@ -27,6 +27,7 @@ cdef struct Batch:
     int64_t now_ns
     uint8_t* limits             # out
     int64_t* waits_ms           # out, or NULL
+    bint held_up                # out: something was denied for what others hold
 
 
 cdef inline uint32_t index_of(int64_t code) noexcept nogil:
@@ -97,7 +98,7 @@ cdef inline Py_ssize_t first_bad_code(
 
 
 cdef inline Py_ssize_t check_batch(
-    const Batch* batch, const Shared* shared, Py_ssize_t i, Verdict* verdict
+    Batch* batch, const Shared* shared, Py_ssize_t i, Verdict* verdict
 ) noexcept nogil:
     """Decide from element `i` on; stop behind one whose violation is to be logged. Returns where to go on.
 
@@ -124,7 +125,11 @@ cdef inline Py_ssize_t check_batch(
         if row.generation == generation_of(batch.codes[i]):
             decide(row, &ledgers[index_of(batch.codes[i])], now_ns, &ask, shared.header.enforcing, verdict)
         unlock(&row.lock)
-        batch.limits[i] = 0 if verdict.allowed else verdict.limit
+        if verdict.allowed:
+            batch.limits[i] = 0
+        else:
+            batch.limits[i] = verdict.limit
+            batch.held_up = batch.held_up or verdict.held_up
         if batch.waits_ms:
             batch.waits_ms[i] = 0 if verdict.allowed else verdict.retry_after_ms
         i += 1

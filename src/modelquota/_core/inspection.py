@@ -85,8 +85,11 @@ class Reader:
                 self.path, f"it is {self.size} bytes long and should be {self.regions.size}: it was cut off or added to"
             )
         names = self.regions.size - self.regions.names
-        for name, top in (("row_count", most), ("lowest_free", most), ("names_used", names), ("staged_row", most - 1)):
-            if not (-1 if name == "staged_row" else 0) <= int(header[name]) <= top:
+        for name, top in (("row_count", most), ("lowest_free", most), ("names_used", names)):
+            if not 0 <= int(header[name]) <= top:
+                raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
+        for name, top in (("staged_row", most - 1), ("leaving_row", most - 1)):
+            if not -1 <= int(header[name]) <= top:
                 raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
         for name, top in (("seats_used", 1023), ("places_used", 1024), ("chunks_used", 4096)):
             if int(header[name]) > top:

@@ -206,6 +206,9 @@ cdef struct Header:
     uint64_t retired_queued
     uint64_t retired_waited
     uint64_t retired_violations[5]
+    int64_t leaving_row       # a model that is being removed, -1 = none: for whoever takes the registry lock over
+    uint32_t leaving_generation
+    uint64_t staged_retired[10]     # retired_allowed and what follows it, as they stood before
     # -- the change of limits that is under way, for whoever takes the locks over from a dead owner
     int64_t staged_row        # -1 = none
     uint32_t staged_generation

@@ -8,6 +8,10 @@ from modelquota._core.repair cimport clear, enter_row
 from modelquota._core.usage cimport put_limits, read_limits, same_limits, start_row
 from modelquota._core.window cimport in_order, requests_charged
 
+cdef extern from *:
+    int64_t read_number "__atomic_load_n"(const int64_t* word, int order) noexcept nogil
+    const int RELAXED "__ATOMIC_RELAXED"
+
 cdef enum:
     NAME_UNIT = 16          # a name record has 16, 32, 64, 128 or 256 bytes
     NAME_SHARE = 496        # what one row takes at most over its life: 16 + 32 + 64 + 128 + 256
@@ -17,12 +21,19 @@ cdef enum:
 cdef inline void enter_registry(const Shared* shared) noexcept nogil:
     """Lock the registry; what a dead owner left half done is finished."""
     cdef Header* header = shared.header
+    cdef int64_t row
     if not lock(&header.registry_lock, shared):
         return
-    if header.staged_row >= 0 and header.staged_row < header.max_models:
-        enter_row(&shared.rows[header.staged_row], shared)      # where its owner died with it, this finishes the change
-        unlock(&shared.rows[header.staged_row].lock)
+    row = read_number(&header.staged_row, RELAXED)      # once: who repairs that row meanwhile sets it to -1
+    if row >= 0 and row < header.max_models:
+        enter_row(&shared.rows[row], shared)    # where its owner died with it, this finishes the change
+        unlock(&shared.rows[row].lock)
     header.staged_row = -1
+    row = header.leaving_row
+    if row >= 0 and row < header.max_models and shared.rows[row].generation == header.leaving_generation:
+        memcpy(&header.retired_allowed, header.staged_retired, sizeof(header.staged_retired))   # it has stayed
+    in_order()
+    header.leaving_row = -1
     while header.row_count < header.max_models and shared.rows[header.row_count].generation != 0:
         header.row_count += 1
     header.lowest_free = 0
@@ -142,6 +153,11 @@ cdef inline bint leave(Row* row, uint32_t generation, const Shared* shared) noex
         enter_row(row, shared)
         alive = row.generation == generation
         if alive:
+            memcpy(header.staged_retired, &header.retired_allowed, sizeof(header.staged_retired))
+            header.leaving_generation = generation
+            in_order()
+            header.leaving_row = index
+            in_order()
             header.retired_allowed += requests_charged(row, ledger)
             header.retired_rejected += ledger.rejected
             header.retired_throttled += ledger.throttled
@@ -151,6 +167,8 @@ cdef inline bint leave(Row* row, uint32_t generation, const Shared* shared) noex
                 header.retired_violations[kind] += ledger.violations[kind]
             in_order()
             row.generation += 1
+            in_order()
+            header.leaving_row = -1
             in_order()
             clear(row, ledger)
             if index < header.lowest_free:

@@ -14,7 +14,7 @@ from modelquota._core.result cimport result_of
 from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport QuotaTable, start_ask
 
-from modelquota.errors import CapacityError, QuotaExceededError
+from modelquota.errors import CapacityError, QuotaExceededError, StateFileError
 
 
 cdef class GrantTable(QuotaTable):
@@ -183,7 +183,7 @@ cdef class GrantTable(QuotaTable):
         try:
             for i in range(joint.count):
                 joint.parties[i].record = self.take_record()
-        except CapacityError:
+        except (CapacityError, StateFileError):
             self.give_records(joint)
             raise
         return 0

@@ -9,6 +9,8 @@ cdef int fork_count() noexcept
 
 cdef class SharedState:
     cdef Py_buffer buffer           # keeps the mapping alive
+    cdef char* memory               # where it begins
+    cdef bint forked                # this process has, since it opened the state
     cdef Shared shared
     cdef readonly object path       # of the state file, or None
     cdef ManualClock manual         # None: the monotonic clock
@@ -19,6 +21,9 @@ cdef class SharedState:
     cdef Py_ssize_t free_count
 
     cdef int require_open(self) except -1
+    cdef int reserve_space(self, const void* start, Py_ssize_t size) except -1
+    cdef int reserve_used(self) except -1
+    cdef int reserve_next_model(self) except -1
     cdef int sit_down(self) except -1
     cdef int anchor(self) except -1
     cdef Held* take_record(self) except NULL
@@ -28,8 +33,8 @@ cdef class SharedState:
     cdef int sweep_if_due(self) except -1
 
     cdef inline bint alone(self) noexcept:
-        """Whether no other process has ever shared this state."""
-        return self.shared.header.seats_used <= 1
+        """Whether no other process can change anything while this one does nothing."""
+        return self.path is None and not self.forked and self.shared.header.seats_used <= 1
 
     cdef inline int64_t now_ns(self) noexcept:
         return monotonic_ns() + self.offset_ns if self.manual is None else self.manual.time_ns

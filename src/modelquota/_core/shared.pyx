@@ -16,7 +16,7 @@ from libc.string cimport memcmp, memcpy, memset
 from modelquota._core.clock cimport ManualClock, monotonic_ns
 from modelquota._core.hold cimport let_go
 from modelquota._core.layout cimport (
-    CHUNK, CHUNKS, HELDS, Header, Held, LAYOUT_VERSION, Ledger, PLACES, Place, Row, SEAT_BITS, SEATS, Shared
+    CHUNK, CHUNKS, HELDS, Header, Held, LAYOUT_VERSION, Ledger, MAX_TIME_NS, PLACES, Place, Row, SEAT_BITS, SEATS, Shared
 )
 from modelquota._core.lock cimport is_gone, load_word, swap_word, take_seat, unlock
 from modelquota._core.registry cimport NAME_SHARE, NAME_UNIT, enter_registry, leave_registry
@@ -25,9 +25,24 @@ from modelquota._core.window cimport in_order
 
 from modelquota._core.mapping import boot_id, create_anonymous, fingerprint, open_again, plan
 from modelquota._core.packing import dtypes
-from modelquota.errors import CapacityError
+from modelquota.errors import CapacityError, StateFileError
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+
+    static int mq_set_space_aside(int fd, long start, long size) {      /* an errno; 0 also where this is not supported */
+        while (size > 0 && fallocate(fd, 0, start, size) != 0)
+            if (errno != EINTR)
+                return errno == EOPNOTSUPP || errno == ENOSYS ? 0 : errno;
+        return 0;
+    }
+    """
+    int set_space_aside "mq_set_space_aside"(int fd, Py_ssize_t start, Py_ssize_t size)
 
 cdef uint64_t MAGIC = 0x31_61_74_6F_75_71_64_6D     # "mdquota1", as it stands in memory
+cdef int64_t LONGEST_NAME = 256                     # bytes of the largest name record
 cdef int64_t SWEEP_NS = 10_000_000                  # how often a process looks for dead ones while something is held up
 cdef int forks = 0                                  # between the first process and this one
 FACTS = {"magic": MAGIC, "version": LAYOUT_VERSION, "name_unit": NAME_UNIT}
@@ -39,6 +54,11 @@ cdef int fork_count() noexcept:
     return forks
 
 
+def _after_fork_in_parent():
+    for state in list(states):
+        state._has_forked()
+
+
 def _after_fork():
     global forks
     forks += 1
@@ -46,7 +66,7 @@ def _after_fork():
         state._sit_down_anew()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
 
 
 def regions_for(max_models):
@@ -71,7 +91,7 @@ def new_header(max_models):
     header.fingerprint = layout_fingerprint()
     header.max_models = max_models
     header.enforcing = 1
-    header.staged_row = -1
+    header.staged_row = header.leaving_row = -1
     memcpy(header.boot_id, <const char*> boot, 16)
     header.anchor_ns = monotonic_ns()
     header.anchor_wall_ns = time.time_ns()
@@ -110,6 +130,7 @@ cdef class SharedState:
         finally:
             os.close(descriptor)
         memory = <char*> self.buffer.buf
+        self.memory = memory
         regions = regions_for(max_models)
         self.shared.epochs = <uint32_t*> (memory + <Py_ssize_t> regions.epochs)
         self.shared.places = <Place*> (memory + <Py_ssize_t> regions.places)
@@ -120,6 +141,7 @@ cdef class SharedState:
         self.shared.names = memory + <Py_ssize_t> regions.names
         self.shared.names_size = regions.size - regions.names
         self.shared.header = <Header*> memory
+        self.reserve_used()
         self.sit_down()
         states.add(self)
         self.anchor()
@@ -173,15 +195,54 @@ cdef class SharedState:
         """The `ManualClock` that was given, or None for the monotonic clock."""
         return self.manual
 
+    # -- space
+
+    cdef int reserve_space(self, const void* start, Py_ssize_t size) except -1:
+        """Have the file system set space aside for a part of the file: a write to a page for which none is left would
+        end the process (SIGBUS)."""
+        cdef int error
+        if self.path is None:
+            return 0
+        error = set_space_aside(self.shared.fd, <const char*> start - self.memory, size)
+        if error:
+            raise StateFileError(self.path, f"no space could be set aside for it: {os.strerror(error)}; what is in it "
+                                 "stays in use")
+        return 0
+
+    cdef int reserve_used(self) except -1:
+        """Set aside what the parts of fixed size and all models so far take. Written as zeros, it may have holes."""
+        cdef const Shared* shared = &self.shared
+        cdef Header* header = shared.header
+        self.reserve_space(header, <char*> shared.held - self.memory)
+        self.reserve_space(shared.held, <Py_ssize_t> header.chunks_used * CHUNK * sizeof(Held))
+        self.reserve_space(shared.rows, header.row_count * sizeof(Row))
+        self.reserve_space(shared.ledgers, header.row_count * sizeof(Ledger))
+        self.reserve_space(shared.names, header.names_used)
+        return 0
+
+    cdef int reserve_next_model(self) except -1:
+        """Set aside what one more model takes, where the registry stands now."""
+        cdef const Shared* shared = &self.shared
+        cdef int64_t index = shared.header.row_count
+        cdef int64_t name = shared.header.names_used
+        if self.path is None or index >= shared.header.max_models:
+            return 0
+        self.reserve_space(&shared.rows[index], sizeof(Row))
+        self.reserve_space(&shared.ledgers[index], sizeof(Ledger))
+        self.reserve_space(shared.names + name, min(LONGEST_NAME, shared.names_size - name))
+        return 0
+
     # -- the seat
 
     cdef int sit_down(self) except -1:
         """Take a free seat."""
         cdef uint32_t seat, epoch, used
+        # Loss of power may leave a lock in the file and not the epoch of its owner: that word is nobody's again soon.
+        cdef uint32_t skipped = 0 if self.path is None else int.from_bytes(os.urandom(2), "little")
         for seat in range(1, SEATS):
             if not take_seat(self.shared.fd, seat):
                 continue
-            epoch = (self.shared.epochs[seat] + 1) & (0xFFFF_FFFF >> SEAT_BITS)
+            epoch = (self.shared.epochs[seat] + 1 + skipped) & (0xFFFF_FFFF >> SEAT_BITS)
             self.shared.epochs[seat] = epoch
             self.shared.me = epoch << SEAT_BITS | seat
             while True:
@@ -200,6 +261,14 @@ cdef class SharedState:
         self.chunks = []
         self.free_count = 0
         self.sit_down()
+
+    def _has_forked(self):
+        """In the parent of a new process: it is not alone any more, though the child may not have sat down yet."""
+        self.forked = True
+        self._pump_all()
+
+    def _pump_all(self):
+        """Something has changed for all models."""
 
     # -- time
 
@@ -224,6 +293,7 @@ cdef class SharedState:
             now_ns = header.anchor_ns + max(wall_ns - header.anchor_wall_ns, 0)
             for i in range(header.row_count):
                 now_ns = max(now_ns, shared.rows[i].level_ns)
+            now_ns = min(now_ns, MAX_TIME_NS)
             header.clock_offset_ns = now_ns - mono_ns
         self.offset_ns = header.clock_offset_ns
         header.anchor_wall_ns = wall_ns
@@ -257,6 +327,11 @@ cdef class SharedState:
                     break
             else:
                 raise CapacityError(HELDS, "open grants", "release some, in whichever process")
+            try:
+                self.reserve_space(&self.shared.held[<Py_ssize_t> chunk * CHUNK], CHUNK * sizeof(Held))
+            except StateFileError:
+                swap_word(&self.shared.owners[chunk], self.shared.me, 0)
+                raise
             while True:
                 used = load_word(&self.shared.header.chunks_used)
                 if used > chunk or swap_word(&self.shared.header.chunks_used, used, chunk + 1):
@@ -304,7 +379,7 @@ cdef class SharedState:
 
     cdef int sweep_if_due(self) except -1:
         """sweep(), unless this process is alone or looked a moment ago."""
-        if self.alone() or monotonic_ns() - self.swept_ns < SWEEP_NS:
+        if self.shared.header.seats_used <= 1 or monotonic_ns() - self.swept_ns < SWEEP_NS:
             return 0
         return self.sweep()
 

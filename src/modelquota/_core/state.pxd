@@ -24,5 +24,6 @@ cdef class QuotaState(SharedState):
     cdef RowRef find(self, object model_id)
     cdef RowRef known(self, object model_id)
     cdef bint read(self, RowRef ref, int64_t now_ns, Usage* usage, Limits* limits) noexcept
+    cdef int look_for_dead(self) except -1
     cdef int freed(self, RowRef ref) except -1
     cdef str name_of(self, int64_t index)

@@ -109,8 +109,11 @@ cdef class QuotaState(SharedState):
             ref.line.pump()
         return 0
 
-    def _pump_all(self):
-        """Something has changed for all models."""
+    cdef int look_for_dead(self) except -1:
+        """Somebody is held up by what others hold, or wants to know: see whether those are still alive."""
+        if self.sweep_if_due():
+            self._pump_all()
+        return 0
 
     # -- rows come and go
 
@@ -190,6 +193,7 @@ cdef class QuotaState(SharedState):
             if version != self.seen_version:
                 self.look_around()
                 continue
+            self.reserve_next_model()       # before another model comes, `version` is another one
             index = enter(name, len(name), &limits, now_ns, version, &self.shared)
             if index == TABLE_FULL:
                 raise CapacityError(self.shared.header.max_models)
@@ -249,6 +253,7 @@ cdef class QuotaState(SharedState):
         cdef RowRef ref = self.find(model_id)
         if ref is None:
             return None
+        self.look_for_dead()
         return (unpack(&limits), usage) if self.read(ref, self.now_ns(), &usage, &limits) else None
 
     def _read_all(self):
@@ -259,6 +264,7 @@ cdef class QuotaState(SharedState):
         cdef Record* records
         self.require_open()
         self.look_around()
+        self.look_for_dead()
         cdef dict found = self.interned.copy()      # another thread may add to it where read() waits
         array = np.zeros(len(found), dtype=RECORD)  # np.empty sets object fields one by one, some 800 ns each
         records = <Record*> cnp.PyArray_DATA(array)

@@ -17,7 +17,6 @@ cdef inline int start_ask(Ask* ask, object tokens, object ram_mb, object ssd_mb)
 cdef class QuotaTable(QuotaState):
     cdef object answer(self, RowRef ref, object model_id, const Ask* ask, object handle)
     cdef object answer_unknown(self, object model_id, const Ask* ask)
-    cdef int look_for_dead(self) except -1
     cdef object check_several(self, object model_ids, const Ask* ask)
     cdef int count_unknown(self, int ids) except -1
 

@@ -128,12 +128,6 @@ cdef class QuotaTable(QuotaState):
         verdict.usage = 0.0
         return result_of(&verdict, None)
 
-    cdef int look_for_dead(self) except -1:
-        """Somebody is held up by what others hold: see whether those are still alive."""
-        if self.sweep_if_due():
-            self._pump_all()
-        return 0
-
     cdef object check_several(self, object model_ids, const Ask* ask):
         """check_quota for a sequence of ids."""
         raise TypeError(f"model_id is {model_ids!r}; give a str")
@@ -223,6 +217,7 @@ cdef class QuotaTable(QuotaState):
         batch.limits = <uint8_t*> cnp.PyArray_DATA(out)
         batch.waits_ms = NULL
         batch.times_ns = NULL
+        batch.held_up = False
         if retry_after_ms is not None:
             _require_target(retry_after_ms, "retry_after_ms", np.int64, batch.count)
             batch.waits_ms = <int64_t*> cnp.PyArray_DATA(retry_after_ms)
@@ -239,6 +234,8 @@ cdef class QuotaTable(QuotaState):
         if times_ns is not None and batch.count:
             if batch.times_ns[batch.count - 1] > self.manual.time_ns:
                 self.manual.move_to(batch.times_ns[batch.count - 1])
+        if batch.held_up:
+            self.look_for_dead()
         for model_id, result, held in due:
             self._log_violation(model_id, result, held)
         return out
