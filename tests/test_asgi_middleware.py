@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import sys
 
 import pytest
 from asgi_client import CHAT_PROMPT, Call, Model, body_of, chat, reply
@@ -399,3 +400,30 @@ def test_a_full_table_is_no_error_of_the_server():
     response = run(Call(app, body=chat("b")).run())
     assert (response.status, response.error["code"]) == (503, "too_many_models")
     assert int(response.headers["retry-after"]) > 0
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="tasks start eagerly from Python 3.12 on")
+def test_a_cancellation_that_comes_late_hits_nothing_after_the_request(manager):
+    """With eager tasks the disconnect may be noticed while the application runs, which then ends without waiting."""
+
+    async def listening(scope, receive, send):
+        await body_of(receive)
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def main():
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        call = Call(QuotaMiddleware(listening, manager), body=chat())
+        receive = call._receive
+
+        async def leaving():
+            message = await receive()
+            call.gone.set()
+            return message
+
+        call._receive = leaving
+        await call.run()
+        assert asyncio.current_task().cancelling() == 0
+        await asyncio.sleep(0)
+
+    run(main())
+    assert used(manager)[1:] == (0, 0)
