@@ -61,10 +61,12 @@ extensions = [
 
 setup(
     cmdclass={"sdist": SourceDistribution},
+    options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         extensions,
         include_path=["src"],
         build_dir="build/cython",
+        nthreads=os.cpu_count(),
         annotate=os.environ.get("MODELQUOTA_ANNOTATE") == "1",
         compiler_directives={
             "language_level": 3,

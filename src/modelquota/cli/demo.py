@@ -24,7 +24,8 @@ from modelquota.manager import ResourceQuotaManager
 __all__ = ["run_demo"]
 
 REFRESHES_PER_SECOND = 4
-CHECKS_IN_A_ROW = 100_000
+CHECKS_IN_A_ROW = 10_000
+ROUNDS_IN_A_ROW = 20
 
 
 def run_demo(console: Console, *, seconds: float, threads: int, seed: int | None) -> None:
@@ -115,7 +116,7 @@ def _closing(lanes: Sequence[Lane], start_ns: int, ran_ms: float) -> Iterator[Re
     if len(check_ns) > 1:
         yield Text.assemble(
             ("How fast. ", "bold"),
-            f"{_check_in_a_row_ns():.0f} ns a check, {CHECKS_IN_A_ROW:,} in a row. In the loop above, where threads "
+            f"{_check_in_a_row_ns():.0f} ns a check, {CHECKS_IN_A_ROW:,} in a row, the best of {ROUNDS_IN_A_ROW}. In the loop above, where threads "
             f"wake up for each request and find the caches cold, {median(check_ns):,.0f} ns in the median and "
             f"{quantiles(check_ns, n=100)[-1]:,.0f} at the 99th percentile; checks were timed one by one, "
             f"of which the timer takes some {_timer_ns():.0f} ns.",
@@ -157,7 +158,7 @@ def _timer_ns() -> float:
 
 
 def _check_in_a_row_ns() -> float:
-    """Average of many checks that are all admitted, loop included, on a manager of their own."""
+    """Average of many checks that are all admitted, loop included, on a manager of their own; the best of some rounds."""
     manager = ResourceQuotaManager()
     manager.set_quota(
         "timed",
@@ -169,7 +170,10 @@ def _check_in_a_row_ns() -> float:
         max_tokens_per_day=10**15,
     )
     check_quota = manager.check_quota
-    start_ns = perf_counter_ns()
-    for _ in range(CHECKS_IN_A_ROW):
-        check_quota("timed", 100)
-    return (perf_counter_ns() - start_ns) / CHECKS_IN_A_ROW
+    best_ns = float("inf")
+    for _ in range(ROUNDS_IN_A_ROW):  # whatever else the machine does befalls some of them
+        start_ns = perf_counter_ns()
+        for _ in range(CHECKS_IN_A_ROW):
+            check_quota("timed", 100)
+        best_ns = min(best_ns, (perf_counter_ns() - start_ns) / CHECKS_IN_A_ROW)
+    return best_ns
