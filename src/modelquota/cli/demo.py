@@ -116,7 +116,8 @@ def _closing(lanes: Sequence[Lane], start_ns: int, ran_ms: float) -> Iterator[Re
     if len(check_ns) > 1:
         yield Text.assemble(
             ("How fast. ", "bold"),
-            f"{_check_in_a_row_ns():.0f} ns a check, {CHECKS_IN_A_ROW:,} in a row, the best of {ROUNDS_IN_A_ROW}. In the loop above, where threads "
+            f"{_check_in_a_row_ns():.0f} ns a check, {CHECKS_IN_A_ROW:,} in a row, the best of {ROUNDS_IN_A_ROW}. "
+            "In the loop above, where threads "
             f"wake up for each request and find the caches cold, {median(check_ns):,.0f} ns in the median and "
             f"{quantiles(check_ns, n=100)[-1]:,.0f} at the 99th percentile; checks were timed one by one, "
             f"of which the timer takes some {_timer_ns():.0f} ns.",
@@ -158,7 +159,7 @@ def _timer_ns() -> float:
 
 
 def _check_in_a_row_ns() -> float:
-    """Average of many checks that are all admitted, loop included, on a manager of their own; the best of some rounds."""
+    """Average of many checks that are all admitted, loop included, on a manager of its own; the best of some rounds."""
     manager = ResourceQuotaManager()
     manager.set_quota(
         "timed",
