@@ -26,7 +26,8 @@ from modelquota._core.table cimport start_ask
 from modelquota.errors import QuotaExceededError
 
 cdef int64_t FAR = INT64_MAX
-cdef int64_t LOOK_NS = 10_000_000   # how often a line looks what other processes have given back
+cdef int64_t LOOK_NS = 10_000_000   # how often a line looks what other processes have given back,
+cdef int64_t LINES_AT_ONCE = 16     # while the process has no more lines than these; more take turns
 cdef int64_t BUSY_NS = 50_000       # a row was locked longer than a look: its owner was preempted
 
 cdef extern from *:
@@ -230,7 +231,7 @@ cdef class Line:
         if not self.publish(nowait):
             self.next_ns = now_ns + BUSY_NS
         elif not self.manager.alone():
-            self.next_ns = min(self.next_ns, now_ns + LOOK_NS)
+            self.next_ns = min(self.next_ns, now_ns + LOOK_NS * (1 + len(self.manager.lines) // LINES_AT_ONCE))
         return 0
 
     cdef int expire(self, list told, int64_t now_ns) except -1:
