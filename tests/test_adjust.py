@@ -99,6 +99,51 @@ def test_who_changes_a_limit_meanwhile_changes_the_configured_value(manager):
     assert (quota.max_ram_mb, quota.max_requests_per_second, quota.max_tokens_per_day) == (300, 50, 7)
 
 
+def meanwhile(manager, change):
+    """Have a change made just before the manager puts a model's new limits in place of the old."""
+    swap = manager._swap
+
+    def change_and_swap(old, new):
+        change()
+        return swap(old, new)
+
+    manager._swap = change_and_swap
+
+
+def test_a_quota_that_is_set_while_it_is_being_adjusted_is_not_lost(manager):
+    sets = [500, 300]
+
+    def set_other_limits():
+        if sets:
+            manager.set_quota("m", max_ram_mb=sets.pop(0), max_tokens_per_day=7, on_violation="queue")
+
+    meanwhile(manager, set_other_limits)
+    rig = Rig(manager)
+    assert rig.at(0.9) == (240, 80)
+    rig.adjuster.undo()
+    assert manager.get_quota("m") == ResourceQuotaConfig(
+        "m", max_ram_mb=300, max_tokens_per_day=7, on_violation="queue"
+    )
+
+
+def test_nor_one_that_is_what_the_adjuster_had_set(manager):
+    rig = Rig(manager)
+    rig.at(0.9)
+    manager.update_quota("m", max_ram_mb=500)
+    sets = [800]
+    meanwhile(manager, lambda: sets and manager.update_quota("m", max_ram_mb=sets.pop()))
+    assert rig.at(0.9) == (640, 40)
+    rig.adjuster.undo()
+    assert manager.get_quota("m").max_ram_mb == 800
+
+
+def test_a_model_that_is_removed_while_it_is_being_adjusted(manager):
+    meanwhile(manager, lambda: manager.remove_quota("m"))
+    with LoadAdjuster(manager, lambda: 0.9) as adjuster:
+        adjuster.poll()
+        assert manager.get_quota("m") is None
+
+
 def test_models_that_come_and_go(manager):
     rig = Rig(manager)
     rig.at(0.9)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final
 from modelquota._extras import extra
 from modelquota._periodic import Periodic
 from modelquota.config import MAX_COUNT, ResourceQuotaConfig
-from modelquota.errors import UnknownModelError
 from modelquota.limits import ViolationAction
 
 if TYPE_CHECKING:
@@ -166,6 +165,7 @@ class LoadAdjuster(Periodic):
         self._on_change = on_change
         self._monotonic = monotonic
         self._lock = threading.RLock()  # a callback may stop or undo
+        self._undo_at_exit = False
         self._factor = 1.0
         self._changed_at = -math.inf
         self._configured: dict[str, dict[str, Any]] = {}
@@ -197,6 +197,7 @@ class LoadAdjuster(Periodic):
             self._configured.clear()
             self._applied.clear()
             atexit.unregister(self.undo)
+            self._undo_at_exit = False
         self._tell(change)
         return change
 
@@ -215,38 +216,54 @@ class LoadAdjuster(Periodic):
             return 1.0
         return self._factor
 
+    def _undo_later(self) -> None:
+        if not self._undo_at_exit:
+            self._undo_at_exit = True
+            atexit.register(self.undo)
+
     def _change(self, load: float | None, factor: float) -> Adjustment | None:
         before, self._factor = self._factor, factor
-        if factor != before and before == 1:
-            atexit.register(self.undo)
-        models = self._manager.list_models()
-        for model_id in models:
-            if self._models is None or model_id in self._models:
-                self._adjust(model_id)
-        for model_id in self._configured.keys() - set(models):
-            del self._configured[model_id], self._applied[model_id]
+        if factor != 1:
+            self._undo_later()
+        try:
+            self._adjust()
+        except BaseException:
+            self._factor = before
+            raise
         return None if factor == before else Adjustment(load, before, factor)
 
-    def _adjust(self, model_id: str) -> None:
+    def _adjust(self) -> None:
+        """Bring all models to the factor; a change that somebody makes meanwhile is seen, and not overwritten."""
+        models = [
+            model_id for model_id in self._manager.list_models() if self._models is None or model_id in self._models
+        ]
+        for model_id in self._configured.keys() - set(models):
+            del self._configured[model_id], self._applied[model_id]
+        while models:
+            plans = {plan[0].model_id: plan for model_id in models if (plan := self._plan(model_id)) is not None}
+            models = []
+            for model_id, (old, new) in plans.items():
+                if old == new or self._manager._swap(old, new):
+                    self._applied[model_id] = {field: getattr(new, field) for field in self._configured[model_id]}
+                else:  # changed or removed just now: look at it anew
+                    models.append(model_id)
+
+    def _plan(self, model_id: str) -> tuple[ResourceQuotaConfig, ResourceQuotaConfig] | None:
+        """Return a model's present quota and the one it should have; None where it has none."""
         quota = self._manager.get_quota(model_id)
         if quota is None:
-            return
+            self._configured.pop(model_id, None)
+            self._applied.pop(model_id, None)
+            return None
         # field by field: where somebody has changed one of them, the others are still ours
-        applied, configured = self._applied.get(model_id, {}), self._configured.setdefault(model_id, {})
-        fields = (*self._fields, "on_violation")
-        for field in fields:
+        applied, configured = self._applied.setdefault(model_id, {}), self._configured.setdefault(model_id, {})
+        for field in (*self._fields, "on_violation"):
             value = getattr(quota, field)
             if field not in applied or applied[field] != value:
                 configured[field] = value
+                applied.pop(field, None)
         wanted: dict[str, Any] = {field: self._scaled(configured[field]) for field in self._fields}
-        wanted["on_violation"] = self._action(configured["on_violation"])
-        changes = {field: value for field, value in wanted.items() if value != getattr(quota, field)}
-        if changes:
-            try:
-                self._manager.update_quota(model_id, **changes)
-            except UnknownModelError:  # removed just now
-                wanted = {}
-        self._applied[model_id] = wanted
+        return quota, quota.replace(**wanted, on_violation=self._action(configured["on_violation"]))
 
     def _scaled(self, limit: float | None) -> float | None:
         if limit is None or limit == 0 or self._factor == 1:
