@@ -36,6 +36,7 @@ class Periodic:
             raise ValueError(f"interval_sec is {interval_sec}; give a finite number of seconds above 0")
         if self.running:
             raise RuntimeError(f"{type(self).__name__} is running; stop() it before it is started again")
+        self._begin()
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._repeat, args=(self._stop, interval_sec), name=f"modelquota-{type(self).__name__}", daemon=True
@@ -63,6 +64,9 @@ class Periodic:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _begin(self) -> None:
+        """Do what `start` has to fail for, in the thread that calls it."""
 
     def _repeat(self, stop: threading.Event, interval_sec: float) -> None:
         while True:

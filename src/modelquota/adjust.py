@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from modelquota._adjusting import Entries, Journal
 from modelquota._extras import extra
 from modelquota._periodic import Periodic
 from modelquota.config import MAX_COUNT, ResourceQuotaConfig
@@ -70,7 +71,12 @@ class LoadAdjuster(Periodic):
     that is not set stays so, and one above 0 stays above 0. What was used stays used, as with any change of limits.
 
     Call `poll` from a loop of one's own, or `start` a thread that does. `stop`, the end of a ``with``, and the end of
-    the interpreter undo what was adjusted.
+    the interpreter undo what was adjusted. Where the manager has a state file, a journal beside it,
+    ``<path>.adjusting``, says what was configured: if the adjuster is killed, whoever next opens the file as a manager,
+    or adjusts it, puts that back; until then the others go on with the adjusted limits. A state file has one adjuster
+    at a time: to begin another, with `poll` or `start`, is a RuntimeError. Without a state file limits end with their
+    processes; but forked processes that outlive a killed adjuster keep its limits, so adjust in the one that ends last,
+    or give the manager a path.
 
     Parameters
     ----------
@@ -165,6 +171,7 @@ class LoadAdjuster(Periodic):
         self._on_change = on_change
         self._monotonic = monotonic
         self._lock = threading.RLock()  # a callback may stop or undo
+        self._journal = None if manager.path is None else Journal(manager.path)
         self._undo_at_exit = False
         self._factor = 1.0
         self._changed_at = -math.inf
@@ -180,6 +187,7 @@ class LoadAdjuster(Periodic):
         """Ask for the load, adjust all models to it, and return the change, or None where the factor stays."""
         load = float(self._load())
         with self._lock:
+            self._begin()
             now = self._monotonic()
             factor = self._wanted(load) if math.isfinite(load) else self._factor
             if now - self._changed_at < self._min_interval_sec:
@@ -187,13 +195,19 @@ class LoadAdjuster(Periodic):
             change = self._change(load, factor)
             if change is not None:
                 self._changed_at = now
+            if self._journal is not None:
+                self._journal.write(self._entries({}))
         self._tell(change)
         return change
 
     def undo(self) -> Adjustment | None:
         """Give all models their configured limits again; what somebody else has set meanwhile stays."""
+        if self._journal is not None and not self._journal.held:
+            return None  # nothing is adjusted, or a parent process does it
         with self._lock:
             change = self._change(None, 1.0)
+            if self._journal is not None:
+                self._journal.remove()
             self._configured.clear()
             self._applied.clear()
             atexit.unregister(self.undo)
@@ -216,6 +230,15 @@ class LoadAdjuster(Periodic):
             return 1.0
         return self._factor
 
+    def _begin(self) -> None:
+        with self._lock:
+            if self._journal is not None and not self._journal.held:
+                self._journal.claim(self._manager)
+                self._configured.clear()  # of a parent process
+                self._applied.clear()
+                self._factor, self._undo_at_exit = 1.0, False
+                self._undo_later()
+
     def _undo_later(self) -> None:
         if not self._undo_at_exit:
             self._undo_at_exit = True
@@ -233,7 +256,7 @@ class LoadAdjuster(Periodic):
         return None if factor == before else Adjustment(load, before, factor)
 
     def _adjust(self) -> None:
-        """Bring all models to the factor; a change that somebody makes meanwhile is seen, and not overwritten."""
+        """Bring all models to the factor: what they were configured with is on the disk before the first is changed."""
         models = [
             model_id for model_id in self._manager.list_models() if self._models is None or model_id in self._models
         ]
@@ -241,9 +264,12 @@ class LoadAdjuster(Periodic):
             del self._configured[model_id], self._applied[model_id]
         while models:
             plans = {plan[0].model_id: plan for model_id in models if (plan := self._plan(model_id)) is not None}
+            changed = {model_id: new for model_id, (old, new) in plans.items() if new is not old}
+            if self._journal is not None and changed and self._factor != 1:
+                self._journal.write(self._entries(changed))
             models = []
             for model_id, (old, new) in plans.items():
-                if old == new or self._manager._swap(old, new):
+                if new is old or self._manager._swap(old, new):
                     self._applied[model_id] = {field: getattr(new, field) for field in self._configured[model_id]}
                 else:  # changed or removed just now: look at it anew
                     models.append(model_id)
@@ -263,7 +289,22 @@ class LoadAdjuster(Periodic):
                 configured[field] = value
                 applied.pop(field, None)
         wanted: dict[str, Any] = {field: self._scaled(configured[field]) for field in self._fields}
-        return quota, quota.replace(**wanted, on_violation=self._action(configured["on_violation"]))
+        wanted["on_violation"] = self._action(configured["on_violation"])
+        changes = {field: value for field, value in wanted.items() if value != getattr(quota, field)}
+        return quota, quota.replace(**changes) if changes else quota
+
+    def _entries(self, planned: dict[str, ResourceQuotaConfig]) -> Entries:
+        """Return what is to be restored now, and in the middle of a change."""
+        entries: Entries = {}
+        for model_id, configured in self._configured.items():
+            for field, value in configured.items():
+                ours = [self._applied[model_id].get(field, value)]
+                if model_id in planned:
+                    ours.append(getattr(planned[model_id], field))
+                ours = [each for each in dict.fromkeys(ours) if each != value]
+                if ours:
+                    entries.setdefault(model_id, {})[field] = {"configured": value, "set": ours}
+        return entries
 
     def _scaled(self, limit: float | None) -> float | None:
         if limit is None or limit == 0 or self._factor == 1:

@@ -45,7 +45,8 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
     ----------
     path : str or os.PathLike, optional
         A state file, created with mode 0600 where there is none: all processes that open it share the limits, and it
-        outlives them. Keep it on a local file system. By default the state is in memory, shared with forked processes.
+        outlives them. Keep it on a local file system. What a killed `LoadAdjuster` has left in it is put back as it is
+        opened. By default the state is in memory, shared with forked processes.
     clock : ManualClock, optional
         Time as a parameter, for tests and replays. By default the time is that of ``CLOCK_MONOTONIC``.
     default_quota : ResourceQuotaConfig, optional
@@ -90,6 +91,12 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         self.default_quota = default_quota
         self._unknown_logged_second = -1
         self._unknown_held = 0
+        if self.path is not None:  # an adjuster that was killed may have left its journal
+            journal = os.path.realpath(self.path) + ".adjusting"
+            if os.path.exists(journal):
+                from modelquota._adjusting import restore
+
+                restore(self, journal)
 
     @classmethod
     def open_readonly(cls, path: str | os.PathLike[str]) -> QuotaView:

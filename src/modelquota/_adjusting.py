@@ -1,0 +1,200 @@
+"""The journal of an adjuster beside a state file: what was configured, for whoever finds it after a crash.
+
+Its adjuster holds a lock on it, so a journal that nobody holds is that of a dead one.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from modelquota.config import ResourceQuotaConfig
+
+if TYPE_CHECKING:
+    from modelquota.manager import ResourceQuotaManager
+
+SUFFIX: Final = ".adjusting"
+_VERSION = 1
+_PATIENCE_SEC = 1.0  # who opens the state file holds the lock while it restores, which takes milliseconds
+
+Entries = dict[str, dict[str, dict[str, Any]]]
+"""By model and field: the value that was ``"configured"``, and those that the adjuster may have ``"set"`` instead."""
+
+_locks: set[int] = set()  # descriptors that lock
+
+
+def _after_fork() -> None:
+    """A child does not adjust: it must not keep the lock of a parent that dies."""
+    for descriptor in _locks:
+        os.close(descriptor)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Journal:
+    """One adjuster's. It is never written in place: a crash leaves the version before or the one after."""
+
+    def __init__(self, state_path: str) -> None:
+        self.path = os.path.realpath(state_path) + SUFFIX
+        self._descriptor = self._pid = -1
+        self._written: Entries = {}
+
+    @property
+    def held(self) -> bool:
+        """Whether this process has claimed it; false in a child, whose parent has."""
+        return self._descriptor >= 0 and self._pid == os.getpid()
+
+    def claim(self, manager: "ResourceQuotaManager") -> None:
+        """Begin it, after putting right what a dead adjuster has left. Raises RuntimeError where one is alive."""
+        give_up = time.monotonic() + _PATIENCE_SEC
+        while True:
+            try:
+                descriptor = _lock(self.path)
+                try:
+                    _restore(manager, descriptor)
+                    return self._put({}, os.replace)
+                finally:
+                    _close(descriptor)
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):  # somebody else was first
+                    return self._put({}, os.link)
+            except BlockingIOError:
+                if time.monotonic() >= give_up:
+                    state = self.path.removesuffix(SUFFIX)
+                    raise RuntimeError(f"another LoadAdjuster adjusts the limits of {state}; stop it first") from None
+                time.sleep(0.01)
+            except ValueError as error:
+                raise RuntimeError(
+                    f"{self.path} is damaged ({error}): see that the limits are as they should be, and remove it"
+                ) from error
+
+    def write(self, entries: Entries) -> None:
+        """State what is to be restored, on the disk before this returns."""
+        if entries != self._written:
+            self._put(entries, os.replace)
+
+    def remove(self) -> None:
+        """End it: all is as configured."""
+        if self.held:
+            os.unlink(self.path)
+            _close(self._descriptor)
+            self._descriptor = -1
+
+    def _put(self, entries: Entries, place: Callable[[str, str], None]) -> None:
+        """Write a draft, lock it, and only then give it the name: there is no moment at which nobody holds it."""
+        draft = f"{self.path}.{secrets.token_hex(8)}.new"
+        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        _locks.add(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
+                json.dump({"version": _VERSION, "models": entries}, file)
+            os.fsync(descriptor)
+            place(draft, self.path)
+        except BaseException:
+            _close(descriptor)
+            raise
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # renamed
+                os.unlink(draft)
+        if self.held:
+            _close(self._descriptor)
+        self._descriptor, self._pid, self._written = descriptor, os.getpid(), entries
+        folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def restore(manager: "ResourceQuotaManager", path: str) -> None:
+    """Put right what a dead adjuster has left, if it is dead, and remove its journal; errors are logged, not raised."""
+    from modelquota.manager import _log
+
+    try:
+        descriptor = _lock(path)
+        try:
+            count = _restore(manager, descriptor)
+            os.unlink(path)
+        finally:
+            _close(descriptor)
+        _log(20, "%s: its adjuster has died; %d models have their configured limits again", path, count)
+    except (FileNotFoundError, BlockingIOError):
+        pass  # somebody else was first; it is alive
+    except Exception as error:
+        _log(40, "%s is left as it is, and with it what an adjuster may have changed: %s", path, error)
+
+
+def _restore(manager: "ResourceQuotaManager", descriptor: int) -> int:
+    """Restore from a journal, and return how many models had to be; ValueError where it is damaged."""
+    count = 0
+    for model_id, fields in _read(descriptor).items():
+        while (old := manager.get_quota(model_id)) is not None:
+            changes = {
+                field: entry["configured"] for field, entry in fields.items() if getattr(old, field) in entry["set"]
+            }
+            if not changes:
+                break
+            if manager._swap(old, old.replace(**changes)):
+                count += 1
+                break
+    return count
+
+
+def _read(descriptor: int) -> Entries:
+    """Return what a journal says, every value of it checked."""
+    with open(descriptor, "rb", closefd=False) as file:
+        try:
+            document = json.loads(file.read())
+        except RecursionError as error:
+            raise ValueError(str(error)) from None
+    if not isinstance(document, dict) or document.get("version") != _VERSION:
+        raise ValueError(f"no journal of version {_VERSION}")
+    models = _mapping(document.get("models"))
+    for model_id, fields in models.items():
+        for field, entry in _mapping(fields).items():
+            if _mapping(entry).keys() != {"configured", "set"} or not isinstance(entry["set"], list):
+                raise ValueError(f"model {model_id!r}, {field!r}: expected what was configured and what was set")
+            if field == "model_id":
+                raise ValueError("a model id is not adjusted")
+            ResourceQuotaConfig.from_dict({"model_id": model_id, field: entry["configured"]})
+    return models
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, not {type(value).__name__}")
+    return value
+
+
+def _lock(path: str) -> int:
+    """Open and lock a journal. Raises FileNotFoundError where there is none, BlockingIOError where one holds it."""
+    while True:
+        # O_NONBLOCK: a pipe of that name is refused, not waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        _locks.add(descriptor)
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("it is no regular file")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(found, os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            _close(descriptor)
+            raise
+        _close(descriptor)  # replaced or removed between the opening and the locking: see what is there now
+
+
+def _close(descriptor: int) -> None:
+    _locks.discard(descriptor)
+    os.close(descriptor)
