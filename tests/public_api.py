@@ -1,6 +1,7 @@
 """Every public name, used as a typed program would: `mypy --strict tests/public_api.py` checks it, nothing runs it."""
 
 import io
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 import modelquota
 from modelquota import (
     CapacityError,
+    Grant,
+    GrantClosedError,
     Limit,
     ManualClock,
     ModelQuota,
@@ -16,16 +19,19 @@ from modelquota import (
     QuotaCheckResult,
     QuotaConfigError,
     QuotaError,
+    QuotaExceededError,
     QuotaFileError,
     QuotaStats,
     ResourceQuotaConfig,
     ResourceQuotaManager,
     ResourceUsage,
+    StateFileError,
     TraceError,
     UnknownModelError,
     ViolationAction,
     ViolationType,
     load_quotas,
+    meter,
 )
 from modelquota.adjust import Adjustment, LoadAdjuster, cpu_load
 from modelquota.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
@@ -46,6 +52,7 @@ from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_export
 from modelquota.reload import QuotaReloader, Reloaded
 from modelquota.replay import ReplayReport, replay
 from modelquota.schema import quota_file_schema
+from modelquota.stateinfo import StateFileInfo, inspect_file, verify_file
 from modelquota.trace import Trace, read_trace
 from modelquota.utilization import Utilization, read_utilization
 
@@ -98,6 +105,55 @@ def check_in_batches(manager: ResourceQuotaManager) -> NDArray[np.uint8]:
     manager.charge_many(rows, np.array([1, 2]))
     manager.charge_many(rows, 1)
     return manager.check_many(rows, [1, 2], np.zeros(2, np.uint8), times_ns=[5, 6], retry_after_ms=retry)
+
+
+def grant(manager: ResourceQuotaManager) -> tuple[int, bool]:
+    with manager.reserve(("tenant", "m"), estimated_tokens=100, ram_needed_mb=1) as held:
+        goes_on: bool = held.add(1)
+        names: tuple[str, ...] = held.model_ids
+        print(names, held.estimated_tokens, held.limit_reached, held.released)
+    other: Grant = manager.acquire("m", 5, timeout=1.5, priority=2)
+    other.settle(np.int64(3))
+    other.release()
+    again = manager.reserve("m", 1)
+    manager.settle_many([again], np.array([1]))
+    manager.reserve("m", 1).cancel()
+    manager.model("m").reserve(1).cancel()
+    manager.model("m").acquire(1, timeout=1).cancel()
+    return other.tokens, goes_on
+
+
+async def words() -> AsyncIterator[str]:
+    yield "one"
+
+
+async def wait(manager: ResourceQuotaManager) -> list[str]:
+    @manager.limit("m", tokens=lambda prompt: len(prompt), actual_tokens=len, timeout=1.0)
+    async def complete(prompt: str) -> str:
+        return prompt
+
+    @manager.limit(("tenant", "m"), tokens=5)
+    def twice(number: int) -> int:
+        return 2 * number
+
+    four: int = twice(2)
+    said: str = await complete("hello")
+    first: Grant = await manager.acquire_async("m", 5, ssd_needed_mb=1)
+    first.release()
+    async with manager.acquire_async(["m"], 5, priority=1, timeout=3) as held:
+        return [f"{said}{four}{word}" async for word in meter(held, words(), tokens=len)]
+
+
+def share(path: Path) -> list[str]:
+    manager = ResourceQuotaManager(path=path, max_models=100)
+    manager.flush()
+    kept: str | None = manager.path
+    with ResourceQuotaManager.open_readonly(path) as view:
+        usage: ResourceUsage | None = view.get_usage("m")
+        print(kept, usage, view.get_stats().recoveries, view.snapshot(), view.list_models())
+    info: StateFileInfo = inspect_file(path)
+    print(info.models, info.processes)
+    return verify_file(path)
 
 
 def read(manager: ResourceQuotaManager) -> NDArray[np.void]:
@@ -209,7 +265,13 @@ def handle_errors() -> None:
     except UnknownModelError as error:
         print(error.model_id)
     except CapacityError as error:
-        print(error.max_models)
+        print(error.max_models, error.what, error.remedy)
+    except QuotaExceededError as error:
+        print(error.result.limit, error.result.model_id, error.retry_after_ms)
+    except GrantClosedError as error:
+        print(error.verb, error.stage)
+    except StateFileError as error:
+        print(error.path, error.message)
     except TraceError as error:
         print(error.path, error.line, error.column)
     except QuotaError:

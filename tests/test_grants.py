@@ -1,12 +1,21 @@
 """Grants: what is held is given back once, and the truth replaces the estimate where the estimate was charged."""
 
+import asyncio
 import contextlib
 import pickle
 import warnings
 
 import pytest
 
-from modelquota import Grant, GrantClosedError, Limit, ManualClock, QuotaExceededError, ResourceQuotaManager
+from modelquota import (
+    Grant,
+    GrantClosedError,
+    Limit,
+    ManualClock,
+    QuotaExceededError,
+    ResourceQuotaManager,
+    UnknownModelError,
+)
 
 HOUR_NS = 3600 * 10**9
 OPEN = {
@@ -325,6 +334,19 @@ def test_several_models_grant_together_or_not_at_all(manager):
     assert manager.get_usage("tenant").reserved_ram_mb == 0
     stats = manager.get_stats()
     assert (stats.allowed_requests, stats.rejected_requests, stats.total_checks) == (3, 1, 4)
+
+
+def test_a_handle_has_the_same_verbs(manager):
+    quota = manager.model("m")
+    with quota.reserve(10, 1), quota.acquire(20, timeout=0) as grant:
+        assert grant.model_ids == ("m",)
+        assert manager.get_usage("m").concurrent_requests == 2
+    asyncio.run(quota.acquire_async(30, priority=1)).release()
+    assert used(manager) == 60
+    manager.remove_quota("m")
+    for verb in (quota.reserve, quota.acquire, quota.acquire_async):
+        with pytest.raises(UnknownModelError):
+            verb(1)
 
 
 def test_many_are_settled_at_once_or_none(manager):

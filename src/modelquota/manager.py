@@ -320,6 +320,20 @@ class ModelQuota(RowHandle):
         @property
         def manager(self) -> ResourceQuotaManager: ...
 
+    def reserve(
+        self, estimated_tokens: SupportsIndex, ram_needed_mb: SupportsIndex = 0, ssd_needed_mb: SupportsIndex = 0
+    ) -> Grant:
+        """As the manager's `reserve`, for this model."""
+        return self._manager().reserve(self.model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+
+    def acquire(self, estimated_tokens: SupportsIndex, *needs_mb: SupportsIndex, **how: Any) -> Grant:
+        """As the manager's `acquire`, for this model."""
+        return self._manager().acquire(self.model_id, estimated_tokens, *needs_mb, **how)
+
+    def acquire_async(self, estimated_tokens: SupportsIndex, *needs_mb: SupportsIndex, **how: Any) -> Acquisition:
+        """As the manager's `acquire_async`, for this model."""
+        return self._manager().acquire_async(self.model_id, estimated_tokens, *needs_mb, **how)
+
     def get_quota(self) -> ResourceQuotaConfig:
         """Return the model's quota."""
         return self._alive(self._manager().get_quota(self.model_id))
