@@ -6,6 +6,7 @@ owner has died, and then it will be repaired: of it only what could lead outside
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelquota._core.packing import dtypes
+from modelquota._core.packing import dtypes, encode_rate
 from modelquota._core.shared import FACTS, layout_fingerprint, regions_for
 from modelquota.errors import StateFileError
 
@@ -24,6 +25,11 @@ MAGIC = FACTS["magic"]
 LAYOUT_VERSION = FACTS["version"]
 NAME_UNIT = FACTS["name_unit"]
 _MAX_COUNT = 2**62
+_UNLIMITED = 2**63 - 1
+_ENCODED = np.dtype(
+    [(name, np.float64 if name == "rate" else np.int64) for name in ("rate", "burst", "limit", "drain")]
+    + [(name, np.uint64) for name in ("shift", "low", "high")]
+)
 _MAX_TIME_NS = 2**61
 _SLOTS = 60
 _PER_SLOT = (1, 3600, 86_400)
@@ -206,8 +212,63 @@ def part_faults(part: Part, names_used: int) -> Iterator[str]:
     for times in (rows["slot_end_ns"], rows["level_ns"]):
         yield from _each(part, (times < 0) | (times > _MAX_TIME_NS), "its time is beyond 2**61 ns")
     yield from _each(part, ledgers["head_limit"] > 10, "its line waits for an unknown limit")
+    for what in ("ram_mb", "ssd_mb", "concurrent", "waiting"):
+        for name in (what, f"reserved_{what}"):
+            if name in (ledgers.dtype.names or ()):
+                yield from _each(part, (ledgers[name] < 0) | (ledgers[name] > _MAX_COUNT), f"{name} is no count")
+    rolling = ledgers["stage"] >= 2
+    slot = ledgers["journal_slot"]
+    yield from _each(
+        part, rolling & ((slot < 0) | (slot > _MAX_TIME_NS // 10_000_000)), "its journal is beyond 2**61 ns"
+    )
     alive: NDArray[np.bool_] = part.steady & (rows["generation"] % 2 == 1)
+    yield from limit_faults(part, alive)
     yield from sum_faults(part, alive)
+
+
+def limit_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
+    """Say which limits no configuration gives, in rows that are alive and nobody is changing."""
+    rows, ledgers = part.rows, part.ledgers
+    for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent"):
+        yield from _each(part, alive & ~_is_limit(ledgers[name]), f"its {name} is no limit")
+    for name in ("max_queued", "burst_requests", "burst_tokens"):
+        count = (ledgers[name] >= 0) & (ledgers[name] <= _MAX_COUNT)
+        yield from _each(part, alive & ~count, f"its {name} is no count")
+    with np.errstate(invalid="ignore"):
+        grace = ledgers["grace_period_sec"]
+        yield from _each(part, alive & ~((grace >= 0) & np.isfinite(grace)), "its grace period is no time")
+        for what in ("request", "token"):
+            rate = ledgers[f"{what}s_per_second"]
+            yield from _each(part, alive & ~(rate >= 0), f"its {what} rate is no rate")
+    for what in ("request", "token"):
+        for window in (1, 2):
+            wrong = ~_is_limit(ledgers[f"{what}_limit"][:, window])
+            yield from _each(part, alive & wrong, f"its limit of {what}s in window {window} is none")
+        lowest = ledgers[f"{what}_low"]
+        widest = np.ldexp(1.0, 95 - np.minimum(rows[f"{what}_shift"].astype(np.int64), 95))
+        wrong = np.asarray(((lowest < 0) | (lowest > widest[:, None])).any(1), np.bool_)
+        yield from _each(part, alive & wrong, f"its lowest {what} level is beyond all bounds")
+        encoded = np.empty(len(rows), _ENCODED)
+        encoded["rate"], encoded["burst"] = ledgers[f"{what}s_per_second"], ledgers[f"burst_{what}s"]
+        encoded["limit"], encoded["drain"] = ledgers[f"{what}_limit"][:, 0], rows[f"{what}_drain"]
+        encoded["shift"] = rows[f"{what}_shift"]
+        encoded["low"], encoded["high"] = rows[f"{what}_cap"]["low"], rows[f"{what}_cap"]["high"]
+        kinds, kind = np.unique(encoded, return_inverse=True)
+        wrong = np.array([not _is_encoded(one) for one in kinds], np.bool_)[kind]
+        yield from _each(part, alive & wrong, f"its {what} rate is not what the core made of it")
+
+
+def _is_limit(values: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.asarray((values >= 0) & (values <= _MAX_COUNT) | (values == _UNLIMITED), np.bool_)
+
+
+def _is_encoded(one: Any) -> bool:
+    """Whether a rate's figures are those that `encode_rate` makes."""
+    rate, burst, *figures = one.tolist()
+    if not rate >= 0 or not 0 <= burst <= _MAX_COUNT:
+        return False
+    limit, drain, shift, cap = encode_rate(None if rate == math.inf else rate, burst)
+    return bool(figures == [limit, drain, shift, cap & (2**64 - 1), cap >> 64])
 
 
 def sum_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
@@ -240,8 +301,6 @@ def sum_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
             least = np.where(held_up & (least > 0), 0, least)
         unlike = np.asarray(least != room[what], np.bool_)
         yield from _each(part, alive & unlike, f"the {what} that are left are not what the limits leave")
-    for name in ("ram_mb", "ssd_mb", "reserved_ram_mb", "reserved_ssd_mb", "concurrent", "waiting"):
-        yield from _each(part, alive & (ledgers[name] < 0), f"{name} is negative")
 
 
 def _each(part: Part, wrong: Any, what: str) -> Iterator[str]:

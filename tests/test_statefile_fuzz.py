@@ -1,0 +1,251 @@
+"""Files of all kinds, opened as state files: refused and left as they were, or opened and usable; never a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
+from modelquota._core import inspection
+from modelquota._core.packing import dtypes
+from modelquota._core.shared import FACTS, regions_for
+
+THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
+MODELS = 8
+REGIONS = regions_for(MODELS)
+LAYOUT = dtypes()
+PARTS = {
+    "header": (0, 1),
+    "place": (REGIONS.places, 3),
+    "held": (REGIONS.held, 70),
+    "row": (REGIONS.rows, MODELS),
+    "ledger": (REGIONS.ledgers, MODELS),
+}
+HOSTILE = (0, 1, 2, 59, 60, 61, 127, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+def leaves(dtype: np.dtype[Any], offset: int = 0, name: str = "") -> list[tuple[str, int, int]]:
+    """Name, offset and size of every number in a struct."""
+    if dtype.subdtype is not None:
+        base, shape = dtype.subdtype
+        count = int(np.prod(shape))
+        return [
+            leaf for i in sorted({0, 1, count - 1}) for leaf in leaves(base, offset + i * base.itemsize, f"{name}[{i}]")
+        ]
+    if dtype.fields is None:
+        return [(name, offset, dtype.itemsize)]
+    return [
+        leaf
+        for field in dtype.names or ()
+        for leaf in leaves(dtype.fields[field][0], offset + dtype.fields[field][1], f"{name}.{field}")
+    ]
+
+
+FIELDS = [
+    (f"{part}[{i}]{name}", start + i * LAYOUT[part].itemsize + offset, size)
+    for part, (start, count) in PARTS.items()
+    for i in sorted({0, 1, count - 1} & set(range(count)))
+    for name, offset, size in leaves(LAYOUT[part])
+]
+BYTES = st.one_of(
+    *(st.integers(start, start + count * LAYOUT[part].itemsize - 1) for part, (start, count) in PARTS.items()),
+    st.integers(REGIONS.epochs, REGIONS.epochs + 16),
+    st.integers(REGIONS.owners, REGIONS.owners + 16),
+    st.integers(REGIONS.names, REGIONS.names + 256),
+    st.integers(0, REGIONS.size - 1),
+)
+FLIPS = st.lists(st.tuples(BYTES, st.integers(0, 7)), min_size=1, max_size=4)
+VALUES = st.sampled_from(HOSTILE) | st.integers(0, 2**64 - 1)
+OVERWRITTEN = st.lists(st.tuples(st.sampled_from(FIELDS), VALUES), min_size=1, max_size=3)
+
+
+class Workshop:
+    """A good state file, and damaged copies of it."""
+
+    def __init__(self, directory: Path) -> None:
+        good = directory / "good.state"
+        self.path = directory / "damaged.state"
+        manager = ResourceQuotaManager(path=good, max_models=MODELS)
+        for number, action in enumerate(("reject", "throttle", "queue", "warn")):
+            manager.set_quota(
+                f"model-{number}",
+                max_requests_per_second=3.7 * (1 + number),
+                max_tokens_per_second=(None, 0.1, 10**6, 1e-3)[number],
+                max_concurrent_requests=3,
+                on_violation=action,
+                grace_period_sec=0.0,
+            )
+            for _ in range(3):
+                manager.check_quota(f"model-{number}", 1)
+        manager.remove_quota("model-1")
+        self.held = [manager.reserve("model-0", 2, 3, 4), manager.reserve("model-2", 0, 1)]
+        manager.flush()
+        self.extents = []
+        with open(good, "rb") as file:
+            for start in range(0, REGIONS.size, 4096):
+                page = file.read(4096)
+                if page.strip(b"\0"):
+                    self.extents.append((start, page))
+        for grant in self.held:
+            grant.release()
+
+    def write(self, changes: list[tuple[int, bytes]], flips: list[tuple[int, int]], size: int = REGIONS.size) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+        with open(self.path, "w+b") as file:
+            for start, page in [*self.extents, *changes]:
+                file.seek(start)
+                file.write(page)
+            for at, bit in flips:
+                file.seek(at)
+                byte = (file.read(1) or b"\0")[0]
+                file.seek(at)
+                file.write(bytes([byte ^ 1 << bit]))
+            file.truncate(size)
+
+    def data(self) -> list[tuple[int, bytes]]:
+        """What is in the file: everything but pages of zeros."""
+        found = []
+        with open(self.path, "rb") as file:
+            for start in range(0, os.fstat(file.fileno()).st_size, 1 << 20):
+                block = file.read(1 << 20)
+                if block.count(0) != len(block):
+                    found.append((start, block))
+        return found
+
+    def is_refused(self) -> bool:
+        """Open it; where it opens it can be used in every way."""
+        before, size = self.data(), self.path.stat().st_size
+        try:
+            manager = ResourceQuotaManager(path=self.path)
+        except StateFileError:
+            assert self.data() == before
+            assert self.path.stat().st_size == size
+            return True
+        use(manager)
+        return False
+
+
+def use(manager: ResourceQuotaManager) -> None:
+    """Everything that one does with a manager."""
+    for model_id in [*manager.list_models(), "model-0", "another", "model-2"]:
+        for _ in range(2):
+            manager.check_quota(model_id, 1, 1, 1).reason  # noqa: B018
+            manager.check_quota(model_id, 2**62)
+            for act in ("release", "cancel"):
+                with contextlib.suppress(QuotaExceededError):
+                    getattr(manager.reserve((model_id,), 3, 1, 1), act)()
+            with contextlib.suppress(QuotaExceededError):
+                grant = manager.acquire(model_id, 3, 1, 1, timeout=0)
+                grant.add(70)
+                grant.settle(1)
+                grant.release()
+            manager.get_usage(model_id)
+            manager.get_quota(model_id)
+            manager.get_model_report(model_id)
+            with contextlib.suppress(KeyError):
+                manager.update_memory_usage(model_id, 1, 2)
+                manager.reset_burst(model_id)
+                codes = np.repeat(manager.rows([model_id]), 3)
+                manager.check_many(codes, [0, 1, 2**62])
+                manager.charge_many(codes, 5)
+                manager.update_quota(model_id, max_requests_per_second=2.5, burst_tokens=1, max_ram_mb=5)
+        manager.set_quota(model_id, max_requests_per_second=7.25, max_tokens_per_second=None)
+    manager.enforcement_enabled = True
+    manager.snapshot()
+    manager.get_stats()
+    manager.flush()
+    for model_id in manager.list_models():
+        assert manager.remove_quota(model_id)
+    manager.set_quota("fresh", max_requests_per_day=2, max_requests_per_second=None, on_violation="reject")
+    assert sum(bool(manager.check_quota("fresh", 1)) for _ in range(5)) == 2
+    with pytest.raises(QuotaExceededError):
+        manager.reserve("fresh", 1)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(inspection, "_LOOKS", 2)  # nobody else writes here
+        yield Workshop(tmp_path_factory.mktemp("fuzz"))
+
+
+def test_the_good_file_opens(workshop):
+    workshop.write([], [])
+    assert not workshop.is_refused()
+
+
+@given(st.integers(0, REGIONS.size + 8192))
+@example(0)
+@example(4095)
+@example(REGIONS.size - 1)
+@example(REGIONS.size + 1)
+def test_other_lengths_are_refused(workshop, size):
+    workshop.write([], [], size)
+    assert workshop.is_refused() or size == REGIONS.size
+
+
+@given(FLIPS)
+def test_flipped_bits(workshop, flips):
+    workshop.write([], flips)
+    workshop.is_refused()
+
+
+def test_hostile_numbers_in_every_field(workshop):
+    rng = random.Random()
+    for name, at, size in FIELDS:
+        for value in HOSTILE if THOROUGH else [rng.choice(HOSTILE)] if rng.random() < 0.5 else []:
+            workshop.write([(at, value.to_bytes(8, "little")[:size])], [])
+            try:
+                workshop.is_refused()
+            except Exception as error:
+                raise AssertionError(f"{name} = {value}") from error
+
+
+@given(OVERWRITTEN)
+def test_several_hostile_numbers(workshop, overwritten):
+    workshop.write([(at, value.to_bytes(8, "little")[:size]) for (_, at, size), value in overwritten], [])
+    workshop.is_refused()
+
+
+@given(st.binary(max_size=10_000))
+@settings(max_examples=30)
+def test_foreign_files_are_refused(workshop, content):
+    workshop.path.unlink(missing_ok=True)
+    workshop.path.write_bytes(content)
+    assert workshop.is_refused()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("version", 10**6, "newer"),
+        ("version", 1, "another version"),
+        ("fingerprint", 5, "another version"),
+        ("magic", FACTS["magic"] + 1, "not a state file"),
+        ("max_models", 2**40, "max_models"),
+        ("max_models", 9, "bytes long"),
+    ],
+)
+def test_other_headers_are_refused(workshop, field, value, words):
+    dtype, at = LAYOUT["header"].fields[field][:2]
+    workshop.write([(at, int(value).to_bytes(8, "little")[: dtype.itemsize])], [])
+    with pytest.raises(StateFileError, match=words):
+        ResourceQuotaManager(path=workshop.path)
+    assert workshop.is_refused()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/null", path)])
+def test_what_is_no_file(tmp_path, make):
+    make(tmp_path / "quota.state")
+    with pytest.raises(OSError, match="quota.state"):
+        ResourceQuotaManager(path=tmp_path / "quota.state")
