@@ -179,7 +179,6 @@ cdef class Line:
         cdef Py_ssize_t i = 0
         cdef int named
         cdef int64_t now_ns = self.manager.now_ns()
-        cdef int64_t ready_ns
         self.next_ns = FAR
         while i < len(self.order):
             waiter = self.order[i]
@@ -217,11 +216,11 @@ cdef class Line:
                 (<Line> other).insert(waiter)
                 moved.append(other)
                 continue
-            ready_ns = FAR if verdict.wait_ns == NEVER else now_ns + verdict.wait_ns
             if i == 0:
                 self.head_limit = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
-                self.head_ready_ns = NEVER if ready_ns == FAR else ready_ns
-            self.next_ns = min(self.next_ns, ready_ns)
+                self.head_ready_ns = NEVER if verdict.wait_ns == NEVER else now_ns + verdict.wait_ns
+            if verdict.own_wait_ns != NEVER:    # once this model has room, the request goes on to the line of another one
+                self.next_ns = min(self.next_ns, now_ns + verdict.own_wait_ns)
             if verdict.action == QUEUE:
                 break
             blocked = waiter

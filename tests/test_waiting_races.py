@@ -1,0 +1,72 @@
+"""What strikes in the middle of a wait: nobody sleeps who could be admitted, and nothing is left over."""
+
+import threading
+import time
+
+import pytest
+
+from modelquota import ResourceQuotaManager
+
+WINDOWS = ("second", "hour", "day")
+OPEN = {f"max_{what}_per_{window}": None for what in ("requests", "tokens") for window in WINDOWS} | {
+    "on_violation": "queue"
+}
+PATIENCE = 5
+
+
+def until(condition):
+    """Wait for another thread to get somewhere."""
+    give_up = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < give_up, "nothing happened"
+        time.sleep(0.0005)
+
+
+@pytest.fixture
+def manager():
+    """One request at a time."""
+    manager = ResourceQuotaManager()
+    manager.set_quota("m", **OPEN | {"max_concurrent_requests": 1})
+    return manager
+
+
+def waiting(manager, model_id="m"):
+    return manager.get_usage(model_id).queued_requests
+
+
+def start(target, *args, **kwargs):
+    thread = threading.Thread(target=target, args=args, kwargs=kwargs, daemon=True)
+    thread.start()
+    return thread
+
+
+def acquire_all(manager, count, *args, **kwargs):
+    """Threads that acquire and release, after all have come to wait."""
+    before = waiting(manager)
+    threads = [start(lambda: manager.acquire(*args or ("m", 1), **kwargs).release()) for _ in range(count)]
+    until(lambda: waiting(manager) == before + count)
+    return threads
+
+
+def all_end(threads):
+    for thread in threads:
+        thread.join(PATIENCE)
+    return not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("freed", ["before", "after"])
+def test_each_of_several_models_is_waited_for_as_long_as_itself_takes(manager, freed):
+    """Whoever waits for a rate and for a grant is looked at when the rate allows, whatever becomes of the grant."""
+    manager.set_quota("rate", **OPEN | {"max_requests_per_second": 1, "burst_requests": 0, "grace_period_sec": 3600})
+    manager.reserve("rate", 1).release()
+    held = manager.reserve("m", 1)
+    both = start(lambda: manager.acquire(("rate", "m"), 1).release())
+    until(lambda: waiting(manager, "rate") == 1)
+    if freed == "before":
+        held.release()
+    else:
+        until(lambda: (waiting(manager, "rate"), waiting(manager)) == (0, 1))
+        assert manager.check_quota("rate", 1)  # the other model holds up nobody here
+        held.release()
+        until(lambda: waiting(manager, "rate") == 1)
+    assert all_end([both])
