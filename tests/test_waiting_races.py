@@ -1,17 +1,22 @@
 """What strikes in the middle of a wait: nobody sleeps who could be admitted, and nothing is left over."""
 
+import asyncio
+import os
 import threading
 import time
 
 import pytest
 
-from modelquota import ResourceQuotaManager
+from modelquota import CapacityError, Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota.waiting import ThreadWaiter
+from modelquota.waiting_async import TaskWaiter
 
 WINDOWS = ("second", "hour", "day")
 OPEN = {f"max_{what}_per_{window}": None for what in ("requests", "tokens") for window in WINDOWS} | {
     "on_violation": "queue"
 }
 PATIENCE = 5
+LOCKED = 1 << 10 | 1  # the word of the first process that opens a state: a row of its that another thread has locked
 
 
 def until(condition):
@@ -70,3 +75,33 @@ def test_each_of_several_models_is_waited_for_as_long_as_itself_takes(manager, f
         held.release()
         until(lambda: waiting(manager, "rate") == 1)
     assert all_end([both])
+
+
+def test_a_line_whose_last_one_leaves_while_another_one_comes(manager):
+    """The row is locked meanwhile, so the one who leaves waits for it, and the other one comes in between."""
+    _, rows, _ = manager._arrays()
+    held = manager.reserve("m", 1)
+    prepared, go_on = threading.Event(), threading.Event()
+
+    class SlowWaiter(ThreadWaiter):
+        def prepare(self):
+            super().prepare()
+            prepared.set()
+            go_on.wait(PATIENCE)
+
+    first, second = ThreadWaiter(), SlowWaiter()
+    manager._begin(first, "m", 1, 0, 0, None, 0, nowait=False)
+    comes = start(manager._begin, second, "m", 1, 0, 0, None, 0, nowait=False)
+    prepared.wait(PATIENCE)
+    rows["lock"][0] = LOCKED
+    leaves = start(first.leave)
+    time.sleep(0.05)
+    go_on.set()
+    comes.join(0.2)
+    rows["lock"][0] = 0
+    assert all_end([leaves, comes])
+    assert waiting(manager) == 1
+    held.release()
+    assert second.done
+    second.take().release()
+    assert (waiting(manager), manager.get_usage("m").concurrent_requests) == (0, 0)

@@ -250,7 +250,7 @@ cdef class Line:
         """State for all processes how many wait here and who is first; False where the row was locked."""
         cdef Row* row = self.ref.row
         cdef const Shared* shared = &self.manager.shared
-        cdef Waiter head = self.order[0] if self.order else None
+        cdef Waiter head, former = self.head     # kept until the row is unlocked: with it anything may go
         if not try_row(row, shared):
             if nowait:
                 if take_over(&row.lock, shared):
@@ -259,6 +259,7 @@ cdef class Line:
                 return False
             with nogil:
                 enter_row(row, shared)
+        head = self.order[0] if self.order else None    # others may have come or left while the row was waited for
         self.place.row = <uint32_t> (row - shared.rows)
         self.place.generation = self.ref.generation
         if head is not None:
