@@ -105,3 +105,29 @@ def test_a_line_whose_last_one_leaves_while_another_one_comes(manager):
     assert second.done
     second.take().release()
     assert (waiting(manager), manager.get_usage("m").concurrent_requests) == (0, 0)
+
+
+def test_who_cannot_be_served_is_told_so_and_nobody_else(tmp_path):
+    """The model is gone, and the table has no room for it any more: each who waited is told, not who releases."""
+    limits = OPEN | {"max_concurrent_requests": 1}
+    mine, other = (
+        ResourceQuotaManager(path=tmp_path / "state", max_models=1, default_quota=ResourceQuotaConfig("any", **limits))
+        for _ in range(2)
+    )
+    mine.set_quota("m", **limits)
+    held = mine.reserve("m", 1)
+    errors = []
+
+    def body():
+        try:
+            mine.acquire("m", 1)
+        except CapacityError as error:
+            errors.append(error)
+
+    threads = [start(body) for _ in range(4)]
+    until(lambda: waiting(mine) == 4)
+    other.remove_quota("m")
+    other.set_quota("x")
+    assert all_end(threads)
+    assert len(errors) == 4
+    held.release()

@@ -94,9 +94,11 @@ cdef class Waiter:
             self.line.pump(nowait)
 
     def take(self):
-        """The grant; QuotaExceededError where it was refused."""
+        """The grant; QuotaExceededError where it was refused, and what else kept it from being decided."""
         cdef Grant grant = self.grant
         self.grant = None
+        if self.error is not None:
+            raise self.error
         if grant is None:
             raise QuotaExceededError(self.result)
         return grant
@@ -164,9 +166,12 @@ cdef class Line:
             while self.again:
                 self.again = False
                 self.serve(told, moved, nowait)
+        except BaseException:
+            self.next_ns = self.manager.now_ns() + LOOK_NS
+            raise
         finally:
             self.pumping = False
-        call_all(told, moved, self.drive(), nowait)
+            call_all(told, moved, self.drive(), nowait)
 
     cdef int serve(self, list told, list moved, bint nowait) except -1:
         """One pass over the line: who is admitted, who is refused, who moves to another line."""
@@ -188,7 +193,11 @@ cdef class Line:
             if blocked is not None and asks_as_much(&waiter.ask, &blocked.ask):
                 i += 1
                 continue
-            named = self.manager.decide_all(waiter.model_ids, &waiter.ask, True, nowait, refs, &joint, &verdict)
+            try:
+                named = self.manager.decide_all(waiter.model_ids, &waiter.ask, True, nowait, refs, &joint, &verdict)
+            except Exception as error:      # no room for a record, or for a model that is registered on sight
+                self.fail(waiter, error, told)
+                continue
             if named == BUSY:
                 self.next_ns = now_ns + BUSY_NS
                 break
@@ -211,7 +220,11 @@ cdef class Line:
                 told.append(waiter)
                 continue
             if ref is not self.ref:
-                other = self.manager.line_of(ref)
+                try:
+                    other = self.manager.line_of(ref)
+                except Exception as error:
+                    self.fail(waiter, error, told)
+                    continue
                 self.remove(waiter)
                 (<Line> other).insert(waiter)
                 moved.append(other)
@@ -230,6 +243,15 @@ cdef class Line:
             self.next_ns = now_ns + BUSY_NS
         elif not self.manager.alone():
             self.next_ns = min(self.next_ns, now_ns + LOOK_NS)
+        return 0
+
+    cdef int fail(self, Waiter waiter, object error, list told) except -1:
+        """Let the one who waits have the error: whoever happens to pump has nothing to do with it."""
+        if waiter.line is self:
+            self.remove(waiter)
+            waiter.error = error
+            waiter.finish(None, None)
+            told.append(waiter)
         return 0
 
     cdef int expire(self, list told, int64_t now_ns) except -1:
