@@ -131,3 +131,23 @@ def test_who_cannot_be_served_is_told_so_and_nobody_else(tmp_path):
     assert all_end(threads)
     assert len(errors) == 4
     held.release()
+
+
+def test_an_interrupt_while_others_are_woken_or_several_models_are_released(manager, monkeypatch):
+    """As a KeyboardInterrupt that strikes in the very function that wakes."""
+    manager.set_quota("other", **OPEN | {"max_concurrent_requests": 1})
+    held = manager.reserve(("m", "other"), 1)
+    threads = acquire_all(manager, 1)
+    wake, struck = ThreadWaiter.wake, []
+
+    def interrupted(waiter):
+        if not struck:
+            struck.append(waiter)
+            raise KeyboardInterrupt
+        wake(waiter)
+
+    monkeypatch.setattr(ThreadWaiter, "wake", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        held.release()
+    assert manager.get_usage("other").concurrent_requests == 0
+    assert all_end(threads)

@@ -324,26 +324,36 @@ cdef class Line:
         return told
 
 
+cdef object tell(Waiter waiter, bint done):
+    """Wake it or have it watch the clock; what that raised. A KeyboardInterrupt may strike first: then once more."""
+    cdef int i
+    error = None
+    for i in range(2):
+        try:
+            if done:
+                waiter.wake()
+            else:
+                waiter.arm()
+            break
+        except BaseException as raised:
+            error = raised
+    return error
+
+
 cdef int call_all(list done, list moved, Waiter driver, bint nowait) except -1:
     """Tell everybody concerned. Whatever one of them raises, the others are told, and then it is raised."""
     cdef Waiter waiter
     cdef Line line
     error = None
     for waiter in done:
-        try:
-            waiter.wake()
-        except BaseException as raised:
-            error = raised
+        error = tell(waiter, True) or error
     for line in moved:
         try:
             line.pump(nowait)
         except BaseException as raised:
             error = raised
     if driver is not None:
-        try:
-            driver.arm()
-        except BaseException as raised:
-            error = raised
+        error = tell(driver, False) or error
     if error is not None:
         raise error
     return 0
