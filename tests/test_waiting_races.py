@@ -151,3 +151,29 @@ def test_an_interrupt_while_others_are_woken_or_several_models_are_released(mana
         held.release()
     assert manager.get_usage("other").concurrent_requests == 0
     assert all_end(threads)
+
+
+def test_the_bound_of_the_line_holds_for_those_who_come_at_the_same_time(manager, monkeypatch):
+    manager.update_quota("m", max_queued_requests=2)
+    held = manager.reserve("m", 1)
+    barrier = threading.Barrier(6)
+    prepare = ThreadWaiter.prepare
+    refused = []
+
+    def all_at_once(waiter):
+        prepare(waiter)
+        barrier.wait(PATIENCE)
+
+    def body():
+        try:
+            manager.acquire("m", 1).release()
+        except QuotaExceededError as error:
+            refused.append(error.result.limit)
+
+    monkeypatch.setattr(ThreadWaiter, "prepare", all_at_once)
+    threads = [start(body) for _ in range(6)]
+    until(lambda: len(refused) == 4)
+    assert waiting(manager) == 2
+    held.release()
+    assert all_end(threads)
+    assert refused == [Limit.QUEUE] * 4

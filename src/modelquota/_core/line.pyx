@@ -402,7 +402,7 @@ cdef class WaitTable(GrantTable):
         cdef RowRef ref
         cdef Line line
         cdef Grant grant
-        cdef int64_t wait_ns, now_ns
+        cdef int64_t wait_ns, now_ns, waiting
         cdef double grace_ns
         start_ask(&waiter.ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
         waiter.ask.priority = <int32_t> as_priority(priority)
@@ -425,9 +425,14 @@ cdef class WaitTable(GrantTable):
         waiter.deadline_ns = now_ns + wait_ns if wait_ns < MAX_TIME_NS else FAR
         if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns) or wait_ns == 0:
             raise QuotaExceededError(result)
-        if ref.ledger.waiting >= ref.ledger.max_queued:
+        waiter.prepare()        # other threads may come in between
+        line = ref.line
+        waiting = ref.ledger.waiting
+        if line is not None and line.forks == fork_count():
+            waiting += len(line.order) - line.published     # who has come and is not stated yet
+        if waiting >= ref.ledger.max_queued:
             verdict.limit = QUEUE_PLACE
-            verdict.used = <double> ref.ledger.waiting
+            verdict.used = <double> waiting
             verdict.bound = <double> ref.ledger.max_queued
             verdict.asked = 1
             verdict.usage = 100.0 * verdict.used / max(verdict.bound, 1.0)
@@ -437,7 +442,6 @@ cdef class WaitTable(GrantTable):
         waiter.ask.counted = ref.ledger
         waiter.ask.counted_generation = ref.generation
         waiter.ask.ticket = take_ticket(&self.shared.header.next_ticket, 1, RELAXED)
-        waiter.prepare()
         line = self.line_of(ref)
         if not line.order:
             line.head_limit = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
