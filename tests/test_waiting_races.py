@@ -177,3 +177,15 @@ def test_the_bound_of_the_line_holds_for_those_who_come_at_the_same_time(manager
     held.release()
     assert all_end(threads)
     assert refused == [Limit.QUEUE] * 4
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_request_whose_model_is_removed_meanwhile_counts_once(manager, anew):
+    held = manager.reserve("m", 1)
+    manager.default_quota = manager.get_quota("m") if anew else None
+    threads = acquire_all(manager, 1)
+    manager.remove_quota("m")
+    assert all_end(threads)
+    stats = manager.get_stats()
+    assert (stats.total_checks, stats.allowed_requests, stats.queued_requests) == (2, 2, 1)
+    held.release()
