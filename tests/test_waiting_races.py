@@ -189,3 +189,18 @@ def test_a_request_whose_model_is_removed_meanwhile_counts_once(manager, anew):
     stats = manager.get_stats()
     assert (stats.total_checks, stats.allowed_requests, stats.queued_requests) == (2, 2, 1)
     held.release()
+
+
+def test_many_tasks_of_a_closed_loop_hold_nobody_up(manager):
+    held = manager.reserve("m", 1)
+    loop = asyncio.new_event_loop()
+    tasks = [loop.create_task(manager.acquire_async("m", 1)) for _ in range(900)]
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    assert waiting(manager) == 900
+    threads = acquire_all(manager, 1)
+    held.release()
+    assert all_end(threads)
+    assert (waiting(manager), manager.get_usage("m").concurrent_requests) == (0, 0)
+    for task in tasks:
+        task._log_destroy_pending = False

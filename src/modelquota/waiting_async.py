@@ -46,7 +46,7 @@ class TaskWaiter(Waiter):
         try:
             self._loop.call_soon_threadsafe(call)
         except RuntimeError:  # the loop has been closed over it
-            super().leave()
+            self.abandon()
 
     def _finish(self) -> None:
         if not self._future.done():

@@ -26,6 +26,8 @@ from modelquota._core.table cimport start_ask
 from modelquota.errors import QuotaExceededError
 
 cdef int64_t FAR = INT64_MAX
+cdef list abandoned = []            # Waiters whose owners are gone
+cdef bint burying = False           # somebody sees to them
 cdef int64_t LOOK_NS = 10_000_000   # how often a line looks what other processes have given back
 cdef int64_t BUSY_NS = 50_000       # a row was locked longer than a look: its owner was preempted
 
@@ -115,6 +117,19 @@ cdef class Waiter:
             self.grant = None
             grant.cancel()
         return None
+
+    def abandon(self):
+        """Leave, for whoever finds that its owner is gone; one after the other, where that wakes more of the kind."""
+        global burying
+        abandoned.append(self)
+        if burying:
+            return
+        burying = True
+        try:
+            while abandoned:
+                abandoned.pop().leave()
+        finally:
+            burying = False
 
     cdef int finish(self, Grant grant, object result) except -1:
         self.grant = grant
