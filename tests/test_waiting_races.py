@@ -204,3 +204,29 @@ def test_many_tasks_of_a_closed_loop_hold_nobody_up(manager):
     assert (waiting(manager), manager.get_usage("m").concurrent_requests) == (0, 0)
     for task in tasks:
         task._log_destroy_pending = False
+
+
+def test_a_task_waits_on_a_manual_clock_while_a_row_is_locked(monkeypatch):
+    """The clock stands still, but the row is tried again."""
+    manager = ResourceQuotaManager(clock=ManualClock(10**12))
+    manager.set_quota("m", **OPEN | {"max_concurrent_requests": 1})
+    _, rows, _ = manager._arrays()
+    held = manager.reserve("m", 1)
+    prepare = TaskWaiter.prepare
+
+    def lock(waiter):
+        prepare(waiter)
+        rows["lock"][0] = LOCKED
+
+    def unlock():
+        rows["lock"][0] = 0
+        held.release()
+
+    async def main():
+        asyncio.get_running_loop().call_later(0.02, unlock)
+        async with asyncio.timeout(PATIENCE), manager.acquire_async("m", 1):
+            pass
+
+    monkeypatch.setattr(TaskWaiter, "prepare", lock)
+    asyncio.run(main())
+    assert waiting(manager) == 0

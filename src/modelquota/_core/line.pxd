@@ -34,6 +34,7 @@ cdef class Line:
     cdef uint32_t head_limit        # what the first waits for
     cdef int64_t head_ready_ns
     cdef int forks
+    cdef bint busy                  # a row was locked: to be tried again shortly
     cdef bint pumping
     cdef bint again
 

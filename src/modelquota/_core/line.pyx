@@ -85,6 +85,8 @@ cdef class Waiter:
 
     def sleep_seconds(self):
         """How long its owner should sleep unless woken: 0.0 = not at all; None while only others can change anything."""
+        if self.line is not None and self.line.busy and self.line.driver is self:
+            return BUSY_NS * 1e-9       # on a manual clock too
         at_ns = self.wake_at_ns
         if at_ns is None:
             return None
@@ -200,10 +202,11 @@ cdef class Line:
         cdef int named
         cdef int64_t now_ns = self.manager.now_ns()
         self.next_ns = FAR
+        self.busy = False
         while i < len(self.order):
             waiter = self.order[i]
             if i == 0 and waiter is not self.head and not self.publish(nowait):
-                self.next_ns = now_ns + BUSY_NS
+                self.busy = True
                 break
             if blocked is not None and asks_as_much(&waiter.ask, &blocked.ask):
                 i += 1
@@ -214,7 +217,7 @@ cdef class Line:
                 self.fail(waiter, error, told)
                 continue
             if named == BUSY:
-                self.next_ns = now_ns + BUSY_NS
+                self.busy = True
                 break
             grant = make_grant(self.manager, &joint, refs, &waiter.ask) if verdict.allowed else None
             if waiter.line is not self:     # a finalizer ran, and took it out of the line
@@ -255,7 +258,9 @@ cdef class Line:
             i += 1
         self.expire(told, now_ns)
         if not self.publish(nowait):
-            self.next_ns = now_ns + BUSY_NS
+            self.busy = True
+        if self.busy:
+            self.next_ns = min(self.next_ns, now_ns + BUSY_NS)
         elif not self.manager.alone():
             self.next_ns = min(self.next_ns, now_ns + LOOK_NS)
         return 0
@@ -332,7 +337,7 @@ cdef class Line:
                 driver = waiter
             if driver.in_thread:
                 break
-        if driver is not None and (driver is not self.driver or self.next_ns < self.armed_ns):
+        if driver is not None and (driver is not self.driver or self.next_ns < self.armed_ns or self.busy):
             told = driver
         self.driver = driver
         self.armed_ns = self.next_ns
