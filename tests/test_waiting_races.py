@@ -230,3 +230,25 @@ def test_a_task_waits_on_a_manual_clock_while_a_row_is_locked(monkeypatch):
     monkeypatch.setattr(TaskWaiter, "prepare", lock)
     asyncio.run(main())
     assert waiting(manager) == 0
+
+
+@pytest.mark.parametrize("closed", ["before", "after"])
+def test_a_task_that_leaves_a_locked_row_behind_and_whose_loop_ends(manager, closed):
+    _, rows, _ = manager._arrays()
+    held = manager.reserve("m", 1)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(manager.acquire_async("m", 1))
+    loop.run_until_complete(asyncio.sleep(0.01))
+    unlock = threading.Timer(0.05, rows["lock"].__setitem__, (0, 0))
+    if closed == "before":
+        loop.close()
+    rows["lock"][0] = LOCKED
+    task.get_coro().close()
+    unlock.start()
+    loop.close()
+    unlock.join()
+    task._log_destroy_pending = False
+    del task
+    assert waiting(manager) == 0
+    held.release()
+    assert manager.check_quota("m", 1)
