@@ -252,3 +252,26 @@ def test_a_task_that_leaves_a_locked_row_behind_and_whose_loop_ends(manager, clo
     assert waiting(manager) == 0
     held.release()
     assert manager.check_quota("m", 1)
+
+
+def test_the_lines_of_a_parent_are_no_concern_of_a_forked_process():
+    manager = ResourceQuotaManager(clock=ManualClock(10**12))
+    manager.set_quota("m", **OPEN | {"max_concurrent_requests": 1})
+    held = manager.reserve("m", 1)
+    threads = acquire_all(manager, 1)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            manager.update_quota("m", max_concurrent_requests=2)
+            mine = manager.acquire("m", 1, priority=1)
+            waiter = ThreadWaiter()
+            manager._begin(waiter, "m", 1, 0, 0, None, 1, nowait=False)
+            manager.enforcement_enabled = True  # something for all lines
+            mine.release()
+            code = 0 if waiter.done else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    held.release()
+    assert all_end(threads)

@@ -172,8 +172,12 @@ cdef class Line:
         cdef list told = []
         cdef list moved = []
         if self.forks != fork_count():
-            self.ref.line = None        # those who stood here are threads and tasks of the parent process
-            return
+            if self.ref.line is self:
+                self.ref.line = None
+            self.manager.lines.discard(self)
+            if self.manager.manual is not None:
+                self.manager.manual.watchers.discard(self)
+            return                      # those who stood here are threads and tasks of the parent process
         if self.pumping:
             self.again = True
             return
