@@ -46,7 +46,7 @@ class TaskWaiter(Waiter):
         try:
             self._loop.call_soon_threadsafe(call)
         except RuntimeError:  # the loop has been closed over it
-            super().leave()
+            self.abandon()
 
     def _finish(self) -> None:
         if not self._future.done():
@@ -74,12 +74,24 @@ class TaskWaiter(Waiter):
             self._timer.cancel()
         line = self.leave(nowait=True)
         if line is not None:
-            self._bury(line)
+            _Burial(line, self._loop)()
 
-    def _bury(self, line: Line) -> None:
-        line.pump(nowait=True)
-        if line.orphaned:
-            self._loop.call_later(_ORPHAN_SECONDS, self._bury, line)
+
+class _Burial:
+    """Sees to it that the row is told that nobody waits any more; where the loop ends before, at once."""
+
+    def __init__(self, line: Line, loop: AbstractEventLoop) -> None:
+        self._line = line
+        self._loop = loop
+
+    def __call__(self) -> None:
+        self._line.pump(nowait=True)
+        if self._line.orphaned and not self._loop.is_closed():
+            self._loop.call_later(_ORPHAN_SECONDS, self)
+
+    def __del__(self) -> None:
+        if self._line.orphaned:
+            self._line.pump()  # the loop that was to try again has been closed: there is none to be held up
 
 
 async def _acquire_in_task(

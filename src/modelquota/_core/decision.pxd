@@ -73,6 +73,7 @@ cdef struct Verdict:
     int action               # the one that was applied, or NO_ACTION
     int64_t wait_ns          # the longest wait of all violated limits, or NEVER; meaningful where limit is set
     int64_t retry_after_ms   # the same, rounded up
+    int64_t own_wait_ns      # the same, of the named model alone; set by decide_jointly
     int64_t patience_ns      # the same without memory, concurrency and the line, which others may free any moment
     bint held_up             # one of those is in the way
     double usage             # percent of the violated limit without the request

@@ -40,6 +40,7 @@ cdef class Grant:
     cdef bint charge_more(self) except -1
     cdef int reserve_charges(self) except -1
     cdef int finish(self, int64_t tokens, bint undo, bint close) except -1
+    cdef int tell(self, uint32_t parties) except -1
     cdef int release_as(self, bint failed) except -1
 
 

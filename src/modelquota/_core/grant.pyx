@@ -5,7 +5,7 @@ row's lock. Whatever has closed once stays closed: nothing is given back twice.
 """
 cimport cython
 from cpython.exc cimport PyErr_WarnEx, PyErr_WriteUnraisable
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
 from modelquota._core.count cimport as_count
@@ -253,7 +253,8 @@ cdef class Grant:
         cdef int64_t now_ns, left, part
         cdef int i, time
         cdef bint changes = surplus != 0 or undo
-        cdef bint alive, waited_for
+        cdef bint alive
+        cdef uint32_t waited_for = 0    # bits of parties
         cdef Hold* party
         cdef Row* row
         cdef Charge* charge
@@ -282,12 +283,27 @@ cdef class Grant:
                 let_go(row, party.ledger, party.record)
             elif close:
                 party.record.seat = 0
-            waited_for = alive and party.ledger.waiting != 0
+            if alive and party.ledger.waiting != 0:
+                waited_for |= <uint32_t> 1 << i
             unlock(&row.lock)
             if close:
                 self.manager.give_record(party.record)
-            if waited_for:
-                self.manager.freed(self.ref_of(i))
+        if waited_for:
+            self.tell(waited_for)
+        return 0
+
+    cdef int tell(self, uint32_t parties) except -1:
+        """Let those try again who wait for these; whatever that raises, all are told, and then it is raised."""
+        cdef int i
+        error = None
+        for i in range(self.parties):
+            if parties >> i & 1:
+                try:
+                    self.manager.freed(self.ref_of(i))
+                except BaseException as raised:
+                    error = raised
+        if error is not None:
+            raise error
         return 0
 
     def __enter__(self):

@@ -110,6 +110,7 @@ cdef inline int decide_jointly(Joint* joint, int64_t now_ns, const Ask* ask, bin
                 continue
             if named == NOBODY or (verdict.allowed and not one.allowed):
                 verdict[0] = one
+                verdict.own_wait_ns = one.wait_ns
                 named = i
             elif not one.allowed:
                 add_wait(verdict, &one)

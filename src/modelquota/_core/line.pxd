@@ -14,6 +14,7 @@ cdef class Waiter:
     cdef int64_t deadline_ns
     cdef Grant grant                # what was admitted and has not been taken
     cdef object result              # the last denial
+    cdef object error               # what kept it from being decided
     cdef readonly bint done         # admitted or refused
     cdef public bint in_thread      # sleeps in a thread of its own, and so can always watch the clock for the others
 
@@ -33,12 +34,14 @@ cdef class Line:
     cdef uint32_t head_limit        # what the first waits for
     cdef int64_t head_ready_ns
     cdef int forks
+    cdef bint busy                  # a row was locked: to be tried again shortly
     cdef bint pumping
     cdef bint again
 
     cdef int insert(self, Waiter waiter) except -1
     cdef int remove(self, Waiter waiter) except -1
     cdef int serve(self, list told, list moved, bint nowait) except -1
+    cdef int fail(self, Waiter waiter, object error, list told) except -1
     cdef int expire(self, list told, int64_t now_ns) except -1
     cdef bint publish(self, bint nowait) except -1
     cdef Waiter drive(self)

@@ -26,6 +26,8 @@ from modelquota._core.table cimport start_ask
 from modelquota.errors import QuotaExceededError
 
 cdef int64_t FAR = INT64_MAX
+cdef list abandoned = []            # Waiters whose owners are gone
+cdef bint burying = False           # somebody sees to them
 cdef int64_t LOOK_NS = 10_000_000   # how often a line looks what other processes have given back,
 cdef int64_t LINES_AT_ONCE = 16     # while the process has no more lines than these; more take turns
 cdef int64_t BUSY_NS = 50_000       # a row was locked longer than a look: its owner was preempted
@@ -84,6 +86,8 @@ cdef class Waiter:
 
     def sleep_seconds(self):
         """How long its owner should sleep unless woken: 0.0 = not at all; None while only others can change anything."""
+        if self.line is not None and self.line.busy and self.line.driver is self:
+            return BUSY_NS * 1e-9       # on a manual clock too
         at_ns = self.wake_at_ns
         if at_ns is None:
             return None
@@ -95,9 +99,11 @@ cdef class Waiter:
             self.line.pump(nowait)
 
     def take(self):
-        """The grant; QuotaExceededError where it was refused."""
+        """The grant; QuotaExceededError where it was refused, and what else kept it from being decided."""
         cdef Grant grant = self.grant
         self.grant = None
+        if self.error is not None:
+            raise self.error
         if grant is None:
             raise QuotaExceededError(self.result)
         return grant
@@ -114,6 +120,19 @@ cdef class Waiter:
             self.grant = None
             grant.cancel()
         return None
+
+    def abandon(self):
+        """Leave, for whoever finds that its owner is gone; one after the other, where that wakes more of the kind."""
+        global burying
+        abandoned.append(self)
+        if burying:
+            return
+        burying = True
+        try:
+            while abandoned:
+                abandoned.pop().leave()
+        finally:
+            burying = False
 
     cdef int finish(self, Grant grant, object result) except -1:
         self.grant = grant
@@ -154,8 +173,12 @@ cdef class Line:
         cdef list told = []
         cdef list moved = []
         if self.forks != fork_count():
-            self.ref.line = None        # those who stood here are threads and tasks of the parent process
-            return
+            if self.ref.line is self:
+                self.ref.line = None
+            self.manager.lines.discard(self)
+            if self.manager.manual is not None:
+                self.manager.manual.watchers.discard(self)
+            return                      # those who stood here are threads and tasks of the parent process
         if self.pumping:
             self.again = True
             return
@@ -165,9 +188,12 @@ cdef class Line:
             while self.again:
                 self.again = False
                 self.serve(told, moved, nowait)
+        except BaseException:
+            self.next_ns = self.manager.now_ns() + LOOK_NS
+            raise
         finally:
             self.pumping = False
-        call_all(told, moved, self.drive(), nowait)
+            call_all(told, moved, self.drive(), nowait)
 
     cdef int serve(self, list told, list moved, bint nowait) except -1:
         """One pass over the line: who is admitted, who is refused, who moves to another line."""
@@ -180,19 +206,23 @@ cdef class Line:
         cdef Py_ssize_t i = 0
         cdef int named
         cdef int64_t now_ns = self.manager.now_ns()
-        cdef int64_t ready_ns
         self.next_ns = FAR
+        self.busy = False
         while i < len(self.order):
             waiter = self.order[i]
             if i == 0 and waiter is not self.head and not self.publish(nowait):
-                self.next_ns = now_ns + BUSY_NS
+                self.busy = True
                 break
             if blocked is not None and asks_as_much(&waiter.ask, &blocked.ask):
                 i += 1
                 continue
-            named = self.manager.decide_all(waiter.model_ids, &waiter.ask, True, nowait, refs, &joint, &verdict)
+            try:
+                named = self.manager.decide_all(waiter.model_ids, &waiter.ask, True, nowait, refs, &joint, &verdict)
+            except Exception as error:      # no room for a record, or for a model that is registered on sight
+                self.fail(waiter, error, told)
+                continue
             if named == BUSY:
-                self.next_ns = now_ns + BUSY_NS
+                self.busy = True
                 break
             grant = make_grant(self.manager, &joint, refs, &waiter.ask) if verdict.allowed else None
             if waiter.line is not self:     # a finalizer ran, and took it out of the line
@@ -213,25 +243,40 @@ cdef class Line:
                 told.append(waiter)
                 continue
             if ref is not self.ref:
-                other = self.manager.line_of(ref)
+                try:
+                    other = self.manager.line_of(ref)
+                except Exception as error:
+                    self.fail(waiter, error, told)
+                    continue
                 self.remove(waiter)
                 (<Line> other).insert(waiter)
                 moved.append(other)
                 continue
-            ready_ns = FAR if verdict.wait_ns == NEVER else now_ns + verdict.wait_ns
             if i == 0:
                 self.head_limit = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
-                self.head_ready_ns = NEVER if ready_ns == FAR else ready_ns
-            self.next_ns = min(self.next_ns, ready_ns)
+                self.head_ready_ns = NEVER if verdict.wait_ns == NEVER else now_ns + verdict.wait_ns
+            if verdict.own_wait_ns != NEVER:    # once this model has room, the request goes on to the line of another one
+                self.next_ns = min(self.next_ns, now_ns + verdict.own_wait_ns)
             if verdict.action == QUEUE:
                 break
             blocked = waiter
             i += 1
         self.expire(told, now_ns)
         if not self.publish(nowait):
-            self.next_ns = now_ns + BUSY_NS
+            self.busy = True
+        if self.busy:
+            self.next_ns = min(self.next_ns, now_ns + BUSY_NS)
         elif not self.manager.alone():
             self.next_ns = min(self.next_ns, now_ns + LOOK_NS * (1 + len(self.manager.lines) // LINES_AT_ONCE))
+        return 0
+
+    cdef int fail(self, Waiter waiter, object error, list told) except -1:
+        """Let the one who waits have the error: whoever happens to pump has nothing to do with it."""
+        if waiter.line is self:
+            self.remove(waiter)
+            waiter.error = error
+            waiter.finish(None, None)
+            told.append(waiter)
         return 0
 
     cdef int expire(self, list told, int64_t now_ns) except -1:
@@ -252,7 +297,7 @@ cdef class Line:
         """State for all processes how many wait here and who is first; False where the row was locked."""
         cdef Row* row = self.ref.row
         cdef const Shared* shared = &self.manager.shared
-        cdef Waiter head = self.order[0] if self.order else None
+        cdef Waiter head, former = self.head     # kept until the row is unlocked: with it anything may go
         if not try_row(row, shared):
             if nowait:
                 if take_over(&row.lock, shared):
@@ -261,6 +306,7 @@ cdef class Line:
                 return False
             with nogil:
                 enter_row(row, shared)
+        head = self.order[0] if self.order else None    # others may have come or left while the row was waited for
         self.place.row = <uint32_t> (row - shared.rows)
         self.place.generation = self.ref.generation
         if head is not None:
@@ -296,11 +342,27 @@ cdef class Line:
                 driver = waiter
             if driver.in_thread:
                 break
-        if driver is not None and (driver is not self.driver or self.next_ns < self.armed_ns):
+        if driver is not None and (driver is not self.driver or self.next_ns < self.armed_ns or self.busy):
             told = driver
         self.driver = driver
         self.armed_ns = self.next_ns
         return told
+
+
+cdef object tell(Waiter waiter, bint done):
+    """Wake it or have it watch the clock; what that raised. A KeyboardInterrupt may strike first: then once more."""
+    cdef int i
+    error = None
+    for i in range(2):
+        try:
+            if done:
+                waiter.wake()
+            else:
+                waiter.arm()
+            break
+        except BaseException as raised:
+            error = raised
+    return error
 
 
 cdef int call_all(list done, list moved, Waiter driver, bint nowait) except -1:
@@ -309,20 +371,14 @@ cdef int call_all(list done, list moved, Waiter driver, bint nowait) except -1:
     cdef Line line
     error = None
     for waiter in done:
-        try:
-            waiter.wake()
-        except BaseException as raised:
-            error = raised
+        error = tell(waiter, True) or error
     for line in moved:
         try:
             line.pump(nowait)
         except BaseException as raised:
             error = raised
     if driver is not None:
-        try:
-            driver.arm()
-        except BaseException as raised:
-            error = raised
+        error = tell(driver, False) or error
     if error is not None:
         raise error
     return 0
@@ -371,7 +427,7 @@ cdef class WaitTable(GrantTable):
         cdef RowRef ref
         cdef Line line
         cdef Grant grant
-        cdef int64_t wait_ns, now_ns
+        cdef int64_t wait_ns, now_ns, waiting
         cdef double grace_ns
         start_ask(&waiter.ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
         waiter.ask.priority = <int32_t> as_priority(priority)
@@ -394,9 +450,14 @@ cdef class WaitTable(GrantTable):
         waiter.deadline_ns = now_ns + wait_ns if wait_ns < MAX_TIME_NS else FAR
         if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns) or wait_ns == 0:
             raise QuotaExceededError(result)
-        if ref.ledger.waiting >= ref.ledger.max_queued:
+        waiter.prepare()        # other threads may come in between
+        line = ref.line
+        waiting = ref.ledger.waiting
+        if line is not None and line.forks == fork_count():
+            waiting += len(line.order) - line.published     # who has come and is not stated yet
+        if waiting >= ref.ledger.max_queued:
             verdict.limit = QUEUE_PLACE
-            verdict.used = <double> ref.ledger.waiting
+            verdict.used = <double> waiting
             verdict.bound = <double> ref.ledger.max_queued
             verdict.asked = 1
             verdict.usage = 100.0 * verdict.used / max(verdict.bound, 1.0)
@@ -406,7 +467,6 @@ cdef class WaitTable(GrantTable):
         waiter.ask.counted = ref.ledger
         waiter.ask.counted_generation = ref.generation
         waiter.ask.ticket = take_ticket(&self.shared.header.next_ticket, 1, RELAXED)
-        waiter.prepare()
         line = self.line_of(ref)
         if not line.order:
             line.head_limit = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit

@@ -162,7 +162,7 @@ cdef inline bint leave(Row* row, uint32_t generation, const Shared* shared) noex
             header.retired_rejected += ledger.rejected
             header.retired_throttled += ledger.throttled
             header.retired_queued += ledger.queued
-            header.retired_waited += ledger.waited
+            count_atomically(&header.retired_waited, ledger.waited, RELAXED)    # others add to it without the lock
             for kind in range(VIOLATION_TYPES):
                 header.retired_violations[kind] += ledger.violations[kind]
             in_order()

@@ -10,11 +10,21 @@ from modelquota._core.joint cimport (
     unlock_rows
 )
 from modelquota._core.layout cimport Shared
+from modelquota._core.repair cimport RELAXED, count_atomically
 from modelquota._core.result cimport result_of
 from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport QuotaTable, start_ask
 
 from modelquota.errors import CapacityError, QuotaExceededError, StateFileError
+
+
+cdef inline bint is_counted_here(const Joint* joint, const Ask* ask) noexcept:
+    """Whether the model where the violation was counted takes part; it may have been removed during the wait."""
+    cdef int i
+    for i in range(joint.count):
+        if joint.parties[i].ledger == ask.counted and joint.parties[i].generation == ask.counted_generation:
+            return True
+    return False
 
 
 cdef class GrantTable(QuotaTable):
@@ -174,6 +184,8 @@ cdef class GrantTable(QuotaTable):
                     self.look_for_dead()
                 if unknown and verdict.allowed:
                     self.count_unknown(unknown)
+                if verdict.allowed and ask.counted != NULL and not is_counted_here(joint, ask):
+                    count_atomically(&self.shared.header.retired_waited, 1, RELAXED)
                 return named
             self.drop((<RowRef> refs[gone]).model_id, refs[gone])
 

@@ -1,0 +1,277 @@
+"""What strikes in the middle of a wait: nobody sleeps who could be admitted, and nothing is left over."""
+
+import asyncio
+import os
+import threading
+import time
+
+import pytest
+
+from modelquota import CapacityError, Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota.waiting import ThreadWaiter
+from modelquota.waiting_async import TaskWaiter
+
+WINDOWS = ("second", "hour", "day")
+OPEN = {f"max_{what}_per_{window}": None for what in ("requests", "tokens") for window in WINDOWS} | {
+    "on_violation": "queue"
+}
+PATIENCE = 5
+LOCKED = 1 << 10 | 1  # the word of the first process that opens a state: a row of its that another thread has locked
+
+
+def until(condition):
+    """Wait for another thread to get somewhere."""
+    give_up = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < give_up, "nothing happened"
+        time.sleep(0.0005)
+
+
+@pytest.fixture
+def manager():
+    """One request at a time."""
+    manager = ResourceQuotaManager()
+    manager.set_quota("m", **OPEN | {"max_concurrent_requests": 1})
+    return manager
+
+
+def waiting(manager, model_id="m"):
+    return manager.get_usage(model_id).queued_requests
+
+
+def start(target, *args, **kwargs):
+    thread = threading.Thread(target=target, args=args, kwargs=kwargs, daemon=True)
+    thread.start()
+    return thread
+
+
+def acquire_all(manager, count, *args, **kwargs):
+    """Threads that acquire and release, after all have come to wait."""
+    before = waiting(manager)
+    threads = [start(lambda: manager.acquire(*args or ("m", 1), **kwargs).release()) for _ in range(count)]
+    until(lambda: waiting(manager) == before + count)
+    return threads
+
+
+def all_end(threads):
+    for thread in threads:
+        thread.join(PATIENCE)
+    return not any(thread.is_alive() for thread in threads)
+
+
+@pytest.mark.parametrize("freed", ["before", "after"])
+def test_each_of_several_models_is_waited_for_as_long_as_itself_takes(manager, freed):
+    """Whoever waits for a rate and for a grant is looked at when the rate allows, whatever becomes of the grant."""
+    manager.set_quota("rate", **OPEN | {"max_requests_per_second": 1, "burst_requests": 0, "grace_period_sec": 3600})
+    manager.reserve("rate", 1).release()
+    held = manager.reserve("m", 1)
+    both = start(lambda: manager.acquire(("rate", "m"), 1).release())
+    until(lambda: waiting(manager, "rate") == 1)
+    if freed == "before":
+        held.release()
+    else:
+        until(lambda: (waiting(manager, "rate"), waiting(manager)) == (0, 1))
+        assert manager.check_quota("rate", 1)  # the other model holds up nobody here
+        held.release()
+        until(lambda: waiting(manager, "rate") == 1)
+    assert all_end([both])
+
+
+def test_a_line_whose_last_one_leaves_while_another_one_comes(manager):
+    """The row is locked meanwhile, so the one who leaves waits for it, and the other one comes in between."""
+    _, rows, _ = manager._arrays()
+    held = manager.reserve("m", 1)
+    prepared, go_on = threading.Event(), threading.Event()
+
+    class SlowWaiter(ThreadWaiter):
+        def prepare(self):
+            super().prepare()
+            prepared.set()
+            go_on.wait(PATIENCE)
+
+    first, second = ThreadWaiter(), SlowWaiter()
+    manager._begin(first, "m", 1, 0, 0, None, 0, nowait=False)
+    comes = start(manager._begin, second, "m", 1, 0, 0, None, 0, nowait=False)
+    prepared.wait(PATIENCE)
+    rows["lock"][0] = LOCKED
+    leaves = start(first.leave)
+    time.sleep(0.05)
+    go_on.set()
+    comes.join(0.2)
+    rows["lock"][0] = 0
+    assert all_end([leaves, comes])
+    assert waiting(manager) == 1
+    held.release()
+    assert second.done
+    second.take().release()
+    assert (waiting(manager), manager.get_usage("m").concurrent_requests) == (0, 0)
+
+
+def test_who_cannot_be_served_is_told_so_and_nobody_else(tmp_path):
+    """The model is gone, and the table has no room for it any more: each who waited is told, not who releases."""
+    limits = OPEN | {"max_concurrent_requests": 1}
+    mine, other = (
+        ResourceQuotaManager(path=tmp_path / "state", max_models=1, default_quota=ResourceQuotaConfig("any", **limits))
+        for _ in range(2)
+    )
+    mine.set_quota("m", **limits)
+    held = mine.reserve("m", 1)
+    errors = []
+
+    def body():
+        try:
+            mine.acquire("m", 1)
+        except CapacityError as error:
+            errors.append(error)
+
+    threads = [start(body) for _ in range(4)]
+    until(lambda: waiting(mine) == 4)
+    other.remove_quota("m")
+    other.set_quota("x")
+    assert all_end(threads)
+    assert len(errors) == 4
+    held.release()
+
+
+def test_an_interrupt_while_others_are_woken_or_several_models_are_released(manager, monkeypatch):
+    """As a KeyboardInterrupt that strikes in the very function that wakes."""
+    manager.set_quota("other", **OPEN | {"max_concurrent_requests": 1})
+    held = manager.reserve(("m", "other"), 1)
+    threads = acquire_all(manager, 1)
+    wake, struck = ThreadWaiter.wake, []
+
+    def interrupted(waiter):
+        if not struck:
+            struck.append(waiter)
+            raise KeyboardInterrupt
+        wake(waiter)
+
+    monkeypatch.setattr(ThreadWaiter, "wake", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        held.release()
+    assert manager.get_usage("other").concurrent_requests == 0
+    assert all_end(threads)
+
+
+def test_the_bound_of_the_line_holds_for_those_who_come_at_the_same_time(manager, monkeypatch):
+    manager.update_quota("m", max_queued_requests=2)
+    held = manager.reserve("m", 1)
+    barrier = threading.Barrier(6)
+    prepare = ThreadWaiter.prepare
+    refused = []
+
+    def all_at_once(waiter):
+        prepare(waiter)
+        barrier.wait(PATIENCE)
+
+    def body():
+        try:
+            manager.acquire("m", 1).release()
+        except QuotaExceededError as error:
+            refused.append(error.result.limit)
+
+    monkeypatch.setattr(ThreadWaiter, "prepare", all_at_once)
+    threads = [start(body) for _ in range(6)]
+    until(lambda: len(refused) == 4)
+    assert waiting(manager) == 2
+    held.release()
+    assert all_end(threads)
+    assert refused == [Limit.QUEUE] * 4
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_request_whose_model_is_removed_meanwhile_counts_once(manager, anew):
+    held = manager.reserve("m", 1)
+    manager.default_quota = manager.get_quota("m") if anew else None
+    threads = acquire_all(manager, 1)
+    manager.remove_quota("m")
+    assert all_end(threads)
+    stats = manager.get_stats()
+    assert (stats.total_checks, stats.allowed_requests, stats.queued_requests) == (2, 2, 1)
+    held.release()
+
+
+def test_many_tasks_of_a_closed_loop_hold_nobody_up(manager):
+    held = manager.reserve("m", 1)
+    loop = asyncio.new_event_loop()
+    tasks = [loop.create_task(manager.acquire_async("m", 1)) for _ in range(900)]
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.close()
+    assert waiting(manager) == 900
+    threads = acquire_all(manager, 1)
+    held.release()
+    assert all_end(threads)
+    assert (waiting(manager), manager.get_usage("m").concurrent_requests) == (0, 0)
+    for task in tasks:
+        task._log_destroy_pending = False
+
+
+def test_a_task_waits_on_a_manual_clock_while_a_row_is_locked(monkeypatch):
+    """The clock stands still, but the row is tried again."""
+    manager = ResourceQuotaManager(clock=ManualClock(10**12))
+    manager.set_quota("m", **OPEN | {"max_concurrent_requests": 1})
+    _, rows, _ = manager._arrays()
+    held = manager.reserve("m", 1)
+    prepare = TaskWaiter.prepare
+
+    def lock(waiter):
+        prepare(waiter)
+        rows["lock"][0] = LOCKED
+
+    def unlock():
+        rows["lock"][0] = 0
+        held.release()
+
+    async def main():
+        asyncio.get_running_loop().call_later(0.02, unlock)
+        async with asyncio.timeout(PATIENCE), manager.acquire_async("m", 1):
+            pass
+
+    monkeypatch.setattr(TaskWaiter, "prepare", lock)
+    asyncio.run(main())
+    assert waiting(manager) == 0
+
+
+@pytest.mark.parametrize("closed", ["before", "after"])
+def test_a_task_that_leaves_a_locked_row_behind_and_whose_loop_ends(manager, closed):
+    _, rows, _ = manager._arrays()
+    held = manager.reserve("m", 1)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(manager.acquire_async("m", 1))
+    loop.run_until_complete(asyncio.sleep(0.01))
+    unlock = threading.Timer(0.05, rows["lock"].__setitem__, (0, 0))
+    if closed == "before":
+        loop.close()
+    rows["lock"][0] = LOCKED
+    task.get_coro().close()
+    unlock.start()
+    loop.close()
+    unlock.join()
+    task._log_destroy_pending = False
+    del task
+    assert waiting(manager) == 0
+    held.release()
+    assert manager.check_quota("m", 1)
+
+
+def test_the_lines_of_a_parent_are_no_concern_of_a_forked_process():
+    manager = ResourceQuotaManager(clock=ManualClock(10**12))
+    manager.set_quota("m", **OPEN | {"max_concurrent_requests": 1})
+    held = manager.reserve("m", 1)
+    threads = acquire_all(manager, 1)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            manager.update_quota("m", max_concurrent_requests=2)
+            mine = manager.acquire("m", 1, priority=1)
+            waiter = ThreadWaiter()
+            manager._begin(waiter, "m", 1, 0, 0, None, 1, nowait=False)
+            manager.enforcement_enabled = True  # something for all lines
+            mine.release()
+            code = 0 if waiter.done else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    held.release()
+    assert all_end(threads)
