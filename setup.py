@@ -32,7 +32,8 @@ class SourceDistribution(sdist):
     """The sources with everything that the tests and benchmarks need."""
 
     def make_distribution(self):
-        sources = f"{CORE}/*.pyx", "tests/*.py", "tests/*.c", "benchmarks/**/*.py", "benchmarks/**/*.pyx", "benchmarks/**/*.zig"
+        sources = f"{CORE}/*.pyx", "tests/*.py", "tests/*.c", "benchmarks/**/*.py"
+        sources += "benchmarks/**/*.pyx", "benchmarks/**/*.zig"
         for pattern in sources:
             self.filelist.extend(glob(pattern, recursive=True))
         super().make_distribution()
