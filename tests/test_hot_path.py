@@ -89,9 +89,10 @@ def test_a_check_takes_no_lock_but_its_rows(manager, locks):
         lambda: manager.charge_many(rows, 1),
     ]
     registry, a, b, c = locks
-    registry[0] = a[0] = c[0] = 9
+    word = 1 << 10 | 1  # of this process, the first that sat down on the first seat: it lives
+    registry[0] = a[0] = c[0] = word
     assert not any(thread.is_alive() for thread in begin(verbs))
-    b[0] = 9
+    b[0] = word
     waiting = begin(verbs)
     assert all(thread.is_alive() for thread in waiting)
     registry[0] = a[0] = b[0] = c[0] = 0
