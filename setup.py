@@ -35,6 +35,7 @@ class SourceDistribution(sdist):
         sources = (
             f"{CORE}/*.pyx",
             "tests/*.py",
+            "tests/*.c",
             "benchmarks/**/*.py",
             "benchmarks/**/*.pyx",
             "benchmarks/**/*.zig",

@@ -6,7 +6,9 @@ import pytest
 
 from benchmarks.crews import forked, processors
 from benchmarks.figures import FLOOR, Row, at_least
+from benchmarks.fleet import GENEROUS
 from benchmarks.loops import Loop, batch_round
+from modelquota import ResourceQuotaConfig, ResourceQuotaManager
 
 QUESTION = "two processes"
 CHECKS = 20_000
@@ -37,6 +39,18 @@ def test_checks(bench, fleet_of, same, least):
         least,
         contended=same,
     )
+
+
+def test_checks_on_a_file(bench, tmp_path):
+    """Shared through a state file instead of memory without a name."""
+    manager = ResourceQuotaManager(path=tmp_path / "quota.state")
+    checks = CHECKS if bench.enabled else 1_000
+    ours = []
+    for model_id in ("model-0", "model-1"):
+        manager.set_quota(ResourceQuotaConfig(model_id, **GENEROUS))
+        code = f'manager.check_quota("{model_id}", estimated_tokens=100)'
+        ours.append(Loop(code, manager=manager, operations=checks).round_ns)
+    _add_gain(bench, "single checks, a model each, a state file: throughput of one", ours, None, 1.8, contended=False)
 
 
 @pytest.mark.parametrize(("same", "least"), [(False, 1.8), (True, 0.6)], ids=["different", "same"])

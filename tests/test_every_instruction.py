@@ -26,7 +26,7 @@ from crew import shared_array
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota._core.inspection import faults
 
-MOST = (int(os.environ.get("MODELQUOTA_EVERY", "0")) and 10**9) or 8  # deaths per verb
+MOST = (int(os.environ.get("MODELQUOTA_EVERY", "0")) and 10**9) or 4  # deaths per verb
 HELD = {"concurrent_requests", "reserved_ram_mb", "reserved_ssd_mb", "queued_requests"}
 START_NS = 10**15 + 12_345
 

@@ -15,7 +15,7 @@ WINDOWS = ("second", "hour", "day")
 OPEN = {f"max_{what}_per_{window}": None for what in ("requests", "tokens") for window in WINDOWS} | {
     "on_violation": "queue"
 }
-PATIENCE = 5
+PATIENCE = 30
 LOCKED = 1 << 10 | 1  # the word of the first process that opens a state: a row of its that another thread has locked
 
 
@@ -243,8 +243,8 @@ def test_a_task_that_leaves_a_locked_row_behind_and_whose_loop_ends(manager, clo
     if closed == "before":
         loop.close()
     rows["lock"][0] = LOCKED
-    task.get_coro().close()
     unlock.start()
+    task.get_coro().close()
     loop.close()
     unlock.join()
     task._log_destroy_pending = False

@@ -1,4 +1,4 @@
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.decision cimport Ask
 from modelquota._core.hold cimport Charge, Hold
 from modelquota._core.joint cimport Joint

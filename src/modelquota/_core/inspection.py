@@ -177,8 +177,10 @@ def faults(descriptor: int, path: str) -> int:
 def content_faults(reader: Reader) -> Iterator[str]:
     """Say what makes no sense behind a header that has been checked."""
     seen: set[bytes] = set()
+    if int(reader.header["staged_row"]) >= 0:
+        yield from staged_faults(reader.header)
     for part in reader.parts():
-        yield from part_faults(part, int(reader.header["names_used"]))
+        yield from part_faults(part, int(reader.header["names_used"]), int(reader.header["staged_row"]))
         for index, name in enumerate(reader.names(part)):
             if not part.steady[index] or part.rows["generation"][index] % 2 == 0:
                 continue
@@ -191,7 +193,7 @@ def content_faults(reader: Reader) -> Iterator[str]:
             seen.add(name)
 
 
-def part_faults(part: Part, names_used: int) -> Iterator[str]:
+def part_faults(part: Part, names_used: int, staged_row: int = -1) -> Iterator[str]:
     """Say what makes no sense in some rows, in words with numbers."""
     rows, ledgers = part.rows, part.ledgers
     outside = ledgers["name_offset"].astype(np.int64) * NAME_UNIT + ledgers["name_capacity"] > names_used
@@ -221,9 +223,31 @@ def part_faults(part: Part, names_used: int) -> Iterator[str]:
     yield from _each(
         part, rolling & ((slot < 0) | (slot > _MAX_TIME_NS // 10_000_000)), "its journal is beyond 2**61 ns"
     )
-    alive: NDArray[np.bool_] = part.steady & (rows["generation"] % 2 == 1)
-    yield from limit_faults(part, alive)
-    yield from sum_faults(part, alive)
+    alive = rows["generation"] % 2 == 1
+    # Also where the row is locked: its limits change only while the header says so.
+    yield from limit_faults(part, alive & (part.first + np.arange(len(rows)) != staged_row))
+    yield from sum_faults(part, part.steady & alive)
+
+
+def staged_faults(header: Any) -> Iterator[str]:
+    """Say what makes no sense in a change of limits that is under way, which somebody may have to finish."""
+    staged = header["staged"]
+    for what in ("request", "token"):
+        shift, level = int(header[f"staged_{what}_shift"]), header[f"staged_{what}_level"]
+        if (shift > _WIDEST_SHIFT and shift != _NO_RATE) or int(level["high"]) >> 62:
+            yield f"the {what} level that is being changed is beyond all bounds"
+        one = np.zeros((), _ENCODED)
+        one["rate"], one["burst"] = staged[f"{what}s_per_second"], staged[f"burst_{what}s"]
+        one["limit"], one["drain"] = staged[f"{what}_limits"][0], staged[f"{what}_drain"]
+        one["shift"] = staged[f"{what}_shift"]
+        one["low"], one["high"] = staged[f"{what}_cap"]["low"], staged[f"{what}_cap"]["high"]
+        if not _is_encoded(one) or not _is_limit(staged[f"{what}_limits"]).all():
+            yield f"the {what} limits that are being changed are none"
+    caps = np.array([staged[name] for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent")])
+    if not _is_limit(caps).all() or not 0 <= int(staged["max_queued"]) <= _MAX_COUNT or int(staged["action"]) > 3:
+        yield "the limits that are being changed are none"
+    if not 0 <= float(staged["grace_period_sec"]) < math.inf:
+        yield "the grace period that is being changed is no time"
 
 
 def limit_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:

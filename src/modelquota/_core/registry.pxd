@@ -4,7 +4,7 @@ from libc.string cimport memcpy
 from modelquota._core.decision cimport pass_time
 from modelquota._core.layout cimport Header, Ledger, Limits, Row, Shared, VIOLATION_TYPES
 from modelquota._core.lock cimport lock, unlock
-from modelquota._core.repair cimport clear, enter_row
+from modelquota._core.repair cimport clear, count_atomically, enter_row
 from modelquota._core.usage cimport put_limits, read_limits, same_limits, start_row
 from modelquota._core.window cimport in_order, requests_charged
 
