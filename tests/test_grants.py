@@ -209,6 +209,25 @@ def test_a_level_takes_back_nothing_that_drained_between_two_looks(clock):
     grant.release()
 
 
+def test_a_level_that_starts_anew_has_no_lows_from_before(clock):
+    """Lifting a rate empties the level; that it stood at 5,000 earlier in the same slot says nothing afterwards."""
+    manager = ResourceQuotaManager(clock=clock)
+    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 600, "burst_tokens": 20_000})
+    clock.advance(59)
+    assert manager.check_quota("m", 5600)
+    clock.advance(1)
+    assert manager.check_quota("m", 1)
+    manager.update_quota("m", max_tokens_per_second=None)
+    manager.update_quota("m", max_tokens_per_second=600)
+    grant = manager.reserve("m", 3)
+    clock.advance(0.016)
+    assert manager.check_quota("m", 5000)  # at a level of 0
+    clock.advance(1)
+    grant.settle(0)
+    assert manager.get_usage("m").burst_tokens_used == 5000 - 600 - 600
+    grant.release()
+
+
 @pytest.mark.parametrize("later", [2, 8])
 def test_two_refunds_do_not_take_back_the_same(clock, later):
     """At its lowest the level stood at 100; the first refund has 80 of them, for the second 20 are left."""
