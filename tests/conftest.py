@@ -1,6 +1,6 @@
 """How hard Hypothesis searches, and what the promises are checked of.
 
-``HYPOTHESIS_PROFILE=thorough pytest`` searches for many minutes instead of seconds.
+``HYPOTHESIS_PROFILE=thorough pytest`` searches for many minutes instead of seconds, ``brief`` for less.
 """
 
 import os
@@ -21,6 +21,7 @@ SLOW_START = (HealthCheck.too_slow, HealthCheck.data_too_large)
 settings.register_profile(
     "default", deadline=None, print_blob=True, derandomize=IN_CI, max_examples=100, suppress_health_check=SLOW_START
 )
+settings.register_profile("brief", settings.get_profile("default"), max_examples=30)
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=2500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
