@@ -104,9 +104,13 @@ cdef inline bint write_name(const Shared* shared, Ledger* ledger, const char* na
 
 
 cdef inline int64_t enter(
-    const char* name, int64_t size, const Limits* limits, int64_t now_ns, uint64_t version, const Shared* shared
+    const char* name, int64_t size, const Limits* limits, int64_t now_ns, uint64_t version, uint32_t* generation,
+    const Shared* shared
 ) noexcept:
-    """Put a model into the lowest free row and return its number; TABLE_FULL, or -2 where the registry is not `version`."""
+    """Put a model into the lowest free row and return its number; TABLE_FULL, or -2 where the registry is not `version`.
+
+    `generation` is the model's: the row's may be another one by the time that the caller looks.
+    """
     cdef Header* header = shared.header
     cdef Row* rows = shared.rows
     cdef Ledger* ledger
@@ -130,6 +134,7 @@ cdef inline int64_t enter(
                 put_limits(row, ledger, limits)
                 in_order()
                 row.generation += 1
+                generation[0] = row.generation
                 header.lowest_free = index + 1
                 if index == header.row_count:
                     header.row_count = index + 1

@@ -174,6 +174,7 @@ cdef class QuotaState(SharedState):
         cdef RowRef ref
         cdef int64_t index, now_ns = self.now_ns()
         cdef uint64_t version
+        cdef uint32_t generation = 0
         cdef bytes name = config.model_id.encode()
         self.require_open()
         pack(config, &limits)
@@ -194,11 +195,11 @@ cdef class QuotaState(SharedState):
                 self.look_around()
                 continue
             self.reserve_next_model()       # before another model comes, `version` is another one
-            index = enter(name, len(name), &limits, now_ns, version, &self.shared)
+            index = enter(name, len(name), &limits, now_ns, version, &generation, &self.shared)
             if index == TABLE_FULL:
                 raise CapacityError(self.shared.header.max_models)
             if index >= 0:
-                self.learn(str.__str__(config.model_id), index, self.shared.rows[index].generation)
+                self.learn(str.__str__(config.model_id), index, generation)
                 if self.seen_version == version:
                     self.seen_version = version + 1     # nobody else came or went meanwhile
                 return
