@@ -271,7 +271,8 @@ def limit_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
         lowest = ledgers[f"{what}_low"]
         widest = np.ldexp(1.0, 95 - np.minimum(rows[f"{what}_shift"].astype(np.int64), 95))
         wrong = np.asarray(((lowest < 0) | (lowest > widest[:, None])).any(1), np.bool_)
-        yield from _each(part, alive & wrong, f"its lowest {what} level is beyond all bounds")
+        # Not of a locked row: whoever repairs it forgets them.
+        yield from _each(part, alive & part.steady & wrong, f"its lowest {what} level is beyond all bounds")
         encoded = np.empty(len(rows), _ENCODED)
         encoded["rate"], encoded["burst"] = ledgers[f"{what}s_per_second"], ledgers[f"burst_{what}s"]
         encoded["limit"], encoded["drain"] = ledgers[f"{what}_limit"][:, 0], rows[f"{what}_drain"]

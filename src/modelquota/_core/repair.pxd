@@ -152,6 +152,8 @@ cdef inline void repair_row(Row* row, const Shared* shared) noexcept nogil:
         ledger.tokens_base[window] = ledger.tokens_start[window] - in_ring(row, ledger, window, True)
     if header.staged_row == index and header.staged_generation == row.generation:
         repair_limits(row, ledger, header)
+    # what levels may take back is a bound from below: 0 is always one
+    ledger.request_low[0] = ledger.request_low[1] = ledger.token_low[0] = ledger.token_low[1] = 0
     if load(&row.request_level) > LEVEL_MAX:
         store(&row.request_level, LEVEL_MAX)
     if load(&row.token_level) > LEVEL_MAX:
