@@ -129,6 +129,10 @@ cdef inline int64_t enter(
             row = &rows[index]
             ledger = &shared.ledgers[index]
             enter_row(row, shared)
+            if index == header.row_count:       # never used; whatever a file may have there says nothing
+                row.generation = 0
+                ledger.name_offset = ledger.name_capacity = 0
+            clear(row, ledger)
             if write_name(shared, ledger, name, size):
                 start_row(row, ledger, now_ns)
                 put_limits(row, ledger, limits)
