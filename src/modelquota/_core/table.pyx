@@ -164,7 +164,7 @@ cdef class QuotaTable(QuotaState):
         cdef int64_t[::1] view = codes
         cdef Py_ssize_t i = 0
         for ref in refs:
-            view[i] = (<int64_t> ref.generation << 32) | <int64_t> (ref.row - self.shared.rows)
+            view[i] = <int64_t> (<uint64_t> ref.generation << 32 | <uint64_t> (ref.row - self.shared.rows))
             i += 1
         return codes
 
