@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from glob import glob
+from pathlib import Path
 
 import numpy as np
 from Cython.Build import cythonize
@@ -49,15 +50,15 @@ class SourceDistribution(sdist):
 CORE = "src/modelquota/_core"
 extensions = [
     Extension(
-        f"modelquota._core.{name}",
-        [f"{CORE}/{name}.pyx"],
+        f"modelquota._core.{Path(source).stem}",
+        [source],
         depends=glob(f"{CORE}/*.pxd"),
         include_dirs=[np.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
-    for name in ("clock", "result", "packing", "shared", "state", "table", "grant", "reserve", "line", "view")
+    for source in sorted(glob(f"{CORE}/*.pyx"))
 ]
 
 setup(

@@ -1,5 +1,8 @@
 """`snapshot`: every counter of every model, a copy, and whole models only while others come and go."""
 
+import copy
+import pickle
+import sys
 import threading
 
 import pytest
@@ -31,6 +34,29 @@ def test_snapshot_has_all_models_at_once(manager):
         assert array[1][name] == getattr(usage, name)
     array["requests_this_hour"] = 0
     assert manager.get_usage("m").requests_this_hour == 3
+
+
+def test_ids_in_a_snapshot_are_references_like_any_others(manager):
+    """Numpy does not own the memory, so nothing but these counts says that it may hold objects."""
+    name = "".join(["an id", " of its own"])
+    value = object()
+    manager.set_quota(name)
+    before, before_value = sys.getrefcount(name), sys.getrefcount(value)
+    array = manager.snapshot()
+    kept = array[array["model_id"] == name]
+    assert kept["model_id"][0] == name
+    part, copied = array[1:], copy.deepcopy(array)
+    array["model_id"][0] = value
+    assert sys.getrefcount(value) == before_value + 1
+    del array
+    assert part["model_id"].tolist() == [name]
+    assert pickle.loads(pickle.dumps(part)).tolist() == part.tolist() == copied[1:].tolist()
+    del part, kept, copied
+    assert (sys.getrefcount(name), sys.getrefcount(value)) == (before, before_value)
+
+
+def test_a_snapshot_without_models_is_empty():
+    assert ResourceQuotaManager().snapshot().shape == (0,)
 
 
 def test_snapshot_while_models_come_and_go_holds_whole_models_only():

@@ -12,7 +12,7 @@ import numpy as np
 
 from modelquota._core.inspection import Part, Reader
 from modelquota._core.mapping import boot_id
-from modelquota._core.state import RECORD
+from modelquota._core.records import RECORD
 from modelquota._core.statefile import open_existing
 from modelquota._core.view import read_copies
 from modelquota.reading import QuotaReader

@@ -373,6 +373,8 @@ cdef class SharedState:
         cdef const Shared* shared = &self.shared
         cdef int found
         self.swept_ns = monotonic_ns()
+        if not is_anybody_gone(shared):     # with the GIL: busy threads may keep it for 5 ms before they give it back
+            return 0
         with nogil:
             found = sweep_chunks(shared) + sweep_places(shared)
         return found
@@ -382,6 +384,31 @@ cdef class SharedState:
         if self.shared.header.seats_used <= 1 or monotonic_ns() - self.swept_ns < SWEEP_NS:
             return 0
         return self.sweep()
+
+
+cdef bint is_anybody_gone(const Shared* shared) noexcept nogil:
+    """Whether one of those who hold something has died. Asks the kernel once for each who is alive."""
+    cdef bint alive[SEATS]
+    cdef int64_t i
+    memset(alive, 0, sizeof(alive))
+    for i in range(shared.header.chunks_used):
+        if is_newly_gone(load_word(&shared.owners[i]), alive, shared):
+            return True
+    for i in range(shared.header.places_used):
+        if is_newly_gone(load_word(&shared.places[i].seat), alive, shared):
+            return True
+    return False
+
+
+cdef inline bint is_newly_gone(uint32_t owner, bint* alive, const Shared* shared) noexcept nogil:
+    """is_gone(), and who is not is remembered by seat. A seat's former owners are told apart without the kernel."""
+    cdef uint32_t seat = owner & (SEATS - 1)
+    if owner == 0 or (alive[seat] and load_word(&shared.epochs[seat]) == owner >> SEAT_BITS):
+        return False
+    if is_gone(owner, shared):
+        return True
+    alive[seat] = True
+    return False
 
 
 cdef int sweep_chunks(const Shared* shared) noexcept nogil:

@@ -6,8 +6,6 @@ from numpy.typing import NDArray
 from modelquota._core.shared import SharedState
 from modelquota.config import ResourceQuotaConfig
 
-RECORD: np.dtype[np.void]
-
 class QuotaState(SharedState):
     @property
     def enforcement_enabled(self) -> bool: ...

@@ -4,7 +4,6 @@ Nothing here decides. Critical sections are ``noexcept nogil`` from lock to unlo
 """
 cimport cython
 import numpy as np
-cimport numpy as cnp
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from modelquota._core.decision cimport pass_time
@@ -12,6 +11,7 @@ from modelquota._core.layout cimport Header, Ledger, Limits, Row, VIOLATION_TYPE
 from modelquota._core.level cimport empty_burst
 from modelquota._core.lock cimport unlock
 from modelquota._core.packing cimport pack, unpack
+from modelquota._core.records cimport Records
 from modelquota._core.registry cimport (
     NAME_UNIT, TABLE_FULL, enter, enter_registry, leave, leave_registry, replace_limits
 )
@@ -20,25 +20,12 @@ from modelquota._core.shared cimport SharedState
 from modelquota._core.usage cimport Usage, read_limits, read_usage
 from modelquota._core.window cimport requests_charged
 
-from modelquota._core.packing import dtypes
 from modelquota.errors import CapacityError, UnknownModelError
 
 cdef extern from *:
     uint64_t read_version "__atomic_load_n"(const uint64_t* word, int order) noexcept nogil
     uint32_t read_generation "__atomic_load_n"(const uint32_t* word, int order) noexcept nogil
     const int ACQUIRE "__ATOMIC_ACQUIRE"
-
-cnp.import_array()
-
-cdef struct Record:
-    # One element of a snapshot; the dtype below is derived from it.
-    void* model_id
-    Usage usage
-
-
-RECORD = np.dtype([("model_id", object), *dtypes()["usage"].descr])
-"""The dtype of a snapshot: the model's id, then `Usage`."""
-assert RECORD.itemsize == sizeof(Record)
 
 
 @cython.final
@@ -260,23 +247,18 @@ cdef class QuotaState(SharedState):
     def _read_all(self):
         """A snapshot of all models, each read under its lock and all at one reading of the clock."""
         cdef int64_t now_ns = self.now_ns()
-        cdef Py_ssize_t i = 0
+        cdef Py_ssize_t known = 0
         cdef RowRef ref
-        cdef Record* records
         self.require_open()
         self.look_around()
         self.look_for_dead()
         cdef dict found = self.interned.copy()      # another thread may add to it where read() waits
-        array = np.zeros(len(found), dtype=RECORD)  # np.empty sets object fields one by one, some 800 ns each
-        records = <Record*> cnp.PyArray_DATA(array)
-        ids = []
+        cdef Records records = Records(len(found))
         for model_id, ref in found.items():
-            if self.read(ref, now_ns, &records[i].usage, NULL):
-                ids.append(model_id)
-                i += 1
-        array = array[:i]
-        array["model_id"] = ids
-        return array
+            if self.read(ref, now_ns, &records.first[known].usage, NULL):
+                records.put_id(known, model_id)
+                known += 1
+        return records.array(known)
 
     def _totals(self):
         """Sums over all models, living and removed, and over checks of unknown ones."""
