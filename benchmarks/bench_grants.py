@@ -4,28 +4,13 @@ import asyncio
 import threading
 import time
 
-import pytest
-
 from benchmarks.figures import Row, at_most
-from benchmarks.fleet import GENEROUS, require_no_violation
+from benchmarks.fleet import GENEROUS
 from benchmarks.loops import Loop
 from modelquota import ResourceQuotaManager
 
 QUESTION = "grants"
 WAITERS = 1_000
-
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager()
-    manager.set_quota("llama", **GENEROUS)
-    yield manager
-    require_no_violation(manager)
-
-
-@pytest.fixture
-def floor(floors):
-    return floors and floors.FloorTable(["llama"])
 
 
 def test_reserve_settle_release(bench, manager, floor):

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from benchmarks.figures import Row, at_most
-from benchmarks.fleet import GENEROUS, require_no_violation
 from modelquota import ResourceQuotaManager
 from modelquota.asgi import QuotaMiddleware
 
@@ -86,14 +85,6 @@ async def request_ns(app: Any, body: bytes) -> int:
     await app(scope, receive, send)
     await asyncio.sleep(0)
     return perf_counter_ns() - start_ns
-
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager()
-    manager.set_quota("llama", **GENEROUS)
-    yield manager
-    require_no_violation(manager)
 
 
 def rounds_of(manager, requests: int, **fields: Any):

@@ -1,26 +1,10 @@
 """What does one check cost?"""
 
-import pytest
 
 from benchmarks.figures import at_most, ratio_at_most
-from benchmarks.fleet import GENEROUS, require_no_violation
 from benchmarks.loops import Loop
-from modelquota import ResourceQuotaManager
 
 QUESTION = "one check"
-
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager()
-    manager.set_quota("llama", **GENEROUS)
-    yield manager
-    require_no_violation(manager)
-
-
-@pytest.fixture
-def floor(floors):
-    return floors and floors.FloorTable(["llama"])
 
 
 def test_keyword(bench, manager, floor):

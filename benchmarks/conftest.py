@@ -11,9 +11,10 @@ import pytest
 from benchmarks import table
 from benchmarks.build_floor import FloorUnavailableError, load_floor
 from benchmarks.figures import FLOOR, Row, Target, render
-from benchmarks.fleet import Fleet, require_no_violation
+from benchmarks.fleet import GENEROUS, Fleet, require_no_violation
 from benchmarks.loops import Loop, Round
 from benchmarks.machine import build_info
+from modelquota import ResourceQuotaManager
 
 ROUNDS = 200
 #: The questions from the first to the last; what takes longest, and most memory, is last.
@@ -133,6 +134,21 @@ def floors(pytestconfig: pytest.Config) -> ModuleType | None:
     except FloorUnavailableError as error:
         pytestconfig.stash[NOTES].append(f"No floors: {error}")
         return None
+
+
+@pytest.fixture
+def manager() -> Iterator[ResourceQuotaManager]:
+    """One model, ``"llama"``, with every limit, none of which is met."""
+    manager = ResourceQuotaManager()
+    manager.set_quota("llama", **GENEROUS)
+    yield manager
+    require_no_violation(manager)
+
+
+@pytest.fixture
+def floor(floors: ModuleType | None) -> Any:
+    """The floor with a row for that model, or None."""
+    return floors and floors.FloorTable(["llama"])
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,19 @@ _ENCODED = np.dtype(
     + [(name, np.uint64) for name in ("shift", "low", "high")]
 )
 _MAX_TIME_NS = 2**61
+_COUNTS = (
+    "ram_mb",
+    "ssd_mb",
+    "peak_ram_mb",
+    "peak_ssd_mb",
+    "reserved_ram_mb",
+    "reserved_ssd_mb",
+    "concurrent",
+    "waiting",
+    "level_epoch",
+)
+_TALLIES = ("rejected", "throttled", "queued", "waited", "violations")
+_MAX_TALLY = 2**59  # a thousand million a second for 18 years, and the sum of some is still a count
 _SLOTS = 60
 _PER_SLOT = (1, 3600, 86_400)
 _AT_A_TIME = 1024
@@ -179,6 +192,10 @@ def content_faults(reader: Reader) -> Iterator[str]:
     seen: set[bytes] = set()
     if int(reader.header["staged_row"]) >= 0:
         yield from staged_faults(reader.header)
+    held = reader.held()
+    for what in ("ram_mb", "ssd_mb"):
+        for record in np.flatnonzero((held[what] < 0) | (held[what] > _MAX_COUNT)):
+            yield f"record {record} of what grants hold: {what} is no count"
     for part in reader.parts():
         yield from part_faults(part, int(reader.header["names_used"]), int(reader.header["staged_row"]))
         for index, name in enumerate(reader.names(part)):
@@ -214,10 +231,11 @@ def part_faults(part: Part, names_used: int, staged_row: int = -1) -> Iterator[s
     for times in (rows["slot_end_ns"], rows["level_ns"]):
         yield from _each(part, (times < 0) | (times > _MAX_TIME_NS), "its time is beyond 2**61 ns")
     yield from _each(part, ledgers["head_limit"] > 10, "its line waits for an unknown limit")
-    for what in ("ram_mb", "ssd_mb", "concurrent", "waiting"):
-        for name in (what, f"reserved_{what}"):
-            if name in (ledgers.dtype.names or ()):
-                yield from _each(part, (ledgers[name] < 0) | (ledgers[name] > _MAX_COUNT), f"{name} is no count")
+    for name in _COUNTS:
+        yield from _each(part, (ledgers[name] < 0) | (ledgers[name] > _MAX_COUNT), f"{name} is no count")
+    for name in _TALLIES:
+        beyond = np.asarray(ledgers[name] > _MAX_TALLY).reshape(len(rows), -1).any(1)
+        yield from _each(part, beyond, f"{name} is more than can be counted")
     rolling = ledgers["stage"] >= 2
     slot = ledgers["journal_slot"]
     yield from _each(
