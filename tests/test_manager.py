@@ -514,3 +514,14 @@ def test_memory_per_model_is_bounded():
     assert int(out[0]) <= 2**20
     # the mapping's own share is fixed by test_layout; here come pages, names, and the dict that interns the ids
     assert float(out[1]) <= 3_000
+
+
+def test_a_manager_that_outlives_the_modules_ends_without_a_word():
+    """As where a global of another package holds it: it goes when the interpreter has taken the modules apart."""
+    code = (
+        "import threading, modelquota; manager = modelquota.ResourceQuotaManager(); manager.set_quota('m')\n"
+        "threading.kept = lambda: (manager, grant, threading.kept)\n"
+        "grant = manager.reserve('m', 1); grant.release()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

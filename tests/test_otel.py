@@ -1,5 +1,6 @@
 """Metrics for OpenTelemetry, read by the real SDK: the same figures as for Prometheus."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -43,10 +44,16 @@ def reader():
     return InMemoryMetricReader()
 
 
-def watch(manager, reader, **settings):
-    provider = MeterProvider([reader])
-    instrument(manager, provider.get_meter("modelquota"), **settings)
-    return provider
+@pytest.fixture
+def watch(manager, reader):
+    with contextlib.ExitStack() as stack:
+
+        def watch(**settings):
+            provider = MeterProvider([reader])
+            stack.callback(provider.shutdown)
+            instrument(manager, provider.get_meter("modelquota"), **settings)
+
+        yield watch
 
 
 def collected(reader):
@@ -59,8 +66,8 @@ def points(metric):
     return {tuple(sorted(point.attributes.items())): point.value for point in metric.data.data_points}
 
 
-def test_every_figure_is_that_of_prometheus(manager, reader):
-    watch(manager, reader)
+def test_every_figure_is_that_of_prometheus(manager, reader, watch):
+    watch()
     found = collected(reader)
     registry = CollectorRegistry()
     registry.register(QuotaCollector(manager))
@@ -73,8 +80,8 @@ def test_every_figure_is_that_of_prometheus(manager, reader):
     assert points(found["modelquota.model.ram"])[(("model", "llama"),)] == 600 * 2**20
 
 
-def test_kinds_and_units(manager, reader):
-    watch(manager, reader)
+def test_kinds_and_units(manager, reader, watch):
+    watch()
     found = collected(reader)
     for metric in METRICS:
         data = found[metric.name].data
@@ -91,8 +98,8 @@ def test_kinds_and_units(manager, reader):
     assert found["modelquota.model.pressure"].unit == "1"
 
 
-def test_one_reading_serves_a_collection_and_the_next_has_its_own(manager, reader):
-    watch(manager, reader)
+def test_one_reading_serves_a_collection_and_the_next_has_its_own(manager, reader, watch):
+    watch()
     before = manager.snapshots
     collected(reader)
     assert manager.snapshots == before + 1
@@ -102,8 +109,8 @@ def test_one_reading_serves_a_collection_and_the_next_has_its_own(manager, reade
     assert points(found["modelquota.checks"]) == {(): 11}
 
 
-def test_the_others_are_summed(manager, reader):
-    watch(manager, reader, max_models=1)
+def test_the_others_are_summed(manager, reader, watch):
+    watch(max_models=1)
     tokens = points(collected(reader)["modelquota.model.tokens"])
     assert set(tokens) == {(("model", "qwen"),), (("model", OTHERS),)}
     assert sum(tokens.values()) == 240

@@ -12,6 +12,7 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset
+from posix.unistd cimport close
 
 from modelquota._core.clock cimport ManualClock, monotonic_ns
 from modelquota._core.hold cimport let_go
@@ -160,7 +161,7 @@ cdef class SharedState:
                     swap_word(&self.shared.owners[chunk], self.shared.me, 0)
         free(self.free_records)
         if self.shared.fd >= 0:
-            os.close(self.shared.fd)        # the kernel drops the seat's lock
+            close(self.shared.fd)           # the kernel drops the seat's lock; by C, since `os` may have gone before
         if self.buffer.buf != NULL:
             PyBuffer_Release(&self.buffer)
 
