@@ -1,6 +1,5 @@
 """What does one check cost?"""
 
-
 from benchmarks.figures import at_most, ratio_at_most
 from benchmarks.loops import Loop
 
