@@ -17,8 +17,9 @@ from modelquota.utilization import LIMITS, Utilization, limits_of, read_utilizat
 
 __all__ = ["print_status", "print_status_json", "status_table", "totals_line"]
 
-# From this width on there is room for the percentages of memory and quotas.
-WIDE_COLUMNS = 120
+# From these widths on there is room for bars, and for the percentages of memory and quotas.
+BAR_COLUMNS = 80
+WIDE_COLUMNS = 132
 WIDE = {
     "RAM": Limit.RAM,
     "SSD": Limit.SSD,
@@ -68,17 +69,20 @@ def _as_dict(found: Utilization, index: int) -> dict[str, Any]:
 
 
 def status_table(found: Utilization, indices: Sequence[int], *, width: int) -> Table:
-    """A line for each of the models, in the order given; from 120 columns on with a percentage for each long limit."""
+    """A line for each of the models, in the order given; as wide as there is room for."""
     wide = width >= WIDE_COLUMNS
     table = Table(box=None, expand=True, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("model", no_wrap=True, max_width=28)
-    table.add_column("pressure", ratio=1, min_width=6)
-    table.add_column("%", justify="right", no_wrap=True)
-    table.add_column("nearest limit", no_wrap=True, min_width=18)
+    # In a narrow terminal the bars are left out and words cut, not figures. Only a column that may wrap is made narrower;
+    # its cells do not wrap.
+    table.add_column("model", no_wrap=True, min_width=8, max_width=28)
+    if width >= BAR_COLUMNS:
+        table.add_column("pressure", ratio=1, min_width=6)
+    table.add_column("%", justify="right", no_wrap=True, min_width=4)
+    table.add_column("nearest limit", min_width=18)
     for heading in WIDE if wide else ():
         table.add_column(f"{heading} %", justify="right", no_wrap=True)
-    table.add_column("allowed", justify="right", no_wrap=True)
-    table.add_column("denied", justify="right", no_wrap=True)
+    table.add_column("allowed", justify="right", no_wrap=True, min_width=7)
+    table.add_column("denied", justify="right", no_wrap=True, min_width=9)
     pressure, nearest = found.pressure, found.nearest
     for index in indices:
         quota, counters = found.quotas[index], found.counters[index]
@@ -86,9 +90,9 @@ def status_table(found: Utilization, indices: Sequence[int], *, width: int) -> T
         warned = int(counters["warned_total"])
         table.add_row(
             Text(printable(quota.model_id), "bold"),
-            UsageBar(pressure[index] / 100),
+            *([UsageBar(pressure[index] / 100)] if width >= BAR_COLUMNS else []),
             Text(f"{pressure[index]:.0f}", _colour(pressure[index])),
-            Text(_nearest(found, index, nearest[index])),
+            Text(_nearest(found, index, nearest[index]), no_wrap=True, overflow="ellipsis"),
             *(_share(found, index, limit) for limit in (WIDE.values() if wide else ())),
             Text(short(int(counters["allowed_total"])), "green"),
             Text(short(denied), ACTION_STYLES[quota.on_violation])

@@ -57,6 +57,8 @@ class Top:
                 f"  {models:,} models  {checks / seconds:,.0f} checks/s  {denied / seconds:,.0f} denied/s   q ends it",
                 "dim",
             ),
+            no_wrap=True,
+            overflow="ellipsis",
         )
 
 
