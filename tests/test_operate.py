@@ -75,11 +75,25 @@ def test_status_has_the_model_nearest_to_a_limit_first(run):
 
 
 def test_status_has_more_room_on_a_wide_screen(manager):
-    console = Console(file=io.StringIO(), width=130)
+    console = Console(file=io.StringIO(), width=140)
     assert print_status(manager, console) == pytest.approx(100 * 16 / 15)
     heading, _, full, *_ = console.file.getvalue().splitlines()
     assert all(f"{name} %" in heading for name in ("RAM", "SSD", "tok/h", "req/h", "tok/day", "req/day"))
     assert "-" in full.split()
+
+
+@pytest.mark.parametrize("width", [60, 79, 80, 131, 132, 200])
+def test_no_width_cuts_a_figure(manager, width):
+    manager.set_quota("a-name-that-is-much-longer-than-any-column-may-be")
+    manager.update_quota("full", on_violation="warn")
+    for _ in range(112):
+        manager.check_quota("full", 10**6)
+    console = Console(file=io.StringIO(), width=width)
+    print_status(manager, console)
+    heading, *lines = console.file.getvalue().splitlines()
+    assert [line[: heading.index("%") + 1].split()[-1] for line in lines[:4]] == ["1018182", "107", "0", "0"]
+    assert [line.split()[-2:] for line in lines[:4]] == [["112", "1"], ["1", "warned"], ["0", "0"], ["0", "0"]]
+    assert max(map(len, lines)) <= width
 
 
 def test_a_burst_that_is_not_repaid_is_named(manager):

@@ -71,25 +71,24 @@ def _as_dict(found: Utilization, index: int) -> dict[str, Any]:
 def status_table(found: Utilization, indices: Sequence[int], *, width: int) -> Table:
     """A line for each of the models, in the order given; as wide as there is room for."""
     wide = width >= WIDE_COLUMNS
-    table = Table(box=None, expand=True, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    # In a narrow terminal the bars are left out and words cut, not figures. Only a column that may wrap is made narrower;
-    # its cells do not wrap.
-    table.add_column("model", no_wrap=True, min_width=8, max_width=28)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    # In a narrow terminal the bars are left out and words are cut, not figures: columns that may wrap are narrowed.
+    table.add_column("model", max_width=28)
     if width >= BAR_COLUMNS:
-        table.add_column("pressure", ratio=1, min_width=6)
-    table.add_column("%", justify="right", no_wrap=True, min_width=4)
-    table.add_column("nearest limit", min_width=18)
+        table.add_column("pressure", no_wrap=True, width=10)
+    table.add_column("%", justify="right", no_wrap=True)
+    table.add_column("nearest limit")
     for heading in WIDE if wide else ():
         table.add_column(f"{heading} %", justify="right", no_wrap=True)
-    table.add_column("allowed", justify="right", no_wrap=True, min_width=7)
-    table.add_column("denied", justify="right", no_wrap=True, min_width=9)
+    table.add_column("allowed", justify="right", no_wrap=True)
+    table.add_column("denied", justify="right", no_wrap=True)
     pressure, nearest = found.pressure, found.nearest
     for index in indices:
         quota, counters = found.quotas[index], found.counters[index]
         denied = sum(int(counters[field]) for field in _DENIED_FIELDS)
         warned = int(counters["warned_total"])
         table.add_row(
-            Text(printable(quota.model_id), "bold"),
+            Text(printable(quota.model_id), "bold", no_wrap=True, overflow="ellipsis"),
             *([UsageBar(pressure[index] / 100)] if width >= BAR_COLUMNS else []),
             Text(f"{pressure[index]:.0f}", _colour(pressure[index])),
             Text(_nearest(found, index, nearest[index]), no_wrap=True, overflow="ellipsis"),
