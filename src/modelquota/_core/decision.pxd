@@ -107,10 +107,8 @@ cdef inline double larger(double a, double b) noexcept nogil:
     return a if a > b else b
 
 
-cdef inline double memory_percent(uint64_t used, int64_t asked, int64_t cap) noexcept nogil:
-    if cap == UNLIMITED or used + <uint64_t> asked == 0:
-        return 0.0
-    return percent(<double> used + <double> asked, <double> cap)
+cdef inline double total(int64_t reported, int64_t reserved, int64_t asked) noexcept nogil:
+    return <double> reported + <double> reserved + <double> asked
 
 
 cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask* ask) noexcept nogil:
@@ -124,10 +122,9 @@ cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask
     for i in range(WINDOWS):
         share = larger(share, <double> requests_used(row, ledger, i) * ledger.request_percent[i])
         share = larger(share, <double> tokens_used(row, ledger, i) * ledger.token_percent[i])
-    share = larger(share, memory_percent(in_use(ledger.ram_mb, ledger.reserved_ram_mb), ask.ram_mb, ledger.max_ram_mb))
-    share = larger(share, memory_percent(in_use(ledger.ssd_mb, ledger.reserved_ssd_mb), ask.ssd_mb, ledger.max_ssd_mb))
-    if ledger.max_concurrent != UNLIMITED:
-        share = larger(share, percent(<double> ledger.concurrent + 1.0, <double> ledger.max_concurrent))
+    share = larger(share, total(ledger.ram_mb, ledger.reserved_ram_mb, ask.ram_mb) * ledger.ram_percent)
+    share = larger(share, total(ledger.ssd_mb, ledger.reserved_ssd_mb, ask.ssd_mb) * ledger.ssd_percent)
+    share = larger(share, (<double> ledger.concurrent + 1.0) * ledger.concurrent_percent)
     return neat(share)
 
 

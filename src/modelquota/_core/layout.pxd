@@ -18,7 +18,7 @@ cdef extern from *:
     const int64_t MAX_TIME_NS "MQ_MAX_TIME_NS"  # the latest time that slot arithmetic holds (73 years)
 
 cdef enum:
-    LAYOUT_VERSION = 2
+    LAYOUT_VERSION = 3
     SLOTS = 60              # closed slots that a window counts beside the current one
     WINDOWS = 3             # SECOND, HOUR, DAY
     SECOND = 0
@@ -80,17 +80,20 @@ cdef struct Ledger:
     uint32_t name_offset
     uint32_t name_capacity      # bytes
     uint32_t name_size          # bytes in use
-    # -- memory, MB, and concurrency
-    int64_t ram_mb              # reported use
-    int64_t ssd_mb
-    int64_t peak_ram_mb
-    int64_t peak_ssd_mb
-    int64_t reserved_ram_mb     # held by open grants
-    int64_t reserved_ssd_mb
+    # -- memory, MB, and concurrency; first what only a request for memory asks for, then a line that every check reads
     int64_t max_ram_mb          # or UNLIMITED
     int64_t max_ssd_mb
+    int64_t ram_mb              # reported use
+    int64_t ssd_mb
+    int64_t reserved_ram_mb     # held by open grants
+    int64_t reserved_ssd_mb
     int64_t concurrent          # open grants
+    double ram_percent          # of a cap, that 1 MB or one grant is; 0 = no cap
+    double ssd_percent
+    double concurrent_percent
     int64_t max_concurrent      # or UNLIMITED
+    int64_t peak_ram_mb
+    int64_t peak_ssd_mb
     # -- the line of requests that wait
     int64_t waiting             # how many
     int64_t max_queued
@@ -125,7 +128,6 @@ cdef struct Ledger:
     double requests_per_second  # infinity = no limit
     double tokens_per_second
     double grace_period_sec
-    int64_t spare[3]            # makes the ledger 2,752 bytes, whole cache lines
     # -- the closed slots of each window; slot s stands at s % SLOTS. A slot's requests beyond 2**32 - 1 are carried into
     # the next one.
     int64_t tokens[3][60]

@@ -105,6 +105,9 @@ cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noex
     ledger.max_ram_mb = limits.max_ram_mb
     ledger.max_ssd_mb = limits.max_ssd_mb
     ledger.max_concurrent = limits.max_concurrent
+    ledger.ram_percent = share_of_one(limits.max_ram_mb)
+    ledger.ssd_percent = share_of_one(limits.max_ssd_mb)
+    ledger.concurrent_percent = share_of_one(limits.max_concurrent)
     ledger.max_queued = limits.max_queued
     ledger.burst_requests = limits.burst_requests
     ledger.burst_tokens = limits.burst_tokens
