@@ -333,6 +333,8 @@ def test_a_removed_model_gives_nothing_back(manager):
     grant.release()
     assert grant.model_ids == ("m",)
     assert repr(grant) == "<Grant 'm', 5 tokens, released>"
+    with manager.reserve("nobody", 5) as grant:
+        assert repr(grant) == "<Grant of no model with a quota, 5 tokens, open>"
     assert not manager.get_usage("other").concurrent_requests
     usage = manager.get_usage("m")
     assert (usage.reserved_ram_mb, usage.concurrent_requests, usage.tokens_this_day) == (0, 0, 0)

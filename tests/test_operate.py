@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import textwrap
+import threading
 import time
 import urllib.request
 
@@ -96,6 +97,26 @@ def test_no_width_cuts_a_figure(manager, width):
     assert max(map(len, lines)) <= width
 
 
+def test_who_was_admitted_after_a_wait_is_told_apart_from_who_was_sent_away(manager):
+    manager.set_quota("line", max_concurrent_requests=1, on_violation="queue")
+    held = manager.reserve("line", 1)
+    threading.Timer(0.05, held.release).start()
+    manager.acquire("line", 1).release()
+    console = Console(file=io.StringIO(), width=80)
+    print_status(manager, console)
+    assert console.file.getvalue().splitlines()[-1] == (
+        "19 checks, 18 allowed, 2 denied (1 of those admitted after a wait), 1 warned"
+    )
+
+
+def test_a_rate_is_shown_with_its_burst(manager):
+    manager.set_quota("half", max_requests_per_second=0.5, burst_requests=4)
+    manager.check_quota("half", 0)
+    console = Console(file=io.StringIO(), width=80)
+    print_status(manager, console)
+    assert "1 of 0.5+4 requests/second" in console.file.getvalue()
+
+
 def test_a_burst_that_is_not_repaid_is_named(manager):
     manager.set_quota("busy", max_requests_per_second=1, burst_requests=19)
     manager.clock.advance(1.1)
@@ -146,8 +167,9 @@ def test_set_changes_what_is_named_and_keeps_what_was_used(run, manager):
     assert manager.get_usage("busy").requests_this_hour == 16
     assert "max_ssd_mb = unlimited\n" in outcome.stdout
     assert "on_violation = queue\n" in outcome.stdout
-    outcome = run("set", "new", "--json")
-    assert json.loads(outcome.stdout) == ResourceQuotaConfig("new").to_dict()
+    outcome = run("set", "new", "max_ram_mb=None", "--json")
+    assert json.loads(outcome.stdout) == ResourceQuotaConfig("new", max_ram_mb=None).to_dict()
+    assert outcome.stderr == "modelquota: new is new; what was not named has its default\n"
     assert manager.list_models()[-1] == "new"
 
 
@@ -166,7 +188,8 @@ def test_set_changes_what_is_named_and_keeps_what_was_used(run, manager):
         ),
         (["set", "m", "max_ram_mb=lots"], 2, "max_ram_mb='lots' is not accepted"),
         (["set", "m", "max_ram_mb"], 2, "expected field=value, such as max_ram_mb=1024"),
-        (["set", "m", "model_id=x", "burst_tokens=1.5"], 2, "burst_tokens=1.5 is not accepted"),
+        (["set", "m", "burst_tokens=1.5"], 2, "burst_tokens=1.5 is not accepted"),
+        (["set", "m", "model_id=x", "burst_tokens=1"], 2, "model_id='x' is not accepted"),
         (["set", ""], 2, "model_id='' is not accepted"),
         (["remove", "idle", "nobody"], 1, "error: no quota is set for model 'nobody'"),
         (["reset-burst", "busy", "nobody"], 1, "error: no quota is set for model 'nobody'"),

@@ -86,6 +86,20 @@ def test_a_file_that_is_gone_changes_nothing(manager, path):
     assert manager.list_models() == ["a", "b.c"]
 
 
+def test_a_file_that_cannot_be_used_at_the_start_is_an_error(manager, path):
+    """Later the old limits stay; at first there are none."""
+    path.write_text("[models.llama]\nmax_ram_mb = -1")
+    with pytest.raises(QuotaFileError, match="max_ram_mb"):
+        QuotaReloader(manager, path).start()
+    path.unlink()
+    reloader = QuotaReloader(manager, path)
+    with pytest.raises(FileNotFoundError):
+        reloader.start()
+    path.write_text("[models.llama]\nmax_ram_mb = 7")
+    with reloader.start():
+        assert manager.get_quota("llama").max_ram_mb == 7
+
+
 def test_too_many_models_are_refused_before_the_first_is_set(manager, path):
     manager.set_quota("x")
     path.write_text("".join(f"[models.m{i}]\n" for i in range(4)))

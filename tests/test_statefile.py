@@ -90,6 +90,12 @@ def test_a_sum_that_is_wrong_is_found_and_refused(manager, path):
     assert verify_file(path) == ["row 0: concurrent is 1, and the records say 0"]
 
 
+def test_a_folder_that_is_not_there_is_named_as_it_was_given(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        ResourceQuotaManager(path=tmp_path / "none" / "quota.state")
+    assert error.value.filename == str(tmp_path / "none" / "quota.state")
+
+
 def test_max_models_is_the_file_s(path):
     ResourceQuotaManager(path=path, max_models=10)
     assert ResourceQuotaManager(path=path).max_models == 10

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import numbers
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Final, SupportsFloat, SupportsIndex, TypedDict, Unpack
 
@@ -130,6 +130,7 @@ or no limit (None; "unlimited" in a quota file)
         TypeError
             A keyword is no field.
         """
+        require_fields(changes)
         fields: dict[str, Any] = {**dataclasses.asdict(self), **changes}
         return ResourceQuotaConfig(**fields)
 
@@ -261,6 +262,13 @@ _CONVERT: dict[str, _Convert] = {
     "max_concurrent_requests": _count("requests"),
     "max_queued_requests": _count("requests", may_be_none=False),
 }
+
+
+def require_fields(keywords: Iterable[str]) -> None:
+    """Raise TypeError, as for any keyword that nobody knows, but with the field that may have been meant."""
+    for keyword in keywords:
+        if keyword not in _CONVERT:
+            raise TypeError(f"unexpected keyword argument {keyword!r}; expected {_nearest_field(keyword)}")
 
 
 def _nearest_field(name: str) -> str:

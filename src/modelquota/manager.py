@@ -14,7 +14,7 @@ from modelquota._core.line import WaitTable
 from modelquota._core.mapping import MAX_MODELS_LIMIT
 from modelquota._core.result import QuotaCheckResult
 from modelquota._core.table import RowHandle
-from modelquota.config import MAX_COUNT, ResourceQuotaConfig
+from modelquota.config import MAX_COUNT, ResourceQuotaConfig, require_fields
 from modelquota.errors import UnknownModelError
 from modelquota.limits import ViolationAction
 from modelquota.metering import limit
@@ -82,9 +82,7 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         max_models: int | None = None,
     ) -> None:
         if max_models is not None:
-            max_models = operator.index(max_models)
-            if not 1 <= max_models <= MAX_MODELS_LIMIT:
-                raise ValueError(f"max_models is {max_models}; give an integer, 1 .. 2**24")
+            max_models = _integer("max_models", max_models, 1, MAX_MODELS_LIMIT, "1 .. 2**24")
         if default_quota is not None and not isinstance(default_quota, ResourceQuotaConfig):
             raise TypeError(f"default_quota is {default_quota!r}; give a ResourceQuotaConfig, or None")
         super().__init__(path=path, max_models=max_models, clock=clock)
@@ -124,11 +122,14 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         Raises
         ------
         QuotaConfigError
-            A field that is not accepted; nothing is changed.
+            A value that is not accepted; nothing is changed.
+        TypeError
+            A keyword is no field.
         CapacityError
             The table is full.
         """
         if isinstance(config, str):
+            require_fields(fields)
             config = ResourceQuotaConfig(config, **fields)
         elif not isinstance(config, ResourceQuotaConfig):
             raise TypeError(f"config is {config!r}; give a ResourceQuotaConfig, or a model id and keywords")
@@ -390,8 +391,15 @@ def _log(level: int, message: str, *values: object) -> None:
         traceback.print_exc()  # to sys.stderr, as logging itself does
 
 
-def _megabytes(name: str, value: int) -> int:
-    megabytes = operator.index(value)
-    if not 0 <= megabytes <= MAX_COUNT:
-        raise ValueError(f"{name} is {megabytes}; give an integer, 0 .. 2**62")
-    return megabytes
+def _megabytes(name: str, value: SupportsIndex) -> int:
+    return _integer(name, value, 0, MAX_COUNT, "0 .. 2**62")
+
+
+def _integer(name: str, value: SupportsIndex, least: int, most: int, accepted: str) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; give an integer, {accepted}") from None
+    if not least <= number <= most:
+        raise ValueError(f"{name} is {number}; give an integer, {accepted}")
+    return number

@@ -100,10 +100,12 @@ class QuotaReloader:
                 return Reloaded(error=error)
 
     def start(self) -> Self:
-        """Reload now, and from then on in a daemon thread whenever the file changes.
+        """Load the file now, and from then on in a daemon thread whenever it changes.
 
         Raises
         ------
+        QuotaError, OSError
+            The file cannot be used now. There are no old limits that could stay, as there are later.
         ImportError
             `watchfiles` is not installed.
         RuntimeError
@@ -136,7 +138,8 @@ class QuotaReloader:
                     seen = stamp
                     self.reload()
 
-        self.reload()
+        with self._lock:
+            self._apply(load_quotas(self._path))
         self._thread = threading.Thread(target=watch, name="modelquota-reload", daemon=True)
         self._thread.start()
         return self

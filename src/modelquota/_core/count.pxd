@@ -1,6 +1,6 @@
 # Counts as callers give them: anything with __index__, 0 .. MAX_COUNT.
 from cpython.long cimport PyLong_AsLongLongAndOverflow
-from cpython.number cimport PyNumber_Index
+from cpython.number cimport PyIndex_Check, PyNumber_Index
 from libc.stdint cimport int64_t
 from modelquota._core.layout cimport MAX_COUNT
 
@@ -21,7 +21,9 @@ cdef extern from *:
 
 cdef inline int64_t any_count(object value, str name) except -1:
     cdef int overflow = 0
-    number = PyNumber_Index(value)      # TypeError for a float
+    if not PyIndex_Check(value):        # as a float
+        raise TypeError(f"{name} is {value!r}; give an integer, 0 .. 2**62")
+    number = PyNumber_Index(value)
     cdef int64_t count = PyLong_AsLongLongAndOverflow(number, &overflow)
     if overflow or count < 0 or count > MAX_COUNT:
         raise ValueError(f"{name} is {number}; give an integer, 0 .. 2**62")

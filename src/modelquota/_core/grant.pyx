@@ -318,7 +318,8 @@ cdef class Grant:
 
     def __repr__(self):
         stage = "cancelled" if self.cancelled else ("released", "open", "settled")[self.stage]
-        return f"<Grant {', '.join(map(repr, self.model_ids))}, {self.tokens} tokens, {stage}>"
+        ids = ", ".join(map(repr, self.model_ids)) or "of no model with a quota"
+        return f"<Grant {ids}, {self.tokens} tokens, {stage}>"
 
 
 cdef Grant make_grant(QuotaTable manager, Joint* joint, list refs, const Ask* ask):

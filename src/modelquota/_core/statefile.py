@@ -53,7 +53,10 @@ def _create(path: str, max_models: int) -> None:
     if not 1 <= max_models <= MAX_MODELS_LIMIT:
         raise ValueError(f"max_models is {max_models}; give an integer, 1 .. 2**24")
     draft = f"{path}.{secrets.token_hex(8)}.new"
-    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:  # in terms of the path that was given
+        raise OSError(error.errno, os.strerror(error.errno or 0), path) from None
     try:
         os.ftruncate(descriptor, regions_for(max_models).size)
         os.pwrite(descriptor, new_header(max_models), 0)

@@ -33,7 +33,7 @@ def parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(word: str) -> Any:
-    if word == "unlimited":
+    if word in ("unlimited", "None"):
         return None
     for number in (int, float):
         try:
@@ -53,9 +53,11 @@ def set_model(manager: ResourceQuotaManager, model_id: str, fields: dict[str, An
     CapacityError
         The table is full.
     """
+    if "model_id" in fields:
+        raise QuotaConfigError("model_id", fields["model_id"], "any other field: a model's id cannot be changed")
     known = manager.get_quota(model_id)
     base = {"model_id": model_id} if known is None else known.to_dict()
-    quota = ResourceQuotaConfig.from_dict({**base, **fields, "model_id": model_id})
+    quota = ResourceQuotaConfig.from_dict({**base, **fields})
     manager.set_quota(quota)
     return quota
 

@@ -77,8 +77,12 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
         **Exit code**: 0; 2 when a field, its value or the file cannot be used: then nothing is changed.
         """
-        with answering(Console(stderr=True), path), open_manager(path) as manager:
+        errors = Console(stderr=True)
+        with answering(errors, path), open_manager(path) as manager:
+            is_new = manager.get_quota(model) is None
             quota = set_model(manager, model, parse_fields(fields or [])).to_dict()
+        if is_new:
+            say(errors, f"{model} is new; what was not named has its default")
         if as_json:
             print(json.dumps(quota, indent=2, allow_nan=False))
         else:

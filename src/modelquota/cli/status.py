@@ -29,6 +29,10 @@ WIDE = {
     "req/day": Limit.REQUESTS_PER_DAY,
 }
 _BURST_FIELDS = {Limit.REQUESTS_PER_SECOND: "burst_requests", Limit.TOKENS_PER_SECOND: "burst_tokens"}
+_RATE_FIELDS = {
+    Limit.REQUESTS_PER_SECOND: "max_requests_per_second",
+    Limit.TOKENS_PER_SECOND: "max_tokens_per_second",
+}
 _DENIED_FIELDS = ("rejected_total", "throttled_total", "queued_total")
 
 
@@ -111,6 +115,9 @@ def _nearest(found: Utilization, index: int, limit: Limit) -> str:
     burst = _BURST_FIELDS.get(limit)
     if burst is not None and 100 * used < found.pressure[index] * (bound or 1) - 1e-6:
         return f"burst: {short(int(found.counters[f'{burst}_used'][index]))} of {short(getattr(quota, burst))} {words}"
+    if burst is not None:
+        rate = getattr(quota, _RATE_FIELDS[limit])
+        return f"{short(used)} of {f'{rate:g}' if rate < 100 else short(rate)}+{short(getattr(quota, burst))} {words}"
     return f"{short(used)} of {short(bound or 0)} {words}"
 
 
@@ -128,8 +135,10 @@ def _colour(percent: float) -> str:
 def totals_line(stats: QuotaStats, enforcing: bool) -> Text:
     """The totals over all models."""
     denied = stats.rejected_requests + stats.throttled_requests + stats.queued_requests
+    waited = stats.allowed_requests + denied - stats.total_checks  # those count twice
+    after = f" ({waited:,} of those admitted after a wait)" if waited else ""
     line = Text(
-        f"{stats.total_checks:,} checks, {stats.allowed_requests:,} allowed, {denied:,} denied, "
+        f"{stats.total_checks:,} checks, {stats.allowed_requests:,} allowed, {denied:,} denied{after}, "
         f"{stats.warned_requests:,} warned",
         "dim",
     )
