@@ -20,7 +20,10 @@ def blocks(language):
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=range(len(blocks("python"))))
-def test_readme_code_runs(code, capsys):
+def test_readme_code_runs(code, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (toml,) = blocks("toml")
+    (tmp_path / "quotas.toml").write_text(toml)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert "Traceback" not in capsys.readouterr().err
 

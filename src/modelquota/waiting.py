@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import SupportsIndex
 
 from modelquota._core.grant import Grant
 from modelquota._core.line import Waiter, WaitTable
-
-if TYPE_CHECKING:
-    pass
 
 _ORPHAN_SECONDS = 1e-4
 

@@ -24,7 +24,9 @@ OpenManager = Callable[[Path], AbstractContextManager[ResourceQuotaManager]]
 OpenView = Callable[[Path], AbstractContextManager[QuotaReader]]
 """The same for reading only."""
 
-_Path = Annotated[Path, typer.Option("--path", "-p", metavar="FILE", help="The file with the managers' shared state.")]
+_Path = Annotated[
+    Path, typer.Option("--path", "-p", metavar="FILE", help="The state file of ResourceQuotaManager(path=...).")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Their ids.")]
 

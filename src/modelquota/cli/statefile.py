@@ -15,7 +15,7 @@ from modelquota.stateinfo import StateFileInfo, inspect_file, verify_file
 
 __all__ = ["add_commands"]
 
-_File = Annotated[Path, typer.Argument(metavar="FILE", help="The state file.")]
+_File = Annotated[Path, typer.Argument(metavar="FILE", help="The state file of ResourceQuotaManager(path=...).")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
