@@ -13,15 +13,19 @@ from oracle import DAY_NS, HOUR_NS, MS_NS, SECOND_NS, slot_of, slot_start_ns
 from modelquota import ResourceQuotaConfig, ViolationAction
 
 COUNT_MAX = 2**62
-UNLIMITED: dict[str, Any] = {
-    "max_ram_mb": None,
-    "max_ssd_mb": None,
+OPEN: dict[str, Any] = {
     "max_requests_per_second": None,
     "max_tokens_per_second": None,
     "max_tokens_per_hour": None,
     "max_tokens_per_day": None,
     "max_requests_per_hour": None,
     "max_requests_per_day": None,
+}
+"""No rate and no quota: only memory and concurrency can be in the way."""
+UNLIMITED: dict[str, Any] = {
+    **OPEN,
+    "max_ram_mb": None,
+    "max_ssd_mb": None,
     "max_concurrent_requests": None,
     "burst_requests": 0,
     "burst_tokens": 0,

@@ -8,6 +8,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse as FastStream
 from http_server import serving
+from patience import until
 from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -100,10 +101,7 @@ def manager_and_client(request):
 
 
 def until_free(manager):
-    give_up = time.monotonic() + 20
-    while manager.get_usage("m").concurrent_requests:
-        assert time.monotonic() < give_up, "the grant is not released"
-        time.sleep(0.002)
+    until(lambda: manager.get_usage("m").concurrent_requests == 0)
 
 
 def test_a_request_a_refusal_and_the_page(manager_and_client):

@@ -6,17 +6,12 @@ import time
 import openai
 import pytest
 from http_server import serving
+from patience import until
+from strategies import OPEN
 
 from modelquota import ResourceQuotaManager
 from modelquota.asgi.demo import QUOTAS, create_app, demo_manager
 
-UNLIMITED = {
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_tokens_per_day": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-}
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the tallest mountain?"}]
 PROMPT = 7
 
@@ -24,7 +19,7 @@ PROMPT = 7
 @pytest.fixture(scope="module")
 def server():
     manager = ResourceQuotaManager()
-    manager.set_quota("m", **UNLIMITED)
+    manager.set_quota("m", **OPEN)
     with serving(create_app(manager, tokens_per_second=2000)) as address:
         yield manager, address
 
@@ -34,7 +29,7 @@ def manager(server):
     """The manager of the server, with a model that nothing has used."""
     manager = server[0]
     manager.remove_quota("m")
-    manager.set_quota("m", **UNLIMITED)
+    manager.set_quota("m", **OPEN)
     return manager
 
 
@@ -50,13 +45,6 @@ def used(manager):
     usage = manager.get_usage("m")
     assert usage.queued_requests == 0
     return usage.tokens_this_hour
-
-
-def until(condition):
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up, "nothing happened"
-        time.sleep(0.002)
 
 
 def chat(client, **fields):

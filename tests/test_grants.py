@@ -6,6 +6,7 @@ import pickle
 import warnings
 
 import pytest
+import strategies
 
 from modelquota import (
     Grant,
@@ -18,15 +19,7 @@ from modelquota import (
 )
 
 HOUR_NS = 3600 * 10**9
-OPEN = {
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_tokens_per_hour": None,
-    "max_tokens_per_day": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-    "on_violation": "reject",
-}
+OPEN = {**strategies.OPEN, "on_violation": "reject"}
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from patience import until
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
 
@@ -26,13 +27,6 @@ def manager(tmp_path):
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=2048)
     manager.set_quota("m", **LINE)
     return manager
-
-
-def until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
 
 
 def wait_in_line(path, number, priority, served, hold_seconds):
@@ -163,7 +157,7 @@ def test_a_thousand_waiters_take_next_to_no_processor(manager, models):
             for _ in range(per_model):
                 thread = threading.Thread(target=mine.acquire, args=(f"m{model}", 1), daemon=True)
                 thread.start()
-        until(lambda: sum(mine.get_usage(f"m{model}").queued_requests for model in range(models)) == 1000, 30)
+        until(lambda: sum(mine.get_usage(f"m{model}").queued_requests for model in range(models)) == 1000)
         time.sleep(0.1)
         before = resource.getrusage(resource.RUSAGE_SELF)
         time.sleep(1.0)

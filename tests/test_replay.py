@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import Oracle
+from strategies import OPEN
 
 import modelquota.replay
 from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager, UnknownModelError
@@ -21,14 +22,6 @@ from modelquota.trace import Trace, read_trace
 
 AZURE_TRACE = Path(__file__).resolve().parents[1] / "../shared/traces/azure_llm_code_2023.csv"
 SECOND_NS = 10**9
-OPEN = {
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_tokens_per_hour": None,
-    "max_tokens_per_day": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-}
 
 
 def quotas(*configs: ResourceQuotaConfig) -> dict[str, ResourceQuotaConfig]:

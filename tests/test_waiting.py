@@ -6,27 +6,12 @@ import threading
 import time
 
 import pytest
+import strategies
+from patience import PATIENCE, until
 
 from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaManager, ViolationType
 
-OPEN = {
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_tokens_per_hour": None,
-    "max_tokens_per_day": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-    "on_violation": "queue",
-}
-PATIENCE = 30
-
-
-def until(condition):
-    """Wait for another thread to get somewhere."""
-    give_up = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < give_up, "nothing happened"
-        time.sleep(0.0005)
+OPEN = {**strategies.OPEN, "on_violation": "queue"}
 
 
 @pytest.fixture

@@ -6,25 +6,15 @@ import threading
 import time
 
 import pytest
+import strategies
+from patience import PATIENCE, until
 
 from modelquota import CapacityError, Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.waiting import ThreadWaiter
 from modelquota.waiting_async import TaskWaiter
 
-WINDOWS = ("second", "hour", "day")
-OPEN = {f"max_{what}_per_{window}": None for what in ("requests", "tokens") for window in WINDOWS} | {
-    "on_violation": "queue"
-}
-PATIENCE = 30
+OPEN = {**strategies.OPEN, "on_violation": "queue"}
 LOCKED = 1 << 10 | 1  # the word of the first process that opens a state: a row of its that another thread has locked
-
-
-def until(condition):
-    """Wait for another thread to get somewhere."""
-    give_up = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < give_up, "nothing happened"
-        time.sleep(0.0005)
 
 
 @pytest.fixture
