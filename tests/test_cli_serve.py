@@ -29,6 +29,7 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
         )
         self.said = ""
 
@@ -48,6 +49,10 @@ class Command:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.communicate()
+
+    def press_ctrl_c(self):
+        """Do what a terminal does: the signal goes to the workers too."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def post(self, body, **headers):
         """Status, headers and body of an answer."""
@@ -112,6 +117,23 @@ def test_workers_share_the_limits_and_a_state_file_outlasts_them(tmp_path):
         status, _, content = command.post(ask, Authorization="Bearer free")
         assert status == 429
         assert "requests per hour: 10 of 10 used" in json.loads(content)["error"]["message"]
+
+
+def test_ctrl_c_lets_workers_finish_their_answers():
+    with Command("--workers", "2", "--speed", "10") as command, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(command.post, {"model": "chat-70b", "stream": True, "messages": []})
+        while '"POST ' not in command.process.stdout.readline():
+            pass  # it is logged with the head of the answer, which then takes two seconds and a half
+        command.press_ctrl_c()
+        errors = ""
+        while "Waiting for connections" not in errors:
+            line = command.process.stderr.readline()
+            assert line, errors
+            errors += line
+        command.press_ctrl_c()  # once again, since two signals that come together count as one
+        assert answer.result()[2].endswith(b"data: [DONE]\n\n")
+        errors += command.process.communicate(timeout=20)[1]
+        assert (command.process.returncode, "Traceback" in errors) == (0, False), errors
 
 
 def run(*arguments):

@@ -65,29 +65,36 @@ def _in_processes(count: int, run: Callable[[], None]) -> None:
     """
     children: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def end_all(number: int, frame: FrameType | None) -> None:
         for child in children:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child, number)
+                os.kill(child, signal.SIGTERM)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, end_all) for number in (signal.SIGINT, signal.SIGTERM)}
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or each process would print what is still to be printed
+    # No signal meets a child that this process does not know yet, or one that has this process's handlers.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, before)
     try:
         for _ in range(count):
             child = os.fork()
             if child == 0:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+                # A terminal sends Ctrl-C to the children too. With that of this process they would have it twice, which
+                # uvicorn takes for impatience: it would cut off the answers that it is giving, with tracebacks.
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask | {signal.SIGINT})
                 try:
                     run()
                     sys.stdout.flush()
                 finally:
                     os._exit(0)
             children.append(child)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for child in children:
             os.waitpid(child, 0)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
 
