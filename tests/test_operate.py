@@ -8,6 +8,7 @@ import os
 import pty
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def test_set_changes_what_is_named_and_keeps_what_was_used(run, manager):
         (["reset-burst", "busy", "nobody"], 1, "error: no quota is set for model 'nobody'"),
         (["top"], 2, "error: top needs a terminal; `modelquota status` prints the same once"),
         (["status", "--path", "none"], 2, "error: none: No such file or directory"),
-        (["exporter", "--addr", "256.0.0.1"], 2, "error: "),
+        (["exporter", "--addr", "256.0.0.1"], 2, "error: cannot listen at 256.0.0.1, port 9185: "),
     ],
 )
 def test_no_is_one_line_and_an_exit_code_and_changes_nothing(manager, run, arguments, code, says):
@@ -339,6 +340,14 @@ def test_exporter_serves_until_it_is_interrupted(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
         assert process.stderr.read() == ""
+
+
+def test_exporter_names_the_address_that_is_taken(run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        outcome = run("exporter", "--port", str(port))
+    says = f"modelquota: error: cannot listen at 127.0.0.1, port {port}: Address already in use\n"
+    assert (outcome.exit_code, outcome.stderr) == (2, says)
 
 
 def test_shell_completion():

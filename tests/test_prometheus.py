@@ -1,8 +1,10 @@
 """Metrics for Prometheus: scraped over HTTP, parsed by the real parser, right in every figure, and never falling."""
 
+import errno
 import json
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -65,6 +67,17 @@ def served(manager):
     server.shutdown()
     server.server_close()
     thread.join(30)
+
+
+def test_an_address_that_cannot_be_had_is_named(manager):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1, port {port}: Address already in use") as caught:
+            start_exporter(manager, port)
+    assert caught.value.errno == errno.EADDRINUSE
+    with pytest.raises(OSError, match="cannot listen at 192.0.2.1, port 0: ") as caught:
+        start_exporter(manager, 0, addr="192.0.2.1")
+    assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
 def test_every_figure_of_a_scrape_over_http(manager, served):

@@ -137,9 +137,14 @@ def start_exporter(
     Raises
     ------
     OSError
-        The port is taken, or the address is none of this machine.
+        The port is taken, or the address is none of this machine; both are named.
     """
-    return start_http_server(port, addr=addr, registry=_registry(manager, max_models))
+    registry = _registry(manager, max_models)
+    try:
+        return start_http_server(port, addr=addr, registry=registry)
+    except OSError as error:
+        message = f"cannot listen at {addr}, port {port}: {error.strerror or error}"
+        raise type(error)(error.errno, message) from error
 
 
 def make_exporter_app(manager: "QuotaReader", *, max_models: int = DEFAULT_MAX_MODELS) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from modelquota.cli.answers import EXIT_NO, answering, say
+from modelquota.cli.answers import EXIT_NO, answering, say, unusable
 from modelquota.cli.change import parse_fields, remove_models, reset_bursts, set_model
 from modelquota.cli.status import print_status, print_status_json
 from modelquota.cli.top import run_top
@@ -116,12 +116,18 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         addr: Annotated[str, typer.Option(help="Address to listen on; by default only this machine.")] = "127.0.0.1",
         max_models: Annotated[int, typer.Option(min=0, help="Models with a label of their own.")] = 100,
     ) -> None:
-        """Serve metrics for Prometheus over HTTP until Ctrl-C. It needs the extra `prometheus`."""
+        """Serve metrics for Prometheus over HTTP until Ctrl-C. It needs the extra `prometheus`.
+
+        **Exit code**: 0 when it was ended; 2 when the file cannot be used, or the address is taken.
+        """
         errors = Console(stderr=True)
         with answering(errors, path), open_view(path) as manager:
             from modelquota.prometheus import start_exporter  # an extra of its own
 
-            server, thread = start_exporter(manager, port, addr=addr, max_models=max_models)
+            try:
+                server, thread = start_exporter(manager, port, addr=addr, max_models=max_models)
+            except OSError as error:  # it is about the address, not the file
+                raise unusable(errors, error.strerror or str(error)) from None
             say(errors, f"serving http://{addr}:{server.server_port}/metrics")
             with suppress(KeyboardInterrupt):
                 thread.join()
