@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import modelquota.cli.replay
 from modelquota.cli import main
 from modelquota.cli.app import app
 from modelquota.cli.text import duration, printable, short
+from modelquota.replay import ReplayReport
 
 QUOTAS = """
 [models.llama]
@@ -55,8 +57,23 @@ def test_replay_prints_a_report(files):
     assert "requests 4 2 50.0 % 2 of 3 1 requests/second" in lines
     assert "tokens 285 80 28.1 % 80 of 201 1 tokens/hour" in lines
     assert any(line.startswith("1 whatever the wait") for line in lines)
-    assert lines[-1].startswith("Decided in ")
+    assert re.fullmatch(r"Decided in [0-9.,]+ ms\.", lines[-1]), "no time a request, of so few"
     assert max(map(len, outcome.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("requests", "core_time_ns", "says"),
+    [
+        (999, 18_531_900, "Decided in 18.53 ms."),
+        (1_000, 85_400, "Decided in 0.09 ms, 85 ns a request."),
+        (1_000_000, 1_234_567_890, "Decided in 1,234.57 ms, 1,235 ns a request."),
+    ],
+)
+def test_replay_says_the_time_of_a_request_where_it_means_something(requests, core_time_ns, says):
+    report = ReplayReport("t.csv", requests, 10**9, 1.0, 0, core_time_ns, ())
+    console = Console(file=io.StringIO(), width=80)
+    modelquota.cli.replay.print_report(report, console)
+    assert console.file.getvalue().splitlines()[-1] == says
 
 
 def test_replay_at_another_speed(files):

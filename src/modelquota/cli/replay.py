@@ -21,6 +21,8 @@ __all__ = ["print_json", "print_report", "replay_file"]
 
 # Reading a megabyte takes some 25 ms: below this a bar would only flicker.
 PROGRESS_FROM_BYTES = 16 << 20
+# With fewer, the time of a request is that of getting started.
+TIMED_FROM_REQUESTS = 1_000
 NS_PER_MS = 1_000_000
 
 
@@ -67,8 +69,10 @@ def print_report(report: ReplayReport, console: Console) -> None:
         console.print()
         console.print(Text(printable(model.model_id), "bold cyan"), soft_wrap=True)
         console.print(Padding(_table(model), (0, 0, 0, 2), expand=False))
-    each_ns = report.core_time_ns / max(report.requests, 1)
-    console.print(Text(f"\nDecided in {report.core_time_ns / NS_PER_MS:.2f} ms, {each_ns:.0f} ns a request.", "dim"))
+    took = f"Decided in {report.core_time_ns / NS_PER_MS:,.2f} ms"
+    if report.requests >= TIMED_FROM_REQUESTS:
+        took += f", {report.core_time_ns / report.requests:,.0f} ns a request"
+    console.print(Text(f"\n{took}.", "dim"))
 
 
 def _table(model: ModelReplay) -> Table:
