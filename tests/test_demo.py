@@ -12,12 +12,14 @@ import struct
 import subprocess
 import sys
 import termios
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
 
 from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota.cli.demo import _seen
 from modelquota.cli.demo_table import UsageBar
 from modelquota.cli.traffic import CODE, CONVERSATION, MODELS, NS_PER_SECOND, Lane, Tally, Traffic, total
 
@@ -136,6 +138,24 @@ def test_usage_bar(fraction, text):
     console = Console(width=10, force_terminal=False, color_system=None)
     segment = next(iter(console.render(UsageBar(fraction))))
     assert segment.text == text.ljust(10)
+
+
+@pytest.mark.parametrize(
+    ("admitted", "waiting", "says"),
+    [
+        (0, 2, "0 were admitted, 2 still wait"),
+        (1, 1, "1 was admitted after 120 ms in the median, 1 still waits"),
+        (2, 0, "2 were admitted after 120 ms in the median, 0 still wait"),
+    ],
+)
+def test_one_waits_and_two_wait(admitted, waiting, says):
+    tally = Tally(
+        waiting=waiting,
+        denials=Counter({Limit.TOKENS_PER_SECOND: 9}),
+        first_violation_ns=NS_PER_SECOND,
+        waits_ms=[120.0] * admitted,
+    )
+    assert _seen(MODELS[0].quota, tally, 0) == f"throttled what exceeded its tokens per second: {says}"
 
 
 def read_all(fd: int) -> Iterator[bytes]:

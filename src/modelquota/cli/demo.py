@@ -141,10 +141,9 @@ def _seen(quota: ResourceQuotaConfig, tally: Tally, start_ns: int) -> str:
     verb = "queued" if quota.on_violation is ViolationAction.QUEUE else "throttled"
     waits = f" after {duration(median(tally.waits_ms))} in the median" if tally.waits_ms else ""
     given_up = f"; {tally.denied:,} could not be within {quota.grace_period_sec:g} s" if tally.denied else ""
-    return (
-        f"{verb} what exceeded its {limit}: {len(tally.waits_ms):,} were admitted{waits}, "
-        f"{tally.waiting:,} still wait{given_up}"
-    )
+    admitted = f"{len(tally.waits_ms):,} {'was' if len(tally.waits_ms) == 1 else 'were'} admitted{waits}"
+    waiting = f"{tally.waiting:,} still {'waits' if tally.waiting == 1 else 'wait'}"
+    return f"{verb} what exceeded its {limit}: {admitted}, {waiting}{given_up}"
 
 
 def _timer_ns() -> float:
