@@ -1,5 +1,8 @@
 """Resource quotas for multi-model inference: may this model take this request now?"""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from modelquota._core.clock import ManualClock
 from modelquota._core.grant import Grant
 from modelquota._core.result import QuotaCheckResult
@@ -18,8 +21,10 @@ from modelquota.errors import (
 from modelquota.limits import Limit, ViolationAction, ViolationType
 from modelquota.manager import ModelQuota, ResourceQuotaManager
 from modelquota.metering import meter
-from modelquota.quotafile import load_quotas
-from modelquota.report import ModelReport, QuotaStats, ResourceUsage
+
+if TYPE_CHECKING:
+    from modelquota.quotafile import load_quotas
+    from modelquota.report import ModelReport, QuotaStats, ResourceUsage
 
 __version__ = "0.1.0"
 
@@ -48,3 +53,22 @@ __all__ = [
     "load_quotas",
     "meter",
 ]
+
+# Imported at their first use: their dataclasses and regular expressions take a quarter of the whole import.
+_LATER = {
+    "ModelReport": "modelquota.report",
+    "QuotaStats": "modelquota.report",
+    "ResourceUsage": "modelquota.report",
+    "load_quotas": "modelquota.quotafile",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -12,7 +12,7 @@ import numpy as np
 
 from modelquota._core.inspection import Part, Reader
 from modelquota._core.mapping import boot_id
-from modelquota._core.records import RECORD
+from modelquota._core.records import record_dtype
 from modelquota._core.statefile import open_existing
 from modelquota._core.view import read_copies
 from modelquota.reading import QuotaReader
@@ -120,10 +120,10 @@ class QuotaView(QuotaReader):
     def _read_all(self) -> NDArray[np.void]:
         reader = self._reader()
         now_ns = self._now_ns(reader.header)
-        found = [np.zeros(0, RECORD)]
+        found = [np.zeros(0, record_dtype())]
         for part, names, alive in self._living(reader):
             usage, _ = read_copies(part.rows, part.ledgers, now_ns)
-            records = np.zeros(len(names), RECORD)
+            records = np.zeros(len(names), record_dtype())
             records["model_id"] = [name.decode("utf-8", "replace") for name in names]
             for field in usage.dtype.names or ():
                 records[field] = usage[field]

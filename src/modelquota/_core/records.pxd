@@ -2,7 +2,7 @@ from modelquota._core.usage cimport Usage
 
 
 cdef struct Record:
-    # One element of a snapshot; `RECORD` is its dtype.
+    # One element of a snapshot; `record_dtype()` is its dtype.
     void* model_id          # a reference, or NULL
     Usage usage
 

@@ -1,3 +1,3 @@
 import numpy as np
 
-RECORD: np.dtype[np.void]
+def record_dtype() -> np.dtype[np.void]: ...

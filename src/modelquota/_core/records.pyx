@@ -18,9 +18,18 @@ cdef extern from "numpy/arrayobject.h":
                                             const cnp.npy_intp* strides, void* data, int flags, PyObject* like)
     PyTypeObject ARRAY "PyArray_Type"
 
-RECORD = np.dtype([("model_id", object), *dtypes()["usage"].descr])
-"""The dtype of a snapshot: the model's id, then `Usage`."""
-assert RECORD.itemsize == sizeof(Record)
+cdef object made_dtype = None
+
+
+def record_dtype():
+    """The dtype of a snapshot: the model's id, then `Usage`. Made at its first use, since that takes a millisecond."""
+    global made_dtype
+    if made_dtype is None:
+        dtype = np.dtype([("model_id", object), *dtypes()["usage"].descr])
+        if dtype.itemsize != sizeof(Record):
+            raise AssertionError(f"{dtype} is not laid out as Record")
+        made_dtype = dtype
+    return made_dtype
 
 
 cdef class Records:
@@ -48,7 +57,7 @@ cdef class Records:
     cdef object array(self, Py_ssize_t count):
         """The first `count` records as a numpy array."""
         cdef cnp.npy_intp shape = count
-        cdef cnp.dtype dtype = RECORD
+        cdef cnp.dtype dtype = record_dtype()
         Py_INCREF(dtype)        # numpy takes this reference over
         array = new_array(&ARRAY, dtype, 1, &shape, NULL, self.first, cnp.NPY_ARRAY_CARRAY, NULL)
         cnp.set_array_base(array, self)
