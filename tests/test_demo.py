@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import math
 import os
 import pty
@@ -15,12 +16,13 @@ import termios
 from collections import Counter
 from collections.abc import Iterator
 
+import pyte
 import pytest
 from rich.console import Console
 
 from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.cli.demo import _seen
-from modelquota.cli.demo_table import UsageBar
+from modelquota.cli.demo_table import UsageBar, demo_table
 from modelquota.cli.traffic import CODE, CONVERSATION, MODELS, NS_PER_SECOND, Lane, Tally, Traffic, total
 
 MODEL_IDS = [traffic.quota.model_id for traffic in MODELS]
@@ -140,6 +142,29 @@ def test_usage_bar(fraction, text):
     assert segment.text == text.ljust(10)
 
 
+@pytest.mark.parametrize("width", [40, 59, 60, 79, 80, 99, 100, 120])
+def test_no_width_cuts_the_table(width):
+    manager, lanes = simulate(30, seed=1)
+    console = Console(file=io.StringIO(), width=width)
+    console.print(demo_table(manager, MODELS, total(lanes), width=width))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert len(text.splitlines()) == 1 + 4 * len(MODELS) - 1
+    assert max(map(len, text.splitlines())) <= width
+    shown = ["requests", *(["limit"] if width >= 60 else []), *(["used"] if width >= 80 else [])]
+    assert [heading for heading in ("requests", "limit", "used") if heading in text.splitlines()[0]] == shown
+
+
+def test_where_there_is_no_room_words_are_cut_and_not_figures():
+    manager, _ = simulate(1, seed=1)
+    tallies = {model_id: Tally(denied=123_456, waiting=7_890) for model_id in MODEL_IDS}
+    console = Console(file=io.StringIO(), width=60)
+    console.print(demo_table(manager, MODELS, tallies, width=60))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("123,456 denied, 7,890 waiting") == 2
+    assert "chat…" in text
+
+
 @pytest.mark.parametrize(
     ("admitted", "waiting", "says"),
     [
@@ -170,9 +195,9 @@ def demo(*arguments: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def on_a_terminal(*arguments: str, columns: int) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def on_a_terminal(*arguments: str, columns: int, lines: int = 40) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     env |= {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
     with subprocess.Popen(
@@ -219,6 +244,26 @@ def test_screen_is_redrawn_in_place_and_fits(columns):
     assert ("waits" in table.splitlines()[1]) is (columns >= 100)
     assert re.search(r"How fast\. \d+ ns a check", closing)
     assert "modelquota replay TRACE.csv" in " ".join(closing.split())
+
+
+@pytest.mark.parametrize(("columns", "lines", "models"), [(60, 20, 4), (60, 16, 4), (80, 12, 3), (40, 5, 0)])
+def test_a_small_screen_has_its_headline_whole_models_and_the_time(columns, lines, models):
+    screen = pyte.Screen(columns, lines)
+    stream = pyte.ByteStream(screen)
+    with on_a_terminal("--seconds", "20", columns=columns, lines=lines) as (_, terminal):
+        frames = 0
+        for data in read_all(terminal):
+            stream.feed(data)
+            rows = [line.rstrip() for line in screen.display if line.strip()]
+            frames += bool(rows) and " checks   Ctrl-C ends" in rows[-1]
+            if frames > 2:
+                break
+    assert rows[0].startswith("modelquota demo  4 models")
+    assert rows[1].startswith("model ")
+    assert len(rows) == 3 + 3 * models
+    assert [row.split()[0] for row in rows[2:-1:3]] == MODEL_IDS[:models]
+    assert "…" not in "".join(rows[1:-1])
+    assert re.match(r"\d\.\d of 20 s   \d+ checks   Ctrl-C ends", rows[-1])
 
 
 def test_ctrl_c_ends_with_the_report():

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from modelquota.cli.demo_table import demo_table
+from modelquota.cli.demo_table import LINES_OF_A_MODEL, demo_table
 from modelquota.cli.text import duration
 from modelquota.cli.traffic import MODELS, NS_PER_MS, NS_PER_SECOND, Lane, Tally, total
 from modelquota.config import ResourceQuotaConfig
@@ -24,6 +24,8 @@ from modelquota.manager import ResourceQuotaManager
 __all__ = ["run_demo"]
 
 REFRESHES_PER_SECOND = 4
+# Headline, the heading of the table, and the footline.
+OTHER_LINES = 3
 CHECKS_IN_A_ROW = 10_000
 ROUNDS_IN_A_ROW = 20
 
@@ -48,8 +50,15 @@ def run_demo(console: Console, *, seconds: float, threads: int, seed: int | None
 
     def screen() -> RenderableType:
         elapsed_s = (min(monotonic_ns(), end_ns) - start_ns) / NS_PER_SECOND
-        table = demo_table(manager, MODELS, total(lanes), width=console.width)
-        return Group(_headline(threads), table, Text(), _footline(lanes, elapsed_s, seconds, stop.is_set()))
+        shown, spaced, over = len(MODELS), True, stop.is_set()
+        if console.is_terminal and not over:
+            # What does not fit cannot be redrawn in place, and rich would leave out the end, which is the footline.
+            room = console.height - OTHER_LINES
+            spaced = room >= shown * (LINES_OF_A_MODEL + 1)
+            shown = min(shown, max(room // LINES_OF_A_MODEL, 0))
+        table = demo_table(manager, MODELS[:shown], total(lanes), width=console.width, spaced=spaced)
+        footline = _footline(lanes, elapsed_s, seconds, over)
+        return Group(_headline(threads), table, *([Text()] if spaced else []), footline)
 
     stop = threading.Event()
     with ThreadPoolExecutor(threads, thread_name_prefix="client") as pool:
@@ -84,13 +93,15 @@ def _headline(threads: int) -> Text:
     return Text.assemble(
         ("modelquota demo", "bold"),
         (f"  {len(MODELS)} models, {threads} threads, generated traffic, the real clock", "dim"),
+        no_wrap=True,
+        overflow="ellipsis",
     )
 
 
 def _footline(lanes: Sequence[Lane], elapsed_s: float, seconds: float, over: bool) -> Text:
     # How long they took is left to the closing report, which has room to say why: threads wake up to cold caches.
     checks = sum(len(lane.check_ns) for lane in lanes)
-    line = Text(f"{elapsed_s:.1f} of {seconds:g} s   {checks:,} checks", "dim")
+    line = Text(f"{elapsed_s:.1f} of {seconds:g} s   {checks:,} checks", "dim", no_wrap=True, overflow="ellipsis")
     return line.append("" if over else "   Ctrl-C ends early")
 
 

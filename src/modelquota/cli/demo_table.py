@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.segment import Segment
 from rich.style import Style
@@ -18,10 +18,13 @@ from modelquota.limits import ViolationAction
 from modelquota.manager import ResourceQuotaManager
 from modelquota.report import ResourceUsage
 
-__all__ = ["UsageBar", "demo_table"]
+__all__ = ["LINES_OF_A_MODEL", "UsageBar", "demo_table"]
 
-# From this width on there is room for a column of its own for the waits.
+# From these widths on there is room for limits beside the requests, for bars, and for a column of the waits.
+LIMIT_COLUMNS = 60
+BAR_COLUMNS = 80
 WIDE_COLUMNS = 100
+LINES_OF_A_MODEL = 3
 ACTION_STYLES = {
     ViolationAction.REJECT: "red",
     ViolationAction.THROTTLE: "yellow",
@@ -57,15 +60,27 @@ class UsageBar:
 
 
 def demo_table(
-    manager: ResourceQuotaManager, models: Sequence[Traffic], tallies: Mapping[str, Tally], *, width: int
+    manager: ResourceQuotaManager,
+    models: Sequence[Traffic],
+    tallies: Mapping[str, Tally],
+    *,
+    width: int,
+    spaced: bool = True,
 ) -> Table:
-    """Three lines for each model; from 100 columns on, with its waits beside its requests."""
-    wide = width >= WIDE_COLUMNS
-    table = Table(box=None, expand=True, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("model", no_wrap=True)
-    table.add_column("limit", no_wrap=True)
-    table.add_column("used", ratio=1)
-    table.add_column("of rate + burst", no_wrap=True, min_width=15)
+    """Three lines for each model, with an empty one between them where it is `spaced`; as wide as there is room for.
+
+    From 100 columns on, its waits are beside its requests.
+    """
+    limits, bars, wide = width >= LIMIT_COLUMNS, width >= BAR_COLUMNS, width >= WIDE_COLUMNS
+    table = Table(box=None, expand=bars, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    # Where that is not enough, words are cut, not figures: columns that may wrap are narrowed.
+    table.add_column("model")
+    if limits:
+        table.add_column("limit")
+    if bars:
+        table.add_column("used", ratio=1)
+    if limits:
+        table.add_column("of rate + burst", no_wrap=True, min_width=16)
     table.add_column("requests", no_wrap=True, min_width=24)
     if wide:
         table.add_column("waits", no_wrap=True, min_width=24)
@@ -75,57 +90,62 @@ def demo_table(
         if usage is None:
             continue
         tally = tallies[quota.model_id]
-        names = [Text(quota.model_id, "bold"), Text(quota.on_violation, ACTION_STYLES[quota.on_violation]), Text()]
+        names = [_word(quota.model_id, "bold"), _word(quota.on_violation, ACTION_STYLES[quota.on_violation]), Text()]
         requests, waits = _requests(quota, tally), _waits(quota, tally)
         if not wide and waits[0]:
             requests[2] = waits[0]
-        if table.row_count:
+        if table.row_count and spaced:
             table.add_row()
-        for name, limit, request, waited in zip(names, _limits(quota, usage), requests, waits, strict=True):
-            table.add_row(name, *limit, request, *([waited] if wide else []))
+        for name, limit, request, waited in zip(names, _limits(quota, usage, bars), requests, waits, strict=True):
+            table.add_row(name, *(limit if limits else []), request, *([waited] if wide else []))
     return table
 
 
-def _limits(quota: ResourceQuotaConfig, usage: ResourceUsage) -> list[tuple[Text, UsageBar, Text]]:
-    """Name, bar and numbers of the three limits that the demo's quotas set."""
-    return [
+def _word(text: str, style: str) -> Text:
+    return Text(text, style, no_wrap=True, overflow="ellipsis")
+
+
+def _limits(quota: ResourceQuotaConfig, usage: ResourceUsage, bars: bool) -> list[list[RenderableType]]:
+    """Name, bar and numbers of the three limits that the demo's quotas set; without bars the names are short too."""
+    names = ("requests/s", "tokens/s", "tokens/hour") if bars else ("req/s", "tok/s", "tok/h")
+    fractions_and_numbers = [
         _rate(
-            "requests/s",
             usage.requests_this_second,
             quota.max_requests_per_second,
             quota.burst_requests,
             usage.burst_requests_used,
         ),
         _rate(
-            "tokens/s",
             usage.tokens_this_second,
             quota.max_tokens_per_second,
             quota.burst_tokens,
             usage.burst_tokens_used,
         ),
-        _line(
-            "tokens/hour",
+        (
             usage.tokens_this_hour / max(quota.max_tokens_per_hour or 0, 1),
             f"{short(usage.tokens_this_hour)} of {short(quota.max_tokens_per_hour or 0)}",
         ),
     ]
+    return [
+        [_word(name, "dim"), *([UsageBar(fraction)] if bars else []), Text(numbers)]
+        for name, (fraction, numbers) in zip(names, fractions_and_numbers, strict=True)
+    ]
 
 
-def _rate(name: str, used: int, rate: float | None, burst: int, burst_used: int) -> tuple[Text, UsageBar, Text]:
-    """A rate is exhausted by what the last second admitted, or by a burst not yet repaid, whichever is nearer."""
+def _rate(used: int, rate: float | None, burst: int, burst_used: int) -> tuple[float, str]:
+    """How much of a rate is used, from 0 to 1, and in numbers.
+
+    A rate is exhausted by what the last second admitted, or by a burst not yet repaid, whichever is nearer.
+    """
     base = max(rate or 0.0, 1.0)
     second = used / max(math.ceil(rate or 0.0) + burst, 1)
     level = (base + burst_used) / (base + burst) if burst_used else 0.0
-    return _line(name, max(second, level), f"{short(used)} of {short(rate or 0.0)}+{short(burst)}")
-
-
-def _line(name: str, fraction: float, numbers: str) -> tuple[Text, UsageBar, Text]:
-    return Text(name, "dim"), UsageBar(fraction), Text(numbers)
+    return max(second, level), f"{short(used)} of {short(rate or 0.0)}+{short(burst)}"
 
 
 def _requests(quota: ResourceQuotaConfig, tally: Tally) -> list[Text]:
     if quota.on_violation is ViolationAction.WARN:
-        refused = Text(f"{tally.warned:,} of them over a limit", "magenta" if tally.warned else "dim")
+        refused = Text(f"{tally.warned:,} with a warning", "magenta" if tally.warned else "dim")
     else:
         refused = Text(f"{tally.denied:,} denied", "red" if tally.denied else "dim")
         if quota.on_violation is not ViolationAction.REJECT:
