@@ -121,6 +121,18 @@ def test_percent_is_the_quotient_and_a_full_limit_reads_exactly_100(field: str) 
         assert manager.check_quota("m", limit - most).current_usage == 100.0
 
 
+def test_percent_of_memory_and_concurrency_is_each_of_its_own_cap(kind: Any) -> None:
+    manager = manager_with(kind, max_ram_mb=1000, max_ssd_mb=400, max_concurrent_requests=20)
+    assert manager.check_quota("m", 0).current_usage == 5.0
+    assert manager.check_quota("m", 0, 70, 0).current_usage == 7.0
+    assert manager.check_quota("m", 0, 0, 40).current_usage == 10.0
+    manager.update_memory_usage("m", 900, 100)
+    assert manager.check_quota("m", 0).current_usage == 90.0
+    assert manager.check_quota("m", 0, 100, 300).current_usage == 100.0
+    manager.update_memory_usage("m", 0, 100)
+    assert manager.check_quota("m", 0).current_usage == 25.0
+
+
 @pytest.mark.parametrize(
     ("fields", "most"),
     [

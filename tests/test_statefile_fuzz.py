@@ -244,6 +244,24 @@ def test_other_headers_are_refused(workshop, field, value, words):
     assert workshop.is_refused()
 
 
+@pytest.mark.parametrize("field", [*inspection._COUNTS, *inspection._TALLIES])
+def test_a_counter_that_would_overflow_a_sum_is_refused(workshop, field):
+    dtype, at = LAYOUT["ledger"].fields[field][:2]
+    for value in (2**63 - 1, 2**64 - 1):
+        workshop.write([(REGIONS.ledgers + at, value.to_bytes(8, "little"))], [])
+        with pytest.raises(StateFileError, match=field):
+            ResourceQuotaManager(path=workshop.path)
+    assert dtype.base.itemsize == 8
+
+
+@pytest.mark.parametrize("field", ["ram_mb", "ssd_mb"])
+def test_a_grant_that_holds_what_nobody_can_have_is_refused(workshop, field):
+    at = LAYOUT["held"].fields[field][1]
+    workshop.write([(REGIONS.held + at, (2**63).to_bytes(8, "little"))], [])
+    with pytest.raises(StateFileError, match=f"{field} is no count"):
+        ResourceQuotaManager(path=workshop.path)
+
+
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/null", path)])
 def test_what_is_no_file(tmp_path, make):
     make(tmp_path / "quota.state")
