@@ -10,19 +10,12 @@ from pathlib import Path
 
 import uvicorn
 from asgi_client import reply
+from strategies import OPEN
 
 from modelquota import ResourceQuotaManager
 from modelquota.asgi import QuotaMiddleware, openai_routes
 from modelquota.asgi.demo import create_app
 
-NONE = {
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_tokens_per_hour": None,
-    "max_tokens_per_day": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-}
 RAM_MB = 10
 PAGE_BYTES = 4096
 TOKENS_PER_SECOND = 500
@@ -30,12 +23,12 @@ TOKENS_PER_SECOND = 500
 
 def new_manager():
     manager = ResourceQuotaManager()
-    manager.set_quota("queue", **NONE, max_concurrent_requests=6, on_violation="queue", max_queued_requests=10_000)
+    manager.set_quota("queue", **OPEN, max_concurrent_requests=6, on_violation="queue", max_queued_requests=10_000)
     manager.set_quota(
-        "throttle", **NONE | {"max_requests_per_second": 200, "burst_requests": 5}, on_violation="throttle"
+        "throttle", **OPEN | {"max_requests_per_second": 200, "burst_requests": 5}, on_violation="throttle"
     )
-    manager.set_quota("reject", **NONE, max_ram_mb=4 * RAM_MB, on_violation="reject")
-    manager.set_quota("user", **NONE, max_concurrent_requests=5000)
+    manager.set_quota("reject", **OPEN, max_ram_mb=4 * RAM_MB, on_violation="reject")
+    manager.set_quota("user", **OPEN, max_concurrent_requests=5000)
     return manager
 
 

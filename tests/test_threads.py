@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from strategies import OPEN
 
 from modelquota import ManualClock, ResourceQuotaManager, UnknownModelError
 
@@ -17,15 +18,7 @@ LIMIT = 20_000
 
 def limited_manager(**limits):
     manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    unlimited = {
-        "max_requests_per_second": None,
-        "max_tokens_per_second": None,
-        "max_tokens_per_hour": None,
-        "max_tokens_per_day": None,
-        "max_requests_per_hour": None,
-        "max_requests_per_day": None,
-    }
-    manager.set_quota("m", on_violation="reject", **unlimited | limits)
+    manager.set_quota("m", on_violation="reject", **OPEN | limits)
     return manager
 
 
