@@ -1,4 +1,6 @@
 """Between Python values and the structs of the layout: configurations, rates, dtypes."""
+import functools
+
 import numpy as np
 from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
@@ -14,8 +16,9 @@ from modelquota.limits import ViolationAction
 cdef tuple ACTIONS = tuple(ViolationAction)
 
 
+@functools.cache
 def dtypes():
-    """The numpy dtypes of the layout's parts, derived from the C structs, by name."""
+    """The numpy dtypes of the layout's parts, derived from the C structs, by name. Not to be changed: it is made once."""
     cdef Header header
     cdef Place place
     cdef Held held

@@ -3,6 +3,8 @@
 numpy gives it away while it asks for memory that is set to zero, as an array with object fields needs, and among busy
 threads whoever gives the GIL away has it back 5 ms later.
 """
+import functools
+
 import numpy as np
 cimport numpy as cnp
 from cpython.object cimport PyTypeObject
@@ -18,18 +20,14 @@ cdef extern from "numpy/arrayobject.h":
                                             const cnp.npy_intp* strides, void* data, int flags, PyObject* like)
     PyTypeObject ARRAY "PyArray_Type"
 
-cdef object made_dtype = None
 
-
+@functools.cache
 def record_dtype():
     """The dtype of a snapshot: the model's id, then `Usage`. Made at its first use, since that takes a millisecond."""
-    global made_dtype
-    if made_dtype is None:
-        dtype = np.dtype([("model_id", object), *dtypes()["usage"].descr])
-        if dtype.itemsize != sizeof(Record):
-            raise AssertionError(f"{dtype} is not laid out as Record")
-        made_dtype = dtype
-    return made_dtype
+    dtype = np.dtype([("model_id", object), *dtypes()["usage"].descr])
+    if dtype.itemsize != sizeof(Record):
+        raise AssertionError(f"{dtype} is not laid out as Record")
+    return dtype
 
 
 cdef class Records:

@@ -3,6 +3,7 @@
 After a fork the child takes a seat of its own; what the parent holds stays the parent's.
 """
 cimport cython
+import functools
 import mmap
 import os
 import time
@@ -76,6 +77,7 @@ def regions_for(max_models):
     return plan(sizeof(Header), fixed, sizeof(Row), sizeof(Ledger), NAME_SHARE, max_models)
 
 
+@functools.cache
 def layout_fingerprint():
     """The fingerprint of this version's layout."""
     layout = dtypes()
