@@ -28,14 +28,14 @@ WSGI = """
 
 
     def app(environ, start_response):
-        allowed = manager.check_quota("m", 1).allowed
+        allowed = environ["PATH_INFO"] == "/worker" or manager.check_quota("m", 1).allowed
         start_response("200 OK" if allowed else "429 Too Many Requests", [("Content-Type", "text/plain")])
         return [str(os.getpid()).encode()]
 
 
     async def asgi(scope, receive, send):
         assert scope["type"] == "http"
-        status = 200 if manager.check_quota("m", 1) else 429
+        status = 200 if scope["path"] == "/worker" or manager.check_quota("m", 1) else 429
         await send({{"type": "http.response.start", "status": status, "headers": []}})
         await send({{"type": "http.response.body", "body": str(os.getpid()).encode()}})
 """
@@ -46,18 +46,18 @@ SERVERS = {
 }
 
 
-def ask(port: int, times: int, found: list[tuple[int, str]]) -> None:
+def ask(port: int, times: int, path: str, found: list[tuple[int, str]]) -> None:
     for _ in range(times):
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
-            connection.request("GET", "/")
+            connection.request("GET", path)
             answer = connection.getresponse()
             found.append((answer.status, answer.read().decode()))
 
 
-def load(port: int, clients: int = 6, times: int = 50) -> list[tuple[int, str]]:
+def load(port: int, clients: int = 6, times: int = 50, path: str = "/") -> list[tuple[int, str]]:
     """Answers to `clients` threads that ask `times` times each."""
     found: list[tuple[int, str]] = []
-    threads = [threading.Thread(target=ask, args=(port, times, found)) for _ in range(clients)]
+    threads = [threading.Thread(target=ask, args=(port, times, path, found)) for _ in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -89,6 +89,10 @@ def serving(kind: str, directory: Any, state: str | None) -> Iterator[int]:
                 with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                     break
                 time.sleep(0.05)
+            workers: set[str] = set()  # the first may have answered all before the second has started
+            while len(workers) < 2:
+                assert time.monotonic() < deadline, "only one worker answers"
+                workers |= {worker for _, worker in load(port, times=5, path="/worker")}
             yield port
         finally:
             server.send_signal(signal.SIGTERM)
