@@ -20,6 +20,7 @@ from modelquota.reading import QuotaReader
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_TRIES = 8
 _COUNTERS = ("rejected", "throttled", "queued", "waited")
 
 
@@ -92,9 +93,9 @@ class QuotaView(QuotaReader):
         if version != self._version:
             rows = {}
             for part in reader.parts():
-                for offset, name in enumerate(reader.names(part)):
-                    if part.rows["generation"][offset] % 2:
-                        rows[name.decode("utf-8", "replace")] = part.first + offset
+                for row, name in enumerate(reader.names(part), part.first):
+                    if name is not None:
+                        rows[name.decode("utf-8", "replace")] = row
             self._rows, self._version = rows, version
         return self._rows
 
@@ -105,17 +106,25 @@ class QuotaView(QuotaReader):
         return int(header["anchor_ns"]) + max(time.time_ns() - int(header["anchor_wall_ns"]), 0)
 
     def _read(self, model_id: str) -> tuple[dict[str, Any], dict[str, int]] | None:
-        reader = self._reader()
-        row = self._index(reader).get(model_id)
-        if row is None:
-            return None
-        part = reader.part(row, 1)
+        for _ in range(_TRIES):
+            reader = self._reader()
+            row = self._index(reader).get(model_id)
+            if row is None:
+                return None
+            part = reader.part(row, 1)
+            if reader.names(part) == [model_id.encode()]:
+                break
+            self._version = -1  # another model lives there since
+        else:
+            return None  # it was removed at each look
         usage, limits = read_copies(part.rows, part.ledgers, self._now_ns(reader.header))
         return limits[0], dict(zip(usage.dtype.names or (), usage[0].tolist(), strict=True))
 
     def _living(self, reader: Reader) -> Iterator[tuple[Part, list[bytes], NDArray[np.bool_]]]:
         for part in reader.parts():
-            yield part, reader.names(part), part.rows["generation"] % 2 == 1
+            names = reader.names(part)
+            alive = np.array([name is not None for name in names], np.bool_)
+            yield part, [name or b"" for name in names], alive
 
     def _read_all(self) -> NDArray[np.void]:
         reader = self._reader()
