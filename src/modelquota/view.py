@@ -31,21 +31,23 @@ class QuotaView(QuotaReader):
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         The state file.
+    trust_file : bool
+        Read it even if another user can change it.
 
     Raises
     ------
     OSError
         The file cannot be opened.
     StateFileError
-        It is no state file that this version can use.
+        It is no state file that this version can use, or another user can change it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, trust_file: bool = False) -> None:
         self._descriptor = -1
-        self.path = os.path.abspath(os.fspath(path))
-        self._descriptor, self._max_models = open_existing(self.path, None, os.O_RDONLY)
+        self.path = os.path.abspath(os.fsdecode(path))
+        self._descriptor, self._max_models = open_existing(self.path, None, os.O_RDONLY, trust_file=trust_file)
         self._rows: dict[str, int] = {}
         self._version = -1
 
