@@ -1,4 +1,4 @@
-"""Where a state file may be: long names, names in bytes, no /proc."""
+"""Where a state file may be: long names, names in bytes, no /proc; and what becomes of it while it is open."""
 
 import os
 import shutil
@@ -11,6 +11,7 @@ import pytest
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager, StateFileError
 from modelquota._core import mapping
 from modelquota._core.beside import beside, journal_of
+from modelquota._core.statefile import loss_of
 from modelquota.adjust import LoadAdjuster
 from modelquota.stateinfo import inspect_file, verify_file
 
@@ -148,3 +149,93 @@ def test_a_file_is_opened_again_by_its_path_if_it_is_still_that_file(opened, wit
     shutil.copy(path + ".old", path)
     with pytest.raises(StateFileError, match="modelquota needs the /proc"):
         mapping.open_again(descriptor, path)
+
+
+# -- what becomes of an open file
+
+
+def test_an_open_file_that_is_as_it_was(opened, tmp_path):
+    path, descriptor = opened
+    size = os.stat(path).st_size
+    assert loss_of(descriptor, path, size) is None
+    (tmp_path / "link").symlink_to("quota.state")
+    assert loss_of(descriptor, str(tmp_path / "link"), size) is None
+    os.link(path, tmp_path / "other name")
+    os.chmod(path, 0o400)
+    assert loss_of(descriptor, path, size) is None
+
+
+def shorten(path):
+    os.truncate(path, 4096)
+
+
+def lengthen(path):
+    os.truncate(path, os.stat(path).st_size + 1)
+
+
+def replace(path):
+    shutil.copy(path, path + ".copy")
+    os.replace(path + ".copy", path)
+
+
+def remove_folder(path):
+    os.rename(os.path.dirname(path), os.path.dirname(path) + ".old")
+
+
+def folder_to_file(path):
+    remove_folder(path)
+    with open(os.path.dirname(path), "x"):
+        pass
+
+
+def link_elsewhere(path):
+    shutil.copy(path, path + ".copy")
+    os.unlink(path)
+    os.symlink(path + ".copy", path)
+
+
+@pytest.mark.parametrize(
+    ("happens", "words"),
+    [
+        (shorten, "it was cut off to 4096 bytes, and should have "),
+        (lengthen, "it was lengthened to "),
+        (os.unlink, "it was deleted or moved away: processes that open it from now on do not share its limits"),
+        (lambda path: os.rename(path, path + ".old"), "it was deleted or moved away"),
+        (remove_folder, "it was deleted or moved away"),
+        (folder_to_file, "it was deleted or moved away"),
+        (replace, "it was replaced by another file: processes that open it from now on do not share its limits"),
+        (link_elsewhere, "it was replaced by another file"),
+        (lambda path: os.unlink(path) or os.mkdir(path), "it was replaced by another file"),
+    ],
+    ids=range(9),
+)
+def test_what_happened_to_an_open_file_is_said(tmp_path, happens, words):
+    (tmp_path / "folder").mkdir()
+    path = str(tmp_path / "folder" / "quota.state")
+    ResourceQuotaManager(path=path, max_models=8)
+    descriptor = os.open(path, os.O_RDWR)
+    size = os.fstat(descriptor).st_size
+    happens(path)
+    try:
+        assert loss_of(descriptor, path, size).startswith(words)
+    finally:
+        os.close(descriptor)
+
+
+def test_a_descriptor_that_was_closed_underneath(opened):
+    path, descriptor = opened
+    size, closed = os.stat(path).st_size, os.dup(descriptor)
+    os.close(closed)
+    assert loss_of(closed, path, size) == "its descriptor was closed underneath (Bad file descriptor)"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give its rights up")
+def test_rights_that_were_given_up_are_no_loss(opened, tmp_path):
+    path, descriptor = opened
+    size = os.stat(path).st_size
+    tmp_path.chmod(0o700)
+    child = os.fork()
+    if child == 0:
+        os.setuid(65_534)
+        os._exit(0 if loss_of(descriptor, path, size) is None and loss_of(descriptor, path, size + 1) else 1)
+    assert os.waitpid(child, 0)[1] == 0

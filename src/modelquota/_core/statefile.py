@@ -74,6 +74,36 @@ def open_existing(path: str, max_models: int | None, mode: int, *, trust_file: b
     return descriptor, actual
 
 
+def loss_of(descriptor: int, path: str, size_bytes: int) -> str | None:
+    """Say what has happened underneath to a state file that is open; None if it is still the file at `path`.
+
+    Parameters
+    ----------
+    descriptor : int
+        The open file.
+    path : str
+        What it was opened as.
+    size_bytes : int
+        Its length at that time.
+    """
+    try:
+        found = os.fstat(descriptor)
+    except OSError as error:
+        return f"its descriptor was closed underneath ({os.strerror(error.errno or 0)})"
+    try:
+        there = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return "it was deleted or moved away: processes that open it from now on do not share its limits"
+    except OSError:
+        there = found  # rights that were given up since, not a loss
+    if not os.path.samestat(found, there):
+        return "it was replaced by another file: processes that open it from now on do not share its limits"
+    if found.st_size != size_bytes:
+        what = "cut off to" if found.st_size < size_bytes else "lengthened to"
+        return f"it was {what} {found.st_size} bytes, and should have {size_bytes}"
+    return None
+
+
 def _create(path: str, max_models: int) -> None:
     """Make a new file under another name and link it to its own, unless somebody else was first."""
     if not 1 <= max_models <= MAX_MODELS_LIMIT:
