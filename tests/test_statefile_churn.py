@@ -1,6 +1,8 @@
 """A healthy file opens while models come and go as fast as they can, and a damaged one does not."""
 
+import fcntl
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -14,7 +16,7 @@ from modelquota._core import inspection
 from modelquota._core.inspection import Reader
 from modelquota._core.packing import dtypes
 from modelquota._core.shared import regions_for
-from modelquota.stateinfo import verify_file
+from modelquota.stateinfo import inspect_file, verify_file
 
 MODELS = 64
 MANY = 1500
@@ -106,10 +108,11 @@ def test_none_of_many_opens_is_refused_while_three_processes_churn(tmp_path, chu
         start = time.monotonic()
         manager = ResourceQuotaManager(path=path)
         assert {"first", "second"} <= set(manager.list_models())
-        with ResourceQuotaManager.open_readonly(path) as view:
-            assert {"first", "second"} <= set(view.list_models())
-            assert view.get_usage("first").tokens_this_hour == 10
-            assert {"first", "second"} <= set(view.snapshot()["model_id"])
+        if not spread:
+            with ResourceQuotaManager.open_readonly(path) as view:
+                assert {"first", "second"} <= set(view.list_models())
+                assert view.get_usage("first").tokens_this_hour == 10
+                assert {"first", "second"} <= set(view.snapshot()["model_id"])
         assert verify_file(path) == []
         longest = max(longest, time.monotonic() - start)
     assert longest < MOST_SECONDS
@@ -124,6 +127,17 @@ def overwrite(path, part, row, **fields):
             field, offset = dtype.fields[name][:2]
             file.seek(start + offset)
             file.write(np.asarray(value, field.base).tobytes())
+
+
+def rename(path, row, name):
+    """Give a model another name behind everybody's back; no longer than the one it has."""
+    ledgers = regions_for(MODELS).ledgers + row * dtypes()["ledger"].itemsize
+    overwrite(path, "ledger", row, name_size=len(name))
+    with open(path, "r+b", buffering=0) as file:
+        file.seek(ledgers)
+        (ledger,) = np.frombuffer(file.read(dtypes()["ledger"].itemsize), dtypes()["ledger"])
+        file.seek(regions_for(MODELS).names + int(ledger["name_offset"]) * inspection.NAME_UNIT)
+        file.write(name)
 
 
 DAMAGES = {
@@ -159,18 +173,7 @@ def test_what_does_not_agree_with_its_records_is_found_while_another_process_chu
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_name_that_two_models_have_is_found(path, churn, others):
     churn(others)
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        reader = Reader(descriptor, path)
-        reader.check_header()
-        part = reader.part(0, 2)
-        # the second model's name becomes the first one's
-        overwrite(path, "ledger", 1, name_size=len("first"))
-        os.pwrite(
-            descriptor, b"first", reader.regions.names + int(part.ledgers["name_offset"][1]) * inspection.NAME_UNIT
-        )
-    finally:
-        os.close(descriptor)
+    rename(path, 1, b"first")
     for _ in range(3):
         with pytest.raises(StateFileError, match="row 1 has no name, or one used before"):
             ResourceQuotaManager(path=path)
@@ -179,15 +182,8 @@ def test_a_name_that_two_models_have_is_found(path, churn, others):
 
 @pytest.mark.parametrize("name", [b"", b"a\0b", b"\xff\xfe"])
 def test_what_is_no_name_is_found_in_a_locked_row_too(path, name):
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        reader = Reader(descriptor, path)
-        reader.check_header()
-        overwrite(path, "ledger", 0, name_size=len(name))
-        overwrite(path, "row", 0, lock=(1 << 10) | 1000)  # of somebody who has died
-        os.pwrite(descriptor, name, reader.regions.names)
-    finally:
-        os.close(descriptor)
+    rename(path, 0, name)
+    overwrite(path, "row", 0, lock=(1 << 10) | 1000)  # of somebody who has died
     with pytest.raises(StateFileError, match="row 0 has no name"):
         ResourceQuotaManager(path=path)
 
@@ -227,6 +223,43 @@ def test_a_name_that_moves_to_a_later_row_between_two_parts_is_not_seen_twice(pa
     assert look(path, lambda: manager.remove_quota("first")) == []
 
 
+def test_a_name_that_has_moved_and_is_used_again_where_it_went_is_found(path, monkeypatch):
+    monkeypatch.setattr(inspection, "_AT_A_TIME", 1)
+    manager = ResourceQuotaManager(path=path)
+
+    def move():
+        manager.remove_quota("first")
+        manager.set_quota("in its row")
+        manager.set_quota("first")
+        manager.set_quota("third")
+        rename(path, 3, b"first")
+
+    assert look(path, move) == ["row 3 has no name, or one used before"]
+
+
+def test_rows_that_are_used_first_while_the_file_is_read_are_judged_too(path, monkeypatch):
+    monkeypatch.setattr(inspection, "_AT_A_TIME", 1)
+    manager = ResourceQuotaManager(path=path)
+
+    def register():
+        manager.set_quota("late")
+        overwrite(path, "ledger", 2, action=9)
+
+    assert look(path, register) == ["row 2: its action is unknown"]
+
+
+def test_records_of_another_moment_are_not_compared(path, monkeypatch):
+    manager = ResourceQuotaManager(path=path)
+    held = Reader.held
+
+    def while_a_grant_is_open(self):
+        with manager.reserve("first", 1):
+            return held(self)
+
+    monkeypatch.setattr(Reader, "held", while_a_grant_is_open)
+    assert verify_file(path) == []
+
+
 def test_a_model_that_is_registered_while_the_last_part_is_read_is_judged_by_the_names_of_then(path, monkeypatch):
     monkeypatch.setattr(inspection, "_AT_A_TIME", 1)
     manager = ResourceQuotaManager(path=path)
@@ -264,3 +297,62 @@ def test_the_looks_at_a_fault_are_few(path):
     finally:
         os.close(descriptor)
     assert len(looks) == inspection._LOOKS
+
+
+def test_many_rows_that_the_dead_have_locked_are_looked_at_together(tmp_path):
+    path = str(tmp_path / "quota.state")
+    manager = ResourceQuotaManager(path=path, max_models=2000)
+    for number in range(1500):
+        manager.set_quota(f"m{number}")
+    manager._arrays()[1]["lock"][:1500] = (1 << 10) | 1000
+    copies = []
+
+    class Counting(Reader):
+        def _copy(self, first, count):
+            copies.append(count)
+            return super()._copy(first, count)
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        reader = Counting(descriptor, path)
+        reader.check_header()
+        assert list(inspection.content_faults(reader)) == []
+        assert len(copies) <= 2 * 2 * inspection._TRIES
+        manager._arrays()[1]["lock"][:1499] = 0
+        part = reader.part(1024, 476)
+        assert part.steady.tolist() == [True] * 475 + [False]
+        assert reader.names(part) == [f"m{number}".encode() for number in range(1024, 1500)]
+    finally:
+        os.close(descriptor)
+
+
+def test_a_view_does_not_take_the_model_that_moved_into_a_row_for_the_one_that_left_it(path, monkeypatch):
+    manager = ResourceQuotaManager(path=path)
+    part = Reader.part
+    happenings = [lambda: (manager.remove_quota("first"), manager.set_quota("in its row"))]
+
+    def later(self, first, count):
+        if count == 1 and happenings:
+            happenings.pop()()
+        return part(self, first, count)
+
+    with ResourceQuotaManager.open_readonly(path) as view:
+        assert view.get_usage("first").tokens_this_hour == 10
+        monkeypatch.setattr(Reader, "part", later)
+        assert view.get_usage("first") is None
+        assert view.get_usage("in its row").tokens_this_hour == 0
+        assert view.list_models() == ["in its row", "second"]
+
+
+def test_who_only_reads_a_file_is_no_process_that_shares_it(path):
+    """Such a process may lock the bytes of the seats for reading."""
+    manager = ResourceQuotaManager(path=path)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for start, length in ((0, 1), (2, 1021)):
+            lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, start, length, 0)
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
+        manager._arrays()[0]["seats_used"] = 9
+        assert inspect_file(path).processes == 1
+    finally:
+        os.close(descriptor)

@@ -53,6 +53,7 @@ _SLOTS = 60
 _PER_SLOT = (1, 3600, 86_400)
 _AT_A_TIME = 1024
 _TRIES = 20
+_FEW = 32
 _LOOKS = 5
 _CHUNKS = 4096
 _PLACES = 1024
@@ -162,12 +163,15 @@ class Reader:
             if steady.all():
                 break
             time.sleep(0.0002)  # an owner that was preempted holds its lock for longer than a look
+            left = np.flatnonzero(~steady).tolist()
             # One by one: the shorter the two looks at a row are, the more often nobody comes between them.
-            for index in np.flatnonzero(~steady).tolist():
-                one, same_one = self._copy(first + index, 1), self._copy(first + index, 1)
-                steady[index] = _same(one, same_one)[0]
+            for at, size in [(0, count)] if len(left) > _FEW else [(index, 1) for index in left]:
+                span = slice(at, at + size)
+                one, same_one = self._copy(first + at, size), self._copy(first + at, size)
+                unsteady = ~steady[span]
                 for copy, fresh in zip(again, same_one, strict=True):
-                    _bytes(copy)[index] = _bytes(fresh)[0]  # numpy would leave out what pads the fields
+                    _bytes(copy)[span][unsteady] = _bytes(fresh)[unsteady]  # numpy would leave out what pads the fields
+                steady[span] |= _same(one, same_one)
         return Part(first, *again, steady, self.read_header())
 
     def _copy(self, first: int, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
