@@ -55,6 +55,15 @@ def test_names_that_are_cut_off_at_the_same_place_are_told_apart(tmp_path):
     assert journal_of(str(tmp_path / "short")) == str(tmp_path / "short.adjusting")
 
 
+@pytest.mark.parametrize("longest", [-1, 5])
+def test_a_file_system_of_another_mind_about_names_is_no_loop(tmp_path, monkeypatch, longest):
+    monkeypatch.setattr(os, "pathconf", lambda path, name: longest)
+    path = str(tmp_path / "quota.state")
+    ResourceQuotaManager(path=path, max_models=8).set_quota(CONFIGURED)
+    assert ResourceQuotaManager(path=path).get_quota("m") == CONFIGURED
+    assert os.listdir(tmp_path) == ["quota.state"]
+
+
 def test_a_name_that_is_too_long_is_named_in_the_error(tmp_path):
     with pytest.raises(OSError, match="File name too long") as error:
         ResourceQuotaManager(path=tmp_path / ("n" * 256))

@@ -232,6 +232,16 @@ def test_a_sparse_journal_of_3_gb_costs_no_memory(tmp_path, caplog):
     assert is_left(path, caplog, "it has 3221225472 bytes, and 16384 are the most")
 
 
+@pytest.mark.parametrize("opening", ["[", '{"":', '{"version": 1, "models": '])
+def test_a_journal_that_is_deep_and_not_long_is_left(tmp_path, caplog, opening):
+    path = str(tmp_path / "quota.state")
+    ResourceQuotaManager(path=path, max_models=8).set_quota(CONFIGURED)
+    put_journal(path)
+    with open(path + ".adjusting", "w", encoding="utf-8") as file:
+        file.write((opening * 10_000)[:16_000])
+    assert is_left(path, caplog, path)
+
+
 def test_the_largest_journal_of_many_models_is_not_too_large(tmp_path):
     """Ids that take most room in JSON, and values that do."""
     path = str(tmp_path / "quota.state")

@@ -19,6 +19,7 @@ _RANDOM_BYTES = 8
 _DRAFT_SUFFIX = ".new"
 _DRAFT_TAIL = 1 + 2 * _RANDOM_BYTES + len(_DRAFT_SUFFIX)  # characters of a draft's name after that of its file
 _TRIES = 10
+_NAME_MAX = 255
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OF_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
@@ -45,11 +46,12 @@ def release(descriptor: int) -> None:
 def beside(path: str, suffix: str) -> str:
     """Return `path` with a suffix. If the name is too long for the folder, a digest replaces what does not fit."""
     folder, name = os.path.split(path)
-    room = os.pathconf(folder or ".", "PC_NAME_MAX") - len(suffix)
+    longest = os.pathconf(folder or ".", "PC_NAME_MAX")
+    room = (longest if longest > 0 else _NAME_MAX) - len(suffix)  # -1 is "no limit", which the kernel has
     if len(os.fsencode(name)) <= room:
         return path + suffix
     mark = f"~{digest(os.fsencode(name)):016x}"
-    while len(os.fsencode(name)) > room - len(mark):
+    while name and len(os.fsencode(name)) > room - len(mark):
         name = name[:-1]  # by characters: some file systems take only whole ones
     return os.path.join(folder, name + mark + suffix)
 
