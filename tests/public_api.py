@@ -145,10 +145,10 @@ async def wait(manager: ResourceQuotaManager) -> list[str]:
 
 
 def share(path: Path) -> list[str]:
-    manager = ResourceQuotaManager(path=path, max_models=100)
+    manager = ResourceQuotaManager(path=path, max_models=100, trust_file=True)
     manager.flush()
     kept: str | None = manager.path
-    with ResourceQuotaManager.open_readonly(path) as view:
+    with ResourceQuotaManager.open_readonly(bytes(path), trust_file=True) as view:
         usage: ResourceUsage | None = view.get_usage("m")
         print(kept, usage, view.get_stats().recoveries, view.snapshot(), view.list_models())
     info: StateFileInfo = inspect_file(path)

@@ -51,7 +51,7 @@ def run(manager, monkeypatch):
     app = typer.Typer()
 
     @contextlib.contextmanager
-    def open_manager(path):
+    def open_manager(path, trust_file):
         if path.name == "none":
             raise FileNotFoundError(2, "No such file or directory", "none")
         yield manager
@@ -215,7 +215,7 @@ def test_no_is_one_line_and_an_exit_code_and_changes_nothing(manager, run, argum
 
 def _failing(app):
     @contextlib.contextmanager
-    def open_manager(path):
+    def open_manager(path, trust_file):
         open(path).close()
         yield ResourceQuotaManager()
 

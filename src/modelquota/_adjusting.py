@@ -1,48 +1,48 @@
 """The journal of an adjuster beside a state file: what was configured, for whoever finds it after a crash.
 
-Its adjuster holds a lock on it, so a journal that nobody holds is that of a dead one.
+Its adjuster holds a lock on it, so a journal that nobody holds is that of a dead one. It can lift limits, so it is
+believed only if nobody else can have written it than those who can write the state file.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
-import secrets
 import stat
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from modelquota._core.beside import (
+    create_draft,
+    distrust_of_journal,
+    journal_of,
+    locks,
+    release,
+    remove_dead_drafts,
+    remove_draft,
+)
 from modelquota.config import ResourceQuotaConfig
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager
 
-SUFFIX: Final = ".adjusting"
-_VERSION = 1
+_VERSION: Final = 1
+_BYTES_PER_MODEL: Final = 8192  # an id in JSON takes 1,532 at most, and each of some 20 fields 130 with its values
+_TRIES: Final = 100
 _PATIENCE_SEC = 1.0  # who opens the state file holds the lock while it restores, which takes milliseconds
 
 Entries = dict[str, dict[str, dict[str, Any]]]
 """By model and field: the value that was ``"configured"``, and those that the adjuster may have ``"set"`` instead."""
 
-_locks: set[int] = set()  # descriptors that lock
-
-
-def _after_fork() -> None:
-    """A child does not adjust: it must not keep the lock of a parent that dies."""
-    for descriptor in _locks:
-        os.close(descriptor)
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
 
 class Journal:
     """One adjuster's. It is never written in place: a crash leaves the version before or the one after."""
 
-    def __init__(self, state_path: str) -> None:
-        self.path = os.path.realpath(state_path) + SUFFIX
+    def __init__(self, state_path: str | bytes) -> None:
+        self._state_path = os.path.realpath(os.fsdecode(state_path))
+        self.path = journal_of(self._state_path)
         self._descriptor = self._pid = -1
         self._written: Entries = {}
 
@@ -53,27 +53,29 @@ class Journal:
 
     def claim(self, manager: "ResourceQuotaManager") -> None:
         """Begin it, after putting right what a dead adjuster has left. Raises RuntimeError where one is alive."""
+        remove_dead_drafts(self.path)
         give_up = time.monotonic() + _PATIENCE_SEC
         while True:
             try:
-                descriptor = _lock(self.path)
+                descriptor = _lock(self.path, self._state_path)
                 try:
                     _restore(manager, descriptor)
                     return self._put({}, os.replace)
                 finally:
-                    _close(descriptor)
+                    release(descriptor)
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):  # somebody else was first
                     return self._put({}, os.link)
             except BlockingIOError:
-                if time.monotonic() >= give_up:
-                    state = self.path.removesuffix(SUFFIX)
-                    raise RuntimeError(f"another LoadAdjuster adjusts the limits of {state}; stop it first") from None
-                time.sleep(0.01)
+                pass
             except ValueError as error:
                 raise RuntimeError(
-                    f"{self.path} is damaged ({error}): see that the limits are as they should be, and remove it"
+                    f"{self.path} is damaged or not ours ({error}): see that the limits are as they should be, and "
+                    "remove it"
                 ) from error
+            if time.monotonic() >= give_up:
+                raise RuntimeError(f"another LoadAdjuster adjusts the limits of {self._state_path}; stop it first")
+            time.sleep(0.01)
 
     def write(self, entries: Entries) -> None:
         """State what is to be restored, on the disk before this returns."""
@@ -84,28 +86,24 @@ class Journal:
         """End it: all is as configured."""
         if self.held:
             os.unlink(self.path)
-            _close(self._descriptor)
+            release(self._descriptor)
             self._descriptor = -1
 
     def _put(self, entries: Entries, place: Callable[[str, str], None]) -> None:
         """Write a draft, lock it, and only then give it the name: there is no moment at which nobody holds it."""
-        draft = f"{self.path}.{secrets.token_hex(8)}.new"
-        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        _locks.add(descriptor)
+        draft, descriptor = create_draft(self.path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
                 json.dump({"version": _VERSION, "models": entries}, file)
             os.fsync(descriptor)
             place(draft, self.path)
         except BaseException:
-            _close(descriptor)
+            remove_draft(draft, descriptor)
             raise
-        finally:
-            with contextlib.suppress(FileNotFoundError):  # renamed
-                os.unlink(draft)
+        with contextlib.suppress(FileNotFoundError):  # renamed
+            os.unlink(draft)
         if self.held:
-            _close(self._descriptor)
+            release(self._descriptor)
         self._descriptor, self._pid, self._written = descriptor, os.getpid(), entries
         folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -119,12 +117,12 @@ def restore(manager: "ResourceQuotaManager", path: str) -> None:
     from modelquota.manager import _log
 
     try:
-        descriptor = _lock(path)
+        descriptor = _lock(path, manager.path or "")
         try:
             count = _restore(manager, descriptor)
             os.unlink(path)
         finally:
-            _close(descriptor)
+            release(descriptor)
         _log(20, "%s: its adjuster has died; %d models have their configured limits again", path, count)
     except (FileNotFoundError, BlockingIOError):
         pass  # somebody else was first; it is alive
@@ -135,7 +133,8 @@ def restore(manager: "ResourceQuotaManager", path: str) -> None:
 def _restore(manager: "ResourceQuotaManager", descriptor: int) -> int:
     """Restore from a journal, and return how many models had to be; ValueError where it is damaged."""
     count = 0
-    for model_id, fields in _read(descriptor).items():
+    rows_used = int(manager._arrays()[0]["row_count"][0])  # as many models as there ever were at once, or more
+    for model_id, fields in _read(descriptor, _BYTES_PER_MODEL * (1 + rows_used)).items():
         while (old := manager.get_quota(model_id)) is not None:
             changes = {
                 field: entry["configured"] for field, entry in fields.items() if getattr(old, field) in entry["set"]
@@ -148,13 +147,15 @@ def _restore(manager: "ResourceQuotaManager", descriptor: int) -> int:
     return count
 
 
-def _read(descriptor: int) -> Entries:
+def _read(descriptor: int, most_bytes: int) -> Entries:
     """Return what a journal says, every value of it checked."""
-    with open(descriptor, "rb", closefd=False) as file:
-        try:
-            document = json.loads(file.read())
-        except RecursionError as error:
-            raise ValueError(str(error)) from None
+    size = os.fstat(descriptor).st_size
+    if size > most_bytes:
+        raise ValueError(f"it has {size} bytes, and {most_bytes} are the most that the models of the state file need")
+    try:
+        document = json.loads(os.pread(descriptor, size, 0))
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
     if not isinstance(document, dict) or document.get("version") != _VERSION:
         raise ValueError(f"no journal of version {_VERSION}")
     models = _mapping(document.get("models"))
@@ -174,27 +175,35 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-def _lock(path: str) -> int:
-    """Open and lock a journal. Raises FileNotFoundError where there is none, BlockingIOError where one holds it."""
-    while True:
-        # O_NONBLOCK: a pipe of that name is refused, not waited for
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        _locks.add(descriptor)
+def _lock(path: str, state_path: str) -> int:
+    """Open and lock a journal.
+
+    Raises FileNotFoundError if there is none, BlockingIOError if one holds it, ValueError if it is not to be believed.
+    """
+    state = os.stat(state_path)
+    for _ in range(_TRIES):
+        try:
+            # O_NONBLOCK: a pipe of that name is refused, not waited for
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise ValueError("it is a symbolic link") from None
+            raise
+        locks.add(descriptor)
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise ValueError("it is no regular file")
+            distrust = distrust_of_journal(found, state)
+            if distrust is not None:
+                raise ValueError(distrust)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(found, os.stat(path)):
+            if os.path.samestat(found, os.lstat(path)):
                 return descriptor
         except FileNotFoundError:
             pass
         except BaseException:
-            _close(descriptor)
+            release(descriptor)
             raise
-        _close(descriptor)  # replaced or removed between the opening and the locking: see what is there now
-
-
-def _close(descriptor: int) -> None:
-    _locks.discard(descriptor)
-    os.close(descriptor)
+        release(descriptor)  # replaced or removed between the opening and the locking: see what is there now
+    raise ValueError("it is replaced all the time")

@@ -74,9 +74,10 @@ class LoadAdjuster(Periodic):
     the interpreter undo what was adjusted. Where the manager has a state file, a journal beside it,
     ``<path>.adjusting``, says what was configured: if the adjuster is killed, whoever next opens the file as a manager,
     or adjusts it, puts that back; until then the others go on with the adjusted limits. A state file has one adjuster
-    at a time: to begin another, with `poll` or `start`, is a RuntimeError. Without a state file limits end with their
-    processes; but forked processes that outlive a killed adjuster keep its limits, so adjust in the one that ends last,
-    or give the manager a path.
+    at a time: to begin another, with `poll` or `start`, is a RuntimeError. So is a journal of another user, or one that
+    others may write to; whoever opens the file logs it and leaves the limits alone. Without a state file limits end
+    with their processes; but forked processes that outlive a killed adjuster keep its limits, so adjust in the one that
+    ends last, or give the manager a path.
 
     Parameters
     ----------

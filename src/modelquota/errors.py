@@ -213,10 +213,11 @@ class StateFileError(QuotaError, OSError):
     """A file is no state file that this version can use: damaged, cut off, foreign, or newer. It is left as it was.
 
     Give another path, use the version that wrote the file, or move the file away to begin anew (which refills quotas).
+    If others can change the file, make it one's own, or open it with ``trust_file=True``.
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         The file; kept as str.
     message : str
         What is wrong with it.
@@ -227,8 +228,8 @@ class StateFileError(QuotaError, OSError):
     quota.state cannot be used: it is not a state file of modelquota
     """
 
-    def __init__(self, path: str | os.PathLike[str], message: str) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, path: str | bytes | os.PathLike[str] | os.PathLike[bytes], message: str) -> None:
+        self.path = os.fsdecode(path)
         self.message = message
         super().__init__(self.path, message)
 

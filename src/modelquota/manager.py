@@ -43,7 +43,7 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
 
     Parameters
     ----------
-    path : str or os.PathLike, optional
+    path : str, bytes or os.PathLike, optional
         A state file, created with mode 0600 where there is none: all processes that open it share the limits, and it
         outlives them. Keep it on a local file system. What a killed `LoadAdjuster` has left in it is put back as it is
         opened. By default the state is in memory, shared with forked processes.
@@ -54,13 +54,17 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
     max_models : int, optional
         Size of the table, 1 .. 2**24, by default that of the state file, or 65,536. Memory is taken only for models in
         use, some 3 KB each.
+    trust_file : bool
+        Use the file at `path` even if it belongs to another user, or others may write to it. Who can write to it can
+        lift every limit and end every process that has it open.
 
     Raises
     ------
     TypeError, ValueError
         A parameter of another kind or out of range.
     StateFileError
-        The file at `path` is no state file that this version can use; it is left as it was.
+        The file at `path` is no state file that this version can use, or another user can change it; it is left as it
+        was.
 
     Examples
     --------
@@ -76,40 +80,61 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
     def __init__(
         self,
         *,
-        path: str | os.PathLike[str] | None = None,
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
         clock: ManualClock | None = None,
         default_quota: ResourceQuotaConfig | None = None,
         max_models: int | None = None,
+        trust_file: bool = False,
     ) -> None:
         if max_models is not None:
             max_models = _integer("max_models", max_models, 1, MAX_MODELS_LIMIT, "1 .. 2**24")
         if default_quota is not None and not isinstance(default_quota, ResourceQuotaConfig):
             raise TypeError(f"default_quota is {default_quota!r}; give a ResourceQuotaConfig, or None")
-        super().__init__(path=path, max_models=max_models, clock=clock)
+        if path is None:
+            super().__init__(path=None, max_models=max_models, clock=clock)
+        else:
+            from modelquota._core.statefile import trusting
+
+            before = trusting.set(trust_file)
+            try:
+                super().__init__(path=os.fsdecode(path), max_models=max_models, clock=clock)
+            finally:
+                trusting.reset(before)
         self.default_quota = default_quota
         self._unknown_logged_second = -1
         self._unknown_held = 0
         if self.path is not None:  # an adjuster that was killed may have left its journal
-            journal = os.path.realpath(self.path) + ".adjusting"
-            if os.path.exists(journal):
+            from modelquota._core.beside import journal_of
+
+            journal = journal_of(self.path)
+            if os.path.lexists(journal):
                 from modelquota._adjusting import restore
 
                 restore(self, journal)
 
     @classmethod
-    def open_readonly(cls, path: str | os.PathLike[str]) -> QuotaView:
+    def open_readonly(
+        cls, path: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, trust_file: bool = False
+    ) -> QuotaView:
         """Open a state file for reading only, such as for monitoring: it needs no write permission and takes no lock.
+
+        Parameters
+        ----------
+        path : str, bytes or os.PathLike
+            The state file.
+        trust_file : bool
+            Read it even if it belongs to another user, or others may write to it.
 
         Raises
         ------
         OSError
             The file cannot be opened; it is not created.
         StateFileError
-            It is no state file that this version can use.
+            It is no state file that this version can use, or another user can change it.
         """
         from modelquota.view import QuotaView
 
-        return QuotaView(path)
+        return QuotaView(path, trust_file=trust_file)
 
     # -- quotas
 

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from modelquota._core.inspection import Part, Reader, part_faults
+from modelquota._core.inspection import Part, Reader, content_faults
 from modelquota.errors import StateFileError
 
+_TRIES = 20
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
@@ -55,18 +57,19 @@ class StateFileInfo:
     anchored_at: datetime.datetime
 
 
-def inspect_file(path: str | os.PathLike[str]) -> StateFileInfo:
+def inspect_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> StateFileInfo:
     """Return the facts about a state file, without changing a byte.
 
     Raises OSError where it cannot be opened, StateFileError where its header is not that of a state file.
     """
+    path = os.fsdecode(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        reader = Reader(descriptor, os.fspath(path))
+        reader = Reader(descriptor, path)
         reader.check_header()
         header = reader.header
         return StateFileInfo(
-            path=os.fspath(path),
+            path=path,
             version=int(header["version"]),
             size_bytes=reader.size,
             disk_bytes=os.fstat(descriptor).st_blocks * 512,
@@ -82,7 +85,7 @@ def inspect_file(path: str | os.PathLike[str]) -> StateFileInfo:
         os.close(descriptor)
 
 
-def verify_file(path: str | os.PathLike[str]) -> list[str]:
+def verify_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[str]:
     """Return everything in a state file that does not agree, in words; empty where all does. Changes nothing.
 
     Sums are compared with the slots of the windows, what is held with the records of open grants, the lines with
@@ -90,17 +93,17 @@ def verify_file(path: str | os.PathLike[str]) -> list[str]:
 
     Raises OSError where it cannot be opened, StateFileError where its header is not that of a state file.
     """
+    path = os.fsdecode(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        reader = Reader(descriptor, os.fspath(path))
+        reader = Reader(descriptor, path)
         reader.check_header()
-        found: list[str] = []
+        found = list(content_faults(reader))
         for part in reader.parts():
-            found += part_faults(part, int(reader.header["names_used"]))
             found += record_faults(reader, part)
         return found
     except StateFileError as error:
-        if error.path != os.fspath(path):
+        if error.path != path:
             raise
         return [error.message]
     finally:
@@ -109,6 +112,29 @@ def verify_file(path: str | os.PathLike[str]) -> list[str]:
 
 def record_faults(reader: Reader, part: Part) -> Iterator[str]:
     """Compare what rows say is held and waits with the records of it."""
+    totals = record_sums(reader, part)
+    unlike = np.zeros(len(part.rows), np.bool_)
+    for name, total in totals.items():
+        unlike |= part.ledgers[name] != total
+    for row in np.flatnonzero(unlike & part.steady & (part.rows["generation"] % 2 == 1)):
+        yield from _compare_alone(reader, part.first + int(row))
+
+
+def _compare_alone(reader: Reader, row: int) -> Iterator[str]:
+    """Compare one row with records that were read while it did not change; nothing if it changes all the time."""
+    for _ in range(_TRIES):
+        before = reader.part(row, 1)
+        totals = record_sums(reader, before)
+        after = reader.part(row, 1)
+        if (before.steady & after.steady & before.is_like(after))[0]:
+            for name, total in totals.items():
+                if before.rows["generation"][0] % 2 and before.ledgers[name][0] != total[0]:
+                    yield f"row {row}: {name} is {before.ledgers[name][0]}, and the records say {total[0]}"
+            break
+
+
+def record_sums(reader: Reader, part: Part) -> dict[str, NDArray[np.int64]]:
+    """What the records of open grants and of lines say of some rows, by the field of the ledger that has to agree."""
     count = len(part.rows)
     held, places = reader.held(), reader.places()
     sums = {name: np.zeros(count, np.int64) for name in ("concurrent", "reserved_ram_mb", "reserved_ssd_mb", "waiting")}
@@ -124,18 +150,11 @@ def record_faults(reader: Reader, part: Part) -> Iterator[str]:
             np.add.at(sums["concurrent"], index, 1)
         else:
             np.add.at(sums["waiting"], index, records["count"])
-    again = reader.part(part.first, count)  # a row that has changed since cannot be compared with later records
-    steady = part.steady & again.steady & (part.rows["generation"] % 2 == 1)
-    for name, total in sums.items():
-        steady &= part.ledgers[name] == again.ledgers[name]
-        for row in np.flatnonzero(steady & (part.ledgers[name] != total)):
-            yield (
-                f"row {part.first + int(row)}: {name} is {part.ledgers[name][row]}, and the records say {total[row]}"
-            )
+    return sums
 
 
 def _is_taken(descriptor: int, seat: int) -> bool:
-    """Whether a living process holds the byte of a seat."""
-    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, seat, 1, 0)
+    """Whether a living process holds the byte of a seat; what only reads the file may lock it for reading at most."""
+    asked = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, seat, 1, 0)
     answer = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))
     return bool(answer[0] != fcntl.F_UNLCK)

@@ -20,6 +20,7 @@ from modelquota.reading import QuotaReader
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_TRIES = 8
 _COUNTERS = ("rejected", "throttled", "queued", "waited")
 
 
@@ -30,21 +31,23 @@ class QuotaView(QuotaReader):
 
     Parameters
     ----------
-    path : str or os.PathLike
+    path : str, bytes or os.PathLike
         The state file.
+    trust_file : bool
+        Read it even if another user can change it.
 
     Raises
     ------
     OSError
         The file cannot be opened.
     StateFileError
-        It is no state file that this version can use.
+        It is no state file that this version can use, or another user can change it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, trust_file: bool = False) -> None:
         self._descriptor = -1
-        self.path = os.path.abspath(os.fspath(path))
-        self._descriptor, self._max_models = open_existing(self.path, None, os.O_RDONLY)
+        self.path = os.path.abspath(os.fsdecode(path))
+        self._descriptor, self._max_models = open_existing(self.path, None, os.O_RDONLY, trust_file=trust_file)
         self._rows: dict[str, int] = {}
         self._version = -1
 
@@ -92,9 +95,9 @@ class QuotaView(QuotaReader):
         if version != self._version:
             rows = {}
             for part in reader.parts():
-                for offset, name in enumerate(reader.names(part)):
-                    if part.rows["generation"][offset] % 2:
-                        rows[name.decode("utf-8", "replace")] = part.first + offset
+                for row, name in enumerate(reader.names(part), part.first):
+                    if name is not None:
+                        rows[name.decode("utf-8", "replace")] = row
             self._rows, self._version = rows, version
         return self._rows
 
@@ -105,17 +108,25 @@ class QuotaView(QuotaReader):
         return int(header["anchor_ns"]) + max(time.time_ns() - int(header["anchor_wall_ns"]), 0)
 
     def _read(self, model_id: str) -> tuple[dict[str, Any], dict[str, int]] | None:
-        reader = self._reader()
-        row = self._index(reader).get(model_id)
-        if row is None:
-            return None
-        part = reader.part(row, 1)
+        for _ in range(_TRIES):
+            reader = self._reader()
+            row = self._index(reader).get(model_id)
+            if row is None:
+                return None
+            part = reader.part(row, 1)
+            if reader.names(part) == [model_id.encode()]:
+                break
+            self._version = -1  # another model lives there since
+        else:
+            return None  # it was removed at each look
         usage, limits = read_copies(part.rows, part.ledgers, self._now_ns(reader.header))
         return limits[0], dict(zip(usage.dtype.names or (), usage[0].tolist(), strict=True))
 
     def _living(self, reader: Reader) -> Iterator[tuple[Part, list[bytes], NDArray[np.bool_]]]:
         for part in reader.parts():
-            yield part, reader.names(part), part.rows["generation"] % 2 == 1
+            names = reader.names(part)
+            alive = np.array([name is not None for name in names], np.bool_)
+            yield part, [name or b"" for name in names], alive
 
     def _read_all(self) -> NDArray[np.void]:
         reader = self._reader()

@@ -2,14 +2,19 @@
 
 A row is judged on a copy that was the same twice with the lock free. One that stays locked is being changed, or its
 owner has died, and then it will be repaired: of it only what could lead outside the mapping is judged.
+
+Models come and go in the meantime. What is judged together was there together: a name belongs to a row if the row's
+generation was the same before and after it was read, and what bounds a row is read after it. A fault is believed when
+it is found again at each of some looks at the same place; the rest of the file is not read again for it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,19 +53,30 @@ _SLOTS = 60
 _PER_SLOT = (1, 3600, 86_400)
 _AT_A_TIME = 1024
 _TRIES = 20
-_LOOKS = 8
+_FEW = 32
+_LOOKS = 5
+_CHUNKS = 4096
+_PLACES = 1024
 _NO_RATE = 255
 _WIDEST_SHIFT = 95
 
 
 @dataclass
 class Part:
-    """Some rows and their ledgers, copied; `steady` says of which the copy is of one moment."""
+    """Some rows and their ledgers, copied; `steady` says of which the copy is of one moment.
+
+    The header was read after them: nothing in them is newer than what it says.
+    """
 
     first: int
     rows: NDArray[Any]
     ledgers: NDArray[Any]
     steady: NDArray[np.bool_] = field(repr=False)
+    header: Any = field(repr=False)
+
+    def is_like(self, other: Part) -> NDArray[np.bool_]:
+        """Which rows are the same, byte for byte, in a copy that was made at another time."""
+        return _alike((self.rows, self.ledgers), (other.rows, other.ledgers))
 
 
 class Reader:
@@ -71,8 +87,11 @@ class Reader:
         self.path = path
         self.layout = dtypes()
         self.size = os.fstat(descriptor).st_size
-        dtype = self.layout["header"]
-        self.header: Any = self._read(dtype, 1, 0)[0] if self.size >= dtype.itemsize else None
+        self.header: Any = self.read_header() if self.size >= self.layout["header"].itemsize else None
+
+    def read_header(self) -> Any:
+        """Return the header as it is now; `header` is as it was at first."""
+        return self._read(self.layout["header"], 1, 0)[0]
 
     def _read(self, dtype: np.dtype[Any], count: int, offset: int) -> NDArray[Any]:
         data = os.pread(self.descriptor, dtype.itemsize * count, offset)
@@ -110,7 +129,7 @@ class Reader:
         for name, top in (("staged_row", most - 1), ("leaving_row", most - 1)):
             if not -1 <= int(header[name]) <= top:
                 raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
-        for name, top in (("seats_used", 1023), ("places_used", 1024), ("chunks_used", 4096)):
+        for name, top in (("seats_used", 1023), ("places_used", _PLACES), ("chunks_used", _CHUNKS)):
             if int(header[name]) > top:
                 raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
         for name in ("anchor_ns", "clock_offset_ns", "anchor_wall_ns"):
@@ -119,51 +138,97 @@ class Reader:
 
     def held(self) -> NDArray[Any]:
         """Records of what open grants hold; those with seat 0 are free."""
-        return self._read(self.layout["held"], int(self.header["chunks_used"]) * 64, self.regions.held)
+        used = min(int(self.read_header()["chunks_used"]), _CHUNKS)
+        return self._read(self.layout["held"], used * 64, self.regions.held)
 
     def places(self) -> NDArray[Any]:
         """Records of the lines; those with seat 0 are free."""
-        return self._read(self.layout["place"], int(self.header["places_used"]), self.regions.places)
+        used = min(int(self.read_header()["places_used"]), _PLACES)
+        return self._read(self.layout["place"], used, self.regions.places)
 
     def parts(self) -> Iterator[Part]:
-        """All rows that were ever used, some at a time."""
-        count = int(self.header["row_count"])
-        for first in range(0, count, _AT_A_TIME):
-            yield self.part(first, min(_AT_A_TIME, count - first))
+        """All rows that were ever used, some at a time, those too that are used by the time the last part is read."""
+        most = int(self.header["max_models"])
+        first, header = 0, self.read_header()
+        while first < (count := min(int(header["row_count"]), most)):
+            part = self.part(first, min(_AT_A_TIME, count - first))
+            yield part
+            first, header = first + len(part.rows), part.header
 
     def part(self, first: int, count: int) -> Part:
-        """Copies of some rows, each of one moment where that can be had."""
-        row_type, ledger_type = self.layout["row"], self.layout["ledger"]
-
-        def read() -> tuple[NDArray[Any], NDArray[Any]]:
-            return (
-                self._read(row_type, count, self.regions.rows + first * row_type.itemsize),
-                self._read(ledger_type, count, self.regions.ledgers + first * ledger_type.itemsize),
-            )
-
-        rows, ledgers = read()
-        steady = np.zeros(count, bool)
-        for attempt in range(_TRIES):
-            if attempt:
-                time.sleep(0.0002)  # an owner that was preempted holds its lock for longer than a look
-            again_rows, again_ledgers = read()
-            same = (_bytes(rows) == _bytes(again_rows)).all(1) & (_bytes(ledgers) == _bytes(again_ledgers)).all(1)
-            steady |= same & (rows["lock"] == 0)
+        """Copies of some rows, each of one moment if that can be had."""
+        copies, again = self._copy(first, count), self._copy(first, count)
+        steady = _same(copies, again)
+        for _ in range(_TRIES - 1):
             if steady.all():
                 break
-            for copy, again in ((rows, again_rows), (ledgers, again_ledgers)):
-                _bytes(copy)[~steady] = _bytes(again)[~steady]  # numpy would leave out what pads the fields
-        return Part(first, rows, ledgers, steady)
+            time.sleep(0.0002)  # an owner that was preempted holds its lock for longer than a look
+            left = np.flatnonzero(~steady).tolist()
+            # One by one: the shorter the two looks at a row are, the more often nobody comes between them.
+            for at, size in [(0, count)] if len(left) > _FEW else [(index, 1) for index in left]:
+                span = slice(at, at + size)
+                one, same_one = self._copy(first + at, size), self._copy(first + at, size)
+                unsteady = ~steady[span]
+                for copy, fresh in zip(again, same_one, strict=True):
+                    _bytes(copy)[span][unsteady] = _bytes(fresh)[unsteady]  # numpy would leave out what pads the fields
+                steady[span] |= _same(one, same_one)
+        return Part(first, *again, steady, self.read_header())
 
-    def names(self, part: Part) -> list[bytes]:
-        """The names of a part's rows; what lies outside the names is empty."""
-        found = []
-        top = int(self.header["names_used"])
-        for ledger in part.ledgers:
-            offset, size = int(ledger["name_offset"]) * NAME_UNIT, int(ledger["name_size"])
-            inside = size <= 256 and offset + size <= top
-            found.append(os.pread(self.descriptor, size, self.regions.names + offset) if inside else b"")
+    def _copy(self, first: int, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        row_type, ledger_type = self.layout["row"], self.layout["ledger"]
+        return (
+            self._read(row_type, count, self.regions.rows + first * row_type.itemsize),
+            self._read(ledger_type, count, self.regions.ledgers + first * ledger_type.itemsize),
+        )
+
+    def names(self, part: Part) -> list[bytes | None]:
+        """The names of a part's models; what lies outside the names is empty.
+
+        None for a row that is free, or whose model is not the one any more that it was copied with. A name does not
+        change while its model stays.
+        """
+        found: list[bytes | None] = []
+        top = int(part.header["names_used"])
+        alive = part.rows["generation"] % 2 == 1
+        for index, ledger in enumerate(part.ledgers):
+            name = None
+            if alive[index]:
+                offset, size = int(ledger["name_offset"]) * NAME_UNIT, int(ledger["name_size"])
+                inside = size <= 256 and offset + size <= top
+                name = os.pread(self.descriptor, size, self.regions.names + offset) if inside else b""
+            found.append(name)
+        for index in np.flatnonzero(self.generations(part) != part.rows["generation"]).tolist():
+            found[index] = None
         return found
+
+    def generations(self, part: Part) -> NDArray[np.uint32]:
+        """The generations of a part's rows as they are now."""
+        dtype = self.layout["row"]
+        rows = self._read(dtype, len(part.rows), self.regions.rows + part.first * dtype.itemsize)
+        return np.asarray(rows["generation"], np.uint32)
+
+    def name_of(self, row: int) -> bytes | None:
+        """The name of the model in a row now."""
+        return self.names(self.part(row, 1))[0]
+
+    def share_a_name(self, row: int, other: int) -> bool:
+        """Whether the models in two rows have the same name at one moment."""
+        part = self.part(row, 1)
+        (name,), other_name = self.names(part), self.name_of(other)
+        # The first row's model was there before and after the other one's was, and so was its name.
+        return name is not None and name == other_name and bool((self.generations(part) == part.rows["generation"])[0])
+
+
+def _same(copies: tuple[NDArray[Any], NDArray[Any]], again: tuple[NDArray[Any], NDArray[Any]]) -> NDArray[np.bool_]:
+    """Of which rows both copies are alike, with the lock free: they are of one moment."""
+    return np.asarray(_alike(copies, again) & (again[0]["lock"] == 0), np.bool_)
+
+
+def _alike(copies: tuple[NDArray[Any], NDArray[Any]], others: tuple[NDArray[Any], NDArray[Any]]) -> NDArray[np.bool_]:
+    same = np.ones(len(copies[0]), np.bool_)
+    for copy, other in zip(copies, others, strict=True):
+        same &= (_bytes(copy) == _bytes(other)).all(1)
+    return same
 
 
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -171,43 +236,74 @@ def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def faults(descriptor: int, path: str) -> int:
-    """Raise StateFileError for the first thing that makes no sense; ``max_models`` of the file where all does.
+    """Raise StateFileError for the first thing that makes no sense; ``max_models`` of the file if all does."""
+    reader = Reader(descriptor, path)
+    reader.check_header()
+    for fault in content_faults(reader):
+        raise StateFileError(path, f"it is damaged: {fault}")
+    return int(reader.header["max_models"])
 
-    While others register and remove models, parts that are read one after the other may not fit together. Damage is
-    what is still there at the next look.
-    """
-    for look in range(_LOOKS):
-        if look:
-            time.sleep(0.001 * look)
-        reader = Reader(descriptor, path)
-        reader.check_header()
-        fault = next(content_faults(reader), None)
-        if fault is None:
-            return int(reader.header["max_models"])
-    raise StateFileError(path, f"it is damaged: {fault}")
+
+def lasting(found: Iterable[str], look: Callable[[], Iterable[str]]) -> list[str]:
+    """Return those of the faults found that each further look finds too: the rest was in the middle of a change."""
+    faults = list(found)
+    for pause in range(1, _LOOKS):
+        if not faults:
+            break
+        time.sleep(0.0005 * pause)
+        still = set(look())
+        faults = [fault for fault in faults if fault in still]
+    return faults
 
 
 def content_faults(reader: Reader) -> Iterator[str]:
     """Say what makes no sense behind a header that has been checked."""
-    seen: set[bytes] = set()
-    if int(reader.header["staged_row"]) >= 0:
-        yield from staged_faults(reader.header)
+    for judge in (_judge_staged, _judge_held):
+        yield from lasting(judge(reader), functools.partial(judge, reader))
+    holders: dict[bytes, int] = {}
+    for part in reader.parts():
+        yield from lasting(_judge_part(part), functools.partial(_judge_again, reader, part))
+        yield from _judge_names(reader, part, holders)
+
+
+def _judge_staged(reader: Reader) -> Iterator[str]:
+    header = reader.read_header()
+    if int(header["staged_row"]) >= 0:
+        yield from staged_faults(header)
+
+
+def _judge_held(reader: Reader) -> Iterator[str]:
     held = reader.held()
     for what in ("ram_mb", "ssd_mb"):
         for record in np.flatnonzero((held[what] < 0) | (held[what] > _MAX_COUNT)):
             yield f"record {record} of what grants hold: {what} is no count"
-    for part in reader.parts():
-        yield from part_faults(part, int(reader.header["names_used"]), int(reader.header["staged_row"]))
-        for index, name in enumerate(reader.names(part)):
-            if not part.steady[index] or part.rows["generation"][index] % 2 == 0:
-                continue
-            try:
-                text = name.decode()
-            except UnicodeDecodeError:
-                text = ""
-            if not text or "\0" in text or name in seen:
-                yield f"row {part.first + index} has no name, or one used before"
-            seen.add(name)
+
+
+def _judge_part(part: Part) -> Iterator[str]:
+    return part_faults(part, int(part.header["names_used"]), int(part.header["staged_row"]))
+
+
+def _judge_again(reader: Reader, part: Part) -> Iterator[str]:
+    return _judge_part(reader.part(part.first, len(part.rows)))
+
+
+def _judge_names(reader: Reader, part: Part, holders: dict[bytes, int]) -> Iterator[str]:
+    """Say which models have no name, or that of another; `holders` is who has which of those seen so far."""
+    for row, name in enumerate(reader.names(part), part.first):
+        if name is None:
+            continue
+        other = holders.setdefault(name, row)
+        if not _is_name(name) or (other != row and reader.share_a_name(other, row)):
+            yield f"row {row} has no name, or one used before"
+        elif other != row and reader.name_of(other) != name:
+            holders[name] = row  # it moved here since
+
+
+def _is_name(name: bytes) -> bool:
+    try:
+        return bool(name.decode()) and b"\0" not in name
+    except UnicodeDecodeError:
+        return False
 
 
 def part_faults(part: Part, names_used: int, staged_row: int = -1) -> Iterator[str]:

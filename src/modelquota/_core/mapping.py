@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from modelquota.errors import StateFileError
 
 PAGE = 4096
 MAX_MODELS_LIMIT = 2**24
@@ -46,15 +49,37 @@ def create_anonymous(size: int) -> int:
     return descriptor
 
 
-def open_again(descriptor: int) -> int:
-    """Open the same file anew: locks belong to what is opened, not to the file or the process."""
-    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+def open_again(descriptor: int, path: str | None = None) -> int:
+    """Open the same file again: locks belong to what is opened, not to the file or the process.
+
+    Without /proc it is opened by its `path`, if it has one and that is still the same file.
+    """
+    link = f"/proc/self/fd/{descriptor}"
+    try:
+        return os.open(link, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        if path is None:
+            raise _without_proc(link) from None
+    again = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    if os.path.samestat(os.fstat(descriptor), os.fstat(again)):
+        return again
+    os.close(again)
+    raise _without_proc(link)
 
 
+@functools.cache  # a process that has read it and is then confined to where there is no /proc goes on
 def boot_id() -> bytes:
     """16 bytes that no other boot of this machine has."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return bytes.fromhex(file.read().strip().replace("-", ""))
+    path = "/proc/sys/kernel/random/boot_id"
+    try:
+        with open(path) as file:
+            return bytes.fromhex(file.read().strip().replace("-", ""))
+    except FileNotFoundError:
+        raise _without_proc(path) from None
+
+
+def _without_proc(path: str) -> StateFileError:
+    return StateFileError(path, "modelquota needs the /proc file system, and it is not mounted here; mount it")
 
 
 def _describe(dtype: np.dtype[Any]) -> str:
@@ -70,11 +95,16 @@ def _describe(dtype: np.dtype[Any]) -> str:
 
 
 def fingerprint(*layout: np.dtype[Any]) -> int:
-    """A 64-bit digest of names, types, offsets and sizes: states of another layout are never taken for one's own.
+    """A 64-bit digest of names, types, offsets and sizes: states of another layout are never taken for one's own."""
+    return digest("|".join(_describe(dtype) for dtype in layout).encode())
+
+
+def digest(data: bytes) -> int:
+    """64 bits that tell data apart.
 
     FNV-1a, by hand: against accidents it is enough, and hashlib would bring 4 MB of OpenSSL along.
     """
-    digest = 0xCBF29CE484222325
-    for byte in "|".join(_describe(dtype) for dtype in layout).encode():
-        digest = (digest ^ byte) * 0x100000001B3 % 2**64
-    return digest
+    found = 0xCBF29CE484222325
+    for byte in data:
+        found = (found ^ byte) * 0x100000001B3 % 2**64
+    return found

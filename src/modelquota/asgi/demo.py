@@ -117,10 +117,13 @@ def create_app(manager: ResourceQuotaManager, *, tokens_per_second: float = 20.0
 
 
 def demo_manager(
-    quotas: Iterable[ResourceQuotaConfig] = QUOTAS, *, path: str | os.PathLike[str] | None = None
+    quotas: Iterable[ResourceQuotaConfig] = QUOTAS,
+    *,
+    path: str | os.PathLike[str] | None = None,
+    trust_file: bool = False,
 ) -> ResourceQuotaManager:
     """Return a manager with the quotas of the example; with a state file, what was used stays used."""
-    manager = ResourceQuotaManager(path=path)
+    manager = ResourceQuotaManager(path=path, trust_file=trust_file)
     for quota in quotas:
         manager.set_quota(quota)
     return manager

@@ -18,6 +18,7 @@ from modelquota.cli.answers import answering, say, unusable
 from modelquota.cli.demo import run_demo
 from modelquota.cli.replay import print_json, print_report, replay_file
 from modelquota.quotafile import load_quotas
+from modelquota.view import QuotaView
 
 __all__ = ["app", "run"]
 
@@ -143,6 +144,7 @@ def _serve_demo(
         Path | None,
         typer.Option(metavar="FILE", help="State file, made where there is none: what was used outlasts a restart."),
     ] = None,
+    trust_file: operate.TrustFile = False,
 ) -> None:
     """Try quotas over HTTP: a mock OpenAI-compatible server, with waiting, 429s, headers and a live page.
 
@@ -163,7 +165,7 @@ def _serve_demo(
         with answering(errors, quotas):
             chosen = None if quotas is None else list(load_quotas(quotas).values())
         with answering(errors, path):
-            manager = demo_manager(QUOTAS if chosen is None else chosen, path=path)
+            manager = demo_manager(QUOTAS if chosen is None else chosen, path=path, trust_file=trust_file)
         try:
             serve_demo(
                 Console(), manager, host=host, port=port, quotas=chosen, tokens_per_second=speed, workers=workers
@@ -173,14 +175,18 @@ def _serve_demo(
 
 
 @contextmanager
-def _open_manager(path: Path) -> Iterator[ResourceQuotaManager]:
+def _open_manager(path: Path, trust_file: bool) -> Iterator[ResourceQuotaManager]:
     """Open the state file that is there: a mistyped path is no reason to make one."""
     os.stat(path)
     with _quiet_log():
-        yield ResourceQuotaManager(path=path)
+        yield ResourceQuotaManager(path=path, trust_file=trust_file)
 
 
-operate.add_commands(app, _open_manager, ResourceQuotaManager.open_readonly)
+def _open_view(path: Path, trust_file: bool) -> QuotaView:
+    return ResourceQuotaManager.open_readonly(path, trust_file=trust_file)
+
+
+operate.add_commands(app, _open_manager, _open_view)
 statefile.add_commands(app)
 
 

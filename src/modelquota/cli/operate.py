@@ -16,13 +16,20 @@ from modelquota.cli.top import run_top
 from modelquota.manager import ResourceQuotaManager
 from modelquota.reading import QuotaReader
 
-__all__ = ["OpenManager", "OpenView", "add_commands"]
+__all__ = ["OpenManager", "OpenView", "TrustFile", "add_commands"]
 
-OpenManager = Callable[[Path], AbstractContextManager[ResourceQuotaManager]]
-"""Opens the manager whose state is in a file; an OSError, QuotaError or ValueError is told in one line."""
+OpenManager = Callable[[Path, bool], AbstractContextManager[ResourceQuotaManager]]
+"""Opens the manager whose state is in a file, even one that others can change if so told.
 
-OpenView = Callable[[Path], AbstractContextManager[QuotaReader]]
+An OSError, QuotaError or ValueError is told in one line.
+"""
+
+OpenView = Callable[[Path, bool], AbstractContextManager[QuotaReader]]
 """The same for reading only."""
+
+TrustFile = Annotated[
+    bool, typer.Option("--trust-file", help="Use the file even if it is another user's, or others may write to it.")
+]
 
 _Path = Annotated[
     Path, typer.Option("--path", "-p", metavar="FILE", help="The state file of ResourceQuotaManager(path=...).")
@@ -38,6 +45,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
     def status(
         path: _Path,
         as_json: _Json = False,
+        trust_file: TrustFile = False,
         above: Annotated[
             float | None,
             typer.Option(min=0, metavar="PERCENT", help="End with 1 where any model is above this use of a limit."),
@@ -50,7 +58,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
         **Exit code**: 0; 1 when a model is above PERCENT; 2 when the file cannot be used.
         """
-        with answering(Console(stderr=True), path), open_view(path) as manager:
+        with answering(Console(stderr=True), path), open_view(path, trust_file) as manager:
             highest = print_status_json(manager) if as_json else print_status(manager, Console())
         if above is not None and highest > above:
             raise typer.Exit(EXIT_NO)
@@ -59,9 +67,10 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
     def top(
         path: _Path,
         interval: Annotated[float, typer.Option(min=0.1, max=3600, metavar="SECONDS", help="Between two looks.")] = 1.0,
+        trust_file: TrustFile = False,
     ) -> None:
         """Watch use against limits, the model nearest to a limit first, until q or Ctrl-C."""
-        with answering(Console(stderr=True), path), open_view(path) as manager:
+        with answering(Console(stderr=True), path), open_view(path, trust_file) as manager:
             run_top(manager, Console(), interval_sec=interval)
 
     @app.command("set")
@@ -74,13 +83,14 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         *,
         path: _Path,
         as_json: _Json = False,
+        trust_file: TrustFile = False,
     ) -> None:
         """Change limits of a model, at its next check; what is not named stays. It prints all limits.
 
         **Exit code**: 0; 2 when a field, its value or the file cannot be used: then nothing is changed.
         """
         errors = Console(stderr=True)
-        with answering(errors, path), open_manager(path) as manager:
+        with answering(errors, path), open_manager(path, trust_file) as manager:
             is_new = manager.get_quota(model) is None
             quota = set_model(manager, model, parse_fields(fields or [])).to_dict()
         if is_new:
@@ -92,21 +102,21 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
             Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
     @app.command("remove")
-    def remove(models: _Models, path: _Path) -> None:
+    def remove(models: _Models, path: _Path, trust_file: TrustFile = False) -> None:
         """Forget models and what they have used. Later requests for them are admitted without limits.
 
         **Exit code**: 0; 1 when one is not known, then none is removed; 2 when the file cannot be used.
         """
-        with answering(Console(stderr=True), path, unknown_model=EXIT_NO), open_manager(path) as manager:
+        with answering(Console(stderr=True), path, unknown_model=EXIT_NO), open_manager(path, trust_file) as manager:
             remove_models(manager, models)
 
     @app.command("reset-burst")
-    def reset_burst(models: _Models, path: _Path) -> None:
+    def reset_burst(models: _Models, path: _Path, trust_file: TrustFile = False) -> None:
         """Forgive the bursts that models have in use; windows are not touched.
 
         **Exit code**: 0; 1 when one is not known, then none is changed; 2 when the file cannot be used.
         """
-        with answering(Console(stderr=True), path, unknown_model=EXIT_NO), open_manager(path) as manager:
+        with answering(Console(stderr=True), path, unknown_model=EXIT_NO), open_manager(path, trust_file) as manager:
             reset_bursts(manager, models)
 
     @app.command("exporter")
@@ -115,13 +125,14 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         port: Annotated[int, typer.Option(min=0, max=65_535, help="TCP port; 0 takes a free one.")] = 9185,
         addr: Annotated[str, typer.Option(help="Address to listen on; by default only this machine.")] = "127.0.0.1",
         max_models: Annotated[int, typer.Option(min=0, help="Models with a label of their own.")] = 100,
+        trust_file: TrustFile = False,
     ) -> None:
         """Serve metrics for Prometheus over HTTP until Ctrl-C. It needs the extra `prometheus`.
 
         **Exit code**: 0 when it was ended; 2 when the file cannot be used, or the address is taken.
         """
         errors = Console(stderr=True)
-        with answering(errors, path), open_view(path) as manager:
+        with answering(errors, path), open_view(path, trust_file) as manager:
             from modelquota.prometheus import start_exporter  # an extra of its own
 
             try:
