@@ -60,7 +60,10 @@ from modelquota.utilization import Utilization, read_utilization
 def configure(path: Path) -> dict[str, ResourceQuotaConfig]:
     config = ResourceQuotaConfig("m", max_ram_mb=None, max_requests_per_second=0.5, on_violation="warn")
     config = config.replace(on_violation=ViolationAction.REJECT, grace_period_sec=1)
+    config = config.replace(shadow_limits=[Limit.RAM, "ssd"])
     again: ResourceQuotaConfig = ResourceQuotaConfig.from_dict(config.to_dict())
+    shadows: tuple[str, ...] = ResourceQuotaConfig.unlimited("m", max_ram_mb=5, shadow_limits="ram").shadow_limits
+    print(shadows)
     quotas: dict[str, ResourceQuotaConfig] = load_quotas(path)
     return {**quotas, again.model_id: again}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import QuotaFileError
-from modelquota.limits import ViolationAction
+from modelquota.limits import SHADOW_NAMES, ViolationAction
 from modelquota.quotafile import load_quotas
 
 Write = Callable[[str], pathlib.Path]
@@ -98,6 +98,14 @@ def test_the_path_may_be_a_str(write: Write) -> None:
             'models."a"',
             "burst_tokens",
             "[models.\"a\"]: burst_tokens='unlimited' is not accepted; expected an integer from 0 to 2**62 tokens",
+        ),
+        (
+            "[models.a]\nshadow_limits = ['ram', 'tokens']",
+            'models."a"',
+            "shadow_limits",
+            "[models.\"a\"]: shadow_limits=['ram', 'tokens'] is not accepted; expected names of limits, each one of "
+            "'ram', 'ssd', 'concurrency', 'requests_per_second', 'tokens_per_second', 'tokens_per_hour', "
+            "'requests_per_hour', 'tokens_per_day', 'requests_per_day'",
         ),
         (
             "[models.a]\nmax_ram_gb = 5",
@@ -211,6 +219,7 @@ RATES = st.none() | st.floats(0, allow_infinity=False)
         max_tokens_per_second=RATES,
         burst_tokens=st.integers(0, 2**62),
         on_violation=st.sampled_from(ViolationAction),
+        shadow_limits=st.sets(st.sampled_from(SHADOW_NAMES)),
     )
 )
 def test_what_to_dict_gives_can_be_written_to_a_file_and_read_back(write: Write, config: ResourceQuotaConfig) -> None:

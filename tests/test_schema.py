@@ -5,7 +5,7 @@ import tomllib
 import pytest
 from jsonschema import Draft4Validator
 
-from modelquota import QuotaFileError, ResourceQuotaConfig, load_quotas
+from modelquota import Limit, QuotaFileError, ResourceQuotaConfig, load_quotas
 from modelquota.schema import quota_file_schema
 
 FIELDS = ResourceQuotaConfig("m").to_dict()
@@ -13,6 +13,7 @@ del FIELDS["model_id"]
 VALUES = [
     "0", "1", "-1", "2.0", "0.5", "-0.5", "4611686018427387904", "4611686018427387905", "true", "inf", "-inf", "1e300",
     "[]", "{}", "1979-05-27", "''", "'unlimited'", "'none'", "'reject'", "'throttle'", "'warn'", "'queue'", "'REJECT'",
+    "'ram'", "['Ram', 'tokens_per_DAY']", "['ram', 'ram']", "['queue']", "['ram', 1]", "[['ram']]", "[6]",
 ]  # fmt: skip
 FILES = [
     "", "[models]", "[defaults]", "[models.a]\n[defaults]", "[model.a]", "max_ram_mb = 5", "defaults = 5",
@@ -48,6 +49,15 @@ def test_every_value_of_every_field(validator, tmp_path, table, field):
     assert not all(loads)
 
 
+@pytest.mark.parametrize("spell", [str.lower, str.upper, str.title, str.swapcase])
+@pytest.mark.parametrize("limit", Limit)
+def test_every_name_of_a_limit_in_any_case(validator, tmp_path, limit, spell):
+    name = spell(limit.name)
+    agree(validator, tmp_path / "q.toml", f"[models.a]\nshadow_limits = ['{name}x']")
+    agree(validator, tmp_path / "q.toml", f"[models.a]\nshadow_limits = ['x{name}']")
+    assert agree(validator, tmp_path / "q.toml", f"[models.a]\nshadow_limits = '{name}'") is (limit is not Limit.QUEUE)
+
+
 @pytest.mark.parametrize("text", FILES)
 def test_every_shape_of_file(validator, tmp_path, text):
     agree(validator, tmp_path / "q.toml", text)
@@ -55,6 +65,8 @@ def test_every_shape_of_file(validator, tmp_path, text):
 
 def test_it_knows_all_fields_and_their_defaults():
     properties = quota_file_schema()["definitions"]["quota"]["properties"]
+    names = quota_file_schema()["definitions"]["limit"]["anyOf"][0]["enum"]
+    assert names == [limit.name.lower() for limit in Limit if limit is not Limit.QUEUE]
     defaults = {name: "unlimited" if value is None else value for name, value in FIELDS.items()}
     assert {name: field["default"] for name, field in properties.items()} == defaults
     assert all(field["description"] for field in properties.values())
