@@ -49,6 +49,7 @@ from modelquota.asgi.request import ASGIApp, Scope
 from modelquota.memory import MemoryProbe, ModelRegistry, ReportsMemory, register_models
 from modelquota.otel import instrument
 from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
+from modelquota.quotafile import Quotas
 from modelquota.reload import QuotaReloader, Reloaded
 from modelquota.replay import ReplayReport, replay
 from modelquota.schema import quota_file_schema
@@ -65,6 +66,12 @@ def configure(path: Path) -> dict[str, ResourceQuotaConfig]:
     shadows: tuple[str, ...] = ResourceQuotaConfig.unlimited("m", max_ram_mb=5, shadow_limits="ram").shadow_limits
     print(shadows)
     quotas: dict[str, ResourceQuotaConfig] = load_quotas(path)
+    loaded: Quotas = load_quotas(path)
+    manager = ResourceQuotaManager(default_quota=loaded.patterns)
+    manager.default_quota = lambda model_id: config if model_id.startswith("user:") else None
+    manager.default_quota = {**loaded.patterns, "user:*": config}
+    print(manager.default_quota)
+    manager.default_quota = None
     return {**quotas, again.model_id: again}
 
 
@@ -254,7 +261,7 @@ def remember(manager: ResourceQuotaManager, registry: ModelRegistry, caches: dic
 def follow(manager: ResourceQuotaManager, path: Path) -> dict[str, object]:
     with QuotaReloader(manager, path, remove_missing=True).start() as reloader:
         done: Reloaded = reloader.reload()
-        print(done.changed, done.missing, done.error)
+        print(done.changed, done.missing, done.error, done.changed_patterns, done.missing_patterns)
     return quota_file_schema()
 
 

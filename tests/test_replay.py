@@ -16,7 +16,14 @@ from oracle import Oracle
 from strategies import OPEN
 
 import modelquota.replay
-from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager, UnknownModelError
+from modelquota import (
+    Limit,
+    ManualClock,
+    ResourceQuotaConfig,
+    ResourceQuotaManager,
+    UnknownModelError,
+    load_quotas,
+)
 from modelquota.replay import ModelReplay, ReplayReport, replay
 from modelquota.trace import Trace, read_trace
 
@@ -270,6 +277,23 @@ def test_trace_with_models_needs_a_quota_for_each():
     assert caught.value.model_id == "u"
     with pytest.raises(ValueError, match=r"has a Model column, .* leave out model='a'"):
         replay(make_trace([0], models=["a"]), quotas(ResourceQuotaConfig("a")), model="a")
+
+
+def test_patterns_of_a_quota_file_count(tmp_path):
+    path = tmp_path / "quotas.toml"
+    path.write_text("[models.'user:b']\n[defaults.'user:*']\nmax_requests_per_day = 1\non_violation = 'reject'\n")
+    loaded = load_quotas(path)
+    trace = make_trace([0] * 6, models=["user:a", "user:b", "user:a", "user:b", "user:c", "user:c"])
+    report = replay(trace, loaded)
+    assert [(model.model_id, model.admitted) for model in report.models] == [
+        ("user:a", 1),
+        ("user:b", 2),
+        ("user:c", 1),
+    ]
+    assert replay(make_trace([0, 1]), loaded, model="user:d").models[0].admitted == 1
+    assert replay(make_trace([0, 1]), loaded).models[0].model_id == "user:b", "the only model of the file"
+    with pytest.raises(UnknownModelError, match="no quota for 'org:a'; .* have 'user:b'"):
+        replay(make_trace([0, 0], models=["org:a", "user:b"]), loaded)
 
 
 def test_report_leaves_out_models_without_requests():

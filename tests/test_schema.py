@@ -19,6 +19,11 @@ FILES = [
     "", "[models]", "[defaults]", "[models.a]\n[defaults]", "[model.a]", "max_ram_mb = 5", "defaults = 5",
     "models = [1]", "[[models]]", "[models]\na = 5", "[models.a.b]", "[models.llama-3.2-1b]\nmax_ram_mb = 5",
     "[models.'']", "[models.'a b.c/ü']", "[models.a]\nmodel_id = 'a'", "[models.a]\nmax_ram = 5",
+    "[defaults.'user:*']", "[defaults]\nmax_ram_mb = 5\n[defaults.'*']\nmax_ram_mb = 6", "[defaults.'**']",
+    "[defaults.'a*b']", "[defaults.'']", "[defaults.vip]", "[defaults.'user:*']\nmax_ram = 5", "[defaults.'a*'.b]",
+    "[defaults]\n'user:*' = 5", "[[defaults.'user:*']]", "[defaults.max_ram_mb]", "[defaults.models.a]",
+    f"[defaults.'{'x' * 254}*']", f"[defaults.'{'x' * 255}*']", '[defaults."a\\u0000*"]', "[models.'a*']",
+    "[defaults.'user:*']\nmodel_id = 'a'", "[defaults.'a\u00fc b/*']", "defaults.'u*'.burst_tokens = -1",
     '[models."a\\u0000b"]', f"[models.{'x' * 255}]", f"[models.{'x' * 256}]",
 ]  # fmt: skip
 
@@ -41,7 +46,7 @@ def agree(validator, path, text):
     return loads
 
 
-@pytest.mark.parametrize("table", ["defaults", "models.a"])
+@pytest.mark.parametrize("table", ["defaults", "defaults.'user:*'", "models.a"])
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_value_of_every_field(validator, tmp_path, table, field):
     loads = [agree(validator, tmp_path / "q.toml", f"[{table}]\n{field} = {value}") for value in VALUES]
@@ -70,3 +75,6 @@ def test_it_knows_all_fields_and_their_defaults():
     defaults = {name: "unlimited" if value is None else value for name, value in FIELDS.items()}
     assert {name: field["default"] for name, field in properties.items()} == defaults
     assert all(field["description"] for field in properties.values())
+    assert quota_file_schema()["definitions"]["defaults"]["properties"] == {
+        name: {"$ref": f"#/definitions/quota/properties/{name}"} for name in properties
+    }

@@ -18,6 +18,7 @@ from modelquota.config import MAX_COUNT, ResourceQuotaConfig, require_fields
 from modelquota.errors import UnknownModelError
 from modelquota.limits import ViolationAction
 from modelquota.metering import limit
+from modelquota.patterns import DefaultQuota, QuotaTemplates
 from modelquota.reading import QuotaReader
 from modelquota.waiting import acquire
 
@@ -49,8 +50,10 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         opened. By default the state is in memory, shared with forked processes.
     clock : ManualClock, optional
         Time as a parameter, for tests and replays. By default the time is that of ``CLOCK_MONOTONIC``.
-    default_quota : ResourceQuotaConfig, optional
-        A model that is checked and has no quota is registered with these limits. By default it is allowed and counted.
+    default_quota : ResourceQuotaConfig, mapping of str to ResourceQuotaConfig, or callable, optional
+        A model that is checked and has no quota is registered with these limits. A mapping has ids and patterns with a
+        ``*`` at their end: an exact id wins, then the longest pattern. A callable is given the id and returns a config,
+        or None. An id for which there is no config is allowed and counted, as all such ids are by default.
     max_models : int, optional
         Size of the table, 1 .. 2**24, by default that of the state file, or 65,536. Memory is taken only for models in
         use, some 3 KB each.
@@ -78,15 +81,13 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         *,
         path: str | os.PathLike[str] | None = None,
         clock: ManualClock | None = None,
-        default_quota: ResourceQuotaConfig | None = None,
+        default_quota: DefaultQuota | None = None,
         max_models: int | None = None,
     ) -> None:
         if max_models is not None:
             max_models = _integer("max_models", max_models, 1, MAX_MODELS_LIMIT, "1 .. 2**24")
-        if default_quota is not None and not isinstance(default_quota, ResourceQuotaConfig):
-            raise TypeError(f"default_quota is {default_quota!r}; give a ResourceQuotaConfig, or None")
-        super().__init__(path=path, max_models=max_models, clock=clock)
         self.default_quota = default_quota
+        super().__init__(path=path, max_models=max_models, clock=clock)
         self._unknown_logged_second = -1
         self._unknown_held = 0
         if self.path is not None:  # an adjuster that was killed may have left its journal
@@ -112,6 +113,18 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         return QuotaView(path)
 
     # -- quotas
+
+    @property
+    def default_quota(self) -> DefaultQuota | None:
+        """What ids without a quota are given; assign to it to change that. Ids that have been given one keep it.
+
+        Of a mapping it is a copy, which cannot be changed.
+        """
+        return None if self._templates is None else self._templates.source
+
+    @default_quota.setter
+    def default_quota(self, value: DefaultQuota | None) -> None:
+        self._templates = None if value is None else QuotaTemplates(value)
 
     def set_quota(self, config: ResourceQuotaConfig | str, /, **fields: Any) -> None:
         """Give a model its limits: ``set_quota(config)``, or ``set_quota("llama", max_ram_mb=1024)``.
@@ -280,8 +293,9 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
     # -- called by the core
 
     def _adopt(self, model_id: str) -> bool:
-        if self.default_quota is not None:
-            self._put(self.default_quota.replace(model_id=model_id), only_new=True)
+        quota = None if self._templates is None else self._templates.resolve(model_id)
+        if quota is not None:
+            self._put(quota, only_new=True)
             return True
         self._unknown_held += 1
         clock = self.clock
