@@ -6,6 +6,7 @@ import functools
 import operator
 import os
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from modelquota._core.clock import ManualClock
@@ -40,7 +41,9 @@ _T = TypeVar("_T")
 class ResourceQuotaManager(WaitTable, QuotaReader):
     """Quotas of many models, and the one question of an inference service: may this model take this request now?
 
-    Every verb may be called from any thread. Processes forked after its creation share the state.
+    Every verb may be called from any thread. Processes forked after its creation share the state. Those that are
+    started otherwise (spawn, forkserver) share it if it has a `path`: it is pickled, and copied, as that path, with its
+    `default_quota`. Without a path, or with a ManualClock, that is a TypeError.
 
     Parameters
     ----------
@@ -111,6 +114,23 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         from modelquota.view import QuotaView
 
         return QuotaView(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle, or copy, a manager as its path: what is made of it shares the limits, with a seat of its own."""
+        if self.path is None:
+            raise TypeError(
+                "a manager without a path cannot be pickled or copied: only forked processes share its state; "
+                "make it with path=, and each process opens that file"
+            )
+        if self.clock is not None:
+            raise TypeError(
+                "a manager with a ManualClock cannot be pickled or copied: nobody else could move its clock; "
+                "make one for the same path with a clock of its own"
+            )
+        default = self.default_quota
+        if isinstance(default, Mapping):
+            default = dict(default)
+        return functools.partial(type(self), path=self.path, default_quota=default, max_models=self.max_models), ()
 
     # -- quotas
 
