@@ -264,6 +264,10 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
     ) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
         """Decorate a function or coroutine function: each call acquires first and releases at its end.
 
+        Objects whose ``__call__`` is one, and partial ones, are as good. What returns work that is still to be done (a
+        coroutine, a future, an iterator or stream) without being declared with ``async def`` is refused with a
+        TypeError, and what it returned is closed: the grant would not cover that work. For streams see `meter`.
+
         Parameters
         ----------
         model_id : str, sequence of str, or callable
@@ -273,7 +277,13 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         ram_mb, ssd_mb, timeout, priority
             As for `acquire`.
         actual_tokens : callable, optional
-            Makes the true number of tokens of what the function returned; without it the estimate stands.
+            Makes the true number of tokens of what the function returned, or what the coroutine did; without it the
+            estimate is kept.
+
+        Raises
+        ------
+        TypeError
+            When it decorates a generator function; when it is called and the result is work still to be done.
 
         Examples
         --------
