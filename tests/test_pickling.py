@@ -64,6 +64,12 @@ def test_its_default_quota_goes_with_it(path, way, default):
     assert [bool(again.check_quota("user:bob", 8)), bool(again.check_quota("user:bob", 93))] == [True, False]
 
 
+def test_a_file_that_is_made_again_has_the_same_size(path):
+    pickled = pickle.dumps(ResourceQuotaManager(path=path, max_models=7))
+    path.unlink()
+    assert pickle.loads(pickled).max_models == 7
+
+
 def test_a_subclass_stays_one(path):
     class Mine(ResourceQuotaManager):
         pass

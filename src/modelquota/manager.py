@@ -140,7 +140,8 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
 
         Of a mapping it is a copy, which cannot be changed.
         """
-        return None if self._templates is None else self._templates.source
+        templates = self._templates  # read once: another thread may set it to None
+        return None if templates is None else templates.source
 
     @default_quota.setter
     def default_quota(self, value: DefaultQuota | None) -> None:
@@ -323,7 +324,8 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
     # -- called by the core
 
     def _adopt(self, model_id: str) -> bool:
-        quota = None if self._templates is None else self._templates.resolve(model_id)
+        templates = self._templates
+        quota = None if templates is None else templates.resolve(model_id)
         if quota is not None:
             self._put(quota, only_new=True)
             return True
