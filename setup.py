@@ -74,6 +74,7 @@ setup(
             "language_level": 3,
             "binding": False,  # a method descriptor is called some 10 ns faster than a bound Cython function
             "embedsignature": True,
+            "embedsignature.format": "clinic",  # in which `inspect.signature` reads them
             "boundscheck": False,
             "wraparound": False,
             "cdivision": True,

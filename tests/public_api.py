@@ -49,6 +49,7 @@ from modelquota.asgi.request import ASGIApp, Scope
 from modelquota.memory import MemoryProbe, ModelRegistry, ReportsMemory, register_models
 from modelquota.otel import instrument
 from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
+from modelquota.quotafile import Quotas
 from modelquota.reload import QuotaReloader, Reloaded
 from modelquota.replay import ReplayReport, replay
 from modelquota.schema import quota_file_schema
@@ -60,8 +61,17 @@ from modelquota.utilization import Utilization, read_utilization
 def configure(path: Path) -> dict[str, ResourceQuotaConfig]:
     config = ResourceQuotaConfig("m", max_ram_mb=None, max_requests_per_second=0.5, on_violation="warn")
     config = config.replace(on_violation=ViolationAction.REJECT, grace_period_sec=1)
+    config = config.replace(shadow_limits=[Limit.RAM, "ssd"])
     again: ResourceQuotaConfig = ResourceQuotaConfig.from_dict(config.to_dict())
+    shadows: tuple[str, ...] = ResourceQuotaConfig.unlimited("m", max_ram_mb=5, shadow_limits="ram").shadow_limits
+    print(shadows)
     quotas: dict[str, ResourceQuotaConfig] = load_quotas(path)
+    loaded: Quotas = load_quotas(path)
+    manager = ResourceQuotaManager(default_quota=loaded.patterns)
+    manager.default_quota = lambda model_id: config if model_id.startswith("user:") else None
+    manager.default_quota = {**loaded.patterns, "user:*": config}
+    print(manager.default_quota)
+    manager.default_quota = None
     return {**quotas, again.model_id: again}
 
 
@@ -251,7 +261,7 @@ def remember(manager: ResourceQuotaManager, registry: ModelRegistry, caches: dic
 def follow(manager: ResourceQuotaManager, path: Path) -> dict[str, object]:
     with QuotaReloader(manager, path, remove_missing=True).start() as reloader:
         done: Reloaded = reloader.reload()
-        print(done.changed, done.missing, done.error)
+        print(done.changed, done.missing, done.error, done.changed_patterns, done.missing_patterns)
     return quota_file_schema()
 
 

@@ -19,6 +19,11 @@ from typer.testing import CliRunner
 from modelquota.cli.app import app
 
 
+def heed_interrupts():
+    """Undo what a background job of a shell inherits: that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Command:
     """`modelquota serve-demo` in a process of its own."""
 
@@ -30,6 +35,7 @@ class Command:
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
+            preexec_fn=heed_interrupts,
         )
         self.said = ""
 

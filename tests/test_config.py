@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from modelquota.config import MAX_COUNT, QuotaChanges, QuotaFields, ResourceQuotaConfig
 from modelquota.errors import QuotaConfigError
-from modelquota.limits import ViolationAction
+from modelquota.limits import SHADOW_NAMES, Limit, ViolationAction, shadow_mask, shadow_names
 
 NO_LIMIT = ', or no limit (None; "unlimited" in a quota file)'
 NO_RATE_LIMIT = ', or no limit (None or inf; "unlimited" in a quota file)'
@@ -41,6 +41,10 @@ ACCEPTED_NUMBERS = {
 COUNTS = list(ACCEPTED_COUNTS)
 NUMBERS = list(ACCEPTED_NUMBERS)
 NEVER_NONE = ["burst_requests", "burst_tokens", "max_queued_requests", "grace_period_sec"]
+ACCEPTED_NAMES = (
+    "names of limits, each one of 'ram', 'ssd', 'concurrency', 'requests_per_second', 'tokens_per_second', "
+    "'tokens_per_hour', 'requests_per_hour', 'tokens_per_day', 'requests_per_day'"
+)
 FIELDS = [field.name for field in dataclasses.fields(ResourceQuotaConfig)]
 
 
@@ -75,7 +79,32 @@ def test_defaults() -> None:
         "grace_period_sec": 60.0,
         "max_concurrent_requests": None,
         "max_queued_requests": 1000,
+        "shadow_limits": [],
     }
+
+
+@pytest.mark.parametrize("named", [{}, {"max_tokens_per_day": 5}, {"max_ram_mb": 0, "max_requests_per_second": 0.5}])
+def test_unlimited_has_no_limit_but_those_named(named: typing.Any) -> None:
+    config = ResourceQuotaConfig.unlimited("llama", **named, on_violation="warn", burst_tokens=7)
+    others = {field: value for field, value in ResourceQuotaConfig("llama").to_dict().items() if field in NEVER_NONE}
+    assert config.to_dict() == {
+        **dict.fromkeys(FIELDS, None),
+        **others,
+        "model_id": "llama",
+        "shadow_limits": [],
+        **named,
+        "on_violation": "warn",
+        "burst_tokens": 7,
+    }
+
+
+def test_unlimited_judges_values_and_names() -> None:
+    with pytest.raises(QuotaConfigError, match=r"^max_ram_mb=-1 is not accepted; expected an integer from 0"):
+        ResourceQuotaConfig.unlimited("llama", max_ram_mb=-1)
+    with pytest.raises(QuotaConfigError, match="^model_id='' is not accepted"):
+        ResourceQuotaConfig.unlimited("")
+    with pytest.raises(TypeError, match=r"^unexpected keyword argument 'max_ram'; expected .* perhaps max_ram_mb$"):
+        ResourceQuotaConfig.unlimited("llama", max_ram=1)  # type: ignore[call-arg]
 
 
 def test_only_the_model_id_may_be_positional() -> None:
@@ -186,6 +215,51 @@ def test_refused_actions(value: object) -> None:
     assert refusal(on_violation=value) == f"on_violation={value!r} is not accepted; expected {expected}"
 
 
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ([], ()),
+        ((Limit.RAM,), ("ram",)),
+        (Limit.TOKENS_PER_DAY, ("tokens_per_day",)),
+        ("Tokens_Per_Hour", ("tokens_per_hour",)),
+        (np.str_("ssd"), ("ssd",)),
+        (["REQUESTS_PER_DAY", "ram", Limit.RAM, "Ram", Limit.CONCURRENCY], ("ram", "concurrency", "requests_per_day")),
+        (frozenset({"ssd", Limit.RAM}), ("ram", "ssd")),
+        (dict.fromkeys(SHADOW_NAMES).keys(), SHADOW_NAMES),
+    ],
+)
+def test_names_of_limits_are_kept_in_lower_case_each_once_in_their_order(value: typing.Any, names: object) -> None:
+    shadow = kept("shadow_limits", value)
+    assert shadow == names
+    assert {type(name) for name in shadow} <= {str}
+    assert type(shadow) is tuple
+    assert hash(ResourceQuotaConfig("m", shadow_limits=value)) == hash(ResourceQuotaConfig("m", shadow_limits=shadow))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "queue", Limit.QUEUE, ["ram", "queue"], [Limit.QUEUE], "", "all", [""], ["ram", 1], [6], 6, 0, True, None,
+        b"ram", b"", bytearray(), {"ram": 1}, ["ram", None], [["ram"]], ["ſsd"], "ram,ssd", "to\u212aens_per_day",
+    ],
+)  # fmt: skip
+def test_refused_names_of_limits(value: object) -> None:
+    assert refusal(shadow_limits=value) == f"shadow_limits={value!r} is not accepted; expected {ACCEPTED_NAMES}"
+
+
+def test_every_limit_but_the_queue_may_be_a_shadow() -> None:
+    assert [Limit[name.upper()] for name in SHADOW_NAMES] == [limit for limit in Limit if limit is not Limit.QUEUE]
+
+
+@given(st.sets(st.sampled_from(SHADOW_NAMES)))
+def test_the_mask_of_shadow_limits_has_a_bit_for_each(names: set[str]) -> None:
+    config = ResourceQuotaConfig("llama", shadow_limits=names)
+    mask = shadow_mask(config)
+    assert mask == sum(1 << Limit[name.upper()] for name in names)
+    assert shadow_names(mask) == config.shadow_limits
+    assert shadow_names(mask | 1 | 1 << Limit.QUEUE | 1 << 40) == config.shadow_limits
+
+
 def test_it_is_frozen_and_slotted() -> None:
     config = ResourceQuotaConfig("llama")
     with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'max_ram_mb'"):
@@ -244,6 +318,7 @@ CONFIGS = st.builds(
     ResourceQuotaConfig,
     IDS,
     on_violation=st.sampled_from(ViolationAction),
+    shadow_limits=st.lists(st.sampled_from([*SHADOW_NAMES, Limit.SSD])),
     **{field: _some(st.integers(0, MAX_COUNT), field) for field in COUNTS},
     **{field: _some(st.floats(0, allow_infinity=False), field) for field in NUMBERS},
 )
@@ -253,7 +328,7 @@ CONFIGS = st.builds(
 def test_round_trip_by_dict_and_json(config: ResourceQuotaConfig) -> None:
     as_dict = config.to_dict()
     assert list(as_dict) == FIELDS
-    assert {type(value) for value in as_dict.values()} <= {str, int, float, type(None)}
+    assert {type(value) for value in as_dict.values()} <= {str, int, float, list, type(None)}
     assert ResourceQuotaConfig.from_dict(as_dict) == config
     assert ResourceQuotaConfig.from_dict(json.loads(json.dumps(as_dict))) == config
 

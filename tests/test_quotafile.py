@@ -1,5 +1,6 @@
 """`load_quotas`: what a quota file may say, and file, table and field in the text of every refusal."""
 
+import copy
 import pathlib
 import pickle
 from collections.abc import Callable
@@ -8,15 +9,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from modelquota import ResourceQuotaManager
 from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import QuotaFileError
-from modelquota.limits import ViolationAction
-from modelquota.quotafile import load_quotas
+from modelquota.limits import SHADOW_NAMES, ViolationAction
+from modelquota.quotafile import Quotas, load_quotas
 
 Write = Callable[[str], pathlib.Path]
 RAM = 'an integer from 0 to 2**62 MB, or no limit (None; "unlimited" in a quota file)'
 TOP = 'the tables [defaults] and [models."<id>"] and nothing else'
 QUOTE = 'no table here; quote an id that has a dot: [models."llama-3.2-1b"]'
+PATTERN = (
+    'a pattern with * at its end and nowhere else, such as [defaults."user:*"], of 1 to 255 bytes; a model has a table '
+    '[models."<id>"]'
+)
 IS_ID = "no model_id: the name of a table under [models] is the id"
 
 
@@ -63,6 +69,57 @@ def test_unlimited_is_none_and_may_be_taken_back(write: Write) -> None:
     assert quotas["c"].max_ram_mb == 7
 
 
+def test_patterns_take_their_own_fields_then_the_defaults(write: Write) -> None:
+    quotas = load_quotas(
+        write("""
+        [defaults."user:*"]
+        max_ram_mb = 7
+        [models.a]
+        [defaults]
+        max_ram_mb = 512
+        max_ssd_mb = "unlimited"
+        [defaults."user:free.*"]
+        """)
+    )
+    assert quotas == {"a": ResourceQuotaConfig("a", max_ram_mb=512, max_ssd_mb=None)}
+    assert list(quotas.patterns.items()) == [
+        ("user:*", ResourceQuotaConfig("user:*", max_ram_mb=7, max_ssd_mb=None)),
+        ("user:free.*", ResourceQuotaConfig("user:free.*", max_ram_mb=512, max_ssd_mb=None)),
+    ]
+    manager = ResourceQuotaManager(default_quota=quotas.patterns, max_models=4)
+    assert not manager.check_quota("user:bob", 1, ram_needed_mb=8)
+    assert manager.check_quota("user:free.bob", 1, ram_needed_mb=8)
+
+
+def test_what_is_loaded_is_a_dict_and_pickles_with_its_patterns(write: Write) -> None:
+    quotas = load_quotas(write("[models.a]\n[defaults.'*']\nmax_ram_mb = 3"))
+    assert isinstance(quotas, dict)
+    for again in (pickle.loads(pickle.dumps(quotas)), copy.copy(quotas), copy.deepcopy(quotas)):
+        assert type(again) is Quotas
+        assert (again, again.patterns) == (quotas, {"*": ResourceQuotaConfig("*", max_ram_mb=3)})
+    assert load_quotas(write("[models.a]")).patterns == {}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_accepted(tmp_path: pathlib.Path, end: str) -> None:
+    path = tmp_path / "quotas.toml"
+    path.write_bytes(f"\ufeff# é{end}[models.a]{end}max_ram_mb = 5{end}".encode())
+    assert load_quotas(path) == {"a": ResourceQuotaConfig("a", max_ram_mb=5)}
+    path.write_bytes(f"\ufeff[models.a]{end}max_ram_mb = -5{end}".encode())
+    with pytest.raises(QuotaFileError, match=r"quotas.toml: line 2: \[models"):
+        load_quotas(path)
+    path.write_bytes(f"\ufeff[models.a]{end}max_ram_mb 5{end}".encode())
+    with pytest.raises(QuotaFileError, match=r"\(at line 2, column 12\); expected TOML in UTF-8"):
+        load_quotas(path)
+    path.write_bytes(f"[models.a]{end}\ufeffmax_ram_mb = 5".encode())
+    with pytest.raises(QuotaFileError, match="at line 2, column 1"):
+        load_quotas(path)
+    for encoding in ("utf-16", "utf-32"):
+        path.write_bytes("[models.a]".encode(encoding))
+        with pytest.raises(QuotaFileError, match="expected TOML in UTF-8"):
+            load_quotas(path)
+
+
 @pytest.mark.parametrize("text", ["", "[defaults]\nmax_ram_mb = 5", "[models]"])
 def test_a_file_may_name_no_model(write: Write, text: str) -> None:
     assert load_quotas(write(text)) == {}
@@ -100,6 +157,14 @@ def test_the_path_may_be_a_str(write: Write) -> None:
             "[models.\"a\"]: burst_tokens='unlimited' is not accepted; expected an integer from 0 to 2**62 tokens",
         ),
         (
+            "[models.a]\nshadow_limits = ['ram', 'tokens']",
+            'models."a"',
+            "shadow_limits",
+            "[models.\"a\"]: shadow_limits=['ram', 'tokens'] is not accepted; expected names of limits, each one of "
+            "'ram', 'ssd', 'concurrency', 'requests_per_second', 'tokens_per_second', 'tokens_per_hour', "
+            "'requests_per_hour', 'tokens_per_day', 'requests_per_day'",
+        ),
+        (
             "[models.a]\nmax_ram_gb = 5",
             'models."a"',
             "max_ram_gb",
@@ -123,6 +188,51 @@ def test_the_path_may_be_a_str(write: Write) -> None:
             "model_id",
             "[models.\"\"]: model_id='' is not accepted; expected a str of 1 to 255 bytes of UTF-8 without NUL",
         ),
+        *(
+            (
+                f'[models.a]\n[defaults."{key}"]\nmax_ram_mb = 5',
+                f'defaults."{key}"',
+                "",
+                f'[defaults."{key}"] is not accepted; expected {PATTERN}',
+            )
+            for key in ("vip", "", "a*b", "*a", "user:**", "x" * 255 + "*")
+        ),
+        (
+            "[models.a]\n[defaults.llama-3.2-1b]\nmax_ram_mb = 5",
+            'defaults."llama-3"',
+            "",
+            f'[defaults."llama-3"] is not accepted; expected {PATTERN}',
+        ),
+        (
+            "[models.a]\n[defaults]\n'user:*' = 5",
+            "defaults",
+            "user:*",
+            "[defaults]: user:*=5 is not accepted; expected a table of quota fields",
+        ),
+        (
+            "[[defaults.'user:*']]\nmax_ram_mb = 5",
+            "defaults",
+            "user:*",
+            "[defaults]: user:*=[{'max_ram_mb': 5}] is not accepted; expected a table of quota fields",
+        ),
+        (
+            "[defaults]\nmax_ram_mb = 5\n[defaults.'user:*']\nmax_ssd_mb = 5\nmax_ram_mb = -5",
+            'defaults."user:*"',
+            "max_ram_mb",
+            f'[defaults."user:*"]: max_ram_mb=-5 is not accepted; expected {RAM}',
+        ),
+        (
+            "[models.a]\n[defaults.'user.*']\nmax_ram = 5",
+            'defaults."user.*"',
+            "max_ram",
+            '[defaults."user.*"]: max_ram=5 is not accepted; expected a field of a quota, perhaps max_ram_mb',
+        ),
+        (
+            "[models.a]\n[defaults.max_ram_mb]\nx = 5",
+            "defaults",
+            "max_ram_mb",
+            f"[defaults]: max_ram_mb={{'x': 5}} is not accepted; expected {QUOTE}",
+        ),
         (
             "[models.llama-3.2-1b]\nmax_ram_mb = 5",
             'models."llama-3"',
@@ -139,7 +249,7 @@ def test_what_is_refused_is_named(write: Write, text: str, table: str, field: st
     assert (error.path, error.table, error.field) == (str(path), table, field)
     assert str(error) == f"{path}: line {error.line}: {message}"
     assert error.line is not None
-    named = field if field in text else table.removeprefix("models.")
+    named = field if field and field in text else table.partition(".")[2].strip('"') or table or field
     assert named in text.split("\n")[error.line - 1]
 
 
@@ -211,6 +321,7 @@ RATES = st.none() | st.floats(0, allow_infinity=False)
         max_tokens_per_second=RATES,
         burst_tokens=st.integers(0, 2**62),
         on_violation=st.sampled_from(ViolationAction),
+        shadow_limits=st.sets(st.sampled_from(SHADOW_NAMES)),
     )
 )
 def test_what_to_dict_gives_can_be_written_to_a_file_and_read_back(write: Write, config: ResourceQuotaConfig) -> None:

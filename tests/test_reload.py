@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from modelquota import CapacityError, QuotaFileError, ResourceQuotaManager
+from modelquota import CapacityError, QuotaFileError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.reload import QuotaReloader, Reloaded
 
 GOOD = '[models.a]\nmax_ram_mb = 10\n[models."b.c"]\nmax_tokens_per_hour = 500\n'
@@ -76,6 +76,88 @@ def test_a_bad_file_is_refused_whole_and_logged_with_line_and_field(manager, pat
     assert message in caplog.text
     path.write_text(GOOD)
     assert reloader.reload() == Reloaded()
+
+
+PATTERNS = '[defaults]\nmax_ram_mb = 5\n[defaults."user:*"]\nmax_tokens_per_day = 10\n[defaults."org:*"]\n'
+USER = ResourceQuotaConfig("user:*", max_ram_mb=5, max_tokens_per_day=10)
+ORG = ResourceQuotaConfig("org:*", max_ram_mb=5)
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+def test_patterns_are_the_managers_default_quota(manager, path, mark):
+    path.write_text(mark + PATTERNS, encoding="utf-8")
+    reloader = QuotaReloader(manager, path)
+    assert reloader.reload() == Reloaded(changed_patterns=("user:*", "org:*"))
+    assert manager.default_quota == {"user:*": USER, "org:*": ORG}
+    assert manager.check_quota("user:a", 10)
+    assert not manager.check_quota("user:b", 11)
+    assert reloader.reload() == Reloaded()
+    path.write_text(PATTERNS.replace("10", "20") + GOOD, encoding="utf-8")
+    assert reloader.reload() == Reloaded(("a", "b.c"), changed_patterns=("user:*",))
+    assert manager.default_quota == {"user:*": USER.replace(max_tokens_per_day=20), "org:*": ORG}
+    assert manager.get_quota("user:a").max_tokens_per_day == 10, "an id keeps what it was given"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PATTERNS + "max_ram_mb = -1\n",
+        PATTERNS.replace("10", "11") + '[defaults."*:*"]\n',
+        PATTERNS.replace("10", "11") + "[defaults.vip]\n",
+        PATTERNS.replace("10", "11") + "".join(f"[models.m{i}]\n" for i in range(5)),
+        PATTERNS.replace("10", "11") + "[models.a]\nmax_ram = 5\n",
+    ],
+)
+def test_a_bad_file_changes_no_pattern(manager, path, text):
+    path.write_text(PATTERNS)
+    reloader = QuotaReloader(manager, path)
+    reloader.reload()
+    path.write_text(text)
+    assert reloader.reload().error is not None
+    assert manager.default_quota == {"user:*": USER, "org:*": ORG}
+
+
+def test_a_missing_pattern_keeps_its_limits_unless_it_is_to_be_removed(path, caplog):
+    base = ResourceQuotaConfig("base", max_ram_mb=1)
+    keeps, removes = (ResourceQuotaManager(max_models=4, default_quota={"user:*": base}) for _ in range(2))
+    keeping, removing = QuotaReloader(keeps, path), QuotaReloader(removes, path, remove_missing=True)
+    path.write_text(PATTERNS)
+    for reloader in (keeping, removing):
+        reloader.reload()
+    path.write_text('[defaults."org:*"]\nmax_ram_mb = 5\n')
+    assert keeping.reload() == removing.reload() == Reloaded(missing_patterns=("user:*",))
+    assert "pattern 'user:*' is no longer in" in caplog.text
+    assert keeps.default_quota == {"user:*": USER, "org:*": ORG}
+    assert removes.default_quota == {"user:*": base, "org:*": ORG}
+    path.write_text(GOOD)
+    assert keeping.reload() == removing.reload() == Reloaded(("a", "b.c"), missing_patterns=("org:*",))
+    assert keeps.default_quota == {"user:*": USER, "org:*": ORG}
+    assert removes.default_quota == {"user:*": base}
+    assert keeping.reload() == removing.reload() == Reloaded()
+
+
+def test_a_file_without_patterns_leaves_the_default_quota_alone(manager, path):
+    manager.default_quota = plan = lambda model_id: None
+    reloader = QuotaReloader(manager, path)
+    reloader.reload()
+    assert manager.default_quota is plan
+
+
+def test_what_others_set_as_default_stays_until_the_patterns_of_the_file_change(manager, path):
+    path.write_text(PATTERNS)
+    reloader = QuotaReloader(manager, path)
+    reloader.reload()
+    asked = []
+    manager.default_quota = plan = asked.append
+    path.write_text(PATTERNS + GOOD)
+    reloader.reload()
+    assert manager.default_quota is plan
+    path.write_text(PATTERNS.replace("10", "20") + GOOD)
+    assert reloader.reload().changed_patterns == ("user:*",)
+    manager.check_quota("user:a", 1)
+    assert manager.get_quota("user:a").max_tokens_per_day == 20
+    manager.check_quota("else", 1)
+    assert asked == ["else"]
 
 
 def test_a_file_that_is_gone_changes_nothing(manager, path):

@@ -5,7 +5,6 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import Oracle
 from strategies import OPEN
+from traces import AZURE_REQUESTS, AZURE_TRACE, SMALL_REQUESTS, needs_azure_trace, write_small_trace
 
 import modelquota.replay
-from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager, UnknownModelError
+from modelquota import (
+    Limit,
+    ManualClock,
+    ResourceQuotaConfig,
+    ResourceQuotaManager,
+    UnknownModelError,
+    load_quotas,
+)
 from modelquota.replay import ModelReplay, ReplayReport, replay
 from modelquota.trace import Trace, read_trace
 
-AZURE_TRACE = Path(__file__).resolve().parents[1] / "../shared/traces/azure_llm_code_2023.csv"
 SECOND_NS = 10**9
 
 
@@ -140,37 +146,57 @@ def test_report_is_what_the_oracle_decides_one_by_one(data):
     assert report.admitted == sum(model.admitted for model in report.models)
 
 
-needs_azure_trace = pytest.mark.skipif(not AZURE_TRACE.exists(), reason=f"the Azure trace is not at {AZURE_TRACE}")
+@pytest.fixture(params=["small", pytest.param("azure", marks=needs_azure_trace)])
+def code_trace(request, tmp_path):
+    """A trace as a file has it, and how many requests that are."""
+    if request.param == "azure":
+        return read_trace(AZURE_TRACE), AZURE_REQUESTS
+    write_small_trace(tmp_path / "small.csv")
+    return read_trace(tmp_path / "small.csv"), SMALL_REQUESTS
+
 
 CODE_QUOTAS = [
     ResourceQuotaConfig("code"),
     ResourceQuotaConfig("code", **OPEN),
     ResourceQuotaConfig("code", max_requests_per_second=5, burst_requests=20, max_tokens_per_second=8_000),
-    ResourceQuotaConfig("code", **{**OPEN, "max_tokens_per_hour": 2_000_000, "max_requests_per_day": 1_500}),
+    ResourceQuotaConfig("code", **{**OPEN, "max_tokens_per_hour": 2_000_000}),
+    ResourceQuotaConfig("code", **{**OPEN, "max_requests_per_day": 1_500}),
     ResourceQuotaConfig("code", max_tokens_per_second=6_000, burst_tokens=500, on_violation="queue"),
     ResourceQuotaConfig("code", max_tokens_per_hour=1_000_000, on_violation="warn"),
 ]
 
 
-@needs_azure_trace
 @pytest.mark.parametrize("config", CODE_QUOTAS)
 @pytest.mark.parametrize("speed", [1, 24])
-def test_azure_trace_gets_the_decisions_of_one_by_one_checks(config, speed):
-    trace = read_trace(AZURE_TRACE)
+def test_a_trace_gets_the_decisions_of_one_by_one_checks(code_trace, config, speed):
+    trace, requests = code_trace
     clock = ManualClock()
     manager = ResourceQuotaManager(clock=clock)
     manager.set_quota(config)
     report = replay(trace, quotas(config), speed=speed)
     assert report.models == one_by_one(trace, manager, clock, quotas(config), Fraction(speed))
-    assert report.requests == 8_819
+    assert report.requests == requests
 
 
-@needs_azure_trace
-def test_azure_trace_is_decided_in_milliseconds():
-    trace = read_trace(AZURE_TRACE)
+def test_the_quotas_of_a_trace_deny_by_every_limit_that_they_have(code_trace):
+    """Or the comparison above would show little."""
+    trace, _ = code_trace
+    denied = Counter()
+    for config in CODE_QUOTAS:
+        denied.update(replay(trace, quotas(config), speed=24).models[0].denied)
+    assert {limit for limit, count in denied.items() if count} == {
+        Limit.REQUESTS_PER_SECOND,
+        Limit.TOKENS_PER_SECOND,
+        Limit.TOKENS_PER_HOUR,
+        Limit.REQUESTS_PER_DAY,
+    }
+
+
+def test_a_trace_is_decided_in_milliseconds(code_trace):
+    trace, requests = code_trace
     core_ms = [min(replay(trace, quotas(config)).core_time_ns for _ in range(5)) / 1e6 for config in CODE_QUOTAS]
-    print(f"\ncore time of the Azure trace: {min(core_ms):.2f} to {max(core_ms):.2f} ms, by how much is denied")
-    # The target is 50 ms; a machine that is busy with something else gets five times that.
+    print(f"\ncore time of {requests} requests: {min(core_ms):.2f} to {max(core_ms):.2f} ms, by how much is denied")
+    # The target is 50 ms for the Azure trace; a machine that is busy with something else gets five times that.
     assert max(core_ms) < 250
 
 
@@ -270,6 +296,23 @@ def test_trace_with_models_needs_a_quota_for_each():
     assert caught.value.model_id == "u"
     with pytest.raises(ValueError, match=r"has a Model column, .* leave out model='a'"):
         replay(make_trace([0], models=["a"]), quotas(ResourceQuotaConfig("a")), model="a")
+
+
+def test_patterns_of_a_quota_file_count(tmp_path):
+    path = tmp_path / "quotas.toml"
+    path.write_text("[models.'user:b']\n[defaults.'user:*']\nmax_requests_per_day = 1\non_violation = 'reject'\n")
+    loaded = load_quotas(path)
+    trace = make_trace([0] * 6, models=["user:a", "user:b", "user:a", "user:b", "user:c", "user:c"])
+    report = replay(trace, loaded)
+    assert [(model.model_id, model.admitted) for model in report.models] == [
+        ("user:a", 1),
+        ("user:b", 2),
+        ("user:c", 1),
+    ]
+    assert replay(make_trace([0, 1]), loaded, model="user:d").models[0].admitted == 1
+    assert replay(make_trace([0, 1]), loaded).models[0].model_id == "user:b", "the only model of the file"
+    with pytest.raises(UnknownModelError, match="no quota for 'org:a'; .* have 'user:b'"):
+        replay(make_trace([0, 0], models=["org:a", "user:b"]), loaded)
 
 
 def test_report_leaves_out_models_without_requests():

@@ -5,7 +5,7 @@ import tomllib
 import pytest
 from jsonschema import Draft4Validator
 
-from modelquota import QuotaFileError, ResourceQuotaConfig, load_quotas
+from modelquota import Limit, QuotaFileError, ResourceQuotaConfig, load_quotas
 from modelquota.schema import quota_file_schema
 
 FIELDS = ResourceQuotaConfig("m").to_dict()
@@ -13,11 +13,17 @@ del FIELDS["model_id"]
 VALUES = [
     "0", "1", "-1", "2.0", "0.5", "-0.5", "4611686018427387904", "4611686018427387905", "true", "inf", "-inf", "1e300",
     "[]", "{}", "1979-05-27", "''", "'unlimited'", "'none'", "'reject'", "'throttle'", "'warn'", "'queue'", "'REJECT'",
+    "'ram'", "['Ram', 'tokens_per_DAY']", "['ram', 'ram']", "['queue']", "['ram', 1]", "[['ram']]", "[6]",
 ]  # fmt: skip
 FILES = [
     "", "[models]", "[defaults]", "[models.a]\n[defaults]", "[model.a]", "max_ram_mb = 5", "defaults = 5",
     "models = [1]", "[[models]]", "[models]\na = 5", "[models.a.b]", "[models.llama-3.2-1b]\nmax_ram_mb = 5",
     "[models.'']", "[models.'a b.c/ü']", "[models.a]\nmodel_id = 'a'", "[models.a]\nmax_ram = 5",
+    "[defaults.'user:*']", "[defaults]\nmax_ram_mb = 5\n[defaults.'*']\nmax_ram_mb = 6", "[defaults.'**']",
+    "[defaults.'a*b']", "[defaults.'']", "[defaults.vip]", "[defaults.'user:*']\nmax_ram = 5", "[defaults.'a*'.b]",
+    "[defaults]\n'user:*' = 5", "[[defaults.'user:*']]", "[defaults.max_ram_mb]", "[defaults.models.a]",
+    f"[defaults.'{'x' * 254}*']", f"[defaults.'{'x' * 255}*']", '[defaults."a\\u0000*"]', "[models.'a*']",
+    "[defaults.'user:*']\nmodel_id = 'a'", "[defaults.'a\u00fc b/*']", "defaults.'u*'.burst_tokens = -1",
     '[models."a\\u0000b"]', f"[models.{'x' * 255}]", f"[models.{'x' * 256}]",
 ]  # fmt: skip
 
@@ -40,12 +46,21 @@ def agree(validator, path, text):
     return loads
 
 
-@pytest.mark.parametrize("table", ["defaults", "models.a"])
+@pytest.mark.parametrize("table", ["defaults", "defaults.'user:*'", "models.a"])
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_value_of_every_field(validator, tmp_path, table, field):
     loads = [agree(validator, tmp_path / "q.toml", f"[{table}]\n{field} = {value}") for value in VALUES]
     assert any(loads)
     assert not all(loads)
+
+
+@pytest.mark.parametrize("spell", [str.lower, str.upper, str.title, str.swapcase])
+@pytest.mark.parametrize("limit", Limit)
+def test_every_name_of_a_limit_in_any_case(validator, tmp_path, limit, spell):
+    name = spell(limit.name)
+    agree(validator, tmp_path / "q.toml", f"[models.a]\nshadow_limits = ['{name}x']")
+    agree(validator, tmp_path / "q.toml", f"[models.a]\nshadow_limits = ['x{name}']")
+    assert agree(validator, tmp_path / "q.toml", f"[models.a]\nshadow_limits = '{name}'") is (limit is not Limit.QUEUE)
 
 
 @pytest.mark.parametrize("text", FILES)
@@ -55,6 +70,11 @@ def test_every_shape_of_file(validator, tmp_path, text):
 
 def test_it_knows_all_fields_and_their_defaults():
     properties = quota_file_schema()["definitions"]["quota"]["properties"]
+    names = quota_file_schema()["definitions"]["limit"]["anyOf"][0]["enum"]
+    assert names == [limit.name.lower() for limit in Limit if limit is not Limit.QUEUE]
     defaults = {name: "unlimited" if value is None else value for name, value in FIELDS.items()}
     assert {name: field["default"] for name, field in properties.items()} == defaults
     assert all(field["description"] for field in properties.values())
+    assert quota_file_schema()["definitions"]["defaults"]["properties"] == {
+        name: {"$ref": f"#/definitions/quota/properties/{name}"} for name in properties
+    }

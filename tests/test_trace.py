@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from traces import AZURE_REQUESTS, AZURE_TRACE, SMALL_REQUESTS, needs_azure_trace, write_small_trace
 
 import modelquota._tracecells as cells
 import modelquota.trace
@@ -17,7 +18,6 @@ from modelquota import TraceError
 from modelquota.trace import BLOCK_BYTES, ROWS_PER_CHUNK, read_trace
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
-AZURE_TRACE = Path(__file__).resolve().parents[1] / "../shared/traces/azure_llm_code_2023.csv"
 
 
 @pytest.fixture
@@ -333,11 +333,24 @@ def test_usual_timestamps_are_read_many_at_once():
     assert together.tolist() == [cells.parse_timestamp(0, stamp)[0] for stamp in column]
 
 
-@pytest.mark.skipif(not AZURE_TRACE.exists(), reason=f"the Azure trace is not at {AZURE_TRACE}")
+@needs_azure_trace
 def test_azure_trace():
     trace = read_trace(AZURE_TRACE)
-    assert len(trace) == 8_819
+    assert len(trace) == AZURE_REQUESTS
     assert trace.duration_ns == 3_435_948_056_000
     assert trace.out_of_order == 0
     assert int(trace.context_tokens.sum()) == 18_059_974
     assert bool(np.all(np.diff(trace.times_ns) >= 0))
+
+
+def test_small_trace(tmp_path):
+    """The one that takes its place, in the same format, if it is not there: the same on every machine."""
+    path = tmp_path / "small.csv"
+    write_small_trace(path)
+    trace = read_trace(path)
+    assert len(trace) == SMALL_REQUESTS
+    assert trace.duration_ns == 3_633_612_953_600
+    assert trace.out_of_order == 0
+    assert int(trace.context_tokens.sum()) == 4_354_566
+    assert int(trace.generated_tokens.sum()) == 156_226
+    assert path.read_text().startswith(HEADER + "2023-11-16 18:17:03.9799600,")

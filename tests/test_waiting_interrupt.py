@@ -2,6 +2,8 @@
 
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,6 +16,14 @@ MAIN = threading.main_thread()
 
 def interrupt_main():
     signal.pthread_kill(MAIN.ident, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def heed_interrupts():
+    """Undo what a background job of a shell inherits: that SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -92,3 +102,12 @@ def test_an_interrupt_at_any_moment_loses_no_grant(manager):
     assert interrupts > 100
     usage = manager.get_usage("m")
     assert (usage.queued_requests, usage.concurrent_requests) == (0, 0)
+
+
+def test_these_tests_do_not_hang_if_interrupts_are_ignored_from_the_start():
+    """As in `nohup pytest &`: the main thread would wait for ever."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "leaves_no_trace"]
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    done = subprocess.run(command, preexec_fn=ignore, timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout

@@ -5,12 +5,12 @@ import dataclasses
 import math
 import numbers
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, Final, SupportsFloat, SupportsIndex, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Final, SupportsFloat, SupportsIndex, TypedDict, Unpack, get_args
 
 from .errors import QuotaConfigError
-from .limits import ViolationAction
+from .limits import SHADOW_NAMES, Limit, ViolationAction
 
 MAX_COUNT: Final = 2**62
 """The largest count, in any unit, that a limit or a request may have."""
@@ -36,6 +36,7 @@ class QuotaFields(TypedDict, total=False):
     grace_period_sec: SupportsFloat
     max_concurrent_requests: SupportsIndex | None
     max_queued_requests: SupportsIndex
+    shadow_limits: Sequence[Limit | str] | Set[Limit | str] | Limit | str
 
 
 class QuotaChanges(QuotaFields, total=False):
@@ -74,6 +75,10 @@ class ResourceQuotaConfig:
         Grants open at once.
     max_queued_requests : int
         Requests that may wait at once.
+    shadow_limits : sequence of Limit or str
+        Limits that are judged, counted and reported, and never deny: for introducing a limit in production. `Limit`
+        members or their names in any case, or a single one; kept as names in lower case, in the order of `Limit`.
+        `Limit.QUEUE` is not one of them.
 
     Raises
     ------
@@ -110,6 +115,7 @@ or no limit (None; "unlimited" in a quota file)
     grace_period_sec: float = 60.0
     max_concurrent_requests: int | None = None
     max_queued_requests: int = 1000
+    shadow_limits: tuple[str, ...] = ()
 
     if TYPE_CHECKING:  # a field may be given in more types than it is kept in
 
@@ -119,6 +125,29 @@ or no limit (None; "unlimited" in a quota file)
         for field, convert in _CONVERT.items():
             # The way round `frozen`, which is meant for those who hold the finished value.
             object.__setattr__(self, field, convert(field, getattr(self, field)))
+
+    @classmethod
+    def unlimited(cls, model_id: str, **limits: Unpack[QuotaFields]) -> "ResourceQuotaConfig":
+        """Make a config that limits nothing but what is named: every limit that may be None is None otherwise.
+
+        Fields that are not limits, such as ``burst_tokens`` and ``on_violation``, have their usual defaults.
+
+        Raises
+        ------
+        QuotaConfigError
+            A value is not accepted.
+        TypeError
+            A keyword is not a field.
+
+        Examples
+        --------
+        >>> quota = ResourceQuotaConfig.unlimited("llama", max_tokens_per_day=5_000)
+        >>> quota.max_tokens_per_day, quota.max_ram_mb, quota.max_requests_per_second
+        (5000, None, None)
+        """
+        require_fields(limits)
+        fields: dict[str, Any] = {**dict.fromkeys(_OPTIONAL_LIMITS), **limits}
+        return cls(model_id, **fields)
 
     def replace(self, **changes: Unpack[QuotaChanges]) -> "ResourceQuotaConfig":
         """Return a config with some fields changed; the others, and this config, stay as they are.
@@ -134,15 +163,16 @@ or no limit (None; "unlimited" in a quota file)
         fields: dict[str, Any] = {**dataclasses.asdict(self), **changes}
         return ResourceQuotaConfig(**fields)
 
-    def to_dict(self) -> dict[str, str | int | float | None]:
-        """Return all fields as plain values that JSON knows; the action as its name, no limit as None.
+    def to_dict(self) -> dict[str, str | int | float | list[str] | None]:
+        """Return all fields as plain values that JSON knows; the action as its name, no limit as None, names as a list.
 
         Examples
         --------
         >>> ResourceQuotaConfig("llama", max_ram_mb=None).to_dict()["max_ram_mb"] is None
         True
         """
-        return {**dataclasses.asdict(self), "on_violation": self.on_violation.value}
+        plain = {"on_violation": self.on_violation.value, "shadow_limits": list(self.shadow_limits)}
+        return {**dataclasses.asdict(self), **plain}
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "ResourceQuotaConfig":
@@ -245,6 +275,27 @@ def _number(unit: str, *, may_be_none: bool = True) -> _Convert:
     return convert
 
 
+def _limit_names(field: str, value: Any) -> tuple[str, ...]:
+    """Return the names of limits in lower case, each once, in the order of `Limit`."""
+    if isinstance(value, str):  # a `Limit` is not
+        given: Iterable[Any] = (value,)
+    elif isinstance(value, Limit):
+        given = (value,)
+    elif isinstance(value, (Sequence, Set)) and not isinstance(value, (bytes, bytearray, memoryview)):
+        given = tuple(value)
+    else:
+        given = (None,)
+    names = {limit.name.lower() if isinstance(limit, Limit) else _lower(limit) for limit in given}
+    if names.issubset(SHADOW_NAMES):
+        return tuple(name for name in SHADOW_NAMES if name in names)
+    raise QuotaConfigError(field, value, f"names of limits, each one of {', '.join(map(repr, SHADOW_NAMES))}")
+
+
+def _lower(name: Any) -> str | None:
+    """Return the name in lower case; None if it cannot be one (the Kelvin sign becomes a plain k)."""
+    return str.lower(name) if isinstance(name, str) and name.isascii() else None
+
+
 _CONVERT: dict[str, _Convert] = {
     "model_id": _model_id,
     "max_ram_mb": _count("MB"),
@@ -261,7 +312,12 @@ _CONVERT: dict[str, _Convert] = {
     "grace_period_sec": _number("seconds", may_be_none=False),
     "max_concurrent_requests": _count("requests"),
     "max_queued_requests": _count("requests", may_be_none=False),
+    "shadow_limits": _limit_names,
 }
+
+_OPTIONAL_LIMITS: Final = tuple(
+    field.name for field in dataclasses.fields(ResourceQuotaConfig) if type(None) in get_args(field.type)
+)
 
 
 def require_fields(keywords: Iterable[str]) -> None:

@@ -1,6 +1,10 @@
 """The words of the domain: what is limited, how a violation is classed, what is done about it."""
 
 import enum
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from .config import ResourceQuotaConfig
 
 
 class ViolationAction(enum.StrEnum):
@@ -90,3 +94,32 @@ _FACTS: dict[Limit, tuple[str, str, ViolationType | None]] = {
     Limit.REQUESTS_PER_DAY: ("requests per day", "requests", ViolationType.QUOTA_LIMIT),
     Limit.QUEUE: ("queued requests", "requests", None),
 }
+
+SHADOW_NAMES: Final = tuple(limit.name.lower() for limit in Limit if limit is not Limit.QUEUE)
+"""What `shadow_limits` may name, in the order of `Limit`, all but `QUEUE`: it is a place in line, not a limit."""
+
+
+def shadow_mask(config: "ResourceQuotaConfig") -> int:
+    """Return the ``shadow_limits`` of a config as the core keeps them: bit ``1 << limit`` for each `Limit`.
+
+    Examples
+    --------
+    >>> from modelquota import ResourceQuotaConfig
+    >>> bin(shadow_mask(ResourceQuotaConfig("llama", shadow_limits=["ram", "tokens_per_hour"])))
+    '0b1000010'
+    """
+    mask = 0
+    for name in config.shadow_limits:
+        mask |= 1 << Limit[name.upper()]
+    return mask
+
+
+def shadow_names(mask: int) -> tuple[str, ...]:
+    """Return the ``shadow_limits`` of which `shadow_mask` made the mask; bits that are not a limit's are ignored.
+
+    Examples
+    --------
+    >>> shadow_names(0b1000010)
+    ('ram', 'tokens_per_hour')
+    """
+    return tuple(name for name in SHADOW_NAMES if mask >> Limit[name.upper()] & 1)

@@ -6,6 +6,7 @@ import functools
 import operator
 import os
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from modelquota._core.clock import ManualClock
@@ -18,6 +19,7 @@ from modelquota.config import MAX_COUNT, ResourceQuotaConfig, require_fields
 from modelquota.errors import UnknownModelError
 from modelquota.limits import ViolationAction
 from modelquota.metering import limit
+from modelquota.patterns import DefaultQuota, QuotaTemplates
 from modelquota.reading import QuotaReader
 from modelquota.waiting import acquire
 
@@ -39,7 +41,9 @@ _T = TypeVar("_T")
 class ResourceQuotaManager(WaitTable, QuotaReader):
     """Quotas of many models, and the one question of an inference service: may this model take this request now?
 
-    Every verb may be called from any thread. Processes forked after its creation share the state.
+    Every verb may be called from any thread. Processes forked after its creation share the state. Those that are
+    started otherwise (spawn, forkserver) share it if it has a `path`: it is pickled, and copied, as that path, with its
+    `default_quota`. Without a path, or with a ManualClock, that is a TypeError.
 
     Parameters
     ----------
@@ -49,8 +53,10 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         opened. By default the state is in memory, shared with forked processes.
     clock : ManualClock, optional
         Time as a parameter, for tests and replays. By default the time is that of ``CLOCK_MONOTONIC``.
-    default_quota : ResourceQuotaConfig, optional
-        A model that is checked and has no quota is registered with these limits. By default it is allowed and counted.
+    default_quota : ResourceQuotaConfig, mapping of str to ResourceQuotaConfig, or callable, optional
+        A model that is checked and has no quota is registered with these limits. A mapping has ids and patterns with a
+        ``*`` at their end: an exact id wins, then the longest pattern. A callable is given the id and returns a config,
+        or None. An id for which there is no config is allowed and counted, as all such ids are by default.
     max_models : int, optional
         Size of the table, 1 .. 2**24, by default that of the state file, or 65,536. Memory is taken only for models in
         use, some 3 KB each.
@@ -82,14 +88,13 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         *,
         path: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
         clock: ManualClock | None = None,
-        default_quota: ResourceQuotaConfig | None = None,
+        default_quota: DefaultQuota | None = None,
         max_models: int | None = None,
         trust_file: bool = False,
     ) -> None:
         if max_models is not None:
             max_models = _integer("max_models", max_models, 1, MAX_MODELS_LIMIT, "1 .. 2**24")
-        if default_quota is not None and not isinstance(default_quota, ResourceQuotaConfig):
-            raise TypeError(f"default_quota is {default_quota!r}; give a ResourceQuotaConfig, or None")
+        self.default_quota = default_quota
         if path is None:
             super().__init__(path=None, max_models=max_models, clock=clock)
         else:
@@ -100,7 +105,6 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
                 super().__init__(path=os.fsdecode(path), max_models=max_models, clock=clock)
             finally:
                 trusting.reset(before)
-        self.default_quota = default_quota
         self._unknown_logged_second = -1
         self._unknown_held = 0
         if self.path is not None:  # an adjuster that was killed may have left its journal
@@ -136,7 +140,37 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
 
         return QuotaView(path, trust_file=trust_file)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle, or copy, a manager as its path: what is made of it shares the limits, with a seat of its own."""
+        if self.path is None:
+            raise TypeError(
+                "a manager without a path cannot be pickled or copied: only forked processes share its state; "
+                "make it with path=, and each process opens that file"
+            )
+        if self.clock is not None:
+            raise TypeError(
+                "a manager with a ManualClock cannot be pickled or copied: nobody else could move its clock; "
+                "make one for the same path with a clock of its own"
+            )
+        default = self.default_quota
+        if isinstance(default, Mapping):
+            default = dict(default)
+        return functools.partial(type(self), path=self.path, default_quota=default, max_models=self.max_models), ()
+
     # -- quotas
+
+    @property
+    def default_quota(self) -> DefaultQuota | None:
+        """What ids without a quota are given; assign to it to change that. Ids that have been given one keep it.
+
+        Of a mapping it is a copy, which cannot be changed.
+        """
+        templates = self._templates  # read once: another thread may set it to None
+        return None if templates is None else templates.source
+
+    @default_quota.setter
+    def default_quota(self, value: DefaultQuota | None) -> None:
+        self._templates = None if value is None else QuotaTemplates(value)
 
     def set_quota(self, config: ResourceQuotaConfig | str, /, **fields: Any) -> None:
         """Give a model its limits: ``set_quota(config)``, or ``set_quota("llama", max_ram_mb=1024)``.
@@ -256,6 +290,10 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
     ) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
         """Decorate a function or coroutine function: each call acquires first and releases at its end.
 
+        Objects whose ``__call__`` is one, and partial ones, are as good. What returns work that is still to be done (a
+        coroutine, a future, an iterator or stream) without being declared with ``async def`` is refused with a
+        TypeError, and what it returned is closed: the grant would not cover that work. For streams see `meter`.
+
         Parameters
         ----------
         model_id : str, sequence of str, or callable
@@ -265,7 +303,13 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         ram_mb, ssd_mb, timeout, priority
             As for `acquire`.
         actual_tokens : callable, optional
-            Makes the true number of tokens of what the function returned; without it the estimate stands.
+            Makes the true number of tokens of what the function returned, or what the coroutine did; without it the
+            estimate is kept.
+
+        Raises
+        ------
+        TypeError
+            When it decorates a generator function; when it is called and the result is work still to be done.
 
         Examples
         --------
@@ -305,8 +349,10 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
     # -- called by the core
 
     def _adopt(self, model_id: str) -> bool:
-        if self.default_quota is not None:
-            self._put(self.default_quota.replace(model_id=model_id), only_new=True)
+        templates = self._templates
+        quota = None if templates is None else templates.resolve(model_id)
+        if quota is not None:
+            self._put(quota, only_new=True)
             return True
         self._unknown_held += 1
         clock = self.clock

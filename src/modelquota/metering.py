@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+import sys
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -39,25 +40,91 @@ def limit(
         return result
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        if inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
-            raise TypeError(f"{function.__qualname__} is a generator function; acquire a grant and meter() its stream")
-        if inspect.iscoroutinefunction(function):
+        kinds = _kinds(function)
+        if any(inspect.isasyncgenfunction(kind) or inspect.isgeneratorfunction(kind) for kind in kinds):
+            raise TypeError(f"{_name(function)} is a generator function; acquire a grant and meter() its stream")
+        if any(inspect.iscoroutinefunction(kind) or _is_marked(kind) for kind in kinds):
 
             @functools.wraps(function)
             async def limited_async(*args: P.args, **kwargs: P.kwargs) -> Any:
                 async with manager.acquire_async(*request(args, kwargs), timeout=timeout, priority=priority) as grant:
-                    return settled(grant, await function(*args, **kwargs))
+                    result = await cast("Awaitable[Any]", function(*args, **kwargs))
+                    instead = _if_unfinished(result)
+                    if instead is not None:
+                        await _end_async(result)
+                        raise _outlasting(function, result, instead)
+                    return settled(grant, result)
 
             return cast("Callable[P, R]", limited_async)
 
         @functools.wraps(function)
         def limited(*args: P.args, **kwargs: P.kwargs) -> R:
             with manager.acquire(*request(args, kwargs), timeout=timeout, priority=priority) as grant:
-                return cast("R", settled(grant, function(*args, **kwargs)))
+                result = function(*args, **kwargs)
+                instead = _if_unfinished(result)
+                if instead is not None:
+                    _end(result)
+                    raise _outlasting(function, result, instead)
+                return cast("R", settled(grant, result))
 
         return limited
 
     return decorate
+
+
+def _kinds(function: Any) -> tuple[Any, Any]:
+    """What tells the kind of a callable: it, or its ``__call__``, whatever `functools.partial` is around it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not callable(function):
+        raise TypeError(f"limit decorates a function or another callable, got {function!r}")
+    return function, type(function).__call__
+
+
+def _is_marked(function: Any) -> bool:
+    """Whether it is one for asyncio though not by its code, as an AsyncMock is before Python 3.12."""
+    asyncio = sys.modules.get("asyncio.coroutines")  # what marks has imported it
+    mark = getattr(asyncio, "_is_coroutine", None)
+    return mark is not None and getattr(function, "_is_coroutine", None) is mark
+
+
+def _if_unfinished(result: Any) -> str | None:
+    """What to do instead, if what a call returned has work still to come, which the grant would not cover."""
+    if isinstance(result, Awaitable):
+        return "decorate a function that is declared with async def, and await it there"
+    if hasattr(type(result), "add_done_callback"):  # as futures of executors have
+        return "wait for it in the function"
+    if isinstance(result, (Iterator, AsyncIterable)):
+        return "acquire a grant and meter() its stream"
+    return None
+
+
+def _end(result: Any) -> None:
+    """End what has been begun, as far as that is possible without waiting."""
+    if hasattr(result, "cancel"):
+        result.cancel()
+    elif not isinstance(result, AsyncIterable) and hasattr(result, "close"):
+        result.close()
+
+
+async def _end_async(result: Any) -> None:
+    """End what has been begun."""
+    if isinstance(result, AsyncIterable):
+        close = getattr(result, "aclose", None) or getattr(result, "close", None)
+        closing = None if close is None else close()
+        if isinstance(closing, Awaitable):
+            await closing
+    else:
+        _end(result)
+
+
+def _outlasting(function: Any, result: Any, instead: str) -> TypeError:
+    kind = type(result).__name__
+    return TypeError(f"{_name(function)} returned a {kind}, whose work would outlast the grant; {instead}")
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", None) or repr(function))
 
 
 async def meter(grant: Grant, stream: AsyncIterable[T], tokens: Callable[[T], int] | None = None) -> AsyncIterator[T]:

@@ -4,6 +4,9 @@
     on_violation = "reject"
     max_tokens_per_day = "unlimited"
 
+    [defaults."user:*"]
+    max_tokens_per_hour = 5_000
+
     [models."llama-3.2-1b"]
     max_ram_mb = 1024
 
@@ -16,26 +19,48 @@ from typing import Any
 
 from .config import ResourceQuotaConfig
 from .errors import QuotaConfigError, QuotaFileError
+from .patterns import pattern_of
 
 _UNLIMITED = "unlimited"
+_PATTERN = """a pattern with * at its end and nowhere else, such as [defaults."user:*"], of 1 to 255 bytes; a model \
+has a table [models."<id>"]"""
 
 
-def load_quotas(path: str | os.PathLike[str]) -> dict[str, ResourceQuotaConfig]:
+class Quotas(dict[str, ResourceQuotaConfig]):
+    """What `load_quotas` returns: the quotas of a file's models by id, and those of its patterns.
+
+    Attributes
+    ----------
+    patterns : dict of str to ResourceQuotaConfig
+        By pattern, in the order of the file, for `default_quota` of a manager; empty if the file has no pattern.
+    """
+
+    def __init__(self, models: Mapping[str, ResourceQuotaConfig], patterns: Mapping[str, ResourceQuotaConfig]) -> None:
+        super().__init__(models)
+        self.patterns = dict(patterns)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self), self.patterns)
+
+
+def load_quotas(path: str | os.PathLike[str]) -> Quotas:
     """Read the quotas of many models from a TOML file.
 
-    The file has a table ``[models."<id>"]`` for each model, with the fields of `ResourceQuotaConfig` in its units.
-    A field that is missing there is taken from the table ``[defaults]``, and failing that from `ResourceQuotaConfig`.
-    The string ``"unlimited"`` stands for None. An id that has a dot in it needs its quotation marks.
+    The file has a table ``[models."<id>"]`` for each model, with the fields of `ResourceQuotaConfig` in its units, and
+    a table ``[defaults."<pattern>"]``, such as ``[defaults."user:*"]``, for all ids that begin so and have no table.
+    A field that is missing in such a table is taken from the table ``[defaults]``, and failing that from
+    `ResourceQuotaConfig`. The string ``"unlimited"`` means None. An id that has a dot in it needs its quotation marks.
 
     Parameters
     ----------
     path : str or os.PathLike
-        The file, in UTF-8.
+        The file, in UTF-8, with or without a byte order mark.
 
     Returns
     -------
-    dict of str to ResourceQuotaConfig
-        By model id, in the order of the file; empty where the file names no model.
+    Quotas
+        A dict by model id, in the order of the file, empty if the file names no model; its `patterns` is the like of
+        the file's patterns, for `default_quota` of a manager.
 
     Raises
     ------
@@ -54,10 +79,13 @@ def load_quotas(path: str | os.PathLike[str]) -> dict[str, ResourceQuotaConfig]:
     ... max_ram_mb = 512
     ... [models."llama-3.2-1b"]
     ... max_tokens_per_hour = "unlimited"
+    ... [defaults."user:*"]
     ... ''')
     ...     quotas = load_quotas(file)
     >>> quotas["llama-3.2-1b"] == ResourceQuotaConfig("llama-3.2-1b", max_ram_mb=512, max_tokens_per_hour=None)
     True
+    >>> quotas.patterns["user:*"].max_ram_mb
+    512
     """
     name = os.fspath(path)
     text = _read(name)
@@ -67,24 +95,51 @@ def load_quotas(path: str | os.PathLike[str]) -> dict[str, ResourceQuotaConfig]:
         raise _with_line(error, text) from None
 
 
-def _quotas(name: str, document: dict[str, Any]) -> dict[str, ResourceQuotaConfig]:
+def _quotas(name: str, document: dict[str, Any]) -> Quotas:
     for key, value in document.items():
         if key not in ("defaults", "models"):
             where = (key, "") if isinstance(value, dict) else ("", key)
             raise QuotaFileError(name, *where, value, 'the tables [defaults] and [models."<id>"] and nothing else')
-    defaults = _table(name, "", "defaults", document.get("defaults", {}))
+    everything = _table(name, "", "defaults", document.get("defaults", {}))
+    patterns = {
+        key: _pattern(name, key, value)
+        for key, value in everything.items()
+        if "*" in key or (isinstance(value, dict) and key not in ResourceQuotaConfig.__dataclass_fields__)
+    }
+    defaults = {field: value for field, value in everything.items() if field not in patterns}
     # Judged by itself, so that an error in it is not reported against the first model that inherits it.
     _config(name, "defaults", "defaults", defaults)
-    return {
-        model_id: _config(name, f'models."{model_id}"', model_id, _table(name, "models", model_id, fields), defaults)
-        for model_id, fields in _table(name, "", "models", document.get("models", {})).items()
-    }
+    return Quotas(
+        {
+            model_id: _config(
+                name, f'models."{model_id}"', model_id, _table(name, "models", model_id, fields), defaults
+            )
+            for model_id, fields in _table(name, "", "models", document.get("models", {})).items()
+        },
+        {
+            pattern: _config(name, f'defaults."{pattern}"', pattern, fields, defaults)
+            for pattern, fields in patterns.items()
+        },
+    )
+
+
+def _pattern(name: str, pattern: str, value: Any) -> dict[str, Any]:
+    """Return the table of a pattern, if its name is one. An id of its own is a model, and belongs under [models]."""
+    fields = _table(name, "defaults", pattern, value)
+    try:
+        fits = pattern_of(pattern).endswith("*")
+    except QuotaConfigError:
+        fits = False
+    if not fits:
+        raise QuotaFileError(name, f'defaults."{pattern}"', "", fields, _PATTERN)
+    return fields
 
 
 def _read(name: str) -> str:
     with open(name, "rb") as file:
         try:
-            return file.read().decode().replace("\r\n", "\n")
+            # Editors of other systems begin a file with a byte order mark.
+            return file.read().decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise QuotaFileError(name, "", "", str(error), "TOML in UTF-8") from None
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Self
 from modelquota._extras import extra
 from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import CapacityError, QuotaError, QuotaFileError
-from modelquota.quotafile import load_quotas
+from modelquota.patterns import DefaultQuota, overlaid
+from modelquota.quotafile import Quotas, load_quotas
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager
@@ -36,11 +37,15 @@ class Reloaded:
         Models that the file had and has no longer.
     error : Exception or None
         Why the file was refused; then nothing has been changed.
+    changed_patterns, missing_patterns : tuple of str
+        The same of the file's patterns.
     """
 
     changed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     error: Exception | None = None
+    changed_patterns: tuple[str, ...] = ()
+    missing_patterns: tuple[str, ...] = ()
 
 
 class QuotaReloader:
@@ -48,12 +53,18 @@ class QuotaReloader:
 
     A file with an error is refused whole: it is logged with line and field, and all limits stay as they are. What
     models have used stays used. Limits that were set otherwise stay until the file's own for that model change.
-    A file that names no model is refused too: it is most likely half written. That a longer file is never read half
-    written is up to its writer: write another beside it and rename it into its place, as most editors do.
+    A file that names no model and no pattern is refused too: it is most likely half written. That a longer file is
+    never read half written is up to its writer: write another beside it and rename it into its place, as most editors
+    do.
 
     A model that is no longer in the file keeps its last limits, with a warning in the log: to remove it would forget
     what it has used, and admit it without any limit, because of a slip of the editor. With `remove_missing` it is
     removed.
+
+    The file's patterns, such as ``[defaults."user:*"]``, become the manager's `default_quota`. What that was before
+    goes on for ids that no pattern of the file fits; of two patterns that fit, the longest wins, and the file's wins
+    over an equal one. Ids that were given a quota by a pattern keep it when the pattern changes. A pattern that is no
+    longer in the file is treated as a model is.
 
     Parameters
     ----------
@@ -62,7 +73,7 @@ class QuotaReloader:
     path : str or os.PathLike
         The file, for `load_quotas`. Editors may rewrite it in place or put another in its place.
     remove_missing : bool
-        Remove models that an earlier version of the file had; never one that it has not.
+        Remove models and patterns that an earlier version of the file had; never one that it has not.
 
     Examples
     --------
@@ -87,6 +98,10 @@ class QuotaReloader:
         self._remove_missing = remove_missing
         self._lock = threading.Lock()
         self._quotas: dict[str, ResourceQuotaConfig] = {}
+        self._patterns: dict[str, ResourceQuotaConfig] = {}
+        self._named: tuple[str, ...] = ()
+        self._base: DefaultQuota | None = None
+        self._given: DefaultQuota | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
@@ -167,8 +182,8 @@ class QuotaReloader:
             return None
         return found.st_mtime_ns, found.st_size, found.st_ino
 
-    def _apply(self, quotas: dict[str, ResourceQuotaConfig]) -> Reloaded:
-        if not quotas:
+    def _apply(self, quotas: Quotas) -> Reloaded:
+        if not quotas and not quotas.patterns:
             raise QuotaFileError(self._path, "models", "", {}, 'at least one table [models."<id>"]')
         known = set(self._manager.list_models())
         if len(known | quotas.keys()) > self._manager.max_models:
@@ -187,8 +202,30 @@ class QuotaReloader:
             else:
                 logger.warning("model %r is no longer in %s: it keeps its limits", model_id, self._path)
         self._quotas = quotas
+        changed_patterns, missing_patterns = self._apply_patterns(quotas.patterns)
         if changed or missing:
             logger.info(
                 "quotas reloaded from %s: %d models changed, %d missing", self._path, len(changed), len(missing)
             )
-        return Reloaded(changed, missing)
+        if changed_patterns or missing_patterns:
+            counts = len(changed_patterns), len(missing_patterns)
+            logger.info("patterns reloaded from %s: %d changed, %d missing", self._path, *counts)
+        return Reloaded(changed, missing, None, changed_patterns, missing_patterns)
+
+    def _apply_patterns(self, patterns: dict[str, ResourceQuotaConfig]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Lay the file's patterns over the manager's `default_quota`; which have changed, and which are missing."""
+        before = self._patterns
+        changed = tuple(pattern for pattern, quota in patterns.items() if quota != before.get(pattern))
+        missing = tuple(pattern for pattern in self._named if pattern not in patterns)
+        self._named = tuple(patterns)
+        self._patterns = patterns if self._remove_missing else {**before, **patterns}
+        if not self._remove_missing:
+            for pattern in missing:
+                logger.warning("pattern %r is no longer in %s: it keeps its limits", pattern, self._path)
+        if self._patterns != before:
+            found = self._manager.default_quota
+            if found is not self._given:  # somebody else's, from before or since
+                self._base = found
+            self._manager.default_quota = overlaid(self._base, self._patterns) if self._patterns else self._base
+            self._given = self._manager.default_quota
+        return changed, missing

@@ -4,7 +4,7 @@ A replay runs on a `ManualClock`, so an hour of traffic is decided in millisecon
 report: change a limit, replay, compare.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from time import perf_counter_ns
@@ -19,6 +19,8 @@ from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import UnknownModelError
 from modelquota.limits import Limit
 from modelquota.manager import ResourceQuotaManager
+from modelquota.patterns import QuotaTemplates
+from modelquota.quotafile import Quotas
 from modelquota.trace import Trace
 
 __all__ = ["ModelReplay", "ReplayReport", "replay"]
@@ -137,8 +139,8 @@ def replay(
     trace : Trace
         From `read_trace`.
     quotas : mapping of str to ResourceQuotaConfig
-        The quota of every model in the trace, e.g. from `load_quotas`. Models that the trace does not name are
-        left out of the report.
+        The quota of every model in the trace, e.g. from `load_quotas`, of which the patterns count too. Models that the
+        trace does not name are left out of the report.
     model : str, optional
         Whom to charge for a trace without a Model column; the only model in `quotas` where there is just one.
     speed : float or Fraction
@@ -161,6 +163,7 @@ def replay(
         `speed` is out of range, or so small that the trace would last beyond 2**61 ns (73 years).
     """
     ratio = _ratio(speed, trace)
+    quotas = _with_patterns(quotas, trace.models if model is None else (model,))
     names = _models(trace, quotas, model)
     manager = ResourceQuotaManager(clock=ManualClock(), max_models=len(names))
     for name in names:
@@ -220,6 +223,17 @@ def _divided(times_ns: Int64Array, ratio: Fraction) -> Int64Array:
         quotients: Int64Array = whole * denominator + rest * denominator // numerator
         return quotients
     return np.array([time_ns * denominator // numerator for time_ns in times_ns.tolist()], np.int64)
+
+
+def _with_patterns(
+    quotas: Mapping[str, ResourceQuotaConfig], names: Sequence[str]
+) -> Mapping[str, ResourceQuotaConfig]:
+    """Add what the patterns of a quota file give to those of the models that have no quota of their own."""
+    if not isinstance(quotas, Quotas) or not quotas.patterns:
+        return quotas
+    templates = QuotaTemplates(quotas.patterns)
+    found = {name: templates.resolve(name) for name in names if name not in quotas}
+    return {**quotas, **{name: quota for name, quota in found.items() if quota is not None}}
 
 
 def _models(trace: Trace, quotas: Mapping[str, ResourceQuotaConfig], model: str | None) -> tuple[str, ...]:

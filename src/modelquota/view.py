@@ -68,6 +68,9 @@ class QuotaView(QuotaReader):
     def __del__(self) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)  # the number of a descriptor is good in this process and for this object only
+
     @property
     def max_models(self) -> int:
         """How many models the table holds at most."""

@@ -7,7 +7,8 @@ from modelquota._core.layout cimport MAX_TIME_NS
 
 @cython.final
 cdef class ManualClock:
-    """A clock that stands still until it is moved, and only moves forward.
+    """ManualClock(now_ns=0)\n--\n
+    A clock that stands still until it is moved, and only moves forward.
 
     Parameters
     ----------

@@ -163,9 +163,11 @@ def _serve_demo(
         raise unusable(errors, "serve-demo needs the extra 'asgi': pip install 'modelquota[asgi]'") from None
     with _quiet_log():
         with answering(errors, quotas):
-            chosen = None if quotas is None else list(load_quotas(quotas).values())
+            loaded = None if quotas is None else load_quotas(quotas)
+            chosen = None if loaded is None else list(loaded.values())
         with answering(errors, path):
             manager = demo_manager(QUOTAS if chosen is None else chosen, path=path, trust_file=trust_file)
+            manager.default_quota = loaded.patterns if loaded else None
         try:
             serve_demo(
                 Console(), manager, host=host, port=port, quotas=chosen, tokens_per_second=speed, workers=workers

@@ -11,7 +11,7 @@ __all__ = ["parse_fields", "remove_models", "reset_bursts", "set_model"]
 
 
 def parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
-    """Read ``field=value`` words: whole numbers, numbers, ``unlimited``, and names.
+    """Read ``field=value`` words: whole numbers, numbers, ``unlimited``, names, and lists of names with commas.
 
     Raises
     ------
@@ -22,14 +22,21 @@ def parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
     --------
     >>> parse_fields(["max_ram_mb=1_024", "max_tokens_per_second=0.5", "max_ssd_mb=unlimited", "on_violation=reject"])
     {'max_ram_mb': 1024, 'max_tokens_per_second': 0.5, 'max_ssd_mb': None, 'on_violation': 'reject'}
+    >>> parse_fields(["shadow_limits=ram,tokens_per_hour"]), parse_fields(["shadow_limits="])
+    ({'shadow_limits': ['ram', 'tokens_per_hour']}, {'shadow_limits': []})
     """
-    fields = {}
+    fields: dict[str, Any] = {}
     for assignment in assignments:
         field, equals, word = assignment.partition("=")
         if not equals:
             raise QuotaConfigError(assignment, "", "field=value, such as max_ram_mb=1024 or max_ssd_mb=unlimited")
-        fields[field.strip()] = _value(word.strip())
+        field = field.strip()
+        fields[field] = _names(word) if field == "shadow_limits" else _value(word.strip())
     return fields
+
+
+def _names(word: str) -> list[str]:
+    return [name.strip() for name in word.split(",") if name.strip()]
 
 
 def _value(word: str) -> Any:
