@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,7 @@ _MAX_TALLY = 2**59  # a thousand million a second for 18 years, and the sum of s
 _SLOTS = 60
 _PER_SLOT = (1, 3600, 86_400)
 _AT_A_TIME = 1024
+_LONGEST_NAME = 256  # bytes
 _TRIES = 20
 _LOOKS = 8
 _NO_RATE = 255
@@ -157,13 +158,22 @@ class Reader:
 
     def names(self, part: Part) -> list[bytes]:
         """The names of a part's rows; what lies outside the names is empty."""
-        found = []
+        offsets = part.ledgers["name_offset"].astype(np.int64) * NAME_UNIT
+        sizes = part.ledgers["name_size"].astype(np.int64)
+        return self.names_at(offsets, sizes)
+
+    def names_at(self, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> list[bytes]:
+        """Names at these places, all with one look if they are near to one another, as they are of rows in a row."""
         top = int(self.header["names_used"])
-        for ledger in part.ledgers:
-            offset, size = int(ledger["name_offset"]) * NAME_UNIT, int(ledger["name_size"])
-            inside = size <= 256 and offset + size <= top
-            found.append(os.pread(self.descriptor, size, self.regions.names + offset) if inside else b"")
-        return found
+        inside = (sizes <= _LONGEST_NAME) & (offsets + sizes <= top)
+        offsets, sizes = np.where(inside, offsets, 0), np.where(inside, sizes, 0)
+        start, end = int(offsets[inside].min(initial=top)), int((offsets + sizes).max(initial=0))
+        if end - start > _AT_A_TIME * _LONGEST_NAME:
+            places = zip(offsets.tolist(), sizes.tolist(), strict=True)
+            return [os.pread(self.descriptor, size, self.regions.names + offset) for offset, size in places]
+        block = os.pread(self.descriptor, max(end - start, 0), self.regions.names + start)
+        starts = (offsets - start).tolist()
+        return [block[at : at + size] if size else b"" for at, size in zip(starts, sizes.tolist(), strict=True)]
 
 
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -296,13 +306,25 @@ def limit_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
         encoded["limit"], encoded["drain"] = ledgers[f"{what}_limit"][:, 0], rows[f"{what}_drain"]
         encoded["shift"] = rows[f"{what}_shift"]
         encoded["low"], encoded["high"] = rows[f"{what}_cap"]["low"], rows[f"{what}_cap"]["high"]
-        kinds, kind = np.unique(encoded, return_inverse=True)
-        wrong = np.array([not _is_encoded(one) for one in kinds], np.bool_)[kind]
+        wrong = _each_kind(encoded, lambda one: not _is_encoded(one))
         yield from _each(part, alive & wrong, f"its {what} rate is not what the core made of it")
 
 
 def _is_limit(values: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.asarray((values >= 0) & (values <= _MAX_COUNT) | (values == _UNLIMITED), np.bool_)
+
+
+def _each_kind(records: NDArray[Any], judge: Callable[[Any], bool]) -> NDArray[np.bool_]:
+    """What `judge` says of each record; of those that are alike it is asked once."""
+    size, data = records.dtype.itemsize, records.tobytes()
+    said: dict[bytes, bool] = {}
+    found = np.empty(len(records), np.bool_)
+    for index in range(len(records)):
+        key = data[index * size : (index + 1) * size]
+        if key not in said:
+            said[key] = judge(records[index])
+        found[index] = said[key]
+    return found
 
 
 def _is_encoded(one: Any) -> bool:
@@ -327,12 +349,11 @@ def sum_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
         charged = ledgers[f"{what}_mark"] - room[what].view(np.uint64)
         least = np.full(len(rows), _MAX_COUNT)
         for window, per_slot in enumerate(_PER_SLOT):
-            filled = ledgers["filled"][:, window].astype(np.int64)
-            position = (current // per_slot - 1)[:, None] - np.arange(_SLOTS)
-            ring = np.take_along_axis(ledgers[what][:, window], position % _SLOTS, axis=1).astype(np.uint64)
-            ring[np.arange(_SLOTS) >= filled[:, None]] = 0
+            age = ((current // per_slot - 1) % _SLOTS).astype(np.int8)[:, None] - np.arange(_SLOTS, dtype=np.int8)
+            age[age < 0] += _SLOTS
+            ring = np.where(age < ledgers["filled"][:, window][:, None], ledgers[what][:, window], 0)
             base, start = ledgers[f"{what}_base"][:, window], ledgers[f"{what}_start"][:, window]
-            wrong = start - base != ring.sum(1, dtype=np.uint64)
+            wrong = start - base != ring.astype(np.uint64).sum(1)
             yield from _each(part, alive & wrong, f"the {what} of window {window} are not the sum of its slots")
             used = (charged - base).view(np.int64)
             here = (charged - start).view(np.int64)
