@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from modelquota.cli.answers import EXIT_NO, answering, say, unusable
+from modelquota.cli.answers import EXIT_NO, Output, answering, say, unusable
 from modelquota.cli.change import parse_fields, remove_models, reset_bursts, set_model
 from modelquota.cli.status import print_status, print_status_json
+from modelquota.cli.text import escaped
 from modelquota.cli.top import run_top
 from modelquota.manager import ResourceQuotaManager
 from modelquota.reading import QuotaReader
@@ -40,18 +40,19 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         as_json: _Json = False,
         above: Annotated[
             float | None,
-            typer.Option(min=0, metavar="PERCENT", help="End with 1 where any model is above this use of a limit."),
+            typer.Option(min=0, metavar="PERCENT", help="End with 1 if a limit that denies is used more than this."),
         ] = None,
     ) -> None:
         """Print use against limits, the model nearest to a limit first.
 
-        **--json** prints one object: enforcing, stats (the totals), and models, a list of objects with
-        model_id, pressure and nearest_limit, percent (of each limit), usage and quota.
+        **--json** prints one object: enforcing, pressure (the highest of a model that denies), stats (the totals), and
+        models, a list of objects with model_id, pressure, denies (whether any of its limits does), nearest_limit,
+        percent (of each limit), denied (for good), usage and quota. Models that deny nothing come last.
 
-        **Exit code**: 0; 1 when a model is above PERCENT; 2 when the file cannot be used.
+        **Exit code**: 0; 1 when a model that denies is above PERCENT; 2 when the file cannot be used.
         """
-        with answering(Console(stderr=True), path), open_view(path) as manager:
-            highest = print_status_json(manager) if as_json else print_status(manager, Console())
+        with answering(Output(stderr=True), path), open_view(path) as manager:
+            highest = print_status_json(manager) if as_json else print_status(manager, Output())
         if above is not None and highest > above:
             raise typer.Exit(EXIT_NO)
 
@@ -61,8 +62,8 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         interval: Annotated[float, typer.Option(min=0.1, max=3600, metavar="SECONDS", help="Between two looks.")] = 1.0,
     ) -> None:
         """Watch use against limits, the model nearest to a limit first, until q or Ctrl-C."""
-        with answering(Console(stderr=True), path), open_view(path) as manager:
-            run_top(manager, Console(), interval_sec=interval)
+        with answering(Output(stderr=True), path), open_view(path) as manager:
+            run_top(manager, Output(), interval_sec=interval)
 
     @app.command("set")
     def set_(
@@ -79,7 +80,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
         **Exit code**: 0; 2 when a field, its value or the file cannot be used: then nothing is changed.
         """
-        errors = Console(stderr=True)
+        errors = Output(stderr=True)
         with answering(errors, path), open_manager(path) as manager:
             is_new = manager.get_quota(model) is None
             quota = set_model(manager, model, parse_fields(fields or [])).to_dict()
@@ -88,8 +89,8 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         if as_json:
             print(json.dumps(quota, indent=2, allow_nan=False))
         else:
-            lines = (f"{field} = {'unlimited' if value is None else value}" for field, value in quota.items())
-            Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+            lines = (f"{field} = {_word(value)}" for field, value in quota.items())
+            Output().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
     @app.command("remove")
     def remove(models: _Models, path: _Path) -> None:
@@ -97,7 +98,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
         **Exit code**: 0; 1 when one is not known, then none is removed; 2 when the file cannot be used.
         """
-        with answering(Console(stderr=True), path, unknown_model=EXIT_NO), open_manager(path) as manager:
+        with answering(Output(stderr=True), path, unknown_model=EXIT_NO), open_manager(path) as manager:
             remove_models(manager, models)
 
     @app.command("reset-burst")
@@ -106,7 +107,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
         **Exit code**: 0; 1 when one is not known, then none is changed; 2 when the file cannot be used.
         """
-        with answering(Console(stderr=True), path, unknown_model=EXIT_NO), open_manager(path) as manager:
+        with answering(Output(stderr=True), path, unknown_model=EXIT_NO), open_manager(path) as manager:
             reset_bursts(manager, models)
 
     @app.command("exporter")
@@ -120,7 +121,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
         **Exit code**: 0 when it was ended; 2 when the file cannot be used, or the address is taken.
         """
-        errors = Console(stderr=True)
+        errors = Output(stderr=True)
         with answering(errors, path), open_view(path) as manager:
             from modelquota.prometheus import start_exporter  # an extra of its own
 
@@ -133,3 +134,8 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
                 thread.join()
             server.shutdown()
             server.server_close()
+
+
+def _word(value: object) -> str:
+    """A value as one word for a terminal: an id may hold anything."""
+    return "unlimited" if value is None else escaped(str(value))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from modelquota.cli.answers import EXIT_NO, answering
+from modelquota.cli.answers import EXIT_NO, Output, answering
 from modelquota.cli.text import printable
 from modelquota.stateinfo import StateFileInfo, inspect_file, verify_file
 
@@ -28,12 +28,12 @@ def add_commands(app: typer.Typer) -> None:
 
         **Exit code**: 0; 2 when the file cannot be used. It is only read.
         """
-        with answering(Console(stderr=True), file):
+        with answering(Output(stderr=True), file):
             info = inspect_file(file)
         if as_json:
             print(json.dumps(dataclasses.asdict(info), default=str, indent=2))
         else:
-            Console().print(_table(info))
+            Output().print(_table(info))
 
     @app.command("verify")
     def verify(file: _File, as_json: _Json = False) -> None:
@@ -41,7 +41,7 @@ def add_commands(app: typer.Typer) -> None:
 
         **Exit code**: 0 when all agrees; 1 when not; 2 when the file cannot be used.
         """
-        with answering(Console(stderr=True), file):
+        with answering(Output(stderr=True), file):
             info, faults = inspect_file(file), verify_file(file)
         if as_json:
             print(json.dumps({"models": info.models, "faults": faults}, indent=2))
@@ -68,5 +68,5 @@ def _table(info: StateFileInfo) -> Table:
         ("recoveries", f"{info.recoveries:,} after the death of a process"),
         ("last anchored", f"{info.anchored_at:%Y-%m-%d %H:%M:%S} UTC"),
     ):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # a path may hold what rich takes for markup
     return table
