@@ -96,8 +96,8 @@ class QuotaView(QuotaReader):
         version = int(reader.header["registry_version"])
         if version != self._version:
             *_, places = self._rows_of(reader)
-            alive = self._name_rows(reader, places)
-            self._rows = dict(zip(self._ids[alive].tolist(), alive.tolist(), strict=True))
+            alive, model_ids = self._name_rows(reader, places)
+            self._rows = dict(zip(model_ids, alive.tolist(), strict=True))
             self._version = version
         return self._rows
 
@@ -110,8 +110,8 @@ class QuotaView(QuotaReader):
         except EOFError as error:
             raise StateFileError(self.path, f"{error}: it was cut off while it was read") from None
 
-    def _name_rows(self, reader: Reader, places: NDArray[np.uint32]) -> NDArray[np.intp]:
-        """Bring `_ids` up to date; return the rows in which the models of `places` live, in their order.
+    def _name_rows(self, reader: Reader, places: NDArray[np.uint32]) -> tuple[NDArray[np.intp], list[str]]:
+        """Bring `_ids` up to date; return the rows in which the models of `places` live, in their order, and their ids.
 
         An id is read once for each model: it stays with the row's generation.
         """
@@ -126,14 +126,15 @@ class QuotaView(QuotaReader):
             new = np.flatnonzero(alive & (generations != self._generations[: len(places)]))
             for first in range(0, len(new), _NAMES_AT_A_TIME):
                 rows = new[first : first + _NAMES_AT_A_TIME]
-                found = reader.names_at(places[rows, 1].astype(np.int64) * NAME_UNIT, places[rows, 2].astype(np.int64))
-                names = np.array([name.decode("utf-8", "replace") for name in found], object)
+                raw = reader.names_at(places[rows, 1].astype(np.int64) * NAME_UNIT, places[rows, 2].astype(np.int64))
+                names = np.array([name.decode("utf-8", "replace") for name in raw], object)
                 # a row that was given to another model in the meantime may have been read with that one's name
                 same = self._generations_now(reader, rows) == generations[rows]
                 self._ids[rows[same]] = names[same]
                 self._generations[rows[same]] = generations[rows[same]]
                 alive[rows[~same]] = False
-            return np.flatnonzero(alive)
+            found = np.flatnonzero(alive)
+            return found, self._ids[found].tolist()
 
     def _generations_now(self, reader: Reader, rows: NDArray[np.intp]) -> NDArray[np.uint32]:
         dtype = reader.layout["row"]
@@ -167,8 +168,8 @@ class QuotaView(QuotaReader):
     def _read_table(self) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.uint64]]:
         reader = self._reader()
         usage, limits, places = self._rows_of(reader)
-        alive = self._name_rows(reader, places)
-        records = records_of(usage, self._ids[alive].tolist(), alive)
+        alive, model_ids = self._name_rows(reader, places)
+        records = records_of(usage, model_ids, alive)
         lives = places[alive, 0].astype(np.uint64) << np.uint64(32) | alive.astype(np.uint64)
         return records, limits if len(alive) == len(limits) else limits[alive], lives
 

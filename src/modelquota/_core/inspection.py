@@ -76,10 +76,11 @@ class Reader:
         self.header: Any = self._read(dtype, 1, 0)[0] if self.size >= dtype.itemsize else None
 
     def _read(self, dtype: np.dtype[Any], count: int, offset: int) -> NDArray[Any]:
-        data = os.pread(self.descriptor, dtype.itemsize * count, offset)
-        if len(data) != dtype.itemsize * count:
-            raise StateFileError(self.path, f"it ends after {offset + len(data)} bytes, in the middle of its contents")
-        return np.frombuffer(bytearray(data), dtype)  # writeable: time passes in a copy
+        data = bytearray(dtype.itemsize * count)  # writeable: time passes in a copy
+        size = os.preadv(self.descriptor, [data], offset)
+        if size != len(data):
+            raise StateFileError(self.path, f"it ends after {offset + size} bytes, in the middle of its contents")
+        return np.frombuffer(data, dtype)
 
     def check_header(self) -> None:
         """Raise StateFileError where the file is of something else, of another version, or of another length."""
@@ -208,9 +209,9 @@ def content_faults(reader: Reader) -> Iterator[str]:
             yield f"record {record} of what grants hold: {what} is no count"
     for part in reader.parts():
         yield from part_faults(part, int(reader.header["names_used"]), int(reader.header["staged_row"]))
-        for index, name in enumerate(reader.names(part)):
-            if not part.steady[index] or part.rows["generation"][index] % 2 == 0:
-                continue
+        names = reader.names(part)
+        for index in np.flatnonzero(part.steady & (part.rows["generation"] % 2 == 1)).tolist():
+            name = names[index]
             try:
                 text = name.decode()
             except UnicodeDecodeError:
