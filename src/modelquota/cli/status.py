@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from json.encoder import encode_basestring_ascii as encode
 
 import numpy as np
 from rich.console import Console
@@ -23,6 +24,7 @@ __all__ = ["print_status", "print_status_json", "status_table", "totals_line"]
 BAR_COLUMNS = 80
 WIDE_COLUMNS = 132
 _BAR_WIDTH = 10
+_WRITTEN_AT_ONCE = 256
 WIDE = {
     "RAM": Limit.RAM,
     "SSD": Limit.SSD,
@@ -56,7 +58,7 @@ def print_status(manager: QuotaReader, console: Console) -> float:
 def print_status_json(manager: QuotaReader) -> float:
     """Print the same as one JSON object, everything that can be read in it; return the same.
 
-    Each model is a line, written as it is made: a reader may take what it needs and leave.
+    Each model is a line, and some are written as soon as they are made: a reader may take what it needs and leave.
     """
     found = read_utilization(manager)
     stats = manager.get_stats()
@@ -67,14 +69,14 @@ def print_status_json(manager: QuotaReader) -> float:
     }
     print(json.dumps(document, indent=2, allow_nan=False).removesuffix("\n}"), end=',\n  "models": [')
     separator = "\n    "
-    for model in _models_as_json(found):
-        print(separator + model, end="")
+    for lines in _models_as_json(found):
+        print(separator + ",\n    ".join(lines), end="")
         separator = ",\n    "
     print("\n  ]\n}")
     return found.highest
 
 
-def _models_as_json(found: Utilization) -> Iterator[str]:
+def _models_as_json(found: Utilization) -> Iterator[list[str]]:
     # What is alike for many models is encoded once; an encoder of the whole would take longer than all the rest.
     order = found.by_pressure()
     names = [name for name in found.counters.dtype.names or () if name != "model_id"]
@@ -86,23 +88,28 @@ def _models_as_json(found: Utilization) -> Iterator[str]:
         fields = kind.to_dict()
         del fields["model_id"]
         quotas.append(json.dumps(fields, allow_nan=False).removeprefix("{"))
-    for (model_id, *counts), percent, pressure, column, denies, refused, kind in zip(
-        found.counters[order].tolist(),
-        found.percent[order].round(3).tolist(),
-        found.pressure[order].round(3).tolist(),
-        found.nearest_column[order].tolist(),
-        found.denies[order].tolist(),
-        denied(found.counters)[order].tolist(),
-        found.quotas.kind_of[order].tolist(),
-        strict=True,
-    ):
-        name = json.dumps(model_id)
-        yield (
-            f'{{"model_id": {name}, "pressure": {pressure!r}, "denies": {"true" if denies else "false"}, '
-            f'"nearest_limit": "{limits[column]}", "percent": {percents % tuple(percent)}, '
-            f'"denied": {max(refused, 0)}, "usage": {usage % tuple(counts)}, '
-            f'"quota": {{"model_id": {name}, {quotas[kind]}}}'
-        )
+    refused = np.maximum(denied(found.counters), 0)
+    for start in range(0, len(order), _WRITTEN_AT_ONCE):
+        part = order[start : start + _WRITTEN_AT_ONCE]
+        lines = []
+        for (model_id, *counts), percent, pressure, column, denies, denials, kind in zip(
+            found.counters[part].tolist(),
+            found.percent[part].round(3).tolist(),
+            found.pressure[part].round(3).tolist(),
+            found.nearest_column[part].tolist(),
+            found.denies[part].tolist(),
+            refused[part].tolist(),
+            found.quotas.kind_of[part].tolist(),
+            strict=True,
+        ):
+            name = encode(model_id)
+            lines.append(
+                f'{{"model_id": {name}, "pressure": {pressure!r}, "denies": {"true" if denies else "false"}, '
+                f'"nearest_limit": "{limits[column]}", "percent": {percents % tuple(percent)}, '
+                f'"denied": {denials}, "usage": {usage % tuple(counts)}, '
+                f'"quota": {{"model_id": {name}, {quotas[kind]}}}'
+            )
+        yield lines
 
 
 def status_table(found: Utilization, indices: Sequence[int], *, console: Console) -> Lines:
