@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from modelquota import ResourceQuotaManager, __version__
 from modelquota.cli import operate, statefile
-from modelquota.cli.answers import Commands, Output, answering, say, unusable
+from modelquota.cli.answers import answering, say, unusable
 from modelquota.cli.demo import run_demo
 from modelquota.cli.replay import print_json, print_report, replay_file
 from modelquota.quotafile import load_quotas
@@ -22,7 +23,6 @@ __all__ = ["app", "run"]
 
 app = typer.Typer(
     name="modelquota",
-    cls=Commands,
     help="Per-model resource quotas for inference: try limits on recorded traffic, live, or over HTTP.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -99,7 +99,7 @@ def _replay(
     **Exit code**: 0 when the trace was replayed, whatever was denied; 2 when an argument or a file
     cannot be used.
     """
-    errors = Output(stderr=True)
+    errors = Console(stderr=True)
     with _quiet_log(), answering(errors, trace):
         report = replay_file(trace, load_quotas(quotas), model=model, speed=speed, errors=errors)
     if report.out_of_order:
@@ -107,7 +107,7 @@ def _replay(
     if as_json:
         print_json(report)
     else:
-        print_report(report, Output())
+        print_report(report, Console())
 
 
 @app.command("demo")
@@ -124,7 +124,7 @@ def _demo(
     sizes and mix follow production traces. Ctrl-C ends it early, with the closing report.
     """
     with _quiet_log():
-        run_demo(Output(), seconds=seconds, threads=threads, seed=seed)
+        run_demo(Console(), seconds=seconds, threads=threads, seed=seed)
 
 
 @app.command("serve-demo")
@@ -151,7 +151,7 @@ def _serve_demo(
 
     **Exit code**: 0 when it was ended; 2 when an argument or a file cannot be used, or the address is taken.
     """
-    errors = Output(stderr=True)
+    errors = Console(stderr=True)
     try:
         from modelquota.asgi.demo import QUOTAS, demo_manager
         from modelquota.cli.serve import serve_demo
@@ -165,7 +165,9 @@ def _serve_demo(
         with answering(errors, path):
             manager = demo_manager(QUOTAS if chosen is None else chosen, path=path)
         try:
-            serve_demo(Output(), manager, host=host, port=port, quotas=chosen, tokens_per_second=speed, workers=workers)
+            serve_demo(
+                Console(), manager, host=host, port=port, quotas=chosen, tokens_per_second=speed, workers=workers
+            )
         except OSError as error:
             raise unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
 

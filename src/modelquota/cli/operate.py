@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from modelquota.cli.answers import EXIT_NO, Output, answering, say, unusable
+from modelquota.cli.answers import EXIT_NO, answering, say, unusable
 from modelquota.cli.change import parse_fields, remove_models, reset_bursts, set_model
 from modelquota.cli.status import print_status, print_status_json
 from modelquota.cli.text import escaped
@@ -51,8 +52,8 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
         **Exit code**: 0; 1 when a model that denies is above PERCENT; 2 when the file cannot be used.
         """
-        with answering(Output(stderr=True), path), open_view(path) as manager:
-            highest = print_status_json(manager) if as_json else print_status(manager, Output())
+        with answering(Console(stderr=True), path), open_view(path) as manager:
+            highest = print_status_json(manager) if as_json else print_status(manager, Console())
         if above is not None and highest > above:
             raise typer.Exit(EXIT_NO)
 
@@ -62,8 +63,8 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         interval: Annotated[float, typer.Option(min=0.1, max=3600, metavar="SECONDS", help="Between two looks.")] = 1.0,
     ) -> None:
         """Watch use against limits, the model nearest to a limit first, until q or Ctrl-C."""
-        with answering(Output(stderr=True), path), open_view(path) as manager:
-            run_top(manager, Output(), interval_sec=interval)
+        with answering(Console(stderr=True), path), open_view(path) as manager:
+            run_top(manager, Console(), interval_sec=interval)
 
     @app.command("set")
     def set_(
@@ -80,7 +81,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
         **Exit code**: 0; 2 when a field, its value or the file cannot be used: then nothing is changed.
         """
-        errors = Output(stderr=True)
+        errors = Console(stderr=True)
         with answering(errors, path), open_manager(path) as manager:
             is_new = manager.get_quota(model) is None
             quota = set_model(manager, model, parse_fields(fields or [])).to_dict()
@@ -90,7 +91,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
             print(json.dumps(quota, indent=2, allow_nan=False))
         else:
             lines = (f"{field} = {_word(value)}" for field, value in quota.items())
-            Output().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+            Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
     @app.command("remove")
     def remove(models: _Models, path: _Path) -> None:
@@ -98,7 +99,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
         **Exit code**: 0; 1 when one is not known, then none is removed; 2 when the file cannot be used.
         """
-        with answering(Output(stderr=True), path, unknown_model=EXIT_NO), open_manager(path) as manager:
+        with answering(Console(stderr=True), path, unknown_model=EXIT_NO), open_manager(path) as manager:
             remove_models(manager, models)
 
     @app.command("reset-burst")
@@ -107,7 +108,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
         **Exit code**: 0; 1 when one is not known, then none is changed; 2 when the file cannot be used.
         """
-        with answering(Output(stderr=True), path, unknown_model=EXIT_NO), open_manager(path) as manager:
+        with answering(Console(stderr=True), path, unknown_model=EXIT_NO), open_manager(path) as manager:
             reset_bursts(manager, models)
 
     @app.command("exporter")
@@ -121,7 +122,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
         **Exit code**: 0 when it was ended; 2 when the file cannot be used, or the address is taken.
         """
-        errors = Output(stderr=True)
+        errors = Console(stderr=True)
         with answering(errors, path), open_view(path) as manager:
             from modelquota.prometheus import start_exporter  # an extra of its own
 

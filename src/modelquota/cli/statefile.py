@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from modelquota.cli.answers import EXIT_NO, Output, answering
+from modelquota.cli.answers import EXIT_NO, answering
 from modelquota.cli.text import printable
 from modelquota.stateinfo import StateFileInfo, inspect_file, verify_file
 
@@ -28,12 +29,12 @@ def add_commands(app: typer.Typer) -> None:
 
         **Exit code**: 0; 2 when the file cannot be used. It is only read.
         """
-        with answering(Output(stderr=True), file):
+        with answering(Console(stderr=True), file):
             info = inspect_file(file)
         if as_json:
             print(json.dumps(dataclasses.asdict(info), default=str, indent=2))
         else:
-            Output().print(_table(info))
+            Console().print(_table(info))
 
     @app.command("verify")
     def verify(file: _File, as_json: _Json = False) -> None:
@@ -41,7 +42,7 @@ def add_commands(app: typer.Typer) -> None:
 
         **Exit code**: 0 when all agrees; 1 when not; 2 when the file cannot be used.
         """
-        with answering(Output(stderr=True), file):
+        with answering(Console(stderr=True), file):
             info, faults = inspect_file(file), verify_file(file)
         if as_json:
             print(json.dumps({"models": info.models, "faults": faults}, indent=2))
