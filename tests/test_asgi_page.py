@@ -188,3 +188,19 @@ def test_the_page_in_a_real_browser(manager):
             assert browser.evaluate('document.querySelectorAll(".full").length') == 1
             assert browser.complaints == []
         browser.until(f'{text}.includes("no answer from the server; as of")')
+
+
+@pytest.mark.parametrize("accept", [[], JSON])
+@pytest.mark.parametrize("sent", [0, 1])
+def test_a_client_that_leaves_is_no_error(manager, accept, sent):
+    """A server may say so by an OSError of `send`."""
+    left = []
+
+    async def send(message):
+        if len(left) == sent:
+            raise ConnectionResetError("the client has left")
+        left.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/quota", "headers": accept}
+    asyncio.run(QuotaPage(manager)(scope, None, send))
+    assert len(left) == sent

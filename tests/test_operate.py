@@ -1,5 +1,6 @@
 """The commands over a manager: what they print and change, their exit codes, and the live screen on a real terminal."""
 
+import ast
 import contextlib
 import fcntl
 import io
@@ -21,12 +22,14 @@ import urllib.request
 import pyte
 import pytest
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.cli.operate import add_commands
-from modelquota.cli.status import print_status
+from modelquota.cli.status import print_status, print_status_json
 from modelquota.cli.top import Top, run_top
 
 
@@ -68,18 +71,18 @@ def test_status_has_the_model_nearest_to_a_limit_first(run):
     assert (outcome.exit_code, outcome.stderr) == (0, "")
     lines = [" ".join(line.split()) for line in outcome.stdout.splitlines()]
     assert lines[0] == "model pressure % nearest limit allowed denied"
-    assert [line.split()[0] for line in lines[1:4]] == ["busy", "full", "idle"]
-    assert lines[1].endswith("107 16 of 15 requests/hour 16 1 warned")
-    assert lines[2].endswith("90 900 of 1k MB RAM 0 1")
-    assert lines[3].endswith("0 idle 0 0")
+    assert [line.split()[0] for line in lines[1:4]] == ["full", "idle", "busy"], "busy only warns"
+    assert lines[1].endswith("90 900 of 1k MB RAM 0 1")
+    assert lines[2].endswith("0 idle 0 0")
+    assert lines[3].endswith("107 16 of 15 requests/hour 16 1 warned")
     assert lines[4] == "17 checks, 16 allowed, 1 denied, 1 warned"
     assert max(map(len, outcome.stdout.splitlines())) <= 80
 
 
 def test_status_has_more_room_on_a_wide_screen(manager):
     console = Console(file=io.StringIO(), width=140)
-    assert print_status(manager, console) == pytest.approx(100 * 16 / 15)
-    heading, _, full, *_ = console.file.getvalue().splitlines()
+    assert print_status(manager, console) == pytest.approx(90)
+    heading, full, *_ = console.file.getvalue().splitlines()
     assert all(f"{name} %" in heading for name in ("RAM", "SSD", "tok/h", "req/h", "tok/day", "req/day"))
     assert "-" in full.split()
 
@@ -93,8 +96,8 @@ def test_no_width_cuts_a_figure(manager, width):
     console = Console(file=io.StringIO(), width=width)
     print_status(manager, console)
     heading, *lines = console.file.getvalue().splitlines()
-    assert [line[: heading.index("%") + 1].split()[-1] for line in lines[:4]] == ["1018182", "107", "0", "0"]
-    assert [line.split()[-2:] for line in lines[:4]] == [["112", "1"], ["1", "warned"], ["0", "0"], ["0", "0"]]
+    assert [line[: heading.index("%") + 1].split()[-1] for line in lines[:4]] == ["0", "0", "1018182", "107"]
+    assert [line.split()[-2:] for line in lines[:4]] == [["0", "0"], ["0", "0"], ["112", "1"], ["1", "warned"]]
     assert max(map(len, lines)) <= width
 
 
@@ -105,9 +108,7 @@ def test_who_was_admitted_after_a_wait_is_told_apart_from_who_was_sent_away(mana
     manager.acquire("line", 1).release()
     console = Console(file=io.StringIO(), width=80)
     print_status(manager, console)
-    assert console.file.getvalue().splitlines()[-1] == (
-        "19 checks, 18 allowed, 2 denied (1 of those admitted after a wait), 1 warned"
-    )
+    assert console.file.getvalue().splitlines()[-1] == ("19 checks, 18 allowed (1 after a wait), 1 denied, 1 warned")
 
 
 def test_a_rate_is_shown_with_its_burst(manager):
@@ -138,8 +139,10 @@ def test_status_of_nothing_and_without_enforcement():
 def test_status_as_json(run, manager):
     outcome = run("status", "--json")
     document = json.loads(outcome.stdout)
-    assert [model["model_id"] for model in document["models"]] == ["busy", "full", "idle"]
-    full = document["models"][1]
+    assert [model["model_id"] for model in document["models"]] == ["full", "idle", "busy"]
+    assert [model["denies"] for model in document["models"]] == [True, True, False]
+    assert (document["pressure"], document["models"][2]["pressure"]) == (90.0, 106.667)
+    full = document["models"][0]
     assert (full["pressure"], full["nearest_limit"], full["percent"]["ram"]) == (90.0, "ram", 90.0)
     assert full["usage"]["rejected_total"] == full["usage"]["ram_violations"] == 1
     assert ResourceQuotaConfig.from_dict(full["quota"]) == manager.get_quota("full")
@@ -150,7 +153,7 @@ def test_status_as_json(run, manager):
 
 
 def test_status_answers_a_script_by_its_exit_code(run):
-    assert [run("status", "--above", percent).exit_code for percent in ("106", "107", "200")] == [1, 0, 0]
+    assert [run("status", "--above", percent).exit_code for percent in ("89", "90", "200")] == [1, 0, 0]
     assert run("status", "--json", "--above", "50").exit_code == 1
 
 
@@ -356,3 +359,109 @@ def test_shell_completion():
         [sys.executable, "-m", "modelquota"], capture_output=True, text=True, timeout=60, env=env, check=True
     )
     assert done.stdout.split() == ["replay", "remove", "reset-burst"]
+
+
+# -- ids that a terminal would obey, and readers that leave
+
+HOSTILE = ["[red]", "[/]", "a\x1b[2Jb", "a\nb", "a\rb", "\u202eabc", "[link=http://x]y[/link]", "ü" * 40, "日本" * 20]
+
+
+@pytest.mark.parametrize("model_id", HOSTILE)
+def test_an_id_is_text_wherever_it_is_printed(model_id, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    manager = ResourceQuotaManager(clock=ManualClock(10**12))
+    app = typer.Typer()
+    add_commands(app, lambda path: contextlib.nullcontext(manager), lambda path: contextlib.nullcontext(manager))
+
+    def run(*arguments):
+        return CliRunner().invoke(app, [arguments[0], "--path", "state", *arguments[1:]])
+
+    outcome = run("set", "--", model_id)
+    first, *rest = outcome.stdout.split("\n")
+    assert (outcome.exit_code, first.isprintable(), len(rest)) == (0, True, len(manager.get_quota(model_id).to_dict()))
+    if model_id.isprintable():
+        assert first == f"model_id = {model_id}"
+    else:
+        assert ast.literal_eval('"' + first.removeprefix("model_id = ") + '"') == model_id
+    assert len(outcome.stderr.splitlines()) == 1
+    assert outcome.stderr.rstrip("\n").isprintable()
+    assert json.loads(run("set", "--json", "--", model_id).stdout)["model_id"] == model_id
+    outcome = run("status")
+    assert len(outcome.stdout.splitlines()) == 3
+    assert all(line.isprintable() for line in outcome.stdout.splitlines())
+    (model,) = json.loads(run("status", "--json").stdout)["models"]
+    assert model["model_id"] == model["quota"]["model_id"] == model_id
+    for colours in (None, "truecolor"):
+        console = Console(
+            file=io.StringIO(), width=80, height=9, color_system=colours, force_terminal=colours is not None
+        )
+        console.print(Top(manager, console).screen())
+        text = Text.from_ansi(console.file.getvalue()).plain
+        assert len(text.splitlines()) == 5
+        assert all(line.isprintable() and cell_len(line) <= 80 for line in text.splitlines())
+        if model_id.isascii() and model_id.isprintable():
+            assert text.splitlines()[3].startswith(model_id[:27])
+    outcome = run("remove", "--", model_id + "?")
+    assert (outcome.exit_code, len(outcome.stderr.splitlines())) == (1, 1)
+    assert outcome.stderr.rstrip("\n").isprintable()
+
+
+def test_a_path_is_text_too(tmp_path):
+    path = tmp_path / "[red]x[bold].state"
+    ResourceQuotaManager(path=path).set_quota("m")
+    command = [sys.executable, "-m", "modelquota", "inspect", str(path)]
+    env = {**os.environ, "COLUMNS": "300"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=True)
+    assert str(path) in done.stdout
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory):
+    path = tmp_path_factory.mktemp("many") / "quota.state"
+    manager = ResourceQuotaManager(path=path)
+    for i in range(2000):
+        manager.set_quota(f"model-{i}")
+    return path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status", "--json"], ["status"], ["set", "model-1"], ["set", "model-1", "--json"], ["inspect"], ["verify"],
+        ["inspect", "--json"], ["verify", "--json"],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_reader_that_leaves_ends_a_command_without_a_word(state, command, lines):
+    where = [str(state)] if command[0] in ("inspect", "verify") else ["--path", str(state)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modelquota", *command, *where],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(lines):
+        assert process.stdout.readline()
+    process.stdout.close()
+    with process:
+        assert process.stderr.read() == ""
+        short_enough_to_have_been_written = lines == 1 and command != ["status", "--json"] and command != ["status"]
+        assert process.wait(60) in ([0, 1] if short_enough_to_have_been_written else [1])
+
+
+def test_status_of_a_full_table_is_quick(tmp_path, monkeypatch):
+    """A generous bound: what took quadratic time needs minutes for these."""
+    manager = ResourceQuotaManager(path=tmp_path / "state")
+    for i in range(16_384):
+        manager.set_quota(f"user-{i}", max_tokens_per_hour=1000 + i % 50)
+        manager.check_quota(f"user-{i}", i % 1000)
+    console = Console(file=io.StringIO(), width=140)
+    out = io.StringIO()
+    with ResourceQuotaManager.open_readonly(tmp_path / "state") as view, contextlib.redirect_stdout(out):
+        start = time.process_time()
+        print_status(view, console)
+        print_status_json(view)
+        assert time.process_time() - start < 3
+    assert len(console.file.getvalue().splitlines()) == 16_384 + 2
+    models = json.loads(out.getvalue())["models"]
+    assert [model["pressure"] for model in models] == sorted((model["pressure"] for model in models), reverse=True)

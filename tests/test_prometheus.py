@@ -5,6 +5,7 @@ import json
 import random
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -180,8 +181,7 @@ def test_counters_never_fall_and_lose_nothing_however_models_change_places(manag
         if round_ % 10 == 9:
             scraped = scrape(registry)  # what is removed unseen is told by the totals only
             assert scraped is not None
-            if manager.remove_quota(name):
-                before = {key: value for key, value in scraped.items() if ("model", name) not in key}
+            manager.remove_quota(name)
             manager.set_quota(name, max_ram_mb=100)
         for name in names:
             manager.update_memory_usage(name, rng.randrange(100), 0)
@@ -215,7 +215,7 @@ def test_labels_together_tell_all_that_was_counted(manager):
     assert told == charged
 
 
-def test_a_model_that_was_removed_begins_anew_and_the_totals_go_on(manager):
+def test_an_id_that_comes_back_goes_on_counting_and_so_do_the_totals(manager):
     registry = registry_of(manager)
     manager.check_quota("llama", 9)
     assert scrape(registry)[("modelquota_model_tokens_total", ("model", "llama"))] == 9
@@ -226,7 +226,7 @@ def test_a_model_that_was_removed_begins_anew_and_the_totals_go_on(manager):
     manager.set_quota("llama")
     manager.check_quota("llama", 4)
     found = scrape(registry)
-    assert found[("modelquota_model_tokens_total", ("model", "llama"))] == 4
+    assert found[("modelquota_model_tokens_total", ("model", "llama"))] == 13, "a counter never falls"
     assert found[("modelquota_checks_total",)] == 2
 
 
@@ -292,3 +292,79 @@ def test_without_the_extra_it_says_what_to_install():
     assert done.stderr.endswith(
         "ImportError: this needs the extra 'prometheus': pip install 'modelquota[prometheus]'\n"
     )
+
+
+def test_labels_are_bounded_over_the_life_of_a_process(manager):
+    """Users come, count and go: the label takes few values, no series falls, and together they tell all."""
+    registry = registry_of(manager, max_models=5)
+    rng = random.Random(11)
+    labels, last, told, charged = set(), {}, 0.0, 0
+    for round_ in range(60):
+        users = [f"user-{round_}-{i}" for i in range(8)] + [f"regular-{i}" for i in range(3)]
+        for user in users:
+            manager.set_quota(user, max_ram_mb=100)
+            manager.update_memory_usage(user, rng.randrange(100), 0)
+            charged += 20 if manager.check_quota(user, 20) else 0
+        found = {key: value for key, value in scrape(registry).items() if key[0].startswith("modelquota_model_")}
+        labels |= {dict(key[1:])["model"] for key in found}
+        for key, value in found.items():
+            if key[0].endswith("_total"):
+                assert value >= last.get(key, 0), key
+        tokens = {key: value for key, value in found.items() if key[0] == "modelquota_model_tokens_total"}
+        told += sum(value - last.get(key, 0) for key, value in tokens.items())
+        last |= found
+        for user in users:
+            if rng.random() < 0.9:
+                manager.remove_quota(user)
+        manager.clock.advance(60)
+    assert len(labels) == 6
+    assert OTHERS in labels
+    assert told == charged
+
+
+def test_labels_that_are_left_are_given_later_and_stay_with_their_id(manager):
+    registry = registry_of(manager, max_models=3)
+
+    def own():
+        return {dict(labels)["model"] for name, *labels in scrape(registry) if name == "modelquota_model_ram_bytes"}
+
+    assert own() == {"llama", "qwen"}
+    for name, ram_mb in (("low", 10), ("high", 90)):
+        manager.set_quota(name, max_ram_mb=100)
+        manager.update_memory_usage(name, ram_mb, 0)
+    assert own() == {"llama", "qwen", "high", OTHERS}
+    manager.remove_quota("llama")
+    manager.update_memory_usage("low", 100, 0)
+    assert own() == {"qwen", "high", OTHERS}
+    manager.set_quota("llama")
+    assert own() == {"llama", "qwen", "high", OTHERS}
+
+
+def test_clients_that_leave_are_no_error_of_the_exporter(manager, capfd):
+    for i in range(500):
+        manager.set_quota(f"model-{i}")
+    server, thread = start_exporter(manager, 0, max_models=500)
+    left = threading.Semaphore(0)
+    finish = server.shutdown_request
+
+    def shutdown_request(request):
+        finish(request)
+        left.release()
+
+    server.shutdown_request = shutdown_request
+    requests = (b"", b"GET /met", b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+    for request in requests:
+        with socket.create_connection(("127.0.0.1", server.server_port)) as client:
+            client.sendall(request)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it resets the connection
+    for _ in requests:
+        assert left.acquire(timeout=30)
+    assert capfd.readouterr() == ("", "")
+    try:
+        raise ValueError("a fault of the server")
+    except ValueError:
+        server.handle_error(None, ("127.0.0.1", 1))
+    assert "a fault of the server" in capfd.readouterr().err
+    server.shutdown()
+    server.server_close()
+    thread.join(30)

@@ -96,13 +96,14 @@ def test_a_model_without_limits_uses_nothing_of_them() -> None:
             "current_ram_mb peak_ram_mb current_ssd_mb peak_ssd_mb requests_this_second tokens_this_second"
             " tokens_this_hour tokens_this_day requests_this_hour requests_this_day burst_requests_used"
             " burst_tokens_used total_violations ram_violations ssd_violations rate_violations quota_violations"
-            " concurrency_violations reserved_ram_mb reserved_ssd_mb concurrent_requests queued_requests",
+            " concurrency_violations reserved_ram_mb reserved_ssd_mb concurrent_requests queued_requests"
+            " tokens_total tokens_refunded_total",
         ),
         (
             QuotaStats,
             "total_checks total_violations rejected_requests throttled_requests queued_requests ram_violations"
             " ssd_violations rate_violations quota_violations allowed_requests warned_requests concurrency_violations"
-            " recoveries",
+            " recoveries denied_requests waited_requests tokens_charged tokens_refunded",
         ),
     ],
 )
@@ -142,6 +143,10 @@ def test_status() -> None:
         rate_violations=12_340,
         quota_violations=3,
         concurrency_violations=5,
+        denied_requests=12_310,
+        waited_requests=35,
+        tokens_charged=9_000,
+        tokens_refunded=4_000,
     )
     assert [" ".join(line.split()) for line in status_lines(reports, stats).splitlines()[:3]] == [
         "model RAM MB SSD MB open requests/s tokens/s tokens/h requests/h tokens/day requests/day violations",
@@ -150,7 +155,8 @@ def test_status() -> None:
         "free" + " 0 / -" * 9 + " 0",
     ]
     assert status_lines(reports, stats).splitlines()[3:] == [
-        "total: 1,234,567 checks, 1,222,222 allowed (6 with a warning), 12,000 rejected, 300 throttled, 45 queued",
+        "total: 1,234,567 checks, 1,222,222 allowed (6 with a warning, 35 after a wait), 12,310 denied",
+        "actions: 12,000 rejected, 300 throttled, 45 queued; tokens: 9,000 charged, 4,000 refunded",
         "violations: 12,351 (1 RAM, 2 SSD, 12,340 rate, 3 quota, 5 concurrency)",
     ]
 
@@ -158,7 +164,8 @@ def test_status() -> None:
 def test_status_without_models() -> None:
     assert status_lines([], QuotaStats()) == (
         "no models\n"
-        "total: 0 checks, 0 allowed (0 with a warning), 0 rejected, 0 throttled, 0 queued\n"
+        "total: 0 checks, 0 allowed (0 with a warning, 0 after a wait), 0 denied\n"
+        "actions: 0 rejected, 0 throttled, 0 queued; tokens: 0 charged, 0 refunded\n"
         "violations: 0 (0 RAM, 0 SSD, 0 rate, 0 quota, 0 concurrency)"
     )
 
@@ -178,7 +185,7 @@ def test_the_table_is_aligned_whatever_stands_in_it(rows: list[tuple[str, int, i
         )
         for model_id, used, limit in rows
     ]
-    heading, *table = status_lines(reports, QuotaStats()).split("\n")[:-2]
+    heading, *table = status_lines(reports, QuotaStats()).split("\n")[:-3]
     assert len(table) == len(rows)
     assert {len(line) for line in table} == {len(heading)}
     assert all(line.isprintable() for line in table)

@@ -26,6 +26,7 @@ def test_snapshot_has_all_models_at_once(manager):
     assert array["model_id"].tolist() == ["m", "w"]
     assert array["requests_this_hour"].tolist() == [3, 4]
     assert array["tokens_total"].tolist() == [30, 80]
+    assert manager.get_usage("w").tokens_total == manager.get_model_report("w").tokens_charged == 80
     assert array["allowed_total"].tolist() == [3, 4]
     assert array["rejected_total"].tolist() == [1, 0]
     assert array["warned_total"].tolist() == [0, 3]

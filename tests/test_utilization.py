@@ -72,19 +72,6 @@ def test_no_model(manager):
     assert found.pressure.tolist() == found.by_pressure().tolist() == found.nearest == []
 
 
-def test_a_model_that_is_removed_meanwhile_is_left_out(manager):
-    class Removing(ResourceQuotaManager):
-        def get_quota(self, model_id):
-            self.remove_quota("gone")
-            return super().get_quota(model_id)
-
-    manager = Removing()
-    for model_id in ("stays", "gone", "too"):
-        manager.set_quota(model_id)
-    found = read_utilization(manager)
-    assert found.model_ids == found.counters["model_id"].tolist() == ["stays", "too"]
-
-
 def test_every_limit_has_its_column():
     assert tuple(_USED) == LIMITS == tuple(Limit)
     assert len(limits_of(ResourceQuotaConfig("m"))) == len(LIMITS)

@@ -1,10 +1,14 @@
 """What is measured of a manager, in one table for all metric systems, and how many models are told apart.
 
-A label for each model is what people want to see, and what a metric store cannot bear for any number of models. So at
-most `max_models` have one, those nearest to a limit; the others are summed under one label. A model's counters then
-move between its own label and the common one, and a plain sum over the others would fall whenever a model left it.
-Hence each reading adds what every model has counted *since the reading before* to the label under which the model is
-now: no counter ever falls, and nothing that a model counted is lost or told twice.
+A label for each model is what people want to see, and what a metric store cannot bear for any number of models: it
+keeps every series that it was ever given. So the labels are bounded over the life of a source, not only at each
+reading: at most `max_models` models ever have one, those nearest to a limit of all that are there while labels are
+left. A label stays with its id, also if the model is removed and comes back. All others are summed under one label.
+
+A model's counters then move at most once, from the common label to its own, and a plain sum over the others would fall
+when that happens, as it would when a model is removed. Hence each reading adds what every model has counted *since the
+reading before* to the label that the model has now: no counter ever falls, and nothing that a model counted is lost or
+told twice.
 """
 
 import threading
@@ -15,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from modelquota._counting import DENIED, denied_by_action
 from modelquota.config import ResourceQuotaConfig
 from modelquota.limits import ViolationAction, ViolationType
-from modelquota.utilization import Utilization, read_utilization, window_limit
+from modelquota.utilization import Utilization, denying, read_utilization, window_limit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,7 +51,7 @@ class Kind(Enum):
     COUNTER = "counter of a model"
     USE = "gauge of a model; those of the others are summed"
     LIMIT = "gauge of a model; the others have none, since limits of different models do not add up"
-    PRESSURE = "gauge of a model; of the others the highest"
+    PRESSURE = "gauge of a model; of the others the highest that denies"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +96,8 @@ _DENIED: dict[tuple[str, ...], str] = {
 _VIOLATED: dict[tuple[str, ...], str] = {
     (kind.value,): f"{kind.value.removesuffix('_limit')}_violations" for kind in ViolationType
 }
-_DENIED_TOTALS = {key: (f"{field}_requests",) for key, field in _DENIED.items()}
-_DENIED_OF_MODEL = {key: (f"{field}_total",) for key, field in _DENIED.items()}
+_DENIALS = {key: (f"{field}_denied",) for key, field in _DENIED.items()}
 _VIOLATIONS = {key: (field,) for key, field in _VIOLATED.items()}
-_CHECKS = _one("allowed_total", "rejected_total", "throttled_total", "queued_total")
 _REQUEST, _TOKEN, _BYTE, _MODEL_UNIT = "{request}", "{token}", "By", "{model}"
 
 # fmt: off
@@ -103,22 +106,29 @@ METRICS: Final = (
     Metric("modelquota.admitted", Kind.TOTAL, _REQUEST, "Requests admitted.", _one("allowed_requests")),
     Metric("modelquota.warned", Kind.TOTAL, _REQUEST, "Requests admitted in spite of a violation.",
            _one("warned_requests")),
-    Metric("modelquota.denied", Kind.TOTAL, _REQUEST, "Requests denied, by the action applied.",
-           _DENIED_TOTALS, ("action",)),
+    Metric("modelquota.waited", Kind.TOTAL, _REQUEST, "Requests admitted after a wait.", _one("waited_requests")),
+    Metric("modelquota.denied", Kind.TOTAL, _REQUEST, "Requests denied for good, by the action applied.",
+           _DENIALS, ("action",)),
     Metric("modelquota.violations", Kind.TOTAL, _REQUEST, "Requests that violated a limit, by its class.",
            _VIOLATIONS, ("type",)),
     Metric("modelquota.models", Kind.STATE, _MODEL_UNIT, "Models that have a quota.", _one("models")),
     Metric("modelquota.enforcing", Kind.STATE, "", "0 while everything is admitted, otherwise 1.", _one("enforcing")),
-    Metric("modelquota.model.checks", Kind.COUNTER, _REQUEST, "Requests of the model judged.", _CHECKS),
+    Metric("modelquota.pressure", Kind.STATE, "1", "Highest use of a limit that denies, over all models; 1 is full.",
+           _one("pressure")),
+    Metric("modelquota.model.checks", Kind.COUNTER, _REQUEST, "Requests of the model judged.", _one("checks")),
     Metric("modelquota.model.admitted", Kind.COUNTER, _REQUEST, "Requests of the model admitted.",
            _one("allowed_total")),
     Metric("modelquota.model.warned", Kind.COUNTER, _REQUEST, "Requests of the model admitted in spite of a violation.",
            _one("warned_total")),
-    Metric("modelquota.model.denied", Kind.COUNTER, _REQUEST, "Requests of the model denied, by the action applied.",
-           _DENIED_OF_MODEL, ("action",)),
+    Metric("modelquota.model.waited", Kind.COUNTER, _REQUEST, "Requests of the model admitted after a wait.",
+           _one("waited_total")),
+    Metric("modelquota.model.denied", Kind.COUNTER, _REQUEST,
+           "Requests of the model denied for good, by the action applied.", _DENIALS, ("action",)),
     Metric("modelquota.model.violations", Kind.COUNTER, _REQUEST,
            "Requests of the model that violated a limit, by its class.", _VIOLATIONS, ("type",)),
     Metric("modelquota.model.tokens", Kind.COUNTER, _TOKEN, "Tokens charged to the model.", _one("tokens_total")),
+    Metric("modelquota.model.tokens.refunded", Kind.COUNTER, _TOKEN, "Tokens given back of those charged.",
+           _one("tokens_refunded_total")),
     Metric("modelquota.model.window.requests", Kind.USE, _REQUEST, "Requests admitted in the rolling window.",
            _windows("requests_this_{}"), ("window",)),
     Metric("modelquota.model.window.requests.limit", Kind.LIMIT, _REQUEST,
@@ -148,19 +158,17 @@ METRICS: Final = (
            _one("queue")),
     Metric("modelquota.model.pressure", Kind.PRESSURE, "1", "Use of the limit that the model is nearest to; 1 is full.",
            _one("pressure")),
+    Metric("modelquota.model.enforcing", Kind.LIMIT, "", "0 if no limit of the model denies, otherwise 1.",
+           _one("enforcing")),
 )
 # fmt: on
 """Every metric, in the order in which they are exported."""
 
-_COUNTED = tuple(
-    dict.fromkeys(
-        field
-        for metric in METRICS
-        if metric.kind is Kind.COUNTER
-        for fields in metric.series.values()
-        for field in fields
-    )
-)
+_STEADY: Final = ("allowed_total", "rejected_total", "throttled_total", "queued_total", "waited_total", "warned_total",
+                  *_VIOLATED.values(), "tokens_total", "tokens_refunded_total")  # fmt: skip
+"""Counters of the core, none of which falls while the model is there."""
+
+_COUNTED: Final = (*_STEADY, "checks", *(f"{name}_denied" for name in DENIED))
 
 
 def _limit(quota: ResourceQuotaConfig, name: str) -> float | None:
@@ -176,6 +184,8 @@ def _limit(quota: ResourceQuotaConfig, name: str) -> float | None:
             limit = getattr(quota, f"max_{name}_mb")
         case "concurrent":
             limit = quota.max_concurrent_requests
+        case "enforcing":
+            limit = int(any(denying(quota)))
         case _:
             limit = quota.max_queued_requests
     return limit
@@ -198,7 +208,8 @@ class Reading:
                 values = found.counters[name]
                 self._columns[name] = [*values[shown].tolist(), *([int(values[rest].sum())] if others else [])]
         pressure = found.pressure / 100
-        self._columns["pressure"] = [*pressure[shown].tolist(), *([pressure[rest].max(initial=0.0)] if others else [])]
+        highest = float(pressure[rest][found.denies[rest]].max(initial=0.0))
+        self._columns["pressure"] = [*pressure[shown].tolist(), *([highest] if others else [])]
 
     def samples(self, metric: Metric) -> Iterator[tuple[tuple[str, ...], float]]:
         """Yield the values of the labels (the model's first) and the figure, of every series that there is."""
@@ -226,7 +237,7 @@ class MetricSource:
     manager : ResourceQuotaManager or QuotaView
         What is measured.
     max_models : int
-        How many models have a label of their own, 0 or more: those nearest to a limit, at each reading anew.
+        How many models ever have a label of their own, 0 or more: those nearest to a limit while labels are left.
     """
 
     def __init__(self, manager: "QuotaReader", *, max_models: int = DEFAULT_MAX_MODELS) -> None:
@@ -235,41 +246,73 @@ class MetricSource:
         self.manager = manager
         self.max_models = max_models
         self._lock = threading.Lock()
-        self._models: dict[str, int] = {}
-        self._seen = np.zeros((0, len(_COUNTED)), np.uint64)
-        self._told = self._seen
+        self._labels: dict[str, int] = {}  # places in `_told`, one for each id that has ever had a label
+        self._told = np.zeros((0, len(_COUNTED)), np.uint64)
         self._told_of_others = np.zeros(len(_COUNTED), np.uint64)
+        self._told_denied = dict.fromkeys(DENIED, 0)
+        self._places: dict[str, int] = {}  # in `_seen`, of the models of the last reading
+        self._seen = np.zeros((0, len(_COUNTED)), np.uint64)
+        self._lives = np.zeros(0, np.uint64)
         self._had_others = False
 
     def read(self) -> Reading:
         """Read all models, and bring the counters up to date."""
         with self._lock:
+            retired = self.manager._read_retired()  # first: a model that leaves now is told at the next reading
             found = read_utilization(self.manager)
             stats = self.manager.get_stats()
             facts: dict[str, float] = {name: getattr(stats, name) for name in stats.__dataclass_fields__}
             facts |= {"models": len(found), "enforcing": int(self.manager.enforcement_enabled)}
-            ids = found.model_ids
-            order = np.array([index for index in found.by_pressure() if ids[index] != OTHERS], np.intp)
-            shown = np.sort(order[: self.max_models])
-            own = self._count(found, ids, shown)
+            facts["pressure"] = found.highest / 100
+            facts |= self._denied(found, retired)
+            shown = self._choose(found)
+            own = self._count(found, shown)
             # once there, the common label stays: a counter that disappears is forgotten by whoever reads it
             self._had_others = self._had_others or len(shown) < len(found)
             if self._had_others:
                 own = {name: np.append(values, self._told_of_others[i]) for i, (name, values) in enumerate(own.items())}
             return Reading(found, facts, shown, own, self._had_others)
 
-    def _count(self, found: Utilization, ids: list[str], shown: "NDArray[np.intp]") -> dict[str, Any]:
+    def _choose(self, found: Utilization) -> "NDArray[np.intp]":
+        """Give out labels that are left, and return the indices of the models that have one."""
+        ids = found.model_ids
+        if len(self._labels) < self.max_models:
+            for index in found.by_pressure().tolist():
+                if ids[index] != OTHERS and len(self._labels) < self.max_models:
+                    self._labels.setdefault(ids[index], len(self._labels))
+            more = len(self._labels) - len(self._told)
+            self._told = np.concatenate([self._told, np.zeros((more, len(_COUNTED)), np.uint64)])
+        return np.array([index for index, model_id in enumerate(ids) if model_id in self._labels], np.intp)
+
+    def _denied(self, found: Utilization, retired: dict[str, int]) -> dict[str, float]:
+        """Denials for good over all models, by action: of the living one by one, of the removed as a sum."""
+        living, removed = denied_by_action(found.counters), denied_by_action({**retired, "queued_requests": 0})
+        for name in DENIED:
+            # it is less now and then: for a moment between the start of a wait and its being published
+            now = int(living[name].sum()) + int(removed[name])
+            self._told_denied[name] = max(self._told_denied[name], now)
+        return {f"{name}_denied": count for name, count in self._told_denied.items()}
+
+    def _count(self, found: Utilization, shown: "NDArray[np.intp]") -> dict[str, Any]:
         """Add what was counted since the last reading to each model's label, or to that of the others."""
-        seen = np.stack([found.counters[name].astype(np.uint64) for name in _COUNTED], axis=1)
-        before, told = np.zeros_like(seen), np.zeros_like(seen)
-        places = np.array([self._models.get(model_id, -1) for model_id in ids], np.intp)
+        ids, counters = found.model_ids, found.counters
+        columns = {name: counters[name].astype(np.uint64) for name in _STEADY}
+        stopped = columns["rejected_total"] + columns["throttled_total"] + columns["queued_total"]
+        columns["checks"] = columns["allowed_total"] + stopped - columns["waited_total"]
+        for name, count in denied_by_action(counters).items():
+            columns[f"{name}_denied"] = np.maximum(count, 0).astype(np.uint64)
+        seen = np.stack([columns[name] for name in _COUNTED], axis=1)
+        before = np.zeros_like(seen)
+        places = np.array([self._places.get(model_id, -1) for model_id in ids], np.intp)
         known = places >= 0
-        before[known], told[known] = self._seen[places[known]], self._told[places[known]]
+        before[known] = self._seen[places[known]]
         # a model that was removed and set again has begun at 0
-        before[(seen < before).any(axis=1)] = 0
+        before[known] *= (self._lives[places[known]] == found.lives[known])[:, None]
+        seen = np.maximum(seen, before)
         more = seen - before
-        told[shown] += more[shown]
+        own = np.array([self._labels[ids[index]] for index in shown], np.intp)
+        self._told[own] += more[shown]
         self._told_of_others = self._told_of_others + more.sum(axis=0) - more[shown].sum(axis=0)
-        self._models = {model_id: place for place, model_id in enumerate(ids)}
-        self._seen, self._told = seen, told
-        return {name: told[shown, column] for column, name in enumerate(_COUNTED)}
+        self._places = {model_id: place for place, model_id in enumerate(ids)}
+        self._seen, self._lives = seen, found.lives
+        return {name: self._told[own, column] for column, name in enumerate(_COUNTED)}

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from modelquota._periodic import Periodic
 from modelquota.limits import Limit
-from modelquota.utilization import Utilization, read_utilization
+from modelquota.utilization import LIMITS, Utilization, read_utilization
 
 if TYPE_CHECKING:
     from modelquota.reading import QuotaReader
@@ -40,11 +42,12 @@ class AlertRule:
     name : str
         Names the rule in its alerts.
     severity : Severity
-        That of its alerts.
+        That of its alerts. For a limit that denies nothing, as under the action ``warn``, it is at most a warning.
     threshold : float
         Raised above it: percent of `limit`, or a number of violations.
     limit : Limit, optional
-        The limit whose use is judged, model by model; None judges the violations of all models together.
+        The limit whose use is judged, model by model; None judges the violations of all models together, of which
+        those count that a request was denied for: neither warnings, nor requests that wait or were served after a wait.
     clear_at : float, optional
         `AlertMonitor` clears at or below it; by default at 95 % of the threshold, so that a figure that sways about the
         threshold raises one alert and not many.
@@ -117,7 +120,8 @@ def check_alerts(manager: "QuotaReader", rules: Sequence[AlertRule] = DEFAULT_RU
     Returns
     -------
     list of Alert
-        By rule, then by model in order of registration; empty where all is well.
+        By rule; for each, the models whose limit denies before the others, in order of registration. Empty if all is
+        well.
 
     Examples
     --------
@@ -128,11 +132,11 @@ def check_alerts(manager: "QuotaReader", rules: Sequence[AlertRule] = DEFAULT_RU
     [('critical', "model 'llama': RAM at 95.0 % of the limit")]
     """
     found = read_utilization(manager)
-    total = manager.get_stats().total_violations
+    total = manager.get_stats().denied_requests
     return [
-        _alert(rule, model_id, value)
+        _alert(rule, model_id, value, denies=denies)
         for rule in rules
-        for model_id, value in _values(rule, found, total)
+        for model_id, value, denies in _values(rule, found, total)
         if value > rule.threshold
     ]
 
@@ -185,7 +189,7 @@ class AlertMonitor(Periodic):
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._active: dict[_Key, Alert] = {}
-        self._totals: deque[tuple[float, int]] = deque([(monotonic(), manager.get_stats().total_violations)])
+        self._totals: deque[tuple[float, int]] = deque([(monotonic(), manager.get_stats().denied_requests)])
 
     @property
     def active(self) -> list[Alert]:
@@ -210,23 +214,23 @@ class AlertMonitor(Periodic):
         found, violations = read_utilization(self._manager), self._recent_violations()
         raised, cleared, gone = [], [], dict(self._active)
         for rule in self._rules:
-            for model_id, value in _values(rule, found, violations):
+            for model_id, value, denies in _values(rule, found, violations):
                 key = rule.name, model_id
                 held = gone.pop(key, None)
                 if value > (rule.threshold if held is None else rule.clears_at):
-                    self._active[key] = _alert(rule, model_id, value)
+                    self._active[key] = _alert(rule, model_id, value, denies=denies)
                     if held is None:
                         raised.append(self._active[key])
                 elif held is not None:
                     del self._active[key]
-                    cleared.append(_alert(rule, model_id, value))
+                    cleared.append(_alert(rule, model_id, value, denies=denies))
         for key, alert in gone.items():  # its model has been removed
             del self._active[key]
             cleared.append(alert)
         return raised, cleared
 
     def _recent_violations(self) -> int:
-        now, total = self._monotonic(), self._manager.get_stats().total_violations
+        now, total = self._monotonic(), self._manager.get_stats().denied_requests
         # the newest total that is as old as the window stays, to be subtracted
         while len(self._totals) > 1 and self._totals[1][0] <= now - self._window_sec:
             self._totals.popleft()
@@ -236,17 +240,20 @@ class AlertMonitor(Periodic):
         return recent
 
 
-def _values(rule: AlertRule, found: Utilization, violations: int) -> Iterator[tuple[str | None, float]]:
-    """Yield what a rule judges."""
+def _values(rule: AlertRule, found: Utilization, violations: int) -> Iterator[tuple[str | None, float, bool]]:
+    """Yield what a rule judges, and whether a violation of it is denied."""
     if rule.limit is None:
-        yield None, float(violations)
-    else:
-        yield from zip(found.model_ids, found.of(rule.limit).tolist(), strict=True)
+        yield None, float(violations), True
+        return
+    values, denying = found.of(rule.limit).tolist(), found.denying[:, LIMITS.index(rule.limit)]
+    for index in np.argsort(~denying, kind="stable").tolist():
+        yield found.model_ids[index], values[index], bool(denying[index])
 
 
-def _alert(rule: AlertRule, model_id: str | None, value: float) -> Alert:
+def _alert(rule: AlertRule, model_id: str | None, value: float, *, denies: bool) -> Alert:
     if rule.limit is None:
-        message = f"{value:,.0f} quota violations"
-    else:
-        message = f"model {model_id!r}: {rule.limit.label} at {value:.1f} % of the limit"
-    return Alert(rule.name, rule.severity, model_id, message, value, rule.threshold)
+        return Alert(rule.name, rule.severity, None, f"{value:,.0f} quota violations", value, rule.threshold)
+    message = f"model {model_id!r}: {rule.limit.label} at {value:.1f} % of the limit"
+    if denies:
+        return Alert(rule.name, rule.severity, model_id, message, value, rule.threshold)
+    return Alert(rule.name, Severity.WARNING, model_id, f"{message}, which denies nothing", value, rule.threshold)

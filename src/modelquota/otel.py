@@ -34,8 +34,9 @@ def instrument(manager: "QuotaReader", meter: Meter | None = None, *, max_models
     meter : opentelemetry.metrics.Meter, optional
         By default one named ``modelquota`` of the global meter provider.
     max_models : int
-        How many models have an attribute of their own, 0 or more: those nearest to a limit. The others are summed
-        under ``model="(others)"``.
+        How many models ever have an attribute of their own, 0 or more: those nearest to a limit while some are left.
+        The others are summed under ``model="(others)"``, so that the attribute never takes more than
+        ``max_models + 1`` values, whatever ids come and go.
 
     Raises
     ------

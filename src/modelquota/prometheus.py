@@ -8,20 +8,25 @@ of `QuotaStats`             metric, over all models, removed and unknown ones to
 ==========================  ==============================================================================
 total_checks                ``modelquota_checks_total``
 allowed_requests            ``modelquota_admitted_total``
+waited_requests             ``modelquota_waited_total``
 warned_requests             ``modelquota_warned_total``
+denied_requests             ``sum(modelquota_denied_total)``
 rejected_requests           ``modelquota_denied_total{action="reject"}``
-throttled_requests          ``modelquota_denied_total{action="throttle"}``
-queued_requests             ``modelquota_denied_total{action="queue"}``
+throttled_requests          ``modelquota_denied_total{action="throttle"}``, without those that wait or have waited
+queued_requests             ``modelquota_denied_total{action="queue"}``, likewise
 total_violations            ``sum(modelquota_violations_total)``
 ram_violations              ``modelquota_violations_total{type="ram_limit"}``
 ssd_violations              ``modelquota_violations_total{type="ssd_limit"}``
 rate_violations             ``modelquota_violations_total{type="rate_limit"}``
 quota_violations            ``modelquota_violations_total{type="quota_limit"}``
 concurrency_violations      ``modelquota_violations_total{type="concurrency_limit"}``
+tokens_charged              ``sum(modelquota_model_tokens_total)``
+tokens_refunded             ``sum(modelquota_model_tokens_refunded_total)``
 ==========================  ==============================================================================
 
-The same counters of each model are ``modelquota_model_checks_total{model="..."}`` and so on, with
-``modelquota_model_tokens_total`` beside them. Gauges of each model, where a limit that is not set has no series:
+The same counters of each model are ``modelquota_model_checks_total{model="..."}`` and so on. Tokens charged and tokens
+given back are two counters: what was really used per second is ``rate(modelquota_model_tokens_total[5m]) -
+rate(modelquota_model_tokens_refunded_total[5m])``. Gauges of each model, where a limit that is not set has no series:
 
 ==========================  ==============================================================================
 of `ResourceUsage`          metric
@@ -36,14 +41,22 @@ the same of SSD             ``modelquota_model_ssd_bytes``, ``..._ssd_limit_byte
 concurrent_requests         ``modelquota_model_concurrent_requests``, ``..._limit``
 queued_requests             ``modelquota_model_queue_requests``, ``..._limit``
 the highest percentage      ``modelquota_model_pressure_ratio``, 1 is full
+whether any limit denies    ``modelquota_model_enforcing``, 0 for a model that only warns
 ==========================  ==============================================================================
 
-``modelquota_models`` and ``modelquota_enforcing`` tell of the manager. At most `max_models` models have a label of
-their own, those nearest to a limit; the others are summed under ``model="(others)"``, where pressure is the highest
-and limits are left out. A model's series end with the model; where its id comes back, its counters begin at 0, which
-``rate`` and ``increase`` know as a restart. ``modelquota_*_total`` without a model go on.
+``modelquota_models`` and ``modelquota_enforcing`` tell of the manager, and ``modelquota_pressure_ratio`` is the highest
+pressure of any model that denies: one under the action ``warn`` shows its own and hides nobody's.
+
+At most `max_models` models have a label of their own, and that is a bound over the life of a collector: with
+``"(others)"``, the label ``model`` never takes more than ``max_models + 1`` values, whatever ids come and go. Labels
+are given at each scrape, while some are left, to those nearest to a limit of the models that deny, then to the others;
+a label stays with its id. All other models are summed under ``model="(others)"``, where pressure is the highest that
+denies and limits are left out. No counter ever falls: a model counts under its own label from the scrape on that gave
+it one, and what it counted before stays with the others. A model's series end with the model; if its id comes back,
+its counters go on from where they were. ``modelquota_*_total`` without a model go on.
 """
 
+import sys
 from collections.abc import Iterator
 from importlib.resources import files
 from threading import Thread
@@ -75,7 +88,7 @@ class QuotaCollector(Collector):
     manager : ResourceQuotaManager or QuotaView
         What is measured, at each scrape.
     max_models : int
-        How many models have a label of their own, 0 or more: those nearest to a limit.
+        How many models ever have a label of their own, 0 or more: those nearest to a limit while labels are left.
 
     Raises
     ------
@@ -141,10 +154,18 @@ def start_exporter(
     """
     registry = _registry(manager, max_models)
     try:
-        return start_http_server(port, addr=addr, registry=registry)
+        server, thread = start_http_server(port, addr=addr, registry=registry)
     except OSError as error:
         message = f"cannot listen at {addr}, port {port}: {error.strerror or error}"
         raise type(error)(error.errno, message) from error
+    report_error = server.handle_error
+
+    def handle_error(request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that leaves is not an error of this server
+            report_error(request, client_address)
+
+    server.handle_error = handle_error  # type: ignore[method-assign]
+    return server, thread
 
 
 def make_exporter_app(manager: "QuotaReader", *, max_models: int = DEFAULT_MAX_MODELS) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from modelquota.config import ResourceQuotaConfig
 
@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from modelquota._core.state import QuotaState
     from modelquota.report import ModelReport, QuotaStats, ResourceUsage
+
+_NO_ID = "-"
+_MIX = 0x9E3779B97F4A7C15  # odd, and its bits are all over the place
 
 # `modelquota.report` is imported where it is used: `import modelquota` would take a fifth longer.
 
@@ -43,34 +47,44 @@ class QuotaReader:
 
     def get_model_report(self, model_id: str) -> ModelReport | None:
         """Return quota, use and utilisation of a model, one consistent view; None where it has no quota."""
+        from modelquota._counting import denied
         from modelquota.report import model_report
 
         read = self._read(model_id)
         if read is None:
             return None
-        return model_report(model_id, _quota_of(model_id, tuple(read[0].items())), _usage_of(read[1]))
+        fields, record = read
+        counts = {f"{name}_requests": record[f"{name}_total"] for name in ("allowed", "waited", "warned")}
+        counts["denied_requests"] = int(denied(record))
+        return model_report(model_id, _quota_of(model_id, tuple(fields.items())), _usage_of(record), counts)
 
     def get_stats(self) -> QuotaStats:
         """Return the totals over all models, those that have been removed too."""
         from modelquota.report import QuotaStats
 
         totals = self._totals()
+        if "tokens" not in totals:
+            totals |= sums_of(self._read_all())
         violations = totals["violations"]
-        denied = totals["rejected"] + totals["throttled"] + totals["queued"]
+        stopped = totals["rejected"] + totals["throttled"] + totals["queued"]
         return QuotaStats(
-            total_checks=totals["allowed"] + denied - totals["waited"],
+            total_checks=totals["allowed"] + stopped - totals["waited"],
             allowed_requests=totals["allowed"],
+            denied_requests=max(stopped - totals["waited"] - totals["waiting"], 0),
+            waited_requests=totals["waited"],
             total_violations=sum(violations),
             rejected_requests=totals["rejected"],
             throttled_requests=totals["throttled"],
             queued_requests=totals["queued"],
-            warned_requests=sum(violations) - denied,
+            warned_requests=sum(violations) - stopped,
             ram_violations=violations[0],
             ssd_violations=violations[1],
             rate_violations=violations[2],
             quota_violations=violations[3],
             concurrency_violations=violations[4],
             recoveries=totals["recoveries"],
+            tokens_charged=totals["tokens"],
+            tokens_refunded=totals["tokens_refunded"],
         )
 
     def snapshot(self) -> NDArray[np.void]:
@@ -78,10 +92,23 @@ class QuotaReader:
 
         Fields: ``model_id`` (object, a str), the fields of `ResourceUsage` (int64: MB, requests, tokens), and the
         model's totals since it was registered: ``allowed_total``, ``rejected_total``, ``throttled_total``,
-        ``queued_total``, ``warned_total`` (int64) and ``tokens_total`` (uint64, tokens charged). Each element is read
-        under its model's lock, all of them at one reading of the clock.
+        ``queued_total``, ``warned_total``, ``waited_total`` (int64), ``tokens_total`` and ``tokens_refunded_total``
+        (uint64, tokens charged, and of these given back). Each element is read under its model's lock, all of them at
+        one reading of the clock.
         """
         return self._read_all()
+
+    def _read_table(self) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.uint64]]:
+        """`snapshot`, and of the same models the limits as the core keeps them, and which life of its id each is."""
+        from modelquota._core.view import read_table
+
+        return read_table(cast("QuotaState", self))  # a manager is one; a view reads in its own way
+
+    def _read_retired(self) -> dict[str, int]:
+        """What removed models had counted of requests that violated a limit."""
+        from modelquota._core.view import read_retired
+
+        return read_retired(cast("QuotaState", self))
 
     def print_status(self, file: TextIO | None = None) -> None:
         """Write use against limits of all models, and the totals, to `file` (standard output by default)."""
@@ -91,10 +118,33 @@ class QuotaReader:
         print(status_lines(reports, self.get_stats()), file=sys.stdout if file is None else file)
 
 
+def sums_of(records: NDArray[np.void]) -> dict[str, int]:
+    """Return what `QuotaReader._totals` tells of living models only: tokens, and requests that wait."""
+    return {
+        "tokens": int(records["tokens_total"].sum()),
+        "tokens_refunded": int(records["tokens_refunded_total"].sum()),
+        "waiting": int(records["queued_requests"].sum()),
+    }
+
+
 @functools.lru_cache(maxsize=4096)
 def _quota_of(model_id: str, fields: tuple[tuple[str, Any], ...]) -> ResourceQuotaConfig:
     """The quota that a row states. It is validated when it is made, which takes longer than to look it up."""
     return ResourceQuotaConfig(model_id, **dict(fields))
+
+
+def quotas_of(limits: NDArray[np.void]) -> tuple[list[ResourceQuotaConfig], NDArray[np.intp]]:
+    """Return the different quotas among the limits of `QuotaReader._read_table`, without an id, and which each is."""
+    import numpy as np
+
+    from modelquota._core.view import unpack_limits
+
+    words = limits.view(np.uint64).reshape(len(limits), limits.dtype.itemsize // 8)
+    mixed = (words * (np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(_MIX))).sum(axis=1)
+    _, first, kind_of = np.unique(mixed, return_index=True, return_inverse=True)
+    if not np.array_equal(words[first][kind_of], words):  # two kinds that mix to the same
+        _, first, kind_of = np.unique(words, axis=0, return_index=True, return_inverse=True)
+    return [_quota_of(_NO_ID, tuple(fields.items())) for fields in unpack_limits(limits[first])], kind_of.reshape(-1)
 
 
 def _usage_of(record: dict[str, int]) -> ResourceUsage:

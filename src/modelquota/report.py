@@ -1,6 +1,6 @@
 """What can be read about a model and about a manager: frozen snapshots, and the text of a status report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .config import ResourceQuotaConfig
@@ -34,6 +34,9 @@ class ResourceUsage:
         Grants open now.
     queued_requests : int
         Requests that wait now.
+    tokens_total, tokens_refunded_total : int
+        Tokens charged, and of these given back, since the model was registered: what it has really used is their
+        difference. Both only grow.
     """
 
     current_ram_mb: int = 0
@@ -58,6 +61,8 @@ class ResourceUsage:
     reserved_ssd_mb: int = 0
     concurrent_requests: int = 0
     queued_requests: int = 0
+    tokens_total: int = 0
+    tokens_refunded_total: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +87,11 @@ class ModelReport:
         Tokens of the rolling 3,600 s and 86,400 s, in percent of their limit.
     hourly_requests_used, daily_requests_used : float
         Requests of the rolling 3,600 s and 86,400 s, in percent of their limit.
+    allowed_requests, denied_requests, waited_requests, warned_requests : int
+        Since the model was registered: requests admitted; denied for good; of those admitted, how many waited for it
+        and how many violated a limit.
+    tokens_charged, tokens_refunded : int
+        As ``usage.tokens_total`` and ``usage.tokens_refunded_total``.
     """
 
     model_id: str
@@ -95,22 +105,30 @@ class ModelReport:
     daily_quota_used: float
     hourly_requests_used: float
     daily_requests_used: float
+    allowed_requests: int = 0
+    denied_requests: int = 0
+    waited_requests: int = 0
+    warned_requests: int = 0
+    tokens_charged: int = 0
+    tokens_refunded: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuotaStats:
     """Totals since a manager was made, over all its models, removed and unknown ones too.
 
-    Every check is either allowed, rejected, throttled or queued. A violation that is only warned of is allowed.
+    A request counts once, however often it was tried: it is allowed, denied, or still waiting. One that waited and was
+    then served is allowed, and not denied. A violation that is only warned of is allowed.
 
     Attributes
     ----------
     total_checks : int
-        Requests judged: the sum of allowed, rejected, throttled and queued.
+        Requests judged: the sum of allowed, rejected, throttled and queued, less those that waited and were served.
     total_violations : int
         Requests that violated a limit: the sum of rejected, throttled, queued and warned, and that over all types.
     rejected_requests, throttled_requests, queued_requests : int
-        Requests denied, by the action that was applied.
+        Requests that violated a limit, by the action that was applied. Under the latter two, some may have waited and
+        been served.
     ram_violations, ssd_violations, rate_violations, quota_violations : int
         Violations by type of the first violated limit.
     allowed_requests : int
@@ -121,6 +139,12 @@ class QuotaStats:
         Violations whose first violated limit is that of concurrent requests.
     recoveries : int
         How often something was put right that a process had left behind by dying: a row, a grant, a place in a line.
+    denied_requests : int
+        Requests denied for good: those rejected, throttled and queued that were not served and do not wait.
+    waited_requests : int
+        Requests admitted after a wait; each is one of the allowed.
+    tokens_charged, tokens_refunded : int
+        Tokens charged, and of these given back by settling and cancelling. The difference is what was really used.
     """
 
     total_checks: int = 0
@@ -136,6 +160,10 @@ class QuotaStats:
     warned_requests: int = 0
     concurrency_violations: int = 0
     recoveries: int = 0
+    denied_requests: int = 0
+    waited_requests: int = 0
+    tokens_charged: int = 0
+    tokens_refunded: int = 0
 
 
 def percent(used: int, limit: int | None) -> float:
@@ -149,8 +177,10 @@ def percent(used: int, limit: int | None) -> float:
     return 0.0 if limit is None else 100 * used / max(limit, 1)
 
 
-def model_report(model_id: str, quota: ResourceQuotaConfig, usage: ResourceUsage) -> ModelReport:
-    """Return the report that compares a model's usage with its quota.
+def model_report(
+    model_id: str, quota: ResourceQuotaConfig, usage: ResourceUsage, counts: Mapping[str, int] | None = None
+) -> ModelReport:
+    """Return the report that compares a model's usage with its quota; `counts` are the fields that count requests.
 
     Examples
     --------
@@ -171,6 +201,9 @@ def model_report(model_id: str, quota: ResourceQuotaConfig, usage: ResourceUsage
         daily_quota_used=percent(usage.tokens_this_day, quota.max_tokens_per_day),
         hourly_requests_used=percent(usage.requests_this_hour, quota.max_requests_per_hour),
         daily_requests_used=percent(usage.requests_this_day, quota.max_requests_per_day),
+        tokens_charged=usage.tokens_total,
+        tokens_refunded=usage.tokens_refunded_total,
+        **(counts or {}),
     )
 
 
@@ -240,8 +273,11 @@ def _column(heading: str, uses: Sequence[tuple[str, str]]) -> list[str]:
 def _totals(stats: QuotaStats) -> str:
     return (
         f"total: {stats.total_checks:,} checks, {stats.allowed_requests:,} allowed"
-        f" ({stats.warned_requests:,} with a warning), {stats.rejected_requests:,} rejected,"
-        f" {stats.throttled_requests:,} throttled, {stats.queued_requests:,} queued\n"
+        f" ({stats.warned_requests:,} with a warning, {stats.waited_requests:,} after a wait),"
+        f" {stats.denied_requests:,} denied\n"
+        f"actions: {stats.rejected_requests:,} rejected, {stats.throttled_requests:,} throttled,"
+        f" {stats.queued_requests:,} queued; tokens: {stats.tokens_charged:,} charged,"
+        f" {stats.tokens_refunded:,} refunded\n"
         f"violations: {stats.total_violations:,} ({stats.ram_violations:,} RAM, {stats.ssd_violations:,} SSD,"
         f" {stats.rate_violations:,} rate, {stats.quota_violations:,} quota,"
         f" {stats.concurrency_violations:,} concurrency)"

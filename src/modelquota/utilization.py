@@ -1,72 +1,114 @@
 """How near every model is to each of its limits: one reading for metrics, alerts and the terminal."""
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 
 from modelquota.config import ResourceQuotaConfig
-from modelquota.limits import Limit
+from modelquota.limits import Limit, ViolationAction
+from modelquota.reading import quotas_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from modelquota.reading import QuotaReader
 
-__all__ = ["LIMITS", "Utilization", "limits_of", "read_utilization", "window_limit"]
+__all__ = ["LIMITS", "Utilization", "denying", "limits_of", "read_utilization", "window_limit"]
 
 LIMITS: Final = tuple(Limit)
 """The columns of `Utilization.percent`, in their order."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Utilization:
     """All models of a manager at one moment, in the order of their registration.
 
     Attributes
     ----------
     counters : numpy structured array
-        What `ResourceQuotaManager.snapshot` returned, without models that were removed while it was read.
-    quotas : list of ResourceQuotaConfig
-        The limits, one for each element of `counters`; read just after it, so a change between the two shows.
+        What `ResourceQuotaManager.snapshot` returns.
+    quotas : Quotas
+        The limits as a sequence of ResourceQuotaConfig, one for each element of `counters`, read together with it.
     percent : numpy float64 array
         A row for each model, a column for each of `LIMITS`: use in percent of the limit. 0 where there is no limit, and
         a limit of 0 is taken as 1; may exceed 100. For a rate it is the fuller of the rolling second, of
         ``ceil(rate) + burst``, and of the burst not yet repaid.
+    denying : numpy bool array
+        Of the same shape: whether a request that violates the limit is denied. It is not under the action ``warn``, nor
+        by a limit that the quota names in its ``shadow_limits``.
+    lives : numpy uint64 array
+        A number for each model, which is another one after its id was removed and registered again.
     """
 
     counters: "NDArray[np.void]"
-    quotas: list[ResourceQuotaConfig]
+    quotas: "Quotas"
     percent: "NDArray[np.float64]"
+    denying: "NDArray[np.bool_]"
+    lives: "NDArray[np.uint64]"
 
     def __len__(self) -> int:
         return len(self.quotas)
 
-    @property
+    @functools.cached_property
     def model_ids(self) -> list[str]:
         """The ids, in order."""
-        return [quota.model_id for quota in self.quotas]
+        ids: list[str] = self.counters["model_id"].tolist()
+        return ids
 
-    @property
+    @functools.cached_property
+    def denies(self) -> "NDArray[np.bool_]":
+        """Whether any limit of the model denies; the others are only counted."""
+        return np.asarray(self.denying.any(axis=1), np.bool_)
+
+    @functools.cached_property
     def pressure(self) -> "NDArray[np.float64]":
-        """Highest percentage of each model, over all its limits."""
-        highest: NDArray[np.float64] = self.percent.max(axis=1, initial=0.0)
+        """Highest percentage of each model, over the limits that deny; of a model without any, over all its limits."""
+        highest: NDArray[np.float64] = self._pressing.max(axis=1, initial=0.0)
         return highest
 
-    @property
+    @functools.cached_property
     def nearest(self) -> list[Limit]:
-        """The limit of each model with the highest percentage; the first judged of several."""
-        return [LIMITS[column] for column in self.percent.argmax(axis=1)]
+        """The limit of each model with the highest percentage, among those of `pressure`; the first of several."""
+        return [LIMITS[column] for column in self.nearest_column.tolist()]
+
+    @functools.cached_property
+    def nearest_column(self) -> "NDArray[np.intp]":
+        """The columns of `nearest`."""
+        columns: NDArray[np.intp] = self._pressing.argmax(axis=1)
+        return columns
+
+    @property
+    def highest(self) -> float:
+        """The highest pressure of any model that denies, in percent; 0 if there is not one."""
+        return float(self.pressure[self.denies].max(initial=0.0))
+
+    @functools.cached_property
+    def _pressing(self) -> "NDArray[np.float64]":
+        return np.where(self.denying | ~self.denies[:, None], self.percent, 0.0)
 
     def by_pressure(self) -> "NDArray[np.intp]":
-        """Indices of the models, the one nearest to a limit first; equals stay in order."""
-        return np.argsort(-self.pressure, kind="stable")
+        """Indices of the models, the one nearest to a limit first; equals stay in order.
+
+        Models that deny nothing come after all others: what is tried out hides nobody's pressure.
+        """
+        return np.lexsort((-self.pressure, ~self.denies))
 
     def used(self, limit: Limit) -> "NDArray[np.int64]":
         """Use of one limit in its own unit, one figure for each model; of a rate, that of the rolling second."""
-        used: NDArray[np.int64] = np.sum([self.counters[field] for field in _USED[limit]], axis=0)
-        return used
+        return self.uses[:, LIMITS.index(limit)]
+
+    @functools.cached_property
+    def uses(self) -> "NDArray[np.int64]":
+        """Use of each of `LIMITS` in its own unit, a row for each model."""
+        uses = np.zeros((len(self), len(LIMITS)), np.int64)
+        for column, fields in enumerate(_USED.values()):
+            for field in fields:
+                uses[:, column] += self.counters[field]
+        return uses
 
     def of(self, limit: Limit) -> "NDArray[np.float64]":
         """Percentages of one limit, one for each model."""
@@ -79,7 +121,7 @@ def read_utilization(manager: "QuotaReader") -> Utilization:
     Returns
     -------
     Utilization
-        Empty where no model has a quota.
+        Empty if no model has a quota.
 
     Examples
     --------
@@ -94,12 +136,38 @@ def read_utilization(manager: "QuotaReader") -> Utilization:
     >>> found.nearest[1].label
     'RAM'
     """
-    counters = manager.snapshot()
-    found = [manager.get_quota(model_id) for model_id in counters["model_id"]]
-    quotas = [quota for quota in found if quota is not None]
-    if len(quotas) < len(found):
-        counters = counters[[quota is not None for quota in found]]
-    return Utilization(counters, quotas, _percent(counters, quotas))
+    counters, limits, lives = manager._read_table()
+    quotas = Quotas(counters["model_id"].tolist(), *quotas_of(limits))
+    denies = quotas.spread(denying, len(LIMITS)).astype(bool)
+    return Utilization(counters, quotas, _percent(counters, quotas), denies, lives)
+
+
+class Quotas(Sequence[ResourceQuotaConfig]):
+    """The quotas of many models. Few differ in more than the id, so each is made from its kind when it is asked for."""
+
+    def __init__(self, model_ids: list[str], kinds: list[ResourceQuotaConfig], kind_of: "NDArray[np.intp]") -> None:
+        self._model_ids = model_ids
+        self.kinds = kinds
+        self.kind_of = kind_of
+        self._fields = [kind.__getstate__()[1:] for kind in kinds]  # type: ignore[index]
+
+    def __len__(self) -> int:
+        return len(self._model_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> ResourceQuotaConfig: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ResourceQuotaConfig]: ...
+    def __getitem__(self, index: int | slice) -> ResourceQuotaConfig | list[ResourceQuotaConfig]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        quota = object.__new__(ResourceQuotaConfig)  # what is in the table has been accepted before
+        quota.__setstate__([self._model_ids[index], *self._fields[self.kind_of[index]]])  # type: ignore[attr-defined]
+        return quota
+
+    def spread(self, of: Callable[[ResourceQuotaConfig], Sequence[float | bool]], width: int) -> "NDArray[Any]":
+        """Return the `width` figures that `of` makes of a quota, whatever its id, as a row for each model."""
+        return np.array([of(kind) for kind in self.kinds]).reshape(len(self.kinds), width)[self.kind_of]
 
 
 def window_limit(rate: float | None, burst: int) -> int | None:
@@ -131,18 +199,34 @@ def limits_of(quota: ResourceQuotaConfig) -> tuple[int | None, ...]:
     )
 
 
-def _percent(counters: "NDArray[np.void]", quotas: list[ResourceQuotaConfig]) -> "NDArray[np.float64]":
+def denying(quota: ResourceQuotaConfig) -> list[bool]:
+    """Return whether each of `LIMITS` denies under a quota."""
+    shadows = [name.lower() for name in getattr(quota, "shadow_limits", ())]
+    return [quota.on_violation is not ViolationAction.WARN and limit.name.lower() not in shadows for limit in LIMITS]
+
+
+def _bounds(quota: ResourceQuotaConfig) -> list[float]:
     # a limit that is not set is infinite here: whatever is used of it is 0 percent
-    limits = np.array([[math.inf if limit is None else limit for limit in limits_of(quota)] for quota in quotas], float)
+    return [math.inf if limit is None else limit for limit in limits_of(quota)]
+
+
+def _levels(quota: ResourceQuotaConfig) -> list[float]:
+    """Rate and burst of each of `_BURSTS`, in turn."""
+    return [
+        figure for _, rate, burst, _ in _BURSTS for figure in (max(getattr(quota, rate) or 0, 1), getattr(quota, burst))
+    ]
+
+
+def _percent(counters: "NDArray[np.void]", quotas: Quotas) -> "NDArray[np.float64]":
     used = np.zeros((len(quotas), len(LIMITS)))
     for column, fields in enumerate(_USED.values()):
         for field in fields:
             used[:, column] += counters[field]
-    percent: NDArray[np.float64] = 100 * used / np.maximum(limits.reshape(used.shape), 1)
-    for limit, rate, burst, field in _BURSTS:
-        base = np.array([max(getattr(quota, rate) or 0.0, 1.0) for quota in quotas])
+    percent: NDArray[np.float64] = 100 * used / np.maximum(quotas.spread(_bounds, len(LIMITS)), 1)
+    levels = quotas.spread(_levels, 2 * len(_BURSTS)).astype(float)
+    for (limit, _, _, field), base, burst in zip(_BURSTS, levels[:, ::2].T, levels[:, 1::2].T, strict=True):
         ahead = counters[field].astype(float)
-        level = 100 * (base + ahead) / (base + np.array([getattr(quota, burst) for quota in quotas], float))
+        level = 100 * (base + ahead) / (base + burst)
         column = LIMITS.index(limit)
         percent[:, column] = np.maximum(percent[:, column], np.where(ahead > 0, level, 0.0))
     return percent

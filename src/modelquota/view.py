@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from modelquota._core.inspection import Part, Reader
+from modelquota._core.inspection import NAME_UNIT, Reader
 from modelquota._core.mapping import boot_id
-from modelquota._core.records import record_dtype
 from modelquota._core.statefile import open_existing
-from modelquota._core.view import read_copies
-from modelquota.reading import QuotaReader
+from modelquota._core.view import read_copies, read_rows, records_of
+from modelquota.errors import StateFileError
+from modelquota.reading import QuotaReader, sums_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TRIES = 8
 _COUNTERS = ("rejected", "throttled", "queued", "waited")
+_KINDS = ("ram", "ssd", "rate", "quota", "concurrency")  # in the order of the layout's violations
+_NAMES_AT_A_TIME = 1024
 
 
 class QuotaView(QuotaReader):
@@ -48,6 +50,9 @@ class QuotaView(QuotaReader):
         self._descriptor = -1
         self.path = os.path.abspath(os.fsdecode(path))
         self._descriptor, self._max_models = open_existing(self.path, None, os.O_RDONLY, trust_file=trust_file)
+        self._lock = threading.Lock()  # guards what has been read of names
+        self._generations = np.zeros(0, np.uint32)  # of each row when its id was read
+        self._ids = np.zeros(0, object)
         self._rows: dict[str, int] = {}
         self._version = -1
 
@@ -93,16 +98,60 @@ class QuotaView(QuotaReader):
         return reader
 
     def _index(self, reader: Reader) -> dict[str, int]:
-        """Row of each model, looked up anew when any has come or gone."""
+        """Row of each model, looked up again when any has come or gone."""
         version = int(reader.header["registry_version"])
         if version != self._version:
-            rows = {}
-            for part in reader.parts():
-                for row, name in enumerate(reader.names(part), part.first):
-                    if name is not None:
-                        rows[name.decode("utf-8", "replace")] = row
-            self._rows, self._version = rows, version
+            *_, places = self._rows_of(reader)
+            alive, model_ids = self._name_rows(reader, places)
+            self._rows = dict(zip(model_ids, alive.tolist(), strict=True))
+            self._version = version
         return self._rows
+
+    def _rows_of(self, reader: Reader) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.uint32]]:
+        """Use, limits and places of all rows that were ever used, as `read_rows` has them."""
+        count = int(reader.header["row_count"])
+        regions, now_ns = reader.regions, self._now_ns(reader.header)
+        try:
+            return read_rows(self._descriptor, regions.rows, regions.ledgers, count, now_ns)
+        except EOFError as error:
+            raise StateFileError(self.path, f"{error}: it was cut off while it was read") from None
+
+    def _name_rows(self, reader: Reader, places: NDArray[np.uint32]) -> tuple[NDArray[np.intp], list[str]]:
+        """Bring `_ids` up to date; return the rows in which the models of `places` live, in their order, and their ids.
+
+        An id is read once for each model: it stays with the row's generation.
+        """
+        with self._lock:
+            known = len(self._generations)
+            if len(places) > known:
+                more = len(places) - known
+                self._generations = np.concatenate([self._generations, np.zeros(more, np.uint32)])
+                self._ids = np.concatenate([self._ids, np.full(more, None, object)])
+            generations = places[:, 0]
+            alive = generations % 2 == 1
+            new = np.flatnonzero(alive & (generations != self._generations[: len(places)]))
+            top = int(reader.read_header()["names_used"])
+            for first in range(0, len(new), _NAMES_AT_A_TIME):
+                rows = new[first : first + _NAMES_AT_A_TIME]
+                offsets, sizes = places[rows, 1].astype(np.int64) * NAME_UNIT, places[rows, 2].astype(np.int64)
+                raw = reader.names_at(offsets, sizes, top)
+                names = np.array([name.decode("utf-8", "replace") for name in raw], object)
+                # a row that was given to another model in the meantime may have been read with that one's name
+                same = self._generations_now(reader, rows) == generations[rows]
+                self._ids[rows[same]] = names[same]
+                self._generations[rows[same]] = generations[rows[same]]
+                alive[rows[~same]] = False
+            found = np.flatnonzero(alive)
+            return found, self._ids[found].tolist()
+
+    def _generations_now(self, reader: Reader, rows: NDArray[np.intp]) -> NDArray[np.uint32]:
+        dtype = reader.layout["row"]
+        first = int(rows[0])
+        data = os.pread(
+            self._descriptor, (int(rows[-1]) - first + 1) * dtype.itemsize, reader.regions.rows + first * dtype.itemsize
+        )
+        found: NDArray[np.uint32] = np.frombuffer(data, dtype)["generation"][rows - first]
+        return found
 
     def _now_ns(self, header: Any) -> int:
         """The rows' time: after a reboot that nobody has opened the file since, as `SharedState` will reckon it."""
@@ -125,35 +174,33 @@ class QuotaView(QuotaReader):
         usage, limits = read_copies(part.rows, part.ledgers, self._now_ns(reader.header))
         return limits[0], dict(zip(usage.dtype.names or (), usage[0].tolist(), strict=True))
 
-    def _living(self, reader: Reader) -> Iterator[tuple[Part, list[bytes], NDArray[np.bool_]]]:
-        for part in reader.parts():
-            names = reader.names(part)
-            alive = np.array([name is not None for name in names], np.bool_)
-            yield part, [name or b"" for name in names], alive
-
     def _read_all(self) -> NDArray[np.void]:
+        return self._read_table()[0]
+
+    def _read_table(self) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.uint64]]:
         reader = self._reader()
-        now_ns = self._now_ns(reader.header)
-        found = [np.zeros(0, record_dtype())]
-        for part, names, alive in self._living(reader):
-            usage, _ = read_copies(part.rows, part.ledgers, now_ns)
-            records = np.zeros(len(names), record_dtype())
-            records["model_id"] = [name.decode("utf-8", "replace") for name in names]
-            for field in usage.dtype.names or ():
-                records[field] = usage[field]
-            found.append(records[alive])
-        return np.concatenate(found)
+        usage, limits, places = self._rows_of(reader)
+        alive, model_ids = self._name_rows(reader, places)
+        records = records_of(usage, model_ids, alive)
+        lives = places[alive, 0].astype(np.uint64) << np.uint64(32) | alive.astype(np.uint64)
+        return records, limits if len(alive) == len(limits) else limits[alive], lives
+
+    def _read_retired(self) -> dict[str, int]:
+        header = self._reader().header
+        return {f"{name}_total": int(header[f"retired_{name}"]) for name in _COUNTERS}
 
     def _totals(self) -> dict[str, Any]:
         reader = self._reader()
         header = reader.header
-        totals = {name: int(header[f"retired_{name}"]) for name in _COUNTERS}
-        totals["allowed"] = int(header["retired_allowed"]) + int(header["unknown_checks"])
-        violations = header["retired_violations"].astype(np.uint64)
-        for part, _, alive in self._living(reader):
-            charged = part.ledgers["requests_mark"] - part.rows["request_room"].view(np.uint64)
-            totals["allowed"] += int(charged[alive].sum())
-            for name in _COUNTERS:
-                totals[name] += int(part.ledgers[name][alive].sum())
-            violations = violations + part.ledgers["violations"][alive].sum(0, dtype=np.uint64)
-        return {**totals, "recoveries": int(header["recoveries"]), "violations": violations.tolist()}
+        usage, _, places = self._rows_of(reader)
+        living = usage[places[:, 0] % 2 == 1]
+        totals = {
+            name: int(header[f"retired_{name}"]) + int(living[f"{name}_total"].sum())
+            for name in ("allowed", *_COUNTERS)
+        }
+        totals["allowed"] += int(header["unknown_checks"])
+        violations = [
+            int(retired) + int(living[f"{kind}_violations"].sum())
+            for kind, retired in zip(_KINDS, header["retired_violations"], strict=True)
+        ]
+        return {**totals, **sums_of(living), "recoveries": int(header["recoveries"]), "violations": violations}

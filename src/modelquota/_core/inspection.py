@@ -52,6 +52,7 @@ _MAX_TALLY = 2**59  # a thousand million a second for 18 years, and the sum of s
 _SLOTS = 60
 _PER_SLOT = (1, 3600, 86_400)
 _AT_A_TIME = 1024
+_LONGEST_NAME = 256  # bytes
 _TRIES = 20
 _FEW = 32
 _LOOKS = 5
@@ -94,10 +95,11 @@ class Reader:
         return self._read(self.layout["header"], 1, 0)[0]
 
     def _read(self, dtype: np.dtype[Any], count: int, offset: int) -> NDArray[Any]:
-        data = os.pread(self.descriptor, dtype.itemsize * count, offset)
-        if len(data) != dtype.itemsize * count:
-            raise StateFileError(self.path, f"it ends after {offset + len(data)} bytes, in the middle of its contents")
-        return np.frombuffer(bytearray(data), dtype)  # writeable: time passes in a copy
+        data = bytearray(dtype.itemsize * count)  # writeable: time passes in a copy
+        size = os.preadv(self.descriptor, [data], offset)
+        if size != len(data):
+            raise StateFileError(self.path, f"it ends after {offset + size} bytes, in the middle of its contents")
+        return np.frombuffer(data, dtype)
 
     def check_header(self) -> None:
         """Raise StateFileError where the file is of something else, of another version, or of another length."""
@@ -187,19 +189,24 @@ class Reader:
         None for a row that is free, or whose model is not the one any more that it was copied with. A name does not
         change while its model stays.
         """
-        found: list[bytes | None] = []
-        top = int(part.header["names_used"])
+        offsets = part.ledgers["name_offset"].astype(np.int64) * NAME_UNIT
+        sizes = part.ledgers["name_size"].astype(np.int64)
         alive = part.rows["generation"] % 2 == 1
-        for index, ledger in enumerate(part.ledgers):
-            name = None
-            if alive[index]:
-                offset, size = int(ledger["name_offset"]) * NAME_UNIT, int(ledger["name_size"])
-                inside = size <= 256 and offset + size <= top
-                name = os.pread(self.descriptor, size, self.regions.names + offset) if inside else b""
-            found.append(name)
-        for index in np.flatnonzero(self.generations(part) != part.rows["generation"]).tolist():
-            found[index] = None
-        return found
+        found = self.names_at(offsets, np.where(alive, sizes, 0), int(part.header["names_used"]))
+        alive &= self.generations(part) == part.rows["generation"]
+        return [name if there else None for name, there in zip(found, alive.tolist(), strict=True)]
+
+    def names_at(self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], top: int) -> list[bytes]:
+        """Names at these places below `top`, all with one look if they are near to one another, as of rows in a row."""
+        inside = (sizes <= _LONGEST_NAME) & (offsets + sizes <= top)
+        offsets, sizes = np.where(inside, offsets, 0), np.where(inside, sizes, 0)
+        start, end = int(offsets[inside].min(initial=top)), int((offsets + sizes).max(initial=0))
+        if end - start > _AT_A_TIME * _LONGEST_NAME:
+            places = zip(offsets.tolist(), sizes.tolist(), strict=True)
+            return [os.pread(self.descriptor, size, self.regions.names + offset) for offset, size in places]
+        block = os.pread(self.descriptor, max(end - start, 0), self.regions.names + start)
+        starts = (offsets - start).tolist()
+        return [block[at : at + size] if size else b"" for at, size in zip(starts, sizes.tolist(), strict=True)]
 
     def generations(self, part: Part) -> NDArray[np.uint32]:
         """The generations of a part's rows as they are now."""
@@ -392,13 +399,25 @@ def limit_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
         encoded["limit"], encoded["drain"] = ledgers[f"{what}_limit"][:, 0], rows[f"{what}_drain"]
         encoded["shift"] = rows[f"{what}_shift"]
         encoded["low"], encoded["high"] = rows[f"{what}_cap"]["low"], rows[f"{what}_cap"]["high"]
-        kinds, kind = np.unique(encoded, return_inverse=True)
-        wrong = np.array([not _is_encoded(one) for one in kinds], np.bool_)[kind]
+        wrong = _each_kind(encoded, lambda one: not _is_encoded(one))
         yield from _each(part, alive & wrong, f"its {what} rate is not what the core made of it")
 
 
 def _is_limit(values: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.asarray((values >= 0) & (values <= _MAX_COUNT) | (values == _UNLIMITED), np.bool_)
+
+
+def _each_kind(records: NDArray[Any], judge: Callable[[Any], bool]) -> NDArray[np.bool_]:
+    """What `judge` says of each record; of those that are alike it is asked once."""
+    size, data = records.dtype.itemsize, records.tobytes()
+    said: dict[bytes, bool] = {}
+    found = np.empty(len(records), np.bool_)
+    for index in range(len(records)):
+        key = data[index * size : (index + 1) * size]
+        if key not in said:
+            said[key] = judge(records[index])
+        found[index] = said[key]
+    return found
 
 
 def _is_encoded(one: Any) -> bool:
@@ -423,12 +442,11 @@ def sum_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
         charged = ledgers[f"{what}_mark"] - room[what].view(np.uint64)
         least = np.full(len(rows), _MAX_COUNT)
         for window, per_slot in enumerate(_PER_SLOT):
-            filled = ledgers["filled"][:, window].astype(np.int64)
-            position = (current // per_slot - 1)[:, None] - np.arange(_SLOTS)
-            ring = np.take_along_axis(ledgers[what][:, window], position % _SLOTS, axis=1).astype(np.uint64)
-            ring[np.arange(_SLOTS) >= filled[:, None]] = 0
+            age = ((current // per_slot - 1) % _SLOTS).astype(np.int8)[:, None] - np.arange(_SLOTS, dtype=np.int8)
+            age[age < 0] += _SLOTS
+            ring = np.where(age < ledgers["filled"][:, window][:, None], ledgers[what][:, window], 0)
             base, start = ledgers[f"{what}_base"][:, window], ledgers[f"{what}_start"][:, window]
-            wrong = start - base != ring.sum(1, dtype=np.uint64)
+            wrong = start - base != ring.astype(np.uint64).sum(1)
             yield from _each(part, alive & wrong, f"the {what} of window {window} are not the sum of its slots")
             used = (charged - base).view(np.int64)
             here = (charged - start).view(np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import hashlib
 import json
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from modelquota._counting import denied
 from modelquota.asgi.request import Receive, Scope, Send
+from modelquota.utilization import Utilization, read_utilization
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager
-    from modelquota.report import ModelReport
 
 MOST_SHOWN: Final = 100
 """Models on the page: those with most refusals, waiting requests and use."""
@@ -80,54 +82,63 @@ class QuotaPage:
 
 def page_state(manager: ResourceQuotaManager) -> dict[str, Any]:
     """Return what the page shows, as plain values for JSON."""
-    snapshot = manager.snapshot()
-    denied = snapshot["rejected_total"] + snapshot["throttled_total"] + snapshot["queued_total"]
-    refused = np.maximum(denied - snapshot["waited_total"] - snapshot["queued_requests"], 0)
-    # What needs attention comes into a selection first; what is shown stays in the order of the manager.
-    order = np.lexsort((snapshot["tokens_this_day"], refused, snapshot["queued_requests"]))[::-1][:MOST_SHOWN]
-    models = []
-    for index in sorted(order.tolist()):
-        row = snapshot[index]
-        report = manager.get_model_report(row["model_id"])
-        if report is not None:  # it may have been removed meanwhile
-            models.append(_model_state(report, row, int(refused[index])))
+    found, stats = read_utilization(manager), manager.get_stats()
+    counters, refused = found.counters, np.maximum(denied(found.counters), 0)
+    # What needs attention comes into a selection first; what is shown stays in the order of the manager. Models that
+    # deny nothing come after all that do.
+    order = np.lexsort((found.pressure, refused, counters["queued_requests"], found.denies))[::-1][:MOST_SHOWN]
     return {
-        "models": models,
-        "models_total": len(snapshot),
+        "models": [_model_state(found, index, int(refused[index])) for index in sorted(order.tolist())],
+        "models_total": len(found),
         "enforcing": manager.enforcement_enabled,
-        "admitted": int(snapshot["allowed_total"].sum()),
-        "waiting": int(snapshot["queued_requests"].sum()),
-        "serving": int(snapshot["concurrent_requests"].sum()),
-        "refused": int(refused.sum()),
+        "pressure": round(found.highest, 3),
+        "checks": stats.total_checks,
+        "admitted": stats.allowed_requests,
+        "waited": stats.waited_requests,
+        "warned": stats.warned_requests,
+        "waiting": int(counters["queued_requests"].sum()),
+        "serving": int(counters["concurrent_requests"].sum()),
+        "refused": stats.denied_requests,
+        "tokens_charged": stats.tokens_charged,
+        "tokens_refunded": stats.tokens_refunded,
     }
 
 
-def _model_state(report: ModelReport, row: Any, refused: int) -> dict[str, Any]:
-    quota = report.quota
-    usage = report.usage
+def _model_state(found: Utilization, index: int, refused: int) -> dict[str, Any]:
+    quota = found.quotas[index]
+    usage = dict(zip(found.counters.dtype.names or (), found.counters[index].tolist(), strict=True))
     meters = (
-        ("Concurrent requests", usage.concurrent_requests, quota.max_concurrent_requests, ""),
-        ("Requests per second", usage.requests_this_second, quota.max_requests_per_second, ""),
-        ("Request burst", usage.burst_requests_used, _burst(quota.max_requests_per_second, quota.burst_requests), ""),
-        ("Tokens per second", usage.tokens_this_second, quota.max_tokens_per_second, ""),
-        ("Token burst", usage.burst_tokens_used, _burst(quota.max_tokens_per_second, quota.burst_tokens), ""),
-        ("Tokens per hour", usage.tokens_this_hour, quota.max_tokens_per_hour, ""),
-        ("Requests per hour", usage.requests_this_hour, quota.max_requests_per_hour, ""),
-        ("Tokens per day", usage.tokens_this_day, quota.max_tokens_per_day, ""),
-        ("Requests per day", usage.requests_this_day, quota.max_requests_per_day, ""),
-        ("RAM", usage.current_ram_mb + usage.reserved_ram_mb, quota.max_ram_mb, "MB"),
-        ("SSD", usage.current_ssd_mb + usage.reserved_ssd_mb, quota.max_ssd_mb, "MB"),
+        ("Concurrent requests", usage["concurrent_requests"], quota.max_concurrent_requests, ""),
+        ("Requests per second", usage["requests_this_second"], quota.max_requests_per_second, ""),
+        (
+            "Request burst",
+            usage["burst_requests_used"],
+            _burst(quota.max_requests_per_second, quota.burst_requests),
+            "",
+        ),
+        ("Tokens per second", usage["tokens_this_second"], quota.max_tokens_per_second, ""),
+        ("Token burst", usage["burst_tokens_used"], _burst(quota.max_tokens_per_second, quota.burst_tokens), ""),
+        ("Tokens per hour", usage["tokens_this_hour"], quota.max_tokens_per_hour, ""),
+        ("Requests per hour", usage["requests_this_hour"], quota.max_requests_per_hour, ""),
+        ("Tokens per day", usage["tokens_this_day"], quota.max_tokens_per_day, ""),
+        ("Requests per day", usage["requests_this_day"], quota.max_requests_per_day, ""),
+        ("RAM", usage["current_ram_mb"] + usage["reserved_ram_mb"], quota.max_ram_mb, "MB"),
+        ("SSD", usage["current_ssd_mb"] + usage["reserved_ssd_mb"], quota.max_ssd_mb, "MB"),
     )
     return {
-        "id": report.model_id,
+        "id": quota.model_id,
         "action": quota.on_violation.value,
-        "serving": usage.concurrent_requests,
-        "waiting": usage.queued_requests,
+        "denies": bool(found.denies[index]),
+        "pressure": round(float(found.pressure[index]), 3),
+        "serving": usage["concurrent_requests"],
+        "waiting": usage["queued_requests"],
         "queue": quota.max_queued_requests,
-        "admitted": int(row["allowed_total"]),
-        "waited": int(row["waited_total"]),
-        "warned": int(row["warned_total"]),
+        "admitted": usage["allowed_total"],
+        "waited": usage["waited_total"],
+        "warned": usage["warned_total"],
         "refused": refused,
+        "tokens_charged": usage["tokens_total"],
+        "tokens_refunded": usage["tokens_refunded_total"],
         "meters": [
             {"label": label, "used": used, "limit": limit, "unit": unit}
             for label, used, limit, unit in meters
@@ -165,5 +176,6 @@ async def _answer(
     send: Send, status: int, kind: bytes, body: bytes, headers: list[tuple[bytes, bytes]], *, head: bool = False
 ) -> None:
     headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *_COMMON, *headers]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": b"" if head else body})
+    with contextlib.suppress(OSError):  # as a server may raise, by the protocol, once the client has left
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if head else body})

@@ -36,6 +36,10 @@ def answering(errors: Console, path: object, *, unknown_model: int = EXIT_UNUSAB
         yield
     except UnknownModelError as error:
         raise unusable(errors, str(error), unknown_model) from None
+    except (
+        BrokenPipeError
+    ):  # that is about the output: click ends without a word, and with 1, as Python's manual has it
+        raise
     except OSError as error:
         raise unusable(errors, f"{error.filename or path}: {error.strerror or error}") from None
     except (QuotaError, ValueError, ImportError) as error:

@@ -18,7 +18,7 @@ from modelquota.limits import ViolationAction
 from modelquota.manager import ResourceQuotaManager
 from modelquota.report import ResourceUsage
 
-__all__ = ["LINES_OF_A_MODEL", "UsageBar", "demo_table"]
+__all__ = ["ACTION_STYLES", "LINES_OF_A_MODEL", "UsageBar", "bar_text", "demo_table"]
 
 # From these widths on there is room for limits beside the requests, for bars, and for a column of the waits.
 LIMIT_COLUMNS = 60
@@ -47,16 +47,20 @@ class UsageBar:
         return Measurement(6, options.max_width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width
+        text = bar_text(self._fraction, options.max_width, ascii_only=options.ascii_only)
         colour = "green" if self._fraction < 0.75 else "yellow" if self._fraction < 0.95 else "red"
-        if options.ascii_only:
-            text = ("#" * round(self._fraction * width)).ljust(width, ".")
-            yield Segment(text, Style(color=colour))
-        else:
-            full, eighths = divmod(round(self._fraction * width * 8), 8)
-            text = ("█" * full + (EIGHTHS[eighths] if eighths else "")).ljust(width)
-            yield Segment(text, Style(color=colour, bgcolor="bright_black" if console.color_system else None))
+        ground = "bright_black" if console.color_system and not options.ascii_only else None
+        yield Segment(text, Style(color=colour, bgcolor=ground))
         yield Segment.line()
+
+
+def bar_text(fraction: float, width: int, *, ascii_only: bool) -> str:
+    """A bar of so many columns, without its colours, filled to `fraction` (0 or more; from 1 on: full)."""
+    fraction = min(fraction, 1.0)
+    if ascii_only:
+        return ("#" * round(fraction * width)).ljust(width, ".")
+    full, eighths = divmod(round(fraction * width * 8), 8)
+    return ("█" * full + (EIGHTHS[eighths] if eighths else "")).ljust(width)
 
 
 def demo_table(

@@ -12,6 +12,7 @@ from rich.console import Console
 from modelquota.cli.answers import EXIT_NO, answering, say, unusable
 from modelquota.cli.change import parse_fields, remove_models, reset_bursts, set_model
 from modelquota.cli.status import print_status, print_status_json
+from modelquota.cli.text import escaped
 from modelquota.cli.top import run_top
 from modelquota.manager import ResourceQuotaManager
 from modelquota.reading import QuotaReader
@@ -48,15 +49,16 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         trust_file: TrustFile = False,
         above: Annotated[
             float | None,
-            typer.Option(min=0, metavar="PERCENT", help="End with 1 where any model is above this use of a limit."),
+            typer.Option(min=0, metavar="PERCENT", help="End with 1 if a limit that denies is used more than this."),
         ] = None,
     ) -> None:
         """Print use against limits, the model nearest to a limit first.
 
-        **--json** prints one object: enforcing, stats (the totals), and models, a list of objects with
-        model_id, pressure and nearest_limit, percent (of each limit), usage and quota.
+        **--json** prints one object: enforcing, pressure (the highest of a model that denies), stats (the totals), and
+        models, a list of objects with model_id, pressure, denies (whether any of its limits does), nearest_limit,
+        percent (of each limit), denied (for good), usage and quota. Models that deny nothing come last.
 
-        **Exit code**: 0; 1 when a model is above PERCENT; 2 when the file cannot be used.
+        **Exit code**: 0; 1 when a model that denies is above PERCENT; 2 when the file cannot be used.
         """
         with answering(Console(stderr=True), path), open_view(path, trust_file) as manager:
             highest = print_status_json(manager) if as_json else print_status(manager, Console())
@@ -98,7 +100,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         if as_json:
             print(json.dumps(quota, indent=2, allow_nan=False))
         else:
-            lines = (f"{field} = {'unlimited' if value is None else value}" for field, value in quota.items())
+            lines = (f"{field} = {_word(value)}" for field, value in quota.items())
             Console().print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
     @app.command("remove")
@@ -144,3 +146,8 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
                 thread.join()
             server.shutdown()
             server.server_close()
+
+
+def _word(value: object) -> str:
+    """A value as one word for a terminal: an id may hold anything."""
+    return "unlimited" if value is None else escaped(str(value))

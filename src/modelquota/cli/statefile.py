@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from modelquota.cli.answers import EXIT_NO, answering
 from modelquota.cli.text import printable
@@ -68,5 +69,5 @@ def _table(info: StateFileInfo) -> Table:
         ("recoveries", f"{info.recoveries:,} after the death of a process"),
         ("last anchored", f"{info.anchored_at:%Y-%m-%d %H:%M:%S} UTC"),
     ):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # a path may hold what rich takes for markup
     return table

@@ -1,15 +1,18 @@
 """What `modelquota status` prints of a manager: a table, the model nearest to a limit first, or JSON."""
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from json.encoder import encode_basestring_ascii as encode
 
+import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from modelquota.cli.demo_table import ACTION_STYLES, UsageBar
+from modelquota._counting import denied
+from modelquota.cli.demo_table import ACTION_STYLES, bar_text
+from modelquota.cli.lines import Column, Lines
 from modelquota.cli.text import printable, short
+from modelquota.config import ResourceQuotaConfig
 from modelquota.limits import Limit
 from modelquota.reading import QuotaReader
 from modelquota.report import QuotaStats
@@ -20,6 +23,8 @@ __all__ = ["print_status", "print_status_json", "status_table", "totals_line"]
 # From these widths on there is room for bars, and for the percentages of memory and quotas.
 BAR_COLUMNS = 80
 WIDE_COLUMNS = 132
+_BAR_WIDTH = 10
+_WRITTEN_AT_ONCE = 256
 WIDE = {
     "RAM": Limit.RAM,
     "SSD": Limit.SSD,
@@ -33,84 +38,145 @@ _RATE_FIELDS = {
     Limit.REQUESTS_PER_SECOND: "max_requests_per_second",
     Limit.TOKENS_PER_SECOND: "max_tokens_per_second",
 }
-_DENIED_FIELDS = ("rejected_total", "throttled_total", "queued_total")
 
 
 def print_status(manager: QuotaReader, console: Console) -> float:
-    """Print use against limits of all models; return the highest pressure in percent, 0 where there is no model."""
+    """Print use against limits of all models; return the highest pressure of those that deny, in percent, or 0."""
     found = read_utilization(manager)
     if len(found):
-        console.print(status_table(found, found.by_pressure().tolist(), width=console.width))
+        table = status_table(found, found.by_pressure().tolist(), console=console)
+        if console.color_system is None:
+            print("\n".join(table.texts(console.width)), file=console.file)
+        else:
+            console.print(table)
     else:
         console.print("no models")
     console.print(totals_line(manager.get_stats(), manager.enforcement_enabled))
-    return float(found.pressure.max(initial=0.0))
+    return found.highest
 
 
 def print_status_json(manager: QuotaReader) -> float:
-    """Print the same as one JSON object, everything that can be read in it; return the highest pressure in percent."""
+    """Print the same as one JSON object, everything that can be read in it; return the same.
+
+    Each model is a line, and some are written as soon as they are made: a reader may take what it needs and leave.
+    """
     found = read_utilization(manager)
     stats = manager.get_stats()
     document = {
         "enforcing": manager.enforcement_enabled,
+        "pressure": round(found.highest, 3),
         "stats": {name: getattr(stats, name) for name in stats.__dataclass_fields__},
-        "models": [_as_dict(found, index) for index in found.by_pressure().tolist()],
     }
-    print(json.dumps(document, indent=2, allow_nan=False))
-    return float(found.pressure.max(initial=0.0))
+    print(json.dumps(document, indent=2, allow_nan=False).removesuffix("\n}"), end=',\n  "models": [')
+    separator = "\n    "
+    for lines in _models_as_json(found):
+        print(separator + ",\n    ".join(lines), end="")
+        separator = ",\n    "
+    print("\n  ]\n}")
+    return found.highest
 
 
-def _as_dict(found: Utilization, index: int) -> dict[str, Any]:
-    counters = found.counters[index]
-    return {
-        "model_id": found.quotas[index].model_id,
-        "pressure": round(float(found.pressure[index]), 3),
-        "nearest_limit": found.nearest[index].name.lower(),
-        "percent": {limit.name.lower(): round(float(found.of(limit)[index]), 3) for limit in LIMITS},
-        "usage": {name: int(counters[name]) for name in counters.dtype.names if name != "model_id"},
-        "quota": found.quotas[index].to_dict(),
-    }
+def _models_as_json(found: Utilization) -> Iterator[list[str]]:
+    # What is alike for many models is encoded once; an encoder of the whole would take longer than all the rest.
+    order = found.by_pressure()
+    names = [name for name in found.counters.dtype.names or () if name != "model_id"]
+    limits = [limit.name.lower() for limit in LIMITS]
+    usage = "{" + ", ".join(f'"{name}": %d' for name in names) + "}"
+    percents = "{" + ", ".join(f'"{name}": %r' for name in limits) + "}"
+    quotas = []
+    for kind in found.quotas.kinds:
+        fields = kind.to_dict()
+        del fields["model_id"]
+        quotas.append(json.dumps(fields, allow_nan=False).removeprefix("{"))
+    refused = np.maximum(denied(found.counters), 0)
+    for start in range(0, len(order), _WRITTEN_AT_ONCE):
+        part = order[start : start + _WRITTEN_AT_ONCE]
+        lines = []
+        for (model_id, *counts), percent, pressure, column, denies, denials, kind in zip(
+            found.counters[part].tolist(),
+            found.percent[part].round(3).tolist(),
+            found.pressure[part].round(3).tolist(),
+            found.nearest_column[part].tolist(),
+            found.denies[part].tolist(),
+            refused[part].tolist(),
+            found.quotas.kind_of[part].tolist(),
+            strict=True,
+        ):
+            name = encode(model_id)
+            lines.append(
+                f'{{"model_id": {name}, "pressure": {pressure!r}, "denies": {"true" if denies else "false"}, '
+                f'"nearest_limit": "{limits[column]}", "percent": {percents % tuple(percent)}, '
+                f'"denied": {denials}, "usage": {usage % tuple(counts)}, '
+                f'"quota": {{"model_id": {name}, {quotas[kind]}}}'
+            )
+        yield lines
 
 
-def status_table(found: Utilization, indices: Sequence[int], *, width: int) -> Table:
-    """A line for each of the models, in the order given; as wide as there is room for."""
-    wide = width >= WIDE_COLUMNS
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    # In a narrow terminal the bars are left out and words are cut, not figures: columns that may wrap are narrowed.
-    table.add_column("model", max_width=28)
+def status_table(found: Utilization, indices: Sequence[int], *, console: Console) -> Lines:
+    """A line for each of the models, in the order given; as wide as the console has room for."""
+    width, ascii_only = console.width, console.options.ascii_only  # each is a question to the terminal
+    shown = np.array(indices, np.intp)
+    counters = found.counters[shown]
+    kinds, kind_of = found.quotas.kinds, found.quotas.kind_of[shown].tolist()
+    bounds = [limits_of(kind) for kind in kinds]
+    pressure, percents = found.pressure[shown].tolist(), found.percent[shown]
+    warned, refused = counters["warned_total"].tolist(), denied(counters).tolist()
+    columns = [
+        Column("model", list(map(printable, counters["model_id"].tolist())), lambda row: "bold", cut=True, most=28)
+    ]
     if width >= BAR_COLUMNS:
-        table.add_column("pressure", no_wrap=True, width=10)
-    table.add_column("%", justify="right", no_wrap=True)
-    table.add_column("nearest limit")
-    for heading in WIDE if wide else ():
-        table.add_column(f"{heading} %", justify="right", no_wrap=True)
-    table.add_column("allowed", justify="right", no_wrap=True)
-    table.add_column("denied", justify="right", no_wrap=True)
-    pressure, nearest = found.pressure, found.nearest
-    for index in indices:
-        quota, counters = found.quotas[index], found.counters[index]
-        denied = sum(int(counters[field]) for field in _DENIED_FIELDS)
-        warned = int(counters["warned_total"])
-        table.add_row(
-            Text(printable(quota.model_id), "bold", no_wrap=True, overflow="ellipsis"),
-            *([UsageBar(pressure[index] / 100)] if width >= BAR_COLUMNS else []),
-            Text(f"{pressure[index]:.0f}", _colour(pressure[index])),
-            Text(_nearest(found, index, nearest[index]), no_wrap=True, overflow="ellipsis"),
-            *(_share(found, index, limit) for limit in (WIDE.values() if wide else ())),
-            Text(short(int(counters["allowed_total"])), "green"),
-            Text(short(denied), ACTION_STYLES[quota.on_violation])
-            if denied or not warned
-            else Text(f"{short(warned)} warned", "magenta"),
-        )
-    return table
+        bars = [bar_text(percent / 100, _BAR_WIDTH, ascii_only=ascii_only) for percent in pressure]
+        ground = "" if ascii_only else " on bright_black"
+        columns.append(Column("pressure", bars, lambda row: _colour(pressure[row]) + ground))
+    columns += [
+        Column("%", [f"{percent:.0f}" for percent in pressure], lambda row: _colour(pressure[row]), right=True),
+        Column(
+            "nearest limit",
+            [
+                _nearest(found, index, kinds[kind], bounds[kind]) if percent else "idle"
+                for index, percent, kind in zip(indices, pressure, kind_of, strict=True)
+            ],
+            cut=True,
+        ),
+    ]
+    for heading, limit in WIDE.items() if width >= WIDE_COLUMNS else ():
+        column = LIMITS.index(limit)
+        has_limit = [bound[column] is not None for bound in bounds]
+        columns.append(_share(heading, percents[:, column].tolist(), [has_limit[kind] for kind in kind_of]))
+    return Lines(
+        [
+            *columns,
+            Column("allowed", list(map(short, counters["allowed_total"].tolist())), lambda row: "green", right=True),
+            Column(
+                "denied",
+                [
+                    f"{short(warnings)} warned" if warnings and count <= 0 else short(max(count, 0))
+                    for warnings, count in zip(warned, refused, strict=True)
+                ],
+                lambda row: "magenta" if warned[row] and refused[row] <= 0 else _action_style(kinds[kind_of[row]]),
+                right=True,
+            ),
+        ]
+    )
 
 
-def _nearest(found: Utilization, index: int, limit: Limit) -> str:
+def _share(heading: str, percents: list[float], limited: list[bool]) -> Column:
+    return Column(
+        f"{heading} %",
+        [f"{percent:.0f}" if has_limit else "-" for percent, has_limit in zip(percents, limited, strict=True)],
+        lambda row: _colour(percents[row]) if limited[row] else "dim",
+        right=True,
+    )
+
+
+def _action_style(quota: ResourceQuotaConfig) -> str:
+    return ACTION_STYLES[quota.on_violation]
+
+
+def _nearest(found: Utilization, index: int, quota: ResourceQuotaConfig, limits: Sequence[int | None]) -> str:
     """Use and limit in words: `910 of 1000 MB RAM`, `40 of 50 tokens/hour`, `burst: 9 of 10 tokens/second`."""
-    if found.pressure[index] == 0:
-        return "idle"
-    quota = found.quotas[index]
-    used, bound = int(found.used(limit)[index]), limits_of(quota)[LIMITS.index(limit)]
+    column = int(found.nearest_column[index])
+    limit, used, bound = LIMITS[column], int(found.uses[index, column]), limits[column] or 0
     words = f"{limit.unit} {limit.label}" if limit.unit == "MB" else limit.label.replace(" per ", "/")
     burst = _BURST_FIELDS.get(limit)
     if burst is not None and 100 * used < found.pressure[index] * (bound or 1) - 1e-6:
@@ -118,14 +184,7 @@ def _nearest(found: Utilization, index: int, limit: Limit) -> str:
     if burst is not None:
         rate = getattr(quota, _RATE_FIELDS[limit])
         return f"{short(used)} of {f'{rate:g}' if rate < 100 else short(rate)}+{short(getattr(quota, burst))} {words}"
-    return f"{short(used)} of {short(bound or 0)} {words}"
-
-
-def _share(found: Utilization, index: int, limit: Limit) -> Text:
-    if limits_of(found.quotas[index])[LIMITS.index(limit)] is None:
-        return Text("-", "dim")
-    percent = found.of(limit)[index]
-    return Text(f"{percent:.0f}", _colour(percent))
+    return f"{short(used)} of {short(bound)} {words}"
 
 
 def _colour(percent: float) -> str:
@@ -134,12 +193,12 @@ def _colour(percent: float) -> str:
 
 def totals_line(stats: QuotaStats, enforcing: bool) -> Text:
     """The totals over all models."""
-    denied = stats.rejected_requests + stats.throttled_requests + stats.queued_requests
-    waited = stats.allowed_requests + denied - stats.total_checks  # those count twice
-    after = f" ({waited:,} of those admitted after a wait)" if waited else ""
+    after = f" ({stats.waited_requests:,} after a wait)" if stats.waited_requests else ""
+    waiting = stats.total_checks - stats.allowed_requests - stats.denied_requests
     line = Text(
-        f"{stats.total_checks:,} checks, {stats.allowed_requests:,} allowed, {denied:,} denied{after}, "
-        f"{stats.warned_requests:,} warned",
+        f"{stats.total_checks:,} checks, {stats.allowed_requests:,} allowed{after}, {stats.denied_requests:,} denied, "
+        + (f"{waiting:,} waiting, " if waiting > 0 else "")
+        + f"{stats.warned_requests:,} warned",
         "dim",
     )
     return line if enforcing else line.append("   enforcement is off: everything is admitted", "bold red")

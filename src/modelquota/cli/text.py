@@ -1,6 +1,6 @@
 """Numbers and names as both commands print them."""
 
-__all__ = ["duration", "printable", "short"]
+__all__ = ["duration", "escaped", "printable", "short"]
 
 
 def duration(ms: float) -> str:
@@ -31,4 +31,9 @@ def short(count: float) -> str:
 
 def printable(name: str) -> str:
     """A model id or path without anything that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
+    return name if name.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def escaped(name: str) -> str:
+    """The same, and so that it is told apart from all others: what is not printable as Python writes it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

@@ -38,7 +38,7 @@ class Top:
         room = max(self._console.height - OTHER_LINES, 1)
         shown = found.by_pressure().tolist()[:room]
         left = len(found) - len(shown)
-        table = status_table(found, shown, width=self._console.width) if shown else Text("no models")
+        table = status_table(found, shown, console=self._console) if shown else Text("no models")
         lines = [self._headline(len(found), stats, now), Text(), table]
         if left:
             lines.append(Text(f"and {left:,} models with less pressure", "dim"))
@@ -50,7 +50,7 @@ class Top:
         then, before = self._before
         seconds = max(now - then, 1e-3)
         checks = stats.total_checks - before.total_checks
-        denied = checks - (stats.allowed_requests - before.allowed_requests)
+        denied = max(stats.denied_requests - before.denied_requests, 0)  # who waits is not yet
         return Text.assemble(
             ("modelquota top", "bold"),
             (
