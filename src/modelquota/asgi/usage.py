@@ -105,6 +105,9 @@ def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
+_NO_WORK = (401, 403, 404, 405)  # statuses of requests that no model has seen
+
+
 class ResponseMeter:
     """Reads along as a response passes, and settles its grant at the end.
 
@@ -122,7 +125,18 @@ class ResponseMeter:
         Given the data of an event, returns its tokens.
     """
 
-    __slots__ = ("_buffer", "_chunk_tokens", "_cut", "_data", "_events", "_failed", "_grant", "_json", "_total")
+    __slots__ = (
+        "_buffer",
+        "_chunk_tokens",
+        "_cut",
+        "_data",
+        "_events",
+        "_failed",
+        "_free",
+        "_grant",
+        "_json",
+        "_total",
+    )
 
     def __init__(
         self,
@@ -143,7 +157,8 @@ class ResponseMeter:
         self._grant = grant
         self._chunk_tokens = chunk_tokens
         self._failed = status >= 400
-        readable = not encoded and not self._failed
+        self._free = 300 <= status < 400 or status in _NO_WORK
+        readable = not encoded and not self._failed and not self._free
         self._events = readable and kind == b"text/event-stream"
         self._json = readable and (kind == b"application/json" or kind.endswith(b"+json"))
         self._buffer = bytearray()
@@ -163,8 +178,14 @@ class ResponseMeter:
     def finish(self, *, complete: bool) -> None:
         """Settle by what the response says; where it does not, leave what was counted, or the estimate.
 
-        A response that reports an error took no tokens. One that was broken off took what had passed.
+        A response that reports an error took no tokens, and one for which no model did anything (a redirect, a request
+        that may not be made, a model that does not exist) not even the request. One that was broken off took what had
+        passed.
         """
+        if self._free:
+            self._free = False
+            self._grant.cancel()
+            return
         if self._events and (self._buffer or self._data):
             self._line(bytes(self._buffer))
             self._dispatch()
