@@ -55,6 +55,11 @@ class Window:
         current = slot_of(now_ns, self.length_ns)
         return sum(amount for slot, amount in self.log if current - SLOTS <= slot <= current)
 
+    def in_slot(self, at_ns: int) -> int:
+        """Sum of what was charged in the sub-interval of a moment."""
+        here = slot_of(at_ns, self.length_ns)
+        return sum(amount for slot, amount in self.log if slot == here)
+
     def charge(self, now_ns: int, amount: int) -> None:
         """Charge, up to the largest number that a window counts."""
         amount = min(amount, COUNT_MAX - self.used(now_ns))
@@ -79,18 +84,41 @@ class Level:
     def __init__(self) -> None:
         self.value = Fraction(0)
         self.at_ns = 0
+        self.dormant: tuple[float, Fraction] | None = None  # rate and cap of before, while there is none
 
-    def drain(self, now_ns: int, rate: float | None) -> None:
-        """Let time pass under a rate."""
-        if rate is None:
-            self.value = Fraction(0)
+    def pass_time(self, now_ns: int, rate: float | None, second: Window) -> None:
+        """Let time pass; a dormant level grows at the end of a sub-interval by what was admitted in it."""
+        if rate is not None:
+            self.drain(now_ns, rate)
+        elif self.dormant is not None:
+            rate, cap = self.dormant
+            end_ns = slot_start_ns(slot_of(self.at_ns, SECOND_NS) + 1, SECOND_NS)
+            if now_ns >= end_ns:
+                admitted = second.in_slot(self.at_ns)
+                self.drain(end_ns, rate)
+                self.charge(admitted, cap)
+            self.drain(now_ns, rate)
         else:
-            self.value = max(Fraction(0), self.value - Fraction(rate) * (now_ns - self.at_ns) / SECOND_NS)
+            self.at_ns = now_ns
+
+    def change_rate(self, old: float | None, old_cap: Fraction, new: float | None, now_ns: int, second: Window) -> None:
+        """None puts the level to sleep, and another rate wakes it."""
+        if old is not None and new is None:
+            self.dormant = old, old_cap
+            if self.value <= old_cap:
+                self.charge(-second.in_slot(now_ns))  # is charged when the sub-interval ends
+        elif old is None and new is not None and self.dormant is not None:
+            self.charge(second.in_slot(now_ns), self.dormant[1])
+            self.dormant = None
+
+    def drain(self, now_ns: int, rate: float) -> None:
+        """Let time pass under a rate."""
+        self.value = max(Fraction(0), self.value - Fraction(rate) * (now_ns - self.at_ns) / SECOND_NS)
         self.at_ns = now_ns
 
-    def charge(self, count: int) -> None:
-        """Add what was charged now."""
-        self.value += count
+    def charge(self, count: int, cap: Fraction | None = None) -> None:
+        """Add what was charged now, up to the cap, if there is one."""
+        self.value = charged(self.value, count, cap)
 
     def forgive(self, rest: Fraction) -> None:
         """Leave no more than so much."""
@@ -103,6 +131,12 @@ class Level:
         if cost > cap or rate == 0:
             return None
         return now_ns + math.ceil((self.value + cost - cap) * SECOND_NS / Fraction(rate))
+
+
+def charged(value: Fraction, count: int, cap: Fraction | None) -> Fraction:
+    """A level after a charge."""
+    after = max(value + count, Fraction(0))
+    return after if cap is None else max(value, min(after, cap))
 
 
 def base(rate: float) -> Fraction:
@@ -132,19 +166,33 @@ class Model:
 
     def pass_time(self, now_ns: int) -> None:
         """Drain both levels under the rates in force."""
-        self.request_level.drain(now_ns, self.config.max_requests_per_second)
-        self.token_level.drain(now_ns, self.config.max_tokens_per_second)
+        self.request_level.pass_time(now_ns, self.config.max_requests_per_second, self.requests[SECOND_NS])
+        self.token_level.pass_time(now_ns, self.config.max_tokens_per_second, self.tokens[SECOND_NS])
 
-    def charge(self, now_ns: int, requests: int, tokens: int) -> None:
-        """Add to every window and level; `pass_time` has been called."""
+    def change(self, config: ResourceQuotaConfig, now_ns: int) -> None:
+        """Replace the limits."""
+        self.pass_time(now_ns)
+        for level, window, (old, cap), (new, _) in zip(
+            (self.request_level, self.token_level),
+            (self.requests[SECOND_NS], self.tokens[SECOND_NS]),
+            rates_of(self.config),
+            rates_of(config),
+            strict=True,
+        ):
+            level.change_rate(old, cap, new, now_ns, window)
+        self.config = config
+
+    def charge(self, now_ns: int, requests: int, tokens: int, *, capped: bool = True) -> None:
+        """Add to every window and level, which `capped` keeps below its cap; `pass_time` has been called."""
         for window in self.requests.values():
             window.charge(now_ns, requests)
         for window in self.tokens.values():
             window.charge(now_ns, tokens)
-        if self.config.max_requests_per_second is not None:
-            self.request_level.charge(requests)
-        if self.config.max_tokens_per_second is not None:
-            self.token_level.charge(tokens)
+        (request_rate, request_cap), (token_rate, token_cap) = rates_of(self.config)
+        if request_rate is not None:
+            self.request_level.charge(requests, request_cap if capped else None)
+        if token_rate is not None:
+            self.token_level.charge(tokens, token_cap if capped else None)
 
     def waits(self, now_ns: int, tokens: int, ram_mb: int, ssd_mb: int) -> dict[Limit, int | None]:
         """Moment at which each limit passes, in the order in which limits are judged; None: no wait helps."""
@@ -236,6 +284,17 @@ class Model:
         )
 
 
+def rates_of(config: ResourceQuotaConfig) -> list[tuple[float | None, Fraction]]:
+    """Rate and cap of requests and of tokens; the core takes a rate that no count reaches for none."""
+    return [
+        (None, Fraction(0)) if rate is None or rate >= COUNT_MAX else (rate, base(rate) + burst)
+        for rate, burst in (
+            (config.max_requests_per_second, config.burst_requests),
+            (config.max_tokens_per_second, config.burst_tokens),
+        )
+    ]
+
+
 def _fixed(now_ns: int, used: int, cost: int, limit: int | None) -> int | None:
     return now_ns if limit is None or cost == 0 or used + cost <= limit else None
 
@@ -289,9 +348,7 @@ class Oracle:
         if isinstance(config, str):
             config = ResourceQuotaConfig(config, **changes)
         model = self.models.setdefault(config.model_id, self.model_type(config))
-        model.pass_time(self.clock.now_ns)
-        model.config = config
-        model.pass_time(self.clock.now_ns)
+        model.change(config, self.clock.now_ns)
 
     def update_quota(self, model_id: str, **changes: Any) -> ResourceQuotaConfig:
         """Change some limits of a known model."""
@@ -328,7 +385,11 @@ class Oracle:
         for row, amount in zip(rows, [tokens] * len(rows) if isinstance(tokens, int) else tokens, strict=True):
             model = self._known(row)
             model.pass_time(self.clock.now_ns)
-            model.charge(self.clock.now_ns, 0, int(amount))
+            model.charge(self.clock.now_ns, 0, int(amount), capped=self.is_trial(model))
+
+    def is_trial(self, model: Model) -> bool:
+        """Whether nothing is denied to the model: then no level rises above its cap."""
+        return not self.enforcement_enabled or model.config.on_violation is ViolationAction.WARN
 
     def update_memory_usage(self, model_id: str, ram_mb: int, ssd_mb: int) -> None:
         """State the memory that a model uses."""
@@ -344,7 +405,8 @@ class Oracle:
             (model.request_level, model.config.max_requests_per_second),
             (model.token_level, model.config.max_tokens_per_second),
         ):
-            level.forgive(Fraction(0) if rate is None else base(rate))
+            if rate is not None:
+                level.forgive(base(rate))
 
     def get_quota(self, model_id: str) -> ResourceQuotaConfig | None:
         """Limits of a model, or None."""

@@ -8,12 +8,13 @@ them; and at least as much of them is taken back as is left of the charge itself
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from oracle import COUNT_MAX, SECOND_NS, Level, Model, Oracle, retry_ms
+from oracle import COUNT_MAX, SECOND_NS, Level, Model, Oracle, charged, rates_of, retry_ms
 from oracle_answers import COUNTERS, OUTCOMES, TYPES, Decision
 
 from modelquota import GrantClosedError, Limit, ResourceQuotaConfig, ViolationAction
@@ -28,6 +29,8 @@ class Charged:
     """What stands of a charge to a level."""
 
     count: int
+    cap: Fraction | None
+    raised: int  # by how much the level rose, in whole tokens or requests
 
 
 @dataclass(eq=False)
@@ -35,7 +38,7 @@ class Drained:
     """Time that passed under a rate."""
 
     elapsed_ns: int
-    rate: float | None
+    rate: float
 
 
 @dataclass(eq=False)
@@ -53,16 +56,17 @@ class PlayedLevel(Level):
         self.events: list[Charged | Drained | Forgiven] = []
         self.lowest: Fraction | None = None
 
-    def drain(self, now_ns: int, rate: float | None) -> None:
+    def drain(self, now_ns: int, rate: float) -> None:
         """Let time pass under a rate."""
-        if rate is None or now_ns > self.at_ns:
+        if now_ns > self.at_ns:
             self.events.append(Drained(now_ns - self.at_ns, rate))
         super().drain(now_ns, rate)
 
-    def charge(self, count: int) -> None:
+    def charge(self, count: int, cap: Fraction | None = None) -> None:
         """Add what was charged now."""
-        self.events.append(Charged(count))
-        super().charge(count)
+        before = self.value
+        super().charge(count, cap)
+        self.events.append(Charged(count, cap, math.floor(self.value - before)))
 
     def forgive(self, rest: Fraction) -> None:
         """Leave no more than so much."""
@@ -74,19 +78,18 @@ class PlayedLevel(Level):
         value = Fraction(0)
         for event in self.events:
             if isinstance(event, Charged):
-                value += event.count
+                value = charged(value, event.count, event.cap)
             elif isinstance(event, Forgiven):
                 value = min(value, event.rest)
-            elif event.rate is None:
-                value = Fraction(0)
             else:
                 value = max(Fraction(0), value - Fraction(event.rate) * event.elapsed_ns / SECOND_NS)
         return value
 
     def refund(self, charge: Charged, count: int, left: Fraction) -> None:
-        """Take back part of a charge, of which so much is left in any case."""
+        """Take back part of a charge, of which so much is left in any case; what is not taken back raised it first."""
         charge.count -= count
-        self.value -= min(Fraction(count), left, self.value)
+        self.value -= max(Fraction(0), min(Fraction(charge.raised - charge.count), left, self.value))
+        charge.raised = min(charge.raised, charge.count)
         self.lowest = self.played_again()
 
     def adopt(self, value: Fraction) -> None:
@@ -148,14 +151,21 @@ class GrantModel(Model):
         self.holds.append(hold)
         return hold
 
-    def charge_for_grant(self, now_ns: int, requests: int, tokens: int) -> Charge:
+    def charge(self, now_ns: int, requests: int, tokens: int, *, capped: bool = True) -> None:
+        """As any model. A level that met its cap forgets what was charged before: without that, this had raised it."""
+        super().charge(now_ns, requests, tokens, capped=capped)
+        for level, (rate, _) in zip((self.request_level, self.token_level), rates_of(self.config), strict=True):
+            if rate is not None and level.events[-1].raised != level.events[-1].count:
+                self.epoch += 1
+
+    def charge_for_grant(self, now_ns: int, requests: int, tokens: int, *, capped: bool = True) -> Charge:
         """Charge, and say where that can be found again."""
-        self.charge(now_ns, requests, tokens)
+        self.charge(now_ns, requests, tokens, capped=capped)
         entries = [
             None if rate is None else level.events[-1]
             for level, rate in (
-                (self.request_level, self.config.max_requests_per_second),
-                (self.token_level, self.config.max_tokens_per_second),
+                (self.request_level, rates_of(self.config)[0][0]),
+                (self.token_level, rates_of(self.config)[1][0]),
             )
         ]
         return Charge(now_ns, self.epoch, tokens, *entries)  # type: ignore[arg-type]
@@ -166,14 +176,14 @@ class GrantModel(Model):
             window.refund(charge.at_ns, requests)
         for window in self.tokens.values():
             window.refund(charge.at_ns, tokens)
-        for level, entry, rate, charged, count in (
-            (self.request_level, charge.of_requests, self.config.max_requests_per_second, requests, requests),
-            (self.token_level, charge.of_tokens, self.config.max_tokens_per_second, charge.tokens, tokens),
+        for level, entry, rate, count in (
+            (self.request_level, charge.of_requests, rates_of(self.config)[0][0], requests),
+            (self.token_level, charge.of_tokens, rates_of(self.config)[1][0], tokens),
         ):
             if entry is not None and count:
                 left = Fraction(0)
                 if rate is not None and charge.epoch == self.epoch:
-                    left = max(left, charged - Fraction(rate) * (now_ns - charge.at_ns) / SECOND_NS)
+                    left = max(left, entry.raised - Fraction(rate) * (now_ns - charge.at_ns) / SECOND_NS)
                 level.refund(entry, count, left)
 
     def takes_tokens(self, now_ns: int, tokens: int, enforced: bool) -> bool:
@@ -314,7 +324,8 @@ class OracleGrant:
         )
         chunk = ahead if all_fits else beyond
         for party in self.living:
-            party.charges.append(party.model.charge_for_grant(now_ns, 0, chunk))
+            trial = self.oracle.is_trial(party.model)
+            party.charges.append(party.model.charge_for_grant(now_ns, 0, chunk, capped=trial))
         self.charged += chunk
         return fits
 
@@ -353,7 +364,7 @@ class OracleGrant:
         for party in self.living:
             party.model.pass_time(now_ns)
             if tokens > self.charged:
-                party.model.charge(now_ns, 0, tokens - self.charged)
+                party.model.charge(now_ns, 0, tokens - self.charged, capped=self.oracle.is_trial(party.model))
             too_much = max(0, self.charged - tokens)
             for charge in reversed(party.charges):
                 part = min(too_much, charge.tokens)

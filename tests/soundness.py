@@ -35,6 +35,8 @@ def plain(record: Any) -> dict[str, Any]:
 def level_of(row: dict[str, Any], what: str) -> Fraction:
     """A level, in requests or tokens, at the row's time."""
     shift = row[f"{what}_shift"]
+    if shift == NO_RATE:
+        shift = row[f"dormant_{what}_shift"]
     low, high = row[f"{what}_level"]
     return Fraction(0) if shift == NO_RATE else Fraction((high << 64) + low, 10**9 << shift)
 
@@ -43,7 +45,7 @@ def level_now(row: dict[str, Any], what: str, now_ns: int, rate: float | None) -
     """A level after the time since the row's own has passed."""
     assert row["level_ns"] <= now_ns
     if rate is None:
-        return Fraction(0)
+        return level_of(row, what)
     return max(Fraction(0), level_of(row, what) - Fraction(rate) * (now_ns - row["level_ns"]) / SECOND_NS)
 
 
@@ -101,9 +103,8 @@ def assert_not_negative(ledger: dict[str, Any]) -> None:
     for name, value in ledger.items():
         if name in ("requests_mark", "tokens_mark", "requests_base", "tokens_base", "requests_start", "tokens_start"):
             continue  # modulo 2**64
-        if name not in ("head_ready_ns", "head_priority"):
-            for figure in flat(value):
-                assert 0 <= figure < 2**63 or figure == math.inf, name
+        for figure in flat(value):
+            assert 0 <= figure < 2**63 or figure == math.inf, name
 
 
 def flat(value: Any) -> Iterable[Any]:

@@ -103,9 +103,9 @@ def meanwhile(manager, change):
     """Have a change made just before the manager puts a model's new limits in place of the old."""
     swap = manager._swap
 
-    def change_and_swap(old, new):
+    def change_and_swap(old, new, named=False):
         change()
-        return swap(old, new)
+        return swap(old, new, named=named)
 
     manager._swap = change_and_swap
 

@@ -308,7 +308,7 @@ def test_a_denial_that_a_wait_ends_in_is_told_once_and_no_counter_falls_meanwhil
     ],
 )
 def test_denied_by_action(counts, expected):
-    names = ("rejected_total", "throttled_total", "queued_total", "waited_total", "queued_requests")
+    names = ("rejected_total", "throttled_total", "queued_total", "waited_total", "waiting_requests")
     assert tuple(denied_by_action(dict(zip(names, counts, strict=True))).values()) == expected
 
 

@@ -108,7 +108,7 @@ def test_each_error_may_be_caught_as(error: type[QuotaError], bases: set[type[Ex
 
 def test_every_error_derives_from_the_base_and_says_when_it_is_raised() -> None:
     found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(found) == 9
+    assert len(found) == 11
     for error in found:
         assert issubclass(error, QuotaError)
         assert error.__doc__

@@ -179,7 +179,7 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
     "raise limits": (changes(max_requests_per_second=7.7, burst_tokens=9), lambda case, new: case.manager._swap(*new)),
     "lift limits": (changes(max_tokens_per_second=None, max_ram_mb=5), lambda case, new: case.manager._swap(*new)),
     "remove": (nothing, lambda case, _: case.manager.remove_quota("m")),
-    "register": (lambda case: LONG, lambda case, config: case.manager._put(config)),
+    "register": (lambda case: LONG, lambda case, config: case.manager._put(config.model_id, config)),
     "report memory": (nothing, lambda case, _: case.manager.update_memory_usage("m", 3, 4)),
     "forgive a burst": (later(0.1, granted), lambda case, _: case.manager.reset_burst("m")),
 }

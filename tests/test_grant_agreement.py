@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 from oracle import HOUR_NS, SECOND_NS
+from oracle import rates_of
 from oracle_grants import GrantOracle, OracleGrant
 from soundness import assert_sound, level_now, record_of
 from strategies import UNLIMITED, Arrival, Pause, Step, memory, starts_ns, steps, tokens
@@ -36,11 +37,12 @@ def assert_same_levels(manager: ResourceQuotaManager, oracle: GrantOracle) -> No
     """Every level is where the oracle has it, or within its bounds; then the oracle goes on from there."""
     now_ns = oracle.clock.now_ns
     for model_id, model in oracle.models.items():
+        assert manager.get_usage(model_id) is not None  # time passes for a level without a rate, too
         row, _ = record_of(manager, model_id)
         model.pass_time(now_ns)
-        rates = model.config.max_requests_per_second, model.config.max_tokens_per_second
-        model.request_level.adopt(level_now(row, "request", now_ns, rates[0]))
-        model.token_level.adopt(level_now(row, "token", now_ns, rates[1]))
+        (request_rate, _), (token_rate, _) = rates_of(model.config)
+        model.request_level.adopt(level_now(row, "request", now_ns, request_rate))
+        model.token_level.adopt(level_now(row, "token", now_ns, token_rate))
 
 
 def outcome_of(act: Callable[[Any], Any], grant: Grant | OracleGrant) -> Any:

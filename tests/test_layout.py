@@ -15,7 +15,7 @@ def alignment(dtype):
     return max(alignment(base.fields[name][0]) for name in base.names) if base.names else base.itemsize
 
 
-@pytest.mark.parametrize("part", ["header", "place", "held", "row", "ledger", "usage"])
+@pytest.mark.parametrize("part", ["header", "entry", "grant", "row", "ledger", "usage"])
 def test_dtype_matches_the_struct(part):
     dtype = dtypes()[part]
     assert dtype.itemsize == struct_sizes()[part]
@@ -52,8 +52,8 @@ def test_counters_are_64_bits_wide():
 
 
 def test_regions_are_page_aligned_and_do_not_overlap():
-    regions = plan(144, (4096, 40_000, 100, 8_000_000), 128, 2560, 496, 1000)
-    sizes = (144, 4096, 40_000, 100, 8_000_000, 128 * 1000, 2560 * 1000, 496 * 1000)
+    regions = plan(144, (4096, 16_000, 100, 9_000_000, 100, 8_000_000), 128, 2560, 496, 1000)
+    sizes = (144, 4096, 16_000, 100, 9_000_000, 100, 8_000_000, 128 * 1000, 2560 * 1000, 496 * 1000)
     offsets = (0, *regions)
     for offset, size, end in zip(offsets[:-1], sizes, offsets[1:], strict=True):
         assert offset + size <= end
@@ -65,7 +65,7 @@ def test_the_arrays_are_views_of_the_live_state():
     header, rows, ledgers = manager._arrays()
     assert bytes(header["magic"].tobytes()) == b"mdquota1"
     assert header["fingerprint"][0] == fingerprint(
-        *(dtypes()[part] for part in ("header", "place", "held", "row", "ledger"))
+        *(dtypes()[part] for part in ("header", "entry", "grant", "row", "ledger"))
     )
     assert header["max_models"][0] == 10
     assert header["row_count"][0] == 0

@@ -371,7 +371,7 @@ def test_an_id_is_text_wherever_it_is_printed(model_id, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     manager = ResourceQuotaManager(clock=ManualClock(10**12))
     app = typer.Typer()
-    add_commands(app, lambda path: contextlib.nullcontext(manager), lambda path: contextlib.nullcontext(manager))
+    add_commands(app, *[lambda path, trust_file: contextlib.nullcontext(manager)] * 2)
 
     def run(*arguments):
         return CliRunner().invoke(app, [arguments[0], "--path", "state", *arguments[1:]])

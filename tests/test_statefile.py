@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from modelquota import ManualClock, QuotaExceededError, ResourceQuotaManager, StateFileError
+from modelquota import ManagerClosedError, ManualClock, QuotaExceededError, ResourceQuotaManager, StateFileError
 from modelquota.cli import main
 from modelquota.stateinfo import inspect_file, verify_file
 
@@ -131,7 +131,7 @@ def test_a_view_reads_the_same_and_changes_nothing(path):
         manager.set_quota("late", **LIMITS)
         assert view.list_models() == ["m", "late"]
         manager.remove_quota("late")
-    with pytest.raises(ValueError, match="the view is closed"):
+    with pytest.raises(ManagerClosedError, match="the view is closed"):
         view.list_models()
     with pytest.raises(FileNotFoundError):
         ResourceQuotaManager.open_readonly(path.with_name("none"))
@@ -189,7 +189,7 @@ def test_the_terminal_shows_and_steers_a_file(manager, path, capsys):
 def test_facts_about_a_file(manager, path):
     with manager.reserve("m", 1):
         info = inspect_file(path)
-        assert (info.models, info.max_models, info.open_grants, info.waiting_lines) == (1, 65_536, 1, 0)
+        assert (info.models, info.max_models, info.open_grants, info.waiting_requests) == (1, 65_536, 1, 0)
         assert info.processes == 1
     assert inspect_file(path).open_grants == 0
 

@@ -141,7 +141,7 @@ def rename(path, row, name):
 
 
 DAMAGES = {
-    "name outside": ("ledger", {"name_capacity": 2**20}),
+    "name outside": ("ledger", {"name_capacity": 2**15}),
     "unknown action": ("ledger", {"action": 9}),
     "negative count": ("ledger", {"peak_ram_mb": -5}),
     "too many slots": ("ledger", {"filled": [61, 61, 61]}),

@@ -17,6 +17,7 @@ from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
 from modelquota._core import inspection
 from modelquota._core.packing import dtypes
 from modelquota._core.shared import FACTS, regions_for
+from modelquota.waiting import ThreadWaiter
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 MODELS = 8
@@ -24,8 +25,8 @@ REGIONS = regions_for(MODELS)
 LAYOUT = dtypes()
 PARTS = {
     "header": (0, 1),
-    "place": (REGIONS.places, 3),
-    "held": (REGIONS.held, 70),
+    "entry": (REGIONS.entries, 3),
+    "grant": (REGIONS.grants, 70),
     "row": (REGIONS.rows, MODELS),
     "ledger": (REGIONS.ledgers, MODELS),
 }
@@ -58,7 +59,9 @@ FIELDS = [
 BYTES = st.one_of(
     *(st.integers(start, start + count * LAYOUT[part].itemsize - 1) for part, (start, count) in PARTS.items()),
     st.integers(REGIONS.epochs, REGIONS.epochs + 16),
-    st.integers(REGIONS.owners, REGIONS.owners + 16),
+    st.integers(REGIONS.changes, REGIONS.changes + 64),
+    st.integers(REGIONS.entry_owners, REGIONS.entry_owners + 16),
+    st.integers(REGIONS.grant_owners, REGIONS.grant_owners + 16),
     st.integers(REGIONS.names, REGIONS.names + 256),
     st.integers(0, REGIONS.size - 1),
 )
@@ -81,12 +84,15 @@ class Workshop:
                 max_tokens_per_second=(None, 0.1, 10**6, 1e-3)[number],
                 max_concurrent_requests=3,
                 on_violation=action,
-                grace_period_sec=0.0,
+                grace_period_sec=60.0 if action == "queue" else 0.0,
             )
             for _ in range(3):
                 manager.check_quota(f"model-{number}", 1)
         manager.remove_quota("model-1")
-        self.held = [manager.reserve("model-0", 2, 3, 4), manager.reserve("model-2", 0, 1)]
+        self.held = [manager.reserve("model-0", 2, 3, 4), *(manager.reserve("model-2", 0, 1) for _ in range(3))]
+        waiters = [ThreadWaiter() for _ in range(2)]
+        for waiter, ids in zip(waiters, ("model-2", ("model-0", "model-2")), strict=True):
+            assert manager._begin(waiter, ids, 1, 0, 0, None, 0, nowait=False) is waiter
         manager.flush()
         self.extents = []
         with open(good, "rb") as file:
@@ -94,6 +100,8 @@ class Workshop:
                 page = file.read(4096)
                 if page.strip(b"\0"):
                     self.extents.append((start, page))
+        for waiter in waiters:
+            waiter.leave()
         for grant in self.held:
             grant.release()
 
@@ -254,10 +262,10 @@ def test_a_counter_that_would_overflow_a_sum_is_refused(workshop, field):
     assert dtype.base.itemsize == 8
 
 
-@pytest.mark.parametrize("field", ["ram_mb", "ssd_mb"])
+@pytest.mark.parametrize("field", ["ram_mb", "ssd_mb", "tokens"])
 def test_a_grant_that_holds_what_nobody_can_have_is_refused(workshop, field):
-    at = LAYOUT["held"].fields[field][1]
-    workshop.write([(REGIONS.held + at, (2**63).to_bytes(8, "little"))], [])
+    at = LAYOUT["grant"].fields[field][1]
+    workshop.write([(REGIONS.grants + at, (2**63).to_bytes(8, "little"))], [])
     with pytest.raises(StateFileError, match=f"{field} is no count"):
         ResourceQuotaManager(path=workshop.path)
 

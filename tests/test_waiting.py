@@ -228,32 +228,43 @@ def test_bad_use(manager):
     assert manager.get_stats().total_checks == 0
 
 
-def test_a_request_over_several_models_waits_where_it_was_denied(manager, clock):
-    """A tenant at its limit does not hold up a model for the others."""
+@pytest.mark.parametrize("first", ["m", "tenant"])
+def test_a_request_over_several_models_keeps_its_place_at_each_of_them(manager, clock, first):
     manager.set_quota("tenant", **OPEN | {"max_concurrent_requests": 1})
-    manager.update_quota("m", max_concurrent_requests=5)
-    held = manager.reserve("tenant", 1)
+    manager.update_quota("m", max_concurrent_requests=1)
+    held = {model_id: manager.reserve(model_id, 1) for model_id in ("m", "tenant")}
     line = Line(manager)
-    before = waiting(manager, "tenant")
-    thread = threading.Thread(target=lambda: manager.acquire(("m", "tenant"), 1).release(), daemon=True)
-    thread.start()
-    until(lambda: waiting(manager, "tenant") == before + 1)
-    assert waiting(manager) == 0
-    assert manager.check_quota("m", 1)
-    others = [manager.reserve("m", 1) for _ in range(5)]
-    held.release()  # the tenant has room, the model has none by now: the request changes lines
-    until(lambda: waiting(manager) == 1)
-    assert waiting(manager, "tenant") == 0
-    assert manager.check_quota("tenant", 1)
-    for grant in others:
-        grant.release()
-    thread.join(PATIENCE)
-    assert not thread.is_alive()
-    assert not line.served
+    line.join("both", ("m", "tenant"), 1)
+    assert waiting(manager, "tenant") == 1
+    line.join("later", "m", 1)
+    held[first].release()
+    for model_id in ("m", "tenant"):  # neither to those who wait nor to those who only ask
+        assert manager.check_quota(model_id, 1).limit is Limit.QUEUE
+    assert line.served == []
+    held["tenant" if first == "m" else "m"].release()
+    line.wait()
+    assert line.served == ["both", "later"]
     for model_id in ("m", "tenant"):
         usage = manager.get_usage(model_id)
         assert (usage.concurrent_requests, usage.queued_requests) == (0, 0)
-    assert manager.get_stats().total_checks == manager.get_stats().allowed_requests
+
+
+def test_a_request_that_a_tenant_throttles_does_not_hold_up_the_model_for_the_others(manager, clock):
+    manager.set_quota("tenant", **OPEN | {"max_concurrent_requests": 1, "on_violation": "throttle"})
+    manager.update_quota("m", max_concurrent_requests=5)
+    held = manager.reserve("tenant", 1)
+    line = Line(manager)
+    line.join("both", ("m", "tenant"), 1)
+    assert manager.check_quota("m", 1)
+    others = [manager.reserve("m", 1) for _ in range(5)]
+    line.join("later", "m", 1)
+    held.release()  # the tenant has room, the model has none by now: there the request comes before the later one
+    assert line.served == []
+    others.pop().release()
+    until(lambda: line.served == ["both", "later"])
+    for grant in others:
+        grant.release()
+    line.wait()
 
 
 def test_two_lines_cannot_block_each_other(manager):

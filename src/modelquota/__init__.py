@@ -10,6 +10,8 @@ from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import (
     CapacityError,
     GrantClosedError,
+    ManagerClosedError,
+    ModelLockedError,
     QuotaConfigError,
     QuotaError,
     QuotaExceededError,
@@ -33,7 +35,9 @@ __all__ = [
     "Grant",
     "GrantClosedError",
     "Limit",
+    "ManagerClosedError",
     "ManualClock",
+    "ModelLockedError",
     "ModelQuota",
     "ModelReport",
     "QuotaCheckResult",

@@ -114,7 +114,7 @@ class Journal:
 
 def restore(manager: "ResourceQuotaManager", path: str) -> None:
     """Put right what a dead adjuster has left, if it is dead, and remove its journal; errors are logged, not raised."""
-    from modelquota.manager import _log
+    from modelquota._log import log as _log
 
     try:
         descriptor = _lock(path, manager.path or "")

@@ -26,12 +26,12 @@ def denied_by_action(counters: "Mapping[str, Any] | NDArray[np.void]") -> "dict[
 
     Examples
     --------
-    >>> record = dict(rejected_total=1, throttled_total=0, queued_total=9, waited_total=5, queued_requests=2)
+    >>> record = dict(rejected_total=1, throttled_total=0, queued_total=9, waited_total=5, waiting_requests=2)
     >>> {name: int(count) for name, count in denied_by_action(record).items()}
     {'rejected': 1, 'throttled': 0, 'queued': 2}
     """
     counts = [np.asarray(counters[f"{name}_total"], np.int64) for name in DENIED]
-    left = np.asarray(counters["waited_total"], np.int64) + np.asarray(counters["queued_requests"], np.int64)
+    left = np.asarray(counters["waited_total"], np.int64) + np.asarray(counters["waiting_requests"], np.int64)
     of_queue = np.minimum(counts[2], left)
     of_throttle = np.minimum(counts[1], left - of_queue)
     return dict(zip(DENIED, (counts[0], counts[1] - of_throttle, counts[2] - of_queue), strict=True))

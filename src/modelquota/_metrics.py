@@ -286,7 +286,7 @@ class MetricSource:
 
     def _denied(self, found: Utilization, retired: dict[str, int]) -> dict[str, float]:
         """Denials for good over all models, by action: of the living one by one, of the removed as a sum."""
-        living, removed = denied_by_action(found.counters), denied_by_action({**retired, "queued_requests": 0})
+        living, removed = denied_by_action(found.counters), denied_by_action({**retired, "waiting_requests": 0})
         for name in DENIED:
             # it is less now and then: for a moment between the start of a wait and its being published
             now = int(living[name].sum()) + int(removed[name])

@@ -206,7 +206,7 @@ _NO_LIMIT = '"unlimited" in a quota file'
 _Convert = Callable[[str, Any], object]
 
 
-def _model_id(field: str, value: Any) -> str:
+def plain_model_id(field: str, value: Any) -> str:
     """Return the id as a plain str."""
     try:
         plain = str.__str__(value) if isinstance(value, str) else ""  # a subclass may answer the questions below anyhow
@@ -297,7 +297,7 @@ def _lower(name: Any) -> str | None:
 
 
 _CONVERT: dict[str, _Convert] = {
-    "model_id": _model_id,
+    "model_id": plain_model_id,
     "max_ram_mb": _count("MB"),
     "max_ssd_mb": _count("MB"),
     "max_requests_per_second": _number("requests per second"),

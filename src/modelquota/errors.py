@@ -146,6 +146,49 @@ class QuotaExceededError(QuotaError):
         return f"model {_shown(self.result.model_id)}: {self.result.reason}"
 
 
+class ModelLockedError(QuotaExceededError):
+    """Nothing could be decided in time: a process that does not run has locked the model.
+
+    Raised by `acquire` and `acquire_async` at the end of the wait. A process was stopped (SIGSTOP, a debugger, a paused
+    container) within the few nanoseconds of a decision. Let it run, or end it: then its lock is taken over.
+
+    Parameters
+    ----------
+    result : QuotaCheckResult
+        A denial without a limit.
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"model {_shown(self.result.model_id)}: nothing could be decided in time; its lock is held by a process "
+            "that does not run (stopped, or paused): let it run, or end it"
+        )
+
+
+class ManagerClosedError(QuotaError, RuntimeError):
+    """A verb was called on a manager, a handle, a grant or a view that has been closed.
+
+    Raised also by waits that `close` ends. Do not use them after ``close()``, or make another manager.
+
+    Parameters
+    ----------
+    what : str
+        What is closed.
+
+    Examples
+    --------
+    >>> print(ManagerClosedError())
+    the manager is closed; make another one
+    """
+
+    def __init__(self, what: str = "manager") -> None:
+        super().__init__(what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"the {self.what} is closed; make another one"
+
+
 class GrantClosedError(QuotaError, RuntimeError):
     """A grant was to be changed after it had been settled, cancelled or released.
 

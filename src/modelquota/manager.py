@@ -15,7 +15,9 @@ from modelquota._core.line import WaitTable
 from modelquota._core.mapping import MAX_MODELS_LIMIT
 from modelquota._core.result import QuotaCheckResult
 from modelquota._core.table import RowHandle
-from modelquota.config import MAX_COUNT, ResourceQuotaConfig, require_fields
+from modelquota._log import log as _log
+from modelquota._log import logger
+from modelquota.config import MAX_COUNT, ResourceQuotaConfig, plain_model_id, require_fields
 from modelquota.errors import UnknownModelError
 from modelquota.limits import ViolationAction
 from modelquota.metering import limit
@@ -24,9 +26,9 @@ from modelquota.reading import QuotaReader
 from modelquota.waiting import acquire
 
 if TYPE_CHECKING:
-    import logging
     from collections.abc import Callable, Sequence
-    from typing import SupportsIndex
+    from types import TracebackType
+    from typing import Self, SupportsIndex
 
     from modelquota.report import ModelReport, ResourceUsage
     from modelquota.view import QuotaView
@@ -95,18 +97,12 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         if max_models is not None:
             max_models = _integer("max_models", max_models, 1, MAX_MODELS_LIMIT, "1 .. 2**24")
         self.default_quota = default_quota
-        if path is None:
-            super().__init__(path=None, max_models=max_models, clock=clock)
-        else:
-            from modelquota._core.statefile import trusting
-
-            before = trusting.set(trust_file)
-            try:
-                super().__init__(path=os.fsdecode(path), max_models=max_models, clock=clock)
-            finally:
-                trusting.reset(before)
         self._unknown_logged_second = -1
         self._unknown_held = 0
+        super().__init__(
+            path=None if path is None else os.fsdecode(path), max_models=max_models, clock=clock, trust_file=trust_file
+        )
+        self._trust_file = trust_file
         if self.path is not None:  # an adjuster that was killed may have left its journal
             from modelquota._core.beside import journal_of
 
@@ -115,6 +111,14 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
                 from modelquota._adjusting import restore
 
                 restore(self, journal)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     @classmethod
     def open_readonly(
@@ -155,7 +159,9 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         default = self.default_quota
         if isinstance(default, Mapping):
             default = dict(default)
-        return functools.partial(type(self), path=self.path, default_quota=default, max_models=self.max_models), ()
+        return functools.partial(
+            type(self), path=self.path, default_quota=default, max_models=self.max_models, trust_file=self._trust_file
+        ), ()
 
     # -- quotas
 
@@ -194,7 +200,7 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
             raise TypeError(f"config is {config!r}; give a ResourceQuotaConfig, or a model id and keywords")
         elif fields:
             raise TypeError("give a ResourceQuotaConfig or keywords, not both; config.replace(...) changes fields")
-        self._put(config)
+        self._put(config.model_id, config)
 
     def update_quota(self, model_id: str, /, **changes: Any) -> ResourceQuotaConfig:
         """Change the named fields of a model's quota and return the new one.
@@ -208,7 +214,7 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
             new = old.replace(**changes)
             if new.model_id != model_id:
                 raise TypeError("model_id cannot be changed; set_quota for the new id and remove_quota for the old one")
-            if self._swap(old, new):
+            if self._swap(old, new, named=True):
                 return new
 
     def remove_quota(self, model_id: str) -> bool:
@@ -348,12 +354,14 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
 
     # -- called by the core
 
-    def _adopt(self, model_id: str) -> bool:
+    def _template(self, model_id: str) -> ResourceQuotaConfig | None:
         templates = self._templates
-        quota = None if templates is None else templates.resolve(model_id)
-        if quota is not None:
-            self._put(quota, only_new=True)
-            return True
+        template = None if templates is None else templates.template_of(model_id)
+        if template is not None:
+            plain_model_id("model_id", model_id)  # raises for what no quota could have
+        return template
+
+    def _log_unknown(self, model_id: str) -> None:
         self._unknown_held += 1
         clock = self.clock
         second = (time.monotonic_ns() if clock is None else clock.now_ns) // _SECOND_NS
@@ -366,11 +374,10 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
                 model_id,
                 held,
             )
-        return False
 
     def _log_violation(self, model_id: str, result: QuotaCheckResult, stands_for: int) -> None:
         level = _INFO if result.action is ViolationAction.QUEUE else _WARNING
-        if _logger().isEnabledFor(level):
+        if logger().isEnabledFor(level):
             _log(
                 level, "model %r: %s (%s; %d since the last record)", model_id, result.reason, result.action, stands_for
             )
@@ -441,25 +448,6 @@ class ModelQuota(RowHandle):
         if read is None:
             raise UnknownModelError(self.model_id)
         return read
-
-
-@functools.cache
-def _logger() -> logging.Logger:
-    import logging  # an eighth of the package's import, and most programs never meet a violation at start
-
-    logger = logging.getLogger("modelquota")
-    logger.addHandler(logging.NullHandler())
-    return logger
-
-
-def _log(level: int, message: str, *values: object) -> None:
-    """Log, come what may: the decision stands, and a handler that raises must not keep it from its caller."""
-    try:
-        _logger().log(level, message, *values)
-    except Exception:
-        import traceback
-
-        traceback.print_exc()  # to sys.stderr, as logging itself does
 
 
 def _megabytes(name: str, value: SupportsIndex) -> int:

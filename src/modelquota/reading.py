@@ -63,8 +63,6 @@ class QuotaReader:
         from modelquota.report import QuotaStats
 
         totals = self._totals()
-        if "tokens" not in totals:
-            totals |= sums_of(self._read_all())
         violations = totals["violations"]
         stopped = totals["rejected"] + totals["throttled"] + totals["queued"]
         return QuotaStats(
@@ -116,15 +114,6 @@ class QuotaReader:
 
         reports = [report for model_id in self.list_models() if (report := self.get_model_report(model_id)) is not None]
         print(status_lines(reports, self.get_stats()), file=sys.stdout if file is None else file)
-
-
-def sums_of(records: NDArray[np.void]) -> dict[str, int]:
-    """Return what `QuotaReader._totals` tells of living models only: tokens, and requests that wait."""
-    return {
-        "tokens": int(records["tokens_total"].sum()),
-        "tokens_refunded": int(records["tokens_refunded_total"].sum()),
-        "waiting": int(records["queued_requests"].sum()),
-    }
 
 
 @functools.lru_cache(maxsize=4096)

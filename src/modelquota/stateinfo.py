@@ -36,8 +36,8 @@ class StateFileInfo:
         Alive, and sharing the state now.
     open_grants : int
         One a grant and model.
-    waiting_lines : int
-        One a process and model that somebody waits for.
+    waiting_requests : int
+        One a request that waits and model that it waits for.
     recoveries : int
         How often something was put right after a death.
     anchored_at : datetime.datetime
@@ -52,7 +52,7 @@ class StateFileInfo:
     models: int
     processes: int
     open_grants: int
-    waiting_lines: int
+    waiting_requests: int
     recoveries: int
     anchored_at: datetime.datetime
 
@@ -67,7 +67,7 @@ def inspect_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> S
     try:
         reader = Reader(descriptor, path)
         reader.check_header()
-        header = reader.header
+        header, held = reader.header, reader.held()
         return StateFileInfo(
             path=path,
             version=int(header["version"]),
@@ -76,8 +76,8 @@ def inspect_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> S
             max_models=int(header["max_models"]),
             models=sum(int((part.rows["generation"] % 2).sum()) for part in reader.parts()),
             processes=sum(_is_taken(descriptor, seat) for seat in range(1, int(header["seats_used"]) + 1)),
-            open_grants=int((reader.held()["seat"] != 0).sum()),
-            waiting_lines=int((reader.places()["count"] > 0).sum()),
+            open_grants=int(((held["seat"] != 0) & (held["is_handle"] == 0)).sum()),
+            waiting_requests=int((reader.entries()["linked"] != 0).sum()),
             recoveries=int(header["recoveries"]),
             anchored_at=datetime.datetime.fromtimestamp(int(header["anchor_wall_ns"]) / 1e9, datetime.UTC),
         )
@@ -88,7 +88,7 @@ def inspect_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> S
 def verify_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[str]:
     """Return everything in a state file that does not agree, in words; empty where all does. Changes nothing.
 
-    Sums are compared with the slots of the windows, what is held with the records of open grants, the lines with
+    Sums are compared with the slots of the windows, what is held with the records of open grants, the queues with
     those of the waiting. What is being changed at the moment is left out.
 
     Raises OSError where it cannot be opened, StateFileError where its header is not that of a state file.
@@ -134,11 +134,18 @@ def _compare_alone(reader: Reader, row: int) -> Iterator[str]:
 
 
 def record_sums(reader: Reader, part: Part) -> dict[str, NDArray[np.int64]]:
-    """What the records of open grants and of lines say of some rows, by the field of the ledger that has to agree."""
+    """What the records of open grants and of queues say of some rows, by the field of the ledger that has to agree."""
     count = len(part.rows)
-    held, places = reader.held(), reader.places()
-    sums = {name: np.zeros(count, np.int64) for name in ("concurrent", "reserved_ram_mb", "reserved_ssd_mb", "waiting")}
-    for records, fields in ((held, {"ram_mb": "reserved_ram_mb", "ssd_mb": "reserved_ssd_mb"}), (places, {})):
+    held, entries = reader.held(), reader.entries()
+    entries = entries[entries["linked"] != 0]
+    amounts = {"ram_mb": "reserved_ram_mb", "ssd_mb": "reserved_ssd_mb", "tokens": "reserved_tokens"}
+    sums = {name: np.zeros(count, np.int64) for name in ("concurrent", "handles", "waiting", *amounts.values())}
+    handles = held["is_handle"] != 0
+    for records, number, fields in (
+        (held[~handles], "concurrent", amounts),
+        (held[handles], "handles", {}),
+        (entries, "waiting", {}),
+    ):
         index = records["row"].astype(np.int64) - part.first
         of_part = (records["seat"] != 0) & (index >= 0) & (index < count)
         index, records = index[of_part], records[of_part]
@@ -146,10 +153,7 @@ def record_sums(reader: Reader, part: Part) -> dict[str, NDArray[np.int64]]:
         index, records = index[same], records[same]
         for field, name in fields.items():
             np.add.at(sums[name], index, records[field])
-        if fields:
-            np.add.at(sums["concurrent"], index, 1)
-        else:
-            np.add.at(sums["waiting"], index, records["count"])
+        np.add.at(sums[number], index, 1)
     return sums
 
 

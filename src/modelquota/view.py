@@ -14,8 +14,8 @@ from modelquota._core.inspection import NAME_UNIT, Reader
 from modelquota._core.mapping import boot_id
 from modelquota._core.statefile import open_existing
 from modelquota._core.view import read_copies, read_rows, records_of
-from modelquota.errors import StateFileError
-from modelquota.reading import QuotaReader, sums_of
+from modelquota.errors import ManagerClosedError, StateFileError
+from modelquota.reading import QuotaReader
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,6 +79,7 @@ class QuotaView(QuotaReader):
     @property
     def max_models(self) -> int:
         """How many models the table holds at most."""
+        self._reader()
         return self._max_models
 
     @property
@@ -92,7 +93,7 @@ class QuotaView(QuotaReader):
 
     def _reader(self) -> Reader:
         if self._descriptor < 0:
-            raise ValueError("the view is closed; open another one")
+            raise ManagerClosedError("view")
         reader = Reader(self._descriptor, self.path)
         reader.check_header()
         return reader
@@ -112,9 +113,15 @@ class QuotaView(QuotaReader):
         count = int(reader.header["row_count"])
         regions, now_ns = reader.regions, self._now_ns(reader.header)
         try:
-            return read_rows(self._descriptor, regions.rows, regions.ledgers, count, now_ns)
+            usage, limits, places = read_rows(self._descriptor, regions.rows, regions.ledgers, count, now_ns)
         except EOFError as error:
             raise StateFileError(self.path, f"{error}: it was cut off while it was read") from None
+        entries = reader.entries()
+        entries = entries[(entries["seat"] != 0) & (entries["linked"] != 0) & (entries["counted"] != 0)]
+        entries = entries[entries["row"] < count]
+        entries = entries[entries["generation"] == places[entries["row"], 0]]
+        np.add.at(usage["waiting_requests"], entries["row"], 1)
+        return usage, limits, places
 
     def _name_rows(self, reader: Reader, places: NDArray[np.uint32]) -> tuple[NDArray[np.intp], list[str]]:
         """Bring `_ids` up to date; return the rows in which the models of `places` live, in their order, and their ids.
@@ -203,4 +210,7 @@ class QuotaView(QuotaReader):
             int(retired) + int(living[f"{kind}_violations"].sum())
             for kind, retired in zip(_KINDS, header["retired_violations"], strict=True)
         ]
-        return {**totals, **sums_of(living), "recoveries": int(header["recoveries"]), "violations": violations}
+        totals["tokens"] = (int(header["retired_tokens"]) + int(living["tokens_total"].sum())) % 2**64
+        totals["tokens_refunded"] = int(header["retired_refunded"]) + int(living["tokens_refunded_total"].sum())
+        totals["waiting"] = int(living["waiting_requests"].sum())
+        return {**totals, "recoveries": int(header["recoveries"]), "violations": violations}

@@ -10,14 +10,9 @@ from typing import SupportsIndex
 from modelquota._core.grant import Grant
 from modelquota._core.line import Waiter, WaitTable
 
-_ORPHAN_SECONDS = 1e-4
-
 
 class ThreadWaiter(Waiter):
     """Sleeps on a lock that whoever wakes it releases."""
-
-    def __init__(self) -> None:
-        self.in_thread = True
 
     def prepare(self) -> None:
         """Make what it sleeps on."""
@@ -52,9 +47,11 @@ def acquire(
     """As `ResourceQuotaManager.acquire`."""
     waiter = ThreadWaiter()
     try:
-        outcome = manager._begin(
-            waiter, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority, nowait=False
-        )
+        outcome = None
+        while outcome is None:  # a row is locked; the core waits a while at each try
+            outcome = manager._begin(
+                waiter, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority, nowait=False
+            )
         if isinstance(outcome, Grant):
             return outcome
         while not waiter.done:

@@ -11,24 +11,24 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from modelquota._core.grant import Grant
-from modelquota._core.line import Line, Waiter, WaitTable
+from modelquota._core.line import Waiter, WaitTable
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future, TimerHandle
 
-_ORPHAN_SECONDS = 1e-4
+_SHORTEST_NAP, _LONGEST_NAP = 5e-5, 1e-2  # seconds between two tries while a row is locked
 
 
 class TaskWaiter(Waiter):
     """Sleeps on a future of the running event loop, and watches the clock with a timer of that loop."""
 
     def __init__(self) -> None:
-        self.in_thread = False
+        self._loop: AbstractEventLoop = _running_loop()
+        self.context = self._loop
         self._timer: TimerHandle | None = None
 
     def prepare(self) -> None:
         """Make what it sleeps on."""
-        self._loop: AbstractEventLoop = asyncio.get_running_loop()
         self._future: Future[None] = self._loop.create_future()
 
     def wake(self) -> None:
@@ -36,7 +36,7 @@ class TaskWaiter(Waiter):
         self._in_loop(self._finish)
 
     def arm(self) -> None:
-        """Set the timer anew, from whatever thread."""
+        """Set the timer again, from whatever thread."""
         self._in_loop(self.set_timer)
 
     def _in_loop(self, call: Callable[[], None]) -> None:
@@ -60,7 +60,7 @@ class TaskWaiter(Waiter):
         self._timer = None if seconds is None else self._loop.call_later(seconds, self._on_timer)
 
     def _on_timer(self) -> None:
-        self.pump(nowait=True)
+        self.pump()
         self.set_timer()
 
     async def sleep(self) -> None:
@@ -72,26 +72,17 @@ class TaskWaiter(Waiter):
         """Leave without a trace, and without waiting for a lock."""
         if self._timer is not None:
             self._timer.cancel()
-        line = self.leave(nowait=True)
-        if line is not None:
-            _Burial(line, self._loop)()
+        self.leave()
 
 
-class _Burial:
-    """Sees to it that the row is told that nobody waits any more; where the loop ends before, at once."""
-
-    def __init__(self, line: Line, loop: AbstractEventLoop) -> None:
-        self._line = line
-        self._loop = loop
-
-    def __call__(self) -> None:
-        self._line.pump(nowait=True)
-        if self._line.orphaned and not self._loop.is_closed():
-            self._loop.call_later(_ORPHAN_SECONDS, self)
-
-    def __del__(self) -> None:
-        if self._line.orphaned:
-            self._line.pump()  # the loop that was to try again has been closed: there is none to be held up
+def _running_loop() -> AbstractEventLoop:
+    """Return the running event loop, before anything is decided or counted."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "acquire_async needs a running asyncio event loop; under trio, or in a plain thread, call acquire in a thread"
+        ) from None
 
 
 async def _acquire_in_task(
@@ -106,6 +97,7 @@ async def _acquire_in_task(
     waiter = TaskWaiter()
     try:
         outcome = None
+        nap = 0.0
         while outcome is None:
             outcome = manager._begin(
                 waiter, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority, nowait=True
@@ -113,7 +105,8 @@ async def _acquire_in_task(
             if isinstance(outcome, Grant):
                 return outcome
             if outcome is None:
-                await asyncio.sleep(0)  # a row is locked: the loop goes on instead of spinning
+                await asyncio.sleep(nap)  # a row is locked: the loop goes on instead of spinning
+                nap = min(max(2 * nap, _SHORTEST_NAP), _LONGEST_NAP)
         await waiter.sleep()
         return waiter.take()
     finally:

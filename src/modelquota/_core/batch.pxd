@@ -1,15 +1,16 @@
 # Batches: the loops around one decision, wholly without the GIL. Codes are generation << 32 | row number.
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from modelquota._core.decision cimport (
-    Ask, LAST_TICKET, LOWEST_PRIORITY, Verdict, charge_tokens, decide, pass_time
+    Ask, Charge, LAST_TICKET, LOWEST_PRIORITY, Verdict, charge_tokens, decide, is_trial, pass_time, unlikely
 )
 from modelquota._core.layout cimport Header, MAX_COUNT, Ledger, Row, Shared, SECOND, SLOTS
-from modelquota._core.lock cimport unlock
-from modelquota._core.repair cimport enter_row
+from modelquota._core.lock cimport SLICE_NS, try_lock, unlock
+from modelquota._core.repair cimport lock_row
 from modelquota._core.window cimport slot_at
 
 cdef extern from *:
     int64_t read_count "__atomic_load_n"(const int64_t* word, int order) noexcept nogil
+    uint32_t read_generation "__atomic_load_n"(const uint32_t* word, int order) noexcept nogil
     char read_byte "__atomic_load_n"(const char* byte, int order) noexcept nogil
     const int ACQUIRE "__ATOMIC_ACQUIRE"
     const int RELAXED "__ATOMIC_RELAXED"
@@ -28,6 +29,7 @@ cdef struct Batch:
     uint8_t* limits             # out
     int64_t* waits_ms           # out, or NULL
     bint held_up                # out: something was denied for what others hold
+    bint waits                  # out: the next element's row is locked by a process that does not run
 
 
 cdef inline uint32_t index_of(int64_t code) noexcept nogil:
@@ -92,7 +94,7 @@ cdef inline Py_ssize_t first_bad_code(
     for i in range(n):
         if <int64_t> index_of(codes[i]) >= row_count or not generation_of(codes[i]) & 1:
             return i
-        if rows[index_of(codes[i])].generation != generation_of(codes[i]):
+        if read_generation(&rows[index_of(codes[i])].generation, RELAXED) != generation_of(codes[i]):
             return i
     return n
 
@@ -100,7 +102,8 @@ cdef inline Py_ssize_t first_bad_code(
 cdef inline Py_ssize_t check_batch(
     Batch* batch, const Shared* shared, Py_ssize_t i, Verdict* verdict
 ) noexcept nogil:
-    """Decide from element `i` on; stop behind one whose violation is to be logged. Returns where to go on.
+    """Decide from element `i` on; stop behind one whose violation is to be logged, or at one whose row stays locked.
+    Returns where to go on.
 
     A model that was removed after the codes were validated has no limits any more: its requests are admitted.
     """
@@ -114,6 +117,7 @@ cdef inline Py_ssize_t check_batch(
     ask.priority = LOWEST_PRIORITY
     ask.counted = NULL
     verdict.log_held = 0
+    batch.waits = False
     while i < batch.count:
         now_ns = batch.times_ns[i] if batch.times_ns else batch.now_ns
         if i % BLOCK == 0:
@@ -121,9 +125,11 @@ cdef inline Py_ssize_t check_batch(
         row = &rows[index_of(batch.codes[i])]
         ask.tokens = batch.tokens[i]
         verdict.allowed = True
-        enter_row(row, shared)
+        if unlikely(not try_lock(&row.lock, shared.me)) and not lock_row(row, shared, SLICE_NS):
+            batch.waits = True
+            break
         if row.generation == generation_of(batch.codes[i]):
-            decide(row, &ledgers[index_of(batch.codes[i])], now_ns, &ask, shared.header.enforcing, verdict)
+            decide(row, &ledgers[index_of(batch.codes[i])], shared.entries, now_ns, &ask, shared.header.enforcing, verdict)
         unlock(&row.lock)
         if verdict.allowed:
             batch.limits[i] = 0
@@ -138,17 +144,25 @@ cdef inline Py_ssize_t check_batch(
     return i
 
 
-cdef inline void charge_batch(const Batch* batch, const Shared* shared) noexcept nogil:
+cdef inline Py_ssize_t charge_batch(Batch* batch, const Shared* shared, Py_ssize_t i) noexcept nogil:
+    """Charge from element `i` on; stop at one whose row stays locked. Returns where to go on."""
     cdef Row* rows = shared.rows
     cdef Ledger* ledgers = shared.ledgers
     cdef Row* row
-    cdef Py_ssize_t i
-    for i in range(batch.count):
+    cdef Ledger* ledger
+    cdef Charge charged
+    batch.waits = False
+    while i < batch.count:
         if i % BLOCK == 0:
             fetch_block(batch, rows, ledgers, i, batch.now_ns, True)
         row = &rows[index_of(batch.codes[i])]
-        enter_row(row, shared)
+        if unlikely(not try_lock(&row.lock, shared.me)) and not lock_row(row, shared, SLICE_NS):
+            batch.waits = True
+            break
         if row.generation == generation_of(batch.codes[i]):
-            pass_time(row, &ledgers[index_of(batch.codes[i])], batch.now_ns)
-            charge_tokens(row, &ledgers[index_of(batch.codes[i])], batch.tokens[i])
+            ledger = &ledgers[index_of(batch.codes[i])]
+            pass_time(row, ledger, batch.now_ns)
+            charge_tokens(row, ledger, batch.tokens[i], is_trial(row, ledger, shared.header.enforcing), &charged)
         unlock(&row.lock)
+        i += 1
+    return i

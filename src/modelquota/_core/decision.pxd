@@ -4,12 +4,15 @@
 # "fits" with one comparison each. Only where something does not fit, judge() goes through the limits in their order and
 # finds the first that is violated and the longest wait. A denial changes no window and no level.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
 from modelquota._core.level cimport (
-    NO_RATE, NS_PER_SECOND, as_double, coarse, drain_levels, level_cost, level_wait_ns, load, note_low, raise_level, store,
-    wide
+    NO_RATE, NS_PER_SECOND, as_double, coarse, drain_levels, is_dormant, level_cost, level_wait_ns, load, note_low,
+    raise_level, store, wide
 )
-from modelquota._core.window cimport NEVER, requests_used, tokens_used, turn_slots, window_wait_ns
+from modelquota._core.queue cimport drop_expired, first_in_turn
+from modelquota._core.window cimport (
+    NEVER, requests_in_slot, requests_used, tokens_in_slot, tokens_used, turn_slots, window_wait_ns
+)
 
 cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted
     RAM_MB = 1
@@ -23,7 +26,7 @@ cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted
     REQUESTS_PER_DAY = 9
     QUEUE_PLACE = 10
 
-cdef enum:  # indices of Row.violations
+cdef enum:  # indices of Ledger.violations
     RAM_VIOLATION = 0
     SSD_VIOLATION = 1
     RATE_VIOLATION = 2
@@ -45,8 +48,12 @@ cdef extern from *:
     #define MQ_LAST_TICKET INT64_MAX
     #define MQ_LOWEST_PRIORITY INT32_MIN
     """
+    bint unlikely(bint condition) noexcept nogil        # of Cython's own: keeps rare code out of the way
     const int64_t LAST_TICKET "MQ_LAST_TICKET"          # of a request that does not stand in line
     const int32_t LOWEST_PRIORITY "MQ_LOWEST_PRIORITY"  # of a request that does not wait: it overtakes nobody
+
+cdef enum:
+    ALL_LIMITS = 0xFFFF     # a bit for each Limit code
 
 
 cdef struct Ask:
@@ -57,6 +64,15 @@ cdef struct Ask:
     int32_t priority
     const Ledger* counted   # of the model where its violation has been counted, or NULL
     uint32_t counted_generation
+
+
+cdef struct Charge:
+    # What was charged to a row at one time, for a refund of it.
+    int64_t tokens
+    int64_t at_ns           # the row's time
+    uint32_t epoch          # the ledger's level_epoch
+    int64_t raised          # tokens by which their level rose; fewer if it may not rise above its cap
+    uint8_t raised_request  # whether that of requests rose by one
 
 
 cdef struct Levels:
@@ -73,9 +89,10 @@ cdef struct Verdict:
     int action               # the one that was applied, or NO_ACTION
     int64_t wait_ns          # the longest wait of all violated limits, or NEVER; meaningful where limit is set
     int64_t retry_after_ms   # the same, rounded up
-    int64_t own_wait_ns      # the same, of the named model alone; set by decide_jointly
-    int64_t patience_ns      # the same without memory, concurrency and the line, which others may free any moment
-    bint held_up             # one of those is in the way
+    int64_t soonest_ns       # the shortest wait that may do, since others may give back what they hold any moment
+    bint held_up             # whether what others hold is in the way
+    bint aside               # whether a model that does not queue is in the way
+    uint32_t judged          # bits of the limits that are being judged
     double usage             # percent of the violated limit without the request
     double used              # of the violated limit
     double bound
@@ -131,71 +148,105 @@ cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask
 cdef inline void pass_time(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
     """Bring the row to `now_ns`; a time before the row's own changes nothing."""
     cdef int64_t steps
+    if now_ns < row.slot_end_ns:
+        drain_levels(row, now_ns)
+        return
+    if unlikely(is_dormant(row)):      # what this slot admitted drains from its end on
+        drain_levels(row, row.slot_end_ns)
+        raise_level(&row.request_level, requests_in_slot(row, ledger), row.dormant_request_shift, &row.request_cap, True)
+        raise_level(&row.token_level, tokens_in_slot(row, ledger), row.dormant_token_shift, &row.token_cap, True)
     drain_levels(row, now_ns)
-    if row.level_ns >= row.slot_end_ns:
-        steps = turn_slots(row, ledger, row.level_ns)
-        note_low(ledger.request_low, coarse(&row.request_level, row.request_shift), steps)
-        note_low(ledger.token_low, coarse(&row.token_level, row.token_shift), steps)
+    steps = turn_slots(row, ledger, now_ns)
+    note_low(ledger.request_low, coarse(&row.request_level, row.request_shift), steps)
+    note_low(ledger.token_low, coarse(&row.token_level, row.token_shift), steps)
 
 
-cdef inline int64_t charge_tokens(Row* row, const Ledger* ledger, int64_t tokens) noexcept nogil:
-    """Charge without asking, and return what was: a counter that has reached MAX_COUNT stays there."""
-    cdef int64_t left = MAX_COUNT - tokens_used(row, ledger, DAY)
-    cdef int64_t charged = tokens if tokens < left else left
-    row.token_room -= charged
-    raise_level(&row.token_level, charged, row.token_shift)
-    return charged
+cdef inline bint is_shadow(const Row* row, uint8_t limit) noexcept nogil:
+    """Whether a limit is judged and never denies."""
+    return row.shadow >> limit & 1
 
 
-cdef inline int64_t charge(Row* row, const Ledger* ledger, const Ask* ask) noexcept nogil:
-    """Charge one request without asking; the tokens that were charged."""
-    row.request_room -= 1
-    raise_level(&row.request_level, 1, row.request_shift)
-    return charge_tokens(row, ledger, ask.tokens)
+cdef inline bint is_trial(const Row* row, const Ledger* ledger, bint enforcing) noexcept nogil:
+    """Whether the rate of tokens denies nothing at the moment: then its level never rises above its cap."""
+    return not enforcing or ledger.action == WARN or is_shadow(row, TOKENS_PER_SECOND)
 
 
-cdef inline bint note(
-    Verdict* verdict, uint8_t limit, int64_t wait_ns, double used, double bound, int64_t asked
+cdef inline int64_t raise_noted(
+    Wide* level, int64_t count, uint8_t shift, const Wide* cap, bint capped, Ledger* ledger
 ) noexcept nogil:
-    """Take down one limit's answer: the first violated limit is described, the longest wait is kept."""
-    cdef bint freed_by_others = limit <= CONCURRENCY and asked <= bound
-    if wait_ns == 0:
-        return False
+    """raise_level(). A level that met its cap forgets what was charged before: without that, this charge had raised it."""
+    cdef int64_t raised = raise_level(level, count, shift, cap, capped)
+    if raised != count:
+        ledger.level_epoch += 1
+    return raised
+
+
+cdef inline void charge_tokens(Row* row, Ledger* ledger, int64_t tokens, bint trial, Charge* charged) noexcept nogil:
+    """Charge without asking, and note what was: a counter that has reached MAX_COUNT stays there."""
+    cdef int64_t left = MAX_COUNT - tokens_used(row, ledger, DAY)
+    charged.at_ns = row.level_ns
+    charged.tokens = tokens if tokens < left else left
+    row.token_room -= charged.tokens
+    charged.raised = raise_noted(&row.token_level, charged.tokens, row.token_shift, &row.token_cap, trial, ledger)
+    charged.raised_request = 0
+    charged.epoch = ledger.level_epoch
+
+
+cdef inline void charge(Row* row, Ledger* ledger, const Ask* ask, Charge* charged) noexcept nogil:
+    """Charge one request that does not fit and is admitted all the same: no level rises above its cap by it."""
+    row.request_room -= 1
+    charge_tokens(row, ledger, ask.tokens, True, charged)
+    charged.raised_request = <uint8_t> raise_noted(&row.request_level, 1, row.request_shift, &row.request_cap, True, ledger)
+    charged.epoch = ledger.level_epoch
+
+
+cdef inline void note(
+    Verdict* verdict, uint8_t limit, int64_t wait_ns, int64_t soonest_ns, double used, double bound, int64_t asked
+) noexcept nogil:
+    """Take down one limit's answer: the first violated limit is described, the longest waits are kept.
+
+    `soonest_ns` is the wait if others give back what they hold.
+    """
+    if wait_ns == 0 or not verdict.judged >> limit & 1:
+        return
     if wait_ns == NEVER or verdict.wait_ns == NEVER:
         verdict.wait_ns = NEVER
     elif wait_ns > verdict.wait_ns:
         verdict.wait_ns = wait_ns
-    if freed_by_others:
+    if soonest_ns != wait_ns:
         verdict.held_up = True
-    elif wait_ns == NEVER or verdict.patience_ns == NEVER:
-        verdict.patience_ns = NEVER
-    elif wait_ns > verdict.patience_ns:
-        verdict.patience_ns = wait_ns
+    if soonest_ns == NEVER or verdict.soonest_ns == NEVER:
+        verdict.soonest_ns = NEVER
+    elif soonest_ns > verdict.soonest_ns:
+        verdict.soonest_ns = soonest_ns
     if verdict.limit == 0:
         verdict.limit = limit
         verdict.used = used
         verdict.bound = bound
         verdict.asked = asked
         verdict.usage = percent(used, bound)
-    return True
 
 
 cdef inline void note_rate(
     const Row* row, const Ledger* ledger, bint of_tokens, int64_t cost, Verdict* verdict
 ) noexcept nogil:
     """A rate is two limits in one: the ceiling of the rolling second and the long-run level. The fuller is described."""
-    cdef int64_t ceiling_ns = window_wait_ns(row, ledger, SECOND, of_tokens, cost, row.level_ns)
+    cdef int64_t credit = ledger.reserved_tokens if of_tokens else 0
+    cdef int64_t ceiling_ns = window_wait_ns(row, ledger, SECOND, of_tokens, cost, 0, row.level_ns)
     cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
     cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
     cdef int64_t drain = row.token_drain if of_tokens else row.request_drain
     cdef uint8_t shift = row.token_shift if of_tokens else row.request_shift
     cdef uint8_t code = TOKENS_PER_SECOND if of_tokens else REQUESTS_PER_SECOND
-    cdef int64_t level_ns = level_wait_ns(level, cap, drain, shift, cost)
-    cdef int64_t wait_ns
+    cdef int64_t level_ns = level_wait_ns(level, cap, drain, shift, cost, 0)
+    cdef int64_t wait_ns, soonest_ns
     cdef double used, bound, level_used, level_bound, unit
     if ceiling_ns == 0 and level_ns == 0:
         return
-    wait_ns = NEVER if ceiling_ns == NEVER or level_ns == NEVER else max(ceiling_ns, level_ns)
+    wait_ns = soonest_ns = NEVER if ceiling_ns == NEVER or level_ns == NEVER else max(ceiling_ns, level_ns)
+    if credit and wait_ns != NEVER:
+        soonest_ns = max(window_wait_ns(row, ledger, SECOND, of_tokens, cost, credit, row.level_ns),
+                         level_wait_ns(level, cap, drain, shift, cost, credit))
     used = <double> (tokens_used(row, ledger, SECOND) if of_tokens else requests_used(row, ledger, SECOND))
     bound = <double> (ledger.token_limit[SECOND] if of_tokens else ledger.request_limit[SECOND])
     if shift != NO_RATE:
@@ -207,20 +258,24 @@ cdef inline void note_rate(
         if percent(level_used, level_bound) > percent(used, bound):
             used = level_used
             bound = level_bound
-    note(verdict, code, wait_ns, used, bound, cost)
+    note(verdict, code, wait_ns, soonest_ns, used, bound, cost)
 
 
 cdef inline void note_window(
     const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, uint8_t code, Verdict* verdict
 ) noexcept nogil:
-    cdef int64_t wait_ns = window_wait_ns(row, ledger, window, of_tokens, cost, row.level_ns)
+    cdef int64_t wait_ns = window_wait_ns(row, ledger, window, of_tokens, cost, 0, row.level_ns)
+    cdef int64_t soonest_ns = wait_ns
     if wait_ns == 0:
         return
     if of_tokens:
-        note(verdict, code, wait_ns, <double> tokens_used(row, ledger, window), <double> ledger.token_limit[window], cost)
+        if ledger.reserved_tokens and wait_ns != NEVER:
+            soonest_ns = window_wait_ns(row, ledger, window, True, cost, ledger.reserved_tokens, row.level_ns)
+        note(verdict, code, wait_ns, soonest_ns, <double> tokens_used(row, ledger, window),
+             <double> ledger.token_limit[window], cost)
     else:
-        note(verdict, code, wait_ns, <double> requests_used(row, ledger, window), <double> ledger.request_limit[window],
-             cost)
+        note(verdict, code, wait_ns, soonest_ns, <double> requests_used(row, ledger, window),
+             <double> ledger.request_limit[window], cost)
 
 
 cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
@@ -234,44 +289,49 @@ cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
     return RATE_VIOLATION if limit <= TOKENS_PER_SECOND else QUOTA_VIOLATION
 
 
-cdef inline bint stands_behind(const Ledger* ledger, const Ask* ask) noexcept nogil:
+cdef inline bint is_behind(const QueueEntry* head, const Ask* ask) noexcept nogil:
     """Whether others wait for this model whose turn comes first."""
     return (
-        ledger.waiting != 0 and ledger.action == QUEUE
-        and (ledger.head_priority > ask.priority
-             or (ledger.head_priority == ask.priority and ledger.head_ticket < ask.ticket))
+        head != NULL
+        and (head.priority > ask.priority or (head.priority == ask.priority and head.ticket < ask.ticket))
     )
 
 
-cdef inline void find_violations(const Row* row, const Ledger* ledger, const Ask* ask, Verdict* verdict) noexcept nogil:
-    """Go through all limits in their order; state the first that is violated and the longest wait of all that are.
+cdef inline void find_violations(
+    const Row* row, const Ledger* ledger, const QueueEntry* head, const Ask* ask, uint32_t limits, Verdict* verdict
+) noexcept nogil:
+    """Go through `limits` in their order; note the first that is violated and the longest wait of all that are.
 
-    Who stands behind others is told to wait for them, whatever else is in the way.
+    A request that is behind others in the queue is told to wait for them, whatever else is in the way.
     """
     cdef uint64_t used_ram_mb = in_use(ledger.ram_mb, ledger.reserved_ram_mb)
     cdef uint64_t used_ssd_mb = in_use(ledger.ssd_mb, ledger.reserved_ssd_mb)
-    verdict.wait_ns = verdict.patience_ns = 0
+    verdict.wait_ns = verdict.soonest_ns = 0
+    verdict.judged = limits
     if exceeds(ask.ram_mb, used_ram_mb, ledger.max_ram_mb):
-        note(verdict, RAM_MB, NEVER, <double> used_ram_mb, <double> ledger.max_ram_mb, ask.ram_mb)
+        note(verdict, RAM_MB, NEVER, 0 if ask.ram_mb <= ledger.max_ram_mb else NEVER, <double> used_ram_mb,
+             <double> ledger.max_ram_mb, ask.ram_mb)
     if exceeds(ask.ssd_mb, used_ssd_mb, ledger.max_ssd_mb):
-        note(verdict, SSD_MB, NEVER, <double> used_ssd_mb, <double> ledger.max_ssd_mb, ask.ssd_mb)
+        note(verdict, SSD_MB, NEVER, 0 if ask.ssd_mb <= ledger.max_ssd_mb else NEVER, <double> used_ssd_mb,
+             <double> ledger.max_ssd_mb, ask.ssd_mb)
     if ledger.concurrent >= ledger.max_concurrent:
-        note(verdict, CONCURRENCY, NEVER, <double> ledger.concurrent, <double> ledger.max_concurrent, 1)
+        note(verdict, CONCURRENCY, NEVER, 0 if ledger.max_concurrent else NEVER, <double> ledger.concurrent,
+             <double> ledger.max_concurrent, 1)
     note_rate(row, ledger, False, 1, verdict)
     note_rate(row, ledger, True, ask.tokens, verdict)
     note_window(row, ledger, HOUR, True, ask.tokens, TOKENS_PER_HOUR, verdict)
     note_window(row, ledger, HOUR, False, 1, REQUESTS_PER_HOUR, verdict)
     note_window(row, ledger, DAY, True, ask.tokens, TOKENS_PER_DAY, verdict)
     note_window(row, ledger, DAY, False, 1, REQUESTS_PER_DAY, verdict)
-    if stands_behind(ledger, ask):
+    if is_behind(head, ask):
         verdict.held_up = True
         verdict.limit = QUEUE_PLACE
-        verdict.cause = ledger.head_limit
+        verdict.cause = head.limit
         verdict.used = <double> ledger.waiting
         verdict.bound = <double> ledger.max_queued
         verdict.asked = 1
         verdict.usage = percent(verdict.used, verdict.bound)
-        verdict.wait_ns = NEVER if ledger.head_ready_ns == NEVER else max(ledger.head_ready_ns - row.level_ns, 1)
+        verdict.wait_ns = NEVER if head.ready_ns == NEVER else max(head.ready_ns - row.level_ns, 1)
     verdict.retry_after_ms = NEVER if verdict.wait_ns == NEVER else (verdict.wait_ns + NS_PER_MS - 1) // NS_PER_MS
 
 
@@ -282,6 +342,7 @@ cdef inline void start_verdict(Verdict* verdict) noexcept nogil:
     verdict.limit = 0
     verdict.action = NO_ACTION
     verdict.retry_after_ms = NEVER
+    verdict.held_up = verdict.aside = False
 
 
 cdef inline bint fits(const Row* row, const Ledger* ledger, const Ask* ask, Levels* levels) noexcept nogil:
@@ -306,17 +367,36 @@ cdef inline void commit(Row* row, const Ask* ask, const Levels* levels) noexcept
     store(&row.token_level, levels.token)
 
 
-cdef inline void judge(Row* row, Ledger* ledger, const Ask* ask, bint enforcing, Verdict* verdict) noexcept nogil:
+cdef inline bint fits_now(
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, Levels* levels
+) noexcept nogil:
+    """fits(), once those in the queue whose time is over are out of the way."""
+    if fits(row, ledger, ask, levels):
+        return True
+    return ledger.waiting != 0 and drop_expired(row, ledger, entries, now_ns, False) and fits(row, ledger, ask, levels)
+
+
+cdef inline void judge(
+    const Row* row, const Ledger* ledger, QueueEntry* entries, const Ask* ask, bint enforcing, Verdict* verdict
+) noexcept nogil:
     """Decide what does not plainly fit. Nothing is counted."""
+    cdef const QueueEntry* head = NULL
     if not enforcing:
         return
-    verdict.held_up = False
-    find_violations(row, ledger, ask, verdict)
-    if verdict.limit == 0:      # no limit: a counter at MAX_COUNT, or others in a line that does not bind this request
-        verdict.retry_after_ms = NEVER
+    if ledger.waiting != 0 and ledger.action == QUEUE:
+        head = first_in_turn(ledger, entries)
+    find_violations(row, ledger, head, ask, ALL_LIMITS & ~row.shadow, verdict)
+    if verdict.limit != 0:
+        verdict.action = ledger.action
+        verdict.allowed = ledger.action == WARN
+        verdict.aside = ledger.action != QUEUE
         return
-    verdict.action = ledger.action
-    verdict.allowed = ledger.action == WARN
+    if row.shadow:
+        find_violations(row, ledger, NULL, ask, row.shadow, verdict)
+        if verdict.limit != 0:
+            verdict.action = WARN
+            return
+    verdict.retry_after_ms = NEVER  # a counter at MAX_COUNT, or others in a queue that does not bind this request
 
 
 cdef inline void count_violation(Row* row, Ledger* ledger, Verdict* verdict) noexcept nogil:
@@ -336,21 +416,34 @@ cdef inline void count_violation(Row* row, Ledger* ledger, Verdict* verdict) noe
         ledger.log_held = 0
 
 
-cdef inline void decide(
-    Row* row, Ledger* ledger, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
+cdef inline void decide_closely(
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
 ) noexcept nogil:
-    """Admit and charge, or deny. Everything of `verdict` but the figures of a violation is set."""
+    """The rest of decide(), for a request that does not plainly fit. Apart, so that the compiler puts the common case where
+    it is called."""
+    cdef Levels levels
+    cdef Charge charged
+    if fits_now(row, ledger, entries, now_ns, ask, &levels):
+        commit(row, ask, &levels)
+        return
+    judge(row, ledger, entries, ask, enforcing, verdict)
+    if verdict.limit:
+        count_violation(row, ledger, verdict)
+    if verdict.allowed:
+        charge(row, ledger, ask, &charged)
+
+
+cdef inline void decide(
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
+) noexcept nogil:
+    """Admit and charge, or deny. Everything of `verdict` but the figures of a violation is set. Requires the row's lock."""
     cdef Levels levels
     # compute
     pass_time(row, ledger, now_ns)
     # decide
     start_verdict(verdict)
-    if not fits(row, ledger, ask, &levels):
-        judge(row, ledger, ask, enforcing, verdict)
-        if verdict.limit:
-            count_violation(row, ledger, verdict)
-        if verdict.allowed:
-            charge(row, ledger, ask)
+    if unlikely(not fits(row, ledger, ask, &levels)):
+        decide_closely(row, ledger, entries, now_ns, ask, enforcing, verdict)
         return
     # commit
     commit(row, ask, &levels)

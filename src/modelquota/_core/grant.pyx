@@ -9,12 +9,13 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
 from modelquota._core.count cimport as_count
-from modelquota._core.decision cimport Ask, charge_tokens, pass_time
-from modelquota._core.hold cimport Charge, Hold, admits_tokens, let_go, refund
-from modelquota._core.joint cimport Joint, lock_rows, put_in_order, try_lock_rows, unlock_rows
-from modelquota._core.layout cimport MAX_COUNT, Row, Shared
-from modelquota._core.lock cimport unlock
-from modelquota._core.repair cimport enter_row, try_row
+from modelquota._core.decision cimport Ask, Charge, charge_tokens, is_trial, pass_time
+from modelquota._core.hold cimport Hold, admits_tokens, let_go, refund, reserve_tokens, settle_tokens
+from modelquota._core.joint cimport Joint, lock_rows, put_in_order, unlock_rows
+from modelquota._core.layout cimport Ledger, MAX_COUNT, Row, Shared
+from modelquota._core.lock cimport SLICE_NS, unlock
+from modelquota._core.pool cimport give_record
+from modelquota._core.repair cimport lock_row
 from modelquota._core.shared cimport fork_count
 from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport QuotaTable
@@ -24,14 +25,13 @@ from modelquota.errors import GrantClosedError
 cdef enum:
     LEAST_CHUNK = 16        # tokens that add() charges at a time beyond the estimate, at least,
     CHUNK_SHARE = 8         # and one part in so many of what has been charged
+    END_PATIENCE_NS = 1_000_000     # how long the end of a grant waits for a row before it is put off
 
-
-cdef inline void take_lock(Row* row, const Shared* shared) noexcept:
-    """Lock a row while holding the GIL; where it is locked for long, the GIL is released to wait."""
-    if try_row(row, shared):
-        return
-    with nogil:
-        enter_row(row, shared)
+cdef enum:  # what comes of charging more, and of the end of a grant at one model
+    LOCKED_OUT = 0          # the row stays locked
+    DONE = 1
+    WAITED_FOR = 2          # done, and requests wait for the model
+    TOO_LATE = 3            # the grant was closed in the meantime
 
 
 @cython.final
@@ -59,7 +59,7 @@ cdef class Grant:
         raise TypeError("grants are made by reserve, acquire and acquire_async")
 
     def __dealloc__(self):
-        if self.manager is not None and self.stage != CLOSED and self.ours():
+        if self.manager is not None and self.stage != CLOSED and self.ours() and self.manager.usable():
             try:
                 self.release_as(False)
                 PyErr_WarnEx(ResourceWarning, b"a grant was garbage-collected unreleased; use it in a with statement", 1)
@@ -71,10 +71,10 @@ cdef class Grant:
 
     # -- the parts
 
-    cdef inline Hold* hold(self, int party) noexcept:
+    cdef inline Hold* hold(self, int party) noexcept nogil:
         return &self.first if party == 0 else &self.more[party - 1]
 
-    cdef inline Charge* charge_of(self, int time, int party) noexcept:
+    cdef inline Charge* charge_of(self, int time, int party) noexcept nogil:
         return &self.charges[time * self.parties + party]
 
     cdef RowRef ref_of(self, int party):
@@ -84,6 +84,8 @@ cdef class Grant:
         return self.forks == fork_count()
 
     cdef inline int require_open(self, str verb) except -1:
+        if self.ours() and not self.manager.usable():
+            self.manager.require_open()
         if self.stage != OPEN:
             raise GrantClosedError(verb, "cancelled" if self.cancelled else
                                    "settled" if self.stage == SETTLED else "released")
@@ -102,7 +104,7 @@ cdef class Grant:
     @property
     def released(self):
         """Whether memory and concurrency have been given back."""
-        return self.stage == CLOSED
+        return self.stage == CLOSED or (self.manager.closed and self.ours())
 
     # -- tokens
 
@@ -121,7 +123,7 @@ cdef class Grant:
             The grant has been settled, cancelled or released.
         """
         cdef int64_t more = as_count(tokens, "tokens")
-        if self.stage != OPEN:
+        if self.stage != OPEN or not self.manager.usable():
             self.require_open("add")
         if more > MAX_COUNT - self.used:
             raise ValueError(f"tokens is {more}, and {self.used} were counted before; the sum may be 2**62 at most")
@@ -132,66 +134,73 @@ cdef class Grant:
         return self.charge_more()
 
     cdef bint charge_more(self) except -1:
-        """Charge what has been used beyond what was charged, and a little ahead where that fits."""
+        """Charge what has been used beyond what was charged, and a little ahead if that fits.
+
+        If a row stays locked, what is over is charged at the next call, or at the end.
+        """
         cdef Joint joint
-        cdef int64_t over, chunk, now_ns
+        cdef int64_t over = self.used - self.charged - self.claimed    # the rest is seen to by other threads
+        cdef int64_t chunk, now_ns
         cdef bint fits = True
-        cdef int i
-        cdef Hold* party
-        if not self.ours() or self.parties == 0:
+        cdef int i, outcome
+        if not self.ours() or self.parties == 0 or over <= 0:
             return True
-        now_ns = self.manager.now_ns()
+        self.reserve_charges()
         joint.count = self.parties
         for i in range(self.parties):
             joint.parties[i] = self.hold(i)[0]
         put_in_order(&joint)
-        while True:
-            self.reserve_charges()
-            if not try_lock_rows(&joint, &self.manager.shared):
-                with nogil:
-                    lock_rows(&joint, &self.manager.shared)
-            over = self.used - self.charged     # other threads may have charged or closed the grant during the wait
-            if over <= 0:
-                unlock_rows(&joint, joint.count)
-                return True
-            if self.times < self.capacity:
-                break
-            unlock_rows(&joint, joint.count)
-        chunk = min(max(over, max(LEAST_CHUNK, self.charged // CHUNK_SHARE)), MAX_COUNT - self.charged)
+        chunk = min(max(over, max(<int64_t> LEAST_CHUNK, self.charged // CHUNK_SHARE)), MAX_COUNT - self.charged)
+        self.adding += 1
+        self.claimed += over
+        now_ns = self.manager.now_ns()
+        outcome = charge_rows(&joint, now_ns, over, &chunk, &fits, &self.stage, &self.manager.shared, 0)
+        if outcome == LOCKED_OUT:
+            self.manager.inside += 1
+            with nogil:
+                outcome = charge_rows(&joint, now_ns, over, &chunk, &fits, &self.stage, &self.manager.shared,
+                                      END_PATIENCE_NS)
+            self.manager.exit()
+        self.adding -= 1
+        self.claimed -= over
+        if outcome != DONE:
+            return True
+        if self.stage != OPEN:      # another thread has closed it without knowing of this
+            self.take_back(&joint, now_ns)
+            return fits
         for i in range(self.parties):
-            party = &joint.parties[i]
-            if party.row.generation == party.generation:
-                pass_time(party.row, party.ledger, now_ns)
-                if not admits_tokens(party.row, party.ledger, chunk, self.manager.shared.header.enforcing):
-                    chunk = over
-                    fits = fits and admits_tokens(party.row, party.ledger, over, self.manager.shared.header.enforcing)
-        for i in range(self.parties):
-            party = &joint.parties[i]
-            if party.row.generation == party.generation:
-                self.charge_of(self.times, i).at_ns = party.row.level_ns
-                self.charge_of(self.times, i).epoch = party.ledger.level_epoch
-                self.charge_of(self.times, i).tokens = charge_tokens(party.row, party.ledger, chunk)
-        unlock_rows(&joint, joint.count)
+            self.charge_of(self.times, i)[0] = joint.charges[i]
         self.times += 1
         self.charged += chunk
         if not fits:
             self.limit_reached = True
         return fits
 
+    cdef int take_back(self, Joint* joint, int64_t now_ns) except -1:
+        """Refund what charge_rows() charged."""
+        cdef bint done = refund_rows(joint, now_ns, &self.manager.shared, 0)
+        while not done:
+            self.manager.inside += 1
+            with nogil:
+                done = refund_rows(joint, now_ns, &self.manager.shared, SLICE_NS)
+            self.manager.exit()
+            if not done:
+                self.manager.pause()
+        return 0
+
     cdef int reserve_charges(self) except -1:
-        """Make room for one more time of charges."""
+        """Make room for one more time of charges, beside those that other threads are just making."""
         cdef Charge* grown
-        cdef int i
-        if self.times < self.capacity:
+        cdef int needed = self.times + self.adding + 1
+        if needed <= self.capacity:
             return 0
-        grown = <Charge*> realloc(self.charges if self.capacity else NULL,
-                                  (2 * self.times + 2) * self.parties * sizeof(Charge))
+        grown = <Charge*> realloc(self.charges if self.capacity else NULL, 2 * needed * self.parties * sizeof(Charge))
         if grown == NULL:
             raise MemoryError()
         if self.capacity == 0:
             grown[0] = self.charge
         self.charges = grown
-        self.capacity = 2 * self.times + 2
+        self.capacity = 2 * needed
         return 0
 
     def settle(self, actual_tokens):
@@ -247,50 +256,88 @@ cdef class Grant:
     cdef int finish(self, int64_t tokens, bint undo, bint close) except -1:
         """Bring what is charged to `tokens`; `undo` refunds the request, `close` gives back what is held.
 
-        Other threads run while a row is waited for, so the grant itself says by then that this has been done.
+        Other threads run while a row is waited for, so the grant itself says by then that this has been done. If a row
+        stays locked, the rest is put off: an event loop must not be held up by a process that is stopped.
         """
-        cdef int64_t surplus = self.charged - tokens
-        cdef int64_t now_ns, left, part
-        cdef int i, time
-        cdef bint changes = surplus != 0 or undo
-        cdef bint alive
+        cdef Ending ending
         cdef uint32_t waited_for = 0    # bits of parties
-        cdef Hold* party
-        cdef Row* row
-        cdef Charge* charge
+        cdef int i
+        ending.surplus = self.charged - tokens
+        ending.undo = undo
+        ending.close = close
         self.charged = tokens
-        if not self.ours():
+        if not self.ours() or not self.manager.usable():
             return 0
-        now_ns = self.manager.now_ns() if changes else 0
+        if self.manager.deferred:
+            finish_deferred(self.manager)
         for i in range(self.parties):
-            party = self.hold(i)
-            row = party.row
-            take_lock(row, &self.manager.shared)
-            alive = row.generation == party.generation
-            if alive and changes:
-                pass_time(row, party.ledger, now_ns)
-                left = surplus
-                if left < 0:
-                    charge_tokens(row, party.ledger, -left)
-                for time in range(self.times - 1, -1, -1):
-                    if left <= 0 and not (undo and time == 0):
-                        continue
-                    charge = self.charge_of(time, i)
-                    part = min(max(left, 0), charge.tokens)
-                    refund(row, party.ledger, 1 if undo and time == 0 else 0, part, charge)
-                    left -= part
-            if close and alive:
-                let_go(row, party.ledger, party.record)
-            elif close:
-                party.record.seat = 0
-            if alive and party.ledger.waiting != 0:
+            ending.party = i
+            if self.finish_or_defer(&ending):
                 waited_for |= <uint32_t> 1 << i
-            unlock(&row.lock)
-            if close:
-                self.manager.give_record(party.record)
         if waited_for:
             self.tell(waited_for)
         return 0
+
+    cdef bint finish_or_defer(self, const Ending* ending) except -1:
+        """See to one model; whether requests wait for it."""
+        cdef Deferred later
+        cdef QuotaTable manager = self.manager
+        cdef int64_t now_ns = manager.now_ns() if ending.surplus != 0 or ending.undo else 0
+        cdef int outcome = LOCKED_OUT
+        if not manager.deferred:        # what was put off before comes first
+            outcome = self.finish_party(ending, now_ns, &manager.shared, 0)
+            if outcome == LOCKED_OUT:
+                manager.inside += 1
+                with nogil:
+                    outcome = self.finish_party(ending, now_ns, &manager.shared, END_PATIENCE_NS)
+                manager.exit()
+        if outcome == LOCKED_OUT:
+            later = Deferred.__new__(Deferred)
+            later.grant = self
+            later.ending = ending[0]
+            manager.deferred.append(later)
+        elif ending.close:
+            give_record(&manager.shared.grant_pool, self.hold(ending.party).record, manager.shared.me)
+        return outcome == WAITED_FOR
+
+    cdef int finish_party(
+        self, const Ending* ending, int64_t now_ns, const Shared* shared, int64_t patience_ns
+    ) noexcept nogil:
+        """finish() for one model, from lock to unlock. Takes the row's lock."""
+        cdef Hold* party = self.hold(ending.party)
+        cdef Row* row = party.row
+        cdef Ledger* ledger = party.ledger
+        cdef int64_t left = ending.surplus
+        cdef int64_t part
+        cdef int time
+        cdef bint alive, waiting
+        cdef Charge* charge
+        cdef Charge charged
+        if not lock_row(row, shared, patience_ns):
+            return LOCKED_OUT
+        alive = row.generation == party.generation
+        if alive and (left != 0 or ending.undo):
+            pass_time(row, ledger, now_ns)
+            if left < 0:
+                charge_tokens(row, ledger, -left, is_trial(row, ledger, shared.header.enforcing), &charged)
+            for time in range(self.times - 1, -1, -1):
+                if left <= 0 and not (ending.undo and time == 0):
+                    continue
+                charge = self.charge_of(time, ending.party)
+                part = min(max(left, <int64_t> 0), charge.tokens)
+                refund(row, ledger, 1 if ending.undo and time == 0 else 0, part, charge)
+                left -= part
+        if ending.close and alive:
+            let_go(row, ledger, party.record)
+        elif ending.close:
+            party.record.seat = 0
+        elif alive:
+            settle_tokens(ledger, party.record)
+        waiting = alive and ledger.waiting != 0
+        if shared.header.full_until_ns != 0:    # the model may be as good as new now
+            shared.header.full_until_ns = 0
+        unlock(&row.lock)
+        return WAITED_FOR if waiting else DONE
 
     cdef int tell(self, uint32_t parties) except -1:
         """Let those try again who wait for these; whatever that raises, all are told, and then it is raised."""
@@ -322,6 +369,86 @@ cdef class Grant:
         return f"<Grant {ids}, {self.tokens} tokens, {stage}>"
 
 
+cdef int charge_rows(
+    Joint* joint, int64_t now_ns, int64_t over, int64_t* chunk, bint* fits, const Stage* stage, const Shared* shared,
+    int64_t patience_ns
+) noexcept nogil:
+    """Charge `chunk` tokens to all models if that fits, or else `over`. Takes the rows' locks.
+
+    Sets `chunk` to what was charged, `fits` to whether it was within all limits, and the charges of `joint`.
+    """
+    cdef Hold* party
+    cdef bint enforcing = shared.header.enforcing
+    cdef int i
+    if not lock_rows(joint, shared, patience_ns):
+        return LOCKED_OUT
+    if stage[0] != OPEN:
+        unlock_rows(joint, joint.count)
+        return TOO_LATE
+    fits[0] = True
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        if party.row.generation == party.generation:
+            pass_time(party.row, party.ledger, now_ns)
+            if not admits_tokens(party.row, party.ledger, chunk[0], enforcing):
+                chunk[0] = over
+                fits[0] = fits[0] and admits_tokens(party.row, party.ledger, over, enforcing)
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        joint.charges[i].tokens = 0
+        if party.row.generation == party.generation:
+            charge_tokens(party.row, party.ledger, chunk[0], is_trial(party.row, party.ledger, enforcing), &joint.charges[i])
+            reserve_tokens(party.ledger, party.record, joint.charges[i].tokens)
+    unlock_rows(joint, joint.count)
+    return DONE
+
+
+cdef bint refund_rows(Joint* joint, int64_t now_ns, const Shared* shared, int64_t patience_ns) noexcept nogil:
+    """Refund the charges of `joint`; False if a row stays locked. Takes the rows' locks."""
+    cdef Hold* party
+    cdef int i
+    if not lock_rows(joint, shared, patience_ns):
+        return False
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        if party.row.generation == party.generation and joint.charges[i].tokens:
+            pass_time(party.row, party.ledger, now_ns)
+            refund(party.row, party.ledger, 0, joint.charges[i].tokens, &joint.charges[i])
+    unlock_rows(joint, joint.count)
+    return True
+
+
+cdef class Deferred:
+    """The end of a grant at one model, put off because the row stayed locked."""
+
+
+cdef int finish_deferred(QuotaTable manager) except -1:
+    """Try again what was put off; what cannot be done yet stays, in its order."""
+    cdef list todo = manager.deferred
+    cdef list left = []
+    cdef Deferred later
+    cdef int64_t now_ns = manager.now_ns()
+    cdef set waited_for = set()
+    cdef set locked = set()
+    cdef int outcome
+    manager.deferred = []
+    for later in todo:
+        outcome = LOCKED_OUT
+        if <size_t> later.grant.hold(later.ending.party).row not in locked:
+            outcome = later.grant.finish_party(&later.ending, now_ns, &manager.shared, 0)
+        if outcome == LOCKED_OUT:
+            locked.add(<size_t> later.grant.hold(later.ending.party).row)
+            left.append(later)
+        elif later.ending.close:
+            give_record(&manager.shared.grant_pool, later.grant.hold(later.ending.party).record, manager.shared.me)
+        if outcome == WAITED_FOR:
+            waited_for.add(later.grant.ref_of(later.ending.party))
+    manager.deferred = left + manager.deferred
+    for ref in waited_for:
+        manager.freed(ref)
+    return 0
+
+
 cdef Grant make_grant(QuotaTable manager, Joint* joint, list refs, const Ask* ask):
     """The grant of what decide_all has just taken. Here, where the type's freelist is."""
     cdef Grant grant = Grant.__new__(Grant)
@@ -330,6 +457,8 @@ cdef Grant make_grant(QuotaTable manager, Joint* joint, list refs, const Ask* as
     grant.forks = fork_count()
     grant.estimated_tokens = grant.charged = ask.tokens
     grant.parties = joint.count
+    for i in range(joint.count):
+        joint.parties[i].entry = NULL
     grant.times = 1
     grant.charges = &grant.charge
     if joint.count:

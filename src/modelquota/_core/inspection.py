@@ -43,9 +43,9 @@ _COUNTS = (
     "peak_ssd_mb",
     "reserved_ram_mb",
     "reserved_ssd_mb",
+    "reserved_tokens",
     "concurrent",
     "waiting",
-    "level_epoch",
 )
 _TALLIES = ("rejected", "throttled", "queued", "waited", "violations")
 _MAX_TALLY = 2**59  # a thousand million a second for 18 years, and the sum of some is still a count
@@ -57,7 +57,8 @@ _TRIES = 20
 _FEW = 32
 _LOOKS = 5
 _CHUNKS = 4096
-_PLACES = 1024
+_CHUNK = 64
+_RECORDS = _CHUNK * _CHUNKS
 _NO_RATE = 255
 _WIDEST_SHIFT = 95
 
@@ -131,22 +132,24 @@ class Reader:
         for name, top in (("staged_row", most - 1), ("leaving_row", most - 1)):
             if not -1 <= int(header[name]) <= top:
                 raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
-        for name, top in (("seats_used", 1023), ("places_used", _PLACES), ("chunks_used", _CHUNKS)):
+        for name, top in (("seats_used", 1023), ("entry_chunks_used", _CHUNKS), ("grant_chunks_used", _CHUNKS)):
             if int(header[name]) > top:
                 raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
+        if int(header["clock_kind"]) > 2:
+            raise StateFileError(self.path, f"clock_kind is {header['clock_kind']}; it may be 2 at most")
         for name in ("anchor_ns", "clock_offset_ns", "anchor_wall_ns"):
             if abs(int(header[name])) > _MAX_TIME_NS and name != "anchor_wall_ns":
                 raise StateFileError(self.path, f"{name} is {header[name]}; 2**61 ns is the most")
 
     def held(self) -> NDArray[Any]:
         """Records of what open grants hold; those with seat 0 are free."""
-        used = min(int(self.read_header()["chunks_used"]), _CHUNKS)
-        return self._read(self.layout["held"], used * 64, self.regions.held)
+        used = min(int(self.read_header()["grant_chunks_used"]), _CHUNKS)
+        return self._read(self.layout["grant"], used * _CHUNK, self.regions.grants)
 
-    def places(self) -> NDArray[Any]:
-        """Records of the lines; those with seat 0 are free."""
-        used = min(int(self.read_header()["places_used"]), _PLACES)
-        return self._read(self.layout["place"], used, self.regions.places)
+    def entries(self) -> NDArray[Any]:
+        """Records of requests that wait; those with seat 0 are free."""
+        used = min(int(self.read_header()["entry_chunks_used"]), _CHUNKS)
+        return self._read(self.layout["entry"], used * _CHUNK, self.regions.entries)
 
     def parts(self) -> Iterator[Part]:
         """All rows that were ever used, some at a time, those too that are used by the time the last part is read."""
@@ -265,7 +268,7 @@ def lasting(found: Iterable[str], look: Callable[[], Iterable[str]]) -> list[str
 
 def content_faults(reader: Reader) -> Iterator[str]:
     """Say what makes no sense behind a header that has been checked."""
-    for judge in (_judge_staged, _judge_held):
+    for judge in (_judge_staged, _judge_held, _judge_entries):
         yield from lasting(judge(reader), functools.partial(judge, reader))
     holders: dict[bytes, int] = {}
     for part in reader.parts():
@@ -281,9 +284,18 @@ def _judge_staged(reader: Reader) -> Iterator[str]:
 
 def _judge_held(reader: Reader) -> Iterator[str]:
     held = reader.held()
-    for what in ("ram_mb", "ssd_mb"):
+    for what in ("ram_mb", "ssd_mb", "tokens"):
         for record in np.flatnonzero((held[what] < 0) | (held[what] > _MAX_COUNT)):
             yield f"record {record} of what grants hold: {what} is no count"
+
+
+def _judge_entries(reader: Reader) -> Iterator[str]:
+    entries = reader.entries()
+    for what in ("next", "previous"):
+        for record in np.flatnonzero(entries[what] > _RECORDS):
+            yield f"queue entry {record}: {what} is no entry"
+    for record in np.flatnonzero((entries["limit"] > 10) | (entries["ready_ns"] < -1)):
+        yield f"queue entry {record}: it waits for an unknown limit, or since before all time"
 
 
 def _judge_part(part: Part) -> Iterator[str]:
@@ -326,6 +338,9 @@ def part_faults(part: Part, names_used: int, staged_row: int = -1) -> Iterator[s
     yield from _each(part, ledgers["action"] > 3, "its action is unknown")
     yield from _each(part, ledgers["stage"] > 7, "its stage is unknown")
     for what in ("request", "token"):
+        dormant = rows[f"dormant_{what}_shift"]
+        wrong = (dormant > _WIDEST_SHIFT) & (dormant != _NO_RATE)
+        yield from _each(part, wrong, f"its {what} rate of before has an unknown unit")
         shift = rows[f"{what}_shift"]
         yield from _each(part, (shift > _WIDEST_SHIFT) & (shift != _NO_RATE), f"its {what} rate has an unknown unit")
         wide = (rows[f"{what}_level"]["high"] >> 62) | (rows[f"{what}_cap"]["high"] >> 62)
@@ -333,7 +348,9 @@ def part_faults(part: Part, names_used: int, staged_row: int = -1) -> Iterator[s
         yield from _each(part, rows[f"{what}_drain"] < 0, f"its {what} rate is negative")
     for times in (rows["slot_end_ns"], rows["level_ns"]):
         yield from _each(part, (times < 0) | (times > _MAX_TIME_NS), "its time is beyond 2**61 ns")
-    yield from _each(part, ledgers["head_limit"] > 10, "its line waits for an unknown limit")
+    for name in ("first_entry", "last_entry"):
+        yield from _each(part, ledgers[name] > _RECORDS, f"its {name} is none")
+    yield from _each(part, ledgers["handles"] < 0, "its handles are fewer than none")
     for name in _COUNTS:
         yield from _each(part, (ledgers[name] < 0) | (ledgers[name] > _MAX_COUNT), f"{name} is no count")
     for name in _TALLIES:
@@ -354,8 +371,10 @@ def staged_faults(header: Any) -> Iterator[str]:
     """Say what makes no sense in a change of limits that is under way, which somebody may have to finish."""
     staged = header["staged"]
     for what in ("request", "token"):
-        shift, level = int(header[f"staged_{what}_shift"]), header[f"staged_{what}_level"]
-        if (shift > _WIDEST_SHIFT and shift != _NO_RATE) or int(level["high"]) >> 62:
+        before = header["staged_row_before"]
+        shifts = [int(before[f"{what}_shift"]), int(before[f"dormant_{what}_shift"])]
+        wide = int(before[f"{what}_level"]["high"]) | int(before[f"{what}_cap"]["high"])
+        if any(shift > _WIDEST_SHIFT and shift != _NO_RATE for shift in shifts) or wide >> 62:
             yield f"the {what} level that is being changed is beyond all bounds"
         one = np.zeros((), _ENCODED)
         one["rate"], one["burst"] = staged[f"{what}s_per_second"], staged[f"burst_{what}s"]
@@ -399,6 +418,10 @@ def limit_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
         encoded["limit"], encoded["drain"] = ledgers[f"{what}_limit"][:, 0], rows[f"{what}_drain"]
         encoded["shift"] = rows[f"{what}_shift"]
         encoded["low"], encoded["high"] = rows[f"{what}_cap"]["low"], rows[f"{what}_cap"]["high"]
+        # without a rate, cap and drain are those of the rate before: any that are within bounds
+        unset = encoded["shift"] == _NO_RATE
+        for name in ("drain", "low", "high"):
+            encoded[name][unset] = 0
         wrong = _each_kind(encoded, lambda one: not _is_encoded(one))
         yield from _each(part, alive & wrong, f"its {what} rate is not what the core made of it")
 

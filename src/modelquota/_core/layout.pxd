@@ -1,7 +1,8 @@
 # The layout of the shared state: structs only, nothing that computes.
 #
-# One mapping holds, in this order: Header, epochs of the seats, Place[PLACES], owners of the chunks, Held[HELDS],
-# Row[max_models], Ledger[max_models], names. Rows never move. Every field names its unit.
+# One mapping holds, in this order: Header, epochs of the seats, the change log, owners of the chunks of queue entries,
+# QueueEntry[ENTRIES], owners of the chunks of grant records, GrantRecord[GRANTS], Row[max_models], Ledger[max_models],
+# names. Rows never move. Every field names its unit.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from *:
@@ -18,7 +19,7 @@ cdef extern from *:
     const int64_t MAX_TIME_NS "MQ_MAX_TIME_NS"  # the latest time that slot arithmetic holds (73 years)
 
 cdef enum:
-    LAYOUT_VERSION = 3
+    LAYOUT_VERSION = 4
     SLOTS = 60              # closed slots that a window counts beside the current one
     WINDOWS = 3             # SECOND, HOUR, DAY
     SECOND = 0
@@ -27,10 +28,10 @@ cdef enum:
     VIOLATION_TYPES = 5     # in the order of violations[] below
     SEAT_BITS = 10
     SEATS = 1024            # processes that share a state at once; seat 0 is nobody's
-    PLACES = 1024           # lines, one a model and process
-    CHUNK = 64              # grant records that one process owns together
-    CHUNKS = 4096
-    HELDS = 262_144         # CHUNK * CHUNKS: grants open at once, over all processes
+    CHUNK = 64              # records of one kind that one process owns together
+    CHUNKS = 4096           # of each kind
+    RECORDS = 262_144       # CHUNK * CHUNKS: grants open at once, and requests that wait at once, over all processes
+    CHANGES = 4096          # comings and goings of models that the change log holds
 
 
 cdef struct Wide:
@@ -52,7 +53,10 @@ cdef struct Row:
     int64_t token_drain
     uint8_t request_shift    # a level's unit is 1 / (10**9 * 2**shift) of a request or token; NO_RATE = no level
     uint8_t token_shift
-    uint16_t reserved[3]
+    uint8_t dormant_request_shift    # of a level whose rate is not set any more, see level.pxd; NO_RATE = there is none
+    uint8_t dormant_token_shift
+    uint16_t shadow          # 1 << Limit code: that limit is judged and never denies
+    uint16_t reserved
     Wide request_level
     Wide request_cap         # max(rate, 1) + burst
     Wide token_level
@@ -78,8 +82,9 @@ cdef struct Ledger:
     uint8_t action              # ViolationAction code, 0..3
     # -- name record: NAME_UNIT bytes * offset into the names; the record stays with the row and only grows
     uint32_t name_offset
-    uint32_t name_capacity      # bytes
-    uint32_t name_size          # bytes in use
+    uint16_t name_capacity      # bytes
+    uint16_t name_size          # bytes in use
+    uint32_t log_second         # 1 + the second of the model's time in which a violation was logged last
     # -- memory, MB, and concurrency; first what only a request for memory asks for, then a line that every check reads
     int64_t max_ram_mb          # or UNLIMITED
     int64_t max_ssd_mb
@@ -94,16 +99,20 @@ cdef struct Ledger:
     int64_t max_concurrent      # or UNLIMITED
     int64_t peak_ram_mb
     int64_t peak_ssd_mb
-    # -- the line of requests that wait
+    int64_t reserved_tokens     # charged for open grants and not settled: they may come back
+    # -- the queue of requests that wait, in the order in which they are served
     int64_t waiting             # how many
     int64_t max_queued
-    int64_t head_ready_ns       # when the first of them may pass; NEVER where that depends on others
-    int64_t head_ticket         # its place: higher priority first, then the lower ticket
-    int32_t head_priority
-    uint8_t head_limit          # Limit code of what it waits for; 0 where that is not known yet
-    # -- the journal of a change in several steps, for whoever takes the lock over from a dead owner, see repair.pxd
+    uint32_t first_entry        # 1 + number of a QueueEntry, 0 = none
+    uint32_t last_entry
+    # -- the journal of a change in several steps, for the process that takes the lock over from a dead owner, see repair.pxd
     uint8_t stage               # 0 = no change under way
     uint8_t journal_filled      # of the window that is being rolled
+    uint8_t on_sight            # registered from default_quota: it makes room once it is as good as new
+    uint32_t sight_digest       # of the limits with which it came
+    int32_t handles             # bound handles, in all processes
+    uint32_t level_epoch        # how often a rate changed or a burst was forgiven: no level takes back what was charged before
+    uint32_t log_held           # violations since log_second that were not logged
     uint64_t journal_requests   # charged ever
     uint64_t journal_tokens
     uint64_t journal_requests_start     # of the window that is being rolled
@@ -112,7 +121,6 @@ cdef struct Ledger:
     # -- what levels may take back, see level.pxd: the lowest level of the current 60 s slot and of the one before
     int64_t request_low[2]
     int64_t token_low[2]
-    int64_t level_epoch         # how often a rate changed or a burst was forgiven; what was charged before, no level takes back
     # -- counters since the model was registered
     uint64_t rejected           # denied checks, by the action applied
     uint64_t throttled
@@ -120,8 +128,6 @@ cdef struct Ledger:
     uint64_t waited             # requests that were counted as denied and then admitted after a wait
     uint64_t tokens_refunded
     uint64_t violations[5]      # violated checks by first limit: RAM, SSD, rate, quota, concurrency
-    uint32_t log_second         # 1 + the second of the model's time in which a violation was logged last
-    uint32_t log_held           # violations since then that were not logged
     # -- the configuration that the fields above do not hold
     int64_t burst_requests
     int64_t burst_tokens
@@ -134,26 +140,33 @@ cdef struct Ledger:
     uint32_t requests[3][60]
 
 
-cdef struct Place:
-    # The line of one process for one model. Guarded by the row's lock; `seat` is claimed with a compare-and-swap.
+cdef struct QueueEntry:
+    # The place of one waiting request in the queue of one model. Guarded by the row's lock, but for `deadline_ns`, which
+    # its process may lower, and `seat`, which it alone sets and clears.
     uint32_t seat            # seat word of the process; 0 = free
     uint32_t row
     uint32_t generation
-    int32_t priority         # of the first in line
+    int32_t priority         # higher first, then the lower ticket
     int64_t ticket
-    int64_t ready_ns
-    int64_t count            # how many wait
-    uint8_t limit
+    int64_t deadline_ns      # the row's time from which it blocks nobody any more
+    int64_t ready_ns         # when it may pass; NEVER where that depends on others
+    uint32_t next            # 1 + number of the entry behind it, 0 = none
+    uint32_t previous
+    uint8_t linked           # whether it is in the queue
+    uint8_t limit            # Limit code of what it waits for; 0 while that is not known yet
+    uint8_t counted          # its violation was counted at this model
+    uint8_t aside            # another model that does not queue is in its way: meanwhile it blocks nobody
 
 
-cdef struct Held:
-    # What one open grant holds of one row. Guarded by the row's lock.
+cdef struct GrantRecord:
+    # What one open grant holds of one row, or that a handle is bound to it. Guarded by the row's lock.
     uint32_t seat            # seat word of the process; 0 = free
     uint32_t row
     uint32_t generation
-    uint32_t spare
+    uint32_t is_handle       # it holds nothing but the place of its model
     int64_t ram_mb
     int64_t ssd_mb
+    int64_t tokens           # charged and not settled
 
 
 cdef struct Limits:
@@ -176,6 +189,7 @@ cdef struct Limits:
     uint8_t request_shift
     uint8_t token_shift
     uint8_t action
+    uint16_t shadow
 
 
 cdef struct Header:
@@ -194,10 +208,14 @@ cdef struct Header:
     int64_t clock_offset_ns
     int64_t anchor_ns         # the rows' time at anchor_wall_ns of CLOCK_REALTIME
     int64_t anchor_wall_ns
+    uint32_t clock_kind       # 0 = not known yet, 1 = CLOCK_MONOTONIC, 2 = a ManualClock
     uint32_t enforcing        # 0 = admit everything and count
     uint32_t seats_used       # no seat above it was ever taken
-    uint32_t places_used      # no place at or above it was ever taken
-    uint32_t chunks_used      # likewise
+    uint32_t entry_chunks_used    # no chunk at or above it was ever taken
+    uint32_t grant_chunks_used
+    uint32_t registry_broken  # its lock was taken over from a dead owner, and what that left half done is not finished yet
+    int64_t forget_hand       # row at which the next look for one that is as good as new begins
+    int64_t full_until_ns     # until this time of the rows, the last look found none
     int64_t next_ticket       # for requests that wait; atomic
     uint64_t unknown_checks   # checks of ids that have no quota; atomic
     uint64_t recoveries       # rows, lines and grants put right after a process had died; atomic
@@ -207,30 +225,46 @@ cdef struct Header:
     uint64_t retired_throttled
     uint64_t retired_queued
     uint64_t retired_waited
+    uint64_t retired_tokens   # modulo 2**64
+    uint64_t retired_refunded
     uint64_t retired_violations[5]
     int64_t leaving_row       # a model that is being removed, -1 = none: for whoever takes the registry lock over
     uint32_t leaving_generation
-    uint64_t staged_retired[10]     # retired_allowed and what follows it, as they stood before
+    uint64_t staged_retired[12]     # retired_allowed and what follows it, as they stood before
     # -- the change of limits that is under way, for whoever takes the locks over from a dead owner
     int64_t staged_row        # -1 = none
     uint32_t staged_generation
-    uint8_t staged_request_shift
-    uint8_t staged_token_shift
-    Wide staged_request_level # as they stood before
-    Wide staged_token_level
+    Row staged_row_before     # as it was
     Limits staged
+
+
+cdef struct Pool:
+    # Records of one kind, given out by chunks, see pool.pxd. Where they are, and what of them is this process's.
+    uint32_t* owners          # seat word of each chunk's owner; 0 = free
+    uint32_t* chunks_used     # in the header
+    char* records
+    int64_t record_size       # bytes
+    uint64_t* free            # of each chunk that is owned, a bit for each free record; process-local
+    uint32_t* open            # stack of chunks that may have a free record; process-local
+    uint32_t open_count
 
 
 cdef struct Shared:
     # Where the parts of the mapping are in this process, and who it is there.
     Header* header
     uint32_t* epochs          # how often each seat has been taken
-    Place* places
-    uint32_t* owners          # seat word of each chunk's owner; 0 = free
-    Held* held
+    uint32_t* changes         # row of each coming and going of a model, at registry_version % CHANGES; UINT32_MAX = any
+    QueueEntry* entries
+    GrantRecord* grants
     Row* rows
     Ledger* ledgers
     char* names
     int64_t names_size        # bytes
     uint32_t me               # this process's seat word: epoch << SEAT_BITS | seat
+    uint32_t closing          # who waits for a lock gives up
     int fd                    # the open file description that holds the seat's byte
+    int spare_fd              # another one of the same file: a forked child opens its own by it
+    uint64_t device           # of that file
+    uint64_t inode
+    Pool entry_pool
+    Pool grant_pool

@@ -68,13 +68,68 @@ cdef inline wide any_cost(int64_t count, uint8_t shift) noexcept nogil:
     return level_cost(count, shift)
 
 
-cdef inline void raise_level(Wide* level, int64_t count, uint8_t shift) noexcept nogil:
-    """Charge a count of any size."""
-    cdef wide now
+cdef inline int64_t raise_level(Wide* level, int64_t count, uint8_t shift, const Wide* cap, bint capped) noexcept nogil:
+    """Charge a count of any size, up to the cap at most if `capped`. How much of it was charged, rounded down."""
+    cdef wide before = load(level)
+    cdef wide after
+    cdef wide most = LEVEL_MAX
     if shift == NO_RATE:
-        return
-    now = load(level) + any_cost(count, shift)
-    store(level, now if now < LEVEL_MAX else LEVEL_MAX)
+        return count
+    after = before + any_cost(count, shift)
+    if not capped:
+        store(level, after if after < most else most)
+        return count
+    most = load(cap) if load(cap) > before else before
+    if after <= most:
+        store(level, after)
+        return count
+    store(level, most)
+    return <int64_t> (((most - before) >> shift) // NS_PER_SECOND)
+
+
+cdef inline void rescale(Wide* level, uint8_t old_shift, uint8_t shift) noexcept nogil:
+    """Carry a level over to another rate's unit: the same count, rounded up."""
+    cdef wide now = load(level)
+    cdef wide one = 1
+    if old_shift == NO_RATE or shift == NO_RATE:
+        now = 0
+    elif shift >= old_shift:
+        now = LEVEL_MAX if now > (LEVEL_MAX >> (shift - old_shift)) else now << (shift - old_shift)
+    else:
+        now = (now + (one << (old_shift - shift)) - 1) >> (old_shift - shift)
+    store(level, now)
+
+
+# A rate that is set to None leaves its level behind: dormant, it goes on draining as before, grows at the end of each slot
+# by what was admitted in it, never above its cap, and is taken up again by the next rate. So None and back refills nothing.
+
+cdef inline bint is_dormant(const Row* row) noexcept nogil:
+    return row.dormant_request_shift != NO_RATE or row.dormant_token_shift != NO_RATE
+
+
+cdef inline void change_rate(
+    Wide* level, Wide* cap, int64_t* drain, uint8_t* shift, uint8_t* dormant_shift, const Wide* new_cap, int64_t new_drain,
+    uint8_t new_shift, int64_t in_slot
+) noexcept nogil:
+    """Replace a rate. What its level holds, dormant or not, stays.
+
+    `in_slot` was admitted in the current slot: a level that goes dormant gives it back, since it is charged when the slot
+    ends.
+    """
+    cdef wide lower
+    if new_shift != NO_RATE:
+        if shift[0] == NO_RATE:
+            raise_level(level, in_slot, dormant_shift[0], cap, True)
+        rescale(level, shift[0] if shift[0] != NO_RATE else dormant_shift[0], new_shift)
+        drain[0] = new_drain
+        cap[0] = new_cap[0]
+        dormant_shift[0] = NO_RATE
+    elif shift[0] != NO_RATE:
+        dormant_shift[0] = shift[0]
+        if load(level) <= load(cap):    # one above its cap is not raised at the slot's end
+            lower = load(level) - any_cost(in_slot, shift[0])
+            store(level, lower if lower > 0 else <wide> 0)
+    shift[0] = new_shift
 
 
 # Taking back. Had a charge never been made, the level would stand lower by as much of it as has not drained away unused:
@@ -125,9 +180,9 @@ cdef inline void lower_level(
 
 
 cdef inline int64_t level_wait_ns(
-    const Wide* level, const Wide* cap, int64_t drain, uint8_t shift, int64_t cost
+    const Wide* level, const Wide* cap, int64_t drain, uint8_t shift, int64_t cost, int64_t credit
 ) noexcept nogil:
-    """How long until the level admits `cost`: 0 = now, NEVER = no wait helps."""
+    """How long until the level admits `cost`: 0 = now, NEVER = no wait helps. With `credit` as for window_wait_ns()."""
     cdef wide excess, needed, wait
     if cost == 0 or shift == NO_RATE:
         return 0
@@ -135,25 +190,14 @@ cdef inline int64_t level_wait_ns(
         return NEVER
     needed = level_cost(cost, shift)
     excess = load(level) + needed - load(cap)
+    if credit:
+        excess -= any_cost(credit, shift)
     if excess <= 0:
         return 0
     if drain == 0:
         return NEVER
     wait = (excess + drain - 1) // drain
     return <int64_t> wait if wait <= MAX_COUNT else NEVER
-
-
-cdef inline void rescale(Wide* level, uint8_t old_shift, uint8_t shift) noexcept nogil:
-    """Carry a level over to another rate's unit: the same count, rounded up."""
-    cdef wide now = load(level)
-    cdef wide one = 1
-    if old_shift == NO_RATE or shift == NO_RATE:
-        now = 0
-    elif shift >= old_shift:
-        now = LEVEL_MAX if now > (LEVEL_MAX >> (shift - old_shift)) else now << (shift - old_shift)
-    else:
-        now = (now + (one << (old_shift - shift)) - 1) >> (old_shift - shift)
-    store(level, now)
 
 
 cdef inline bint empty_burst(Wide* level, int64_t* low, int64_t drain, uint8_t shift) noexcept nogil:

@@ -1,40 +1,55 @@
-"""Lines: requests that wait for a model, one line a model and process, for threads and asyncio tasks alike.
+"""Lines: requests that wait for models, one line a model and process, for threads and asyncio tasks alike.
+
+A request that waits for several models is in the line of each of them, and has an entry in the queue of each of them in
+the shared state, from the start: nobody who comes later overtakes it at any of them. Of all requests that wait, the one
+that comes first by priority and ticket is the first in all of its queues, so no two wait for each other.
 
 Nothing here sleeps, and no thread is started. Whatever may have made room (a release, a refund, a live change, a timer)
 calls `Line.pump`, which admits from the front what fits, tells those it concerns, and leaves word when to try again. One
-of the waiting, the driver, watches the clock for all; when it leaves, another one does.
+waiter of each context watches the clock: one thread for all if a thread waits, or else one task of each event loop, since
+a loop may be busy or not run any more. Nothing here waits for a lock: a row that is locked is tried again later.
 
 The lines of a process are guarded by the GIL: between two lines of this file no other thread runs, and no signal handler.
-Only finalizers may, wherever an object is made, and what wakes a waiter; both find the line in order.
+Only finalizers may, wherever an object is made, and what wakes a waiter; both find the lines in order.
 """
-from libc.math cimport INFINITY
-from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint64_t
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t
 
-from modelquota._core.count cimport as_count
-from modelquota._core.decision cimport Ask, NEVER, QUEUE, QUEUE_PLACE, REJECT, Verdict
-from modelquota._core.grant cimport Grant, make_grant
-from modelquota._core.joint cimport Joint, NOBODY
-from modelquota._core.layout cimport Ledger, MAX_COUNT, MAX_TIME_NS, Row, Shared
-from modelquota._core.lock cimport take_over, unlock
-from modelquota._core.repair cimport enter_row, fold_places, repair_row, try_row
-from modelquota._core.reserve cimport BUSY, GrantTable
-from modelquota._core.result cimport result_of
-from modelquota._core.shared cimport fork_count
+from modelquota._core.decision cimport Ask, NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, THROTTLE, Verdict
+from modelquota._core.grant cimport Grant, finish_deferred, make_grant
+from modelquota._core.hold cimport Hold
+from modelquota._core.joint cimport (
+    BUSY_ROW, DECIDED, GONE, Joint, NOBODY, Places, first_gone, lock_rows, unlock_rows
+)
+from modelquota._core.layout cimport Ledger, MAX_TIME_NS, QueueEntry, Row, Shared
+from modelquota._core.lock cimport SLICE_NS, unlock
+from modelquota._core.pool cimport give_record
+from modelquota._core.queue cimport drop_expired, link_entry, unlink_entry
+from modelquota._core.repair cimport lock_row
+from modelquota._core.reserve cimport BUSY, GrantTable, ids_of
+from modelquota._core.result cimport QuotaCheckResult, result_of
+from modelquota._core.shared cimport REFUSES, fork_count
 from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport start_ask
 
-from modelquota.errors import QuotaExceededError
+from modelquota.errors import ManagerClosedError, ModelLockedError, QuotaExceededError
 
 cdef int64_t FAR = INT64_MAX
 cdef list abandoned = []            # Waiters whose owners are gone
 cdef bint burying = False           # somebody sees to them
 cdef int64_t LOOK_NS = 10_000_000   # how often a line looks what other processes have given back,
 cdef int64_t LINES_AT_ONCE = 16     # while the process has no more lines than these; more take turns
-cdef int64_t BUSY_NS = 50_000       # a row was locked longer than a look: its owner was preempted
+cdef int64_t BUSY_NS = 50_000       # a row was locked longer than a look: its owner was preempted,
+cdef int64_t LONGEST_BUSY_NS = 10_000_000   # or does not run at all
+
+cdef enum:
+    QUEUE_FULL = 3                  # beside what comes of a joint decision
 
 cdef extern from *:
     int64_t take_ticket "__atomic_fetch_add"(int64_t* word, int64_t more, int order) noexcept nogil
+    void write_deadline "__atomic_store_n"(int64_t* word, int64_t value, int order) noexcept nogil
+    uint8_t read_flag "__atomic_load_n"(const uint8_t* word, int order) noexcept nogil
     const int RELAXED "__ATOMIC_RELAXED"
+    const int ACQUIRE "__ATOMIC_ACQUIRE"
 
 
 cdef inline bint precedes(const Ask* ask, const Ask* other) noexcept:
@@ -43,8 +58,14 @@ cdef inline bint precedes(const Ask* ask, const Ask* other) noexcept:
 
 
 cdef inline bint asks_as_much(const Ask* ask, const Ask* other) noexcept:
-    """Whether a request cannot fit where the other one did not."""
+    """Whether a request cannot fit if the other one does not."""
     return ask.tokens >= other.tokens and ask.ram_mb >= other.ram_mb and ask.ssd_mb >= other.ssd_mb
+
+
+cdef inline bint can_wait(const Verdict* verdict, int64_t now_ns, int64_t deadline_ns) noexcept:
+    """Whether a wait until the deadline may help."""
+    return verdict.soonest_ns != NEVER and (
+        verdict.soonest_ns <= deadline_ns - now_ns if deadline_ns != FAR else True)
 
 
 cdef int64_t as_priority(object priority) except? -1:
@@ -67,62 +88,146 @@ cdef int64_t as_wait_ns(object timeout) except -1:
     return <int64_t> (seconds * 1e9) if seconds < 2e9 else FAR
 
 
+cdef inline bint is_alive(RowRef ref) noexcept:
+    return ref.row.generation == ref.generation
+
+
+cdef inline int64_t grace_ns(RowRef ref) noexcept:
+    """The model's grace period; FAR if it is longer than anybody waits."""
+    cdef double nanoseconds = ref.ledger.grace_period_sec * 1e9
+    return <int64_t> nanoseconds if nanoseconds < 2e18 else FAR
+
+
+cdef int stand_in_queues(
+    Joint* joint, const Ask* ask, int64_t deadline_ns, int64_t now_ns, const Shared* shared, int64_t patience_ns
+) noexcept nogil:
+    """Give a request its places in the queues of all parties, at once. Takes the rows' locks.
+
+    QUEUE_FULL, and nothing is done, if one of them has no room; `joint.named` is that one.
+    """
+    cdef Hold* party
+    cdef QueueEntry* entry
+    cdef int i
+    if not lock_rows(joint, shared, patience_ns):
+        return BUSY_ROW
+    joint.gone = first_gone(joint)
+    joint.named = NOBODY
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        if party.entry == NULL or joint.gone != NOBODY or joint.named != NOBODY:
+            continue
+        if party.ledger.action != QUEUE and party.ledger.action != THROTTLE:
+            continue                    # nobody waits for this one; it is only kept from being overtaken
+        if party.ledger.waiting >= party.ledger.max_queued and not (
+                drop_expired(party.row, party.ledger, shared.entries, now_ns, True)
+                and party.ledger.waiting < party.ledger.max_queued):
+            joint.named = i
+    if joint.gone == NOBODY and joint.named == NOBODY:
+        for i in range(joint.count):
+            party = &joint.parties[i]
+            entry = party.entry
+            if entry == NULL:
+                continue
+            entry.row = party.index
+            entry.generation = party.generation
+            entry.priority = ask.priority
+            entry.ticket = ask.ticket
+            write_deadline(&entry.deadline_ns, deadline_ns, RELAXED)
+            entry.ready_ns = NEVER
+            entry.limit = entry.aside = 0
+            entry.counted = party.ledger == ask.counted and party.generation == ask.counted_generation
+            entry.seat = shared.me
+            link_entry(party.row, party.ledger, shared.entries, entry)
+    unlock_rows(joint, joint.count)
+    if joint.gone != NOBODY:
+        return GONE
+    return DECIDED if joint.named == NOBODY else QUEUE_FULL
+
+
+cdef bint leave_queue(QueueEntry* entry, const Shared* shared, int64_t patience_ns) noexcept nogil:
+    """Take an entry out of its queue; False if the row stays locked. Takes the row's lock."""
+    cdef Row* row = &shared.rows[entry.row]
+    if not read_flag(&entry.linked, ACQUIRE):
+        return True
+    if not lock_row(row, shared, patience_ns):
+        return False
+    if entry.linked and row.generation == entry.generation:
+        unlink_entry(row, &shared.ledgers[entry.row], shared.entries, entry)
+    entry.linked = 0
+    unlock(&row.lock)
+    return True
+
+
 cdef class Waiter:
     """A request that may have to wait. A subclass says how its owner sleeps.
 
-    ``prepare()`` is called once, before it stands in a line; ``wake()``, from any thread, once it is done; ``arm()``, from
-    any thread, when it became the one to watch the clock, or has to look earlier.
+    ``prepare()`` is called once, before it is in a line; ``wake()``, from any thread, once it is done; ``arm()``, from
+    any thread, when it became one that watches the clock, or has to look earlier.
     """
 
     @property
     def wake_at_ns(self):
         """When its owner should call `pump`, in ns of the manager's clock; None while only others can change anything."""
         cdef int64_t at_ns = self.deadline_ns
-        if self.line is None or self.line.manager.manual is not None:
+        cdef Line line
+        if not self.lines or self.manager.manual is not None:
             return None
-        if self.line.driver is self and self.line.next_ns < at_ns:
-            at_ns = self.line.next_ns
+        for line in self.lines:
+            if self in line.watchers and line.next_ns < at_ns:
+                at_ns = line.next_ns
         return None if at_ns == FAR else at_ns
 
     def sleep_seconds(self):
         """How long its owner should sleep unless woken: 0.0 = not at all; None while only others can change anything."""
-        if self.line is not None and self.line.busy and self.line.driver is self:
-            return BUSY_NS * 1e-9       # on a manual clock too
+        cdef Line line
+        cdef int64_t busy_ns = 0
+        for line in self.lines or ():
+            if line.busy_ns and self in line.watchers:
+                busy_ns = line.busy_ns if busy_ns == 0 else min(busy_ns, line.busy_ns)
+        if busy_ns:
+            return busy_ns * 1e-9       # on a manual clock too
         at_ns = self.wake_at_ns
         if at_ns is None:
             return None
-        return max(0, at_ns - self.line.manager.now_ns()) * 1e-9
+        return max(0, at_ns - self.manager.now_ns()) * 1e-9
 
-    def pump(self, nowait=False):
-        """Let the line that it stands in try again."""
-        if self.line is not None:
-            self.line.pump(nowait)
+    def pump(self):
+        """Let the lines that it is in try again."""
+        for line in tuple(self.lines or ()):
+            line.pump()
 
     def take(self):
-        """The grant; QuotaExceededError where it was refused, and what else kept it from being decided."""
+        """The grant; QuotaExceededError if it was refused, and what else kept it from being decided."""
         cdef Grant grant = self.grant
         self.grant = None
+        if self.manager is not None:
+            self.manager.unclaimed.discard(self)
         if self.error is not None:
             raise self.error
         if grant is None:
             raise QuotaExceededError(self.result)
         return grant
 
-    def leave(self, nowait=False):
-        """Leave no trace, however far it has come. With `nowait` it may return a line that is still to be pumped."""
-        cdef Line line = self.line
+    def leave(self):
+        """Leave no trace, however far it has come."""
         cdef Grant grant = self.grant
-        if line is not None and line.forks == fork_count():
-            line.remove(self)
-            line.pump(nowait)
-            return line if line.orphaned else None
-        if grant is not None:
+        cdef list lines = self.lines
+        cdef Line line
+        if self.manager is None or not self.manager.usable():
+            return
+        if lines and (<Line> lines[0]).forks == fork_count():
+            for line in tuple(lines):
+                line.remove(self)
+            self.manager.leave_queues(self)
+            for line in lines:
+                line.pump()
+        elif grant is not None:
             self.grant = None
+            self.manager.unclaimed.discard(self)
             grant.cancel()
-        return None
 
     def abandon(self):
-        """Leave, for whoever finds that its owner is gone; one after the other, where that wakes more of the kind."""
+        """Leave, for a thread that finds that its owner is gone; one after the other, if that wakes more of the kind."""
         global burying
         abandoned.append(self)
         if burying:
@@ -134,13 +239,74 @@ cdef class Waiter:
         finally:
             burying = False
 
-    cdef int finish(self, Grant grant, object result) except -1:
+    cdef int finish(self, Grant grant, object error) except -1:
         self.grant = grant
-        if result is not None:
-            self.result = result
-        self.line = None
+        self.error = error
+        self.lines = []
         self.done = True
         return 0
+
+    cdef bint set_deadline(self) noexcept:
+        """Find the deadline from the timeout and the grace period; whether it is an earlier one now."""
+        cdef int64_t before = self.deadline_ns
+        cdef int64_t wait_ns
+        cdef int i
+        if not is_alive(self.held_up_by):
+            return False            # the model has gone, and its grace period with it: what was found last stays
+        wait_ns = min(self.timeout_ns, grace_ns(self.held_up_by))
+        self.deadline_ns = self.started_ns + wait_ns if wait_ns < MAX_TIME_NS else FAR
+        for i in range(self.places.count):
+            write_deadline(&self.places.entries[i].deadline_ns, self.deadline_ns, RELAXED)
+        return self.deadline_ns < before
+
+    cdef int give_places(self) except -1:
+        """Give back the entries; none is in a queue any more."""
+        cdef int i
+        for i in range(self.places.count):
+            self.places.entries[i].seat = 0
+            give_record(&self.manager.shared.entry_pool, self.places.entries[i], self.manager.shared.me)
+        self.places.count = 0
+        return 0
+
+    cdef int stand(self, Joint* joint, list refs, int64_t patience_ns) except -1:
+        """Have a place in the queue of each model, and be in each of their lines; what comes of it, as for a decision.
+
+        Those that it has it keeps.
+        """
+        cdef WaitTable manager = self.manager
+        cdef int i, k, first = self.places.count
+        cdef int outcome
+        cdef Line line
+        manager.bury()
+        for i in range(joint.count):
+            for k in range(first):
+                if joint.parties[i].entry == self.places.entries[k]:
+                    break
+            else:
+                joint.parties[i].entry = manager.take_entry()
+                self.places.entries[self.places.count] = joint.parties[i].entry
+                self.places.count += 1
+                continue
+            joint.parties[i].entry = NULL       # it is there already
+        now_ns = manager.now_ns()
+        outcome = stand_in_queues(joint, &self.ask, self.deadline_ns, now_ns, &manager.shared, 0)
+        if outcome == BUSY_ROW and patience_ns:
+            manager.inside += 1
+            with nogil:
+                outcome = stand_in_queues(joint, &self.ask, self.deadline_ns, now_ns, &manager.shared, patience_ns)
+            manager.exit()
+        if outcome != DECIDED:
+            while self.places.count > first:
+                self.places.count -= 1
+                give_record(&manager.shared.entry_pool, self.places.entries[self.places.count], manager.shared.me)
+            return outcome
+        manager.require_open()                  # closed while the rows were waited for
+        for ref in refs:
+            line = manager.line_of(ref)
+            if line not in self.lines:
+                line.insert(self)
+                self.lines.append(line)
+        return outcome
 
 
 cdef class Line:
@@ -150,35 +316,38 @@ cdef class Line:
         cdef Py_ssize_t at = len(self.order)
         while at > 0 and precedes(&waiter.ask, &(<Waiter> self.order[at - 1]).ask):
             at -= 1
-        waiter.line = self
         self.order.insert(at, waiter)
         return 0
 
     cdef int remove(self, Waiter waiter) except -1:
+        """Take it out; the last one ends the line."""
         cdef Py_ssize_t i
-        waiter.line = None
         for i in range(len(self.order)):
             if self.order[i] is waiter:
                 del self.order[i]
                 break
+        if not self.order:
+            self.end()
         return 0
 
-    @property
-    def orphaned(self):
-        """Whether the row still has to be told that nobody stands here any more, and nobody is left to do so."""
-        return self.published != 0 and not self.order
+    cdef int end(self) except -1:
+        """Be no line of the manager's any more."""
+        if self.manager.lines.get(self.ref) is self:
+            del self.manager.lines[self.ref]
+        if self.manager.manual is not None:
+            self.manager.manual.watchers.discard(self)
+        return 0
 
-    def pump(self, nowait=False):
-        """Admit from the front what fits now. With `nowait` a locked row is tried again later, not waited for."""
+    def pump(self):
+        """Admit from the front what fits now. A locked row is tried again later, not waited for."""
         cdef list told = []
-        cdef list moved = []
+        cdef list others = []
+        cdef list watchers
         if self.forks != fork_count():
-            if self.ref.line is self:
-                self.ref.line = None
-            self.manager.lines.discard(self)
-            if self.manager.manual is not None:
-                self.manager.manual.watchers.discard(self)
-            return                      # those who stood here are threads and tasks of the parent process
+            self.end()
+            return                      # those who are here are threads and tasks of the parent process
+        if not self.manager.usable():
+            return
         if self.pumping:
             self.again = True
             return
@@ -187,175 +356,157 @@ cdef class Line:
             self.again = True
             while self.again:
                 self.again = False
-                self.serve(told, moved, nowait)
+                self.serve(told, others)
         except BaseException:
             self.next_ns = self.manager.now_ns() + LOOK_NS
             raise
         finally:
             self.pumping = False
-            call_all(told, moved, self.drive(), nowait)
+            watchers = self.watch()
+            notify_all(told, others, watchers)
 
-    cdef int serve(self, list told, list moved, bint nowait) except -1:
-        """One pass over the line: who is admitted, who is refused, who moves to another line."""
+    cdef int serve(self, list told, list others) except -1:
+        """One pass over the line: who is admitted, and who is refused."""
         cdef Joint joint
         cdef Verdict verdict
         cdef list refs = []
         cdef Waiter waiter
-        cdef RowRef ref
         cdef Waiter blocked = None
+        cdef WaitTable manager = self.manager
         cdef Py_ssize_t i = 0
-        cdef int named
-        cdef int64_t now_ns = self.manager.now_ns()
+        cdef int unknown, k
+        cdef bint busy = False
+        cdef int64_t now_ns = manager.now_ns()
+        manager.bury()
+        if manager.deferred:
+            finish_deferred(manager)
+        manager.reclaim(now_ns)
         self.next_ns = FAR
-        self.busy = False
+        self.see_to_deadlines(told, others, now_ns)
         while i < len(self.order):
             waiter = self.order[i]
-            if i == 0 and waiter is not self.head and not self.publish(nowait):
-                self.busy = True
-                break
             if blocked is not None and asks_as_much(&waiter.ask, &blocked.ask):
                 i += 1
                 continue
             try:
-                named = self.manager.decide_all(waiter.model_ids, &waiter.ask, True, nowait, refs, &joint, &verdict)
+                unknown = manager.decide_all(waiter.ids, &waiter.ask, True, 0, refs, &joint, &verdict, &waiter.places)
             except Exception as error:      # no room for a record, or for a model that is registered on sight
-                self.fail(waiter, error, told)
+                self.settle(waiter, None, error, told, others)
                 continue
-            if named == BUSY:
-                self.busy = True
-                break
-            grant = make_grant(self.manager, &joint, refs, &waiter.ask) if verdict.allowed else None
-            if waiter.line is not self:     # a finalizer ran, and took it out of the line
+            if unknown == BUSY:
+                busy = True
+                if self.ref.ledger.action == QUEUE:
+                    break
+                i += 1
+                continue
+            grant = make_grant(manager, &joint, refs, &waiter.ask) if verdict.allowed else None
+            if waiter.done or self not in waiter.lines:     # a finalizer ran, and took it out of the line
                 if grant is not None:
                     (<Grant> grant).cancel()
                 self.again = True
                 break
             if grant is not None:
-                self.remove(waiter)
-                waiter.finish(grant, None)
-                told.append(waiter)
+                self.settle(waiter, grant, None, told, others)
                 continue
-            ref = refs[named]
-            waiter.result = result_of(&verdict, (<RowRef> refs[named]).model_id)
+            waiter.result = result_of(&verdict, (<RowRef> refs[joint.named]).model_id)
+            waiter.held_up_by = refs[joint.named]
+            waiter.set_deadline()
             if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns):
-                self.remove(waiter)
-                waiter.finish(None, None)
-                told.append(waiter)
+                self.settle(waiter, None, None, told, others)
                 continue
-            if ref is not self.ref:
-                try:
-                    other = self.manager.line_of(ref)
-                except Exception as error:
-                    self.fail(waiter, error, told)
-                    continue
-                self.remove(waiter)
-                (<Line> other).insert(waiter)
-                moved.append(other)
+            for k in range(joint.count):
+                if joint.parties[k].entry == NULL:          # a model has come anew: it has no place there yet
+                    try:
+                        if waiter.stand(&joint, refs, 0) != DECIDED:
+                            busy = True
+                    except Exception as error:
+                        self.settle(waiter, None, error, told, others)
+                    break
+            if waiter.done:
                 continue
-            if i == 0:
-                self.head_limit = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
-                self.head_ready_ns = NEVER if verdict.wait_ns == NEVER else now_ns + verdict.wait_ns
-            if verdict.own_wait_ns != NEVER:    # once this model has room, the request goes on to the line of another one
-                self.next_ns = min(self.next_ns, now_ns + verdict.own_wait_ns)
-            if verdict.action == QUEUE:
+            if self not in waiter.lines or (i < len(self.order) and self.order[i] is not waiter):
+                self.again = True
                 break
-            blocked = waiter
+            if verdict.wait_ns != NEVER:
+                self.next_ns = min(self.next_ns, now_ns + verdict.wait_ns)
+            if self.ref.ledger.action == QUEUE and not verdict.aside:
+                break
+            if waiter.held_up_by is self.ref:
+                blocked = waiter
             i += 1
-        self.expire(told, now_ns)
-        if not self.publish(nowait):
-            self.busy = True
-        if self.busy:
-            self.next_ns = min(self.next_ns, now_ns + BUSY_NS)
-        elif not self.manager.alone():
-            self.next_ns = min(self.next_ns, now_ns + LOOK_NS * (1 + len(self.manager.lines) // LINES_AT_ONCE))
+        for waiter in manager.unclaimed:
+            self.next_ns = min(self.next_ns, waiter.deadline_ns)
+        if busy:
+            self.busy_ns = min(2 * self.busy_ns, LONGEST_BUSY_NS) if self.busy_ns else BUSY_NS
+            self.next_ns = min(self.next_ns, now_ns + self.busy_ns)
+        else:
+            self.busy_ns = 0
+        if not manager.alone():
+            self.next_ns = min(self.next_ns, now_ns + LOOK_NS * (1 + len(manager.lines) // LINES_AT_ONCE))
         return 0
 
-    cdef int fail(self, Waiter waiter, object error, list told) except -1:
-        """Let the one who waits have the error: whoever happens to pump has nothing to do with it."""
-        if waiter.line is self:
-            self.remove(waiter)
-            waiter.error = error
-            waiter.finish(None, None)
-            told.append(waiter)
-        return 0
-
-    cdef int expire(self, list told, int64_t now_ns) except -1:
-        """Refuse whose time is over."""
+    cdef int see_to_deadlines(self, list told, list others, int64_t now_ns) except -1:
+        """Refuse those whose time is over, by the grace period that the model has now."""
         cdef Waiter waiter
         cdef Py_ssize_t i = 0
+        cdef bint changed = is_alive(self.ref) and self.grace_sec != self.ref.ledger.grace_period_sec
+        if changed:
+            self.grace_sec = self.ref.ledger.grace_period_sec
         while i < len(self.order):
             waiter = self.order[i]
+            if changed and waiter.held_up_by is self.ref and waiter.set_deadline():
+                told.append(waiter)             # it has to look at the clock earlier
             if waiter.deadline_ns <= now_ns:
-                del self.order[i]
-                waiter.finish(None, None)
-                told.append(waiter)
+                self.settle(waiter, None, None, told, others)
             else:
                 i += 1
         return 0
 
-    cdef bint publish(self, bint nowait) except -1:
-        """State for all processes how many wait here and who is first; False where the row was locked."""
-        cdef Row* row = self.ref.row
-        cdef const Shared* shared = &self.manager.shared
-        cdef Waiter head, former = self.head     # kept until the row is unlocked: with it anything may go
-        if not try_row(row, shared):
-            if nowait:
-                if take_over(&row.lock, shared):
-                    repair_row(row, shared)
-                    unlock(&row.lock)
-                return False
-            with nogil:
-                enter_row(row, shared)
-        head = self.order[0] if self.order else None    # others may have come or left while the row was waited for
-        self.place.row = <uint32_t> (row - shared.rows)
-        self.place.generation = self.ref.generation
-        if head is not None:
-            self.place.priority = head.ask.priority
-            self.place.ticket = head.ask.ticket
-            self.place.limit = self.head_limit
-            self.place.ready_ns = self.head_ready_ns
-        self.place.count = len(self.order)
-        if row.generation == self.ref.generation:
-            fold_places(row, self.ref.ledger, shared)
-        self.published = self.place.count
-        self.head = head
-        if head is None:
-            self.place.seat = 0
-        unlock(&row.lock)
-        if head is None:
-            self.ref.line = None
-            self.manager.lines.discard(self)
-            if self.manager.manual is not None:
-                self.manager.manual.watchers.discard(self)
-        return True
+    cdef int settle(self, Waiter waiter, Grant grant, object error, list told, list others) except -1:
+        """A waiter's wait is over: it was admitted, or is refused. Its other lines may go on then."""
+        cdef Line line
+        for line in tuple(waiter.lines):
+            line.remove(waiter)
+            if line is not self and line not in others:
+                others.append(line)
+        waiter.finish(grant, error)
+        self.manager.leave_queues(waiter)
+        if grant is not None:
+            self.manager.unclaimed.add(waiter)
+        told.append(waiter)
+        return 0
 
-    cdef Waiter drive(self):
-        """Choose who watches the clock: a thread, if one waits, since an event loop may be busy.
+    cdef list watch(self):
+        """Choose who watches the clock: a thread, if one waits, or else one waiter of each context.
 
-        Returns the chosen one where it has to be told, or None.
+        Returns those that have to be told.
         """
-        cdef Waiter told = None
+        cdef list chosen = []
+        cdef list contexts = []
+        cdef list told = []
         cdef Waiter waiter
-        cdef Waiter driver = None
         for waiter in self.order:
-            if driver is None or waiter.in_thread:
-                driver = waiter
-            if driver.in_thread:
+            if waiter.context is None:
+                chosen = [waiter]
                 break
-        if driver is not None and (driver is not self.driver or self.next_ns < self.armed_ns or self.busy):
-            told = driver
-        self.driver = driver
+            if waiter.context not in contexts:
+                contexts.append(waiter.context)
+                chosen.append(waiter)
+        for waiter in chosen:
+            if waiter not in self.watchers or self.next_ns < self.armed_ns or self.busy_ns:
+                told.append(waiter)
+        self.watchers = chosen
         self.armed_ns = self.next_ns
         return told
 
 
-cdef object tell(Waiter waiter, bint done):
-    """Wake it or have it watch the clock; what that raised. A KeyboardInterrupt may strike first: then once more."""
+cdef object notify(Waiter waiter):
+    """Wake it, or have it watch the clock; what that raised. A KeyboardInterrupt may come first: then once more."""
     cdef int i
     error = None
     for i in range(2):
         try:
-            if done:
+            if waiter.done:
                 waiter.wake()
             else:
                 waiter.arm()
@@ -365,116 +516,241 @@ cdef object tell(Waiter waiter, bint done):
     return error
 
 
-cdef int call_all(list done, list moved, Waiter driver, bint nowait) except -1:
+cdef int notify_all(list told, list others, list watchers) except -1:
     """Tell everybody concerned. Whatever one of them raises, the others are told, and then it is raised."""
     cdef Waiter waiter
     cdef Line line
     error = None
-    for waiter in done:
-        error = tell(waiter, True) or error
-    for line in moved:
+    for waiter in told:
+        error = notify(waiter) or error
+    for line in others:
         try:
-            line.pump(nowait)
+            line.pump()
         except BaseException as raised:
             error = raised
-    if driver is not None:
-        error = tell(driver, False) or error
+    for waiter in watchers:
+        error = notify(waiter) or error
     if error is not None:
         raise error
     return 0
-
-
-cdef inline bint can_wait(const Verdict* verdict, int64_t now_ns, int64_t deadline_ns) noexcept:
-    """Whether a wait until the deadline may help."""
-    return verdict.patience_ns != NEVER and (
-        verdict.patience_ns <= deadline_ns - now_ns if deadline_ns != FAR else True)
 
 
 cdef class WaitTable(GrantTable):
     """The core of `acquire` and `acquire_async`."""
 
     def __cinit__(self, *args, **kwargs):
-        self.lines = set()
+        self.lines = {}
+        self.unclaimed = set()
+        self.buried = []
 
     cdef Line line_of(self, RowRef ref):
-        """The line for a row, made where there is none."""
-        cdef Line line = ref.line
+        """The line for a row, made if there is none."""
+        cdef Line line = self.lines.get(ref)
         if line is not None and line.forks == fork_count():
             return line
         line = Line.__new__(Line)
         line.manager = self
         line.ref = ref
         line.order = []
+        line.watchers = []
         line.next_ns = line.armed_ns = FAR
-        line.head_ready_ns = NEVER
+        line.grace_sec = ref.ledger.grace_period_sec
         line.forks = fork_count()
-        line.place = self.take_place()
-        ref.line = line
-        self.lines.add(line)
+        self.lines[ref] = line
         if self.manual is not None:
             self.manual.watchers.add(line)
         return line
 
     def _begin(self, Waiter waiter not None, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority,
-               nowait):
-        """A Grant where the request is admitted at once, the waiter where it waits, None where a row is locked.
+               *, nowait):
+        """A Grant if the request is admitted at once, the waiter if it waits, None if a row is locked: try again.
 
-        Raises QuotaExceededError where it is denied for good.
+        Raises QuotaExceededError if it is denied for good, ModelLockedError if nothing could be decided in time.
         """
         cdef Joint joint
         cdef Verdict verdict
         cdef list refs = []
         cdef RowRef ref
-        cdef Line line
         cdef Grant grant
-        cdef int64_t wait_ns, now_ns, waiting
-        cdef double grace_ns
-        start_ask(&waiter.ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-        waiter.ask.priority = <int32_t> as_priority(priority)
-        wait_ns = as_wait_ns(timeout)
-        named = self.decide_all(model_id, &waiter.ask, True, nowait, refs, &joint, &verdict)
-        if named == BUSY:
-            return None
-        grant = make_grant(self, &joint, refs, &waiter.ask) if verdict.allowed else None
-        if named == NOBODY:
-            return grant
-        result = result_of(&verdict, (<RowRef> refs[named]).model_id)
-        if verdict.log_held:
-            self._log_violation(result.model_id, result, verdict.log_held)
-        if grant is not None:
-            return grant
-        ref = refs[named]
-        now_ns = self.now_ns()
-        grace_ns = ref.ledger.grace_period_sec * 1e9
-        wait_ns = min(wait_ns, <int64_t> grace_ns if grace_ns < 2e18 else FAR)
-        waiter.deadline_ns = now_ns + wait_ns if wait_ns < MAX_TIME_NS else FAR
-        if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns) or wait_ns == 0:
-            raise QuotaExceededError(result)
-        waiter.prepare()        # other threads may come in between
-        line = ref.line
-        waiting = ref.ledger.waiting
-        if line is not None and line.forks == fork_count():
-            waiting += len(line.order) - line.published     # who has come and is not stated yet
-        if waiting >= ref.ledger.max_queued:
-            verdict.limit = QUEUE_PLACE
-            verdict.used = <double> waiting
-            verdict.bound = <double> ref.ledger.max_queued
-            verdict.asked = 1
-            verdict.usage = 100.0 * verdict.used / max(verdict.bound, 1.0)
-            raise QuotaExceededError(result_of(&verdict, result.model_id))
-        waiter.model_ids = model_id if isinstance(model_id, str) else tuple(model_id)
-        waiter.result = result
-        waiter.ask.counted = ref.ledger
-        waiter.ask.counted_generation = ref.generation
-        waiter.ask.ticket = take_ticket(&self.shared.header.next_ticket, 1, RELAXED)
-        line = self.line_of(ref)
-        if not line.order:
-            line.head_limit = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
-        line.insert(waiter)
-        line.pump(nowait)
+        cdef int64_t now_ns
+        cdef int unknown, outcome, i
+        if waiter.manager is None:
+            start_ask(&waiter.ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+            waiter.ask.priority = <int32_t> as_priority(priority)
+            waiter.timeout_ns = as_wait_ns(timeout)
+            waiter.ids = ids_of(model_id)
+            self.require_open()
+            waiter.started_ns = self.now_ns()
+            waiter.manager = self
+            waiter.lines = []
+        if waiter.ask.counted == NULL:
+            unknown = self.decide_all(waiter.ids, &waiter.ask, True, 0 if nowait else SLICE_NS, refs, &joint, &verdict, NULL)
+            if unknown == BUSY:
+                return self._try_again(waiter)
+            grant = make_grant(self, &joint, refs, &waiter.ask) if verdict.allowed else None
+            if joint.named == NOBODY:
+                return grant
+            ref = refs[joint.named]
+            waiter.result = result_of(&verdict, ref.model_id)
+            if verdict.log_held:
+                self._log_violation(ref.model_id, waiter.result, verdict.log_held)
+            if grant is not None:
+                return grant
+            now_ns = self.now_ns()
+            waiter.held_up_by = ref
+            waiter.set_deadline()
+            if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns) \
+                    or waiter.deadline_ns <= waiter.started_ns:
+                raise QuotaExceededError(waiter.result)
+            waiter.prepare()        # other threads may come in between
+            self.require_open()
+            waiter.ask.counted = ref.ledger
+            waiter.ask.counted_generation = ref.generation
+            waiter.ask.ticket = take_ticket(&self.shared.header.next_ticket, 1, RELAXED)
+        outcome = GONE
+        while outcome == GONE:
+            self.parties_of(waiter.ids, &joint, refs, None)
+            outcome = waiter.stand(&joint, refs, 0 if nowait else SLICE_NS)
+            if outcome == GONE:
+                self.drop(<RowRef> refs[joint.gone])
+        if outcome == BUSY_ROW:
+            return self._try_again(waiter)
+        if outcome == QUEUE_FULL:
+            ref = refs[joint.named]
+            raise QuotaExceededError(self._full(ref, waiter.result))
+        for line in tuple(waiter.lines):
+            if not waiter.done:
+                line.pump()
         return waiter
+
+    def _try_again(self, Waiter waiter):
+        """None: a row stays locked. Raises ModelLockedError once the time is over."""
+        cdef Verdict verdict
+        cdef int64_t now_ns = self.now_ns()
+        cdef RowRef ref
+        cdef int64_t wait_ns = waiter.timeout_ns
+        self.pause()
+        for model_id in waiter.ids:
+            ref = self.interned.get(model_id)
+            if ref is not None:
+                wait_ns = min(wait_ns, grace_ns(ref))
+        if wait_ns == FAR or now_ns - waiter.started_ns < wait_ns:
+            return None
+        if waiter.result is not None:
+            raise QuotaExceededError(waiter.result)
+        verdict.allowed = False
+        verdict.limit = 0
+        verdict.action = NO_ACTION
+        verdict.retry_after_ms = NEVER
+        verdict.usage = 0.0
+        raise ModelLockedError(result_of(&verdict, <str> waiter.ids[0]))
+
+    def _full(self, RowRef ref, denial):
+        """The denial of a request for which a queue has no room."""
+        cdef Verdict verdict
+        cdef QuotaCheckResult first = denial
+        verdict.allowed = False
+        verdict.limit = QUEUE_PLACE
+        verdict.cause = first.cause_code
+        verdict.action = first.action_code
+        verdict.retry_after_ms = first.wait_ms
+        verdict.used = <double> ref.ledger.waiting
+        verdict.bound = <double> ref.ledger.max_queued
+        verdict.asked = 1
+        verdict.usage = 100.0 * verdict.used / max(verdict.bound, 1.0)
+        return result_of(&verdict, ref.model_id)
+
+    cdef int leave_queues(self, Waiter waiter) except -1:
+        """Take a waiter out of the queues in which it still is. If a row is locked that is put off; until then its entry
+        blocks nobody, since its deadline has passed."""
+        cdef Places places = waiter.places
+        cdef int i
+        cdef bint left = True
+        for i in range(places.count):
+            write_deadline(&places.entries[i].deadline_ns, 0, RELAXED)
+            left = leave_queue(places.entries[i], &self.shared, 0) and left
+        if left:
+            waiter.give_places()
+        elif waiter not in self.buried:
+            self.buried.append(waiter)
+        return 0
+
+    cdef int bury(self) except -1:
+        """Try again what leave_queues() has put off."""
+        cdef list todo
+        if self.buried:
+            todo = self.buried
+            self.buried = []
+            for waiter in todo:
+                self.leave_queues(waiter)
+        return 0
+
+    cdef int reclaim(self, int64_t now_ns) except -1:
+        """Take back what was admitted for waiters that have not come for it and whose time is over."""
+        cdef Waiter waiter
+        cdef Grant grant
+        if not self.unclaimed:
+            return 0
+        for waiter in tuple(self.unclaimed):
+            if waiter.deadline_ns <= now_ns and waiter.grant is not None:
+                self.unclaimed.discard(waiter)
+                grant = waiter.grant
+                waiter.grant = None
+                grant.cancel()
+        return 0
+
+    cdef int look_for_dead(self) except -1:
+        self.reclaim(self.now_ns())
+        self.bury()
+        return GrantTable.look_for_dead(self)
+
+    cdef int freed(self, RowRef ref) except -1:
+        if self.lines:
+            line = self.lines.get(ref)
+            if line is not None:
+                line.pump()
+        return 0
 
     def _pump_all(self):
         """Something has changed for all models."""
-        for line in list(self.lines):
+        for line in tuple(self.lines.values()):
             line.pump()
+
+    def _forget_parent(self):
+        self.lines = {}
+        self.unclaimed = set()
+        self.buried = []
+        self.deferred = []
+
+    def close(self):
+        """Release what this process holds, and let go of the state: other processes go on.
+
+        Open grants are released (their tokens stay charged), waits end with `ManagerClosedError`, the seat, the mapping
+        and the descriptors are given back. Afterwards every verb raises `ManagerClosedError`; closing again does nothing.
+        """
+        cdef Line line
+        cdef Waiter waiter
+        cdef list told = []
+        cdef bint was_usable = self.usable()
+        if self.closed:
+            return
+        if was_usable:
+            for waiter in tuple(self.unclaimed):    # before the verbs refuse: cancelling is one
+                waiter.leave()
+        self.closed = True
+        self.fine_until_ns = REFUSES
+        for line in tuple(self.lines.values()):
+            if line.forks == fork_count():
+                for waiter in tuple(line.order):
+                    if not waiter.done:
+                        for other in tuple(waiter.lines):
+                            (<Line> other).remove(waiter)
+                        waiter.finish(None, ManagerClosedError())
+                        self.leave_queues(waiter)
+                        told.append(waiter)
+        self.lines.clear()
+        self.deferred.clear()
+        self.buried.clear()
+        if self.shared.header != NULL:
+            self.end()
+        notify_all(told, [], [])

@@ -20,9 +20,11 @@ class Regions(NamedTuple):
     """Offsets of the parts of the mapping, in bytes; every part begins on a page of its own."""
 
     epochs: int
-    places: int
-    owners: int
-    held: int
+    changes: int
+    entry_owners: int
+    entries: int
+    grant_owners: int
+    grants: int
     rows: int
     ledgers: int
     names: int
@@ -36,7 +38,7 @@ def _pages(size: int) -> int:
 def plan(header: int, fixed: Sequence[int], row: int, ledger: int, name_share: int, max_models: int) -> Regions:
     """Lay out the mapping for `max_models` models from the sizes of its parts, in bytes.
 
-    `fixed` has the sizes of the four parts that do not depend on the number of models, whole.
+    `fixed` has the sizes of the parts that do not depend on the number of models, whole.
     """
     sizes = (header, *fixed, row * max_models, ledger * max_models, name_share * max_models)
     return Regions(*itertools.accumulate(_pages(size) for size in sizes))
@@ -65,6 +67,19 @@ def open_again(descriptor: int, path: str | None = None) -> int:
         return again
     os.close(again)
     raise _without_proc(link)
+
+
+def clock_shift_ns() -> int:
+    """By how much this process's time namespace shifts its monotonic clock, in ns; see time_namespaces(7)."""
+    try:
+        with open("/proc/self/timens_offsets") as file:
+            for line in file:
+                name, seconds, nanoseconds = line.split()
+                if name == "monotonic":
+                    return int(seconds) * 1_000_000_000 + int(nanoseconds)
+    except OSError:
+        pass  # a kernel without time namespaces
+    return 0
 
 
 @functools.cache  # a process that has read it and is then confined to where there is no /proc goes on

@@ -6,12 +6,12 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 
 from modelquota._core.layout cimport (
-    DAY, HOUR, MAX_COUNT, SECOND, UNLIMITED, Header, Held, Ledger, Limits, Place, Row
+    DAY, HOUR, MAX_COUNT, SECOND, UNLIMITED, GrantRecord, Header, Ledger, Limits, QueueEntry, Row
 )
 from modelquota._core.level cimport NO_RATE
 from modelquota._core.usage cimport Usage
 
-from modelquota.limits import ViolationAction
+from modelquota.limits import ViolationAction, shadow_mask, shadow_names
 
 cdef tuple ACTIONS = tuple(ViolationAction)
 
@@ -20,15 +20,15 @@ cdef tuple ACTIONS = tuple(ViolationAction)
 def dtypes():
     """The numpy dtypes of the layout's parts, derived from the C structs, by name. Not to be changed: it is made once."""
     cdef Header header
-    cdef Place place
-    cdef Held held
+    cdef QueueEntry entry
+    cdef GrantRecord grant
     cdef Row row
     cdef Ledger ledger
     cdef Usage usage
     return {
         "header": np.asarray(<Header[:1]> &header).dtype,
-        "place": np.asarray(<Place[:1]> &place).dtype,
-        "held": np.asarray(<Held[:1]> &held).dtype,
+        "entry": np.asarray(<QueueEntry[:1]> &entry).dtype,
+        "grant": np.asarray(<GrantRecord[:1]> &grant).dtype,
         "row": np.asarray(<Row[:1]> &row).dtype,
         "ledger": np.asarray(<Ledger[:1]> &ledger).dtype,
         "usage": np.asarray(<Usage[:1]> &usage).dtype,
@@ -37,7 +37,7 @@ def dtypes():
 
 def struct_sizes():
     """``sizeof`` of each struct of the layout, to compare the dtypes with."""
-    return {"header": sizeof(Header), "place": sizeof(Place), "held": sizeof(Held), "row": sizeof(Row),
+    return {"header": sizeof(Header), "entry": sizeof(QueueEntry), "grant": sizeof(GrantRecord), "row": sizeof(Row),
             "ledger": sizeof(Ledger), "usage": sizeof(Usage)}
 
 
@@ -92,6 +92,7 @@ cdef int pack(object config, Limits* limits) except -1:
     limits.token_limits[DAY] = _limit(config.max_tokens_per_day)
     limits.grace_period_sec = config.grace_period_sec
     limits.action = ACTIONS.index(config.on_violation)
+    limits.shadow = shadow_mask(config)
     return 0
 
 
@@ -112,4 +113,5 @@ cdef dict unpack(const Limits* limits):
         "grace_period_sec": limits.grace_period_sec,
         "max_concurrent_requests": _count(limits.max_concurrent),
         "max_queued_requests": limits.max_queued,
+        "shadow_limits": shadow_names(limits.shadow),
     }

@@ -1,19 +1,18 @@
 # Taking a row's lock. Whoever takes it over from a dead owner first puts the row right.
 #
-# What is charged ever, the rings, and the records of grants and lines are what counts; the rest is found again from them.
+# What is charged ever, the rings, and the records of grants and of the queue are what counts; the rest is found again from
+# them.
 # A change that takes several steps says so in the ledger's journal. Steps that are one store each need no entry: a process
 # dies between them, and what it had not stored of its own request is lost, no more.
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
-from modelquota._core.decision cimport pass_time
-from modelquota._core.layout cimport (
-    CHUNK, Header, Held, Ledger, Limits, PLACES, Place, Row, Shared, SLOTS, WINDOWS
-)
+from modelquota._core.layout cimport CHUNK, GrantRecord, Header, Ledger, Row, Shared, SLOTS, WINDOWS
 from modelquota._core.level cimport LEVEL_MAX, load, store
-from modelquota._core.lock cimport lock, spin_lock, try_lock
+from modelquota._core.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, spin_lock, try_lock
+from modelquota._core.queue cimport rebuild_queue
 from modelquota._core.usage cimport put_limits
 from modelquota._core.window cimport (
-    NEVER, ROLLED, ROLLING, SETTLED, current_slot, in_order, measure_room, roll, slot_start_ns, slots_per_slot, turn_ring
+    ROLLED, ROLLING, SETTLED, current_slot, in_order, measure_room, roll, slot_start_ns, slots_per_slot, turn_ring
 )
 
 cdef extern from *:
@@ -21,10 +20,13 @@ cdef extern from *:
     const int RELAXED "__ATOMIC_RELAXED"
 
 
-cdef inline void enter_row(Row* row, const Shared* shared) noexcept nogil:
-    """Lock a row, with or without the GIL; who holds the GIL tries try_row() first."""
-    if lock(&row.lock, shared):
+cdef inline bint lock_row(Row* row, const Shared* shared, int64_t patience_ns) noexcept nogil:
+    """Lock a row, put right if its owner had died; False if that was in vain for so long. Without the GIL, unless it is
+    not to wait at all: who holds the GIL tries try_row() first."""
+    cdef int outcome = lock_within(&row.lock, shared, patience_ns)
+    if outcome == TAKEN_OVER:
         repair_row(row, shared)
+    return outcome != NOT_LOCKED
 
 
 cdef inline bint try_row(Row* row, const Shared* shared) noexcept nogil:
@@ -35,7 +37,7 @@ cdef inline bint try_row(Row* row, const Shared* shared) noexcept nogil:
 cdef inline void clear(Row* row, Ledger* ledger) noexcept nogil:
     """Zero a model but for its row's lock and generation and its name record."""
     cdef uint32_t name_offset = ledger.name_offset
-    cdef uint32_t name_capacity = ledger.name_capacity
+    cdef uint16_t name_capacity = ledger.name_capacity
     cdef Py_ssize_t kept = <char*> &row.slot_end_ns - <char*> row
     memset(&row.slot_end_ns, 0, sizeof(Row) - kept)
     memset(ledger, 0, sizeof(Ledger))
@@ -83,64 +85,43 @@ cdef inline uint64_t in_ring(const Row* row, const Ledger* ledger, int window, b
     return total
 
 
-cdef inline void count_held(Row* row, Ledger* ledger, const Shared* shared) noexcept nogil:
-    """Sum up what open grants hold of the row."""
-    cdef const Held* held
+cdef inline void count_held(const Row* row, Ledger* ledger, uint32_t index, const Shared* shared) noexcept nogil:
+    """Sum up what open grants hold of the row. Requires its lock."""
+    cdef const GrantRecord* held
     cdef int64_t i
-    cdef uint32_t index = <uint32_t> (row - shared.rows)
-    ledger.reserved_ram_mb = ledger.reserved_ssd_mb = ledger.concurrent = 0
-    for i in range(<int64_t> shared.header.chunks_used * CHUNK):
-        held = &shared.held[i]
+    ledger.reserved_ram_mb = ledger.reserved_ssd_mb = ledger.reserved_tokens = ledger.concurrent = 0
+    ledger.handles = 0
+    for i in range(<int64_t> shared.header.grant_chunks_used * CHUNK):
+        held = &shared.grants[i]
         if held.seat != 0 and held.row == index and held.generation == row.generation:
             ledger.reserved_ram_mb += held.ram_mb
             ledger.reserved_ssd_mb += held.ssd_mb
-            ledger.concurrent += 1
+            ledger.reserved_tokens += held.tokens
+            if held.is_handle:
+                ledger.handles += 1
+            else:
+                ledger.concurrent += 1
 
 
-cdef inline void fold_places(Row* row, Ledger* ledger, const Shared* shared) noexcept nogil:
-    """State how many wait in all lines for the row, and who is the first of them."""
-    cdef const Place* place
-    cdef const Place* head = NULL
-    cdef uint32_t index = <uint32_t> (row - shared.rows)
-    cdef int64_t i
-    ledger.waiting = 0
-    for i in range(shared.header.places_used):
-        place = &shared.places[i]
-        if place.seat == 0 or place.count == 0 or place.row != index or place.generation != row.generation:
-            continue
-        ledger.waiting += place.count
-        if head == NULL or place.priority > head.priority or (
-                place.priority == head.priority and place.ticket < head.ticket):
-            head = place
-    if head != NULL:
-        ledger.head_priority = head.priority
-        ledger.head_ticket = head.ticket
-        ledger.head_limit = head.limit
-        ledger.head_ready_ns = head.ready_ns
-    measure_room(row, ledger)
-
-
-cdef inline void repair_limits(Row* row, Ledger* ledger, Header* header) noexcept nogil:
-    """Do a change of limits again from its beginning."""
-    row.request_level = header.staged_request_level
-    row.token_level = header.staged_token_level
-    row.request_shift = header.staged_request_shift
-    row.token_shift = header.staged_token_shift
+cdef inline void repair_limits(Row* row, Ledger* ledger, const Header* header) noexcept nogil:
+    """Do a change of limits again from its beginning. Requires the row's lock."""
+    row.request_level = header.staged_row_before.request_level
+    row.token_level = header.staged_row_before.token_level
+    row.request_cap = header.staged_row_before.request_cap
+    row.token_cap = header.staged_row_before.token_cap
+    row.request_drain = header.staged_row_before.request_drain
+    row.token_drain = header.staged_row_before.token_drain
+    row.request_shift = header.staged_row_before.request_shift
+    row.token_shift = header.staged_row_before.token_shift
+    row.dormant_request_shift = header.staged_row_before.dormant_request_shift
+    row.dormant_token_shift = header.staged_row_before.dormant_token_shift
     put_limits(row, ledger, &header.staged)
-    in_order()
-    header.staged_row = -1
 
 
-cdef inline void repair_row(Row* row, const Shared* shared) noexcept nogil:
-    """Put a row right whose lock was taken over from a dead owner."""
-    cdef int64_t index = row - shared.rows
-    cdef Ledger* ledger = &shared.ledgers[index]
-    cdef Header* header = shared.header
+cdef inline void put_right(Row* row, Ledger* ledger, uint32_t index, const Shared* shared) noexcept nogil:
+    """Find all else again from what counts, in a row or a private copy of one."""
+    cdef const Header* header = shared.header
     cdef int window
-    count_atomically(&header.recoveries, 1, RELAXED)
-    if row.generation % 2 == 0:         # the model had not come in, or was already out
-        clear(row, ledger)
-        return
     if ledger.stage != SETTLED:
         if ledger.stage >= ROLLING:
             finish_rolling(row, ledger)
@@ -158,5 +139,21 @@ cdef inline void repair_row(Row* row, const Shared* shared) noexcept nogil:
         store(&row.request_level, LEVEL_MAX)
     if load(&row.token_level) > LEVEL_MAX:
         store(&row.token_level, LEVEL_MAX)
-    count_held(row, ledger, shared)
-    fold_places(row, ledger, shared)
+    count_held(row, ledger, index, shared)
+    measure_room(row, ledger)
+
+
+cdef inline void repair_row(Row* row, const Shared* shared) noexcept nogil:
+    """Put a row right whose lock was taken over from a dead owner. Requires the row's lock."""
+    cdef int64_t index = row - shared.rows
+    cdef Ledger* ledger = &shared.ledgers[index]
+    cdef Header* header = shared.header
+    count_atomically(&header.recoveries, 1, RELAXED)
+    if row.generation % 2 == 0:         # the model had not come in, or was already out
+        clear(row, ledger)
+        return
+    rebuild_queue(row, ledger, shared)
+    put_right(row, ledger, <uint32_t> index, shared)
+    if header.staged_row == index and header.staged_generation == row.generation:
+        in_order()
+        header.staged_row = -1

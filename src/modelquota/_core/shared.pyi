@@ -14,8 +14,15 @@ def new_header(max_models: int) -> bytes: ...
 
 class SharedState:
     def __init__(
-        self, *, path: str | os.PathLike[str] | None, max_models: int | None, clock: ManualClock | None
+        self,
+        *,
+        path: str | os.PathLike[str] | None,
+        max_models: int | None,
+        clock: ManualClock | None,
+        trust_file: bool = False,
     ) -> None: ...
+    @property
+    def closed(self) -> bool: ...
     @property
     def path(self) -> str | None: ...
     @property

@@ -3,22 +3,27 @@
 Nothing here decides. Critical sections are ``noexcept nogil`` from lock to unlock; whatever may raise comes before or after.
 """
 cimport cython
-import numpy as np
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF, Py_XDECREF
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
 
 from modelquota._core.decision cimport pass_time
-from modelquota._core.layout cimport Header, Ledger, Limits, Row, VIOLATION_TYPES
+from modelquota._core.layout cimport CHANGES, Header, Ledger, Limits, Row, Shared, VIOLATION_TYPES
 from modelquota._core.level cimport empty_burst
-from modelquota._core.lock cimport unlock
+from modelquota._core.lock cimport SLICE_NS, unlock
 from modelquota._core.packing cimport pack, unpack
+from modelquota._core.queue cimport count_counted, drop_expired
 from modelquota._core.records cimport Records
 from modelquota._core.registry cimport (
-    NAME_UNIT, TABLE_FULL, enter, enter_registry, leave, leave_registry, replace_limits
+    ANY_ROW, DONE, NAME_UNIT, OTHER_VERSION, REGISTRY_BUSY, TABLE_FULL, enter, leave, lock_registry, replace_limits,
+    unlock_registry
 )
-from modelquota._core.repair cimport enter_row, try_row
+from modelquota._core.repair cimport lock_row, put_right, try_row
 from modelquota._core.shared cimport SharedState
 from modelquota._core.usage cimport Usage, read_limits, read_usage
-from modelquota._core.window cimport requests_charged
+from modelquota._core.window cimport requests_charged, tokens_charged
 
 from modelquota.errors import CapacityError, UnknownModelError
 
@@ -26,6 +31,22 @@ cdef extern from *:
     uint64_t read_version "__atomic_load_n"(const uint64_t* word, int order) noexcept nogil
     uint32_t read_generation "__atomic_load_n"(const uint32_t* word, int order) noexcept nogil
     const int ACQUIRE "__ATOMIC_ACQUIRE"
+
+cdef enum:
+    READ_PATIENCE_NS = 20_000_000   # how long a reader waits for a row before it reads without its lock
+    TOTALS_TRIES = 4
+
+
+cdef struct Totals:
+    uint64_t allowed
+    uint64_t rejected
+    uint64_t throttled
+    uint64_t queued
+    uint64_t waited
+    uint64_t waiting
+    uint64_t tokens
+    uint64_t refunded
+    uint64_t violations[5]
 
 
 @cython.final
@@ -41,10 +62,19 @@ cdef class QuotaState(SharedState):
     def __cinit__(self, *args, **kwargs):
         self.interned = {}
 
-    def __init__(self, *, path, max_models, clock):
-        super().__init__(path=path, max_models=max_models, clock=clock)
-        self.seen = np.zeros(self.shared.header.max_models, np.uint32)
+    def __init__(self, *, path, max_models, clock, trust_file=False):
+        super().__init__(path=path, max_models=max_models, clock=clock, trust_file=trust_file)
+        self.refs = <PyObject**> calloc(self.shared.header.max_models, sizeof(PyObject*))
+        if self.refs == NULL:
+            raise MemoryError()
         self.look_around()
+
+    def __dealloc__(self):
+        cdef int64_t index
+        if self.refs != NULL:
+            for index in range(self.refs_used):
+                Py_XDECREF(self.refs[index])
+        free(self.refs)
 
     @property
     def enforcement_enabled(self):
@@ -66,12 +96,10 @@ cdef class QuotaState(SharedState):
 
     # -- finding a row
 
-    cdef RowRef find(self, object model_id):
-        """The row of a model, or None. TypeError where the id is no str."""
+    cdef RowRef find(self, str model_id):
+        """The row of a model, or None."""
         cdef RowRef ref
         self.require_open()
-        if not isinstance(model_id, str):
-            raise TypeError(f"model_id is {model_id!r}; give a str")
         ref = self.interned.get(model_id)
         if ref is None or ref.row.generation != ref.generation:
             self.look_around()
@@ -79,7 +107,7 @@ cdef class QuotaState(SharedState):
         return ref
 
     cdef RowRef known(self, object model_id):
-        cdef RowRef ref = self.find(model_id)
+        cdef RowRef ref = self.find(plain_id(model_id))
         if ref is None:
             raise UnknownModelError(model_id)
         return ref
@@ -91,9 +119,7 @@ cdef class QuotaState(SharedState):
         return name[:ledger.name_size].decode("utf-8", "replace")
 
     cdef int freed(self, RowRef ref) except -1:
-        """Something has become free: let those who wait in this process try again."""
-        if ref.line is not None:
-            ref.line.pump()
+        """Something has become free: those who wait in this process may try again."""
         return 0
 
     cdef int look_for_dead(self) except -1:
@@ -105,140 +131,222 @@ cdef class QuotaState(SharedState):
     # -- rows come and go
 
     cdef int look_around(self) except -1:
-        """Learn which models have entered and left since the last look, whichever process they came by."""
+        """Learn which models have entered and left since the last look, whichever process they came by.
+
+        The change log says which rows to look at; if more has changed than it holds, all are.
+        """
         cdef uint64_t version = read_version(&self.shared.header.registry_version, ACQUIRE)
-        cdef int64_t index
-        cdef uint32_t generation
-        cdef RowRef ref
-        cdef bint stale = False
+        cdef uint64_t change
+        cdef uint32_t index
         if version == self.seen_version:
             return 0
-        for index in range(self.shared.header.row_count):
-            generation = read_generation(&self.shared.rows[index].generation, ACQUIRE)
-            if generation == self.seen[index]:
-                continue
-            stale = stale or self.seen[index] % 2 == 1
-            self.seen[index] = 0
-            if generation % 2 == 0:
-                continue
-            name = self.name_of(index)
-            if read_generation(&self.shared.rows[index].generation, ACQUIRE) != generation:
-                return 0        # it is changing just now; the next look sees it
-            ref = self.interned.get(name)
-            if ref is not None and ref.row.generation != ref.generation:
-                self.drop(name, ref)
-            self.learn(name, index, generation)
-        if stale:
-            for name, ref in list(self.interned.items()):
-                if ref.row.generation != ref.generation:
-                    self.drop(name, ref)
-        self.seen_version = version
+        if version - self.seen_version <= CHANGES // 2:
+            for change in range(self.seen_version, version):
+                index = self.shared.changes[change % CHANGES]
+                if index == ANY_ROW or not self.look_at(index):
+                    break
+            else:
+                # what was read has not been overwritten meanwhile
+                if read_version(&self.shared.header.registry_version, ACQUIRE) - self.seen_version <= CHANGES:
+                    self.seen_version = version
+                    return 0
+        if self.look_at_all():
+            self.seen_version = version
         return 0
+
+    cdef int look_at_all(self) except -1:
+        """look_at() each row."""
+        cdef int64_t index
+        for index in range(self.shared.header.row_count):
+            if not self.look_at(index):
+                return False
+        return True
+
+    cdef int look_at(self, int64_t index) except -1:
+        """See who lives in a row now; False if that is changing just now."""
+        cdef uint32_t generation
+        cdef RowRef ref = None
+        if index >= self.shared.header.max_models:
+            return True
+        generation = read_generation(&self.shared.rows[index].generation, ACQUIRE)
+        if self.refs[index] != NULL:
+            ref = <RowRef> self.refs[index]
+            if ref.generation == generation:
+                return True
+            self.drop(ref)
+        if generation % 2 == 0:
+            return True
+        name = self.name_of(index)
+        if read_generation(&self.shared.rows[index].generation, ACQUIRE) != generation:
+            return False                # the next look sees it
+        self.learn(name, index, generation)
+        return True
 
     cdef int learn(self, object model_id, int64_t index, uint32_t generation) except -1:
         """Intern a model."""
-        cdef RowRef ref
-        if self.seen[index] == generation:
-            return 0
+        cdef RowRef ref, other
+        if self.refs[index] != NULL:
+            ref = <RowRef> self.refs[index]
+            if ref.generation == generation:
+                return 0
+            self.drop(ref)
+        other = self.interned.get(model_id)
+        if other is not None:
+            if other.row.generation == other.generation:
+                return 0                # a name that was just read is a mixture of two
+            self.drop(other)
         ref = RowRef.__new__(RowRef)
         ref.model_id = model_id
         ref.row = &self.shared.rows[index]
         ref.ledger = &self.shared.ledgers[index]
         ref.generation = generation
-        self.seen[index] = generation
-        self.interned.setdefault(model_id, ref)
+        self.interned[model_id] = ref
+        Py_INCREF(ref)
+        self.refs[index] = <PyObject*> ref
+        self.refs_used = max(self.refs_used, index + 1)
         return 0
 
-    cdef int drop(self, object model_id, RowRef ref) except -1:
-        """Forget a row that another process has taken from the model."""
-        if self.interned.get(model_id) is ref:
-            del self.interned[model_id]
+    cdef int drop(self, RowRef ref) except -1:
+        """Forget a row that the model has left."""
+        cdef int64_t index = ref.row - self.shared.rows
+        if self.interned.get(ref.model_id) is ref:
+            del self.interned[ref.model_id]
+        if self.refs[index] == <PyObject*> ref:
+            self.refs[index] = NULL
+            Py_XDECREF(<PyObject*> ref)
         return 0
 
-    def _put(self, config, only_new=False):
-        """Register the model, or replace the limits of a known one and keep its use."""
+    def _put(self, str model_id not None, config, on_sight=False):
+        """Register the model, or replace the limits of a known one and keep its use. `on_sight`: only if it is new."""
         cdef Limits limits
         cdef RowRef ref
-        cdef int64_t index, now_ns = self.now_ns()
+        cdef int64_t index = REGISTRY_BUSY
+        cdef int64_t now_ns
         cdef uint64_t version
         cdef uint32_t generation = 0
-        cdef bytes name = config.model_id.encode()
+        cdef bytes name = model_id.encode()
+        cdef const char* text = name
+        cdef int64_t size = len(name)
+        cdef bint sight = on_sight
         self.require_open()
-        pack(config, &limits)
+        self.pack_limits(config, &limits)
         while True:
             version = read_version(&self.shared.header.registry_version, ACQUIRE)
-            ref = self.find(config.model_id)
+            ref = self.find(model_id)
             if ref is not None and ref.row.generation != ref.generation:
-                self.drop(config.model_id, ref)
+                self.drop(ref)
                 continue
             if ref is not None:
-                if only_new:
-                    return
-                if replace_limits(ref.row, ref.generation, &limits, NULL, now_ns, &self.shared):
-                    self.freed(ref)
+                if on_sight or self.change_limits(ref, &limits, NULL, True) == DONE:
                     return
                 continue
             if version != self.seen_version:
                 self.look_around()
                 continue
             self.reserve_next_model()       # before another model comes, `version` is another one
-            index = enter(name, len(name), &limits, now_ns, version, &generation, &self.shared)
+            now_ns = self.now_ns()
+            index = enter(text, size, &limits, sight, now_ns, version, &generation, &self.shared, 0)
+            if index == REGISTRY_BUSY:
+                self.inside += 1
+                with nogil:
+                    index = enter(text, size, &limits, sight, now_ns, version, &generation, &self.shared, SLICE_NS)
+                self.exit()
             if index == TABLE_FULL:
                 raise CapacityError(self.shared.header.max_models)
+            if index == REGISTRY_BUSY:
+                self.pause()
             if index >= 0:
-                self.learn(str.__str__(config.model_id), index, generation)
+                self.require_open()
+                self.learn(model_id, index, generation)
                 if self.seen_version == version:
-                    self.seen_version = version + 1     # nobody else came or went meanwhile
+                    self.seen_version = version + 1     # nobody else came or went
                 return
 
-    def _swap(self, old, new):
-        """Put `new` in the place of `old`, a model's limits until now; False where it has others, or is gone."""
+    cdef int pack_limits(self, object config, Limits* limits) except -1:
+        """The limits of a config as a row stores them. Of a template that many ids share, they are kept."""
+        if config is not self.packed_config:
+            pack(config, &self.packed)
+            self.packed_config = config
+        limits[0] = self.packed
+        return 0
+
+    cdef int change_limits(self, RowRef ref, const Limits* limits, const Limits* expected, bint named) except -2:
+        """replace_limits(), however long the locks are held."""
+        cdef int outcome
+        cdef int64_t now_ns
+        while True:
+            now_ns = self.now_ns()
+            outcome = replace_limits(ref.row, ref.generation, limits, expected, named, now_ns, &self.shared, 0)
+            if outcome == REGISTRY_BUSY:
+                self.inside += 1
+                with nogil:
+                    outcome = replace_limits(ref.row, ref.generation, limits, expected, named, now_ns, &self.shared,
+                                             SLICE_NS)
+                self.exit()
+            if outcome == DONE:
+                self.freed(ref)
+            if outcome != REGISTRY_BUSY:
+                return outcome
+            self.pause()
+
+    def _swap(self, old, new, named=False):
+        """Put `new` in the place of `old`, a model's limits until now; False if it has others, or is gone.
+
+        `named`: somebody configured this very id, which keeps it from being forgotten.
+        """
         cdef Limits expected, limits
-        cdef RowRef ref = self.find(old.model_id)
-        cdef int64_t now_ns = self.now_ns()
+        cdef RowRef ref
+        ref = self.find(old.model_id)
         pack(old, &expected)
         pack(new, &limits)
-        if ref is None or not replace_limits(ref.row, ref.generation, &limits, &expected, now_ns, &self.shared):
-            return False
-        self.freed(ref)
-        return True
+        return ref is not None and self.change_limits(ref, &limits, &expected, named) == DONE
 
     def _forget(self, model_id):
         """Remove a model; True if it was known."""
-        cdef RowRef ref = self.find(model_id)
-        cdef bint known
-        if ref is None:
-            return False
-        known = leave(ref.row, ref.generation, &self.shared)
-        self.drop(model_id, ref)
-        self.freed(ref)
-        return known
+        cdef RowRef ref
+        cdef int outcome
+        while True:
+            ref = self.find(plain_id(model_id))
+            if ref is None:
+                return False
+            outcome = leave(ref.row, ref.generation, &self.shared, 0)
+            if outcome == REGISTRY_BUSY:
+                self.inside += 1
+                with nogil:
+                    outcome = leave(ref.row, ref.generation, &self.shared, SLICE_NS)
+                self.exit()
+            if outcome == REGISTRY_BUSY:
+                self.pause()
+                continue
+            self.drop(ref)
+            self.freed(ref)
+            return outcome == DONE
 
     # -- reading and stating
 
-    cdef bint read(self, RowRef ref, int64_t now_ns, Usage* usage, Limits* limits) noexcept:
-        """Use, and limits unless they are NULL, under one lock; False where the model has been removed.
+    cdef bint read(self, RowRef ref, int64_t now_ns, Usage* usage, Limits* limits) except -1:
+        """Use, and limits unless they are NULL, under one lock; False if the model has been removed.
 
-        Keeps the GIL unless the lock is held for long: who gives the GIL away for each of a thousand rows waits a
-        thousand times for busy threads to give it back.
+        Keeps the GIL unless the lock is held for long: a thread that gives the GIL away for each of a thousand rows waits
+        a thousand times for busy threads to give it back. A row that stays locked is read as it is.
         """
         cdef bint alive
-        if not try_row(ref.row, &self.shared):
-            with nogil:
-                enter_row(ref.row, &self.shared)
-        alive = ref.row.generation == ref.generation
-        if alive:
-            read_usage(ref.row, ref.ledger, now_ns, usage)
-            if limits != NULL:
-                read_limits(ref.ledger, limits)
-        unlock(&ref.row.lock)
+        if try_row(ref.row, &self.shared):
+            return read_and_unlock(ref.row, ref.ledger, ref.generation, now_ns, &self.shared, usage, limits)
+        self.inside += 1
+        with nogil:
+            if lock_row(ref.row, &self.shared, READ_PATIENCE_NS):
+                alive = read_and_unlock(ref.row, ref.ledger, ref.generation, now_ns, &self.shared, usage, limits)
+            else:
+                alive = read_locked(ref.row, ref.generation, now_ns, &self.shared, usage, limits)
+        self.exit()
         return alive
 
     def _read(self, model_id):
         """``(limits, usage)`` as keyword dicts, one consistent view; None for an unknown model."""
         cdef Usage usage
         cdef Limits limits
-        cdef RowRef ref = self.find(model_id)
+        cdef RowRef ref = self.find(plain_id(model_id))
         if ref is None:
             return None
         self.look_for_dead()
@@ -262,74 +370,171 @@ cdef class QuotaState(SharedState):
 
     def _totals(self):
         """Sums over all models, living and removed, and over checks of unknown ones."""
-        cdef Header* header = self.shared.header
-        cdef Row* row
-        cdef Ledger* ledger
-        cdef int64_t i
-        cdef int kind
-        cdef uint64_t allowed, rejected, throttled, queued, waited
-        cdef uint64_t violations[VIOLATION_TYPES]
+        cdef Totals totals
+        cdef uint64_t version
+        cdef int attempt
+        cdef bint last
         self.require_open()
-        with nogil:
-            enter_registry(&self.shared)
-            allowed = header.retired_allowed + header.unknown_checks
-            rejected = header.retired_rejected
-            throttled = header.retired_throttled
-            queued = header.retired_queued
-            waited = header.retired_waited
-            for kind in range(VIOLATION_TYPES):
-                violations[kind] = header.retired_violations[kind]
-            for i in range(header.row_count):
-                row = &self.shared.rows[i]
-                ledger = &self.shared.ledgers[i]
-                enter_row(row, &self.shared)
-                allowed += requests_charged(row, ledger)
-                rejected += ledger.rejected
-                throttled += ledger.throttled
-                queued += ledger.queued
-                waited += ledger.waited
-                for kind in range(VIOLATION_TYPES):
-                    violations[kind] += ledger.violations[kind]
-                unlock(&row.lock)
-            leave_registry(&self.shared)
-        return {"allowed": allowed, "rejected": rejected, "throttled": throttled, "queued": queued, "waited": waited,
-                "recoveries": header.recoveries, "violations": [violations[kind] for kind in range(VIOLATION_TYPES)]}
+        self.inside += 1
+        for attempt in range(TOTALS_TRIES):
+            last = attempt == TOTALS_TRIES - 1
+            version = read_version(&self.shared.header.registry_version, ACQUIRE)
+            with nogil:
+                if last:        # models come and go all the time: nobody may, while this sums up
+                    last = lock_registry(&self.shared, READ_PATIENCE_NS)
+                sum_totals(&self.shared, &totals)
+                if last:
+                    unlock_registry(&self.shared)
+            if last or (self.shared.header.leaving_row < 0
+                        and read_version(&self.shared.header.registry_version, ACQUIRE) == version):
+                break
+        self.exit()
+        return {"allowed": totals.allowed, "rejected": totals.rejected, "throttled": totals.throttled,
+                "queued": totals.queued, "waited": totals.waited, "waiting": totals.waiting, "tokens": totals.tokens,
+                "tokens_refunded": totals.refunded, "recoveries": self.shared.header.recoveries,
+                "violations": [totals.violations[kind] for kind in range(VIOLATION_TYPES)]}
 
     def _state_memory(self, model_id, int64_t ram_mb, int64_t ssd_mb):
         """Record what the model uses now, in MB, and its peaks."""
         cdef RowRef ref = self.known(model_id)
-        cdef Row* row = ref.row
-        cdef Ledger* ledger = ref.ledger
-        cdef bint alive
-        with nogil:
-            enter_row(row, &self.shared)
-            alive = row.generation == ref.generation
-            if alive:
-                ledger.ram_mb = ram_mb
-                ledger.ssd_mb = ssd_mb
-                ledger.peak_ram_mb = max(ledger.peak_ram_mb, ram_mb)
-                ledger.peak_ssd_mb = max(ledger.peak_ssd_mb, ssd_mb)
-            unlock(&row.lock)
-        if not alive:
+        cdef int outcome
+        while True:
+            outcome = record_memory(ref.row, ref.ledger, ref.generation, ram_mb, ssd_mb, &self.shared, 0)
+            if outcome == REGISTRY_BUSY:
+                self.inside += 1
+                with nogil:
+                    outcome = record_memory(ref.row, ref.ledger, ref.generation, ram_mb, ssd_mb, &self.shared, SLICE_NS)
+                self.exit()
+            if outcome != REGISTRY_BUSY:
+                break
+            self.pause()
+        if outcome != DONE:
             raise UnknownModelError(model_id)
         self.freed(ref)
 
     def _empty_burst(self, model_id):
         """Set both levels to at most max(rate, 1)."""
         cdef RowRef ref = self.known(model_id)
-        cdef Row* row = ref.row
-        cdef int64_t now_ns = self.now_ns()
-        cdef bint alive, forgiven
-        with nogil:
-            enter_row(row, &self.shared)
-            alive = row.generation == ref.generation
-            if alive:
-                pass_time(row, ref.ledger, now_ns)
-                forgiven = empty_burst(&row.request_level, ref.ledger.request_low, row.request_drain, row.request_shift)
-                forgiven |= empty_burst(&row.token_level, ref.ledger.token_low, row.token_drain, row.token_shift)
-                if forgiven:
-                    ref.ledger.level_epoch += 1
-            unlock(&row.lock)
-        if not alive:
+        cdef int64_t now_ns
+        cdef int outcome
+        while True:
+            now_ns = self.now_ns()
+            outcome = forgive_burst(ref.row, ref.ledger, ref.generation, now_ns, &self.shared, 0)
+            if outcome == REGISTRY_BUSY:
+                self.inside += 1
+                with nogil:
+                    outcome = forgive_burst(ref.row, ref.ledger, ref.generation, now_ns, &self.shared, SLICE_NS)
+                self.exit()
+            if outcome != REGISTRY_BUSY:
+                break
+            self.pause()
+        if outcome != DONE:
             raise UnknownModelError(model_id)
         self.freed(ref)
+
+
+# From lock to unlock: each of these takes a row's lock, and none of them touches a Python object.
+
+cdef inline bint read_and_unlock(
+    Row* row, Ledger* ledger, uint32_t generation, int64_t now_ns, const Shared* shared, Usage* usage, Limits* limits
+) noexcept nogil:
+    """Read a row that is locked; False if the model has left it."""
+    cdef bint alive = row.generation == generation
+    if alive:
+        if ledger.waiting != 0:
+            drop_expired(row, ledger, shared.entries, now_ns, True)
+        read_usage(row, ledger, now_ns, usage)
+        if ledger.waiting != 0:
+            usage.waiting_requests = count_counted(ledger, shared.entries)
+        if limits != NULL:
+            read_limits(row, ledger, limits)
+    unlock(&row.lock)
+    return alive
+
+
+cdef bint read_locked(
+    Row* row, uint32_t generation, int64_t now_ns, const Shared* shared, Usage* usage, Limits* limits
+) noexcept nogil:
+    """Read a row that a process which does not run has locked: a copy of it, put right as after a death."""
+    cdef int64_t index = row - shared.rows
+    cdef Row row_copy
+    cdef Ledger ledger_copy
+    row_copy = row[0]
+    memcpy(&ledger_copy, &shared.ledgers[index], sizeof(Ledger))
+    if row_copy.generation != generation:
+        return False
+    put_right(&row_copy, &ledger_copy, <uint32_t> index, shared)
+    read_usage(&row_copy, &ledger_copy, now_ns, usage)
+    if limits != NULL:
+        read_limits(&row_copy, &ledger_copy, limits)
+    return True
+
+
+cdef void sum_totals(const Shared* shared, Totals* totals) noexcept nogil:
+    """Sums over all models, living and removed. A row that stays locked is read as it is."""
+    cdef Header* header = shared.header
+    cdef Row* row
+    cdef Ledger* ledger
+    cdef int64_t i
+    cdef int kind
+    cdef bint locked
+    totals.allowed = header.retired_allowed + header.unknown_checks
+    totals.rejected = header.retired_rejected
+    totals.throttled = header.retired_throttled
+    totals.queued = header.retired_queued
+    totals.waited = header.retired_waited
+    totals.tokens = header.retired_tokens
+    totals.refunded = header.retired_refunded
+    totals.waiting = 0
+    for kind in range(VIOLATION_TYPES):
+        totals.violations[kind] = header.retired_violations[kind]
+    for i in range(header.row_count):
+        row = &shared.rows[i]
+        ledger = &shared.ledgers[i]
+        locked = lock_row(row, shared, READ_PATIENCE_NS)
+        totals.allowed += requests_charged(row, ledger)
+        totals.rejected += ledger.rejected
+        totals.throttled += ledger.throttled
+        totals.queued += ledger.queued
+        totals.waited += ledger.waited
+        totals.tokens += tokens_charged(row, ledger)
+        totals.refunded += ledger.tokens_refunded
+        if locked and ledger.waiting != 0:
+            totals.waiting += count_counted(ledger, shared.entries)
+        for kind in range(VIOLATION_TYPES):
+            totals.violations[kind] += ledger.violations[kind]
+        if locked:
+            unlock(&row.lock)
+
+
+cdef int record_memory(
+    Row* row, Ledger* ledger, uint32_t generation, int64_t ram_mb, int64_t ssd_mb, const Shared* shared, int64_t patience_ns
+) noexcept nogil:
+    cdef bint alive
+    if not lock_row(row, shared, patience_ns):
+        return REGISTRY_BUSY
+    alive = row.generation == generation
+    if alive:
+        ledger.ram_mb = ram_mb
+        ledger.ssd_mb = ssd_mb
+        ledger.peak_ram_mb = max(ledger.peak_ram_mb, ram_mb)
+        ledger.peak_ssd_mb = max(ledger.peak_ssd_mb, ssd_mb)
+    unlock(&row.lock)
+    return DONE if alive else 0
+
+
+cdef int forgive_burst(
+    Row* row, Ledger* ledger, uint32_t generation, int64_t now_ns, const Shared* shared, int64_t patience_ns
+) noexcept nogil:
+    cdef bint alive, forgiven
+    if not lock_row(row, shared, patience_ns):
+        return REGISTRY_BUSY
+    alive = row.generation == generation
+    if alive:
+        pass_time(row, ledger, now_ns)
+        forgiven = empty_burst(&row.request_level, ledger.request_low, row.request_drain, row.request_shift)
+        forgiven |= empty_burst(&row.token_level, ledger.token_low, row.token_drain, row.token_shift)
+        if forgiven:
+            ledger.level_epoch += 1
+    unlock(&row.lock)
+    return DONE if alive else 0

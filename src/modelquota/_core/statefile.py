@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from contextvars import ContextVar
 
 from modelquota._core.beside import (
     create_draft,
@@ -21,11 +20,8 @@ from modelquota.errors import StateFileError
 DEFAULT_MAX_MODELS = 65_536
 _ROUNDS = 20  # in each of which somebody else removes the file between the looking and the making
 
-trusting: ContextVar[bool] = ContextVar("trusting", default=False)
-"""Whether a manager that opens a file just now was told to trust it; `SharedState` does not pass it on."""
 
-
-def open_state(path: str, max_models: int | None) -> tuple[int, int]:
+def open_state(path: str, max_models: int | None, trust_file: bool) -> tuple[int, int]:
     """Open the state file, or create it if there is none.
 
     Returns
@@ -35,7 +31,7 @@ def open_state(path: str, max_models: int | None) -> tuple[int, int]:
     """
     for _ in range(_ROUNDS):
         try:
-            opened = open_existing(path, max_models, os.O_RDWR, trust_file=trusting.get())
+            opened = open_existing(path, max_models, os.O_RDWR, trust_file=trust_file)
         except FileNotFoundError:
             if os.path.islink(path):
                 raise StateFileError(

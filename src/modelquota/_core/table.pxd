@@ -1,5 +1,6 @@
 from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, LAST_TICKET, LOWEST_PRIORITY
+from modelquota._core.layout cimport GrantRecord
 from modelquota._core.state cimport QuotaState, RowRef
 
 
@@ -15,13 +16,20 @@ cdef inline int start_ask(Ask* ask, object tokens, object ram_mb, object ssd_mb)
 
 
 cdef class QuotaTable(QuotaState):
+    cdef list deferred              # ends of grants whose rows were locked by processes that do not run
     cdef object answer(self, RowRef ref, object model_id, const Ask* ask, object handle)
     cdef object answer_unknown(self, object model_id, const Ask* ask)
-    cdef object check_several(self, object model_ids, const Ask* ask)
+    cdef object answer_late(self, RowRef ref, object model_id, const Ask* ask, object handle)
+    cdef object check_several(self, object model_ids, const Ask* ask, bint peek)
     cdef int count_unknown(self, int ids) except -1
+    cdef bint adopt(self, str model_id) except -1
 
 
 cdef class RowHandle:
     cdef readonly QuotaTable manager
     cdef readonly str model_id
     cdef RowRef ref
+    cdef int forks                  # in which process it was bound
+    cdef GrantRecord* record        # keeps the model from being forgotten
+
+    cdef int change(self, bint bind) except -1

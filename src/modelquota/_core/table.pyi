@@ -6,9 +6,17 @@ from numpy.typing import NDArray
 
 from modelquota._core.result import QuotaCheckResult
 from modelquota._core.state import QuotaState
+from modelquota.config import ResourceQuotaConfig
 
 class QuotaTable(QuotaState):
     def check_quota(
+        self,
+        model_id: str | Sequence[str],
+        estimated_tokens: SupportsIndex,
+        ram_needed_mb: SupportsIndex = 0,
+        ssd_needed_mb: SupportsIndex = 0,
+    ) -> QuotaCheckResult: ...
+    def peek_quota(
         self,
         model_id: str | Sequence[str],
         estimated_tokens: SupportsIndex,
@@ -28,7 +36,8 @@ class QuotaTable(QuotaState):
     def charge_many(
         self, rows: NDArray[np.int64], tokens: NDArray[np.int64] | Sequence[int] | SupportsIndex
     ) -> None: ...
-    def _adopt(self, model_id: str) -> bool: ...
+    def _template(self, model_id: str) -> ResourceQuotaConfig | None: ...
+    def _log_unknown(self, model_id: str) -> None: ...
     def _log_violation(self, model_id: str, result: QuotaCheckResult, stands_for: int) -> None: ...
 
 class RowHandle:

@@ -4,24 +4,31 @@ One check keeps the GIL: its critical section is a few tens of nanoseconds and t
 row's lock with one compare-and-swap. Only where the lock is held does it spin, and then release the GIL to wait. A batch
 runs wholly without the GIL.
 """
+cimport cython
 import numpy as np
 cimport numpy as cnp
-from cpython.exc cimport PyErr_Clear
+from cpython.exc cimport PyErr_Clear, PyErr_ExceptionMatches, PyErr_Occurred
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from modelquota._core.batch cimport Batch, charge_batch, check_batch, first_bad_code, first_out_of_range, index_of
 from modelquota._core.count cimport as_count
 from modelquota._core.decision cimport Ask, NEVER, Verdict, decide, highest_usage
-from modelquota._core.layout cimport Header, MAX_TIME_NS, Ledger, Row, Shared
-from modelquota._core.lock cimport try_lock, unlock
-from modelquota._core.repair cimport enter_row, try_row
+from modelquota._core.hold cimport bind_handle, free_handle
+from modelquota._core.layout cimport GrantRecord, Ledger, MAX_TIME_NS, Row, Shared
+from modelquota._core.lock cimport SLICE_NS, try_lock, unlock
+from modelquota._core.pool cimport give_record
+from modelquota._core.repair cimport lock_row, try_row
 from modelquota._core.result cimport result_of
-from modelquota._core.state cimport QuotaState, RowRef
+from modelquota._core.shared cimport fork_count
+from modelquota._core.state cimport QuotaState, RowRef, plain_id
 
 from modelquota.errors import UnknownModelError
 
 cnp.import_array()
+
+cdef enum:
+    LOCKED_OUT = -1     # a row stays locked: its owner does not run
 
 cdef extern from "Python.h":
     PyObject* look_up "PyDict_GetItemWithError"(object mapping, object key)    # the caller sees to the error
@@ -32,31 +39,56 @@ cdef extern from *:
 
 
 cdef inline bint decide_and_unlock(
-    Row* row, Ledger* ledger, uint32_t generation, const Header* header, int64_t now_ns, const Ask* ask, Verdict* verdict
+    Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Ask* ask, Verdict* verdict
 ) noexcept nogil:
-    """With the row's lock held; False, and nothing decided, where the model has left the row."""
+    """Requires the row's lock, and gives it back; False, and nothing is decided, if the model has left the row."""
     cdef bint alive = row.generation == generation
     if alive:
-        decide(row, ledger, now_ns, ask, header.enforcing, verdict)
+        decide(row, ledger, shared.entries, now_ns, ask, shared.header.enforcing, verdict)
         if verdict.allowed:
             verdict.usage = highest_usage(row, ledger, ask)
     unlock(&row.lock)
     return alive
 
 
-cdef bint wait_and_decide(
+cdef inline int wait_and_decide(
     Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Ask* ask, Verdict* verdict
-) noexcept:
-    """decide_and_unlock for a lock that somebody else holds."""
-    if try_row(row, shared):
-        return decide_and_unlock(row, ledger, generation, shared.header, now_ns, ask, verdict)
-    with nogil:
-        enter_row(row, shared)
-        return decide_and_unlock(row, ledger, generation, shared.header, now_ns, ask, verdict)
+) noexcept nogil:
+    """decide_and_unlock() for a lock that somebody else holds; LOCKED_OUT if it stays so. Takes the row's lock."""
+    if not lock_row(row, shared, SLICE_NS):
+        return LOCKED_OUT
+    return decide_and_unlock(row, ledger, generation, shared, now_ns, ask, verdict)
+
+
+cdef inline int change_handle(
+    Row* row, Ledger* ledger, uint32_t generation, GrantRecord* record, bint bind, const Shared* shared, int64_t patience_ns
+) noexcept nogil:
+    """Bind a handle, or give it up: a model that has one is not forgotten. False if the model has gone, LOCKED_OUT if the
+    row stays locked. Takes the row's lock."""
+    cdef bint alive
+    if not lock_row(row, shared, patience_ns):
+        return LOCKED_OUT
+    alive = row.generation == generation
+    if alive and bind:
+        bind_handle(ledger, record, <uint32_t> (row - shared.rows), generation, shared.me)
+    elif alive:
+        free_handle(ledger, record)
+    else:
+        record.seat = 0
+    unlock(&row.lock)
+    return alive
+
+
+cdef int propagate() except -1:
+    """Have the caller raise the error that is set."""
+    return -1
 
 
 cdef class QuotaTable(QuotaState):
     """The verbs that stand in front of every request. `ResourceQuotaManager` inherits them as they are."""
+
+    def __cinit__(self, *args, **kwargs):
+        self.deferred = []
 
     def check_quota(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
         """May this model take this request now? Charges one request and its tokens, or nothing at all; never waits.
@@ -90,20 +122,24 @@ cdef class QuotaTable(QuotaState):
             return self.answer_unknown(model_id, &ask)
         return self.answer(<RowRef> found, model_id, &ask, None)
 
+    def peek_quota(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
+        """What `check_quota` would answer now; charges, counts and logs nothing.
+
+        Parameters, result and errors are those of `check_quota`. An id that `default_quota` would register is answered as
+        it would be then, and is not registered.
+        """
+        cdef Ask ask
+        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+        return self.check_several(model_id, &ask, True)
+
     cdef inline object answer(self, RowRef ref, object model_id, const Ask* ask, object handle):
         cdef Verdict verdict
         cdef Row* row = ref.row
         cdef int64_t now_ns = self.now_ns()
-        cdef bint alive
-        if try_lock(&row.lock, self.shared.me):
-            alive = decide_and_unlock(row, ref.ledger, ref.generation, self.shared.header, now_ns, ask, &verdict)
-        else:
-            alive = wait_and_decide(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict)
-        if not alive:
-            if handle is not None:
-                raise UnknownModelError(model_id)
-            self.drop(model_id, ref)
-            return self.answer_unknown(model_id, ask)
+        if now_ns >= self.fine_until_ns or not try_lock(&row.lock, self.shared.me):
+            return self.answer_late(ref, model_id, ask, handle)
+        if not decide_and_unlock(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict):
+            return self.answer_late(ref, model_id, ask, handle)
         if verdict.limit and verdict.held_up:
             self.look_for_dead()
         if verdict.log_held == 0:
@@ -112,14 +148,53 @@ cdef class QuotaTable(QuotaState):
         self._log_violation(model_id, result, verdict.log_held)
         return result
 
+    cdef object answer_late(self, RowRef ref, object model_id, const Ask* ask, object handle):
+        """answer() with all that rarely comes in between: a locked row, a model that has left its row, a look at the
+        file, a manager that is closed."""
+        cdef Verdict verdict
+        cdef Row* row = ref.row
+        cdef int64_t now_ns
+        cdef int outcome = LOCKED_OUT
+        while outcome == LOCKED_OUT:
+            now_ns = self.now_ns()
+            if now_ns >= self.fine_until_ns:
+                self.look(now_ns)
+            if try_row(row, &self.shared):
+                outcome = decide_and_unlock(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict)
+                break
+            self.inside += 1
+            with nogil:
+                outcome = wait_and_decide(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict)
+            self.exit()
+            if outcome == LOCKED_OUT:
+                self.pause()
+        if outcome == 0:
+            if handle is not None:
+                raise UnknownModelError(model_id)
+            self.drop(ref)
+            return self.answer_unknown(model_id, ask)
+        if verdict.limit and verdict.held_up:
+            self.look_for_dead()
+        result = result_of(&verdict, ref.model_id)
+        if verdict.log_held:
+            self._log_violation(ref.model_id, result, verdict.log_held)
+        return result
+
     cdef object answer_unknown(self, object model_id, const Ask* ask):
         cdef Verdict verdict
-        PyErr_Clear()       # of a list, which is no key
+        if PyErr_Occurred():
+            if not PyErr_ExceptionMatches(TypeError):
+                propagate()
+            PyErr_Clear()       # of a list, which is no key
         self.require_open()
         if not isinstance(model_id, str):
-            return self.check_several(model_id, ask)
-        if self._adopt(model_id):
-            return self.answer(self.known(model_id), model_id, ask, None)
+            return self.check_several(model_id, ask, False)
+        model_id = plain_id(model_id)
+        ref = self.find(<str> model_id)
+        if ref is None and self.adopt(model_id):
+            ref = self.known(model_id)
+        if ref is not None:
+            return self.answer(<RowRef> ref, model_id, ask, None)
         self.count_unknown(1)
         verdict.allowed = True
         verdict.limit = 0
@@ -128,17 +203,29 @@ cdef class QuotaTable(QuotaState):
         verdict.usage = 0.0
         return result_of(&verdict, None)
 
-    cdef object check_several(self, object model_ids, const Ask* ask):
-        """check_quota for a sequence of ids."""
+    cdef object check_several(self, object model_ids, const Ask* ask, bint peek):
+        """check_quota for a sequence of ids, or peek_quota."""
         raise TypeError(f"model_id is {model_ids!r}; give a str")
 
     cdef int count_unknown(self, int ids) except -1:
         count_atomically(&self.shared.header.unknown_checks, ids, RELAXED)
         return 0
 
-    def _adopt(self, model_id):
-        """Called for an id without a quota: True where it has one now."""
-        return False
+    cdef bint adopt(self, str model_id) except -1:
+        """Register an id that has no quota, as `default_quota` says; False if that says nothing of it."""
+        template = self._template(model_id)
+        if template is None:
+            self._log_unknown(model_id)
+            return False
+        self._put(model_id, template, on_sight=True)
+        return True
+
+    def _template(self, model_id):
+        """Called for an id without a quota: the config that stands in for its own, whatever id that names, or None."""
+        return None
+
+    def _log_unknown(self, model_id):
+        """Called for each check of an id without a quota."""
 
     def _log_violation(self, model_id, result, stands_for):
         """Called at most once per model and second of its time, for the violation in `result` and those held back."""
@@ -148,14 +235,17 @@ cdef class QuotaTable(QuotaState):
     def rows(self, model_ids):
         """Codes of models for `check_many` and `charge_many`, as an int64 array.
 
-        A code stays good until its model is removed; with `default_quota` an unknown id is registered. Raises
-        UnknownModelError for an id that has no quota.
+        A code stays good until its model is removed, or forgotten if `default_quota` made it; with `default_quota` an
+        unknown id is registered. Raises UnknownModelError for an id that has no quota.
         """
         cdef RowRef ref
         cdef list refs = []
+        if isinstance(model_ids, str):
+            raise TypeError(f"model_ids is {model_ids!r}; give a sequence of them")
         for model_id in model_ids:
+            model_id = plain_id(model_id)
             ref = self.find(model_id)
-            if ref is None and self._adopt(model_id):
+            if ref is None and self.adopt(model_id):
                 ref = self.find(model_id)
             if ref is None:
                 raise UnknownModelError(model_id)
@@ -225,9 +315,15 @@ cdef class QuotaTable(QuotaState):
             batch.times_ns = <const int64_t*> cnp.PyArray_DATA(times_ns)
         self._require_codes(codes)
         batch.now_ns = self.now_ns()
+        if batch.now_ns >= self.fine_until_ns:
+            self.look(batch.now_ns)
         while i < batch.count:
+            self.inside += 1
             with nogil:
                 i = check_batch(&batch, &self.shared, i, &verdict)
+            self.exit()
+            if batch.waits:
+                self.pause()
             if verdict.log_held:
                 name = self.name_of(index_of(batch.codes[i - 1]))
                 due.append((name, result_of(&verdict, name), verdict.log_held))
@@ -247,6 +343,7 @@ cdef class QuotaTable(QuotaState):
         nothing is admitted until what exceeds a limit has aged out.
         """
         cdef Batch batch
+        cdef Py_ssize_t i = 0
         self.require_open()
         codes = _int64_copy(rows, "rows")
         batch.count = codes.shape[0]
@@ -255,15 +352,25 @@ cdef class QuotaTable(QuotaState):
         batch.codes = <const int64_t*> cnp.PyArray_DATA(codes)
         batch.tokens = <const int64_t*> cnp.PyArray_DATA(counts)
         batch.now_ns = self.now_ns()
-        with nogil:
-            charge_batch(&batch, &self.shared)
+        if batch.now_ns >= self.fine_until_ns:
+            self.look(batch.now_ns)
+        while i < batch.count:
+            self.inside += 1
+            with nogil:
+                i = charge_batch(&batch, &self.shared, i)
+            self.exit()
+            if batch.waits:
+                self.pause()
 
     def _require_codes(self, cnp.ndarray codes):
         cdef const int64_t* first = <const int64_t*> cnp.PyArray_DATA(codes)
         cdef Py_ssize_t count = codes.shape[0]
         cdef Py_ssize_t bad
+        self.inside += 1
         with nogil:
             bad = first_bad_code(first, count, self.shared.rows, self.shared.header)
+        self.exit()
+        self.require_open()
         if bad < count:
             raise ValueError(f"rows[{bad}] is {first[bad]}, which is no model's code; codes come from rows(), and a code "
                              "ends when its model is removed")
@@ -286,13 +393,44 @@ cdef class QuotaTable(QuotaState):
         return times
 
 
+@cython.no_gc_clear     # to count itself no more, it needs what it refers to
 cdef class RowHandle:
     """One model, bound: the checks of `QuotaTable` without the look-up. `ModelQuota` adds the cold verbs."""
 
     def __cinit__(self, QuotaTable manager not None, model_id):
-        self.ref = manager.known(model_id)
+        self.model_id = plain_id(model_id)
         self.manager = manager
-        self.model_id = str.__str__(model_id)
+        self.forks = fork_count()
+        self.record = manager.take_grant_record()
+        while self.ref is None:
+            self.ref = manager.known(self.model_id)
+            if not self.change(True):
+                self.ref = None         # it has just gone
+
+    def __dealloc__(self):
+        cdef QuotaTable manager = self.manager
+        if self.record == NULL or self.forks != fork_count() or not manager.usable():
+            return
+        try:
+            if self.ref is not None:
+                self.change(False)
+        except BaseException:
+            return                      # interrupted while the row stays locked: the model is not forgotten, no more
+        give_record(&manager.shared.grant_pool, self.record, manager.shared.me)
+
+    cdef int change(self, bint bind) except -1:
+        """Count this handle, or count it no more; False if its model has gone."""
+        cdef QuotaTable manager = self.manager
+        cdef RowRef ref = self.ref
+        cdef int outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, bind, &manager.shared, 0)
+        while outcome == LOCKED_OUT:
+            manager.inside += 1
+            with nogil:
+                outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, bind, &manager.shared, SLICE_NS)
+            manager.exit()
+            if outcome == LOCKED_OUT:
+                manager.pause()
+        return outcome
 
     def __init__(self, manager, model_id):
         pass
@@ -307,6 +445,7 @@ cdef class RowHandle:
         return self.manager.answer(self.ref, self.model_id, &ask, self)
 
     def _require_alive(self):
+        self.manager.require_open()
         if self.ref.row.generation != self.ref.generation:
             raise UnknownModelError(self.model_id)
 
@@ -339,7 +478,7 @@ cdef cnp.ndarray _tokens(object values, str name, Py_ssize_t count):
     with nogil:
         bad = first_out_of_range(first, count)
     if bad < count:
-        raise ValueError(f"{name}[{bad}] is {values[bad]}; give an integer, 0 .. 2**62")
+        raise ValueError(f"{name}[{bad}] is {first[bad]}; give an integer, 0 .. 2**62")
     return array
 
 

@@ -1,9 +1,13 @@
 # What can be read of a row, whose lock is held, and how limits are put into it.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.string cimport memcpy
 from modelquota._core.decision cimport pass_time, percent
 from modelquota._core.layout cimport DAY, HOUR, Ledger, Limits, Row, SECOND, UNLIMITED, Wide, WINDOWS
-from modelquota._core.level cimport NO_RATE, as_double, burst_used, rescale
-from modelquota._core.window cimport measure_room, requests_charged, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_used
+from modelquota._core.level cimport NO_RATE, as_double, burst_used, change_rate
+from modelquota._core.window cimport (
+    measure_room, requests_charged, requests_in_slot, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_in_slot,
+    tokens_used
+)
 
 
 cdef struct Usage:
@@ -38,6 +42,7 @@ cdef struct Usage:
     int64_t waited_total
     uint64_t tokens_total           # modulo 2**64; what was refunded is not subtracted
     uint64_t tokens_refunded_total
+    int64_t waiting_requests        # those that wait now and whose violation was counted here; set by who can see the queue
 
 
 cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usage) noexcept nogil:
@@ -74,6 +79,7 @@ cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usa
     usage.waited_total = <int64_t> ledger.waited
     usage.tokens_total = tokens_charged(row, ledger)
     usage.tokens_refunded_total = ledger.tokens_refunded
+    usage.waiting_requests = 0
 
 
 cdef inline double share_of_one(int64_t limit) noexcept nogil:
@@ -87,14 +93,14 @@ cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noex
             or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
         ledger.level_epoch += 1
         ledger.request_low[0] = ledger.request_low[1] = ledger.token_low[0] = ledger.token_low[1] = 0
-    rescale(&row.request_level, row.request_shift, limits.request_shift)
-    rescale(&row.token_level, row.token_shift, limits.token_shift)
-    row.request_drain = limits.request_drain
-    row.token_drain = limits.token_drain
-    row.request_shift = limits.request_shift
-    row.token_shift = limits.token_shift
-    row.request_cap = limits.request_cap
-    row.token_cap = limits.token_cap
+    change_rate(&row.request_level, &row.request_cap, &row.request_drain, &row.request_shift,
+                &row.dormant_request_shift,
+                &limits.request_cap, limits.request_drain, limits.request_shift,
+                requests_in_slot(row, ledger))
+    change_rate(&row.token_level, &row.token_cap, &row.token_drain, &row.token_shift,
+                &row.dormant_token_shift,
+                &limits.token_cap, limits.token_drain, limits.token_shift,
+                tokens_in_slot(row, ledger))
     for i in range(WINDOWS):
         ledger.request_limit[i] = limits.request_limits[i]
         ledger.token_limit[i] = limits.token_limits[i]
@@ -115,10 +121,11 @@ cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noex
     ledger.tokens_per_second = limits.tokens_per_second
     ledger.grace_period_sec = limits.grace_period_sec
     ledger.action = limits.action
+    row.shadow = limits.shadow
     measure_room(row, ledger)
 
 
-cdef inline void read_limits(const Ledger* ledger, Limits* limits) noexcept nogil:
+cdef inline void read_limits(const Row* row, const Ledger* ledger, Limits* limits) noexcept nogil:
     """The configured part of the limits; what put_limits derives for the core is left out."""
     cdef int i
     for i in range(WINDOWS):
@@ -134,6 +141,42 @@ cdef inline void read_limits(const Ledger* ledger, Limits* limits) noexcept nogi
     limits.tokens_per_second = ledger.tokens_per_second
     limits.grace_period_sec = ledger.grace_period_sec
     limits.action = ledger.action
+    limits.shadow = row.shadow
+
+
+cdef inline uint64_t mixed(uint64_t digest, uint64_t value) noexcept nogil:
+    """One step of a 64-bit mix (the finalizer of MurmurHash3, Appleby)."""
+    digest ^= value
+    digest ^= digest >> 33
+    digest *= <uint64_t> 0xFF51AFD7ED558CCD
+    digest ^= digest >> 33
+    digest *= <uint64_t> 0xC4CEB9FE1A85EC53
+    return digest ^ digest >> 33
+
+
+cdef inline uint64_t bits_of(double value) noexcept nogil:
+    cdef uint64_t bits
+    memcpy(&bits, &value, sizeof(bits))
+    return bits
+
+
+cdef inline uint64_t limits_digest(const Limits* limits) noexcept nogil:
+    """A digest of the configured part: whether limits are still those of before."""
+    cdef uint64_t digest = 0
+    cdef int i
+    for i in range(WINDOWS):
+        digest = mixed(digest, <uint64_t> limits.request_limits[i])
+        digest = mixed(digest, <uint64_t> limits.token_limits[i])
+    digest = mixed(digest, <uint64_t> limits.max_ram_mb)
+    digest = mixed(digest, <uint64_t> limits.max_ssd_mb)
+    digest = mixed(digest, <uint64_t> limits.max_concurrent)
+    digest = mixed(digest, <uint64_t> limits.max_queued)
+    digest = mixed(digest, <uint64_t> limits.burst_requests)
+    digest = mixed(digest, <uint64_t> limits.burst_tokens)
+    digest = mixed(digest, bits_of(limits.requests_per_second))
+    digest = mixed(digest, bits_of(limits.tokens_per_second))
+    digest = mixed(digest, bits_of(limits.grace_period_sec))
+    return mixed(digest, <uint64_t> limits.action << 16 | limits.shadow)
 
 
 cdef inline bint same_limits(const Limits* a, const Limits* b) noexcept nogil:
@@ -153,6 +196,7 @@ cdef inline bint same_limits(const Limits* a, const Limits* b) noexcept nogil:
         and a.tokens_per_second == b.tokens_per_second
         and a.grace_period_sec == b.grace_period_sec
         and a.action == b.action
+        and a.shadow == b.shadow
     )
 
 
@@ -160,3 +204,5 @@ cdef inline void start_row(Row* row, Ledger* ledger, int64_t now_ns) noexcept no
     """Set the time of a model whose row and ledger are zero."""
     row.level_ns = now_ns
     row.slot_end_ns = slot_start_ns(slot_at(now_ns) + 1)
+    row.request_shift = row.token_shift = NO_RATE
+    row.dormant_request_shift = row.dormant_token_shift = NO_RATE

@@ -189,7 +189,7 @@ def read_copies(cnp.ndarray rows, cnp.ndarray ledgers, int64_t now_ns):
     records = <Usage*> cnp.PyArray_DATA(usage)
     for i in range(count):
         read_usage(&row[i], &ledger[i], now_ns, &records[i])
-        read_limits(&ledger[i], &limits)
+        read_limits(&row[i], &ledger[i], &limits)
         found.append(unpack(&limits))
     return usage, found
 
@@ -267,7 +267,7 @@ cdef void read_copied(
         places[3 * i + 1] = ledger.name_offset
         places[3 * i + 2] = ledger.name_size
         read_usage(&copies.rows[i], ledger, now_ns, &usage[i])
-        read_limits(ledger, &limits[i])
+        read_limits(&copies.rows[i], ledger, &limits[i])
 
 
 cdef cnp.ndarray _zeros(object dtype, Py_ssize_t count, size_t size):

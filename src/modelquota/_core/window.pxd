@@ -66,6 +66,15 @@ cdef inline int64_t tokens_used(const Row* row, const Ledger* ledger, int window
     return <int64_t> (tokens_charged(row, ledger) - ledger.tokens_base[window])
 
 
+cdef inline int64_t requests_in_slot(const Row* row, const Ledger* ledger) noexcept nogil:
+    """Requests charged in the current 1/60 s slot."""
+    return <int64_t> (requests_charged(row, ledger) - ledger.requests_start[SECOND])
+
+
+cdef inline int64_t tokens_in_slot(const Row* row, const Ledger* ledger) noexcept nogil:
+    return <int64_t> (tokens_charged(row, ledger) - ledger.tokens_start[SECOND])
+
+
 cdef inline void begin_change(const Row* row, Ledger* ledger) noexcept nogil:
     """What follows cannot be done in one instruction: note what is charged, from which all else can be found again."""
     ledger.journal_requests = requests_charged(row, ledger)
@@ -212,11 +221,14 @@ cdef inline int64_t turn_slots(Row* row, Ledger* ledger, int64_t now_ns) noexcep
 
 
 cdef inline int64_t window_wait_ns(
-    const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, int64_t now_ns
+    const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, int64_t credit, int64_t now_ns
 ) noexcept nogil:
-    """How long until the window admits `cost`: 0 = now, NEVER = no wait helps. Exact, if nothing else is admitted."""
+    """How long until the window admits `cost`: 0 = now, NEVER = no wait helps. Exact, if nothing else is admitted.
+
+    With `credit` the shortest wait if so much of what is used comes back, wherever it was charged.
+    """
     cdef int64_t limit = ledger.token_limit[window] if of_tokens else ledger.request_limit[window]
-    cdef int64_t used = tokens_used(row, ledger, window) if of_tokens else requests_used(row, ledger, window)
+    cdef int64_t used = (tokens_used(row, ledger, window) if of_tokens else requests_used(row, ledger, window)) - credit
     cdef int64_t per_slot, slot, excess, position, i
     if cost == 0 or limit == UNLIMITED or cost <= limit - used:
         return 0

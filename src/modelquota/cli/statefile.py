@@ -65,7 +65,7 @@ def _table(info: StateFileInfo) -> Table:
         ("models", f"{info.models:,} of {info.max_models:,}"),
         ("processes", f"{info.processes:,} share it now"),
         ("open grants", f"{info.open_grants:,}"),
-        ("waiting lines", f"{info.waiting_lines:,}"),
+        ("waiting requests", f"{info.waiting_requests:,}"),
         ("recoveries", f"{info.recoveries:,} after the death of a process"),
         ("last anchored", f"{info.anchored_at:%Y-%m-%d %H:%M:%S} UTC"),
     ):
