@@ -32,4 +32,4 @@ cdef class RowHandle:
     cdef int forks                  # in which process it was bound
     cdef GrantRecord* record        # keeps the model from being forgotten
 
-    cdef int change(self, bint bind) except -1
+    cdef int change(self, RowRef ref, bint bind) except -1

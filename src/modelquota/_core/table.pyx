@@ -403,9 +403,9 @@ cdef class RowHandle:
         self.forks = fork_count()
         self.record = manager.take_grant_record()
         while self.ref is None:
-            self.ref = manager.known(self.model_id)
-            if not self.change(True):
-                self.ref = None         # it has just gone
+            ref = manager.known(self.model_id)
+            if self.change(ref, True):      # otherwise it has just gone
+                self.ref = ref
 
     def __dealloc__(self):
         cdef QuotaTable manager = self.manager
@@ -413,15 +413,14 @@ cdef class RowHandle:
             return
         try:
             if self.ref is not None:
-                self.change(False)
+                self.change(self.ref, False)
         except BaseException:
             return                      # interrupted while the row stays locked: the model is not forgotten, no more
         give_record(&manager.shared.grant_pool, self.record, manager.shared.me)
 
-    cdef int change(self, bint bind) except -1:
+    cdef int change(self, RowRef ref, bint bind) except -1:
         """Count this handle, or count it no more; False if its model has gone."""
         cdef QuotaTable manager = self.manager
-        cdef RowRef ref = self.ref
         cdef int outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, bind, &manager.shared, 0)
         while outcome == LOCKED_OUT:
             manager.inside += 1
