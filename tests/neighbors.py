@@ -1,0 +1,114 @@
+"""Other processes of a state, as tests need them: alive with something in their hands, stopped inside a lock, or killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from modelquota import ResourceQuotaManager
+from modelquota._core.shared import regions_for
+
+SEATS = 1024
+FREE: dict[str, Any] = {
+    "max_ram_mb": None,
+    "max_ssd_mb": None,
+    "max_requests_per_second": None,
+    "max_tokens_per_second": None,
+    "max_tokens_per_hour": None,
+    "max_tokens_per_day": None,
+    "max_requests_per_hour": None,
+    "max_requests_per_day": None,
+    "on_violation": "reject",
+}
+"""No limit but those that are added."""
+LINE: dict[str, Any] = {**FREE, "max_concurrent_requests": 1, "on_violation": "queue", "grace_period_sec": 60.0}
+"""One request at a time, and the others wait."""
+
+
+def seat_words(manager: ResourceQuotaManager) -> set[int]:
+    """The words of all seats that were ever taken: of the latest owner of each."""
+    header, _, _ = manager._arrays()
+    epochs = np.frombuffer(header.base, np.uint32, SEATS, regions_for(int(header["max_models"][0])).epochs)
+    return {int(epochs[seat]) << 10 | int(seat) for seat in np.flatnonzero(epochs)}
+
+
+def row_of(manager: ResourceQuotaManager, model_id: str) -> int:
+    """The number of the row in which a model is."""
+    return int(manager.rows([model_id])[0]) & 0xFFFF_FFFF
+
+
+@contextlib.contextmanager
+def forked(work: Callable[[], object]) -> Iterator[int]:
+    """A child that does `work`, keeps what that returns and waits to be killed; entered once the work is done."""
+    ready, done = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _kept = work()
+            os.write(done, b"1")
+            while True:
+                signal.pause()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    os.close(done)
+    try:
+        assert os.read(ready, 1) == b"1", "the child failed"
+        yield pid
+    finally:
+        os.close(ready)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def outcome_in_child(work: Callable[[], object], seconds: int = 60) -> Any:
+    """What `work` returns in a forked child, as its repr; the name of what it raised, after an exclamation mark."""
+    ready, done = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.alarm(seconds)
+            try:
+                said = repr(work())
+            except BaseException as error:
+                traceback.print_exc()
+                said = "!" + type(error).__name__
+            os.write(done, said.encode())
+        finally:
+            os._exit(0)
+    os.close(done)
+    with open(ready) as file:
+        said = file.read()
+    os.waitpid(pid, 0)
+    return said
+
+
+@contextlib.contextmanager
+def stopped_inside(manager: ResourceQuotaManager, *model_ids: str) -> Iterator[int]:
+    """A process that stands still (SIGSTOP) while it has the locks of these models' rows; at the end it goes on.
+
+    It is a forked child, with a seat of its own; the lock words are written for it.
+    """
+    before = seat_words(manager)
+    _, rows, _ = manager._arrays()
+    numbers = [row_of(manager, model_id) for model_id in model_ids]
+    with forked(lambda: None) as pid:
+        word = max(seat_words(manager) - before)
+        os.kill(pid, signal.SIGSTOP)
+        for number in numbers:
+            rows["lock"][number] = word
+        try:
+            yield pid
+        finally:
+            for number in numbers:
+                if rows["lock"][number] == word:
+                    rows["lock"][number] = 0
+            del rows
