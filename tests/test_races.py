@@ -1,7 +1,7 @@
 """Do the threads of a process race anywhere in the C-level core? Asked of ThreadSanitizer, by a harness of its own.
 
-The harness (races.pyx) runs the functions between lock and unlock on plain memory, from threads without the GIL. A data race
-between processes is the same one: they run the same code on the same words.
+The harness (races.pyx) runs the functions between lock and unlock on plain memory, from threads without the GIL. A
+data race between processes is the same one: they run the same code on the same words.
 """
 
 import os
@@ -55,10 +55,11 @@ def environment(runtime, suppressions=os.devnull):
 def build(folder):
     """The harness as an extension module in `folder`, with every access to memory instrumented."""
     pytest.importorskip("Cython")
+    source = Path(__file__).with_name("races.pyx")
     translated = folder / "races.c"
     subprocess.run(
         [sys.executable, "-m", "cython", "-3", "-I", str(SOURCES), "-X", "boundscheck=False,wraparound=False",
-         "-X", "cdivision=True,initializedcheck=False", "-o", str(translated), str(Path(__file__).with_name("races.pyx"))],
+         "-X", "cdivision=True,initializedcheck=False", "-o", str(translated), str(source)],
         check=True, timeout=120,
     )  # fmt: skip
     include = subprocess.run(
