@@ -37,6 +37,7 @@ class SourceDistribution(sdist):
             f"{CORE}/*.pyx",
             "tests/*.py",
             "tests/*.c",
+            "tests/*.pyx",
             "benchmarks/**/*.py",
             "benchmarks/**/*.pyx",
             "benchmarks/**/*.zig",

@@ -144,8 +144,9 @@ cdef class GrantTable(QuotaTable):
                     template = self._template(model_id)
                     if template is not None:
                         templates.append((model_id, template))
-                elif ref is None and self.adopt(<str> model_id):
-                    ref = self.known(model_id)
+                else:
+                    while ref is None and self.adopt(<str> model_id):
+                        ref = self.find(<str> model_id)
                 if ref is None:
                     continue
                 refs.append(ref)

@@ -191,8 +191,8 @@ cdef class QuotaTable(QuotaState):
             return self.check_several(model_id, ask, False)
         model_id = plain_id(model_id)
         ref = self.find(<str> model_id)
-        if ref is None and self.adopt(model_id):
-            ref = self.known(model_id)
+        while ref is None and self.adopt(model_id):     # again, if it is forgotten in between: it is as good as new
+            ref = self.find(<str> model_id)
         if ref is not None:
             return self.answer(<RowRef> ref, model_id, ask, None)
         self.count_unknown(1)
@@ -245,7 +245,7 @@ cdef class QuotaTable(QuotaState):
         for model_id in model_ids:
             model_id = plain_id(model_id)
             ref = self.find(model_id)
-            if ref is None and self.adopt(model_id):
+            while ref is None and self.adopt(model_id):
                 ref = self.find(model_id)
             if ref is None:
                 raise UnknownModelError(model_id)
