@@ -327,12 +327,13 @@ cdef class Grant:
                 part = min(max(left, <int64_t> 0), charge.tokens)
                 refund(row, ledger, 1 if ending.undo and time == 0 else 0, part, charge)
                 left -= part
-        if ending.close and alive:
-            let_go(row, ledger, party.record)
-        elif ending.close:
-            party.record.seat = 0
-        elif alive:
-            settle_tokens(ledger, party.record)
+        if party.record.seat == shared.me:      # otherwise others took this process for dead, and gave it back
+            if ending.close and alive:
+                let_go(row, ledger, party.record)
+            elif ending.close:
+                party.record.seat = 0
+            elif alive:
+                settle_tokens(ledger, party.record)
         waiting = alive and ledger.waiting != 0
         if shared.header.full_until_ns != 0:    # the model may be as good as new now
             shared.header.full_until_ns = 0

@@ -35,6 +35,7 @@ cdef struct Joint:
     int by_row[16]          # indices of parties, in the order of their rows
     Charge charges[16]      # out: what was charged to each
     int named               # out: index of the party that the verdict names, or NOBODY
+    bint adopted            # whether one of them was registered on sight for this decision
     int gone                # out: index of a party whose model has left its row
 
 

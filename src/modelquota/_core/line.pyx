@@ -25,13 +25,13 @@ from modelquota._core.lock cimport SLICE_NS, unlock
 from modelquota._core.pool cimport give_record
 from modelquota._core.queue cimport drop_expired, link_entry, unlink_entry
 from modelquota._core.repair cimport lock_row
-from modelquota._core.reserve cimport BUSY, GrantTable, ids_of
+from modelquota._core.reserve cimport BUSY, GrantTable, MOST_ROUNDS, ids_of
 from modelquota._core.result cimport QuotaCheckResult, result_of
 from modelquota._core.shared cimport REFUSES, fork_count
 from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport start_ask
 
-from modelquota.errors import ManagerClosedError, ModelLockedError, QuotaExceededError
+from modelquota.errors import CapacityError, ManagerClosedError, ModelLockedError, QuotaExceededError
 
 cdef int64_t FAR = INT64_MAX
 cdef list abandoned = []            # Waiters whose owners are gone
@@ -608,11 +608,14 @@ cdef class WaitTable(GrantTable):
             waiter.ask.counted_generation = ref.generation
             waiter.ask.ticket = take_ticket(&self.shared.header.next_ticket, 1, RELAXED)
         outcome = GONE
-        while outcome == GONE:
+        for _ in range(MOST_ROUNDS):
             self.parties_of(waiter.ids, &joint, refs, None)
             outcome = waiter.stand(&joint, refs, 0 if nowait else SLICE_NS)
-            if outcome == GONE:
-                self.drop(<RowRef> refs[joint.gone])
+            if outcome != GONE:
+                break
+            self.drop(<RowRef> refs[joint.gone])
+        else:
+            raise CapacityError(self.shared.header.max_models)
         if outcome == BUSY_ROW:
             return self._try_again(waiter)
         if outcome == QUEUE_FULL:
@@ -702,6 +705,8 @@ cdef class WaitTable(GrantTable):
     cdef int look_for_dead(self) except -1:
         self.reclaim(self.now_ns())
         self.bury()
+        if self.deferred:
+            finish_deferred(self)
         return GrantTable.look_for_dead(self)
 
     cdef int freed(self, RowRef ref) except -1:

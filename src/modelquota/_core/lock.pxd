@@ -103,6 +103,11 @@ cdef inline bint spin_lock(uint32_t* word, uint32_t seat) noexcept nogil:
     return False
 
 
+cdef inline bint has_seat(const Shared* shared) noexcept nogil:
+    """Whether nobody else has taken this process's seat since."""
+    return load_word(&shared.epochs[shared.me & (SEATS - 1)]) == shared.me >> SEAT_BITS
+
+
 cdef inline bint is_gone(uint32_t owner, const Shared* shared) noexcept nogil:
     """Whether the process that an owner's word names has died. Asks the kernel: some 1.2 us."""
     cdef uint32_t seat = owner & (SEATS - 1)

@@ -6,6 +6,7 @@ from modelquota._core.table cimport QuotaTable
 cdef enum:
     MAY_WAIT = -1       # decide_all: for a lock, as long as it takes
     BUSY = -2           # decide_all: a row stays locked
+    MOST_ROUNDS = 64    # of a decision for which ids are registered on sight and forgotten again at once
 
 
 cdef tuple ids_of(object model_id)

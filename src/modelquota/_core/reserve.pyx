@@ -23,7 +23,7 @@ from modelquota._core.state cimport RowRef, plain_id
 from modelquota._core.table cimport QuotaTable, start_ask
 from modelquota._core.usage cimport put_limits, start_row
 
-from modelquota.errors import QuotaExceededError
+from modelquota.errors import CapacityError, QuotaExceededError
 
 
 cdef inline bint is_counted_here(const Joint* joint, const Ask* ask) noexcept:
@@ -132,12 +132,14 @@ cdef class GrantTable(QuotaTable):
         cdef RowRef ref
         cdef Hold* party
         cdef int shared_row = 0
+        cdef int rounds = 0
         cdef uint32_t index
         while shared_row != NOBODY:
             refs.clear()
             if templates is not None:
                 templates.clear()
             joint.count = 0
+            joint.adopted = False
             for model_id in ids:
                 ref = self.find(<str> model_id)
                 if ref is None and templates is not None:
@@ -147,6 +149,7 @@ cdef class GrantTable(QuotaTable):
                 else:
                     while ref is None and self.adopt(<str> model_id):
                         ref = self.find(<str> model_id)
+                        joint.adopted = True
                 if ref is None:
                     continue
                 refs.append(ref)
@@ -166,6 +169,9 @@ cdef class GrantTable(QuotaTable):
                     if ref.row == &self.shared.rows[index]:
                         self.drop(ref)
                 self.look_at(index)
+                rounds += 1
+                if rounds > MOST_ROUNDS:    # they make room for one another: they do not fit into the table together
+                    raise CapacityError(self.shared.header.max_models)
         return len(ids) - joint.count
 
     cdef int decide_all(self, tuple ids, const Ask* ask, bint holding, int64_t patience_ns, list refs, Joint* joint,
@@ -175,6 +181,7 @@ cdef class GrantTable(QuotaTable):
         With MAY_WAIT it waits as long as it takes. `places` are those that the request has in queues, or NULL.
         """
         cdef int unknown, outcome = BUSY_ROW
+        cdef int rounds = 0
         cdef int64_t now_ns
         cdef const Shared* shared = &self.shared
         while True:
@@ -199,6 +206,9 @@ cdef class GrantTable(QuotaTable):
             self.give_records(joint)
             if outcome == GONE:
                 self.drop(<RowRef> refs[joint.gone])
+                rounds += joint.adopted
+                if rounds > MOST_ROUNDS:    # as new as they are, they make room for one another: they do not fit together
+                    raise CapacityError(shared.header.max_models)
             elif patience_ns == MAY_WAIT:
                 self.pause()
             else:

@@ -25,7 +25,7 @@ from modelquota._core.layout cimport (
     CHANGES, CHUNK, CHUNKS, GrantRecord, Header, LAYOUT_VERSION, Ledger, MAX_TIME_NS, Pool, QueueEntry, RECORDS, Row,
     SEAT_BITS, SEATS, Shared
 )
-from modelquota._core.lock cimport SLICE_NS, is_file, is_taken, load_word, swap_word, take_seat
+from modelquota._core.lock cimport SLICE_NS, has_seat, is_file, is_taken, load_word, swap_word, take_seat
 from modelquota._core.pool cimport claim_chunk, end_pool, open_chunk, record_at, start_pool, take_record
 from modelquota._core.registry cimport MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, unlock_registry
 from modelquota._core.sweep cimport is_anybody_gone, release_grants, sweep_pool
@@ -343,7 +343,7 @@ cdef class SharedState:
         self.verified_ns = monotonic_ns()
         if is_file(self.shared.spare_fd, self.shared.device, self.shared.inode) and \
                 is_file(self.shared.fd, self.shared.device, self.shared.inode) and \
-                is_taken(self.shared.spare_fd, self.shared.me & (SEATS - 1)):
+                is_taken(self.shared.spare_fd, self.shared.me & (SEATS - 1)) and has_seat(&self.shared):
             return 0
         self.refuse("its descriptors were closed underneath (os.closerange, or a daemon that closes all files?), and the "
                     "seat of this process with them; make the manager after that")
@@ -601,7 +601,11 @@ cdef class SharedState:
 
 
 cdef void close_descriptors(Shared* shared) noexcept:
-    """The kernel drops the seat's lock. By C, since `os` may have gone before; and only what is still the state's."""
+    """The kernel drops the seat's lock. By C, since `os` may have gone before; and only what is still the state's: numbers
+    that were closed underneath may be another manager's by now."""
+    if shared.me and not has_seat(shared):
+        shared.fd = shared.spare_fd = -1
+        return
     if shared.fd >= 0 and is_file(shared.fd, shared.device, shared.inode):
         close(shared.fd)
     if shared.spare_fd >= 0 and (shared.inode == 0 or is_file(shared.spare_fd, shared.device, shared.inode)):
