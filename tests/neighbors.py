@@ -1,4 +1,4 @@
-"""Other processes of a state, as tests need them: alive with something in their hands, stopped inside a lock, or killed."""
+"""Other processes of a state, as tests need them: alive and holding something, stopped inside a lock, or killed."""
 
 from __future__ import annotations
 
