@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import os
 import random
+import signal
 import statistics
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -383,6 +386,20 @@ def test_full_exactly_while_none_is_as_good_as_new(clock):
     assert min(outcomes) > 100
 
 
+def test_a_full_table_has_room_on_a_manual_clock_whenever_one_has_aged(clock):
+    """How long the search took does not matter to a clock that nobody but the program moves."""
+    size = 40_000
+    manager = ResourceQuotaManager(clock=clock, max_models=size, default_quota=LIMITS)
+    for number in range(size):
+        manager.check_quota(f"old:{number}", 1)
+    aged_ns = (slot_of(START_NS, HOUR_NS) + SLOTS + 1) * HOUR_NS // SLOTS
+    clock.advance_ns(aged_ns - START_NS - SECOND_NS // 50)
+    with pytest.raises(CapacityError):
+        manager.check_quota("new", 1)
+    clock.advance(0.02)
+    assert manager.check_quota("new", 1)
+
+
 def test_totals_keep_what_forgotten_ids_counted(small, clock):
     for round_ in range(5):
         for number in range(ROWS):
@@ -492,3 +509,71 @@ def test_another_process_learns_of_so_many_changes(tmp_path, changes):
     assert other.get_quota(newest) == NOTHING.replace(model_id=newest)
     assert sorted(other.list_models()) == sorted(one.list_models())
     assert other.get_quota("old:0") is None
+
+
+@contextlib.contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raise where it lasts longer."""
+
+    def too_long(*_: Any) -> None:
+        raise TimeoutError(f"it goes on for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("verb", ["check_quota", "reserve", "rows", "peek_quota"])
+def test_several_ids_that_do_not_fit_into_the_table_together(clock, verb):
+    """One makes room for the next: an answer or CapacityError, and never an endless search."""
+    manager = ResourceQuotaManager(clock=clock, max_models=2, default_quota=LIMITS)
+    manager.set_quota("named")
+    ids = ("a", "b", "c")
+    if verb == "peek_quota":
+        assert manager.peek_quota(ids, 1)
+        assert manager.list_models() == ["named"]
+    elif verb == "rows":
+        assert len(manager.rows(ids)) == len(ids)
+    else:
+        with at_most(10), pytest.raises(CapacityError):
+            getattr(manager, verb)(ids, 1)
+
+
+def test_handles_of_a_closed_manager_keep_nothing(tmp_path):
+    path = tmp_path / "quota.state"
+    manager = ResourceQuotaManager(path=path, max_models=1, default_quota=NOTHING)
+    with ResourceQuotaManager(path=path, default_quota=NOTHING) as other:
+        other.check_quota("old", 1)
+        handle = other.model("old")
+    del handle
+    until(lambda: gets_in(manager))
+
+
+def gets_in(manager: ResourceQuotaManager) -> bool:
+    """Whether a new id finds a place, once the dead have been looked for."""
+    try:
+        return not manager.check_quota("new", 1)
+    except CapacityError:
+        manager.get_stats()
+        manager.snapshot()
+        time.sleep(0.02)
+        return False
+
+
+def test_a_killed_process_gives_its_handles_back(tmp_path):
+    path = tmp_path / "quota.state"
+    manager = ResourceQuotaManager(path=path, max_models=4, default_quota=NOTHING)
+    pid = os.fork()
+    if pid == 0:
+        other = ResourceQuotaManager(path=path, default_quota=NOTHING)
+        for number in range(4):
+            other.check_quota(f"old:{number}", 1)
+        kept = [other.model(f"old:{number}") for number in range(4)]
+        os.kill(os.getpid(), 9)
+        del kept
+    os.waitpid(pid, 0)
+    until(lambda: gets_in(manager))
