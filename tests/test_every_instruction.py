@@ -146,6 +146,15 @@ def batch(case: Case, codes: Any) -> None:
 LONG = ResourceQuotaConfig("a longer name than any before", max_ram_mb=3)
 
 
+def full_on_sight(case: Case) -> Any:
+    """Fill the table with ids that nobody configured and that are as good as new; one of them has counted a lot."""
+    case.manager.default_quota = LONG
+    for number in range(6):
+        for _ in range(1 + 5 * number):
+            assert not case.manager.check_quota(f"on sight {number}", 1, 2**40)
+    return LONG.model_id
+
+
 def changes(**fields: Any) -> Begin:
     def begin(case: Case) -> Any:
         quota = case.manager.get_quota("m")
@@ -180,6 +189,11 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
     "lift limits": (changes(max_tokens_per_second=None, max_ram_mb=5), lambda case, new: case.manager._swap(*new)),
     "remove": (nothing, lambda case, _: case.manager.remove_quota("m")),
     "register": (lambda case: LONG, lambda case, config: case.manager._put(config.model_id, config)),
+    "register on sight": (full_on_sight, lambda case, model_id: case.manager.rows([model_id])),
+    "register by name in a full table": (
+        full_on_sight,
+        lambda case, model_id: case.manager._put(model_id, LONG),
+    ),
     "report memory": (nothing, lambda case, _: case.manager.update_memory_usage("m", 3, 4)),
     "forgive a burst": (later(0.1, granted), lambda case, _: case.manager.reset_burst("m")),
 }
