@@ -19,7 +19,7 @@ import pytest
 from neighbors import FREE, LINE, SEATS, forked, outcome_in_child, stopped_inside
 from patience import PATIENCE, until
 
-from modelquota import ManagerClosedError, QuotaError, ResourceQuotaManager, StateFileError
+from modelquota import ManagerClosedError, QuotaError, QuotaExceededError, ResourceQuotaManager, StateFileError
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -392,7 +392,8 @@ async def _acquire(manager, model_id):
 def _work(manager):
     for _ in range(3):
         manager.reserve("n", 1).release()
-        manager.acquire("one at a time", 1).release()
+        with contextlib.suppress(QuotaExceededError):  # the child may find that its parent still has the one grant
+            manager.acquire("one at a time", 1, timeout=0.05).release()
     manager.get_stats()
 
 

@@ -219,7 +219,7 @@ cdef class Grant:
         cdef int64_t actual = as_count(actual_tokens, "actual_tokens")
         if self.stage == SETTLED and self.used == actual:
             return
-        if self.stage != OPEN:
+        if self.stage != OPEN or not self.manager.usable():
             self.require_open("settle")
         self.used = actual
         self.stage = SETTLED
@@ -284,7 +284,7 @@ cdef class Grant:
         cdef QuotaTable manager = self.manager
         cdef int64_t now_ns = manager.now_ns() if ending.surplus != 0 or ending.undo else 0
         cdef int outcome = LOCKED_OUT
-        if not manager.deferred:        # what was put off before comes first
+        if not is_deferred(manager, self.hold(ending.party).row):   # what was put off before comes first
             outcome = self.finish_party(ending, now_ns, &manager.shared, 0)
             if outcome == LOCKED_OUT:
                 manager.inside += 1
@@ -417,6 +417,15 @@ cdef bint refund_rows(Joint* joint, int64_t now_ns, const Shared* shared, int64_
             refund(party.row, party.ledger, 0, joint.charges[i].tokens, &joint.charges[i])
     unlock_rows(joint, joint.count)
     return True
+
+
+cdef bint is_deferred(QuotaTable manager, const Row* row) noexcept:
+    """Whether the end of a grant of this row's was put off."""
+    cdef Deferred later
+    for later in manager.deferred:
+        if later.grant.hold(later.ending.party).row == row:
+            return True
+    return False
 
 
 cdef class Deferred:

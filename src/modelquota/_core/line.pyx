@@ -741,6 +741,7 @@ cdef class WaitTable(GrantTable):
             return
         if was_usable:
             for waiter in tuple(self.unclaimed):    # before the verbs refuse: cancelling is one
+                waiter.error = ManagerClosedError()
                 waiter.leave()
         self.closed = True
         self.fine_until_ns = REFUSES

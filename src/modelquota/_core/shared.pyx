@@ -519,8 +519,9 @@ cdef class SharedState:
             if outcome == BUSY:
                 self.pause()
         if outcome == OTHER_CLOCK:
-            self.refuse("it was opened with another kind of clock in the meantime")
             self._require_clock()
+            self.refuse("it is open with another kind of clock: a ManualClock, or the monotonic one")
+            self.require_open()
         if self.manual is None:
             self.offset_ns = self.shared.header.clock_offset_ns - shift_ns
         return 0
@@ -624,6 +625,15 @@ cdef void give_chunk_back(Pool* pool, uint32_t chunk, uint32_t me) noexcept:
     swap_word(&pool.owners[chunk], me, 0)
 
 
+cdef bint is_anybody_else(const Shared* shared) noexcept nogil:
+    """Whether another process or manager has a seat."""
+    cdef uint32_t seat
+    for seat in range(1, shared.header.seats_used + 1):
+        if seat != (shared.me & (SEATS - 1)) and is_taken(shared.fd, seat):
+            return True
+    return False
+
+
 cdef int anchor_time(
     const Shared* shared, const char* boot, int64_t wall_ns, int64_t mono_ns, uint32_t kind
 ) noexcept nogil:
@@ -633,7 +643,7 @@ cdef int anchor_time(
     if not lock_registry(shared, SLICE_NS):
         return BUSY
     if header.clock_kind != kind:
-        if header.clock_kind != 0 and header.row_count != 0:
+        if header.clock_kind != 0 and (header.row_count != 0 or is_anybody_else(shared)):
             unlock_registry(shared)
             return OTHER_CLOCK
         header.clock_kind = kind

@@ -409,14 +409,14 @@ cdef class RowHandle:
 
     def __dealloc__(self):
         cdef QuotaTable manager = self.manager
+        cdef RowRef ref = self.ref
+        cdef int outcome = 0
         if self.record == NULL or self.forks != fork_count() or not manager.usable():
             return
-        try:
-            if self.ref is not None:
-                self.change(self.ref, False)
-        except BaseException:
-            return                      # interrupted while the row stays locked: the model is not forgotten, no more
-        give_record(&manager.shared.grant_pool, self.record, manager.shared.me)
+        if ref is not None:
+            outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, False, &manager.shared, 0)
+        if outcome != LOCKED_OUT:       # otherwise the record stays, and with it the model's place: nobody is held up
+            give_record(&manager.shared.grant_pool, self.record, manager.shared.me)
 
     cdef int change(self, RowRef ref, bint bind) except -1:
         """Count this handle, or count it no more; False if its model has gone."""
