@@ -356,3 +356,16 @@ def test_who_only_reads_a_file_is_no_process_that_shares_it(path):
         assert inspect_file(path).processes == 1
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize("limits", [{"on_violation": "warn"}, {"shadow_limits": ["concurrency"]}, {}])
+def test_a_file_opens_while_a_model_admits_past_its_concurrency(path, limits):
+    """What is admitted while no room is left takes from that, below nothing."""
+    manager = ResourceQuotaManager(path=path)
+    manager.set_quota("full", max_concurrent_requests=1, **limits)
+    manager.enforcement_enabled = bool(limits)
+    with manager.reserve("full", 1):
+        for _ in range(3):
+            assert manager.check_quota("full", 1)
+            ResourceQuotaManager(path=path).close()
+            assert verify_file(path) == []

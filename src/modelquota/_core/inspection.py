@@ -476,10 +476,10 @@ def sum_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
             bad = (used < 0) | (used > _MAX_COUNT) | (here < 0)
             yield from _each(part, alive & bad, f"the {what} of window {window} are no count")
             least = np.minimum(least, np.minimum(limit[what][:, window], _MAX_COUNT) - used)
-        if what == "requests":
-            held_up = (ledgers["concurrent"] >= ledgers["max_concurrent"]) | (ledgers["waiting"] != 0)
-            least = np.where(held_up & (least > 0), 0, least)
         unlike = np.asarray(least != room[what], np.bool_)
+        if what == "requests":  # no room is left while that holds, and what is admitted all the same takes more
+            held_up = (ledgers["concurrent"] >= ledgers["max_concurrent"]) | (ledgers["waiting"] != 0)
+            unlike = np.where(held_up, room[what] > np.minimum(least, 0), unlike)
         yield from _each(part, alive & unlike, f"the {what} that are left are not what the limits leave")
 
 
