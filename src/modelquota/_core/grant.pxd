@@ -2,7 +2,6 @@ from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.decision cimport Ask, Charge
 from modelquota._core.hold cimport Hold
 from modelquota._core.joint cimport Joint
-from modelquota._core.layout cimport Shared
 from modelquota._core.state cimport RowRef
 from modelquota._core.table cimport QuotaTable
 
@@ -22,7 +21,10 @@ cdef struct Ending:
 
 
 cdef class Deferred:
-    cdef Grant grant
+    cdef RowRef ref
+    cdef Hold party
+    cdef Charge* charges
+    cdef int times
     cdef Ending ending
 
 
@@ -56,7 +58,6 @@ cdef class Grant:
     cdef bint charge_more(self) except -1
     cdef int reserve_charges(self) except -1
     cdef int finish(self, int64_t tokens, bint undo, bint close) except -1
-    cdef int finish_party(self, const Ending* ending, int64_t now_ns, const Shared* shared, int64_t patience_ns) noexcept nogil
     cdef bint finish_or_defer(self, const Ending* ending) except -1
     cdef int take_back(self, Joint* joint, int64_t now_ns) except -1
     cdef int tell(self, uint32_t parties) except -1

@@ -280,65 +280,24 @@ cdef class Grant:
 
     cdef bint finish_or_defer(self, const Ending* ending) except -1:
         """See to one model; whether requests wait for it."""
-        cdef Deferred later
         cdef QuotaTable manager = self.manager
+        cdef const Hold* party = self.hold(ending.party)
+        cdef const Charge* charges = self.charge_of(0, ending.party)
         cdef int64_t now_ns = manager.now_ns() if ending.surplus != 0 or ending.undo else 0
         cdef int outcome = LOCKED_OUT
-        if not is_deferred(manager, self.hold(ending.party).row):   # what was put off before comes first
-            outcome = self.finish_party(ending, now_ns, &manager.shared, 0)
+        if not is_deferred(manager, party.row):     # what was put off before comes first
+            outcome = finish_party(party, charges, self.parties, self.times, ending, now_ns, &manager.shared, 0)
             if outcome == LOCKED_OUT:
                 manager.inside += 1
                 with nogil:
-                    outcome = self.finish_party(ending, now_ns, &manager.shared, END_PATIENCE_NS)
+                    outcome = finish_party(party, charges, self.parties, self.times, ending, now_ns, &manager.shared,
+                                           END_PATIENCE_NS)
                 manager.exit()
         if outcome == LOCKED_OUT:
-            later = Deferred.__new__(Deferred)
-            later.grant = self
-            later.ending = ending[0]
-            manager.deferred.append(later)
+            manager.deferred.append(defer(self, ending))
         elif ending.close:
-            give_record(&manager.shared.grant_pool, self.hold(ending.party).record, manager.shared.me)
+            give_record(&manager.shared.grant_pool, party.record, manager.shared.me)
         return outcome == WAITED_FOR
-
-    cdef int finish_party(
-        self, const Ending* ending, int64_t now_ns, const Shared* shared, int64_t patience_ns
-    ) noexcept nogil:
-        """finish() for one model, from lock to unlock. Takes the row's lock."""
-        cdef Hold* party = self.hold(ending.party)
-        cdef Row* row = party.row
-        cdef Ledger* ledger = party.ledger
-        cdef int64_t left = ending.surplus
-        cdef int64_t part
-        cdef int time
-        cdef bint alive, waiting
-        cdef Charge* charge
-        cdef Charge charged
-        if not lock_row(row, shared, patience_ns):
-            return LOCKED_OUT
-        alive = row.generation == party.generation
-        if alive and (left != 0 or ending.undo):
-            pass_time(row, ledger, now_ns)
-            if left < 0:
-                charge_tokens(row, ledger, -left, is_trial(row, ledger, shared.header.enforcing), &charged)
-            for time in range(self.times - 1, -1, -1):
-                if left <= 0 and not (ending.undo and time == 0):
-                    continue
-                charge = self.charge_of(time, ending.party)
-                part = min(max(left, <int64_t> 0), charge.tokens)
-                refund(row, ledger, 1 if ending.undo and time == 0 else 0, part, charge)
-                left -= part
-        if party.record.seat == shared.me:      # otherwise others took this process for dead, and gave it back
-            if ending.close and alive:
-                let_go(row, ledger, party.record)
-            elif ending.close:
-                party.record.seat = 0
-            elif alive:
-                settle_tokens(ledger, party.record)
-        waiting = alive and ledger.waiting != 0
-        if shared.header.full_until_ns != 0:    # the model may be as good as new now
-            shared.header.full_until_ns = 0
-        unlock(&row.lock)
-        return WAITED_FOR if waiting else DONE
 
     cdef int tell(self, uint32_t parties) except -1:
         """Let those try again who wait for these; whatever that raises, all are told, and then it is raised."""
@@ -419,17 +378,80 @@ cdef bint refund_rows(Joint* joint, int64_t now_ns, const Shared* shared, int64_
     return True
 
 
+cdef int finish_party(
+    const Hold* party, const Charge* charges, int stride, int times, const Ending* ending, int64_t now_ns,
+    const Shared* shared, int64_t patience_ns
+) noexcept nogil:
+    """The end of a grant at one model, from lock to unlock. Takes the row's lock.
+
+    `charges` are `times`, every `stride`th of which is this model's.
+    """
+    cdef Row* row = party.row
+    cdef Ledger* ledger = party.ledger
+    cdef int64_t left = ending.surplus
+    cdef int64_t part
+    cdef int time
+    cdef bint alive, waiting
+    cdef const Charge* charge
+    cdef Charge charged
+    if not lock_row(row, shared, patience_ns):
+        return LOCKED_OUT
+    alive = row.generation == party.generation
+    if alive and (left != 0 or ending.undo):
+        pass_time(row, ledger, now_ns)
+        if left < 0:
+            charge_tokens(row, ledger, -left, is_trial(row, ledger, shared.header.enforcing), &charged)
+        for time in range(times - 1, -1, -1):
+            if left <= 0 and not (ending.undo and time == 0):
+                continue
+            charge = &charges[time * stride]
+            part = min(max(left, <int64_t> 0), charge.tokens)
+            refund(row, ledger, 1 if ending.undo and time == 0 else 0, part, charge)
+            left -= part
+    if party.record.seat == shared.me:      # otherwise others took this process for dead, and gave it back
+        if ending.close and alive:
+            let_go(row, ledger, party.record)
+        elif ending.close:
+            party.record.seat = 0
+        elif alive:
+            settle_tokens(ledger, party.record)
+    waiting = alive and ledger.waiting != 0
+    if shared.header.full_until_ns != 0:    # the model may be as good as new now
+        shared.header.full_until_ns = 0
+    unlock(&row.lock)
+    return WAITED_FOR if waiting else DONE
+
+
+cdef class Deferred:
+    """The end of a grant at one model, put off because the row stayed locked. It does not need the grant any more."""
+
+    def __dealloc__(self):
+        free(self.charges)
+
+
+cdef Deferred defer(Grant grant, const Ending* ending):
+    """What is to be done later, without a reference to the grant, which may be on its way out."""
+    cdef Deferred later = Deferred.__new__(Deferred)
+    cdef int time
+    later.ref = grant.ref_of(ending.party)
+    later.party = grant.hold(ending.party)[0]
+    later.ending = ending[0]
+    later.charges = <Charge*> malloc(grant.times * sizeof(Charge))
+    if later.charges == NULL:
+        raise MemoryError()
+    for time in range(grant.times):
+        later.charges[time] = grant.charge_of(time, ending.party)[0]
+    later.times = grant.times
+    return later
+
+
 cdef bint is_deferred(QuotaTable manager, const Row* row) noexcept:
     """Whether the end of a grant of this row's was put off."""
     cdef Deferred later
     for later in manager.deferred:
-        if later.grant.hold(later.ending.party).row == row:
+        if later.party.row == row:
             return True
     return False
-
-
-cdef class Deferred:
-    """The end of a grant at one model, put off because the row stayed locked."""
 
 
 cdef int finish_deferred(QuotaTable manager) except -1:
@@ -444,15 +466,15 @@ cdef int finish_deferred(QuotaTable manager) except -1:
     manager.deferred = []
     for later in todo:
         outcome = LOCKED_OUT
-        if <size_t> later.grant.hold(later.ending.party).row not in locked:
-            outcome = later.grant.finish_party(&later.ending, now_ns, &manager.shared, 0)
+        if <size_t> later.party.row not in locked:
+            outcome = finish_party(&later.party, later.charges, 1, later.times, &later.ending, now_ns, &manager.shared, 0)
         if outcome == LOCKED_OUT:
-            locked.add(<size_t> later.grant.hold(later.ending.party).row)
+            locked.add(<size_t> later.party.row)
             left.append(later)
         elif later.ending.close:
-            give_record(&manager.shared.grant_pool, later.grant.hold(later.ending.party).record, manager.shared.me)
+            give_record(&manager.shared.grant_pool, later.party.record, manager.shared.me)
         if outcome == WAITED_FOR:
-            waited_for.add(later.grant.ref_of(later.ending.party))
+            waited_for.add(later.ref)
     manager.deferred = left + manager.deferred
     for ref in waited_for:
         manager.freed(ref)
