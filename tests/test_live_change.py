@@ -1,8 +1,8 @@
 """A live change of a rate is never a refill, by way of None neither.
 
 The referee keeps the level that would be there if every admission had been charged at its own moment: while there is no
-rate the level goes on draining as before and grows by what is admitted, up to its cap. The core must never be below that,
-and above it only by what one sixtieth of a second has admitted, and not above a cap.
+rate the level goes on draining as before and grows by what is admitted, up to its cap. The core must never be below
+that, and above it only by what one sixtieth of a second has admitted, and not above a cap.
 """
 
 from __future__ import annotations

@@ -284,6 +284,7 @@ cdef class SharedState:
             return 0
         self.verify_seat()
         self._check_file()
+        self.require_open()     # another thread may have closed it in the meantime
         self.fine_until_ns = now_ns + LOOK_NS
         return 0
 
@@ -294,11 +295,13 @@ cdef class SharedState:
         from modelquota._core.statefile import loss_of
 
         fault = loss_of(self.shared.spare_fd, self.path, self.mapping.size)
+        self.require_open()     # of one that another thread has just closed the descriptors are gone
         if fault is not None and fault != self.file_fault:
             from modelquota._log import log
 
             log(40, "%s: %s", self.path, fault)
         self.file_fault = fault
+        self.require_open()
         if fault is not None and os.fstat(self.shared.spare_fd).st_size < self.mapping.size:
             self.refuse(fault)
             self.require_open()
