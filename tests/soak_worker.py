@@ -206,7 +206,9 @@ class Lane:
         self.manager.reserve("memory", 1, 1)
 
     def handle(self) -> None:
-        handle = self.manager.model(self.rng.choice(NAMED[1:]))
+        seen = f"new:{self.rng.randrange(1000)}"
+        self.manager.check_quota(seen, 1)
+        handle = self.manager.model(self.rng.choice((*NAMED[1:], seen)))
         handle.check(1)
         with handle.reserve(2, 1):
             pass
