@@ -38,6 +38,7 @@ class SourceDistribution(sdist):
             "tests/*.py",
             "tests/*.c",
             "tests/*.pyx",
+            "tests/*.pyx",
             "benchmarks/**/*.py",
             "benchmarks/**/*.pyx",
             "benchmarks/**/*.zig",
