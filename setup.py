@@ -38,7 +38,6 @@ class SourceDistribution(sdist):
             "tests/*.py",
             "tests/*.c",
             "tests/*.pyx",
-            "tests/*.pyx",
             "benchmarks/**/*.py",
             "benchmarks/**/*.pyx",
             "benchmarks/**/*.zig",

@@ -59,7 +59,7 @@ def seconds_until_served(manager, **how):
 
 
 @pytest.mark.parametrize("ids", ["line", ("other", "line")], ids=str)
-@pytest.mark.parametrize("decider", ["acquire", "check_quota", "reserve", "another process"])
+@pytest.mark.parametrize("decider", ["acquire", "check_quota", "reserve"])
 def test_a_loop_that_is_parked_blocks_nobody_beyond_its_time(manager, ids, decider):
     """It is first in line, there is room, and nobody runs the loop in which it would be told so."""
     held = manager.reserve("line", 1)
@@ -68,9 +68,6 @@ def test_a_loop_that_is_parked_blocks_nobody_beyond_its_time(manager, ids, decid
         held.release()  # the first is admitted, and cannot come for it; behind it the second waits
         if decider == "acquire":
             manager.acquire("line", 1, timeout=30).release()
-        elif decider == "another process":
-            with forked(lambda: manager.acquire("line", 1, timeout=30).release()):
-                pass
         elif decider == "check_quota":
             until(lambda: manager.check_quota("line", 1))
         else:

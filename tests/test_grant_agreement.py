@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
-from oracle import HOUR_NS, SECOND_NS
-from oracle import rates_of
+from oracle import HOUR_NS, SECOND_NS, rates_of
 from oracle_grants import GrantOracle, OracleGrant
 from soundness import assert_sound, level_now, record_of
 from strategies import UNLIMITED, Arrival, Pause, Step, memory, starts_ns, steps, tokens

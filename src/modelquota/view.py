@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 import numpy as np
 
@@ -20,10 +22,31 @@ from modelquota.reading import QuotaReader
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _TRIES = 8
 _COUNTERS = ("rejected", "throttled", "queued", "waited")
 _KINDS = ("ram", "ssd", "rate", "quota", "concurrency")  # in the order of the layout's violations
 _NAMES_AT_A_TIME = 1024
+
+
+def _reads(method: Callable[Concatenate[QuotaView, _P], _T]) -> Callable[Concatenate[QuotaView, _P], _T]:
+    """Make a method that uses the descriptor: it raises if the view is closed, and keeps the file open till its end."""
+
+    @functools.wraps(method)
+    def reading(self: QuotaView, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with self._guard:
+            if self._closed:
+                raise ManagerClosedError("view")
+            self._readers += 1
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            with self._guard:
+                self._readers -= 1
+                self._let_go()
+
+    return cast("Callable[Concatenate[QuotaView, _P], _T]", reading)
 
 
 class QuotaView(QuotaReader):
@@ -47,7 +70,12 @@ class QuotaView(QuotaReader):
     """
 
     def __init__(self, path: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, trust_file: bool = False) -> None:
+        self._guard = (
+            threading.RLock()
+        )  # guards the three below; a collection may close a view in the middle of another
         self._descriptor = -1
+        self._readers = 0
+        self._closed = False
         self.path = os.path.abspath(os.fsdecode(path))
         self._descriptor, self._max_models = open_existing(self.path, None, os.O_RDONLY, trust_file=trust_file)
         self._lock = threading.Lock()  # guards what has been read of names
@@ -57,8 +85,13 @@ class QuotaView(QuotaReader):
         self._version = -1
 
     def close(self) -> None:
-        """Close the file; again it does nothing."""
-        if self._descriptor >= 0:
+        """Close the file, once the threads that read it just now have done so; again it does nothing."""
+        with self._guard:
+            self._closed = True
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._closed and self._readers == 0 and self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -77,23 +110,24 @@ class QuotaView(QuotaReader):
         return type(self), (self.path,)  # the number of a descriptor is good in this process and for this object only
 
     @property
+    @_reads
     def max_models(self) -> int:
         """How many models the table holds at most."""
         self._reader()
         return self._max_models
 
     @property
+    @_reads
     def enforcement_enabled(self) -> bool:
         """Whether limits are enforced, or only counted."""
         return bool(self._reader().header["enforcing"])
 
+    @_reads
     def list_models(self) -> list[str]:
         """Return the ids of all models that have a quota."""
         return list(self._index(self._reader()))
 
     def _reader(self) -> Reader:
-        if self._descriptor < 0:
-            raise ManagerClosedError("view")
         reader = Reader(self._descriptor, self.path)
         reader.check_header()
         return reader
@@ -166,6 +200,7 @@ class QuotaView(QuotaReader):
             return time.monotonic_ns() + int(header["clock_offset_ns"])
         return int(header["anchor_ns"]) + max(time.time_ns() - int(header["anchor_wall_ns"]), 0)
 
+    @_reads
     def _read(self, model_id: str) -> tuple[dict[str, Any], dict[str, int]] | None:
         for _ in range(_TRIES):
             reader = self._reader()
@@ -181,9 +216,11 @@ class QuotaView(QuotaReader):
         usage, limits = read_copies(part.rows, part.ledgers, self._now_ns(reader.header))
         return limits[0], dict(zip(usage.dtype.names or (), usage[0].tolist(), strict=True))
 
+    @_reads
     def _read_all(self) -> NDArray[np.void]:
         return self._read_table()[0]
 
+    @_reads
     def _read_table(self) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.uint64]]:
         reader = self._reader()
         usage, limits, places = self._rows_of(reader)
@@ -192,10 +229,12 @@ class QuotaView(QuotaReader):
         lives = places[alive, 0].astype(np.uint64) << np.uint64(32) | alive.astype(np.uint64)
         return records, limits if len(alive) == len(limits) else limits[alive], lives
 
+    @_reads
     def _read_retired(self) -> dict[str, int]:
         header = self._reader().header
         return {f"{name}_total": int(header[f"retired_{name}"]) for name in _COUNTERS}
 
+    @_reads
     def _totals(self) -> dict[str, Any]:
         reader = self._reader()
         header = reader.header

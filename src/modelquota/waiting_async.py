@@ -81,7 +81,7 @@ def _running_loop() -> AbstractEventLoop:
         return asyncio.get_running_loop()
     except RuntimeError:
         raise RuntimeError(
-            "acquire_async needs a running asyncio event loop; under trio, or in a plain thread, call acquire in a thread"
+            "acquire_async needs a running asyncio event loop; under trio, or without a loop, call acquire in a thread"
         ) from None
 
 
