@@ -285,7 +285,7 @@ cdef class Grant:
         cdef const Charge* charges = self.charge_of(0, ending.party)
         cdef int64_t now_ns = manager.now_ns() if ending.surplus != 0 or ending.undo else 0
         cdef int outcome = LOCKED_OUT
-        if not is_deferred(manager, party.row):     # what was put off before comes first
+        if not (manager.deferred and is_deferred(manager, party.row)):      # what was put off before comes first
             outcome = finish_party(party, charges, self.parties, self.times, ending, now_ns, &manager.shared, 0)
             if outcome == LOCKED_OUT:
                 manager.inside += 1
@@ -296,7 +296,7 @@ cdef class Grant:
         if outcome == LOCKED_OUT:
             manager.deferred.append(defer(self, ending))
         elif ending.close:
-            give_record(&manager.shared.grant_pool, party.record, manager.shared.me)
+            give_record(&manager.shared.grant_pool, party.record - manager.shared.grants, manager.shared.me)
         return outcome == WAITED_FOR
 
     cdef int tell(self, uint32_t parties) except -1:
@@ -472,7 +472,7 @@ cdef int finish_deferred(QuotaTable manager) except -1:
             locked.add(<size_t> later.party.row)
             left.append(later)
         elif later.ending.close:
-            give_record(&manager.shared.grant_pool, later.party.record, manager.shared.me)
+            give_record(&manager.shared.grant_pool, later.party.record - manager.shared.grants, manager.shared.me)
         if outcome == WAITED_FOR:
             waited_for.add(later.ref)
     manager.deferred = left + manager.deferred

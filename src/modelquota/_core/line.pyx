@@ -264,7 +264,8 @@ cdef class Waiter:
         cdef int i
         for i in range(self.places.count):
             self.places.entries[i].seat = 0
-            give_record(&self.manager.shared.entry_pool, self.places.entries[i], self.manager.shared.me)
+            give_record(&self.manager.shared.entry_pool, self.places.entries[i] - self.manager.shared.entries,
+                        self.manager.shared.me)
         self.places.count = 0
         return 0
 
@@ -298,7 +299,8 @@ cdef class Waiter:
         if outcome != DECIDED:
             while self.places.count > first:
                 self.places.count -= 1
-                give_record(&manager.shared.entry_pool, self.places.entries[self.places.count], manager.shared.me)
+                give_record(&manager.shared.entry_pool, self.places.entries[self.places.count] - manager.shared.entries,
+                            manager.shared.me)
             return outcome
         manager.require_open()                  # closed while the rows were waited for
         for ref in refs:

@@ -69,9 +69,8 @@ cdef inline int64_t take_record(Pool* pool) noexcept:
     return <int64_t> chunk * CHUNK + bit
 
 
-cdef inline void give_record(Pool* pool, const void* record, uint32_t me) noexcept:
+cdef inline void give_record(Pool* pool, int64_t number, uint32_t me) noexcept:
     """Take a record back that nobody refers to any more; with the last of a chunk, give the chunk back."""
-    cdef int64_t number = (<const char*> record - pool.records) // pool.record_size
     cdef uint32_t chunk = <uint32_t> (number // CHUNK)
     cdef uint32_t at
     if pool.free[chunk] == 0:

@@ -238,7 +238,7 @@ cdef class GrantTable(QuotaTable):
         cdef int i
         for i in range(joint.count):
             if joint.parties[i].record != NULL:
-                give_record(&self.shared.grant_pool, joint.parties[i].record, self.shared.me)
+                give_record(&self.shared.grant_pool, joint.parties[i].record - self.shared.grants, self.shared.me)
                 joint.parties[i].record = NULL
         return 0
 

@@ -416,7 +416,7 @@ cdef class RowHandle:
         if ref is not None:
             outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, False, &manager.shared, 0)
         if outcome != LOCKED_OUT:       # otherwise the record stays, and with it the model's place: nobody is held up
-            give_record(&manager.shared.grant_pool, self.record, manager.shared.me)
+            give_record(&manager.shared.grant_pool, self.record - manager.shared.grants, manager.shared.me)
 
     cdef int change(self, RowRef ref, bint bind) except -1:
         """Count this handle, or count it no more; False if its model has gone."""
