@@ -1,6 +1,6 @@
 """No thread waits for the GIL with a row locked: a long C call in one process stops a model in no other.
 
-One process has threads in a verb all the time, while its main thread makes C calls that keep the GIL for some 0.3 s each:
+One process has threads in a verb all the time, while another one makes C calls that keep the GIL for some 0.3 s:
 a thread that gave the GIL away between lock and unlock would have the row locked for as long.
 """
 

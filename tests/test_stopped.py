@@ -8,6 +8,9 @@ import contextlib
 import io
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 
@@ -441,3 +444,26 @@ def test_models_that_come_and_go_beside_a_locked_one(manager):
     other.join(PATIENCE)
     assert not thread.is_alive()
     assert not other.is_alive()
+
+
+def test_grants_that_are_forgotten_while_their_row_is_locked_are_not_used_after_they_were_freed():
+    """Their ends are put off beyond their lives. In a process of its own: a fault ends it."""
+    program = """
+        import gc, warnings
+        from modelquota import ResourceQuotaManager
+        from neighbors import FREE, stopped_inside
+        warnings.simplefilter("ignore")
+        manager = ResourceQuotaManager(max_models=8)
+        manager.set_quota("m", **FREE)
+        manager.set_quota("free", **FREE)
+        grants = [manager.reserve(("m", "free"), 5, 1) for _ in range(300)]
+        with stopped_inside(manager, "m"):
+            grants.clear()
+            gc.collect()
+            junk = [bytearray(b"\\xff" * size) for size in range(64, 400) for _ in range(40)]
+        manager.reserve("free", 1).release()
+        print(manager.get_usage("m").concurrent_requests, manager.get_usage("free").concurrent_requests)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=os.path.dirname(__file__))
+    assert ended.stdout == "0 0\n", ended.stderr[-1000:]
