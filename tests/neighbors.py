@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import traceback
@@ -50,6 +51,7 @@ def forked(work: Callable[[], object]) -> Iterator[int]:
     pid = os.fork()
     if pid == 0:
         try:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no test that crashes leaves it behind
             _kept = work()
             os.write(done, b"1")
             while True:
