@@ -13,8 +13,9 @@ from strategies import configs, extreme_configs, tokens
 from structured_fields import parse_list
 from test_asgi_middleware import OPEN
 
-from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import Limit, ManualClock, ModelLockedError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.asgi import Demand, QuotaMiddleware
+from modelquota.asgi.answer import denial as denial_of
 from modelquota.asgi.fields import MOST, bounds_of, go_duration, limit_headers, never_fits
 
 REJECT = OPEN | {"on_violation": "reject"}
@@ -84,6 +85,25 @@ def test_an_hour_that_is_used_up_is_an_insufficient_quota(manager):
     assert response.headers["retry-after"] == "3620"
     assert response.headers["x-should-retry"] == "false"
     assert response.headers["x-ratelimit-reset-tokens"] == "1h0m20s"
+
+
+def test_tokens_that_are_only_reserved_are_no_insufficient_quota(manager):
+    """They may come back any moment: clients are to try again soon, and do not take it for final."""
+    manager.update_quota("m", max_tokens_per_hour=150)
+    with manager.reserve("m", 100) as grant:
+        response = ask(manager, busy_retry_seconds=3)
+        assert response.status == 429
+        assert (response.error["type"], response.error["code"]) == ("tokens", "rate_limit_exceeded")
+        assert (response.headers["retry-after"], response.headers["x-should-retry"]) == ("3", "true")
+        grant.settle(100)
+        assert ask(manager).error["code"] == "insufficient_quota"
+
+
+def test_a_model_that_nobody_can_decide_on_is_service_unavailable(manager):
+    error = ModelLockedError(manager.check_quota("m", 1))
+    answer = denial_of(error, Demand("m", 1), [], 7)
+    assert (answer.status, dict(answer.headers)[b"retry-after"]) == (503, b"7")
+    assert b"its lock is held by a process that does not run" in answer.body
 
 
 def test_no_known_wait_is_service_unavailable(manager):

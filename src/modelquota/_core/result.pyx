@@ -18,6 +18,9 @@ cdef class QuotaCheckResult:
     ----------
     allowed : bool
         Whether the request was admitted, and charged.
+    others_hold : bool
+        Whether what others hold is in the way, which may come back any moment: memory, concurrency, tokens that open grants
+        have reserved and not settled, or a place in the queue before this one.
     current_usage : float
         Percent. Denied: of the violated limit, without this request. Allowed: the highest of all limits, with it.
     model_id : str or None
@@ -92,6 +95,7 @@ cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id):
     result.wait_ms = verdict.retry_after_ms
     result.current_usage = verdict.usage
     if verdict.limit:
+        result.others_hold = verdict.held_up
         result.cause_code = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
         result.model_id = model_id
         result.used = verdict.used
@@ -102,14 +106,16 @@ cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id):
 
 cdef tuple _fields(QuotaCheckResult result):
     return (result.allowed, result.limit_code, result.cause_code, result.action_code, result.wait_ms, result.current_usage,
-            result.used, result.bound, result.asked, result.model_id)
+            result.used, result.bound, result.asked, result.model_id, result.others_hold)
 
 
-def _restore(allowed, limit_code, cause_code, action_code, wait_ms, current_usage, used, bound, asked, model_id):
+def _restore(allowed, limit_code, cause_code, action_code, wait_ms, current_usage, used, bound, asked, model_id,
+             others_hold):
     cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
     if not (0 <= limit_code < len(LIMITS) and 0 <= cause_code < len(LIMITS) and -1 <= action_code < len(ACTIONS)):
         raise ValueError("not the fields of a QuotaCheckResult")
     result.allowed = allowed
+    result.others_hold = others_hold
     result.limit_code = limit_code
     result.cause_code = cause_code
     result.action_code = action_code

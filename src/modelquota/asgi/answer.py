@@ -68,11 +68,11 @@ def denial(
     concurrency is the obstacle, so that nobody knows how long.
     """
     result = error.result
-    message = f"Model {result.model_id}: {result.reason}."
+    message = f"Model {result.model_id}: {result.reason}." if result.reason else f"{error}."
     headers = limit_headers(reports, result)
     wait_ms = result.retry_after_ms
     if wait_ms is not None:
-        return _too_many(message, result, wait_ms, headers)
+        return _too_many(message, result, wait_ms, headers, busy_retry_seconds)
     for report in reports:
         limit = never_fits(report.quota, demand.tokens, demand.ram_mb, demand.ssd_mb)
         if limit is not None:
@@ -84,13 +84,18 @@ def denial(
     return error_answer(503, message, "server_error", "overloaded", None, headers)
 
 
-def _too_many(message: str, result: QuotaCheckResult, wait_ms: int, headers: list[Header]) -> Answer:
+def _too_many(
+    message: str, result: QuotaCheckResult, wait_ms: int, headers: list[Header], busy_retry_seconds: int
+) -> Answer:
+    spent = result.violation_type is ViolationType.QUOTA_LIMIT
+    if spent and result.others_hold:  # tokens that are only reserved are not spent: they may come back any moment
+        spent, wait_ms = False, min(wait_ms, busy_retry_seconds * 1000)
     headers += (
         (b"retry-after", b"%d" % max(-(-wait_ms // 1000), 1)),
         (b"retry-after-ms", b"%d" % wait_ms),
         (b"x-should-retry", b"true" if wait_ms <= MOST_PATIENCE_MS else b"false"),
     )
-    if result.violation_type is ViolationType.QUOTA_LIMIT:
+    if spent:
         return error_answer(429, message, "insufficient_quota", "insufficient_quota", None, headers)
     unit = "requests" if result.limit is None else result.limit.unit
     return error_answer(429, message, unit, "rate_limit_exceeded", None, headers)
