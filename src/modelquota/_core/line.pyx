@@ -378,12 +378,12 @@ cdef class Line:
         cdef Py_ssize_t i = 0
         cdef int unknown, k
         cdef bint busy = False
+        cdef int64_t next_ns = FAR      # is told at the end: in between, another thread may look how long it is to sleep
         cdef int64_t now_ns = manager.now_ns()
         manager.bury()
         if manager.deferred:
             finish_deferred(manager)
         manager.reclaim(now_ns)
-        self.next_ns = FAR
         self.see_to_deadlines(told, others, now_ns)
         while i < len(self.order):
             waiter = self.order[i]
@@ -430,21 +430,22 @@ cdef class Line:
                 self.again = True
                 break
             if verdict.wait_ns != NEVER:
-                self.next_ns = min(self.next_ns, now_ns + verdict.wait_ns)
+                next_ns = min(next_ns, now_ns + verdict.wait_ns)
             if self.ref.ledger.action == QUEUE and not verdict.aside:
                 break
             if waiter.held_up_by is self.ref:
                 blocked = waiter
             i += 1
         for waiter in manager.unclaimed:
-            self.next_ns = min(self.next_ns, waiter.deadline_ns)
+            next_ns = min(next_ns, waiter.deadline_ns)
         if busy:
             self.busy_ns = min(2 * self.busy_ns, LONGEST_BUSY_NS) if self.busy_ns else BUSY_NS
-            self.next_ns = min(self.next_ns, now_ns + self.busy_ns)
+            next_ns = min(next_ns, now_ns + self.busy_ns)
         else:
             self.busy_ns = 0
         if not manager.alone():
-            self.next_ns = min(self.next_ns, now_ns + LOOK_NS * (1 + len(manager.lines) // LINES_AT_ONCE))
+            next_ns = min(next_ns, now_ns + LOOK_NS * (1 + len(manager.lines) // LINES_AT_ONCE))
+        self.next_ns = next_ns
         return 0
 
     cdef int see_to_deadlines(self, list told, list others, int64_t now_ns) except -1:
