@@ -16,6 +16,7 @@ from neighbors import FREE, LINE, forked
 from modelquota import QuotaExceededError, ResourceQuotaManager
 
 SECONDS = 4.0
+ATTEMPTS = 3
 
 
 def settle(manager):
@@ -96,17 +97,22 @@ def test_a_long_c_call_of_one_process_stops_a_model_in_no_other(tmp_path, work):
 
     with forked(hog), forked(keep_busy):
         os.sched_yield()
-        end = time.monotonic() + SECONDS
-        took = {"m": [], "nobody else's": []}
         manager.set_quota("nobody else's", **FREE)
-        while time.monotonic() < end:
-            for model_id, seconds in took.items():
-                start = time.perf_counter()
-                manager.check_quota(model_id, 1)
-                seconds.append(time.perf_counter() - start)
-    worst = {model_id: max(seconds) for model_id, seconds in took.items()}
-    assert statistics.median(took["m"]) < 0.01
-    # the machine is busy: what a check of another model suffers, this one may suffer too
-    assert worst["m"] < max(0.15, 3 * worst["nobody else's"]), worst
-    stalls = sum(seconds for seconds in took["m"] if seconds > 0.1)
-    assert stalls < 0.1 * SECONDS + 3 * worst["nobody else's"], stalls
+        for _ in range(ATTEMPTS):  # the fault shows in each; a machine that is busy with other things does not
+            took = {"m": [], "nobody else's": []}
+            end = time.monotonic() + SECONDS
+            while time.monotonic() < end:
+                for model_id, seconds in took.items():
+                    start = time.perf_counter()
+                    manager.check_quota(model_id, 1)
+                    seconds.append(time.perf_counter() - start)
+            worst = {model_id: max(seconds) for model_id, seconds in took.items()}
+            stalls = sum(seconds for seconds in took["m"] if seconds > 0.1)
+            # what a check of another model suffers, this one may suffer too
+            if (
+                statistics.median(took["m"]) < 0.01
+                and worst["m"] < max(0.15, 3 * worst["nobody else's"])
+                and stalls < 0.1 * SECONDS + 3 * worst["nobody else's"]
+            ):
+                return
+    raise AssertionError((worst, stalls))
