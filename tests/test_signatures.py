@@ -45,9 +45,14 @@ def without_self(signature):
 def test_a_hot_verb_tells_its_parameters(verb, shown):
     assert without_self(inspect.signature(verb)) == shown
     text = pydoc.plain(pydoc.render_doc(verb))
-    assert f"{verb.__name__}(self, /{', ' if shown != '()' else ''}{shown[1:]}" in text
+    assert joined(f"{verb.__name__}(self, /{', ' if shown != '()' else ''}{shown[1:]}") in joined(text)
     if not verb.__name__.startswith("__"):
         assert verb.__doc__[0].isupper(), "the text begins with what the verb does"
+
+
+def joined(text):
+    """Without white space: from Python 3.13 on, pydoc gives a long signature a line for each parameter (in a class, behind a bar)."""
+    return "".join(text.replace("|", "").split())
 
 
 def verbs_of(scope):
@@ -122,5 +127,6 @@ def test_help_of_the_manager_has_the_verbs_with_their_parameters():
     with redirect_stdout(io.StringIO()) as shown:
         pydoc.doc(ResourceQuotaManager, output=shown)
     text = shown.getvalue()
-    assert "check_quota(self, /, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0)\n" in text
+    shown_verb = "check_quota(self, /, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0)"
+    assert joined(shown_verb) in joined(text)
     assert "(...)" not in text
