@@ -51,7 +51,7 @@ def test_a_hot_verb_tells_its_parameters(verb, shown):
 
 
 def joined(text):
-    """Without white space: from Python 3.13 on, pydoc gives a long signature a line for each parameter (in a class, behind a bar)."""
+    """Without white space and bars: pydoc of Python 3.13 and later gives each parameter a line."""
     return "".join(text.replace("|", "").split())
 
 
