@@ -20,7 +20,7 @@ from modelquota._core.hold cimport Hold
 from modelquota._core.joint cimport (
     BUSY_ROW, DECIDED, GONE, Joint, NOBODY, Places, first_gone, lock_rows, unlock_rows
 )
-from modelquota._core.layout cimport Ledger, MAX_TIME_NS, QueueEntry, Row, Shared
+from modelquota._core.layout cimport MAX_TIME_NS, QueueEntry, Row, Shared
 from modelquota._core.lock cimport SLICE_NS, unlock
 from modelquota._core.pool cimport give_record
 from modelquota._core.queue cimport drop_expired, link_entry, unlink_entry

@@ -1,5 +1,5 @@
 from cpython.object cimport PyObject
-from libc.stdint cimport INT64_MIN, int64_t, uint32_t
+from libc.stdint cimport INT64_MIN, int64_t
 from modelquota._core.clock cimport ManualClock, monotonic_ns
 from modelquota._core.layout cimport GrantRecord, Pool, QueueEntry, Shared
 

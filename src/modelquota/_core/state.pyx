@@ -17,7 +17,7 @@ from modelquota._core.packing cimport pack, unpack
 from modelquota._core.queue cimport count_counted, drop_expired
 from modelquota._core.records cimport Records
 from modelquota._core.registry cimport (
-    ANY_ROW, DONE, NAME_UNIT, OTHER_VERSION, REGISTRY_BUSY, TABLE_FULL, enter, leave, lock_registry, replace_limits,
+    ANY_ROW, DONE, NAME_UNIT, REGISTRY_BUSY, TABLE_FULL, enter, leave, lock_registry, replace_limits,
     unlock_registry
 )
 from modelquota._core.repair cimport lock_row, put_right, try_row
