@@ -262,6 +262,22 @@ def test_a_counter_that_would_overflow_a_sum_is_refused(workshop, field):
     assert dtype.base.itemsize == 8
 
 
+@pytest.mark.parametrize("mask", [1, 1 << 11, 0xFFFF])
+def test_shadow_limits_that_do_not_exist_are_refused(workshop, mask):
+    at = LAYOUT["row"].fields["shadow"][1]
+    workshop.write([(REGIONS.rows + at, mask.to_bytes(2, "little"))], [])
+    with pytest.raises(StateFileError, match="shadow limits"):
+        ResourceQuotaManager(path=workshop.path)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_count_of_rows_below_one_that_was_used_is_refused(workshop, count):
+    at = LAYOUT["header"].fields["row_count"][1]
+    workshop.write([(at, count.to_bytes(8, "little"))], [])
+    with pytest.raises(StateFileError, match="row_count"):
+        ResourceQuotaManager(path=workshop.path)
+
+
 @pytest.mark.parametrize("field", ["ram_mb", "ssd_mb", "tokens"])
 def test_a_grant_that_holds_what_nobody_can_have_is_refused(workshop, field):
     at = LAYOUT["grant"].fields[field][1]

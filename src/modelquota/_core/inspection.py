@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from modelquota._core.packing import dtypes, encode_rate
 from modelquota._core.shared import FACTS, layout_fingerprint, regions_for
 from modelquota.errors import StateFileError
+from modelquota.limits import SHADOW_NAMES, Limit
 
 MAX_MODELS_LIMIT = 2**24
 MAGIC = FACTS["magic"]
@@ -61,6 +62,7 @@ _CHUNK = 64
 _RECORDS = _CHUNK * _CHUNKS
 _NO_RATE = 255
 _WIDEST_SHIFT = 95
+_SHADOWS = sum(1 << Limit[name.upper()] for name in SHADOW_NAMES)
 
 
 @dataclass
@@ -196,7 +198,7 @@ class Reader:
         sizes = part.ledgers["name_size"].astype(np.int64)
         alive = part.rows["generation"] % 2 == 1
         found = self.names_at(offsets, np.where(alive, sizes, 0), int(part.header["names_used"]))
-        alive &= self.generations(part) == part.rows["generation"]
+        alive &= self.generations(part.first, len(part.rows)) == part.rows["generation"]
         return [name if there else None for name, there in zip(found, alive.tolist(), strict=True)]
 
     def names_at(self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], top: int) -> list[bytes]:
@@ -211,10 +213,10 @@ class Reader:
         starts = (offsets - start).tolist()
         return [block[at : at + size] if size else b"" for at, size in zip(starts, sizes.tolist(), strict=True)]
 
-    def generations(self, part: Part) -> NDArray[np.uint32]:
-        """The generations of a part's rows as they are now."""
+    def generations(self, first: int, count: int) -> NDArray[np.uint32]:
+        """The generations of some rows as they are now."""
         dtype = self.layout["row"]
-        rows = self._read(dtype, len(part.rows), self.regions.rows + part.first * dtype.itemsize)
+        rows = self._read(dtype, count, self.regions.rows + first * dtype.itemsize)
         return np.asarray(rows["generation"], np.uint32)
 
     def name_of(self, row: int) -> bytes | None:
@@ -226,7 +228,8 @@ class Reader:
         part = self.part(row, 1)
         (name,), other_name = self.names(part), self.name_of(other)
         # The first row's model was there before and after the other one's was, and so was its name.
-        return name is not None and name == other_name and bool((self.generations(part) == part.rows["generation"])[0])
+        there = self.generations(row, 1)[0] == part.rows["generation"][0]
+        return name is not None and name == other_name and bool(there)
 
 
 def _same(copies: tuple[NDArray[Any], NDArray[Any]], again: tuple[NDArray[Any], NDArray[Any]]) -> NDArray[np.bool_]:
@@ -268,7 +271,7 @@ def lasting(found: Iterable[str], look: Callable[[], Iterable[str]]) -> list[str
 
 def content_faults(reader: Reader) -> Iterator[str]:
     """Say what makes no sense behind a header that has been checked."""
-    for judge in (_judge_staged, _judge_held, _judge_entries):
+    for judge in (_judge_staged, _judge_next_row, _judge_held, _judge_entries):
         yield from lasting(judge(reader), functools.partial(judge, reader))
     holders: dict[bytes, int] = {}
     for part in reader.parts():
@@ -280,6 +283,16 @@ def _judge_staged(reader: Reader) -> Iterator[str]:
     header = reader.read_header()
     if int(header["staged_row"]) >= 0:
         yield from staged_faults(header)
+
+
+def _judge_next_row(reader: Reader) -> Iterator[str]:
+    """Say whether the next row to be used has been used already: the count of rows is too low."""
+    header = reader.read_header()
+    count = int(header["row_count"])
+    if count == int(header["max_models"]) or header["registry_lock"] or header["registry_broken"]:
+        return  # in the last two cases a model may be entering
+    if reader.generations(count, 1)[0] != 0 and int(reader.read_header()["row_count"]) == count:
+        yield f"row {count} was used, but row_count is {count}"
 
 
 def _judge_held(reader: Reader) -> Iterator[str]:
@@ -384,7 +397,8 @@ def staged_faults(header: Any) -> Iterator[str]:
         if not _is_encoded(one) or not _is_limit(staged[f"{what}_limits"]).all():
             yield f"the {what} limits that are being changed are none"
     caps = np.array([staged[name] for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent")])
-    if not _is_limit(caps).all() or not 0 <= int(staged["max_queued"]) <= _MAX_COUNT or int(staged["action"]) > 3:
+    known = int(staged["action"]) <= 3 and not int(staged["shadow"]) & ~_SHADOWS
+    if not _is_limit(caps).all() or not 0 <= int(staged["max_queued"]) <= _MAX_COUNT or not known:
         yield "the limits that are being changed are none"
     if not 0 <= float(staged["grace_period_sec"]) < math.inf:
         yield "the grace period that is being changed is no time"
@@ -398,6 +412,7 @@ def limit_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
     for name in ("max_queued", "burst_requests", "burst_tokens"):
         count = (ledgers[name] >= 0) & (ledgers[name] <= _MAX_COUNT)
         yield from _each(part, alive & ~count, f"its {name} is no count")
+    yield from _each(part, alive & (rows["shadow"] & ~np.uint16(_SHADOWS) != 0), "its shadow limits are unknown")
     with np.errstate(invalid="ignore"):
         grace = ledgers["grace_period_sec"]
         yield from _each(part, alive & ~((grace >= 0) & np.isfinite(grace)), "its grace period is no time")

@@ -294,12 +294,15 @@ cdef class QuotaState(SharedState):
 
         `named`: somebody configured this very id, which keeps it from being forgotten.
         """
-        cdef Limits expected, limits
-        cdef RowRef ref
-        ref = self.find(old.model_id)
-        pack(old, &expected)
+        cdef Limits before, expected, limits
+        cdef Usage usage
+        cdef RowRef ref = self.find(old.model_id)
+        pack(old, &before)
         pack(new, &limits)
-        return ref is not None and self.change_limits(ref, &limits, &expected, named) == DONE
+        # As configs: callers try again with what get_quota() returns, which then cannot differ forever.
+        if ref is None or not self.read(ref, self.now_ns(), &usage, &expected) or unpack(&before) != unpack(&expected):
+            return False
+        return self.change_limits(ref, &limits, &expected, named) == DONE
 
     def _forget(self, model_id):
         """Remove a model; True if it was known."""
