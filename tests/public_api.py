@@ -49,10 +49,10 @@ from modelquota.asgi.request import ASGIApp, Scope
 from modelquota.memory import MemoryProbe, ModelRegistry, ReportsMemory, register_models
 from modelquota.otel import instrument
 from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
-from modelquota.quotafile import Quotas
+from modelquota.quota.file import Quotas
+from modelquota.quota.schema import quota_file_schema
 from modelquota.reload import QuotaReloader, Reloaded
 from modelquota.replay import ReplayReport, replay
-from modelquota.schema import quota_file_schema
 from modelquota.stateinfo import StateFileInfo, inspect_file, verify_file
 from modelquota.trace import Trace, read_trace
 from modelquota.utilization import Utilization, read_utilization

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelquota.config import MAX_COUNT, QuotaChanges, QuotaFields, ResourceQuotaConfig
 from modelquota.errors import QuotaConfigError
-from modelquota.limits import SHADOW_NAMES, Limit, ViolationAction, shadow_mask, shadow_names
+from modelquota.quota.config import MAX_COUNT, QuotaChanges, QuotaFields, ResourceQuotaConfig
+from modelquota.quota.limits import SHADOW_NAMES, Limit, ViolationAction, shadow_mask, shadow_names
 
 NO_LIMIT = ', or no limit (None; "unlimited" in a quota file)'
 NO_RATE_LIMIT = ', or no limit (None or inf; "unlimited" in a quota file)'

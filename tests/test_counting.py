@@ -18,9 +18,9 @@ from modelquota.alerts import AlertMonitor, AlertRule, Severity, check_alerts
 from modelquota.asgi.page import page_state
 from modelquota.cli.status import print_status, print_status_json
 from modelquota.cli.top import Top
-from modelquota.limits import Limit, ViolationAction
 from modelquota.otel import instrument
 from modelquota.prometheus import QuotaCollector
+from modelquota.quota.limits import Limit, ViolationAction
 from modelquota.utilization import LIMITS, Utilization, denying, read_utilization
 
 

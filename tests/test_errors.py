@@ -15,7 +15,7 @@ from modelquota.errors import (
     TraceError,
     UnknownModelError,
 )
-from modelquota.limits import Limit, ViolationAction, ViolationType
+from modelquota.quota.limits import Limit, ViolationAction, ViolationType
 
 ACCEPTED = "an integer from 0 to 2**62"
 CASES = [

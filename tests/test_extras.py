@@ -35,7 +35,7 @@ def test_what_needs_no_extra_imports_without_any():
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({OPTIONAL}))
-import modelquota.alerts, modelquota.adjust, modelquota.memory, modelquota.reload, modelquota.schema
+import modelquota.alerts, modelquota.adjust, modelquota.memory, modelquota.reload, modelquota.quota.schema
 import modelquota.utilization
 """
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)

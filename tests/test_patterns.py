@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelquota import ManualClock, QuotaConfigError, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.patterns import QuotaTemplates, overlaid
+from modelquota.quota.patterns import QuotaTemplates, overlaid
 
 ACCEPTED = "an id, or a pattern with * at its end and nowhere else, 1 to 255 bytes of UTF-8"
 

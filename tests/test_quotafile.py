@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modelquota import ResourceQuotaManager
-from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import QuotaFileError
-from modelquota.limits import SHADOW_NAMES, ViolationAction
-from modelquota.quotafile import Quotas, load_quotas
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.file import Quotas, load_quotas
+from modelquota.quota.limits import SHADOW_NAMES, ViolationAction
 
 Write = Callable[[str], pathlib.Path]
 RAM = 'an integer from 0 to 2**62 MB, or no limit (None; "unlimited" in a quota file)'

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelquota.config import MAX_COUNT, ResourceQuotaConfig
+from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig
 from modelquota.report import ModelReport, QuotaStats, ResourceUsage, model_report, percent, status_lines
 
 UNLIMITED = ResourceQuotaConfig(

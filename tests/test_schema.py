@@ -6,7 +6,7 @@ import pytest
 from jsonschema import Draft4Validator
 
 from modelquota import Limit, QuotaFileError, ResourceQuotaConfig, load_quotas
-from modelquota.schema import quota_file_schema
+from modelquota.quota.schema import quota_file_schema
 
 FIELDS = ResourceQuotaConfig("m").to_dict()
 del FIELDS["model_id"]

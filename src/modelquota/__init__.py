@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from modelquota._core.clock import ManualClock
 from modelquota._core.grant import Grant
 from modelquota._core.result import QuotaCheckResult
-from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import (
     CapacityError,
     GrantClosedError,
@@ -20,12 +19,13 @@ from modelquota.errors import (
     TraceError,
     UnknownModelError,
 )
-from modelquota.limits import Limit, ViolationAction, ViolationType
 from modelquota.manager import ModelQuota, ResourceQuotaManager
 from modelquota.metering import meter
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.limits import Limit, ViolationAction, ViolationType
 
 if TYPE_CHECKING:
-    from modelquota.quotafile import load_quotas
+    from modelquota.quota.file import load_quotas
     from modelquota.report import ModelReport, QuotaStats, ResourceUsage
 
 __version__ = "0.1.0"
@@ -63,7 +63,7 @@ _LATER = {
     "ModelReport": "modelquota.report",
     "QuotaStats": "modelquota.report",
     "ResourceUsage": "modelquota.report",
-    "load_quotas": "modelquota.quotafile",
+    "load_quotas": "modelquota.quota.file",
 }
 
 

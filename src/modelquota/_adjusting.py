@@ -23,7 +23,7 @@ from modelquota._core.beside import (
     remove_dead_drafts,
     remove_draft,
 )
-from modelquota.config import ResourceQuotaConfig
+from modelquota.quota.config import ResourceQuotaConfig
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager

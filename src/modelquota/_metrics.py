@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from modelquota._counting import DENIED, denied_by_action
-from modelquota.config import ResourceQuotaConfig
-from modelquota.limits import ViolationAction, ViolationType
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.limits import ViolationAction, ViolationType
 from modelquota.utilization import Utilization, denying, read_utilization, window_limit
 
 if TYPE_CHECKING:

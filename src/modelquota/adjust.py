@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from modelquota._adjusting import Entries, Journal
 from modelquota._extras import extra
 from modelquota._periodic import Periodic
-from modelquota.config import MAX_COUNT, ResourceQuotaConfig
-from modelquota.limits import ViolationAction
+from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig
+from modelquota.quota.limits import ViolationAction
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from modelquota._periodic import Periodic
-from modelquota.limits import Limit
+from modelquota.quota.limits import Limit
 from modelquota.utilization import LIMITS, Utilization, read_utilization
 
 if TYPE_CHECKING:

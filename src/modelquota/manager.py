@@ -17,11 +17,11 @@ from modelquota._core.result import QuotaCheckResult
 from modelquota._core.table import RowHandle
 from modelquota._log import log as _log
 from modelquota._log import logger
-from modelquota.config import MAX_COUNT, ResourceQuotaConfig, plain_model_id, require_fields
 from modelquota.errors import UnknownModelError
-from modelquota.limits import ViolationAction
 from modelquota.metering import limit
-from modelquota.patterns import DefaultQuota, QuotaTemplates
+from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig, plain_model_id, require_fields
+from modelquota.quota.limits import ViolationAction
+from modelquota.quota.patterns import DefaultQuota, QuotaTemplates
 from modelquota.reading import QuotaReader
 from modelquota.waiting import acquire
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from modelquota._periodic import Periodic
-from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import UnknownModelError
+from modelquota.quota.config import ResourceQuotaConfig
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager

@@ -6,7 +6,7 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from modelquota.config import ResourceQuotaConfig
+from modelquota.quota.config import ResourceQuotaConfig
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from modelquota._extras import extra
-from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import CapacityError, QuotaError, QuotaFileError
-from modelquota.patterns import DefaultQuota, overlaid
-from modelquota.quotafile import Quotas, load_quotas
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.file import Quotas, load_quotas
+from modelquota.quota.patterns import DefaultQuota, overlaid
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager

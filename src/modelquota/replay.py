@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from modelquota._core.clock import ManualClock
 from modelquota._tracecells import MAX_SPAN_NS, NS_PER_SECOND, Int64Array
-from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import UnknownModelError
-from modelquota.limits import Limit
 from modelquota.manager import ResourceQuotaManager
-from modelquota.patterns import QuotaTemplates
-from modelquota.quotafile import Quotas
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.file import Quotas
+from modelquota.quota.limits import Limit
+from modelquota.quota.patterns import QuotaTemplates
 from modelquota.trace import Trace
 
 __all__ = ["ModelReplay", "ReplayReport", "replay"]

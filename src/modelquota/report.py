@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .config import ResourceQuotaConfig
+from modelquota.quota.config import ResourceQuotaConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

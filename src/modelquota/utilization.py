@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 
-from modelquota.config import ResourceQuotaConfig
-from modelquota.limits import Limit, ViolationAction
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.limits import Limit, ViolationAction
 from modelquota.reading import quotas_of
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from modelquota._core.packing import dtypes, encode_rate
 from modelquota._core.shared import FACTS, layout_fingerprint, regions_for
 from modelquota.errors import StateFileError
-from modelquota.limits import SHADOW_NAMES, Limit
+from modelquota.quota.limits import SHADOW_NAMES, Limit
 
 MAX_MODELS_LIMIT = 2**24
 MAGIC = FACTS["magic"]

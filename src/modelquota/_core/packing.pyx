@@ -11,7 +11,7 @@ from modelquota._core.layout cimport (
 from modelquota._core.level cimport NO_RATE
 from modelquota._core.usage cimport Usage
 
-from modelquota.limits import ViolationAction, shadow_mask, shadow_names
+from modelquota.quota.limits import ViolationAction, shadow_mask, shadow_names
 
 cdef tuple ACTIONS = tuple(ViolationAction)
 

@@ -1,6 +1,6 @@
 from typing import final
 
-from modelquota.limits import Limit, ViolationAction, ViolationType
+from modelquota.quota.limits import Limit, ViolationAction, ViolationType
 
 @final
 class QuotaCheckResult:

@@ -3,7 +3,7 @@ cimport cython
 
 from modelquota._core.decision cimport QUEUE_PLACE, Verdict
 
-from modelquota.limits import Limit, ViolationAction
+from modelquota.quota.limits import Limit, ViolationAction
 
 cdef tuple LIMITS = (None, *Limit)
 cdef tuple ACTIONS = tuple(ViolationAction)

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelquota._core.shared import SharedState
-from modelquota.config import ResourceQuotaConfig
+from modelquota.quota.config import ResourceQuotaConfig
 
 class QuotaState(SharedState):
     @property

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from modelquota._core.result import QuotaCheckResult
 from modelquota._core.state import QuotaState
-from modelquota.config import ResourceQuotaConfig
+from modelquota.quota.config import ResourceQuotaConfig
 
 class QuotaTable(QuotaState):
     def check_quota(

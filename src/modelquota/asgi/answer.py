@@ -10,7 +10,7 @@ from modelquota._core.result import QuotaCheckResult
 from modelquota.asgi.fields import Header, limit_headers, never_fits
 from modelquota.asgi.request import Demand, RequestRefusedError, Send
 from modelquota.errors import CapacityError, QuotaExceededError
-from modelquota.limits import ViolationType
+from modelquota.quota.limits import ViolationType
 from modelquota.report import ModelReport
 
 MOST_PATIENCE_MS: Final = 60_000

@@ -21,8 +21,8 @@ from starlette.routing import Route
 from modelquota.asgi.middleware import QuotaMiddleware
 from modelquota.asgi.openai import openai_routes
 from modelquota.asgi.request import IncomingRequest, RequestRefusedError
-from modelquota.config import ResourceQuotaConfig
 from modelquota.manager import ResourceQuotaManager
+from modelquota.quota.config import ResourceQuotaConfig
 
 KEY_PREFIX: Final = "key:"
 """What the ids of API keys begin with, and no model does."""

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 from modelquota._core.result import QuotaCheckResult
-from modelquota.config import ResourceQuotaConfig
-from modelquota.limits import Limit
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.limits import Limit
 from modelquota.report import ModelReport, ResourceUsage
 
 Header = tuple[bytes, bytes]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from modelquota.asgi.request import Demand, IncomingRequest, model_name, whole_number
-from modelquota.config import MAX_COUNT
+from modelquota.quota.config import MAX_COUNT
 
 BYTES_PER_TOKEN: Final = 4
 """Bytes of text that are taken for a token: the usual rule for English."""

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequen
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
-from modelquota.config import MAX_MODEL_ID_BYTES
 from modelquota.errors import QuotaError
+from modelquota.quota.config import MAX_MODEL_ID_BYTES
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]

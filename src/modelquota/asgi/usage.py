@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from modelquota._core.grant import Grant
-from modelquota.config import MAX_COUNT
+from modelquota.quota.config import MAX_COUNT
 
 MOST_HELD: Final = 1 << 16
 """Bytes of a response that are kept at most, to find its usage: what comes last, where it is longer."""

@@ -17,7 +17,7 @@ from modelquota.cli import operate, statefile
 from modelquota.cli.answers import answering, say, unusable
 from modelquota.cli.demo import run_demo
 from modelquota.cli.replay import print_json, print_report, replay_file
-from modelquota.quotafile import load_quotas
+from modelquota.quota.file import load_quotas
 from modelquota.view import QuotaView
 
 __all__ = ["app", "run"]

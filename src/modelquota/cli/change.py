@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from modelquota.config import ResourceQuotaConfig
 from modelquota.errors import QuotaConfigError, UnknownModelError
 from modelquota.manager import ResourceQuotaManager
+from modelquota.quota.config import ResourceQuotaConfig
 
 __all__ = ["parse_fields", "remove_models", "reset_bursts", "set_model"]
 

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from modelquota.cli.text import duration, short
 from modelquota.cli.traffic import Tally, Traffic
-from modelquota.config import ResourceQuotaConfig
-from modelquota.limits import ViolationAction
 from modelquota.manager import ResourceQuotaManager
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.limits import ViolationAction
 from modelquota.report import ResourceUsage
 
 __all__ = ["ACTION_STYLES", "LINES_OF_A_MODEL", "UsageBar", "bar_text", "demo_table"]

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from modelquota.cli.text import duration, printable, short
-from modelquota.config import ResourceQuotaConfig
+from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.replay import ModelReplay, ReplayReport, replay
 from modelquota.trace import read_trace
 

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from modelquota.asgi.demo import create_app
 from modelquota.cli.text import printable
-from modelquota.config import ResourceQuotaConfig
 from modelquota.manager import ResourceQuotaManager
+from modelquota.quota.config import ResourceQuotaConfig
 
 __all__ = ["serve_demo"]
 

@@ -12,8 +12,8 @@ from modelquota._counting import denied
 from modelquota.cli.demo_table import ACTION_STYLES, bar_text
 from modelquota.cli.lines import Column, Lines
 from modelquota.cli.text import printable, short
-from modelquota.config import ResourceQuotaConfig
-from modelquota.limits import Limit
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.limits import Limit
 from modelquota.reading import QuotaReader
 from modelquota.report import QuotaStats
 from modelquota.utilization import LIMITS, Utilization, limits_of, read_utilization

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from time import perf_counter_ns
 
 from modelquota._core.result import QuotaCheckResult
-from modelquota.config import ResourceQuotaConfig
-from modelquota.limits import Limit, ViolationAction
 from modelquota.manager import ResourceQuotaManager
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.limits import Limit, ViolationAction
 
 __all__ = ["MODELS", "Lane", "Lengths", "Tally", "Traffic", "total"]
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Final, SupportsFloat, SupportsIndex, TypedDict, Unpack, get_args
 
-from .errors import QuotaConfigError
-from .limits import SHADOW_NAMES, Limit, ViolationAction
+from modelquota.errors import QuotaConfigError
+from modelquota.quota.limits import SHADOW_NAMES, Limit, ViolationAction
 
 MAX_COUNT: Final = 2**62
 """The largest count, in any unit, that a limit or a request may have."""

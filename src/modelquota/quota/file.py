@@ -17,9 +17,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from .config import ResourceQuotaConfig
-from .errors import QuotaConfigError, QuotaFileError
-from .patterns import pattern_of
+from modelquota.errors import QuotaConfigError, QuotaFileError
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.patterns import pattern_of
 
 _UNLIMITED = "unlimited"
 _PATTERN = """a pattern with * at its end and nowhere else, such as [defaults."user:*"], of 1 to 255 bytes; a model \
@@ -155,7 +155,7 @@ def _parse(name: str, text: str) -> dict[str, Any]:
 
 def _with_line(error: QuotaFileError, text: str) -> QuotaFileError:
     """Say on which line stands what the error is about; of a key that is not there, on which its table."""
-    from modelquota._tomlline import find_line
+    from modelquota.quota.tomlline import find_line
 
     parent, dot, model = error.table.partition(".")
     keys = [parent, model[1:-1], error.field] if dot else [key for key in (error.table, error.field) if key]

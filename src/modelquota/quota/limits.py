@@ -4,7 +4,7 @@ import enum
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from .config import ResourceQuotaConfig
+    from modelquota.quota.config import ResourceQuotaConfig
 
 
 class ViolationAction(enum.StrEnum):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Coroutine, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
-from modelquota.config import MAX_MODEL_ID_BYTES, ResourceQuotaConfig
 from modelquota.errors import QuotaConfigError
+from modelquota.quota.config import MAX_MODEL_ID_BYTES, ResourceQuotaConfig
 
 __all__ = ["DefaultQuota", "QuotaTemplates", "overlaid", "pattern_of"]
 

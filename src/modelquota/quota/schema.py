@@ -20,6 +20,6 @@ def quota_file_schema() -> dict[str, Any]:
     >>> sorted(quota_file_schema()["properties"])
     ['defaults', 'models']
     """
-    text = files("modelquota").joinpath("data", "quotas.schema.json").read_text(encoding="utf-8")
+    text = files("modelquota.quota").joinpath("quotas.schema.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)
     return schema

@@ -1,0 +1,1 @@
+"""What a quota says: plain values, checked once."""
