@@ -51,11 +51,11 @@ from modelquota.otel import instrument
 from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 from modelquota.quota.file import Quotas
 from modelquota.quota.schema import quota_file_schema
+from modelquota.reading.utilization import Utilization, read_utilization
 from modelquota.reload import QuotaReloader, Reloaded
 from modelquota.replay import ReplayReport, replay
 from modelquota.stateinfo import StateFileInfo, inspect_file, verify_file
 from modelquota.trace import Trace, read_trace
-from modelquota.utilization import Utilization, read_utilization
 
 
 def configure(path: Path) -> dict[str, ResourceQuotaConfig]:

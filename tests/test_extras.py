@@ -36,7 +36,7 @@ def test_what_needs_no_extra_imports_without_any():
 import sys
 sys.modules.update(dict.fromkeys({OPTIONAL}))
 import modelquota.alerts, modelquota.adjust, modelquota.memory, modelquota.reload, modelquota.quota.schema
-import modelquota.utilization
+import modelquota.reading.utilization
 """
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 

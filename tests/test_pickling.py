@@ -10,7 +10,7 @@ import pytest
 from strategies import OPEN
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.view import QuotaView
+from modelquota.reading.view import QuotaView
 
 LIMITS = {**OPEN, "max_ram_mb": None, "max_tokens_per_day": 100, "on_violation": "reject"}
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig
-from modelquota.report import ModelReport, QuotaStats, ResourceUsage, model_report, percent, status_lines
+from modelquota.reading.report import ModelReport, QuotaStats, ResourceUsage, model_report, percent, status_lines
 
 UNLIMITED = ResourceQuotaConfig(
     "free",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.utilization import _USED, LIMITS, limits_of, read_utilization, window_limit
+from modelquota.reading.utilization import _USED, LIMITS, limits_of, read_utilization, window_limit
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from modelquota import ManualClock, ResourceQuotaManager, StateFileError
 from modelquota._core.view import read_copies, read_rows, records_of, unpack_limits
-from modelquota.utilization import read_utilization
+from modelquota.reading.utilization import read_utilization
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_file_that_is_cut_off_is_told(path):
 def test_quotas_are_told_apart_if_their_mixtures_are_alike(path, monkeypatch):
     manager = ResourceQuotaManager(path=path)
     fill(manager, 50)
-    monkeypatch.setattr("modelquota.reading._MIX", 0)
+    monkeypatch.setattr("modelquota.reading.reader._MIX", 0)
     found = read_utilization(manager)
     assert list(found.quotas) == [manager.get_quota(model_id) for model_id in found.model_ids]
 

@@ -26,7 +26,7 @@ from modelquota.quota.limits import Limit, ViolationAction, ViolationType
 
 if TYPE_CHECKING:
     from modelquota.quota.file import load_quotas
-    from modelquota.report import ModelReport, QuotaStats, ResourceUsage
+    from modelquota.reading.report import ModelReport, QuotaStats, ResourceUsage
 
 __version__ = "0.1.0"
 
@@ -60,9 +60,9 @@ __all__ = [
 
 # Imported at their first use: their dataclasses and regular expressions take a quarter of the whole import.
 _LATER = {
-    "ModelReport": "modelquota.report",
-    "QuotaStats": "modelquota.report",
-    "ResourceUsage": "modelquota.report",
+    "ModelReport": "modelquota.reading.report",
+    "QuotaStats": "modelquota.reading.report",
+    "ResourceUsage": "modelquota.reading.report",
     "load_quotas": "modelquota.quota.file",
 }
 

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from modelquota._counting import DENIED, denied_by_action
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import ViolationAction, ViolationType
-from modelquota.utilization import Utilization, denying, read_utilization, window_limit
+from modelquota.reading.counting import DENIED, denied_by_action
+from modelquota.reading.utilization import Utilization, denying, read_utilization, window_limit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from modelquota.reading import QuotaReader
+    from modelquota.reading.reader import QuotaReader
 
 __all__ = ["DEFAULT_MAX_MODELS", "METRICS", "MODEL", "OTHERS", "Kind", "Metric", "MetricSource", "Reading"]
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from modelquota._periodic import Periodic
 from modelquota.quota.limits import Limit
-from modelquota.utilization import LIMITS, Utilization, read_utilization
+from modelquota.reading.utilization import LIMITS, Utilization, read_utilization
 
 if TYPE_CHECKING:
-    from modelquota.reading import QuotaReader
+    from modelquota.reading.reader import QuotaReader
 
 __all__ = ["DEFAULT_RULES", "Alert", "AlertMonitor", "AlertRule", "Severity", "check_alerts"]
 

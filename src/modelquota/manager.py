@@ -22,7 +22,7 @@ from modelquota.metering import limit
 from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig, plain_model_id, require_fields
 from modelquota.quota.limits import ViolationAction
 from modelquota.quota.patterns import DefaultQuota, QuotaTemplates
-from modelquota.reading import QuotaReader
+from modelquota.reading.reader import QuotaReader
 from modelquota.waiting import acquire
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, SupportsIndex
 
-    from modelquota.report import ModelReport, ResourceUsage
-    from modelquota.view import QuotaView
+    from modelquota.reading.report import ModelReport, ResourceUsage
+    from modelquota.reading.view import QuotaView
     from modelquota.waiting_async import Acquisition
 
 _SECOND_NS = 1_000_000_000
@@ -140,7 +140,7 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         StateFileError
             It is no state file that this version can use, or another user can change it.
         """
-        from modelquota.view import QuotaView
+        from modelquota.reading.view import QuotaView
 
         return QuotaView(path, trust_file=trust_file)
 

@@ -17,7 +17,7 @@ with extra("otel", "opentelemetry"):
     from opentelemetry.metrics import CallbackOptions, Meter, Observation, get_meter
 
 if TYPE_CHECKING:
-    from modelquota.reading import QuotaReader
+    from modelquota.reading.reader import QuotaReader
 
 __all__ = ["instrument"]
 

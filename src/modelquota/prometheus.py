@@ -72,7 +72,7 @@ with extra("prometheus", "prometheus_client"):
     from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
-    from modelquota.reading import QuotaReader
+    from modelquota.reading.reader import QuotaReader
 
 __all__ = ["QuotaCollector", "grafana_dashboard", "make_exporter_app", "start_exporter"]
 

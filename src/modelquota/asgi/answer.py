@@ -11,7 +11,7 @@ from modelquota.asgi.fields import Header, limit_headers, never_fits
 from modelquota.asgi.request import Demand, RequestRefusedError, Send
 from modelquota.errors import CapacityError, QuotaExceededError
 from modelquota.quota.limits import ViolationType
-from modelquota.report import ModelReport
+from modelquota.reading.report import ModelReport
 
 MOST_PATIENCE_MS: Final = 60_000
 """The longest wait that older clients obey too; beyond it clients are told not to retry by themselves."""

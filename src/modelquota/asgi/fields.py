@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from modelquota._core.result import QuotaCheckResult
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import Limit
-from modelquota.report import ModelReport, ResourceUsage
+from modelquota.reading.report import ModelReport, ResourceUsage
 
 Header = tuple[bytes, bytes]
 

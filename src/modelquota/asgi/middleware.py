@@ -30,7 +30,7 @@ from modelquota.errors import CapacityError, QuotaExceededError
 if TYPE_CHECKING:
     from modelquota.asgi.page import QuotaPage
     from modelquota.manager import ResourceQuotaManager
-    from modelquota.report import ModelReport
+    from modelquota.reading.report import ModelReport
 
 Route: TypeAlias = Callable[[IncomingRequest], Demand | Awaitable[Demand | None] | None]
 Identity: TypeAlias = Callable[[IncomingRequest], str | Sequence[str] | Awaitable[str | Sequence[str]]]

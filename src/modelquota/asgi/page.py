@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from modelquota._counting import denied
 from modelquota.asgi.request import Receive, Scope, Send
-from modelquota.utilization import Utilization, read_utilization
+from modelquota.reading.counting import denied
+from modelquota.reading.utilization import Utilization, read_utilization
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager

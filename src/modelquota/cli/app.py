@@ -18,7 +18,7 @@ from modelquota.cli.answers import answering, say, unusable
 from modelquota.cli.demo import run_demo
 from modelquota.cli.replay import print_json, print_report, replay_file
 from modelquota.quota.file import load_quotas
-from modelquota.view import QuotaView
+from modelquota.reading.view import QuotaView
 
 __all__ = ["app", "run"]
 

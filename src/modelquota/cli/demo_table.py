@@ -16,7 +16,7 @@ from modelquota.cli.traffic import Tally, Traffic
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import ViolationAction
-from modelquota.report import ResourceUsage
+from modelquota.reading.report import ResourceUsage
 
 __all__ = ["ACTION_STYLES", "LINES_OF_A_MODEL", "UsageBar", "bar_text", "demo_table"]
 

@@ -15,7 +15,7 @@ from modelquota.cli.status import print_status, print_status_json
 from modelquota.cli.text import escaped
 from modelquota.cli.top import run_top
 from modelquota.manager import ResourceQuotaManager
-from modelquota.reading import QuotaReader
+from modelquota.reading.reader import QuotaReader
 
 __all__ = ["OpenManager", "OpenView", "TrustFile", "add_commands"]
 

@@ -8,15 +8,15 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from modelquota._counting import denied
 from modelquota.cli.demo_table import ACTION_STYLES, bar_text
 from modelquota.cli.lines import Column, Lines
 from modelquota.cli.text import printable, short
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import Limit
-from modelquota.reading import QuotaReader
-from modelquota.report import QuotaStats
-from modelquota.utilization import LIMITS, Utilization, limits_of, read_utilization
+from modelquota.reading.counting import denied
+from modelquota.reading.reader import QuotaReader
+from modelquota.reading.report import QuotaStats
+from modelquota.reading.utilization import LIMITS, Utilization, limits_of, read_utilization
 
 __all__ = ["print_status", "print_status_json", "status_table", "totals_line"]
 

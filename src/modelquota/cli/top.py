@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.text import Text
 
 from modelquota.cli.status import status_table, totals_line
-from modelquota.reading import QuotaReader
-from modelquota.report import QuotaStats
-from modelquota.utilization import read_utilization
+from modelquota.reading.reader import QuotaReader
+from modelquota.reading.report import QuotaStats
+from modelquota.reading.utilization import read_utilization
 
 __all__ = ["Top", "run_top"]
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import Limit, ViolationAction
-from modelquota.reading import quotas_of
+from modelquota.reading.reader import quotas_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from modelquota.reading import QuotaReader
+    from modelquota.reading.reader import QuotaReader
 
 __all__ = ["LIMITS", "Utilization", "denying", "limits_of", "read_utilization", "window_limit"]
 

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from modelquota._core.state import QuotaState
-    from modelquota.report import ModelReport, QuotaStats, ResourceUsage
+    from modelquota.reading.report import ModelReport, QuotaStats, ResourceUsage
 
 _NO_ID = "-"
 _MIX = 0x9E3779B97F4A7C15  # odd, and its bits are all over the place
 
-# `modelquota.report` is imported where it is used: `import modelquota` would take a fifth longer.
+# `modelquota.reading.report` is imported where it is used: `import modelquota` would take a fifth longer.
 
 
 class QuotaReader:
@@ -47,8 +47,8 @@ class QuotaReader:
 
     def get_model_report(self, model_id: str) -> ModelReport | None:
         """Return quota, use and utilisation of a model, one consistent view; None where it has no quota."""
-        from modelquota._counting import denied
-        from modelquota.report import model_report
+        from modelquota.reading.counting import denied
+        from modelquota.reading.report import model_report
 
         read = self._read(model_id)
         if read is None:
@@ -60,7 +60,7 @@ class QuotaReader:
 
     def get_stats(self) -> QuotaStats:
         """Return the totals over all models, those that have been removed too."""
-        from modelquota.report import QuotaStats
+        from modelquota.reading.report import QuotaStats
 
         totals = self._totals()
         violations = totals["violations"]
@@ -110,7 +110,7 @@ class QuotaReader:
 
     def print_status(self, file: TextIO | None = None) -> None:
         """Write use against limits of all models, and the totals, to `file` (standard output by default)."""
-        from modelquota.report import status_lines
+        from modelquota.reading.report import status_lines
 
         reports = [report for model_id in self.list_models() if (report := self.get_model_report(model_id)) is not None]
         print(status_lines(reports, self.get_stats()), file=sys.stdout if file is None else file)
@@ -137,6 +137,6 @@ def quotas_of(limits: NDArray[np.void]) -> tuple[list[ResourceQuotaConfig], NDAr
 
 
 def _usage_of(record: dict[str, int]) -> ResourceUsage:
-    from modelquota.report import ResourceUsage
+    from modelquota.reading.report import ResourceUsage
 
     return ResourceUsage(**{name: record[name] for name in ResourceUsage.__dataclass_fields__})

@@ -17,7 +17,7 @@ from modelquota._core.mapping import boot_id
 from modelquota._core.statefile import open_existing
 from modelquota._core.view import read_copies, read_rows, records_of
 from modelquota.errors import ManagerClosedError, StateFileError
-from modelquota.reading import QuotaReader
+from modelquota.reading.reader import QuotaReader
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
