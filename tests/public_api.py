@@ -54,7 +54,7 @@ from modelquota.quota.schema import quota_file_schema
 from modelquota.reading.utilization import Utilization, read_utilization
 from modelquota.reload import QuotaReloader, Reloaded
 from modelquota.replay import ReplayReport, replay
-from modelquota.stateinfo import StateFileInfo, inspect_file, verify_file
+from modelquota.statefile.inspect import StateFileInfo, inspect_file, verify_file
 from modelquota.trace import Trace, read_trace
 
 

@@ -14,7 +14,7 @@ import threading
 import pytest
 
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager
-from modelquota import _adjusting as adjusting
+from modelquota.statefile import journal as adjusting
 from modelquota.adjust import LoadAdjuster
 
 CONFIGURED = ResourceQuotaConfig("m", max_ram_mb=1000, max_requests_per_second=33.3, on_violation="reject")
@@ -335,6 +335,6 @@ def test_to_open_a_file_without_a_journal_imports_nothing_for_it(path):
         import sys
         from modelquota import ResourceQuotaManager
         ResourceQuotaManager(path=sys.argv[1])
-        assert not {"modelquota._adjusting", "modelquota.adjust"} & sys.modules.keys()
+        assert not {"modelquota.statefile.journal", "modelquota.adjust"} & sys.modules.keys()
     """
     subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(code), path], check=True, timeout=60)

@@ -21,7 +21,7 @@ from soak_worker import KINDS, NAMED, ORDERS, ROWS, set_up
 
 from modelquota import CapacityError, ResourceQuotaManager
 from modelquota._core.inspection import Reader
-from modelquota.stateinfo import verify_file
+from modelquota.statefile.inspect import verify_file
 
 SECONDS = float(os.environ.get("MODELQUOTA_SOAK_SECONDS", "20"))
 SEED = os.environ.get("MODELQUOTA_SOAK_SEED", "")

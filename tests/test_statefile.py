@@ -8,7 +8,7 @@ import pytest
 
 from modelquota import ManagerClosedError, ManualClock, QuotaExceededError, ResourceQuotaManager, StateFileError
 from modelquota.cli import main
-from modelquota.stateinfo import inspect_file, verify_file
+from modelquota.statefile.inspect import inspect_file, verify_file
 
 LIMITS = {"max_tokens_per_hour": 1000, "max_tokens_per_second": None, "on_violation": "reject"}
 

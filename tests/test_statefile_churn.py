@@ -16,7 +16,7 @@ from modelquota._core import inspection
 from modelquota._core.inspection import Reader
 from modelquota._core.packing import dtypes
 from modelquota._core.shared import regions_for
-from modelquota.stateinfo import inspect_file, verify_file
+from modelquota.statefile.inspect import inspect_file, verify_file
 
 MODELS = 64
 MANY = 1500

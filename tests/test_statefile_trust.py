@@ -13,7 +13,7 @@ import pytest
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager, StateFileError
 from modelquota.adjust import LoadAdjuster
 from modelquota.cli import main
-from modelquota.stateinfo import inspect_file, verify_file
+from modelquota.statefile.inspect import inspect_file, verify_file
 
 OWNER, OTHER = 65_534, 65_533
 CONFIGURED = ResourceQuotaConfig("m", max_ram_mb=1000, on_violation="reject")

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from modelquota._adjusting import Entries, Journal
 from modelquota._extras import extra
 from modelquota._periodic import Periodic
 from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig
 from modelquota.quota.limits import ViolationAction
+from modelquota.statefile.journal import Entries, Journal
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager

@@ -108,7 +108,7 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
 
             journal = journal_of(self.path)
             if os.path.lexists(journal):
-                from modelquota._adjusting import restore
+                from modelquota.statefile.journal import restore
 
                 restore(self, journal)
 

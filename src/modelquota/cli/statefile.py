@@ -12,7 +12,7 @@ from rich.text import Text
 
 from modelquota.cli.answers import EXIT_NO, answering
 from modelquota.cli.text import printable
-from modelquota.stateinfo import StateFileInfo, inspect_file, verify_file
+from modelquota.statefile.inspect import StateFileInfo, inspect_file, verify_file
 
 __all__ = ["add_commands"]
 
