@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from benchmarks.figures import Row, at_most, ratio_at_most
 from modelquota import ResourceQuotaManager
-from modelquota.prometheus import QuotaCollector
+from modelquota.monitoring.prometheus import QuotaCollector
 from modelquota.reading.utilization import read_utilization
 
 QUESTION = "reading"

@@ -33,8 +33,6 @@ from modelquota import (
     load_quotas,
     meter,
 )
-from modelquota.adjust import Adjustment, LoadAdjuster, cpu_load
-from modelquota.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
 from modelquota.asgi import (
     Demand,
     IncomingRequest,
@@ -46,16 +44,18 @@ from modelquota.asgi import (
     openai_routes,
 )
 from modelquota.asgi.request import ASGIApp, Scope
-from modelquota.memory import MemoryProbe, ModelRegistry, ReportsMemory, register_models
-from modelquota.otel import instrument
-from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
+from modelquota.control.caches import MemoryProbe, ModelRegistry, ReportsMemory, register_models
+from modelquota.control.load import Adjustment, LoadAdjuster, cpu_load
+from modelquota.control.reload import QuotaReloader, Reloaded
+from modelquota.monitoring.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
+from modelquota.monitoring.otel import instrument
+from modelquota.monitoring.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 from modelquota.quota.file import Quotas
 from modelquota.quota.schema import quota_file_schema
 from modelquota.reading.utilization import Utilization, read_utilization
-from modelquota.reload import QuotaReloader, Reloaded
-from modelquota.replay import ReplayReport, replay
 from modelquota.statefile.inspect import StateFileInfo, inspect_file, verify_file
-from modelquota.trace import Trace, read_trace
+from modelquota.tuning.replay import ReplayReport, replay
+from modelquota.tuning.trace import Trace, read_trace
 
 
 def configure(path: Path) -> dict[str, ResourceQuotaConfig]:

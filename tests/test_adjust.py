@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager, ViolationAction
-from modelquota.adjust import Adjustment, LoadAdjuster, cpu_load
+from modelquota.control.load import Adjustment, LoadAdjuster, cpu_load
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_the_end_of_the_interpreter_undoes():
     code = """
         import atexit
         from modelquota import ResourceQuotaManager
-        from modelquota.adjust import LoadAdjuster
+        from modelquota.control.load import LoadAdjuster
         manager = ResourceQuotaManager()
         manager.set_quota("m", max_ram_mb=1000)
         atexit.register(lambda: print(manager.get_quota("m").max_ram_mb))  # runs after what was registered later
@@ -265,7 +265,7 @@ def test_by_default_the_load_is_that_of_the_processors(manager):
 
 
 def test_without_the_extra_it_says_what_to_install():
-    code = "import sys; sys.modules['psutil'] = None; from modelquota.adjust import cpu_load; cpu_load()"
+    code = "import sys; sys.modules['psutil'] = None; from modelquota.control.load import cpu_load; cpu_load()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.endswith("ImportError: this needs the extra 'adjust': pip install 'modelquota[adjust]'\n")
 

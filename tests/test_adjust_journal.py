@@ -14,8 +14,8 @@ import threading
 import pytest
 
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager
+from modelquota.control.load import LoadAdjuster
 from modelquota.statefile import journal as adjusting
-from modelquota.adjust import LoadAdjuster
 
 CONFIGURED = ResourceQuotaConfig("m", max_ram_mb=1000, max_requests_per_second=33.3, on_violation="reject")
 
@@ -41,7 +41,7 @@ def adjuster_of(manager, **settings):
 PROGRAM = """
 import os, sys, time
 from modelquota import ResourceQuotaManager
-from modelquota.adjust import LoadAdjuster
+from modelquota.control.load import LoadAdjuster
 manager = ResourceQuotaManager(path=sys.argv[1])
 adjuster = LoadAdjuster(manager, lambda: 0.9, floor=0.4, min_interval_sec=0, tightened_action="throttle")
 def ready():
@@ -223,7 +223,7 @@ def test_the_end_of_the_interpreter_removes_it(path):
     code = """
         import sys
         from modelquota import ResourceQuotaManager
-        from modelquota.adjust import LoadAdjuster
+        from modelquota.control.load import LoadAdjuster
         manager = ResourceQuotaManager(path=sys.argv[1])
         LoadAdjuster(manager, lambda: 0.9).poll()
     """
@@ -335,6 +335,6 @@ def test_to_open_a_file_without_a_journal_imports_nothing_for_it(path):
         import sys
         from modelquota import ResourceQuotaManager
         ResourceQuotaManager(path=sys.argv[1])
-        assert not {"modelquota.statefile.journal", "modelquota.adjust"} & sys.modules.keys()
+        assert not {"modelquota.statefile.journal", "modelquota.control.load"} & sys.modules.keys()
     """
     subprocess.run([sys.executable, "-W", "error", "-c", textwrap.dedent(code), path], check=True, timeout=60)

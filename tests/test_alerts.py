@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from modelquota import Limit, ManualClock, ResourceQuotaManager
-from modelquota.alerts import DEFAULT_RULES, AlertMonitor, AlertRule, Severity, check_alerts
+from modelquota.monitoring.alerts import DEFAULT_RULES, AlertMonitor, AlertRule, Severity, check_alerts
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import modelquota.cli.replay
 from modelquota.cli import main
 from modelquota.cli.app import app
 from modelquota.cli.text import duration, printable, short
-from modelquota.replay import ReplayReport
+from modelquota.tuning.replay import ReplayReport
 
 QUOTAS = """
 [models.llama]
@@ -236,7 +236,7 @@ def test_import_brings_along_only_what_it_needs():
 
 
 def test_the_library_does_not_import_the_extra():
-    code = "import sys, modelquota, modelquota.replay; assert not {'rich', 'typer'} & set(sys.modules)"
+    code = "import sys, modelquota, modelquota.tuning.replay; assert not {'rich', 'typer'} & set(sys.modules)"
     assert in_a_process("-c", code).returncode == 0
 
 

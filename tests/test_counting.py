@@ -13,12 +13,12 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaManager
-from modelquota.alerts import AlertMonitor, AlertRule, Severity, check_alerts
 from modelquota.asgi.page import page_state
 from modelquota.cli.status import print_status, print_status_json
 from modelquota.cli.top import Top
-from modelquota.otel import instrument
-from modelquota.prometheus import QuotaCollector
+from modelquota.monitoring.alerts import AlertMonitor, AlertRule, Severity, check_alerts
+from modelquota.monitoring.otel import instrument
+from modelquota.monitoring.prometheus import QuotaCollector
 from modelquota.quota.limits import Limit, ViolationAction
 from modelquota.reading.counting import denied_by_action
 from modelquota.reading.utilization import LIMITS, Utilization, denying, read_utilization

@@ -35,8 +35,8 @@ def test_what_needs_no_extra_imports_without_any():
     code = f"""
 import sys
 sys.modules.update(dict.fromkeys({OPTIONAL}))
-import modelquota.alerts, modelquota.adjust, modelquota.memory, modelquota.reload, modelquota.quota.schema
-import modelquota.reading.utilization
+import modelquota.control.caches, modelquota.control.load, modelquota.control.reload, modelquota.monitoring.alerts
+import modelquota.quota.schema, modelquota.reading.utilization
 """
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 

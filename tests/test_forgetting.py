@@ -25,7 +25,7 @@ from patience import until
 
 from modelquota import CapacityError, ManualClock, ResourceQuotaConfig, ResourceQuotaManager, UnknownModelError
 from modelquota._core.inspection import faults
-from modelquota.adjust import LoadAdjuster
+from modelquota.control.load import LoadAdjuster
 
 IDS = int(os.environ.get("MODELQUOTA_IDS", "200000"))
 TABLE = max(IDS // 1000, 2000)  # 10,000 rows for 10,000,000 ids

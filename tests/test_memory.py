@@ -7,7 +7,7 @@ import pytest
 from tiered_cache import MB, running
 
 from modelquota import Limit, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.memory import MemoryProbe, register_models
+from modelquota.control.caches import MemoryProbe, register_models
 
 
 @pytest.fixture

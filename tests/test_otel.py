@@ -10,9 +10,9 @@ from opentelemetry.sdk.metrics.export import Gauge, InMemoryMetricReader, Sum
 from prometheus_client import CollectorRegistry
 
 from modelquota import ManualClock, ResourceQuotaManager
-from modelquota._metrics import METRICS, OTHERS, Kind
-from modelquota.otel import instrument
-from modelquota.prometheus import QuotaCollector
+from modelquota.monitoring.metrics import METRICS, OTHERS, Kind
+from modelquota.monitoring.otel import instrument
+from modelquota.monitoring.prometheus import QuotaCollector
 
 
 class Counting(ResourceQuotaManager):
@@ -126,6 +126,6 @@ def test_a_negative_bound_is_refused(manager):
 
 
 def test_without_the_extra_it_says_what_to_install():
-    code = "import sys; sys.modules['opentelemetry'] = None; import modelquota.otel"
+    code = "import sys; sys.modules['opentelemetry'] = None; import modelquota.monitoring.otel"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.endswith("ImportError: this needs the extra 'otel': pip install 'modelquota[otel]'\n")

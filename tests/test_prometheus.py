@@ -16,10 +16,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-import modelquota.prometheus
+import modelquota.monitoring.prometheus
 from modelquota import ManualClock, ResourceQuotaManager
-from modelquota._metrics import METRICS, OTHERS
-from modelquota.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
+from modelquota.monitoring.metrics import METRICS, OTHERS
+from modelquota.monitoring.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 
 
 @pytest.fixture
@@ -280,14 +280,14 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(manager):
 def test_the_documentation_names_only_metrics_that_there_are(manager):
     exported = {key[0] for key in scrape(registry_of(manager))}
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    for text in (readme, modelquota.prometheus.__doc__):
+    for text in (readme, modelquota.monitoring.prometheus.__doc__):
         named = set(re.findall(r"\bmodelquota_[a-z_]*[a-z]\b", text))
         assert named
         assert named <= exported
 
 
 def test_without_the_extra_it_says_what_to_install():
-    code = "import sys; sys.modules['prometheus_client'] = None; import modelquota.prometheus"
+    code = "import sys; sys.modules['prometheus_client'] = None; import modelquota.monitoring.prometheus"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.endswith(
         "ImportError: this needs the extra 'prometheus': pip install 'modelquota[prometheus]'\n"

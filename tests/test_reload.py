@@ -11,7 +11,7 @@ import time
 import pytest
 
 from modelquota import CapacityError, QuotaFileError, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.reload import QuotaReloader, Reloaded
+from modelquota.control.reload import QuotaReloader, Reloaded
 
 GOOD = '[models.a]\nmax_ram_mb = 10\n[models."b.c"]\nmax_tokens_per_hour = 500\n'
 
@@ -310,7 +310,7 @@ def test_each_of_200_versions_read_under_load(path):
 def test_without_the_extra_it_says_what_to_install(path):
     code = (
         "import sys; sys.modules['watchfiles'] = None; from modelquota import ResourceQuotaManager; "
-        "from modelquota.reload import QuotaReloader; QuotaReloader(ResourceQuotaManager(), 'x').start()"
+        "from modelquota.control.reload import QuotaReloader; QuotaReloader(ResourceQuotaManager(), 'x').start()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.endswith("ImportError: this needs the extra 'reload': pip install 'modelquota[reload]'\n")

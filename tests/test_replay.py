@@ -15,7 +15,7 @@ from oracle import Oracle
 from strategies import OPEN
 from traces import AZURE_REQUESTS, AZURE_TRACE, SMALL_REQUESTS, needs_azure_trace, write_small_trace
 
-import modelquota.replay
+import modelquota.tuning.replay
 from modelquota import (
     Limit,
     ManualClock,
@@ -24,8 +24,8 @@ from modelquota import (
     UnknownModelError,
     load_quotas,
 )
-from modelquota.replay import ModelReplay, ReplayReport, replay
-from modelquota.trace import Trace, read_trace
+from modelquota.tuning.replay import ModelReplay, ReplayReport, replay
+from modelquota.tuning.trace import Trace, read_trace
 
 SECOND_NS = 10**9
 
@@ -209,7 +209,7 @@ def test_cut_into_calls_nothing_changes(monkeypatch):
     )
     limits = quotas(*(ResourceQuotaConfig(name, max_requests_per_second=2, burst_requests=1) for name in "abc"))
     whole = replay(trace, limits, speed=1.5)
-    monkeypatch.setattr(modelquota.replay, "REQUESTS_PER_CALL", 7)
+    monkeypatch.setattr(modelquota.tuning.replay, "REQUESTS_PER_CALL", 7)
     calls: list[tuple[int, int]] = []
     parts = replay(trace, limits, speed=1.5, progress=lambda done, of: calls.append((done, of)))
     assert parts.models == whole.models
@@ -227,7 +227,7 @@ def test_cut_into_calls_nothing_changes(monkeypatch):
 @example(times=[(2**33 + 9) * 10**6 - 1], speed=Fraction(2**33 + 9, 2**32 + 1))
 def test_times_are_divided_exactly(times, speed):
     ratio = Fraction(str(speed)) if isinstance(speed, float) else speed
-    divided = modelquota.replay._divided(np.array(times, np.int64), ratio)
+    divided = modelquota.tuning.replay._divided(np.array(times, np.int64), ratio)
     assert divided.tolist() == [time // ratio for time in times]
 
 
@@ -247,7 +247,7 @@ def test_speed_makes_the_same_requests_come_closer():
 def test_peaks_are_those_of_every_second(requests):
     requests.sort()
     times_ns, tokens = (np.array([request[i] for request in requests], np.int64) for i in (0, 1))
-    assert modelquota.replay._peaks(times_ns, tokens) == peaks(requests)
+    assert modelquota.tuning.replay._peaks(times_ns, tokens) == peaks(requests)
 
 
 def test_peak_second_is_half_open():

@@ -11,7 +11,7 @@ import pytest
 
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager
 from modelquota._core import beside
-from modelquota.adjust import LoadAdjuster
+from modelquota.control.load import LoadAdjuster
 
 OTHER = 65_533
 CONFIGURED = ResourceQuotaConfig("m", max_ram_mb=1000, on_violation="reject")
@@ -53,7 +53,7 @@ STOP = """
         print("here", flush=True)
         time.sleep(600)
     from modelquota import ResourceQuotaManager
-    from modelquota.adjust import LoadAdjuster
+    from modelquota.control.load import LoadAdjuster
     if len(sys.argv) > 3:
         manager = ResourceQuotaManager(path=sys.argv[1])
         setattr(os, name, stop)

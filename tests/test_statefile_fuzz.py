@@ -17,7 +17,7 @@ from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
 from modelquota._core import inspection
 from modelquota._core.packing import dtypes
 from modelquota._core.shared import FACTS, regions_for
-from modelquota.waiting import ThreadWaiter
+from modelquota.waiting.thread import ThreadWaiter
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 MODELS = 8

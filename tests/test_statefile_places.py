@@ -12,7 +12,7 @@ from modelquota import ResourceQuotaConfig, ResourceQuotaManager, StateFileError
 from modelquota._core import mapping
 from modelquota._core.beside import beside, journal_of
 from modelquota._core.statefile import loss_of
-from modelquota.adjust import LoadAdjuster
+from modelquota.control.load import LoadAdjuster
 from modelquota.statefile.inspect import inspect_file, verify_file
 
 CONFIGURED = ResourceQuotaConfig("m", max_ram_mb=1000, on_violation="reject")

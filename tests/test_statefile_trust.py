@@ -11,8 +11,8 @@ import textwrap
 import pytest
 
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager, StateFileError
-from modelquota.adjust import LoadAdjuster
 from modelquota.cli import main
+from modelquota.control.load import LoadAdjuster
 from modelquota.statefile.inspect import inspect_file, verify_file
 
 OWNER, OTHER = 65_534, 65_533

@@ -12,10 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from traces import AZURE_REQUESTS, AZURE_TRACE, SMALL_REQUESTS, needs_azure_trace, write_small_trace
 
-import modelquota._tracecells as cells
-import modelquota.trace
+import modelquota.tuning.cells as cells
+import modelquota.tuning.trace
 from modelquota import TraceError
-from modelquota.trace import BLOCK_BYTES, ROWS_PER_CHUNK, read_trace
+from modelquota.tuning.trace import BLOCK_BYTES, ROWS_PER_CHUNK, read_trace
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
@@ -90,7 +90,7 @@ def test_blocks_may_end_anywhere(write, monkeypatch, end):
     good = b"\xef\xbb\xbfModel,TIMESTAMP,ContextTokens,GeneratedTokens" + end
     good += "".join(f"é{i},2023-11-16 18:17:0{i},{i},{i}\n" for i in range(5)).encode().replace(b"\n", end) + end
     for size in range(3, len(good)):
-        monkeypatch.setattr(modelquota.trace, "BLOCK_BYTES", size)
+        monkeypatch.setattr(modelquota.tuning.trace, "BLOCK_BYTES", size)
         trace = read_trace(write(good))
         assert trace.models == ("é0", "é1", "é2", "é3", "é4")
         assert trace.context_tokens.tolist() == [0, 1, 2, 3, 4]

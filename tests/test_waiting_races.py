@@ -10,8 +10,8 @@ import strategies
 from patience import PATIENCE, until
 
 from modelquota import CapacityError, Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.waiting import ThreadWaiter
-from modelquota.waiting_async import TaskWaiter
+from modelquota.waiting.task import TaskWaiter
+from modelquota.waiting.thread import ThreadWaiter
 
 OPEN = {**strategies.OPEN, "on_violation": "queue"}
 LOCKED = 1 << 10 | 1  # the word of the first process that opens a state: a row of its that another thread has locked

@@ -13,7 +13,7 @@ from cachetools import LRUCache
 from diskcache import Cache
 
 from modelquota import QuotaCheckResult, ResourceQuotaConfig, ResourceQuotaManager, ViolationType
-from modelquota.memory import MemoryProbe, register_models
+from modelquota.control.caches import MemoryProbe, register_models
 
 MB = 2**20
 

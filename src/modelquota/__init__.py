@@ -20,9 +20,9 @@ from modelquota.errors import (
     UnknownModelError,
 )
 from modelquota.manager import ModelQuota, ResourceQuotaManager
-from modelquota.metering import meter
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import Limit, ViolationAction, ViolationType
+from modelquota.waiting.stream import meter
 
 if TYPE_CHECKING:
     from modelquota.quota.file import load_quotas

@@ -18,12 +18,12 @@ from modelquota._core.table import RowHandle
 from modelquota._log import log as _log
 from modelquota._log import logger
 from modelquota.errors import UnknownModelError
-from modelquota.metering import limit
 from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig, plain_model_id, require_fields
 from modelquota.quota.limits import ViolationAction
 from modelquota.quota.patterns import DefaultQuota, QuotaTemplates
 from modelquota.reading.reader import QuotaReader
-from modelquota.waiting import acquire
+from modelquota.waiting.decorator import limit
+from modelquota.waiting.thread import acquire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from modelquota.reading.report import ModelReport, ResourceUsage
     from modelquota.reading.view import QuotaView
-    from modelquota.waiting_async import Acquisition
+    from modelquota.waiting.task import Acquisition
 
 _SECOND_NS = 1_000_000_000
 _INFO, _WARNING = 20, 30  # the levels' numbers, as the logging documentation gives them
@@ -279,7 +279,7 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
 
         Threads and tasks stand in one line. A cancelled wait leaves no trace.
         """
-        from modelquota.waiting_async import Acquisition
+        from modelquota.waiting.task import Acquisition
 
         return Acquisition(self, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority)
 

@@ -135,7 +135,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         """
         errors = Console(stderr=True)
         with answering(errors, path), open_view(path, trust_file) as manager:
-            from modelquota.prometheus import start_exporter  # an extra of its own
+            from modelquota.monitoring.prometheus import start_exporter  # an extra of its own
 
             try:
                 server, thread = start_exporter(manager, port, addr=addr, max_models=max_models)

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from modelquota.cli.text import duration, printable, short
 from modelquota.quota.config import ResourceQuotaConfig
-from modelquota.replay import ModelReplay, ReplayReport, replay
-from modelquota.trace import read_trace
+from modelquota.tuning.replay import ModelReplay, ReplayReport, replay
+from modelquota.tuning.trace import read_trace
 
 __all__ = ["print_json", "print_report", "replay_file"]
 

@@ -1,10 +1,10 @@
-"""Functions and streams under a quota: a decorator, and an iterator that counts what passes."""
+"""The decorator `ResourceQuotaManager.limit`: functions that run under a quota."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
 
 
 def limit(
@@ -125,45 +124,3 @@ def _outlasting(function: Any, result: Any, instead: str) -> TypeError:
 
 def _name(function: Any) -> str:
     return str(getattr(function, "__qualname__", None) or repr(function))
-
-
-async def meter(grant: Grant, stream: AsyncIterable[T], tokens: Callable[[T], int] | None = None) -> AsyncIterator[T]:
-    """Pass a stream on, accounting its tokens in a grant, and stop at the limit.
-
-    The item with which a limit is reached is still passed on, since it has been generated; then the stream is closed
-    and ``grant.limit_reached`` is True. The grant is released by whoever holds it: use both in one ``async with``.
-
-    Parameters
-    ----------
-    grant : Grant
-        An open one.
-    stream : async iterable
-        What the model generates; closed at the end, however that comes.
-    tokens : callable, optional
-        How many tokens an item has; by default 1.
-
-    Examples
-    --------
-    >>> import asyncio
-    >>> from modelquota import ManualClock, ResourceQuotaManager
-    >>> async def generate():
-    ...     for word in "one two three four".split():
-    ...         yield word
-    >>> async def main():
-    ...     manager = ResourceQuotaManager(clock=ManualClock())
-    ...     manager.set_quota("m", max_tokens_per_hour=2)
-    ...     async with manager.acquire_async("m", estimated_tokens=1) as grant:
-    ...         return [word async for word in meter(grant, generate())], grant.limit_reached
-    >>> asyncio.run(main())
-    (['one', 'two', 'three'], True)
-    """
-    try:
-        async for item in stream:
-            goes_on = grant.add(1 if tokens is None else tokens(item))
-            yield item
-            if not goes_on:
-                break
-    finally:
-        close = getattr(stream, "aclose", None)
-        if close is not None:
-            await close()

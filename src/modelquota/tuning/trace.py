@@ -1,4 +1,4 @@
-"""Request traces: a CSV file of past requests, read into arrays that `modelquota.replay.replay` drives through quotas.
+"""Request traces: a CSV file of past requests, read into arrays that `replay` drives through quotas.
 
 The format is that of the public Azure LLM inference traces, one request a row:
 
@@ -22,7 +22,8 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from modelquota._tracecells import (
+from modelquota.errors import TraceError
+from modelquota.tuning.cells import (
     EXPECTED_MODEL,
     MAX_MODEL_ID_BYTES,
     MAX_SPAN_NS,
@@ -34,7 +35,6 @@ from modelquota._tracecells import (
     token_counts,
     too_far,
 )
-from modelquota.errors import TraceError
 
 __all__ = ["Trace", "read_trace"]
 

@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from modelquota._core.clock import ManualClock
-from modelquota._tracecells import MAX_SPAN_NS, NS_PER_SECOND, Int64Array
 from modelquota.errors import UnknownModelError
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.file import Quotas
 from modelquota.quota.limits import Limit
 from modelquota.quota.patterns import QuotaTemplates
-from modelquota.trace import Trace
+from modelquota.tuning.cells import MAX_SPAN_NS, NS_PER_SECOND, Int64Array
+from modelquota.tuning.trace import Trace
 
 __all__ = ["ModelReplay", "ReplayReport", "replay"]
 
@@ -96,7 +96,7 @@ class ReplayReport:
     speed : float
         How many times faster than it happened the trace was played.
     out_of_order : int
-        Rows that the trace's file had out of order; see `modelquota.trace.read_trace`.
+        Rows that the trace's file had out of order; see `modelquota.tuning.trace.read_trace`.
     core_time_ns : int
         Wall time spent deciding, without reading the trace or making this report.
     models : tuple of ModelReplay

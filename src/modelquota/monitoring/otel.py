@@ -1,9 +1,9 @@
 """Metrics for OpenTelemetry: the same figures as for Prometheus, as observable instruments.
 
 Needs the extra ``modelquota[otel]``, which brings the API only; which SDK and exporter read the instruments is the
-application's choice. An instrument is named as in `modelquota.prometheus`, with dots: ``modelquota.model.tokens`` is
-what ``modelquota_model_tokens_total`` is there. The attributes are its labels, the units those of UCUM (``By`` for
-bytes).
+application's choice. An instrument is named as in `modelquota.monitoring.prometheus`, with dots:
+``modelquota.model.tokens`` is what ``modelquota_model_tokens_total`` is there. The attributes are its labels, the units
+those of UCUM (``By`` for bytes).
 """
 
 import threading
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from modelquota._extras import extra
-from modelquota._metrics import DEFAULT_MAX_MODELS, METRICS, MODEL, Kind, Metric, MetricSource, Reading
+from modelquota.monitoring.metrics import DEFAULT_MAX_MODELS, METRICS, MODEL, Kind, Metric, MetricSource, Reading
 
 with extra("otel", "opentelemetry"):
     from opentelemetry.metrics import CallbackOptions, Meter, Observation, get_meter

@@ -64,7 +64,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
 
 from modelquota._extras import extra
-from modelquota._metrics import DEFAULT_MAX_MODELS, METRICS, MODEL, Metric, MetricSource
+from modelquota.monitoring.metrics import DEFAULT_MAX_MODELS, METRICS, MODEL, Metric, MetricSource
 
 with extra("prometheus", "prometheus_client"):
     from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
@@ -175,7 +175,7 @@ def make_exporter_app(manager: "QuotaReader", *, max_models: int = DEFAULT_MAX_M
 
 def grafana_dashboard() -> str:
     """Return a Grafana dashboard over these metrics, as the JSON that Grafana imports."""
-    return files("modelquota").joinpath("data", "grafana-dashboard.json").read_text(encoding="utf-8")
+    return files("modelquota.monitoring").joinpath("dashboard.json").read_text(encoding="utf-8")
 
 
 def _registry(manager: "QuotaReader", max_models: int) -> CollectorRegistry:

@@ -1,0 +1,1 @@
+"""What others watch: metrics for Prometheus and OpenTelemetry, a dashboard, and alerts."""

@@ -1,0 +1,1 @@
+"""How a request sleeps while it waits: threads, tasks, and what is built on them."""

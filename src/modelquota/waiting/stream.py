@@ -1,0 +1,53 @@
+"""`meter`: a stream whose tokens are counted in a grant as they pass."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from modelquota._core.grant import Grant
+
+T = TypeVar("T")
+
+
+async def meter(grant: Grant, stream: AsyncIterable[T], tokens: Callable[[T], int] | None = None) -> AsyncIterator[T]:
+    """Pass a stream on, accounting its tokens in a grant, and stop at the limit.
+
+    The item with which a limit is reached is still passed on, since it has been generated; then the stream is closed
+    and ``grant.limit_reached`` is True. The grant is released by whoever holds it: use both in one ``async with``.
+
+    Parameters
+    ----------
+    grant : Grant
+        An open one.
+    stream : async iterable
+        What the model generates; closed at the end, however that comes.
+    tokens : callable, optional
+        How many tokens an item has; by default 1.
+
+    Examples
+    --------
+    >>> import asyncio
+    >>> from modelquota import ManualClock, ResourceQuotaManager
+    >>> async def generate():
+    ...     for word in "one two three four".split():
+    ...         yield word
+    >>> async def main():
+    ...     manager = ResourceQuotaManager(clock=ManualClock())
+    ...     manager.set_quota("m", max_tokens_per_hour=2)
+    ...     async with manager.acquire_async("m", estimated_tokens=1) as grant:
+    ...         return [word async for word in meter(grant, generate())], grant.limit_reached
+    >>> asyncio.run(main())
+    (['one', 'two', 'three'], True)
+    """
+    try:
+        async for item in stream:
+            goes_on = grant.add(1 if tokens is None else tokens(item))
+            yield item
+            if not goes_on:
+                break
+    finally:
+        close = getattr(stream, "aclose", None)
+        if close is not None:
+            await close()
