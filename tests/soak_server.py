@@ -14,7 +14,7 @@ from strategies import OPEN
 
 from modelquota import ResourceQuotaManager
 from modelquota.asgi import QuotaMiddleware, openai_routes
-from modelquota.asgi.demo import create_app
+from modelquota.demo.server import create_app
 
 RAM_MB = 10
 PAGE_BYTES = 4096

@@ -15,8 +15,8 @@ from test_asgi_middleware import OPEN
 
 from modelquota import Limit, ManualClock, ModelLockedError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.asgi import Demand, QuotaMiddleware
-from modelquota.asgi.answer import denial as denial_of
-from modelquota.asgi.fields import MOST, bounds_of, go_duration, limit_headers, never_fits
+from modelquota.asgi.ratelimit import MOST, bounds_of, go_duration, limit_headers, never_fits
+from modelquota.asgi.refusal import denial as denial_of
 
 REJECT = OPEN | {"on_violation": "reject"}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.asgi import QuotaMiddleware, openai_routes
-from modelquota.asgi.demo import count_words
+from modelquota.demo.server import count_words
 
 MOST_BODY = 2000
 PATHS = sorted(openai_routes())

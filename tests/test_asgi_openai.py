@@ -10,7 +10,8 @@ from patience import until
 from strategies import OPEN
 
 from modelquota import ResourceQuotaManager
-from modelquota.asgi.demo import QUOTAS, create_app, demo_manager
+from modelquota.demo.quotas import QUOTAS, demo_manager
+from modelquota.demo.server import create_app
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the tallest mountain?"}]
 PROMPT = 7

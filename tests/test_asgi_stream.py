@@ -13,7 +13,7 @@ from test_asgi_middleware import OPEN, used
 
 from modelquota import ManualClock, ResourceQuotaManager
 from modelquota.asgi import QuotaMiddleware, event_tokens
-from modelquota.asgi.usage import MOST_HELD, ResponseMeter, last_usage
+from modelquota.asgi.response import MOST_HELD, ResponseMeter, last_usage
 
 EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import modelquota
-import modelquota.cli.replay
+import modelquota.cli.tuning
 from modelquota.cli import main
 from modelquota.cli.app import app
-from modelquota.cli.text import duration, printable, short
+from modelquota.cli.format import duration, printable, short
 from modelquota.tuning.replay import ReplayReport
 
 QUOTAS = """
@@ -72,7 +72,7 @@ def test_replay_prints_a_report(files):
 def test_replay_says_the_time_of_a_request_where_it_means_something(requests, core_time_ns, says):
     report = ReplayReport("t.csv", requests, 10**9, 1.0, 0, core_time_ns, ())
     console = Console(file=io.StringIO(), width=80)
-    modelquota.cli.replay.print_report(report, console)
+    modelquota.cli.tuning.print_report(report, console)
     assert console.file.getvalue().splitlines()[-1] == says
 
 
@@ -173,11 +173,11 @@ def test_version_and_help(capsys):
 
 
 def test_long_traces_show_their_progress_on_a_terminal(files, monkeypatch):
-    monkeypatch.setattr(modelquota.cli.replay, "PROGRESS_FROM_BYTES", 0)
+    monkeypatch.setattr(modelquota.cli.tuning, "PROGRESS_FROM_BYTES", 0)
     quotas = modelquota.load_quotas("quotas.toml")
     for is_terminal in (True, False):
         errors = Console(file=io.StringIO(), force_terminal=is_terminal, width=80)
-        modelquota.cli.replay.replay_file(Path("trace.csv"), quotas, model=None, speed=1.0, errors=errors)
+        modelquota.cli.tuning.replay_file(Path("trace.csv"), quotas, model=None, speed=1.0, errors=errors)
         printed = errors.file.getvalue()  # type: ignore[attr-defined]
         assert ("reading the trace" in printed) is is_terminal
         assert ("replaying it" in printed) is is_terminal

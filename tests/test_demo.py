@@ -21,9 +21,10 @@ import pytest
 from rich.console import Console
 
 from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota.cli.bars import UsageBar
 from modelquota.cli.demo import _seen
-from modelquota.cli.demo_table import UsageBar, demo_table
-from modelquota.cli.traffic import CODE, CONVERSATION, MODELS, NS_PER_SECOND, Lane, Tally, Traffic, total
+from modelquota.cli.demo_table import demo_table
+from modelquota.demo.traffic import CODE, CONVERSATION, MODELS, NS_PER_SECOND, Lane, Tally, Traffic, total
 
 MODEL_IDS = [traffic.quota.model_id for traffic in MODELS]
 

@@ -28,7 +28,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.cli.operate import add_commands
+from modelquota.cli.manage import add_commands
 from modelquota.cli.status import print_status, print_status_json
 from modelquota.cli.top import Top, run_top
 

@@ -1,13 +1,13 @@
 """Quotas in front of a model server: ASGI middleware for OpenAI-compatible HTTP.
 
-`QuotaMiddleware` needs nothing but the standard library; `modelquota.asgi.demo` needs the extra ``modelquota[asgi]``.
+`QuotaMiddleware` needs nothing but the standard library; `modelquota.demo.server` needs the extra ``modelquota[asgi]``.
 """
 
 from modelquota.asgi.middleware import QuotaMiddleware
-from modelquota.asgi.openai import estimate_prompt, openai_routes
 from modelquota.asgi.page import QuotaPage
+from modelquota.asgi.protocols.openai import estimate_prompt, openai_routes
 from modelquota.asgi.request import Demand, IncomingRequest, RequestRefusedError
-from modelquota.asgi.usage import event_tokens
+from modelquota.asgi.response import event_tokens
 
 __all__ = [
     "Demand",

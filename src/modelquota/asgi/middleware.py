@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from modelquota._core.grant import Grant
-from modelquota.asgi.answer import denial, full_table, refusal
-from modelquota.asgi.fields import Header, limit_headers
-from modelquota.asgi.openai import openai_routes
+from modelquota.asgi.protocols.openai import openai_routes
+from modelquota.asgi.ratelimit import Header, limit_headers
+from modelquota.asgi.refusal import denial, full_table, refusal
 from modelquota.asgi.request import (
     ASGIApp,
     Demand,
@@ -24,7 +24,7 @@ from modelquota.asgi.request import (
     read_body,
     route_path,
 )
-from modelquota.asgi.usage import ResponseMeter, event_tokens
+from modelquota.asgi.response import ResponseMeter, event_tokens
 from modelquota.errors import CapacityError, QuotaExceededError
 
 if TYPE_CHECKING:

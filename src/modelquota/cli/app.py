@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 
 from modelquota import ResourceQuotaManager, __version__
-from modelquota.cli import operate, statefile
-from modelquota.cli.answers import answering, say, unusable
+from modelquota.cli import manage, statefile
 from modelquota.cli.demo import run_demo
-from modelquota.cli.replay import print_json, print_report, replay_file
+from modelquota.cli.errors import answering, say, unusable
+from modelquota.cli.tuning import print_json, print_report, replay_file
 from modelquota.quota.file import load_quotas
 from modelquota.reading.view import QuotaView
 
@@ -144,7 +144,7 @@ def _serve_demo(
         Path | None,
         typer.Option(metavar="FILE", help="State file, made where there is none: what was used outlasts a restart."),
     ] = None,
-    trust_file: operate.TrustFile = False,
+    trust_file: manage.TrustFile = False,
 ) -> None:
     """Try quotas over HTTP: a mock OpenAI-compatible server, with waiting, 429s, headers and a live page.
 
@@ -155,8 +155,8 @@ def _serve_demo(
     """
     errors = Console(stderr=True)
     try:
-        from modelquota.asgi.demo import QUOTAS, demo_manager
         from modelquota.cli.serve import serve_demo
+        from modelquota.demo.quotas import QUOTAS, demo_manager
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("starlette", "uvicorn", "anyio"):
             raise
@@ -188,7 +188,7 @@ def _open_view(path: Path, trust_file: bool) -> QuotaView:
     return ResourceQuotaManager.open_readonly(path, trust_file=trust_file)
 
 
-operate.add_commands(app, _open_manager, _open_view)
+manage.add_commands(app, _open_manager, _open_view)
 statefile.add_commands(app)
 
 

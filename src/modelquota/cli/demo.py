@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from modelquota.cli.demo_table import LINES_OF_A_MODEL, demo_table
-from modelquota.cli.text import duration
-from modelquota.cli.traffic import MODELS, NS_PER_MS, NS_PER_SECOND, Lane, Tally, total
+from modelquota.cli.format import duration
+from modelquota.demo.traffic import MODELS, NS_PER_MS, NS_PER_SECOND, Lane, Tally, total
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import ViolationAction

@@ -4,63 +4,25 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.measure import Measurement
-from rich.segment import Segment
-from rich.style import Style
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from modelquota.cli.text import duration, short
-from modelquota.cli.traffic import Tally, Traffic
+from modelquota.cli.bars import ACTION_STYLES, UsageBar
+from modelquota.cli.format import duration, short
+from modelquota.demo.traffic import Tally, Traffic
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import ViolationAction
 from modelquota.reading.report import ResourceUsage
 
-__all__ = ["ACTION_STYLES", "LINES_OF_A_MODEL", "UsageBar", "bar_text", "demo_table"]
+__all__ = ["LINES_OF_A_MODEL", "demo_table"]
 
 # From these widths on there is room for limits beside the requests, for bars, and for a column of the waits.
 LIMIT_COLUMNS = 60
 BAR_COLUMNS = 80
 WIDE_COLUMNS = 100
 LINES_OF_A_MODEL = 3
-ACTION_STYLES = {
-    ViolationAction.REJECT: "red",
-    ViolationAction.THROTTLE: "yellow",
-    ViolationAction.QUEUE: "cyan",
-    ViolationAction.WARN: "magenta",
-}
-EIGHTHS = " ▏▎▍▌▋▊▉█"
-
-
-class UsageBar:
-    """A bar as wide as its cell, filled to `fraction` (from 1 on: full) in eighths of a character.
-
-    Green up to three quarters, yellow up to 95 percent, then red.
-    """
-
-    def __init__(self, fraction: float) -> None:
-        self._fraction = min(max(fraction, 0.0), 1.0)
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(6, options.max_width)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        text = bar_text(self._fraction, options.max_width, ascii_only=options.ascii_only)
-        colour = "green" if self._fraction < 0.75 else "yellow" if self._fraction < 0.95 else "red"
-        ground = "bright_black" if console.color_system and not options.ascii_only else None
-        yield Segment(text, Style(color=colour, bgcolor=ground))
-        yield Segment.line()
-
-
-def bar_text(fraction: float, width: int, *, ascii_only: bool) -> str:
-    """A bar of so many columns, without its colours, filled to `fraction` (0 or more; from 1 on: full)."""
-    fraction = min(fraction, 1.0)
-    if ascii_only:
-        return ("#" * round(fraction * width)).ljust(width, ".")
-    full, eighths = divmod(round(fraction * width * 8), 8)
-    return ("█" * full + (EIGHTHS[eighths] if eighths else "")).ljust(width)
 
 
 def demo_table(

@@ -13,8 +13,8 @@ from types import FrameType
 import uvicorn
 from rich.console import Console
 
-from modelquota.asgi.demo import create_app
-from modelquota.cli.text import printable
+from modelquota.cli.format import printable
+from modelquota.demo.server import create_app
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from modelquota.cli.answers import EXIT_NO, answering
-from modelquota.cli.text import printable
+from modelquota.cli.errors import EXIT_NO, answering
+from modelquota.cli.format import printable
 from modelquota.statefile.inspect import StateFileInfo, inspect_file, verify_file
 
 __all__ = ["add_commands"]

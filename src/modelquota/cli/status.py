@@ -8,9 +8,9 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from modelquota.cli.demo_table import ACTION_STYLES, bar_text
+from modelquota.cli.bars import ACTION_STYLES, bar_text
+from modelquota.cli.format import printable, short
 from modelquota.cli.lines import Column, Lines
-from modelquota.cli.text import printable, short
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import Limit
 from modelquota.reading.counting import denied

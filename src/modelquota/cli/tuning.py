@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from modelquota.cli.text import duration, printable, short
+from modelquota.cli.format import duration, printable, short
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.tuning.replay import ModelReplay, ReplayReport, replay
 from modelquota.tuning.trace import read_trace

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Final
@@ -19,52 +18,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from modelquota.asgi.middleware import QuotaMiddleware
-from modelquota.asgi.openai import openai_routes
+from modelquota.asgi.protocols.openai import openai_routes
 from modelquota.asgi.request import IncomingRequest, RequestRefusedError
+from modelquota.demo.quotas import KEY_PREFIX
 from modelquota.manager import ResourceQuotaManager
-from modelquota.quota.config import ResourceQuotaConfig
-
-KEY_PREFIX: Final = "key:"
-"""What the ids of API keys begin with, and no model does."""
 
 DEFAULT_TOKENS: Final = 24
 """Tokens that the mock model says where the request states no bound."""
-
-_UNLIMITED: Final[dict[str, Any]] = {
-    "max_ram_mb": None,
-    "max_ssd_mb": None,
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_tokens_per_hour": None,
-    "max_tokens_per_day": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-}
-
-QUOTAS: Final = (
-    ResourceQuotaConfig(
-        "chat-70b",
-        **_UNLIMITED | {"max_tokens_per_second": 40, "burst_tokens": 160, "max_tokens_per_hour": 100_000},
-        on_violation="throttle",
-        grace_period_sec=5,
-    ),
-    ResourceQuotaConfig(
-        "code-34b",
-        **_UNLIMITED | {"max_tokens_per_hour": 100_000},
-        max_concurrent_requests=1,
-        max_queued_requests=8,
-        on_violation="queue",
-        grace_period_sec=30,
-    ),
-    ResourceQuotaConfig(
-        "batch-13b",
-        **_UNLIMITED | {"max_requests_per_second": 1, "burst_requests": 2, "max_tokens_per_hour": 5_000},
-        on_violation="reject",
-    ),
-    ResourceQuotaConfig("dev-7b", **_UNLIMITED | {"max_tokens_per_hour": 500}, on_violation="warn"),
-    ResourceQuotaConfig("key:free", **_UNLIMITED | {"max_requests_per_hour": 10}, on_violation="reject"),
-)
-"""One model for each action on a violation, with limits that are reached by hand, and one key."""
 
 _TEXT = (
     "limits that hold in every window keep a busy model polite and a patient client served "
@@ -114,19 +74,6 @@ def create_app(manager: ResourceQuotaManager, *, tokens_per_second: float = 20.0
         routes=openai_routes(prompt_tokens=count_words, default_output_tokens=DEFAULT_TOKENS),
     )
     return app
-
-
-def demo_manager(
-    quotas: Iterable[ResourceQuotaConfig] = QUOTAS,
-    *,
-    path: str | os.PathLike[str] | None = None,
-    trust_file: bool = False,
-) -> ResourceQuotaManager:
-    """Return a manager with the quotas of the example; with a state file, what was used stays used."""
-    manager = ResourceQuotaManager(path=path, trust_file=trust_file)
-    for quota in quotas:
-        manager.set_quota(quota)
-    return manager
 
 
 def count_words(body: Mapping[str, Any]) -> int:

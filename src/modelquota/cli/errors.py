@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import typer
 from rich.console import Console
 
-from modelquota.cli.text import printable
+from modelquota.cli.format import printable
 from modelquota.errors import QuotaError, UnknownModelError
 
 __all__ = ["EXIT_NO", "EXIT_UNUSABLE_INPUT", "answering", "say", "unusable"]

@@ -1,0 +1,1 @@
+"""The protocols of inference servers, one file each: how to read a request."""
