@@ -35,9 +35,9 @@ class SourceDistribution(sdist):
     def make_distribution(self):
         sources = (
             f"{CORE}/*.pyx",
-            "tests/*.py",
-            "tests/*.c",
-            "tests/*.pyx",
+            "tests/**/*.py",
+            "tests/**/*.c",
+            "tests/**/*.pyx",
             "benchmarks/**/*.py",
             "benchmarks/**/*.pyx",
             "benchmarks/**/*.zig",

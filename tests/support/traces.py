@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-AZURE_TRACE = Path(__file__).resolve().parents[1] / "../shared/traces/azure_llm_code_2023.csv"
+AZURE_TRACE = Path(__file__).resolve().parents[2] / "../shared/traces/azure_llm_code_2023.csv"
 AZURE_REQUESTS, SMALL_REQUESTS = 8_819, 2_000
 TICKS_PER_SECOND = 10_000_000  # seven digits after the point, as Azure's timestamps have
 

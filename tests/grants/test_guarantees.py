@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from bounds import cap, ceiling
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DAY_NS, HOUR_NS, MS_NS, SECOND_NS
 from soundness import assert_sound
 from strategies import DENYING, LAST_NS, UNLIMITED, Pause, Step, ToEdge, maybe, rates, starts_ns, token_rates
-from test_guarantees import cap, ceiling
 
 from modelquota import Grant, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
 

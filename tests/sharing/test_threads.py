@@ -6,41 +6,13 @@ import threading
 
 import numpy as np
 import pytest
-from strategies import OPEN
+from together import THREADS, limited_manager, run_together
 
-from modelquota import ManualClock, ResourceQuotaManager, UnknownModelError
+from modelquota import UnknownModelError
 
 pytestmark = pytest.mark.usefixtures("switch_threads_often")
 
-THREADS = 8
 LIMIT = 20_000
-
-
-def limited_manager(**limits):
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", on_violation="reject", **OPEN | limits)
-    return manager
-
-
-def run_together(work, count=THREADS):
-    """Run work(i) in `count` threads that start at once; return what they returned."""
-    barrier = threading.Barrier(count)
-    results, errors = [None] * count, []
-
-    def body(i):
-        barrier.wait()
-        try:
-            results[i] = work(i)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=body, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
-    return results
 
 
 @pytest.mark.parametrize(

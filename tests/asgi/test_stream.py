@@ -6,10 +6,9 @@ import json
 import random
 
 import pytest
-from asgi_client import CHAT_PROMPT, Call, body_of, chat
+from asgi_client import CHAT_PROMPT, OPEN, Call, body_of, chat, used
 from hypothesis import given
 from hypothesis import strategies as st
-from test_asgi_middleware import OPEN, used
 
 from modelquota import ManualClock, ResourceQuotaManager
 from modelquota.asgi import QuotaMiddleware, event_tokens

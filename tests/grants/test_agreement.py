@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from agreement import NOW, Agreement, assert_same_decision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
@@ -15,7 +16,6 @@ from oracle import HOUR_NS, SECOND_NS, rates_of
 from oracle_grants import GrantOracle, OracleGrant
 from soundness import assert_sound, level_now, record_of
 from strategies import UNLIMITED, Arrival, Pause, Step, memory, starts_ns, steps, tokens
-from test_oracle_agreement import NOW, Agreement, assert_same_decision
 
 from modelquota import (
     Grant,

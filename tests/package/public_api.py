@@ -1,4 +1,4 @@
-"""Every public name, used as a typed program would: `mypy --strict tests/public_api.py` checks it, nothing runs it."""
+"""Every public name, used as a typed program would use it; nothing runs it. ``mypy --strict`` checks this file."""
 
 import io
 from collections.abc import AsyncIterator

@@ -7,19 +7,10 @@ import json
 import sys
 
 import pytest
-from asgi_client import CHAT_PROMPT, Call, Model, body_of, chat, reply
+from asgi_client import CHAT_PROMPT, OPEN, Call, Model, body_of, chat, reply, used
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.asgi import Demand, QuotaMiddleware, RequestRefusedError, openai_routes
-
-OPEN = {
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_tokens_per_hour": 1_000_000,
-    "max_tokens_per_day": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-}
 
 
 @pytest.fixture
@@ -27,11 +18,6 @@ def manager():
     manager = ResourceQuotaManager(clock=ManualClock(10**12))
     manager.set_quota("m", **OPEN)
     return manager
-
-
-def used(manager, model_id="m"):
-    usage = manager.get_usage(model_id)
-    return usage.tokens_this_hour, usage.concurrent_requests, usage.queued_requests
 
 
 def run(coroutine):

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ from modelquota import (
     ResourceQuotaConfig,
     ResourceQuotaManager,
 )
+
+SUPPORT = Path(__file__).parents[1] / "support"
 
 SOON = 5.0
 """Seconds in which nothing may hang that is to give up at once; generous, as the machine is busy."""
@@ -465,5 +468,7 @@ def test_grants_that_are_forgotten_while_their_row_is_locked_are_not_used_after_
         print(manager.get_usage("m").concurrent_requests, manager.get_usage("free").concurrent_requests)
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=os.path.dirname(__file__))
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1] / "support"
+    )
     assert ended.stdout == "0 0\n", ended.stderr[-1000:]

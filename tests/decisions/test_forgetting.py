@@ -1,6 +1,7 @@
 """Ids that nobody configured are forgotten when the table is full, and nobody is forgiven by it.
 
-``MODELQUOTA_IDS=10000000 pytest tests/test_forgetting.py`` sends so many ids through a table of a thousandth of that.
+``MODELQUOTA_IDS=10000000 pytest tests/decisions/test_forgetting.py`` sends so many ids through a table of a thousandth
+of that.
 """
 
 from __future__ import annotations

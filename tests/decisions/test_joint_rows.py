@@ -2,18 +2,20 @@
 
 import asyncio
 import collections
-import os
 import subprocess
 import sys
 import textwrap
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from neighbors import FREE, forked
 from patience import PATIENCE
 
 from modelquota import QuotaError, ResourceQuotaConfig, ResourceQuotaManager
+
+SUPPORT = Path(__file__).parents[1] / "support"
 
 ON_SIGHT = ResourceQuotaConfig("any", **FREE)
 VERBS = ("check_quota", "peek_quota", "reserve", "acquire", "acquire_async", "limit")
@@ -391,7 +393,9 @@ def test_lists_that_change_while_they_are_read():
         print("alive", sum(held), int(manager._arrays()[1]["lock"].sum()))
     """
     command = [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(program)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=os.path.dirname(__file__))
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1] / "support"
+    )
     assert ended.stdout == "alive 0 0\n", ended.stderr[-2000:]
 
 

@@ -14,7 +14,7 @@ import pytest
 import modelquota
 from modelquota import load_quotas
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language):

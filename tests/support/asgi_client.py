@@ -6,6 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PATIENCE = 20
+OPEN = {
+    "max_requests_per_second": None,
+    "max_tokens_per_second": None,
+    "max_tokens_per_hour": 1_000_000,
+    "max_tokens_per_day": None,
+    "max_requests_per_hour": None,
+    "max_requests_per_day": None,
+}
+
+
+def used(manager, model_id="m"):
+    usage = manager.get_usage(model_id)
+    return usage.tokens_this_hour, usage.concurrent_requests, usage.queued_requests
 
 
 @dataclass

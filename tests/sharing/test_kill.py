@@ -1,6 +1,6 @@
 """A process killed at any instant leaves the others running, and the counters right to within its own last request.
 
-``MODELQUOTA_KILL_ROUNDS=1000 pytest tests/test_kill.py`` kills more of them.
+``MODELQUOTA_KILL_ROUNDS=1000 pytest tests/sharing/test_kill.py`` kills more of them.
 """
 
 import contextlib

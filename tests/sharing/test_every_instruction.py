@@ -2,7 +2,7 @@
 
 A process runs one verb with the processor's trap flag set and is killed at a chosen instruction. Whoever asks next must
 find every counter as it was before the verb, or as it is after it, and sums that agree. ``MODELQUOTA_EVERY=1 pytest
-tests/test_every_instruction.py`` goes through all instructions; by default through a random one in so many.
+tests/sharing/test_every_instruction.py`` goes through all instructions; by default through a random one in so many.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def stepper(tmp_path_factory: pytest.TempPathFactory) -> Any:
     library = tmp_path_factory.mktemp("steps") / "single_step.so"
-    source = Path(__file__).with_name("single_step.c")
+    source = Path(__file__).parents[1] / "support" / "single_step.c"
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-mno-red-zone", "-o", library, source], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.add_range.argtypes = [ctypes.c_size_t] * 2

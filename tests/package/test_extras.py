@@ -12,7 +12,7 @@ import modelquota
 from modelquota._extras import extra
 
 PACKAGE = Path(modelquota.__file__).parent
-PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 OPTIONAL = ("prometheus_client", "opentelemetry", "psutil", "watchfiles", "rich", "typer")
 
 

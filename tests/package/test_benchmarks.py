@@ -12,7 +12,7 @@ from benchmarks import compare, report, table
 from benchmarks.figures import FLOOR, Row, Target, at_least, at_most, ratio_at_most, render, rows_of
 from benchmarks.loops import UNROLLED, Loop, batch_round, least_of_rounds
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def row(figure=80.0, floor=40.0, case="a call", **fields):
@@ -294,5 +294,5 @@ def test_every_benchmark_is_collected():
 
 def test_plain_pytest_runs_no_benchmark():
     files = collected()
-    assert "tests/test_benchmarks.py" in files
+    assert "tests/package/test_benchmarks.py" in files
     assert not [name for name in files if name.startswith("benchmarks")]

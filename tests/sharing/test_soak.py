@@ -1,6 +1,6 @@
 """Everything at once over one state file, with kills and stops; then nothing is held, nobody is stuck, all sums agree.
 
-``MODELQUOTA_SOAK_SECONDS=600 pytest tests/test_soak.py`` goes on for longer.
+``MODELQUOTA_SOAK_SECONDS=600 pytest tests/sharing/test_soak.py`` goes on for longer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SECONDS = float(os.environ.get("MODELQUOTA_SOAK_SECONDS", "20"))
 SEED = os.environ.get("MODELQUOTA_SOAK_SEED", "")
 STUCK = 30
 """Seconds in which every thread, task and child gets on, however busy the machine."""
-WORKER = Path(__file__).with_name("soak_worker.py")
+WORKER = Path(__file__).parents[1] / "support" / "soak_worker.py"
 
 
 class Soak:

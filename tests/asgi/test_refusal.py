@@ -6,12 +6,11 @@ import math
 import re
 
 import pytest
-from asgi_client import Call, Model, chat
+from asgi_client import OPEN, Call, Model, chat
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import configs, extreme_configs, tokens
 from structured_fields import parse_list
-from test_asgi_middleware import OPEN
 
 from modelquota import Limit, ManualClock, ModelLockedError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.asgi import Demand, QuotaMiddleware

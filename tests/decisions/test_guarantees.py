@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from bounds import cap, ceiling
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import DAY_NS, HOUR_NS, MS_NS, SECOND_NS, slot_start_ns
@@ -101,16 +102,6 @@ def most_above_rate(log: Log, rate: float) -> Fraction:
         total += amount
         excesses.append(total - drained - min(before))
     return max(excesses)
-
-
-def ceiling(rate: float, burst: int) -> int:
-    """Most in a second."""
-    return math.ceil(rate) + burst
-
-
-def cap(rate: float, burst: int) -> Fraction:
-    """Most ahead of the rate."""
-    return max(Fraction(rate), Fraction(1)) + burst
 
 
 def denying_quotas() -> st.SearchStrategy[ResourceQuotaConfig]:

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from test_threads import THREADS, limited_manager, run_together
+from together import THREADS, limited_manager, run_together
 
 from modelquota import GrantClosedError, QuotaExceededError
 

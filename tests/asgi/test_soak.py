@@ -1,6 +1,6 @@
 """Thousands of requests to a server of its own, three in ten of whose clients leave, at every phase.
 
-``MODELQUOTA_SOAK_REQUESTS=10000 pytest tests/test_asgi_soak.py -s`` runs it in full and prints what was seen.
+``MODELQUOTA_SOAK_REQUESTS=10000 pytest tests/asgi/test_soak.py -s`` runs it in full and prints what was seen.
 """
 
 import asyncio
@@ -114,7 +114,7 @@ async def settled(port, count):
 def port(tmp_path):
     complaints = tmp_path / "stderr"
     with complaints.open("wb") as stderr:
-        command = [sys.executable, "-W", "error", Path(__file__).with_name("soak_server.py")]
+        command = [sys.executable, "-W", "error", Path(__file__).parents[1] / "support" / "soak_server.py"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
     try:
         yield json.loads(process.stdout.readline())["port"]

@@ -57,7 +57,7 @@ def build(folder):
     pytest.importorskip("Cython")
     if not (SOURCES / "modelquota/_core/layout.pxd").exists():
         pytest.skip("the core's sources are not beside the package")
-    source = Path(__file__).with_name("races.pyx")
+    source = Path(__file__).parents[1] / "support" / "races.pyx"
     translated = folder / "races.c"
     subprocess.run(
         [sys.executable, "-m", "cython", "-3", "-I", str(SOURCES), "-X", "boundscheck=False,wraparound=False",
