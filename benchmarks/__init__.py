@@ -6,7 +6,7 @@ Everything here needs ``pip install -e '.[bench]'``; what is missing is left out
     Measures and prints one table. Each file ``bench_*.py`` asks one question; ``pytest benchmarks -k batch`` asks only
     that. ``--benchmark-json=FILE`` saves the figures, with versions, CPU and build flags.
 ``python -m benchmarks``
-    The same, saved, and drawn: ``benchmarks/pictures/comparison.svg`` and ``growth.svg``.
+    The same, saved, and drawn: ``benchmarks/drawing/pictures/comparison.svg`` and ``growth.svg``.
 ``python -m benchmarks.compare BASELINE.json NEW.json [NEW.json ...]``
     Fails where a ratio to a floor is worse in the new run, by more than 15 %. Save a run before a change and one after;
     on a busy machine two or three after, of which the best counts.

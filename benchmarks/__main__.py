@@ -2,6 +2,6 @@
 
 import sys
 
-from benchmarks.report import main
+from benchmarks.drawing.report import main
 
 sys.exit(main())

@@ -7,9 +7,9 @@ Where time runs, slots end while batches are decided, and each model's first req
 import numpy as np
 import pytest
 
-from benchmarks.figures import at_most
-from benchmarks.fleet import BATCH, TOKENS
-from benchmarks.loops import batch_round
+from benchmarks.harness.loops import batch_round
+from benchmarks.harness.models import BATCH, TOKENS
+from benchmarks.harness.results import at_most
 
 QUESTION = "batch"
 ROUNDS = 60

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.figures import at_most
-from benchmarks.fleet import GENEROUS
-from benchmarks.loops import Loop
+from benchmarks.harness.loops import Loop
+from benchmarks.harness.models import GENEROUS
+from benchmarks.harness.results import at_most
 from modelquota import Limit, ManualClock, ResourceQuotaManager
 
 QUESTION = "denied"

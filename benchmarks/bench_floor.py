@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.figures import Row
-from benchmarks.loops import Loop
+from benchmarks.harness.loops import Loop
+from benchmarks.harness.results import Row
 
 QUESTION = "floors"
 ROUNDS = 200

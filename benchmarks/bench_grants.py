@@ -4,9 +4,9 @@ import asyncio
 import threading
 import time
 
-from benchmarks.figures import Row, at_most
-from benchmarks.fleet import GENEROUS
-from benchmarks.loops import Loop
+from benchmarks.harness.loops import Loop
+from benchmarks.harness.models import GENEROUS
+from benchmarks.harness.results import Row, at_most
 from modelquota import ResourceQuotaManager
 
 QUESTION = "grants"

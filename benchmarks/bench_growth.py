@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from benchmarks.children import run_module
-from benchmarks.figures import FLOOR, Row
+from benchmarks.harness.results import FLOOR, Row
+from benchmarks.harness.subprocesses import run_module
 
 QUESTION = "growth"
 MOST = 1_000_000
@@ -19,7 +19,9 @@ def _most_that_fit():
 
 
 def test_growth(bench):
-    points = bench.once(lambda: run_module("benchmarks.growth", str(_most_that_fit() if bench.enabled else 1_000)))
+    points = bench.once(
+        lambda: run_module("benchmarks.drawing.growth", str(_most_that_fit() if bench.enabled else 1_000))
+    )
     bench.note("growth", points)
     for kind, verb in (("check", "check_quota"), ("batch", "check_many")):
         for point in points:

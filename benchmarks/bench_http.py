@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.figures import Row, at_most
+from benchmarks.harness.results import Row, at_most
 from modelquota import ResourceQuotaManager
 from modelquota.asgi import QuotaMiddleware
 

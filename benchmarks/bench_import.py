@@ -1,7 +1,7 @@
 """How long does the import take, which brings numpy with it?"""
 
-from benchmarks.children import import_ns
-from benchmarks.figures import Row, ratio_at_most
+from benchmarks.harness.results import Row, ratio_at_most
+from benchmarks.harness.subprocesses import import_ns
 
 QUESTION = "import"
 ROUNDS = 15

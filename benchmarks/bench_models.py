@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.figures import at_most
-from benchmarks.loops import OPERATIONS, Loop
+from benchmarks.harness.loops import OPERATIONS, Loop
+from benchmarks.harness.results import at_most
 
 QUESTION = "many models"
 ROUNDS = 200

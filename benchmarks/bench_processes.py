@@ -4,10 +4,10 @@ from statistics import median
 
 import pytest
 
-from benchmarks.crews import forked, processors
-from benchmarks.figures import FLOOR, Row, at_least
-from benchmarks.fleet import GENEROUS
-from benchmarks.loops import Loop, batch_round
+from benchmarks.harness.loops import Loop, batch_round
+from benchmarks.harness.models import GENEROUS
+from benchmarks.harness.parallel import forked, processors
+from benchmarks.harness.results import FLOOR, Row, at_least
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager
 
 QUESTION = "two processes"

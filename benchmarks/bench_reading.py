@@ -9,7 +9,7 @@ from time import perf_counter_ns, sleep
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from benchmarks.figures import Row, at_most, ratio_at_most
+from benchmarks.harness.results import Row, at_most, ratio_at_most
 from modelquota import ResourceQuotaManager
 from modelquota.monitoring.prometheus import QuotaCollector
 from modelquota.reading.utilization import read_utilization

@@ -3,9 +3,9 @@
 import pytest
 
 from benchmarks import native, peers
-from benchmarks.figures import Row, ratio_at_most
-from benchmarks.fleet import require_no_violation
-from benchmarks.loops import OPERATIONS, Loop
+from benchmarks.harness.loops import OPERATIONS, Loop
+from benchmarks.harness.models import require_no_violation
+from benchmarks.harness.results import Row, ratio_at_most
 from benchmarks.peers.handwritten import SixWindows
 from benchmarks.peers.protocol import SIX_RULES, TOKENS
 from modelquota import ResourceQuotaManager

@@ -1,7 +1,7 @@
 """What does one check cost?"""
 
-from benchmarks.figures import at_most, ratio_at_most
-from benchmarks.loops import Loop
+from benchmarks.harness.loops import Loop
+from benchmarks.harness.results import at_most, ratio_at_most
 
 QUESTION = "one check"
 

@@ -10,9 +10,9 @@ from statistics import median
 
 import pytest
 
-from benchmarks.crews import processors, thread_round_ns
-from benchmarks.figures import FLOOR, Row, at_least, ratio_at_most
-from benchmarks.loops import Loop, batch_round
+from benchmarks.harness.loops import Loop, batch_round
+from benchmarks.harness.parallel import processors, thread_round_ns
+from benchmarks.harness.results import FLOOR, Row, at_least, ratio_at_most
 
 QUESTION = "two threads"
 CHECKS = 400_000  # per thread: many of the interpreter's switches between threads, one in 5 ms

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import table
-from benchmarks.figures import Row, amount, rows_of
+from benchmarks.harness import table
+from benchmarks.harness.results import Row, amount, rows_of
 
 THRESHOLD = 0.15
 HEADINGS = ("question", "case", "baseline", "new", "ratio before", "ratio now", "change", "verdict")

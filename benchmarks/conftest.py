@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import table
-from benchmarks.build_floor import FloorUnavailableError, load_floor
-from benchmarks.figures import FLOOR, Row, Target, render
-from benchmarks.fleet import GENEROUS, Fleet, require_no_violation
-from benchmarks.loops import Loop, Round
-from benchmarks.machine import build_info
+from benchmarks.floor.build import FloorUnavailableError, load_floor
+from benchmarks.harness import table
+from benchmarks.harness.build_info import build_info
+from benchmarks.harness.loops import Loop, Round
+from benchmarks.harness.models import GENEROUS, Fleet, require_no_violation
+from benchmarks.harness.results import FLOOR, Row, Target, render
 from modelquota import ResourceQuotaManager
 
 ROUNDS = 200
@@ -128,7 +128,7 @@ def bench(benchmark: Any, pytestconfig: pytest.Config) -> Bench:
 
 @pytest.fixture(scope="session")
 def floors(pytestconfig: pytest.Config) -> ModuleType | None:
-    """`benchmarks.floor`, or None where it cannot be compiled: then figures stand alone."""
+    """`benchmarks.floor.floor`, or None where it cannot be compiled: then figures stand alone."""
     try:
         return load_floor()
     except FloorUnavailableError as error:

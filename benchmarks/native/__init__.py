@@ -13,7 +13,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from benchmarks.cache import cache_directory
+from benchmarks.harness.build_cache import cache_directory
 
 SOURCES = Path(__file__).parent
 COMPILER = "ziglang"

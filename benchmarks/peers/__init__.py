@@ -1,7 +1,7 @@
 """What a user could pick instead of modelquota, each doing the same work.
 
 ``python -m benchmarks.peers`` prints the comparison; `table` returns it as rows and `bars` as input of
-``benchmarks.plot``. The libraries come with the extra ``bench``; one that is missing leaves a row that says so.
+``benchmarks.drawing.plot``. The libraries come with the extra ``bench``; one that is missing leaves a row that says so.
 
 What is compared, and where it is not quite like with like:
 

@@ -79,7 +79,7 @@ def _measured(peer: Peer) -> Row:
 
 
 def bars(rows: Sequence[Row]) -> list[dict]:
-    """Return what ``benchmarks.plot`` draws: for each peer one limit and six, the fastest of either first."""
+    """Return what ``benchmarks.drawing.plot`` draws: for each peer one limit and six, the fastest of either first."""
     drawn = []
     for group, kind, field in (
         ("In Python, one limit", "peer-one", "one_limit_ns"),

@@ -393,9 +393,7 @@ def test_lists_that_change_while_they_are_read():
         print("alive", sum(held), int(manager._arrays()[1]["lock"].sum()))
     """
     command = [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(program)]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1] / "support"
-    )
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=SUPPORT)
     assert ended.stdout == "alive 0 0\n", ended.stderr[-2000:]
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, report, table
-from benchmarks.figures import FLOOR, Row, Target, at_least, at_most, ratio_at_most, render, rows_of
-from benchmarks.loops import UNROLLED, Loop, batch_round, least_of_rounds
+from benchmarks import compare
+from benchmarks.drawing import report
+from benchmarks.harness import table
+from benchmarks.harness.loops import UNROLLED, Loop, batch_round, least_of_rounds
+from benchmarks.harness.results import FLOOR, Row, Target, at_least, at_most, ratio_at_most, render, rows_of
 
 ROOT = Path(__file__).parents[2]
 

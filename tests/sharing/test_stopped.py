@@ -468,7 +468,5 @@ def test_grants_that_are_forgotten_while_their_row_is_locked_are_not_used_after_
         print(manager.get_usage("m").concurrent_requests, manager.get_usage("free").concurrent_requests)
     """
     command = [sys.executable, "-c", textwrap.dedent(program)]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1] / "support"
-    )
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=SUPPORT)
     assert ended.stdout == "0 0\n", ended.stderr[-1000:]

@@ -38,7 +38,7 @@ class Fleet:
     count : int
         Models.
     floors : module or None
-        `benchmarks.floor`; None where it cannot be compiled.
+        `benchmarks.floor.floor`; None where it cannot be compiled.
     time_runs : bool
         True for the monotonic clock, False for a `ManualClock` that nobody moves.
     """

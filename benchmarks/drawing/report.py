@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth, peers, plot
-from benchmarks.children import ROOT
-from benchmarks.figures import Row, rows_of
+from benchmarks import peers
+from benchmarks.drawing import growth, plot
+from benchmarks.harness.results import Row, rows_of
+from benchmarks.harness.subprocesses import ROOT
 
 RESULTS = ROOT / ".benchmarks" / "latest.json"
-PICTURES = ROOT / "benchmarks" / "pictures"
+PICTURES = ROOT / "benchmarks" / "drawing" / "pictures"
 OURS = "modelquota, every limit set, called from Python"
 FLOORS = "Floors: the call, the look-up, the clock, the lock; nothing decided"
 

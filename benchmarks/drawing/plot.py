@@ -1,4 +1,4 @@
-"""Draw benchmark figures as one picture: ``python -m benchmarks.plot RESULTS.json OUT.svg``.
+"""Draw benchmark figures as one picture: ``python -m benchmarks.drawing.plot RESULTS.json OUT.svg``.
 
 RESULTS.json is a list of bars, drawn from top to bottom in the order given::
 
@@ -137,7 +137,7 @@ def _duration(ns: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description="Draw benchmark figures.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.drawing.plot", description="Draw benchmark figures.")
     parser.add_argument("results", type=Path, metavar="RESULTS.json")
     parser.add_argument("out", type=Path, metavar="OUT.svg")
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Cost per check and memory per model as models grow in number, from one to a million.
 
-``python -m benchmarks.growth MOST`` prints JSON: a list of points, see `measure`.
+``python -m benchmarks.drawing.growth MOST`` prints JSON: a list of points, see `measure`.
 """
 
 import gc
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.build_floor import FloorUnavailableError, load_floor
-from benchmarks.children import resident_bytes
-from benchmarks.fleet import BATCH, GENEROUS, TOKENS, require_no_violation
-from benchmarks.loops import OPERATIONS, Loop, batch_round, least_of_rounds
-from benchmarks.plot import COLOURS, TEXT
+from benchmarks.drawing.plot import COLOURS, TEXT
+from benchmarks.floor.build import FloorUnavailableError, load_floor
+from benchmarks.harness.loops import OPERATIONS, Loop, batch_round, least_of_rounds
+from benchmarks.harness.models import BATCH, GENEROUS, TOKENS, require_no_violation
+from benchmarks.harness.subprocesses import resident_bytes
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager
 
 COUNTS = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)

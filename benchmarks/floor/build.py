@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks.cache import cache_directory
-from benchmarks.children import PACKAGE_PARENT, run_python
+from benchmarks.harness.build_cache import cache_directory
+from benchmarks.harness.subprocesses import PACKAGE_PARENT, run_python
 
 SOURCE = Path(__file__).with_name("floor.pyx")
 #: What `floor.pyx` takes from the package.
@@ -41,7 +41,7 @@ def load_floor() -> ModuleType:
     FloorUnavailableError
         Where Cython, setuptools or a C compiler is missing.
     """
-    name = "benchmarks.floor"
+    name = "benchmarks.floor.floor"
     if name not in sys.modules:
         path = _compiled()
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
@@ -58,7 +58,7 @@ def _compiled() -> Path:
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=directory) as work:
             try:
-                run_python("-m", "benchmarks.build_floor", work)
+                run_python("-m", "benchmarks.floor.build", work)
             except RuntimeError as error:
                 raise FloorUnavailableError(str(error)) from None
             # Moved into place when it is whole: two runs at once, or one cut short, leave no half a module.

@@ -1,12 +1,12 @@
-"""Resident memory of a manager, in a process of its own: ``python -m benchmarks.memory MODELS`` prints JSON."""
+"""Resident memory of a manager, in a process of its own: ``python -m benchmarks.harness.memory MODELS`` prints JSON."""
 
 import json
 import sys
 
 import numpy as np
 
-from benchmarks.children import resident_bytes
-from benchmarks.fleet import GENEROUS
+from benchmarks.harness.models import GENEROUS
+from benchmarks.harness.subprocesses import resident_bytes
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 
 SECOND_NS = 1_000_000_000

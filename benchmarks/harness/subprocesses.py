@@ -9,7 +9,7 @@ from typing import Any
 
 import modelquota
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 #: Where this very package was found, however that was.
 PACKAGE_PARENT = Path(modelquota.__file__).parents[1]
 TIMEOUT_S = 300

@@ -1,0 +1,1 @@
+"""What the benchmarks share: loops, models, processes, and how results are kept and printed."""
