@@ -34,7 +34,7 @@ class SourceDistribution(sdist):
 
     def make_distribution(self):
         sources = (
-            f"{CORE}/*.pyx",
+            f"{CORE}/**/*.pyx",
             "tests/**/*.py",
             "tests/**/*.c",
             "tests/**/*.pyx",
@@ -51,15 +51,15 @@ class SourceDistribution(sdist):
 CORE = "src/modelquota/_core"
 extensions = [
     Extension(
-        f"modelquota._core.{Path(source).stem}",
+        ".".join(Path(source).relative_to("src").with_suffix("").parts),
         [source],
-        depends=glob(f"{CORE}/*.pxd"),
+        depends=glob(f"{CORE}/**/*.pxd", recursive=True),
         include_dirs=[np.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
     )
-    for source in sorted(glob(f"{CORE}/*.pyx"))
+    for source in sorted(glob(f"{CORE}/**/*.pyx", recursive=True))
 ]
 
 setup(

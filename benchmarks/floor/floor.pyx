@@ -11,9 +11,9 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_WRITABLE, PyBuffer_Release, PyOb
 from cpython.dict cimport PyDict_GetItemWithError
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 
-from modelquota._core.clock cimport monotonic_ns
+from modelquota._core.state.clock cimport monotonic_ns
 from modelquota._core.layout cimport Shared
-from modelquota._core.lock cimport lock, try_lock, unlock
+from modelquota._core.state.lock cimport lock, try_lock, unlock
 
 cdef extern from *:
     void prefetch "__builtin_prefetch"(const void* address, int to_write, int locality) noexcept nogil

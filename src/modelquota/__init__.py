@@ -3,9 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from modelquota._core.clock import ManualClock
-from modelquota._core.grant import Grant
-from modelquota._core.result import QuotaCheckResult
+from modelquota._core.state.clock import ManualClock
+from modelquota._core.table.grant import Grant
+from modelquota._core.table.result import QuotaCheckResult
 from modelquota.errors import (
     CapacityError,
     GrantClosedError,

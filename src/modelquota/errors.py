@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from modelquota._core.result import QuotaCheckResult
+    from modelquota._core.table.result import QuotaCheckResult
 
 
 class QuotaError(Exception):

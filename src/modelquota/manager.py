@@ -9,12 +9,12 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from modelquota._core.clock import ManualClock
-from modelquota._core.grant import Grant
-from modelquota._core.line import WaitTable
-from modelquota._core.mapping import MAX_MODELS_LIMIT
-from modelquota._core.result import QuotaCheckResult
-from modelquota._core.table import RowHandle
+from modelquota._core.state.clock import ManualClock
+from modelquota._core.state.mapping import MAX_MODELS_LIMIT
+from modelquota._core.table.grant import Grant
+from modelquota._core.table.queue import WaitTable
+from modelquota._core.table.result import QuotaCheckResult
+from modelquota._core.table.table import RowHandle
 from modelquota._log import log as _log
 from modelquota._log import logger
 from modelquota.errors import UnknownModelError
@@ -104,7 +104,7 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         )
         self._trust_file = trust_file
         if self.path is not None:  # an adjuster that was killed may have left its journal
-            from modelquota._core.beside import journal_of
+            from modelquota._core.state.beside import journal_of
 
             journal = journal_of(self.path)
             if os.path.lexists(journal):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
-from modelquota._core.shared import regions_for
+from modelquota._core.state.shared import regions_for
 
 FORK = multiprocessing.get_context("fork")
 ONE = {

@@ -25,7 +25,7 @@ from oracle import HOUR_NS, SECOND_NS, SLOTS, slot_of
 from patience import until
 
 from modelquota import CapacityError, ManualClock, ResourceQuotaConfig, ResourceQuotaManager, UnknownModelError
-from modelquota._core.inspection import faults
+from modelquota._core.state.validate import faults
 from modelquota.control.load import LoadAdjuster
 
 IDS = int(os.environ.get("MODELQUOTA_IDS", "200000"))

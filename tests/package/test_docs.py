@@ -91,6 +91,6 @@ def test_everything_public_is_documented():
 
 def test_every_extension_module_has_a_stub():
     core = Path(modelquota.__file__).parent / "_core"
-    extensions = {path.name.split(".")[0] for path in core.glob("*.so")}
+    extensions = {path.name.split(".")[0] for path in core.rglob("*.so")}
     assert "table" in extensions
-    assert extensions == {path.stem for path in core.glob("*.pyi")}
+    assert extensions == {path.stem for path in core.rglob("*.pyi")}

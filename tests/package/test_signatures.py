@@ -91,8 +91,8 @@ def test_a_bound_verb_tells_its_parameters():
 
 
 def stubbed():
-    for path in sorted(CORE.glob("*.pyi")):
-        module = importlib.import_module(f"modelquota._core.{path.stem}")
+    for path in sorted(CORE.rglob("*.pyi")):
+        module = importlib.import_module(".".join(path.relative_to(CORE.parents[1]).with_suffix("").parts))
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef):
                 yield module, node

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from modelquota import ManualClock, ResourceQuotaManager, StateFileError
-from modelquota._core.view import read_copies, read_rows, records_of, unpack_limits
+from modelquota._core.table.view import read_copies, read_rows, records_of, unpack_limits
 from modelquota.reading.utilization import read_utilization
 
 

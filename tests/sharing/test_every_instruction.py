@@ -24,7 +24,7 @@ import pytest
 from crew import shared_array
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota._core.inspection import faults
+from modelquota._core.state.validate import faults
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")  # what lands is not left to chance
 MOST = (int(os.environ.get("MODELQUOTA_EVERY", "0")) and 10**9) or 4  # deaths per verb

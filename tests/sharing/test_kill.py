@@ -12,7 +12,7 @@ import numpy as np
 from crew import COUNTED, HELD, TASKS, Crew
 
 from modelquota import QuotaExceededError
-from modelquota._core.inspection import faults
+from modelquota._core.state.validate import faults
 
 ROUNDS = int(os.environ.get("MODELQUOTA_KILL_ROUNDS", "100"))
 SEED = os.environ.get("MODELQUOTA_KILL_SEED", "")

@@ -20,7 +20,7 @@ from patience import until
 from soak_worker import KINDS, NAMED, ORDERS, ROWS, set_up
 
 from modelquota import CapacityError, ResourceQuotaManager
-from modelquota._core.inspection import Reader
+from modelquota._core.state.validate import Reader
 from modelquota.statefile.inspect import verify_file
 
 SECONDS = float(os.environ.get("MODELQUOTA_SOAK_SECONDS", "20"))

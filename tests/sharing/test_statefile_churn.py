@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from modelquota import ResourceQuotaManager, StateFileError
-from modelquota._core import inspection
-from modelquota._core.inspection import Reader
-from modelquota._core.packing import dtypes
-from modelquota._core.shared import regions_for
+from modelquota._core.state import validate
+from modelquota._core.state.shared import regions_for
+from modelquota._core.state.validate import Reader
+from modelquota._core.table.packing import dtypes
 from modelquota.statefile.inspect import inspect_file, verify_file
 
 MODELS = 64
@@ -136,7 +136,7 @@ def rename(path, row, name):
     with open(path, "r+b", buffering=0) as file:
         file.seek(ledgers)
         (ledger,) = np.frombuffer(file.read(dtypes()["ledger"].itemsize), dtypes()["ledger"])
-        file.seek(regions_for(MODELS).names + int(ledger["name_offset"]) * inspection.NAME_UNIT)
+        file.seek(regions_for(MODELS).names + int(ledger["name_offset"]) * validate.NAME_UNIT)
         file.write(name)
 
 
@@ -205,13 +205,13 @@ class Script(Reader):
 def look(path, *happenings):
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return list(inspection.content_faults(Script(descriptor, path, happenings)))
+        return list(validate.content_faults(Script(descriptor, path, happenings)))
     finally:
         os.close(descriptor)
 
 
 def test_a_name_that_moves_to_a_later_row_between_two_parts_is_not_seen_twice(path, monkeypatch):
-    monkeypatch.setattr(inspection, "_AT_A_TIME", 1)
+    monkeypatch.setattr(validate, "_AT_A_TIME", 1)
     manager = ResourceQuotaManager(path=path)
 
     def move():
@@ -224,7 +224,7 @@ def test_a_name_that_moves_to_a_later_row_between_two_parts_is_not_seen_twice(pa
 
 
 def test_a_name_that_has_moved_and_is_used_again_where_it_went_is_found(path, monkeypatch):
-    monkeypatch.setattr(inspection, "_AT_A_TIME", 1)
+    monkeypatch.setattr(validate, "_AT_A_TIME", 1)
     manager = ResourceQuotaManager(path=path)
 
     def move():
@@ -238,7 +238,7 @@ def test_a_name_that_has_moved_and_is_used_again_where_it_went_is_found(path, mo
 
 
 def test_rows_that_are_used_first_while_the_file_is_read_are_judged_too(path, monkeypatch):
-    monkeypatch.setattr(inspection, "_AT_A_TIME", 1)
+    monkeypatch.setattr(validate, "_AT_A_TIME", 1)
     manager = ResourceQuotaManager(path=path)
 
     def register():
@@ -261,7 +261,7 @@ def test_records_of_another_moment_are_not_compared(path, monkeypatch):
 
 
 def test_a_model_that_is_registered_while_the_last_part_is_read_is_judged_by_the_names_of_then(path, monkeypatch):
-    monkeypatch.setattr(inspection, "_AT_A_TIME", 1)
+    monkeypatch.setattr(validate, "_AT_A_TIME", 1)
     manager = ResourceQuotaManager(path=path)
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -271,7 +271,7 @@ def test_a_model_that_is_registered_while_the_last_part_is_read_is_judged_by_the
         manager.remove_quota("second")
         manager.set_quota("m" * 250)  # in the row of before, with a name beyond all that the first header knows
         assert [part.first for part in reader.parts()] == [0, 1, 2]
-        assert list(inspection.content_faults(reader)) == []
+        assert list(validate.content_faults(reader)) == []
         part = reader.part(1, 1)
         manager.remove_quota("m" * 250)
         manager.set_quota("other")
@@ -293,10 +293,10 @@ def test_the_looks_at_a_fault_are_few(path):
     try:
         reader = Counting(descriptor, path)
         reader.check_header()
-        assert list(inspection.content_faults(reader)) == ["row 1: its action is unknown"]
+        assert list(validate.content_faults(reader)) == ["row 1: its action is unknown"]
     finally:
         os.close(descriptor)
-    assert len(looks) == inspection._LOOKS
+    assert len(looks) == validate._LOOKS
 
 
 def test_many_rows_that_the_dead_have_locked_are_looked_at_together(tmp_path):
@@ -316,8 +316,8 @@ def test_many_rows_that_the_dead_have_locked_are_looked_at_together(tmp_path):
     try:
         reader = Counting(descriptor, path)
         reader.check_header()
-        assert list(inspection.content_faults(reader)) == []
-        assert len(copies) <= 2 * 2 * inspection._TRIES
+        assert list(validate.content_faults(reader)) == []
+        assert len(copies) <= 2 * 2 * validate._TRIES
         manager._arrays()[1]["lock"][:1499] = 0
         part = reader.part(1024, 476)
         assert part.steady.tolist() == [True] * 475 + [False]

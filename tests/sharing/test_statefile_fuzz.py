@@ -14,9 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
-from modelquota._core import inspection
-from modelquota._core.packing import dtypes
-from modelquota._core.shared import FACTS, regions_for
+from modelquota._core.state import validate
+from modelquota._core.state.shared import FACTS, regions_for
+from modelquota._core.table.packing import dtypes
 from modelquota.waiting.thread import ThreadWaiter
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
@@ -183,7 +183,7 @@ def use(manager: ResourceQuotaManager) -> None:
 def workshop(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
-        patch.setattr(inspection, "_LOOKS", 2)  # nobody else writes here
+        patch.setattr(validate, "_LOOKS", 2)  # nobody else writes here
         yield Workshop(tmp_path_factory.mktemp("fuzz"))
 
 
@@ -252,7 +252,7 @@ def test_other_headers_are_refused(workshop, field, value, words):
     assert workshop.is_refused()
 
 
-@pytest.mark.parametrize("field", [*inspection._COUNTS, *inspection._TALLIES])
+@pytest.mark.parametrize("field", [*validate._COUNTS, *validate._TALLIES])
 def test_a_counter_that_would_overflow_a_sum_is_refused(workshop, field):
     dtype, at = LAYOUT["ledger"].fields[field][:2]
     for value in (2**63 - 1, 2**64 - 1):

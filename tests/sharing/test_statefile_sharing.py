@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from modelquota import ManualClock, ResourceQuotaManager, StateFileError
-from modelquota._core.inspection import faults
-from modelquota._core.packing import dtypes
+from modelquota._core.state.validate import faults
+from modelquota._core.table.packing import dtypes
 
 HOUR_NS = 3_600_000_000_000
 WIDE = {"max_requests_per_second": None, "max_tokens_per_second": None}
@@ -205,7 +205,7 @@ class Bytes:
     """The header and the first row of a file, to be written to."""
 
     def __init__(self, path):
-        from modelquota._core.shared import regions_for
+        from modelquota._core.state.shared import regions_for
 
         layout = dtypes()
         most = int(read_header(path)["max_models"])

@@ -8,21 +8,21 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from modelquota._core.batch cimport Batch, charge_batch, check_batch, first_bad_code
-from modelquota._core.decision cimport (
+from modelquota._core.table.batch cimport Batch, charge_batch, check_batch, first_bad_code
+from modelquota._core.row.decision cimport (
     LAST_TICKET, LOWEST_PRIORITY, NEVER, Ask, Charge, Verdict, charge_tokens, is_trial, pass_time
 )
-from modelquota._core.hold cimport let_go, refund, settle_tokens
-from modelquota._core.joint cimport DECIDED, Joint, decide_rows, first_gone, lock_rows, put_in_order, unlock_rows
+from modelquota._core.row.grant cimport let_go, refund, settle_tokens
+from modelquota._core.state.joint cimport DECIDED, Joint, decide_rows, first_gone, lock_rows, put_in_order, unlock_rows
 from modelquota._core.layout cimport (
     CHANGES, CHUNK, GrantRecord, Header, Ledger, Limits, QueueEntry, Row, Shared, UNLIMITED, WINDOWS
 )
-from modelquota._core.level cimport NO_RATE
-from modelquota._core.lock cimport SLICE_NS, unlock, wait_clock_ns
-from modelquota._core.queue cimport drop_expired, link_entry, unlink_entry
-from modelquota._core.registry cimport NAME_SHARE, enter, leave, replace_limits
-from modelquota._core.repair cimport lock_row
-from modelquota._core.usage cimport Usage, read_limits, read_usage
+from modelquota._core.row.level cimport NO_RATE
+from modelquota._core.state.lock cimport SLICE_NS, unlock, wait_clock_ns
+from modelquota._core.row.queue cimport drop_expired, link_entry, unlink_entry
+from modelquota._core.state.registry cimport NAME_SHARE, enter, leave, replace_limits
+from modelquota._core.state.repair cimport lock_row
+from modelquota._core.row.usage cimport Usage, read_limits, read_usage
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef unsigned long pthread_t

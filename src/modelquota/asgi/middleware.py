@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from modelquota._core.grant import Grant
+from modelquota._core.table.grant import Grant
 from modelquota.asgi.protocols.openai import openai_routes
 from modelquota.asgi.ratelimit import Header, limit_headers
 from modelquota.asgi.refusal import denial, full_table, refusal

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from modelquota._core.result import QuotaCheckResult
+from modelquota._core.table.result import QuotaCheckResult
 from modelquota.asgi.ratelimit import Header, limit_headers, never_fits
 from modelquota.asgi.request import Demand, RequestRefusedError, Send
 from modelquota.errors import CapacityError, QuotaExceededError

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from modelquota._core.grant import Grant
+from modelquota._core.table.grant import Grant
 from modelquota.quota.config import MAX_COUNT
 
 MOST_HELD: Final = 1 << 16

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from modelquota._core.state import QuotaState
+    from modelquota._core.table.intern import QuotaState
     from modelquota.reading.report import ModelReport, QuotaStats, ResourceUsage
 
 _NO_ID = "-"
@@ -98,13 +98,13 @@ class QuotaReader:
 
     def _read_table(self) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.uint64]]:
         """`snapshot`, and of the same models the limits as the core keeps them, and which life of its id each is."""
-        from modelquota._core.view import read_table
+        from modelquota._core.table.view import read_table
 
         return read_table(cast("QuotaState", self))  # a manager is one; a view reads in its own way
 
     def _read_retired(self) -> dict[str, int]:
         """What removed models had counted of requests that violated a limit."""
-        from modelquota._core.view import read_retired
+        from modelquota._core.table.view import read_retired
 
         return read_retired(cast("QuotaState", self))
 
@@ -126,7 +126,7 @@ def quotas_of(limits: NDArray[np.void]) -> tuple[list[ResourceQuotaConfig], NDAr
     """Return the different quotas among the limits of `QuotaReader._read_table`, without an id, and which each is."""
     import numpy as np
 
-    from modelquota._core.view import unpack_limits
+    from modelquota._core.table.view import unpack_limits
 
     words = limits.view(np.uint64).reshape(len(limits), limits.dtype.itemsize // 8)
     mixed = (words * (np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(_MIX))).sum(axis=1)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar, ca
 
 import numpy as np
 
-from modelquota._core.inspection import NAME_UNIT, Reader
-from modelquota._core.mapping import boot_id
-from modelquota._core.statefile import open_existing
-from modelquota._core.view import read_copies, read_rows, records_of
+from modelquota._core.state.file import open_existing
+from modelquota._core.state.mapping import boot_id
+from modelquota._core.state.validate import NAME_UNIT, Reader
+from modelquota._core.table.view import read_copies, read_rows, records_of
 from modelquota.errors import ManagerClosedError, StateFileError
 from modelquota.reading.reader import QuotaReader
 

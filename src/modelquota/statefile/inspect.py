@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from modelquota._core.inspection import Part, Reader, content_faults
+from modelquota._core.state.validate import Part, Reader, content_faults
 from modelquota.errors import StateFileError
 
 _TRIES = 20

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from modelquota._core.beside import (
+from modelquota._core.state.beside import (
     create_draft,
     distrust_of_journal,
     journal_of,

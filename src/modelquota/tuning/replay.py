@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from modelquota._core.clock import ManualClock
+from modelquota._core.state.clock import ManualClock
 from modelquota.errors import UnknownModelError
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Sequen
 from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar, cast
 
 if TYPE_CHECKING:
-    from modelquota._core.grant import Grant
+    from modelquota._core.table.grant import Grant
     from modelquota.manager import ResourceQuotaManager
 
 P = ParamSpec("P")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from modelquota._core.grant import Grant
+    from modelquota._core.table.grant import Grant
 
 T = TypeVar("T")
 

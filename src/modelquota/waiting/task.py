@@ -1,4 +1,4 @@
-"""Waiting for admission in an asyncio task: only how one sleeps is said here, all else is in `_core.line`.
+"""Waiting for admission in an asyncio task: only how one sleeps is said here, all else is in `_core.table.queue`.
 
 Imported with the first `acquire_async`, since asyncio takes longer to import than all of modelquota.
 """
@@ -10,8 +10,8 @@ from collections.abc import Callable, Coroutine, Generator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
-from modelquota._core.grant import Grant
-from modelquota._core.line import Waiter, WaitTable
+from modelquota._core.table.grant import Grant
+from modelquota._core.table.queue import Waiter, WaitTable
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future, TimerHandle

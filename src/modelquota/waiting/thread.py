@@ -1,4 +1,4 @@
-"""Waiting for admission in a thread: only how one sleeps is said here, all else is in `_core.line`."""
+"""Waiting for admission in a thread: only how one sleeps is said here, all else is in `_core.table.queue`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import threading
 from collections.abc import Sequence
 from typing import SupportsIndex
 
-from modelquota._core.grant import Grant
-from modelquota._core.line import Waiter, WaitTable
+from modelquota._core.table.grant import Grant
+from modelquota._core.table.queue import Waiter, WaitTable
 
 
 class ThreadWaiter(Waiter):

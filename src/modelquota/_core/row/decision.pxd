@@ -1,0 +1,449 @@
+# The decision: may this request pass now? Compute, decide, commit, on one row whose lock is held. Time is an argument.
+#
+# decide() is the only place where a request is admitted or denied. What admits is short: a window's room and a level say
+# "fits" with one comparison each. Only where something does not fit, judge() goes through the limits in their order and
+# finds the first that is violated and the longest wait. A denial changes no window and no level.
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.row.level cimport (
+    NO_RATE, NS_PER_SECOND, as_double, coarse, drain_levels, is_dormant, level_cost, level_wait_ns, load, note_low,
+    raise_level, store, wide
+)
+from modelquota._core.row.queue cimport drop_expired, first_in_turn
+from modelquota._core.row.window cimport (
+    NEVER, requests_in_slot, requests_used, tokens_in_slot, tokens_used, turn_slots, window_wait_ns
+)
+
+cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted
+    RAM_MB = 1
+    SSD_MB = 2
+    CONCURRENCY = 3
+    REQUESTS_PER_SECOND = 4
+    TOKENS_PER_SECOND = 5
+    TOKENS_PER_HOUR = 6
+    REQUESTS_PER_HOUR = 7
+    TOKENS_PER_DAY = 8
+    REQUESTS_PER_DAY = 9
+    QUEUE_PLACE = 10
+
+cdef enum:  # indices of Ledger.violations
+    RAM_VIOLATION = 0
+    SSD_VIOLATION = 1
+    RATE_VIOLATION = 2
+    QUOTA_VIOLATION = 3
+    CONCURRENCY_VIOLATION = 4
+
+cdef enum:  # ViolationAction codes
+    REJECT = 0
+    THROTTLE = 1
+    WARN = 2
+    QUEUE = 3
+    NO_ACTION = -1
+
+cdef enum:
+    NS_PER_MS = 1_000_000
+
+cdef extern from *:
+    """
+    #define MQ_LAST_TICKET INT64_MAX
+    #define MQ_LOWEST_PRIORITY INT32_MIN
+    """
+    bint unlikely(bint condition) noexcept nogil        # of Cython's own: keeps rare code out of the way
+    const int64_t LAST_TICKET "MQ_LAST_TICKET"          # of a request that does not stand in line
+    const int32_t LOWEST_PRIORITY "MQ_LOWEST_PRIORITY"  # of a request that does not wait: it overtakes nobody
+
+cdef enum:
+    ALL_LIMITS = 0xFFFF     # a bit for each Limit code
+
+
+cdef struct Ask:
+    int64_t tokens      # 0 .. MAX_COUNT, as are the others
+    int64_t ram_mb
+    int64_t ssd_mb
+    int64_t ticket      # its place in a line, or LAST_TICKET
+    int32_t priority
+    const Ledger* counted   # of the model where its violation has been counted, or NULL
+    uint32_t counted_generation
+
+
+cdef struct Charge:
+    # What was charged to a row at one time, for a refund of it.
+    int64_t tokens
+    int64_t at_ns           # the row's time
+    uint32_t epoch          # the ledger's level_epoch
+    int64_t raised          # tokens by which their level rose; fewer if it may not rise above its cap
+    uint8_t raised_request  # whether that of requests rose by one
+
+
+cdef struct Levels:
+    # Where admission takes the two levels.
+    wide request
+    wide token
+
+
+cdef struct Verdict:
+    bint allowed
+    uint32_t log_held        # violations that a log record is to be written for now, 0 = none
+    uint8_t limit            # the first violated limit, 0 = none
+    uint8_t cause            # for QUEUE_PLACE: the limit that the head of the line waits for
+    int action               # the one that was applied, or NO_ACTION
+    int64_t wait_ns          # the longest wait of all violated limits, or NEVER; meaningful where limit is set
+    int64_t retry_after_ms   # the same, rounded up
+    int64_t soonest_ns       # the shortest wait that may do, since others may give back what they hold any moment
+    bint held_up             # whether what others hold is in the way
+    bint aside               # whether a model that does not queue is in the way
+    uint32_t judged          # bits of the limits that are being judged
+    double usage             # percent of the violated limit without the request
+    double used              # of the violated limit
+    double bound
+    int64_t asked
+
+
+cdef inline double percent(double used, double limit) noexcept nogil:
+    """Share of a limit in use. A limit of 0 is reckoned as 1, so that the figure stays finite."""
+    return 100.0 * used / (limit if limit > 1.0 else 1.0)
+
+
+cdef inline uint64_t in_use(int64_t reported, int64_t reserved) noexcept nogil:
+    """Memory that counts against a cap: twice MAX_COUNT is one more than an int64 holds."""
+    return <uint64_t> reported + <uint64_t> reserved
+
+
+cdef inline double neat(double value) noexcept nogil:
+    """Round to 50 bits (Veltkamp): the last bits of a product with a stored quotient go, so that 7 of 7 reads 100.0."""
+    cdef double scaled = 9.0 * value
+    return scaled - (scaled - value)
+
+
+cdef inline bint exceeds(int64_t asked, uint64_t used, int64_t cap) noexcept nogil:
+    """Whether memory asked for does not fit under a cap; asking for nothing always fits."""
+    return asked != 0 and cap != UNLIMITED and <uint64_t> asked + used > <uint64_t> cap
+
+
+cdef inline double larger(double a, double b) noexcept nogil:
+    return a if a > b else b
+
+
+cdef inline double total(int64_t reported, int64_t reserved, int64_t asked) noexcept nogil:
+    return <double> reported + <double> reserved + <double> asked
+
+
+cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask* ask) noexcept nogil:
+    """Percent of the fullest limit, with the request: windows and levels are charged, memory and concurrency are not.
+
+    Products with stored percents instead of quotients, and nothing to branch on: this stands in every check.
+    """
+    cdef double share = as_double(&row.request_level) * ledger.request_level_percent
+    cdef int i
+    share = larger(share, as_double(&row.token_level) * ledger.token_level_percent)
+    for i in range(WINDOWS):
+        share = larger(share, <double> requests_used(row, ledger, i) * ledger.request_percent[i])
+        share = larger(share, <double> tokens_used(row, ledger, i) * ledger.token_percent[i])
+    share = larger(share, total(ledger.ram_mb, ledger.reserved_ram_mb, ask.ram_mb) * ledger.ram_percent)
+    share = larger(share, total(ledger.ssd_mb, ledger.reserved_ssd_mb, ask.ssd_mb) * ledger.ssd_percent)
+    share = larger(share, (<double> ledger.concurrent + 1.0) * ledger.concurrent_percent)
+    return neat(share)
+
+
+cdef inline void pass_time(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+    """Bring the row to `now_ns`; a time before the row's own changes nothing."""
+    cdef int64_t steps
+    if now_ns < row.slot_end_ns:
+        drain_levels(row, now_ns)
+        return
+    if unlikely(is_dormant(row)):      # what this slot admitted drains from its end on
+        drain_levels(row, row.slot_end_ns)
+        raise_level(&row.request_level, requests_in_slot(row, ledger), row.dormant_request_shift, &row.request_cap, True)
+        raise_level(&row.token_level, tokens_in_slot(row, ledger), row.dormant_token_shift, &row.token_cap, True)
+    drain_levels(row, now_ns)
+    steps = turn_slots(row, ledger, now_ns)
+    note_low(ledger.request_low, coarse(&row.request_level, row.request_shift), steps)
+    note_low(ledger.token_low, coarse(&row.token_level, row.token_shift), steps)
+
+
+cdef inline bint is_shadow(const Row* row, uint8_t limit) noexcept nogil:
+    """Whether a limit is judged and never denies."""
+    return row.shadow >> limit & 1
+
+
+cdef inline bint is_trial(const Row* row, const Ledger* ledger, bint enforcing) noexcept nogil:
+    """Whether the rate of tokens denies nothing at the moment: then its level never rises above its cap."""
+    return not enforcing or ledger.action == WARN or is_shadow(row, TOKENS_PER_SECOND)
+
+
+cdef inline int64_t raise_noted(
+    Wide* level, int64_t count, uint8_t shift, const Wide* cap, bint capped, Ledger* ledger
+) noexcept nogil:
+    """raise_level(). A level that met its cap forgets what was charged before: without that, this charge had raised it."""
+    cdef int64_t raised = raise_level(level, count, shift, cap, capped)
+    if raised != count:
+        ledger.level_epoch += 1
+    return raised
+
+
+cdef inline void charge_tokens(Row* row, Ledger* ledger, int64_t tokens, bint trial, Charge* charged) noexcept nogil:
+    """Charge without asking, and note what was: a counter that has reached MAX_COUNT stays there."""
+    cdef int64_t left = MAX_COUNT - tokens_used(row, ledger, DAY)
+    charged.at_ns = row.level_ns
+    charged.tokens = tokens if tokens < left else left
+    row.token_room -= charged.tokens
+    charged.raised = raise_noted(&row.token_level, charged.tokens, row.token_shift, &row.token_cap, trial, ledger)
+    charged.raised_request = 0
+    charged.epoch = ledger.level_epoch
+
+
+cdef inline void charge(Row* row, Ledger* ledger, const Ask* ask, Charge* charged) noexcept nogil:
+    """Charge one request that does not fit and is admitted all the same: no level rises above its cap by it."""
+    row.request_room -= 1
+    charge_tokens(row, ledger, ask.tokens, True, charged)
+    charged.raised_request = <uint8_t> raise_noted(&row.request_level, 1, row.request_shift, &row.request_cap, True, ledger)
+    charged.epoch = ledger.level_epoch
+
+
+cdef inline void note(
+    Verdict* verdict, uint8_t limit, int64_t wait_ns, int64_t soonest_ns, double used, double bound, int64_t asked
+) noexcept nogil:
+    """Take down one limit's answer: the first violated limit is described, the longest waits are kept.
+
+    `soonest_ns` is the wait if others give back what they hold.
+    """
+    if wait_ns == 0 or not verdict.judged >> limit & 1:
+        return
+    if wait_ns == NEVER or verdict.wait_ns == NEVER:
+        verdict.wait_ns = NEVER
+    elif wait_ns > verdict.wait_ns:
+        verdict.wait_ns = wait_ns
+    if soonest_ns != wait_ns:
+        verdict.held_up = True
+    if soonest_ns == NEVER or verdict.soonest_ns == NEVER:
+        verdict.soonest_ns = NEVER
+    elif soonest_ns > verdict.soonest_ns:
+        verdict.soonest_ns = soonest_ns
+    if verdict.limit == 0:
+        verdict.limit = limit
+        verdict.used = used
+        verdict.bound = bound
+        verdict.asked = asked
+        verdict.usage = percent(used, bound)
+
+
+cdef inline void note_rate(
+    const Row* row, const Ledger* ledger, bint of_tokens, int64_t cost, Verdict* verdict
+) noexcept nogil:
+    """A rate is two limits in one: the ceiling of the rolling second and the long-run level. The fuller is described."""
+    cdef int64_t credit = ledger.reserved_tokens if of_tokens else 0
+    cdef int64_t ceiling_ns = window_wait_ns(row, ledger, SECOND, of_tokens, cost, 0, row.level_ns)
+    cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
+    cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
+    cdef int64_t drain = row.token_drain if of_tokens else row.request_drain
+    cdef uint8_t shift = row.token_shift if of_tokens else row.request_shift
+    cdef uint8_t code = TOKENS_PER_SECOND if of_tokens else REQUESTS_PER_SECOND
+    cdef int64_t level_ns = level_wait_ns(level, cap, drain, shift, cost, 0)
+    cdef int64_t wait_ns, soonest_ns
+    cdef double used, bound, level_used, level_bound, unit
+    if ceiling_ns == 0 and level_ns == 0:
+        return
+    wait_ns = soonest_ns = NEVER if ceiling_ns == NEVER or level_ns == NEVER else max(ceiling_ns, level_ns)
+    if credit and wait_ns != NEVER:
+        soonest_ns = max(window_wait_ns(row, ledger, SECOND, of_tokens, cost, credit, row.level_ns),
+                         level_wait_ns(level, cap, drain, shift, cost, credit))
+    used = <double> (tokens_used(row, ledger, SECOND) if of_tokens else requests_used(row, ledger, SECOND))
+    bound = <double> (ledger.token_limit[SECOND] if of_tokens else ledger.request_limit[SECOND])
+    if shift != NO_RATE:
+        unit = as_double(cap) / (
+            (ledger.tokens_per_second if ledger.tokens_per_second > 1.0 else 1.0) + <double> ledger.burst_tokens if of_tokens else
+            (ledger.requests_per_second if ledger.requests_per_second > 1.0 else 1.0) + <double> ledger.burst_requests)
+        level_used = as_double(level) / unit
+        level_bound = as_double(cap) / unit
+        if percent(level_used, level_bound) > percent(used, bound):
+            used = level_used
+            bound = level_bound
+    note(verdict, code, wait_ns, soonest_ns, used, bound, cost)
+
+
+cdef inline void note_window(
+    const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, uint8_t code, Verdict* verdict
+) noexcept nogil:
+    cdef int64_t wait_ns = window_wait_ns(row, ledger, window, of_tokens, cost, 0, row.level_ns)
+    cdef int64_t soonest_ns = wait_ns
+    if wait_ns == 0:
+        return
+    if of_tokens:
+        if ledger.reserved_tokens and wait_ns != NEVER:
+            soonest_ns = window_wait_ns(row, ledger, window, True, cost, ledger.reserved_tokens, row.level_ns)
+        note(verdict, code, wait_ns, soonest_ns, <double> tokens_used(row, ledger, window),
+             <double> ledger.token_limit[window], cost)
+    else:
+        note(verdict, code, wait_ns, soonest_ns, <double> requests_used(row, ledger, window),
+             <double> ledger.request_limit[window], cost)
+
+
+cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
+    """Index into Ledger.violations of a Limit code."""
+    if limit == RAM_MB:
+        return RAM_VIOLATION
+    if limit == SSD_MB:
+        return SSD_VIOLATION
+    if limit == CONCURRENCY:
+        return CONCURRENCY_VIOLATION
+    return RATE_VIOLATION if limit <= TOKENS_PER_SECOND else QUOTA_VIOLATION
+
+
+cdef inline bint is_behind(const QueueEntry* head, const Ask* ask) noexcept nogil:
+    """Whether others wait for this model whose turn comes first."""
+    return (
+        head != NULL
+        and (head.priority > ask.priority or (head.priority == ask.priority and head.ticket < ask.ticket))
+    )
+
+
+cdef inline void find_violations(
+    const Row* row, const Ledger* ledger, const QueueEntry* head, const Ask* ask, uint32_t limits, Verdict* verdict
+) noexcept nogil:
+    """Go through `limits` in their order; note the first that is violated and the longest wait of all that are.
+
+    A request that is behind others in the queue is told to wait for them, whatever else is in the way.
+    """
+    cdef uint64_t used_ram_mb = in_use(ledger.ram_mb, ledger.reserved_ram_mb)
+    cdef uint64_t used_ssd_mb = in_use(ledger.ssd_mb, ledger.reserved_ssd_mb)
+    verdict.wait_ns = verdict.soonest_ns = 0
+    verdict.judged = limits
+    if exceeds(ask.ram_mb, used_ram_mb, ledger.max_ram_mb):
+        note(verdict, RAM_MB, NEVER, 0 if ask.ram_mb <= ledger.max_ram_mb else NEVER, <double> used_ram_mb,
+             <double> ledger.max_ram_mb, ask.ram_mb)
+    if exceeds(ask.ssd_mb, used_ssd_mb, ledger.max_ssd_mb):
+        note(verdict, SSD_MB, NEVER, 0 if ask.ssd_mb <= ledger.max_ssd_mb else NEVER, <double> used_ssd_mb,
+             <double> ledger.max_ssd_mb, ask.ssd_mb)
+    if ledger.concurrent >= ledger.max_concurrent:
+        note(verdict, CONCURRENCY, NEVER, 0 if ledger.max_concurrent else NEVER, <double> ledger.concurrent,
+             <double> ledger.max_concurrent, 1)
+    note_rate(row, ledger, False, 1, verdict)
+    note_rate(row, ledger, True, ask.tokens, verdict)
+    note_window(row, ledger, HOUR, True, ask.tokens, TOKENS_PER_HOUR, verdict)
+    note_window(row, ledger, HOUR, False, 1, REQUESTS_PER_HOUR, verdict)
+    note_window(row, ledger, DAY, True, ask.tokens, TOKENS_PER_DAY, verdict)
+    note_window(row, ledger, DAY, False, 1, REQUESTS_PER_DAY, verdict)
+    if is_behind(head, ask):
+        verdict.held_up = True
+        verdict.limit = QUEUE_PLACE
+        verdict.cause = head.limit
+        verdict.used = <double> ledger.waiting
+        verdict.bound = <double> ledger.max_queued
+        verdict.asked = 1
+        verdict.usage = percent(verdict.used, verdict.bound)
+        verdict.wait_ns = NEVER if head.ready_ns == NEVER else max(head.ready_ns - row.level_ns, 1)
+    verdict.retry_after_ms = NEVER if verdict.wait_ns == NEVER else (verdict.wait_ns + NS_PER_MS - 1) // NS_PER_MS
+
+
+cdef inline void start_verdict(Verdict* verdict) noexcept nogil:
+    """Admitted, unless something speaks against it."""
+    verdict.allowed = True
+    verdict.log_held = 0
+    verdict.limit = 0
+    verdict.action = NO_ACTION
+    verdict.retry_after_ms = NEVER
+    verdict.held_up = verdict.aside = False
+
+
+cdef inline bint fits(const Row* row, const Ledger* ledger, const Ask* ask, Levels* levels) noexcept nogil:
+    """Whether the request plainly fits, and to where it takes the levels. Time has passed for the row."""
+    if not (
+        row.request_room >= 1
+        and (ask.tokens <= row.token_room or ask.tokens == 0)
+        and not exceeds(ask.ram_mb, in_use(ledger.ram_mb, ledger.reserved_ram_mb), ledger.max_ram_mb)
+        and not exceeds(ask.ssd_mb, in_use(ledger.ssd_mb, ledger.reserved_ssd_mb), ledger.max_ssd_mb)
+    ):
+        return False
+    levels.request = load(&row.request_level) + level_cost(1, row.request_shift)
+    levels.token = load(&row.token_level) + level_cost(ask.tokens, row.token_shift)
+    return levels.request <= load(&row.request_cap) and (ask.tokens == 0 or levels.token <= load(&row.token_cap))
+
+
+cdef inline void commit(Row* row, const Ask* ask, const Levels* levels) noexcept nogil:
+    """Charge what fits."""
+    row.request_room -= 1
+    row.token_room -= ask.tokens
+    store(&row.request_level, levels.request)
+    store(&row.token_level, levels.token)
+
+
+cdef inline bint fits_now(
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, Levels* levels
+) noexcept nogil:
+    """fits(), once those in the queue whose time is over are out of the way."""
+    if fits(row, ledger, ask, levels):
+        return True
+    return ledger.waiting != 0 and drop_expired(row, ledger, entries, now_ns, False) and fits(row, ledger, ask, levels)
+
+
+cdef inline void judge(
+    const Row* row, const Ledger* ledger, QueueEntry* entries, const Ask* ask, bint enforcing, Verdict* verdict
+) noexcept nogil:
+    """Decide what does not plainly fit. Nothing is counted."""
+    cdef const QueueEntry* head = NULL
+    if not enforcing:
+        return
+    if ledger.waiting != 0 and ledger.action == QUEUE:
+        head = first_in_turn(ledger, entries)
+    find_violations(row, ledger, head, ask, ALL_LIMITS & ~row.shadow, verdict)
+    if verdict.limit != 0:
+        verdict.action = ledger.action
+        verdict.allowed = ledger.action == WARN
+        verdict.aside = ledger.action != QUEUE
+        return
+    if row.shadow:
+        find_violations(row, ledger, NULL, ask, row.shadow, verdict)
+        if verdict.limit != 0:
+            verdict.action = WARN
+            return
+    verdict.retry_after_ms = NEVER  # a counter at MAX_COUNT, or others in a queue that does not bind this request
+
+
+cdef inline void count_violation(Row* row, Ledger* ledger, Verdict* verdict) noexcept nogil:
+    """Count a violation under the action that it met, and say whether it is to be logged."""
+    cdef uint32_t second = <uint32_t> (row.level_ns // NS_PER_SECOND) + 1     # 0 is "never"
+    ledger.violations[violation_of(verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit)] += 1
+    if verdict.action == REJECT:
+        ledger.rejected += 1
+    elif verdict.action == THROTTLE:
+        ledger.throttled += 1
+    elif verdict.action == QUEUE:
+        ledger.queued += 1
+    ledger.log_held += 1
+    if ledger.log_second != second:        # the first of this second of the row's time: one record, for all held back
+        ledger.log_second = second
+        verdict.log_held = ledger.log_held
+        ledger.log_held = 0
+
+
+cdef inline void decide_closely(
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
+) noexcept nogil:
+    """The rest of decide(), for a request that does not plainly fit. Apart, so that the compiler puts the common case where
+    it is called."""
+    cdef Levels levels
+    cdef Charge charged
+    if fits_now(row, ledger, entries, now_ns, ask, &levels):
+        commit(row, ask, &levels)
+        return
+    judge(row, ledger, entries, ask, enforcing, verdict)
+    if verdict.limit:
+        count_violation(row, ledger, verdict)
+    if verdict.allowed:
+        charge(row, ledger, ask, &charged)
+
+
+cdef inline void decide(
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
+) noexcept nogil:
+    """Admit and charge, or deny. Everything of `verdict` but the figures of a violation is set. Requires the row's lock."""
+    cdef Levels levels
+    # compute
+    pass_time(row, ledger, now_ns)
+    # decide
+    start_verdict(verdict)
+    if unlikely(not fits(row, ledger, ask, &levels)):
+        decide_closely(row, ledger, entries, now_ns, ask, enforcing, verdict)
+        return
+    # commit
+    commit(row, ask, &levels)

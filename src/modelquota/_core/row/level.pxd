@@ -1,0 +1,229 @@
+# The long-run rate: a level that drains at `drain` units per ns and grows by what is admitted (a leaky bucket as a meter,
+# ITU-T I.371). Pure arithmetic on one row, whose lock is held.
+#
+# Exact: a rate is a double, that is an integer over 2**shift, so in units of 1 / (10**9 * 2**shift) of a request or token
+# the drain per ns is a whole number and nothing is ever rounded. 128 bits hold every level. (Where rate and burst are so
+# far apart that they would not fit, encode_rate rounds the drain down: never more than the rate is admitted.)
+from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t
+from modelquota._core.layout cimport MAX_COUNT, Row, Wide
+from modelquota._core.row.window cimport NEVER
+
+cdef extern from *:
+    """
+    typedef __int128 mq_wide;
+    #define MQ_LEVEL_MAX ((mq_wide)1 << 125)
+    """
+    ctypedef long long wide "mq_wide"
+    const wide LEVEL_MAX "MQ_LEVEL_MAX"     # a forced charge fills a level no further: 100,000 years of draining or more
+
+cdef enum:
+    NS_PER_SECOND = 1_000_000_000
+    SLOT_NS = 16_666_667    # 1/60 s
+    COARSE_BITS = 30
+    NO_RATE = 255       # the shift of a rate that is not set: its level stays 0 (a rate of 0 has a level, and never drains)
+
+
+cdef inline wide load(const Wide* stored) noexcept nogil:
+    return (<wide> stored.high << 64) | <wide> stored.low
+
+
+cdef inline void store(Wide* stored, wide value) noexcept nogil:
+    stored.low = <uint64_t> value
+    stored.high = <uint64_t> (value >> 64)
+
+
+cdef inline double as_double(const Wide* stored) noexcept nogil:
+    if stored.high | stored.low >> 63 == 0:    # a signed conversion is one instruction, an unsigned one a detour
+        return <double> <int64_t> stored.low
+    return <double> stored.high * 18446744073709551616.0 + <double> stored.low
+
+
+cdef inline wide level_cost(int64_t count, uint8_t shift) noexcept nogil:
+    """`count` requests or tokens in the level's units; 0 where there is no rate. `count` is within the window's limit."""
+    if shift == NO_RATE:
+        return 0
+    return (<wide> count * <wide> NS_PER_SECOND) << shift
+
+
+cdef inline void drain_level(Wide* level, int64_t drain, int64_t elapsed_ns) noexcept nogil:
+    cdef wide left = load(level) - <wide> drain * <wide> elapsed_ns
+    store(level, left if left > 0 else <wide> 0)
+
+
+cdef inline void drain_levels(Row* row, int64_t now_ns) noexcept nogil:
+    """Let time pass for both levels. The row's time never runs backwards."""
+    cdef int64_t elapsed_ns = now_ns - row.level_ns
+    if elapsed_ns <= 0:
+        return
+    row.level_ns = now_ns
+    drain_level(&row.request_level, row.request_drain, elapsed_ns)
+    drain_level(&row.token_level, row.token_drain, elapsed_ns)
+
+
+cdef inline wide any_cost(int64_t count, uint8_t shift) noexcept nogil:
+    """level_cost of a count of any size, up to LEVEL_MAX."""
+    # the first test is the second one's cheap half: 30 + 30 + 63 bits are below LEVEL_MAX
+    if (count >> 30 or shift > 63) and shift != NO_RATE and <wide> count > (LEVEL_MAX >> shift) // NS_PER_SECOND:
+        return LEVEL_MAX
+    return level_cost(count, shift)
+
+
+cdef inline int64_t raise_level(Wide* level, int64_t count, uint8_t shift, const Wide* cap, bint capped) noexcept nogil:
+    """Charge a count of any size, up to the cap at most if `capped`. How much of it was charged, rounded down."""
+    cdef wide before = load(level)
+    cdef wide after
+    cdef wide most = LEVEL_MAX
+    if shift == NO_RATE:
+        return count
+    after = before + any_cost(count, shift)
+    if not capped:
+        store(level, after if after < most else most)
+        return count
+    most = load(cap) if load(cap) > before else before
+    if after <= most:
+        store(level, after)
+        return count
+    store(level, most)
+    return <int64_t> (((most - before) >> shift) // NS_PER_SECOND)
+
+
+cdef inline void rescale(Wide* level, uint8_t old_shift, uint8_t shift) noexcept nogil:
+    """Carry a level over to another rate's unit: the same count, rounded up."""
+    cdef wide now = load(level)
+    cdef wide one = 1
+    if old_shift == NO_RATE or shift == NO_RATE:
+        now = 0
+    elif shift >= old_shift:
+        now = LEVEL_MAX if now > (LEVEL_MAX >> (shift - old_shift)) else now << (shift - old_shift)
+    else:
+        now = (now + (one << (old_shift - shift)) - 1) >> (old_shift - shift)
+    store(level, now)
+
+
+# A rate that is set to None leaves its level behind: dormant, it goes on draining as before, grows at the end of each slot
+# by what was admitted in it, never above its cap, and is taken up again by the next rate. So None and back refills nothing.
+
+cdef inline bint is_dormant(const Row* row) noexcept nogil:
+    return row.dormant_request_shift != NO_RATE or row.dormant_token_shift != NO_RATE
+
+
+cdef inline void change_rate(
+    Wide* level, Wide* cap, int64_t* drain, uint8_t* shift, uint8_t* dormant_shift, const Wide* new_cap, int64_t new_drain,
+    uint8_t new_shift, int64_t in_slot
+) noexcept nogil:
+    """Replace a rate. What its level holds, dormant or not, stays.
+
+    `in_slot` was admitted in the current slot: a level that goes dormant gives it back, since it is charged when the slot
+    ends.
+    """
+    cdef wide lower
+    if new_shift != NO_RATE:
+        if shift[0] == NO_RATE:
+            raise_level(level, in_slot, dormant_shift[0], cap, True)
+        rescale(level, shift[0] if shift[0] != NO_RATE else dormant_shift[0], new_shift)
+        drain[0] = new_drain
+        cap[0] = new_cap[0]
+        dormant_shift[0] = NO_RATE
+    elif shift[0] != NO_RATE:
+        dormant_shift[0] = shift[0]
+        if load(level) <= load(cap):    # one above its cap is not raised at the slot's end
+            lower = load(level) - any_cost(in_slot, shift[0])
+            store(level, lower if lower > 0 else <wide> 0)
+    shift[0] = new_shift
+
+
+# Taking back. Had a charge never been made, the level would stand lower by as much of it as has not drained away unused:
+# by the charge, or by the lowest level since then, whichever is less (Lindley's recursion for a queue). The lowest level
+# is kept, as a bound from below, for the current 60 s slot and for the one before; older charges have only what of
+# themselves cannot have drained yet. So a level never takes back too much, and all of it while the model is busy.
+
+cdef inline int64_t coarse(const Wide* level, uint8_t shift) noexcept nogil:
+    """A level rounded down to COARSE_BITS fewer bits, which fits 64."""
+    cdef wide value
+    if shift == NO_RATE:
+        return 0
+    value = load(level) >> (COARSE_BITS + shift)
+    return <int64_t> value if value < INT64_MAX else INT64_MAX
+
+
+cdef inline void note_low(int64_t* low, int64_t level, int64_t steps) noexcept nogil:
+    """Note the level at a slot's beginning, `steps` 60 s slots after the one before."""
+    if steps == 0:
+        low[0] = min(low[0], level)
+        return
+    low[1] = low[0] if steps == 1 else level
+    low[0] = level
+
+
+cdef inline void lower_level(
+    Wide* level, int64_t* low, int64_t drain, uint8_t shift, int64_t count, int64_t charged, int64_t elapsed_ns, int64_t steps
+) noexcept nogil:
+    """Take back `count` of `charged`, which were charged `elapsed_ns` and `steps` 60 s slots ago, as far as that goes."""
+    cdef wide bound, lowest, taken
+    cdef int64_t fewer
+    if shift == NO_RATE or count == 0:
+        return
+    bound = any_cost(charged, shift) - <wide> drain * <wide> elapsed_ns
+    if steps <= 1:
+        lowest = low[0] if steps == 0 else min(low[0], low[1])
+        lowest = (lowest << (COARSE_BITS + shift)) - <wide> drain * SLOT_NS     # a slot's own draining comes on top
+        bound = bound if bound > lowest else lowest
+    taken = any_cost(count, shift)
+    taken = taken if taken < bound else bound
+    taken = taken if taken < load(level) else load(level)
+    if taken <= 0:
+        return
+    store(level, load(level) - taken)
+    fewer = <int64_t> min(taken >> (COARSE_BITS + shift), <wide> INT64_MAX - 1) + 1
+    low[0] = max(low[0] - fewer, 0)
+    low[1] = max(low[1] - fewer, 0)
+
+
+cdef inline int64_t level_wait_ns(
+    const Wide* level, const Wide* cap, int64_t drain, uint8_t shift, int64_t cost, int64_t credit
+) noexcept nogil:
+    """How long until the level admits `cost`: 0 = now, NEVER = no wait helps. With `credit` as for window_wait_ns()."""
+    cdef wide excess, needed, wait
+    if cost == 0 or shift == NO_RATE:
+        return 0
+    if <wide> cost > (load(cap) >> shift) // NS_PER_SECOND:
+        return NEVER
+    needed = level_cost(cost, shift)
+    excess = load(level) + needed - load(cap)
+    if credit:
+        excess -= any_cost(credit, shift)
+    if excess <= 0:
+        return 0
+    if drain == 0:
+        return NEVER
+    wait = (excess + drain - 1) // drain
+    return <int64_t> wait if wait <= MAX_COUNT else NEVER
+
+
+cdef inline bint empty_burst(Wide* level, int64_t* low, int64_t drain, uint8_t shift) noexcept nogil:
+    """Lower a level to max(rate, 1), where no burst is in use; whether it stood higher."""
+    cdef wide base = <wide> drain * <wide> NS_PER_SECOND
+    cdef wide one = level_cost(1, shift)
+    if base < one:
+        base = one
+    if load(level) <= base:
+        return False
+    store(level, base)
+    note_low(low, coarse(level, shift), 0)
+    return True
+
+
+cdef inline int64_t burst_used(const Wide* level, int64_t drain, uint8_t shift) noexcept nogil:
+    """max(0, ceil(level - max(rate, 1)))."""
+    cdef wide unit, above
+    if shift == NO_RATE:
+        return 0
+    unit = <wide> NS_PER_SECOND << shift
+    above = <wide> drain * <wide> NS_PER_SECOND
+    if above < unit:
+        above = unit
+    above = load(level) - above
+    if above <= 0:
+        return 0
+    above = (above + unit - 1) // unit
+    return <int64_t> above if above <= MAX_COUNT else MAX_COUNT

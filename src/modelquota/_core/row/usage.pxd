@@ -1,0 +1,208 @@
+# What can be read of a row, whose lock is held, and how limits are put into it.
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.string cimport memcpy
+from modelquota._core.row.decision cimport pass_time, percent
+from modelquota._core.layout cimport DAY, HOUR, Ledger, Limits, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.row.level cimport NO_RATE, as_double, burst_used, change_rate
+from modelquota._core.row.window cimport (
+    measure_room, requests_charged, requests_in_slot, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_in_slot,
+    tokens_used
+)
+
+
+cdef struct Usage:
+    # The fields of ResourceUsage (MB, requests, tokens), then the row's counters since it was registered.
+    int64_t current_ram_mb
+    int64_t peak_ram_mb
+    int64_t current_ssd_mb
+    int64_t peak_ssd_mb
+    int64_t requests_this_second
+    int64_t tokens_this_second
+    int64_t tokens_this_hour
+    int64_t tokens_this_day
+    int64_t requests_this_hour
+    int64_t requests_this_day
+    int64_t burst_requests_used
+    int64_t burst_tokens_used
+    int64_t total_violations
+    int64_t ram_violations
+    int64_t ssd_violations
+    int64_t rate_violations
+    int64_t quota_violations
+    int64_t concurrency_violations
+    int64_t reserved_ram_mb
+    int64_t reserved_ssd_mb
+    int64_t concurrent_requests
+    int64_t queued_requests
+    int64_t allowed_total
+    int64_t rejected_total
+    int64_t throttled_total
+    int64_t queued_total
+    int64_t warned_total
+    int64_t waited_total
+    uint64_t tokens_total           # modulo 2**64; what was refunded is not subtracted
+    uint64_t tokens_refunded_total
+    int64_t waiting_requests        # those that wait now and whose violation was counted here; set by who can see the queue
+
+
+cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usage) noexcept nogil:
+    """State the row's use at `now_ns`; time passes first, so that an idle model shows an empty second."""
+    pass_time(row, ledger, now_ns)
+    usage.current_ram_mb = ledger.ram_mb
+    usage.peak_ram_mb = ledger.peak_ram_mb
+    usage.current_ssd_mb = ledger.ssd_mb
+    usage.peak_ssd_mb = ledger.peak_ssd_mb
+    usage.requests_this_second = requests_used(row, ledger, SECOND)
+    usage.tokens_this_second = tokens_used(row, ledger, SECOND)
+    usage.tokens_this_hour = tokens_used(row, ledger, HOUR)
+    usage.tokens_this_day = tokens_used(row, ledger, DAY)
+    usage.requests_this_hour = requests_used(row, ledger, HOUR)
+    usage.requests_this_day = requests_used(row, ledger, DAY)
+    usage.burst_requests_used = burst_used(&row.request_level, row.request_drain, row.request_shift)
+    usage.burst_tokens_used = burst_used(&row.token_level, row.token_drain, row.token_shift)
+    usage.ram_violations = <int64_t> ledger.violations[0]
+    usage.ssd_violations = <int64_t> ledger.violations[1]
+    usage.rate_violations = <int64_t> ledger.violations[2]
+    usage.quota_violations = <int64_t> ledger.violations[3]
+    usage.concurrency_violations = <int64_t> ledger.violations[4]
+    usage.total_violations = (usage.ram_violations + usage.ssd_violations + usage.rate_violations
+                              + usage.quota_violations + usage.concurrency_violations)
+    usage.reserved_ram_mb = ledger.reserved_ram_mb
+    usage.reserved_ssd_mb = ledger.reserved_ssd_mb
+    usage.concurrent_requests = ledger.concurrent
+    usage.queued_requests = ledger.waiting
+    usage.allowed_total = <int64_t> requests_charged(row, ledger)
+    usage.rejected_total = <int64_t> ledger.rejected
+    usage.throttled_total = <int64_t> ledger.throttled
+    usage.queued_total = <int64_t> ledger.queued
+    usage.warned_total = (usage.total_violations - usage.rejected_total - usage.throttled_total - usage.queued_total)
+    usage.waited_total = <int64_t> ledger.waited
+    usage.tokens_total = tokens_charged(row, ledger)
+    usage.tokens_refunded_total = ledger.tokens_refunded
+    usage.waiting_requests = 0
+
+
+cdef inline double share_of_one(int64_t limit) noexcept nogil:
+    return 0.0 if limit == UNLIMITED else percent(1.0, <double> limit)
+
+
+cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noexcept nogil:
+    """Replace the row's limits; what was used stays used."""
+    cdef int i
+    if (limits.requests_per_second != ledger.requests_per_second or limits.tokens_per_second != ledger.tokens_per_second
+            or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
+        ledger.level_epoch += 1
+        ledger.request_low[0] = ledger.request_low[1] = ledger.token_low[0] = ledger.token_low[1] = 0
+    change_rate(&row.request_level, &row.request_cap, &row.request_drain, &row.request_shift,
+                &row.dormant_request_shift,
+                &limits.request_cap, limits.request_drain, limits.request_shift,
+                requests_in_slot(row, ledger))
+    change_rate(&row.token_level, &row.token_cap, &row.token_drain, &row.token_shift,
+                &row.dormant_token_shift,
+                &limits.token_cap, limits.token_drain, limits.token_shift,
+                tokens_in_slot(row, ledger))
+    for i in range(WINDOWS):
+        ledger.request_limit[i] = limits.request_limits[i]
+        ledger.token_limit[i] = limits.token_limits[i]
+        ledger.request_percent[i] = share_of_one(limits.request_limits[i])
+        ledger.token_percent[i] = share_of_one(limits.token_limits[i])
+    ledger.request_level_percent = 0.0 if limits.request_shift == NO_RATE else 100.0 / as_double(&limits.request_cap)
+    ledger.token_level_percent = 0.0 if limits.token_shift == NO_RATE else 100.0 / as_double(&limits.token_cap)
+    ledger.max_ram_mb = limits.max_ram_mb
+    ledger.max_ssd_mb = limits.max_ssd_mb
+    ledger.max_concurrent = limits.max_concurrent
+    ledger.ram_percent = share_of_one(limits.max_ram_mb)
+    ledger.ssd_percent = share_of_one(limits.max_ssd_mb)
+    ledger.concurrent_percent = share_of_one(limits.max_concurrent)
+    ledger.max_queued = limits.max_queued
+    ledger.burst_requests = limits.burst_requests
+    ledger.burst_tokens = limits.burst_tokens
+    ledger.requests_per_second = limits.requests_per_second
+    ledger.tokens_per_second = limits.tokens_per_second
+    ledger.grace_period_sec = limits.grace_period_sec
+    ledger.action = limits.action
+    row.shadow = limits.shadow
+    measure_room(row, ledger)
+
+
+cdef inline void read_limits(const Row* row, const Ledger* ledger, Limits* limits) noexcept nogil:
+    """The configured part of the limits; what put_limits derives for the core is left out."""
+    cdef int i
+    for i in range(WINDOWS):
+        limits.request_limits[i] = ledger.request_limit[i]
+        limits.token_limits[i] = ledger.token_limit[i]
+    limits.max_ram_mb = ledger.max_ram_mb
+    limits.max_ssd_mb = ledger.max_ssd_mb
+    limits.max_concurrent = ledger.max_concurrent
+    limits.max_queued = ledger.max_queued
+    limits.burst_requests = ledger.burst_requests
+    limits.burst_tokens = ledger.burst_tokens
+    limits.requests_per_second = ledger.requests_per_second
+    limits.tokens_per_second = ledger.tokens_per_second
+    limits.grace_period_sec = ledger.grace_period_sec
+    limits.action = ledger.action
+    limits.shadow = row.shadow
+
+
+cdef inline uint64_t mixed(uint64_t digest, uint64_t value) noexcept nogil:
+    """One step of a 64-bit mix (the finalizer of MurmurHash3, Appleby)."""
+    digest ^= value
+    digest ^= digest >> 33
+    digest *= <uint64_t> 0xFF51AFD7ED558CCD
+    digest ^= digest >> 33
+    digest *= <uint64_t> 0xC4CEB9FE1A85EC53
+    return digest ^ digest >> 33
+
+
+cdef inline uint64_t bits_of(double value) noexcept nogil:
+    cdef uint64_t bits
+    memcpy(&bits, &value, sizeof(bits))
+    return bits
+
+
+cdef inline uint64_t limits_digest(const Limits* limits) noexcept nogil:
+    """A digest of the configured part: whether limits are still those of before."""
+    cdef uint64_t digest = 0
+    cdef int i
+    for i in range(WINDOWS):
+        digest = mixed(digest, <uint64_t> limits.request_limits[i])
+        digest = mixed(digest, <uint64_t> limits.token_limits[i])
+    digest = mixed(digest, <uint64_t> limits.max_ram_mb)
+    digest = mixed(digest, <uint64_t> limits.max_ssd_mb)
+    digest = mixed(digest, <uint64_t> limits.max_concurrent)
+    digest = mixed(digest, <uint64_t> limits.max_queued)
+    digest = mixed(digest, <uint64_t> limits.burst_requests)
+    digest = mixed(digest, <uint64_t> limits.burst_tokens)
+    digest = mixed(digest, bits_of(limits.requests_per_second))
+    digest = mixed(digest, bits_of(limits.tokens_per_second))
+    digest = mixed(digest, bits_of(limits.grace_period_sec))
+    return mixed(digest, <uint64_t> limits.action << 16 | limits.shadow)
+
+
+cdef inline bint same_limits(const Limits* a, const Limits* b) noexcept nogil:
+    """Whether the configured parts are equal."""
+    cdef int i
+    for i in range(WINDOWS):
+        if a.request_limits[i] != b.request_limits[i] or a.token_limits[i] != b.token_limits[i]:
+            return False
+    return (
+        a.max_ram_mb == b.max_ram_mb
+        and a.max_ssd_mb == b.max_ssd_mb
+        and a.max_concurrent == b.max_concurrent
+        and a.max_queued == b.max_queued
+        and a.burst_requests == b.burst_requests
+        and a.burst_tokens == b.burst_tokens
+        and a.requests_per_second == b.requests_per_second
+        and a.tokens_per_second == b.tokens_per_second
+        and a.grace_period_sec == b.grace_period_sec
+        and a.action == b.action
+        and a.shadow == b.shadow
+    )
+
+
+cdef inline void start_row(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+    """Set the time of a model whose row and ledger are zero."""
+    row.level_ns = now_ns
+    row.slot_end_ns = slot_start_ns(slot_at(now_ns) + 1)
+    row.request_shift = row.token_shift = NO_RATE
+    row.dormant_request_shift = row.dormant_token_shift = NO_RATE

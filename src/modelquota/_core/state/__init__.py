@@ -1,0 +1,1 @@
+"""The shared memory: bytes, locks, and the life and death of processes."""

@@ -1,0 +1,219 @@
+# One decision over several rows, all or nothing: each is decided as if alone, and only then anything is charged.
+#
+# Locks are taken in the order of the rows, whatever the order of the ids, so nobody waits in a circle; and none is kept
+# while another one is waited for, so that a process that is stopped in one row holds up nobody in the others.
+from libc.stdint cimport int64_t
+from modelquota._core.row.decision cimport (
+    Ask, Charge, Levels, NEVER, QUEUE_PLACE, Verdict, charge, commit, count_violation, fits_now, highest_usage,
+    judge, pass_time, start_verdict
+)
+from modelquota._core.row.grant cimport Hold, take_hold
+from modelquota._core.layout cimport QueueEntry, Row, Shared
+from modelquota._core.state.lock cimport unlock, wait_clock_ns
+from modelquota._core.row.queue cimport unlink_entry
+from modelquota._core.state.repair cimport lock_row, try_row
+
+cdef enum:
+    MOST_MODELS = 16
+    NOBODY = -1
+
+cdef enum:  # what comes of a joint decision
+    DECIDED = 0
+    BUSY_ROW = 1    # a row stayed locked
+    GONE = 2        # a model has left its row, and is to be looked up again
+
+
+cdef struct Places:
+    # The queue entries of one waiting request, one a model.
+    int count
+    QueueEntry* entries[16]
+
+
+cdef struct Joint:
+    int count
+    Hold parties[16]        # in the order in which the caller names them; no two have the same row
+    int by_row[16]          # indices of parties, in the order of their rows
+    Charge charges[16]      # out: what was charged to each
+    int named               # out: index of the party that the verdict names, or NOBODY
+    bint adopted            # whether one of them was registered on sight for this decision
+    int gone                # out: index of a party whose model has left its row
+
+
+cdef inline void put_in_order(Joint* joint) noexcept nogil:
+    """Sort by_row; there are few."""
+    cdef int i, at
+    for i in range(joint.count):
+        at = i
+        while at > 0 and joint.parties[joint.by_row[at - 1]].row > joint.parties[i].row:
+            joint.by_row[at] = joint.by_row[at - 1]
+            at -= 1
+        joint.by_row[at] = i
+
+
+cdef inline int same_row(const Joint* joint) noexcept nogil:
+    """Index of a party that has the same row as another one, or NOBODY. One of the two has left it."""
+    cdef int i
+    for i in range(1, joint.count):
+        if joint.parties[joint.by_row[i]].row == joint.parties[joint.by_row[i - 1]].row:
+            return joint.by_row[i]
+    return NOBODY
+
+
+cdef inline void unlock_rows(Joint* joint, int count) noexcept nogil:
+    cdef int i
+    for i in range(count):
+        unlock(&joint.parties[joint.by_row[i]].row.lock)
+
+
+cdef inline Row* try_lock_rows(Joint* joint, const Shared* shared) noexcept nogil:
+    """Take all locks: NULL; or none, and the row that is locked."""
+    cdef int i
+    cdef Row* row
+    for i in range(joint.count):
+        row = joint.parties[joint.by_row[i]].row
+        if not try_row(row, shared):
+            unlock_rows(joint, i)
+            return row
+    return NULL
+
+
+cdef inline bint lock_rows(Joint* joint, const Shared* shared, int64_t patience_ns) noexcept nogil:
+    """Take all locks; False, and none is taken, if that was in vain for so long."""
+    cdef Row* locked = try_lock_rows(joint, shared)
+    cdef int64_t give_up_ns = 0
+    while locked != NULL:
+        if patience_ns > 0 and give_up_ns == 0:
+            give_up_ns = wait_clock_ns() + patience_ns
+        if not lock_row(locked, shared, patience_ns):
+            return False
+        unlock(&locked.lock)
+        locked = try_lock_rows(joint, shared)
+        if locked != NULL and (patience_ns <= 0 or wait_clock_ns() >= give_up_ns):
+            return False
+    return True
+
+
+cdef inline int first_gone(const Joint* joint) noexcept nogil:
+    """Index of the first whose model has left its row, or NOBODY. Requires the rows' locks."""
+    cdef int i
+    for i in range(joint.count):
+        if joint.parties[i].row.generation != joint.parties[i].generation:
+            return i
+    return NOBODY
+
+
+cdef inline void add_wait(Verdict* verdict, const Verdict* other) noexcept nogil:
+    """The longer of two waits, each way of reckoning."""
+    verdict.held_up = verdict.held_up or other.held_up
+    verdict.aside = verdict.aside or other.aside
+    if verdict.wait_ns != NEVER and (other.wait_ns == NEVER or other.wait_ns > verdict.wait_ns):
+        verdict.wait_ns = other.wait_ns
+        verdict.retry_after_ms = other.retry_after_ms
+    if verdict.soonest_ns != NEVER and (other.soonest_ns == NEVER or other.soonest_ns > verdict.soonest_ns):
+        verdict.soonest_ns = other.soonest_ns
+
+
+cdef inline bint is_in_queue(const Hold* party) noexcept nogil:
+    """Whether the request has a place in the party's queue. Requires the row's lock."""
+    return party.entry != NULL and party.entry.linked and party.entry.generation == party.generation
+
+
+cdef inline int assess(
+    Joint* joint, int64_t now_ns, const Ask* ask, bint enforcing, QueueEntry* entries, Levels* levels, bint* fitting,
+    Verdict* verdict
+) noexcept nogil:
+    """What decide() would say of all parties together. Charges and counts nothing. Requires the rows' locks.
+
+    Returns the index of the one that is named, or NOBODY: the first that denies, or else the first whose violation is only
+    warned of. The wait is the longest of those that deny.
+    """
+    cdef Verdict one
+    cdef int named = NOBODY
+    cdef Hold* party
+    cdef int i
+    fitting[0] = True
+    start_verdict(verdict)
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        pass_time(party.row, party.ledger, now_ns)
+        if not fits_now(party.row, party.ledger, entries, now_ns, ask, &levels[i]):
+            fitting[0] = False
+    if fitting[0]:
+        return NOBODY
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        start_verdict(&one)
+        judge(party.row, party.ledger, entries, ask, enforcing, &one)
+        if one.limit == 0:
+            continue
+        if named == NOBODY or (verdict.allowed and not one.allowed):
+            verdict[0] = one
+            named = i
+        elif not one.allowed:
+            add_wait(verdict, &one)
+    return named
+
+
+cdef inline void tell_queues(Joint* joint, const Verdict* verdict) noexcept nogil:
+    """In the request's queues, say what it waits for: those behind it are told so."""
+    cdef Hold* party
+    cdef int i
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        if is_in_queue(party):
+            party.entry.aside = verdict.aside
+            party.entry.limit = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
+            party.entry.ready_ns = NEVER if verdict.wait_ns == NEVER else party.row.level_ns + verdict.wait_ns
+
+
+cdef inline void decide_jointly(
+    Joint* joint, int64_t now_ns, const Ask* ask, bint holding, const Shared* shared, Verdict* verdict
+) noexcept nogil:
+    """As decide(), over all parties; with `holding`, what is admitted is held too. Requires the rows' locks.
+
+    A violation counts once, for the party that is named. A request that is admitted leaves the queues.
+    """
+    cdef Levels levels[MOST_MODELS]
+    cdef bint fitting
+    cdef Hold* party
+    cdef Charge* charged
+    cdef int i
+    joint.named = assess(joint, now_ns, ask, shared.header.enforcing, shared.entries, levels, &fitting, verdict)
+    if joint.named != NOBODY and ask.counted == NULL:
+        count_violation(joint.parties[joint.named].row, joint.parties[joint.named].ledger, verdict)
+    if not verdict.allowed:
+        tell_queues(joint, verdict)
+        return
+    verdict.usage = 0.0
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        charged = &joint.charges[i]
+        if party.ledger == ask.counted and party.generation == ask.counted_generation:
+            party.ledger.waited += 1
+        if fitting:
+            charged.at_ns = party.row.level_ns
+            charged.epoch = party.ledger.level_epoch
+            charged.tokens = charged.raised = ask.tokens
+            charged.raised_request = 1
+            commit(party.row, ask, &levels[i])
+        else:
+            charge(party.row, party.ledger, ask, charged)
+        if is_in_queue(party):
+            unlink_entry(party.row, party.ledger, shared.entries, party.entry)
+        if holding:
+            take_hold(party, ask, charged.tokens, shared.me)
+        else:
+            verdict.usage = max(verdict.usage, highest_usage(party.row, party.ledger, ask))
+
+
+cdef inline int decide_rows(
+    Joint* joint, int64_t now_ns, const Ask* ask, bint holding, const Shared* shared, int64_t patience_ns, Verdict* verdict
+) noexcept nogil:
+    """One joint decision from lock to unlock. Takes the rows' locks."""
+    if not lock_rows(joint, shared, patience_ns):
+        return BUSY_ROW
+    joint.gone = first_gone(joint)
+    if joint.gone == NOBODY:
+        decide_jointly(joint, now_ns, ask, holding, shared, verdict)
+    unlock_rows(joint, joint.count)
+    return DECIDED if joint.gone == NOBODY else GONE

@@ -1,0 +1,320 @@
+# The registry: models enter and leave rows, and limits are changed. Lock order: the registry's, then a row's; whoever cannot
+# have the row soon gives the registry back first, so that a process that is stopped in one row holds up only that model.
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+from modelquota._core.row.decision cimport pass_time
+from modelquota._core.layout cimport CHANGES, Header, Ledger, Limits, Row, Shared, UNLIMITED, VIOLATION_TYPES, WINDOWS
+from modelquota._core.row.level cimport NO_RATE, load
+from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, unlock, wait_clock_ns
+from modelquota._core.state.repair cimport clear, count_atomically, lock_row
+from modelquota._core.row.usage cimport limits_digest, put_limits, read_limits, same_limits, start_row
+from modelquota._core.row.window cimport in_order, requests_charged, requests_used, tokens_charged, tokens_used
+
+cdef extern from *:
+    """
+    static inline int mq_swap_time(int64_t *word, int64_t from, int64_t to) {
+        return __atomic_compare_exchange_n(word, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+    }
+    """
+    bint swap_time "mq_swap_time"(int64_t* word, int64_t before, int64_t after) noexcept nogil
+    void publish_version "__atomic_store_n"(uint64_t* word, uint64_t value, int order) noexcept nogil
+    void publish_generation "__atomic_store_n"(uint32_t* word, uint32_t value, int order) noexcept nogil
+    void publish_count "__atomic_store_n"(int64_t* word, int64_t value, int order) noexcept nogil
+    const int RELAXED "__ATOMIC_RELAXED"
+    const int RELEASE "__ATOMIC_RELEASE"
+
+cdef enum:
+    NAME_UNIT = 16          # a name record has 16, 32, 64, 128 or 256 bytes
+    NAME_SHARE = 496        # what one row takes at most over its life: 16 + 32 + 64 + 128 + 256
+    ROW_PATIENCE_NS = 1_000_000     # how long a row is waited for with the registry locked
+    LOOK_AGAIN_NS = 16_666_667      # when a full table is searched again; a slot's end may have made room
+    SEARCHING = -1
+    SEARCH_SHARE = 20               # searching takes at most one part in so many of the time
+
+cdef enum:  # what comes of a change
+    DONE = 1
+    NOT_DONE = 0
+    REGISTRY_BUSY = -1      # a lock could not be had; nothing was done
+    TABLE_FULL = -2
+    OTHER_VERSION = -3
+
+cdef enum:  # Header.clock_kind
+    MONOTONIC = 1
+    MANUAL = 2
+
+cdef enum:
+    ANY_ROW = 0xFFFF_FFFF   # in the change log: everything has to be looked at
+
+
+cdef inline void log_change(const Shared* shared, uint32_t row) noexcept nogil:
+    """Say that a model has come or gone. Requires the registry's lock."""
+    cdef Header* header = shared.header
+    shared.changes[header.registry_version % CHANGES] = row
+    publish_version(&header.registry_version, header.registry_version + 1, RELEASE)
+
+
+cdef inline bint finish_changes(const Shared* shared) noexcept nogil:
+    """Finish what a dead owner of the registry's lock left half done. Requires that lock; False if a row is locked."""
+    cdef Header* header = shared.header
+    cdef int64_t row = header.staged_row
+    if 0 <= row < header.max_models:
+        if not lock_row(&shared.rows[row], shared, ROW_PATIENCE_NS):    # if its owner died with it, this finishes the change
+            return False
+        unlock(&shared.rows[row].lock)
+    header.staged_row = -1
+    row = header.leaving_row
+    if 0 <= row < header.max_models and shared.rows[row].generation == header.leaving_generation:
+        memcpy(&header.retired_allowed, header.staged_retired, sizeof(header.staged_retired))   # it has stayed
+    in_order()
+    header.leaving_row = -1
+    while header.row_count < header.max_models and shared.rows[header.row_count].generation != 0:
+        header.row_count += 1
+    header.lowest_free = 0
+    log_change(shared, ANY_ROW)
+    in_order()
+    header.registry_broken = 0
+    return True
+
+
+cdef inline bint lock_registry(const Shared* shared, int64_t patience_ns) noexcept nogil:
+    """Lock the registry, with nothing in it half done; False if that was in vain for so long."""
+    cdef Header* header = shared.header
+    cdef int outcome = lock_within(&header.registry_lock, shared, patience_ns)
+    if outcome == NOT_LOCKED:
+        return False
+    if outcome == TAKEN_OVER:
+        header.registry_broken = 1
+    if header.registry_broken and not finish_changes(shared):
+        unlock(&header.registry_lock)
+        return False
+    return True
+
+
+cdef inline void unlock_registry(const Shared* shared) noexcept nogil:
+    unlock(&shared.header.registry_lock)
+
+
+cdef inline int replace_limits(
+    Row* row, uint32_t generation, const Limits* limits, const Limits* expected, bint named, int64_t now_ns,
+    const Shared* shared, int64_t patience_ns
+) noexcept nogil:
+    """Change limits: the time until now passes under the old ones. Takes the registry's lock and the row's.
+
+    NOT_DONE, and nothing is changed, if the model has left the row, or its limits are no longer those that were
+    `expected` (NULL: any). `named` says that somebody configured this id: it is not forgotten any more.
+    """
+    cdef Header* header = shared.header
+    cdef Ledger* ledger = &shared.ledgers[row - shared.rows]
+    cdef Limits current
+    cdef bint fits
+    if not lock_registry(shared, patience_ns):
+        return REGISTRY_BUSY
+    if not lock_row(row, shared, ROW_PATIENCE_NS):
+        unlock_registry(shared)
+        return REGISTRY_BUSY
+    fits = row.generation == generation
+    if fits and expected != NULL:
+        read_limits(row, ledger, &current)
+        fits = same_limits(&current, expected)
+    if fits:
+        pass_time(row, ledger, now_ns)
+        header.staged = limits[0]
+        # but for the lock, which others try
+        memcpy(&header.staged_row_before.slot_end_ns, &row.slot_end_ns,
+               sizeof(Row) - (<char*> &row.slot_end_ns - <char*> row))
+        header.staged_generation = generation
+        in_order()
+        header.staged_row = row - shared.rows
+        in_order()
+        put_limits(row, ledger, limits)
+        in_order()
+        header.staged_row = -1
+        if named:
+            ledger.on_sight = 0
+    unlock(&row.lock)
+    unlock_registry(shared)
+    return DONE if fits else NOT_DONE
+
+
+cdef inline bint write_name(const Shared* shared, Ledger* ledger, const char* name, int64_t size) noexcept nogil:
+    """Put a name into the row's record, or into a larger one. False if none is left. Requires both locks."""
+    cdef Header* header = shared.header
+    cdef int64_t capacity = NAME_UNIT
+    cdef int64_t offset
+    if ledger.name_capacity < size:
+        while capacity < size:
+            capacity *= 2
+        offset = header.names_used
+        if offset + capacity > shared.names_size:
+            return False
+        header.names_used = offset + capacity       # first: a process that dies here leaves a gap, not two owners
+        in_order()
+        ledger.name_offset = <uint32_t> (offset // NAME_UNIT)
+        in_order()
+        ledger.name_capacity = <uint16_t> capacity
+    memcpy(shared.names + <int64_t> ledger.name_offset * NAME_UNIT, name, size)
+    ledger.name_size = <uint16_t> size
+    return True
+
+
+cdef inline void take_out(Row* row, Ledger* ledger, const Shared* shared) noexcept nogil:
+    """Take a model out of its row; what it counted goes into the header's totals. Requires both locks."""
+    cdef Header* header = shared.header
+    cdef int kind
+    memcpy(header.staged_retired, &header.retired_allowed, sizeof(header.staged_retired))
+    header.leaving_generation = row.generation
+    in_order()
+    header.leaving_row = row - shared.rows
+    in_order()
+    header.retired_allowed += requests_charged(row, ledger)
+    header.retired_rejected += ledger.rejected
+    header.retired_throttled += ledger.throttled
+    header.retired_queued += ledger.queued
+    count_atomically(&header.retired_waited, ledger.waited, RELAXED)    # others add to it without the lock
+    header.retired_tokens += tokens_charged(row, ledger)
+    header.retired_refunded += ledger.tokens_refunded
+    for kind in range(VIOLATION_TYPES):
+        header.retired_violations[kind] += ledger.violations[kind]
+    in_order()
+    publish_generation(&row.generation, row.generation + 1, RELEASE)
+    in_order()
+    header.leaving_row = -1
+    in_order()
+    clear(row, ledger)
+
+
+cdef inline bint is_as_new(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+    """Whether a model that was registered on sight would be decided the same if it had just come. Requires its lock.
+
+    Nothing is in any window that has a limit, its levels have drained, nobody holds anything of it, waits for it or has
+    bound it, and its limits are those with which it came.
+    """
+    cdef Limits limits
+    cdef int i
+    if not ledger.on_sight or ledger.handles or ledger.concurrent or ledger.waiting or ledger.ram_mb or ledger.ssd_mb:
+        return False
+    pass_time(row, ledger, now_ns)
+    for i in range(WINDOWS):
+        if ledger.request_limit[i] != UNLIMITED and requests_used(row, ledger, i) != 0:
+            return False
+        if ledger.token_limit[i] != UNLIMITED and tokens_used(row, ledger, i) != 0:
+            return False
+    if row.request_shift != NO_RATE and load(&row.request_level) != 0:
+        return False
+    if row.token_shift != NO_RATE and load(&row.token_level) != 0:
+        return False
+    read_limits(row, ledger, &limits)
+    return <uint32_t> limits_digest(&limits) == ledger.sight_digest
+
+
+cdef inline int64_t forget_one(const Shared* shared, int64_t now_ns) noexcept nogil:
+    """Take a model out that is as good as new, and return its row, locked; TABLE_FULL if there is none.
+
+    A hand goes round the rows, so the search goes on where the last one ended. If a whole round finds nothing, nobody
+    searches again for a while. Requires the registry's lock.
+    """
+    cdef Header* header = shared.header
+    cdef int64_t index, i, began_ns
+    cdef Row* row
+    cdef int64_t searching = SEARCHING
+    if now_ns < header.full_until_ns:
+        return TABLE_FULL
+    began_ns = wait_clock_ns()
+    header.full_until_ns = SEARCHING        # whatever makes room from now on sets it to 0
+    for i in range(header.row_count):
+        index = header.forget_hand if header.forget_hand < header.row_count else 0
+        header.forget_hand = index + 1
+        row = &shared.rows[index]
+        if not shared.ledgers[index].on_sight or not lock_row(row, shared, 0):
+            continue
+        if row.generation & 1 and is_as_new(row, &shared.ledgers[index], now_ns):
+            take_out(row, &shared.ledgers[index], shared)
+            return index
+        unlock(&row.lock)
+    if header.clock_kind != MANUAL:     # which stands still: whoever asks again at the same time is told the same
+        swap_time(&header.full_until_ns, searching,
+                  now_ns + max(SEARCH_SHARE * (wait_clock_ns() - began_ns), <int64_t> LOOK_AGAIN_NS))
+    return TABLE_FULL
+
+
+cdef inline int64_t enter(
+    const char* name, int64_t size, const Limits* limits, bint on_sight, int64_t now_ns, uint64_t version,
+    uint32_t* generation, const Shared* shared, int64_t patience_ns
+) noexcept nogil:
+    """Put a model into the lowest free row and return its number. Takes the registry's lock and the row's.
+
+    If no row is free, a model that is as good as new makes room. TABLE_FULL; OTHER_VERSION if the registry is not
+    `version`; or REGISTRY_BUSY. `generation` is the model's: the row's may be another one by the time that the caller
+    looks.
+    """
+    cdef Header* header = shared.header
+    cdef Row* rows = shared.rows
+    cdef Ledger* ledger
+    cdef int64_t index
+    cdef Row* row
+    if not lock_registry(shared, patience_ns):
+        return REGISTRY_BUSY
+    if header.registry_version != version:
+        unlock_registry(shared)
+        return OTHER_VERSION
+    index = header.lowest_free
+    while index < header.row_count and rows[index].generation & 1:
+        index += 1
+    if index < header.max_models:
+        if not lock_row(&rows[index], shared, ROW_PATIENCE_NS):
+            unlock_registry(shared)
+            return REGISTRY_BUSY
+        if index == header.row_count:       # never used; whatever a file may have there says nothing
+            rows[index].generation = 0
+            shared.ledgers[index].name_offset = shared.ledgers[index].name_capacity = 0
+        header.lowest_free = index + 1
+    else:
+        header.lowest_free = index
+        index = forget_one(shared, now_ns)
+        if index == TABLE_FULL:
+            unlock_registry(shared)
+            return TABLE_FULL
+    row = &rows[index]
+    ledger = &shared.ledgers[index]
+    clear(row, ledger)
+    if write_name(shared, ledger, name, size):
+        start_row(row, ledger, now_ns)
+        put_limits(row, ledger, limits)
+        if on_sight:
+            ledger.sight_digest = <uint32_t> limits_digest(limits)
+            ledger.on_sight = 1
+        in_order()
+        generation[0] = row.generation + 1
+        publish_generation(&row.generation, generation[0], RELEASE)
+        if index == header.row_count:
+            publish_count(&header.row_count, index + 1, RELEASE)
+        log_change(shared, <uint32_t> index)
+    else:
+        header.lowest_free = min(header.lowest_free, index)
+        index = TABLE_FULL
+        log_change(shared, ANY_ROW)         # somebody may have been taken out
+    unlock(&row.lock)
+    unlock_registry(shared)
+    return index
+
+
+cdef inline int leave(Row* row, uint32_t generation, const Shared* shared, int64_t patience_ns) noexcept nogil:
+    """Take a model out of its row; NOT_DONE if it was not there. Takes the registry's lock and the row's."""
+    cdef Header* header = shared.header
+    cdef int64_t index = row - shared.rows
+    cdef bint alive
+    if not lock_registry(shared, patience_ns):
+        return REGISTRY_BUSY
+    if not lock_row(row, shared, ROW_PATIENCE_NS):
+        unlock_registry(shared)
+        return REGISTRY_BUSY
+    alive = row.generation == generation
+    if alive:
+        take_out(row, &shared.ledgers[index], shared)
+        if index < header.lowest_free:
+            header.lowest_free = index
+        header.full_until_ns = 0
+        log_change(shared, <uint32_t> index)
+    unlock(&row.lock)
+    unlock_registry(shared)
+    return DONE if alive else NOT_DONE

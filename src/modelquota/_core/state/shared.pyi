@@ -1,0 +1,33 @@
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelquota._core.state.clock import ManualClock
+from modelquota._core.state.mapping import Regions
+
+FACTS: dict[str, int]
+
+def regions_for(max_models: int) -> Regions: ...
+def layout_fingerprint() -> int: ...
+def new_header(max_models: int) -> bytes: ...
+
+class SharedState:
+    def __init__(
+        self,
+        *,
+        path: str | os.PathLike[str] | None,
+        max_models: int | None,
+        clock: ManualClock | None,
+        trust_file: bool = False,
+    ) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def max_models(self) -> int: ...
+    @property
+    def clock(self) -> ManualClock | None: ...
+    def flush(self) -> None: ...
+    def _arrays(self) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.void]]: ...

@@ -1,0 +1,666 @@
+"""The memory that processes share: mapped, with a seat taken, its time anchored, and rid of what the dead left behind.
+
+After a fork the child takes a seat of its own; what the parent holds stays the parent's. A child that cannot have one
+refuses every verb: it never works on its parent's.
+"""
+cimport cython
+import functools
+import os
+import time
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.object cimport PyObject
+from libc.errno cimport errno
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
+from posix.mman cimport (
+    MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MS_SYNC, PROT_READ, PROT_WRITE, mmap,
+    msync, munmap
+)
+from posix.unistd cimport close
+
+from modelquota._core.state.clock cimport ManualClock, monotonic_ns
+from modelquota._core.layout cimport (
+    CHANGES, CHUNK, CHUNKS, GrantRecord, Header, LAYOUT_VERSION, Ledger, MAX_TIME_NS, Pool, QueueEntry, RECORDS, Row,
+    SEAT_BITS, SEATS, Shared
+)
+from modelquota._core.state.lock cimport SLICE_NS, has_seat, is_file, is_taken, load_word, swap_word, take_seat
+from modelquota._core.state.pool cimport claim_chunk, end_pool, open_chunk, record_at, start_pool, take_record
+from modelquota._core.state.registry cimport MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, unlock_registry
+from modelquota._core.state.sweep cimport is_anybody_gone, release_grants, sweep_pool
+from modelquota._core.row.window cimport in_order
+
+from modelquota._core.state.mapping import boot_id, clock_shift_ns, create_anonymous, fingerprint, open_again, plan
+from modelquota._core.table.packing import dtypes
+from modelquota.errors import CapacityError, ManagerClosedError, StateFileError
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <fcntl.h>
+
+    static int mq_set_space_aside(int fd, long start, long size) {      /* an errno; 0 also if this is not supported */
+        while (size > 0 && fallocate(fd, 0, start, size) != 0)
+            if (errno != EINTR)
+                return errno == EOPNOTSUPP || errno == ENOSYS ? 0 : errno;
+        return 0;
+    }
+    """
+    int set_space_aside "mq_set_space_aside"(int fd, Py_ssize_t start, Py_ssize_t size)
+
+cdef uint64_t MAGIC = 0x31_61_74_6F_75_71_64_6D     # "mdquota1", as it stands in memory
+cdef int64_t LONGEST_NAME = 256                     # bytes of the largest name record
+cdef int64_t SWEEP_NS = 10_000_000                  # how often a process looks for dead ones while something is held up
+cdef int64_t LOOK_NS = 1_000_000_000                # how often it looks what has become of its file
+cdef int64_t VERIFY_NS = 1_000_000                  # how often it looks whether its seat is its own before it gives a grant
+cdef int forks = 0                                  # between the first process and this one
+cdef PyObject* newest = NULL                        # the states of this process, linked by `older`; under the GIL
+FACTS = {"magic": MAGIC, "version": LAYOUT_VERSION, "name_unit": NAME_UNIT}
+
+cdef enum:  # what comes of anchor_time()
+    ANCHORED = 0
+    BUSY = 1
+    OTHER_CLOCK = 2
+
+
+cdef int fork_count() noexcept:
+    """Which process this is among those forked from one another: what belongs to another one is left alone."""
+    return forks
+
+
+cdef list all_states():
+    """The states of this process."""
+    cdef list states = []
+    cdef PyObject* state = newest
+    while state != NULL:
+        states.append(<SharedState> state)
+        state = (<SharedState> state).older
+    return states
+
+
+def _after_fork_in_parent():
+    for state in all_states():
+        state._has_forked()
+
+
+def _after_fork():
+    """In a forked child. First, and without running any Python code that a signal could interrupt, it stops being its
+    parent; only then it tries to become somebody."""
+    global forks
+    cdef PyObject* state = newest
+    cdef SharedState one
+    forks += 1
+    while state != NULL:
+        (<SharedState> state).leave_parent()
+        state = (<SharedState> state).older
+    interrupt = None
+    for one in all_states():
+        try:
+            one.retake_seat()
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork)
+
+
+def regions_for(max_models):
+    """Where the parts of a mapping for so many models are."""
+    fixed = (SEATS * sizeof(uint32_t), CHANGES * sizeof(uint32_t), CHUNKS * sizeof(uint32_t), RECORDS * sizeof(QueueEntry),
+             CHUNKS * sizeof(uint32_t), RECORDS * sizeof(GrantRecord))
+    return plan(sizeof(Header), fixed, sizeof(Row), sizeof(Ledger), NAME_SHARE, max_models)
+
+
+@functools.cache
+def layout_fingerprint():
+    """The fingerprint of this version's layout."""
+    layout = dtypes()
+    return fingerprint(*(layout[part] for part in ("header", "entry", "grant", "row", "ledger")))
+
+
+def new_header(max_models):
+    """The first bytes of a new state."""
+    cdef Header header
+    cdef bytes boot = boot_id()
+    memset(&header, 0, sizeof(Header))
+    header.magic = MAGIC
+    header.version = LAYOUT_VERSION
+    header.fingerprint = layout_fingerprint()
+    header.max_models = max_models
+    header.enforcing = 1
+    header.staged_row = header.leaving_row = -1
+    memcpy(header.boot_id, <const char*> boot, 16)
+    header.anchor_ns = monotonic_ns() - <int64_t> clock_shift_ns()
+    header.anchor_wall_ns = time.time_ns()
+    return (<char*> &header)[:sizeof(Header)]
+
+
+cdef class Mapping:
+    """Memory that is mapped from a file. It stays at its address until nobody refers to it any more."""
+
+    def __cinit__(self, int descriptor, Py_ssize_t size):
+        cdef void* memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0)
+        if memory == MAP_FAILED:
+            raise OSError(errno, os.strerror(errno))
+        self.memory = <char*> memory
+        self.size = size
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.memory, self.size, 0, flags)
+
+    cdef int forget(self) except -1:
+        """Let go of the file. Zeros take its place: a row that is all zero has no model, so old references are harmless."""
+        if mmap(self.memory, self.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE,
+                -1, 0) == MAP_FAILED:
+            raise OSError(errno, os.strerror(errno))
+        return 0
+
+    def __dealloc__(self):
+        if self.memory != NULL:
+            munmap(self.memory, self.size)
+
+
+@cython.no_gc_clear     # the mapping stays until the last grant has been released, whatever the order of collection
+cdef class SharedState:
+    """One mapping with everything in it, and this process's seat there."""
+
+    def __cinit__(self, *args, **kwargs):
+        self.shared.fd = self.shared.spare_fd = -1
+        self.fine_until_ns = REFUSES
+
+    def __init__(self, *, path, max_models, clock, trust_file=False):
+        if self.shared.header != NULL:
+            raise RuntimeError("a manager is initialized once")
+        if clock is not None and not isinstance(clock, ManualClock):
+            raise TypeError(f"clock is {clock!r}; give a ManualClock, or None for the monotonic clock")
+        self.manual = clock
+        if path is None:
+            max_models = 65_536 if max_models is None else max_models
+            self.shared.spare_fd = create_anonymous(regions_for(max_models).size)
+            os.pwrite(self.shared.spare_fd, new_header(max_models), 0)
+        else:
+            from modelquota._core.state.file import open_state
+
+            self.path = os.path.abspath(os.fspath(path))
+            self.shared.spare_fd, max_models = open_state(self.path, max_models, trust_file)
+        self.shared.fd = open_again(self.shared.spare_fd, self.path)
+        found = os.fstat(self.shared.spare_fd)
+        self.shared.device = found.st_dev
+        self.shared.inode = found.st_ino
+        self._map(max_models)
+        self._require_clock()
+        self.reserve_used()
+        self.take_seat()
+        self._register()
+        self.anchor()
+        self.sweep()
+
+    def _map(self, max_models):
+        """Map the file, and find its parts."""
+        cdef Shared* shared = &self.shared
+        regions = regions_for(max_models)
+        self.mapping = Mapping(shared.spare_fd, regions.size)
+        cdef char* memory = self.mapping.memory
+        shared.epochs = <uint32_t*> (memory + <Py_ssize_t> regions.epochs)
+        shared.changes = <uint32_t*> (memory + <Py_ssize_t> regions.changes)
+        shared.entries = <QueueEntry*> (memory + <Py_ssize_t> regions.entries)
+        shared.grants = <GrantRecord*> (memory + <Py_ssize_t> regions.grants)
+        shared.rows = <Row*> (memory + <Py_ssize_t> regions.rows)
+        shared.ledgers = <Ledger*> (memory + <Py_ssize_t> regions.ledgers)
+        shared.names = memory + <Py_ssize_t> regions.names
+        shared.names_size = regions.size - regions.names
+        shared.header = <Header*> memory
+        shared.entry_pool.owners = <uint32_t*> (memory + <Py_ssize_t> regions.entry_owners)
+        shared.entry_pool.chunks_used = &shared.header.entry_chunks_used
+        shared.entry_pool.records = <char*> shared.entries
+        shared.entry_pool.record_size = sizeof(QueueEntry)
+        shared.grant_pool.owners = <uint32_t*> (memory + <Py_ssize_t> regions.grant_owners)
+        shared.grant_pool.chunks_used = &shared.header.grant_chunks_used
+        shared.grant_pool.records = <char*> shared.grants
+        shared.grant_pool.record_size = sizeof(GrantRecord)
+        if not start_pool(&shared.entry_pool) or not start_pool(&shared.grant_pool):
+            raise MemoryError()
+
+    def _require_clock(self):
+        """That the times of the state are those of this manager's kind of clock."""
+        cdef uint32_t kind = self.shared.header.clock_kind
+        if kind == 0 or self.shared.header.row_count == 0:
+            return
+        if kind == MANUAL and self.manual is None:
+            raise StateFileError(self.path, "its times are those of a ManualClock; open it with clock=ManualClock(...)")
+        if kind == MONOTONIC and self.manual is not None:
+            raise StateFileError(self.path, "its times are those of the monotonic clock; leave clock out")
+
+    def _register(self):
+        """Make this state known to the handlers of forks."""
+        global newest
+        self.older = newest
+        if newest != NULL:
+            (<SharedState> newest).newer = <PyObject*> self
+        newest = <PyObject*> self
+
+    def __dealloc__(self):
+        global newest
+        cdef uint32_t chunk
+        if newest == <PyObject*> self:
+            newest = self.older
+        elif self.newer != NULL:
+            (<SharedState> self.newer).older = self.older
+        if self.older != NULL:
+            (<SharedState> self.older).newer = self.newer
+        if self.usable():
+            for chunk in range(CHUNKS):
+                give_chunk_back(&self.shared.grant_pool, chunk, self.shared.me)
+                give_chunk_back(&self.shared.entry_pool, chunk, self.shared.me)
+        end_pool(&self.shared.grant_pool)
+        end_pool(&self.shared.entry_pool)
+        close_descriptors(&self.shared)
+
+    # -- open, closed, refused
+
+    cdef int require_open(self) except -1:
+        if self.usable():
+            return 0
+        if self.closed:
+            raise ManagerClosedError()
+        if self.shared.header == NULL:
+            raise RuntimeError("the manager is not initialized: a subclass must call super().__init__()")
+        raise StateFileError(self.path or "the state in memory", self.refusal or "this process has no seat")
+
+    cdef int refuse(self, object refusal) except -1:
+        """From now on every verb raises."""
+        self.refusal = refusal
+        self.fine_until_ns = REFUSES
+        return 0
+
+    cdef int look(self, int64_t now_ns) except -1:
+        """Before a decision, once a second: whether this process may still take it, and what has become of the file."""
+        self.require_open()
+        if self.manual is not None or self.alone():
+            self.fine_until_ns = INT64_MAX
+            return 0
+        self.verify_seat()
+        self._check_file()
+        self.require_open()     # another thread may have closed it in the meantime
+        self.fine_until_ns = now_ns + LOOK_NS
+        return 0
+
+    def _check_file(self):
+        """See what has become of the file underneath, and report it once. One that was cut off is not used any more."""
+        if self.path is None:
+            return None
+        from modelquota._core.state.file import loss_of
+
+        fault = loss_of(self.shared.spare_fd, self.path, self.mapping.size)
+        self.require_open()     # of one that another thread has just closed the descriptors are gone
+        if fault is not None and fault != self.file_fault:
+            from modelquota._log import log
+
+            log(40, "%s: %s", self.path, fault)
+        self.file_fault = fault
+        self.require_open()
+        if fault is not None and os.fstat(self.shared.spare_fd).st_size < self.mapping.size:
+            self.refuse(fault)
+            self.require_open()
+        return fault
+
+    cdef int pause(self) except -1:
+        """Between two tries to have a lock: signals are handled, and a manager that was closed meanwhile says so."""
+        PyErr_CheckSignals()
+        self.require_open()
+        return 0
+
+    cdef int exit(self) except -1:
+        """A thread does not use the state without the GIL any more."""
+        self.inside -= 1
+        if self.closed and self.inside == 0:
+            self.tear_down()
+        return 0
+
+    cdef int end(self) except -1:
+        """Give back what this process holds, and let go of the state. Verbs refuse already.
+
+        Threads that wait for a lock give up, and the last of them lets go of the mapping.
+        """
+        self.shared.closing = 1
+        self.inside += 1
+        if self.shared.me:
+            with nogil:
+                release_grants(&self.shared)    # a row that stays locked is left to those who find that the seat is free
+        self.exit()
+        return 0
+
+    cdef int tear_down(self) except -1:
+        close_descriptors(&self.shared)
+        self.mapping.forget()
+        return 0
+
+    cdef int verify_seat(self) except -1:
+        """That the seat is still this process's: its descriptors may have been closed underneath, and the lock with them.
+
+        Asked through the other descriptor, which does not hold the lock.
+        """
+        self.verified_ns = monotonic_ns()
+        if is_file(self.shared.spare_fd, self.shared.device, self.shared.inode) and \
+                is_file(self.shared.fd, self.shared.device, self.shared.inode) and \
+                is_taken(self.shared.spare_fd, self.shared.me & (SEATS - 1)) and has_seat(&self.shared):
+            return 0
+        self.refuse("its descriptors were closed underneath (os.closerange, or a daemon that closes all files?), and the "
+                    "seat of this process with them; make the manager after that")
+        self.require_open()
+        return 0
+
+    cdef int verify_seat_if_due(self) except -1:
+        if not self.alone() and monotonic_ns() - self.verified_ns >= VERIFY_NS:
+            self.verify_seat()
+        return 0
+
+    def _arrays(self):
+        """The parts of the state as numpy structured arrays over the same memory: header, rows, ledgers.
+
+        For inspection and tests: what is read without a row's lock may be in the middle of a change.
+        """
+        import numpy as np
+
+        self.require_open()
+        layout = dtypes()
+        n = self.shared.header.max_models
+        regions = regions_for(n)
+        return (np.frombuffer(self.mapping, layout["header"], 1, 0),
+                np.frombuffer(self.mapping, layout["row"], n, regions.rows),
+                np.frombuffer(self.mapping, layout["ledger"], n, regions.ledgers))
+
+    @property
+    def max_models(self):
+        """How many models the table holds at most."""
+        self.require_open()
+        return self.shared.header.max_models
+
+    @property
+    def clock(self):
+        """The `ManualClock` that was given, or None for the monotonic clock."""
+        return self.manual
+
+    # -- space
+
+    cdef int reserve_space(self, const void* start, Py_ssize_t size) except -1:
+        """Have the file system set space aside for a part of the file: a write to a page for which none is left would
+        end the process (SIGBUS)."""
+        cdef int error
+        if self.path is None:
+            return 0
+        error = set_space_aside(self.shared.spare_fd, <const char*> start - self.mapping.memory, size)
+        if error:
+            raise StateFileError(self.path, f"no space could be set aside for it: {os.strerror(error)}; what is in it "
+                                 "stays in use")
+        return 0
+
+    cdef int reserve_used(self) except -1:
+        """Set aside what the parts of fixed size and all models so far take. Written as zeros, it may have holes."""
+        cdef const Shared* shared = &self.shared
+        cdef Header* header = shared.header
+        self.reserve_space(header, <char*> shared.entries - self.mapping.memory)
+        self.reserve_space(shared.entries, <Py_ssize_t> header.entry_chunks_used * CHUNK * sizeof(QueueEntry))
+        self.reserve_space(shared.grant_pool.owners, CHUNKS * sizeof(uint32_t))
+        self.reserve_space(shared.grants, <Py_ssize_t> header.grant_chunks_used * CHUNK * sizeof(GrantRecord))
+        self.reserve_space(shared.rows, header.row_count * sizeof(Row))
+        self.reserve_space(shared.ledgers, header.row_count * sizeof(Ledger))
+        self.reserve_space(shared.names, header.names_used)
+        return 0
+
+    cdef int reserve_next_model(self) except -1:
+        """Set aside what one more model takes, as the registry is now: a row, unless the table is full, and a name."""
+        cdef const Shared* shared = &self.shared
+        cdef int64_t index = shared.header.row_count
+        cdef int64_t name = shared.header.names_used
+        if self.path is None:
+            return 0
+        if index < shared.header.max_models:
+            self.reserve_space(&shared.rows[index], sizeof(Row))
+            self.reserve_space(&shared.ledgers[index], sizeof(Ledger))
+        self.reserve_space(shared.names + name, min(LONGEST_NAME, shared.names_size - name))
+        return 0
+
+    # -- the seat
+
+    cdef int take_seat(self) except -1:
+        """Take a free seat."""
+        cdef uint32_t seat, epoch, used
+        # Loss of power may leave a lock in the file and not the epoch of its owner: that word is nobody's again soon.
+        cdef uint32_t skipped = 0 if self.path is None else int.from_bytes(os.urandom(2), "little")
+        for seat in range(1, SEATS):
+            if not take_seat(self.shared.fd, seat):
+                continue
+            epoch = (self.shared.epochs[seat] + 1 + skipped) & (0xFFFF_FFFF >> SEAT_BITS)
+            self.shared.epochs[seat] = epoch
+            self.shared.me = epoch << SEAT_BITS | seat
+            while True:
+                used = load_word(&self.shared.header.seats_used)
+                if used >= seat or swap_word(&self.shared.header.seats_used, used, seat):
+                    break
+            self.verified_ns = monotonic_ns()
+            self.fine_until_ns = 0
+            return 0
+        raise CapacityError(SEATS - 1, "processes", "end some that share this state")
+
+    cdef void leave_parent(self) noexcept:
+        """In a forked child: hold nothing of the parent's any more, and be nobody.
+
+        The parent's descriptor goes at once: as long as a child has it, the kernel takes the parent for alive.
+        """
+        cdef bint was_usable = self.usable()
+        self.fine_until_ns = REFUSES
+        self.shared.me = 0
+        self.inside = 0
+        if self.shared.fd >= 0:
+            close(self.shared.fd)
+            self.shared.fd = -1
+        if self.shared.grant_pool.free != NULL:
+            memset(self.shared.grant_pool.free, 0, CHUNKS * sizeof(uint64_t))
+        if self.shared.entry_pool.free != NULL:
+            memset(self.shared.entry_pool.free, 0, CHUNKS * sizeof(uint64_t))
+        self.shared.grant_pool.open_count = self.shared.entry_pool.open_count = 0
+        self.forked = was_usable        # for retake_seat()
+
+    cdef int retake_seat(self) except -1:
+        """In a forked child: take a seat of its own, or refuse every verb from now on."""
+        if not self.forked:
+            return 0                    # the parent had none either, or had closed
+        self.forked = False
+        try:
+            self._forget_parent()
+            self.shared.fd = open_again(self.shared.spare_fd, self.path)
+            if not is_file(self.shared.fd, self.shared.device, self.shared.inode):
+                raise OSError(0, "its descriptors were closed underneath")
+            self.take_seat()
+            if self.manual is None:
+                self.offset_ns = self.shared.header.clock_offset_ns - <int64_t> clock_shift_ns()
+        except BaseException as error:
+            self.refuse(f"this process was forked and could not take a seat of its own ({error}); it has what its parent "
+                        "had, and must not use it. Make room before the fork, or make a manager in the child")
+            if not isinstance(error, Exception):
+                raise
+        return 0
+
+    def _has_forked(self):
+        """In the parent of a new process: it is not alone any more, though the child may not have taken its seat yet."""
+        self.forked = True
+        if self.usable():
+            self.fine_until_ns = 0
+            self._pump_all()
+
+    def _pump_all(self):
+        """Something has changed for all models."""
+
+    def _forget_parent(self):
+        """In a forked child: what the parent has begun is the parent's to finish."""
+
+    # -- time
+
+    cdef int anchor(self) except -1:
+        """Tie the rows' time to this boot's clock, and note where both are.
+
+        After a reboot the rows' time goes on by what the wall clock says has passed; if that clock has moved back, it
+        does not move, and nothing is refilled. In a time namespace the clock is shifted: the shift is taken off.
+        """
+        cdef bytes boot = boot_id()
+        cdef const char* boot_bytes = boot
+        cdef int64_t shift_ns, wall_ns, mono_ns
+        cdef uint32_t kind = MONOTONIC if self.manual is None else MANUAL
+        cdef int outcome = BUSY
+        while outcome == BUSY:
+            shift_ns = clock_shift_ns()
+            wall_ns = time.time_ns()
+            mono_ns = monotonic_ns() - shift_ns
+            self.inside += 1
+            with nogil:
+                outcome = anchor_time(&self.shared, boot_bytes, wall_ns, mono_ns, kind)
+            self.exit()
+            if outcome == BUSY:
+                self.pause()
+        if outcome == OTHER_CLOCK:
+            self._require_clock()
+            self.refuse("it is open with another kind of clock: a ManualClock, or the monotonic one")
+            self.require_open()
+        if self.manual is None:
+            self.offset_ns = self.shared.header.clock_offset_ns - shift_ns
+        return 0
+
+    def flush(self):
+        """Write the state file to disk, against loss of power; without a file nothing is done.
+
+        Against the death of processes nothing is needed. Without `flush` the kernel writes what has changed within
+        some 30 s (``vm.dirty_expire_centisecs``).
+
+        Raises StateFileError if the file was deleted, replaced or cut off underneath.
+        """
+        self.require_open()
+        if self.path is None:
+            return
+        fault = self._check_file()
+        if fault is not None:
+            raise StateFileError(self.path, fault)
+        self.anchor()
+        if msync(self.mapping.memory, self.mapping.size, MS_SYNC) != 0:
+            raise OSError(errno, os.strerror(errno), self.path)
+
+    # -- records
+
+    cdef int claim(self, Pool* pool, str what, str remedy) except -1:
+        """Make another chunk of records this process's."""
+        cdef int64_t chunk
+        self.verify_seat()
+        chunk = claim_chunk(pool, self.shared.me)
+        if chunk < 0 and self.sweep():
+            chunk = claim_chunk(pool, self.shared.me)
+        if chunk < 0:
+            raise CapacityError(RECORDS, what, remedy)
+        try:
+            self.reserve_space(record_at(pool, chunk * CHUNK), CHUNK * pool.record_size)
+        except StateFileError:
+            swap_word(&pool.owners[chunk], self.shared.me, 0)
+            raise
+        open_chunk(pool, chunk)
+        return 0
+
+    cdef GrantRecord* take_grant_record(self) except NULL:
+        """A free grant record of this process."""
+        cdef int64_t number = take_record(&self.shared.grant_pool)
+        if number < 0:
+            self.claim(&self.shared.grant_pool, "open grants", "release some, in whichever process")
+            number = take_record(&self.shared.grant_pool)
+        return &self.shared.grants[number]
+
+    cdef QueueEntry* take_entry(self) except NULL:
+        """A free queue entry of this process."""
+        cdef int64_t number = take_record(&self.shared.entry_pool)
+        if number < 0:
+            self.claim(&self.shared.entry_pool, "waiting requests", "let fewer wait at once, over all processes")
+            number = take_record(&self.shared.entry_pool)
+        return &self.shared.entries[number]
+
+    # -- the dead
+
+    cdef int sweep(self) except -1:
+        """Give back what dead processes held, and take them out of the queues; how much was found."""
+        cdef const Shared* shared = &self.shared
+        cdef int found
+        self.swept_ns = monotonic_ns()
+        if not is_anybody_gone(shared):     # with the GIL: busy threads may keep it for 5 ms before they give it back
+            return 0
+        self.inside += 1
+        with nogil:
+            found = sweep_pool(&shared.grant_pool, True, shared) + sweep_pool(&shared.entry_pool, False, shared)
+        self.exit()
+        return found
+
+    cdef int sweep_if_due(self) except -1:
+        """sweep(), unless this process is alone or looked a moment ago."""
+        if self.shared.header.seats_used <= 1 or monotonic_ns() - self.swept_ns < SWEEP_NS:
+            return 0
+        return self.sweep()
+
+
+cdef void close_descriptors(Shared* shared) noexcept:
+    """The kernel drops the seat's lock. By C, since `os` may have gone before; and only what is still the state's: numbers
+    that were closed underneath may be another manager's by now."""
+    if shared.me and not has_seat(shared):
+        shared.fd = shared.spare_fd = -1
+        return
+    if shared.fd >= 0 and is_file(shared.fd, shared.device, shared.inode):
+        close(shared.fd)
+    if shared.spare_fd >= 0 and (shared.inode == 0 or is_file(shared.spare_fd, shared.device, shared.inode)):
+        close(shared.spare_fd)
+    shared.fd = shared.spare_fd = -1
+
+
+cdef void give_chunk_back(Pool* pool, uint32_t chunk, uint32_t me) noexcept:
+    """Give back an own chunk of which nothing is in use."""
+    cdef int64_t i
+    if pool.owners == NULL or load_word(&pool.owners[chunk]) != me:
+        return
+    for i in range(<int64_t> chunk * CHUNK, <int64_t> chunk * CHUNK + CHUNK):
+        if (<uint32_t*> record_at(pool, i))[0] != 0:     # `seat` comes first in every record
+            return
+    swap_word(&pool.owners[chunk], me, 0)
+
+
+cdef bint is_anybody_else(const Shared* shared) noexcept nogil:
+    """Whether another process or manager has a seat."""
+    cdef uint32_t seat
+    for seat in range(1, shared.header.seats_used + 1):
+        if seat != (shared.me & (SEATS - 1)) and is_taken(shared.fd, seat):
+            return True
+    return False
+
+
+cdef int anchor_time(
+    const Shared* shared, const char* boot, int64_t wall_ns, int64_t mono_ns, uint32_t kind
+) noexcept nogil:
+    """SharedState.anchor() from lock to unlock. Takes the registry's lock."""
+    cdef Header* header = shared.header
+    cdef int64_t now_ns, i
+    if not lock_registry(shared, SLICE_NS):
+        return BUSY
+    if header.clock_kind != kind:
+        if header.clock_kind != 0 and (header.row_count != 0 or is_anybody_else(shared)):
+            unlock_registry(shared)
+            return OTHER_CLOCK
+        header.clock_kind = kind
+    if kind == MONOTONIC:
+        if memcmp(header.boot_id, boot, 16) != 0:
+            now_ns = header.anchor_ns + max(wall_ns - header.anchor_wall_ns, <int64_t> 0)
+            for i in range(header.row_count):
+                now_ns = max(now_ns, shared.rows[i].level_ns)
+            now_ns = min(now_ns, <int64_t> MAX_TIME_NS)
+            header.clock_offset_ns = now_ns - mono_ns
+        header.anchor_wall_ns = wall_ns
+        in_order()
+        header.anchor_ns = mono_ns + header.clock_offset_ns
+        in_order()
+        memcpy(header.boot_id, boot, 16)
+    unlock_registry(shared)
+    return ANCHORED

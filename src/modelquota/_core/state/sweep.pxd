@@ -1,0 +1,113 @@
+# What dead processes held is given back, and their places in the queues are cleared.
+from libc.stdint cimport int64_t, uint32_t
+from libc.string cimport memset
+from modelquota._core.row.grant cimport free_handle, let_go
+from modelquota._core.layout cimport CHUNK, GrantRecord, Pool, QueueEntry, Row, SEAT_BITS, SEATS, Shared
+from modelquota._core.state.lock cimport is_gone, load_word, swap_word, unlock
+from modelquota._core.state.pool cimport record_at
+from modelquota._core.row.queue cimport unlink_entry
+from modelquota._core.state.repair cimport RELAXED, count_atomically, lock_row
+
+cdef enum:
+    SWEEP_PATIENCE_NS = 1_000_000   # a row that stays locked is left for the next time
+
+
+cdef inline bint is_newly_gone(uint32_t owner, bint* alive, const Shared* shared) noexcept nogil:
+    """is_gone(), and who is not is remembered by seat. A seat's former owners are told apart without the kernel."""
+    cdef uint32_t seat = owner & (SEATS - 1)
+    if owner == 0 or (alive[seat] and load_word(&shared.epochs[seat]) == owner >> SEAT_BITS):
+        return False
+    if is_gone(owner, shared):
+        return True
+    alive[seat] = True
+    return False
+
+
+cdef inline bint is_anybody_gone(const Shared* shared) noexcept nogil:
+    """Whether one of those who own records has died. Asks the kernel once for each who is alive."""
+    cdef bint alive[SEATS]
+    cdef int64_t i
+    memset(alive, 0, sizeof(alive))
+    for i in range(shared.grant_pool.chunks_used[0]):
+        if is_newly_gone(load_word(&shared.grant_pool.owners[i]), alive, shared):
+            return True
+    for i in range(shared.entry_pool.chunks_used[0]):
+        if is_newly_gone(load_word(&shared.entry_pool.owners[i]), alive, shared):
+            return True
+    return False
+
+
+cdef inline bint sweep_grant(GrantRecord* record, uint32_t owner, const Shared* shared, int* found) noexcept nogil:
+    """Give back what an owner's grant holds; False if its row stays locked. Takes the row's lock."""
+    cdef Row* row
+    if record.seat != owner or record.row >= <uint32_t> shared.header.max_models:
+        return True
+    row = &shared.rows[record.row]
+    if not lock_row(row, shared, SWEEP_PATIENCE_NS):
+        return False
+    if record.seat == owner:
+        found[0] += 1
+        if record.generation == row.generation and record.is_handle:
+            free_handle(&shared.ledgers[record.row], record)
+        elif record.generation == row.generation:
+            let_go(row, &shared.ledgers[record.row], record)
+        else:
+            record.seat = 0
+    unlock(&row.lock)
+    return True
+
+
+cdef inline bint sweep_entry(QueueEntry* entry, uint32_t owner, const Shared* shared, int* found) noexcept nogil:
+    """Take a dead owner's request out of the queue; False if its row stays locked. Takes the row's lock."""
+    cdef Row* row
+    if entry.seat != owner or entry.row >= <uint32_t> shared.header.max_models:
+        return True
+    row = &shared.rows[entry.row]
+    if not lock_row(row, shared, SWEEP_PATIENCE_NS):
+        return False
+    if entry.seat == owner:
+        found[0] += 1
+        if entry.linked and entry.generation == row.generation:
+            unlink_entry(row, &shared.ledgers[entry.row], shared.entries, entry)
+        entry.linked = 0
+        entry.seat = 0
+    unlock(&row.lock)
+    return True
+
+
+cdef inline int sweep_pool(const Pool* pool, bint of_grants, const Shared* shared) noexcept nogil:
+    """See to all chunks of dead owners; how many records were found. A chunk is given back once all of it is seen to."""
+    cdef uint32_t owner
+    cdef int64_t chunk, i
+    cdef uint32_t alive = 0
+    cdef int found = 0
+    cdef bint done
+    for chunk in range(pool.chunks_used[0]):
+        owner = load_word(&pool.owners[chunk])
+        if owner == 0 or owner == shared.me or owner == alive:
+            continue
+        if not is_gone(owner, shared):
+            alive = owner
+            continue
+        done = True
+        for i in range(chunk * CHUNK, chunk * CHUNK + CHUNK):
+            if of_grants:
+                done = sweep_grant(<GrantRecord*> record_at(pool, i), owner, shared, &found) and done
+            else:
+                done = sweep_entry(<QueueEntry*> record_at(pool, i), owner, shared, &found) and done
+        if done:
+            swap_word(&pool.owners[chunk], owner, 0)
+    count_atomically(&shared.header.recoveries, found, RELAXED)
+    return found
+
+
+cdef inline bint release_grants(const Shared* shared) noexcept nogil:
+    """Give back what this process's grants hold; False if a row stays locked. Takes rows' locks, one at a time."""
+    cdef int64_t chunk, i
+    cdef int found = 0
+    cdef bint done = True
+    for chunk in range(shared.grant_pool.chunks_used[0]):
+        if load_word(&shared.grant_pool.owners[chunk]) == shared.me:
+            for i in range(chunk * CHUNK, chunk * CHUNK + CHUNK):
+                done = sweep_grant(<GrantRecord*> record_at(&shared.grant_pool, i), shared.me, shared, &found) and done
+    return done

@@ -1,0 +1,503 @@
+"""Whether the bytes of a state make sense: read only, whoever may be writing meanwhile.
+
+A row is judged on a copy that was the same twice with the lock free. One that stays locked is being changed, or its
+owner has died, and then it will be repaired: of it only what could lead outside the mapping is judged.
+
+Models come and go in the meantime. What is judged together was there together: a name belongs to a row if the row's
+generation was the same before and after it was read, and what bounds a row is read after it. A fault is believed when
+it is found again at each of some looks at the same place; the rest of the file is not read again for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelquota._core.state.shared import FACTS, layout_fingerprint, regions_for
+from modelquota._core.table.packing import dtypes, encode_rate
+from modelquota.errors import StateFileError
+from modelquota.quota.limits import SHADOW_NAMES, Limit
+
+MAX_MODELS_LIMIT = 2**24
+MAGIC = FACTS["magic"]
+LAYOUT_VERSION = FACTS["version"]
+NAME_UNIT = FACTS["name_unit"]
+_MAX_COUNT = 2**62
+_UNLIMITED = 2**63 - 1
+_ENCODED = np.dtype(
+    [(name, np.float64 if name == "rate" else np.int64) for name in ("rate", "burst", "limit", "drain")]
+    + [(name, np.uint64) for name in ("shift", "low", "high")]
+)
+_MAX_TIME_NS = 2**61
+_COUNTS = (
+    "ram_mb",
+    "ssd_mb",
+    "peak_ram_mb",
+    "peak_ssd_mb",
+    "reserved_ram_mb",
+    "reserved_ssd_mb",
+    "reserved_tokens",
+    "concurrent",
+    "waiting",
+)
+_TALLIES = ("rejected", "throttled", "queued", "waited", "violations")
+_MAX_TALLY = 2**59  # a thousand million a second for 18 years, and the sum of some is still a count
+_SLOTS = 60
+_PER_SLOT = (1, 3600, 86_400)
+_AT_A_TIME = 1024
+_LONGEST_NAME = 256  # bytes
+_TRIES = 20
+_FEW = 32
+_LOOKS = 5
+_CHUNKS = 4096
+_CHUNK = 64
+_RECORDS = _CHUNK * _CHUNKS
+_NO_RATE = 255
+_WIDEST_SHIFT = 95
+_SHADOWS = sum(1 << Limit[name.upper()] for name in SHADOW_NAMES)
+
+
+@dataclass
+class Part:
+    """Some rows and their ledgers, copied; `steady` says of which the copy is of one moment.
+
+    The header was read after them: nothing in them is newer than what it says.
+    """
+
+    first: int
+    rows: NDArray[Any]
+    ledgers: NDArray[Any]
+    steady: NDArray[np.bool_] = field(repr=False)
+    header: Any = field(repr=False)
+
+    def is_like(self, other: Part) -> NDArray[np.bool_]:
+        """Which rows are the same, byte for byte, in a copy that was made at another time."""
+        return _alike((self.rows, self.ledgers), (other.rows, other.ledgers))
+
+
+class Reader:
+    """Reads the parts of an open state file through its descriptor."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self.descriptor = descriptor
+        self.path = path
+        self.layout = dtypes()
+        self.size = os.fstat(descriptor).st_size
+        self.header: Any = self.read_header() if self.size >= self.layout["header"].itemsize else None
+
+    def read_header(self) -> Any:
+        """Return the header as it is now; `header` is as it was at first."""
+        return self._read(self.layout["header"], 1, 0)[0]
+
+    def _read(self, dtype: np.dtype[Any], count: int, offset: int) -> NDArray[Any]:
+        data = bytearray(dtype.itemsize * count)  # writeable: time passes in a copy
+        size = os.preadv(self.descriptor, [data], offset)
+        if size != len(data):
+            raise StateFileError(self.path, f"it ends after {offset + size} bytes, in the middle of its contents")
+        return np.frombuffer(data, dtype)
+
+    def check_header(self) -> None:
+        """Raise StateFileError where the file is of something else, of another version, or of another length."""
+        header = self.header
+        if header is None or int(header["magic"]) != MAGIC:
+            raise StateFileError(self.path, "it is not a state file of modelquota")
+        if int(header["version"]) > LAYOUT_VERSION:
+            raise StateFileError(
+                self.path,
+                f"it has version {header['version']}, and this modelquota knows {LAYOUT_VERSION}: "
+                "use the newer modelquota that wrote it",
+            )
+        if int(header["version"]) < LAYOUT_VERSION or int(header["fingerprint"]) != layout_fingerprint():
+            raise StateFileError(
+                self.path, "another version of modelquota, or one built for another machine, wrote it; start a new file"
+            )
+        most = int(header["max_models"])
+        if not 1 <= most <= MAX_MODELS_LIMIT:
+            raise StateFileError(self.path, f"max_models is {most}; 1 .. 2**24 is possible")
+        self.regions = regions_for(most)
+        if self.size != self.regions.size:
+            raise StateFileError(
+                self.path, f"it is {self.size} bytes long and should be {self.regions.size}: it was cut off or added to"
+            )
+        names = self.regions.size - self.regions.names
+        for name, top in (("row_count", most), ("lowest_free", most), ("names_used", names)):
+            if not 0 <= int(header[name]) <= top:
+                raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
+        for name, top in (("staged_row", most - 1), ("leaving_row", most - 1)):
+            if not -1 <= int(header[name]) <= top:
+                raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
+        for name, top in (("seats_used", 1023), ("entry_chunks_used", _CHUNKS), ("grant_chunks_used", _CHUNKS)):
+            if int(header[name]) > top:
+                raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
+        if int(header["clock_kind"]) > 2:
+            raise StateFileError(self.path, f"clock_kind is {header['clock_kind']}; it may be 2 at most")
+        for name in ("anchor_ns", "clock_offset_ns", "anchor_wall_ns"):
+            if abs(int(header[name])) > _MAX_TIME_NS and name != "anchor_wall_ns":
+                raise StateFileError(self.path, f"{name} is {header[name]}; 2**61 ns is the most")
+
+    def held(self) -> NDArray[Any]:
+        """Records of what open grants hold; those with seat 0 are free."""
+        used = min(int(self.read_header()["grant_chunks_used"]), _CHUNKS)
+        return self._read(self.layout["grant"], used * _CHUNK, self.regions.grants)
+
+    def entries(self) -> NDArray[Any]:
+        """Records of requests that wait; those with seat 0 are free."""
+        used = min(int(self.read_header()["entry_chunks_used"]), _CHUNKS)
+        return self._read(self.layout["entry"], used * _CHUNK, self.regions.entries)
+
+    def parts(self) -> Iterator[Part]:
+        """All rows that were ever used, some at a time, those too that are used by the time the last part is read."""
+        most = int(self.header["max_models"])
+        first, header = 0, self.read_header()
+        while first < (count := min(int(header["row_count"]), most)):
+            part = self.part(first, min(_AT_A_TIME, count - first))
+            yield part
+            first, header = first + len(part.rows), part.header
+
+    def part(self, first: int, count: int) -> Part:
+        """Copies of some rows, each of one moment if that can be had."""
+        copies, again = self._copy(first, count), self._copy(first, count)
+        steady = _same(copies, again)
+        for _ in range(_TRIES - 1):
+            if steady.all():
+                break
+            time.sleep(0.0002)  # an owner that was preempted holds its lock for longer than a look
+            left = np.flatnonzero(~steady).tolist()
+            # One by one: the shorter the two looks at a row are, the more often nobody comes between them.
+            for at, size in [(0, count)] if len(left) > _FEW else [(index, 1) for index in left]:
+                span = slice(at, at + size)
+                one, same_one = self._copy(first + at, size), self._copy(first + at, size)
+                unsteady = ~steady[span]
+                for copy, fresh in zip(again, same_one, strict=True):
+                    _bytes(copy)[span][unsteady] = _bytes(fresh)[unsteady]  # numpy would leave out what pads the fields
+                steady[span] |= _same(one, same_one)
+        return Part(first, *again, steady, self.read_header())
+
+    def _copy(self, first: int, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        row_type, ledger_type = self.layout["row"], self.layout["ledger"]
+        return (
+            self._read(row_type, count, self.regions.rows + first * row_type.itemsize),
+            self._read(ledger_type, count, self.regions.ledgers + first * ledger_type.itemsize),
+        )
+
+    def names(self, part: Part) -> list[bytes | None]:
+        """The names of a part's models; what lies outside the names is empty.
+
+        None for a row that is free, or whose model is not the one any more that it was copied with. A name does not
+        change while its model stays.
+        """
+        offsets = part.ledgers["name_offset"].astype(np.int64) * NAME_UNIT
+        sizes = part.ledgers["name_size"].astype(np.int64)
+        alive = part.rows["generation"] % 2 == 1
+        found = self.names_at(offsets, np.where(alive, sizes, 0), int(part.header["names_used"]))
+        alive &= self.generations(part.first, len(part.rows)) == part.rows["generation"]
+        return [name if there else None for name, there in zip(found, alive.tolist(), strict=True)]
+
+    def names_at(self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], top: int) -> list[bytes]:
+        """Names at these places below `top`, all with one look if they are near to one another, as of rows in a row."""
+        inside = (sizes <= _LONGEST_NAME) & (offsets + sizes <= top)
+        offsets, sizes = np.where(inside, offsets, 0), np.where(inside, sizes, 0)
+        start, end = int(offsets[inside].min(initial=top)), int((offsets + sizes).max(initial=0))
+        if end - start > _AT_A_TIME * _LONGEST_NAME:
+            places = zip(offsets.tolist(), sizes.tolist(), strict=True)
+            return [os.pread(self.descriptor, size, self.regions.names + offset) for offset, size in places]
+        block = os.pread(self.descriptor, max(end - start, 0), self.regions.names + start)
+        starts = (offsets - start).tolist()
+        return [block[at : at + size] if size else b"" for at, size in zip(starts, sizes.tolist(), strict=True)]
+
+    def generations(self, first: int, count: int) -> NDArray[np.uint32]:
+        """The generations of some rows as they are now."""
+        dtype = self.layout["row"]
+        rows = self._read(dtype, count, self.regions.rows + first * dtype.itemsize)
+        return np.asarray(rows["generation"], np.uint32)
+
+    def name_of(self, row: int) -> bytes | None:
+        """The name of the model in a row now."""
+        return self.names(self.part(row, 1))[0]
+
+    def share_a_name(self, row: int, other: int) -> bool:
+        """Whether the models in two rows have the same name at one moment."""
+        part = self.part(row, 1)
+        (name,), other_name = self.names(part), self.name_of(other)
+        # The first row's model was there before and after the other one's was, and so was its name.
+        there = self.generations(row, 1)[0] == part.rows["generation"][0]
+        return name is not None and name == other_name and bool(there)
+
+
+def _same(copies: tuple[NDArray[Any], NDArray[Any]], again: tuple[NDArray[Any], NDArray[Any]]) -> NDArray[np.bool_]:
+    """Of which rows both copies are alike, with the lock free: they are of one moment."""
+    return np.asarray(_alike(copies, again) & (again[0]["lock"] == 0), np.bool_)
+
+
+def _alike(copies: tuple[NDArray[Any], NDArray[Any]], others: tuple[NDArray[Any], NDArray[Any]]) -> NDArray[np.bool_]:
+    same = np.ones(len(copies[0]), np.bool_)
+    for copy, other in zip(copies, others, strict=True):
+        same &= (_bytes(copy) == _bytes(other)).all(1)
+    return same
+
+
+def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return array.view(np.uint8).reshape(len(array), array.dtype.itemsize)
+
+
+def faults(descriptor: int, path: str) -> int:
+    """Raise StateFileError for the first thing that makes no sense; ``max_models`` of the file if all does."""
+    reader = Reader(descriptor, path)
+    reader.check_header()
+    for fault in content_faults(reader):
+        raise StateFileError(path, f"it is damaged: {fault}")
+    return int(reader.header["max_models"])
+
+
+def lasting(found: Iterable[str], look: Callable[[], Iterable[str]]) -> list[str]:
+    """Return those of the faults found that each further look finds too: the rest was in the middle of a change."""
+    faults = list(found)
+    for pause in range(1, _LOOKS):
+        if not faults:
+            break
+        time.sleep(0.0005 * pause)
+        still = set(look())
+        faults = [fault for fault in faults if fault in still]
+    return faults
+
+
+def content_faults(reader: Reader) -> Iterator[str]:
+    """Say what makes no sense behind a header that has been checked."""
+    for judge in (_judge_staged, _judge_next_row, _judge_held, _judge_entries):
+        yield from lasting(judge(reader), functools.partial(judge, reader))
+    holders: dict[bytes, int] = {}
+    for part in reader.parts():
+        yield from lasting(_judge_part(part), functools.partial(_judge_again, reader, part))
+        yield from _judge_names(reader, part, holders)
+
+
+def _judge_staged(reader: Reader) -> Iterator[str]:
+    header = reader.read_header()
+    if int(header["staged_row"]) >= 0:
+        yield from staged_faults(header)
+
+
+def _judge_next_row(reader: Reader) -> Iterator[str]:
+    """Say whether the next row to be used has been used already: the count of rows is too low."""
+    header = reader.read_header()
+    count = int(header["row_count"])
+    if count == int(header["max_models"]) or header["registry_lock"] or header["registry_broken"]:
+        return  # in the last two cases a model may be entering
+    if reader.generations(count, 1)[0] != 0 and int(reader.read_header()["row_count"]) == count:
+        yield f"row {count} was used, but row_count is {count}"
+
+
+def _judge_held(reader: Reader) -> Iterator[str]:
+    held = reader.held()
+    for what in ("ram_mb", "ssd_mb", "tokens"):
+        for record in np.flatnonzero((held[what] < 0) | (held[what] > _MAX_COUNT)):
+            yield f"record {record} of what grants hold: {what} is no count"
+
+
+def _judge_entries(reader: Reader) -> Iterator[str]:
+    entries = reader.entries()
+    for what in ("next", "previous"):
+        for record in np.flatnonzero(entries[what] > _RECORDS):
+            yield f"queue entry {record}: {what} is no entry"
+    for record in np.flatnonzero((entries["limit"] > 10) | (entries["ready_ns"] < -1)):
+        yield f"queue entry {record}: it waits for an unknown limit, or since before all time"
+
+
+def _judge_part(part: Part) -> Iterator[str]:
+    return part_faults(part, int(part.header["names_used"]), int(part.header["staged_row"]))
+
+
+def _judge_again(reader: Reader, part: Part) -> Iterator[str]:
+    return _judge_part(reader.part(part.first, len(part.rows)))
+
+
+def _judge_names(reader: Reader, part: Part, holders: dict[bytes, int]) -> Iterator[str]:
+    """Say which models have no name, or that of another; `holders` is who has which of those seen so far."""
+    for row, name in enumerate(reader.names(part), part.first):
+        if name is None:
+            continue
+        other = holders.setdefault(name, row)
+        if not _is_name(name) or (other != row and reader.share_a_name(other, row)):
+            yield f"row {row} has no name, or one used before"
+        elif other != row and reader.name_of(other) != name:
+            holders[name] = row  # it moved here since
+
+
+def _is_name(name: bytes) -> bool:
+    try:
+        return bool(name.decode()) and b"\0" not in name
+    except UnicodeDecodeError:
+        return False
+
+
+def part_faults(part: Part, names_used: int, staged_row: int = -1) -> Iterator[str]:
+    """Say what makes no sense in some rows, in words with numbers."""
+    rows, ledgers = part.rows, part.ledgers
+    outside = ledgers["name_offset"].astype(np.int64) * NAME_UNIT + ledgers["name_capacity"] > names_used
+    outside |= (ledgers["name_size"] > ledgers["name_capacity"]) | (ledgers["name_capacity"] > 256)
+    yield from _each(part, outside, "its name lies outside the names")
+    yield from _each(
+        part, np.asarray((ledgers["filled"] > _SLOTS).any(1), np.bool_), "a window has more slots than there are"
+    )
+    yield from _each(part, ledgers["journal_filled"] > _SLOTS, "its journal has more slots than there are")
+    yield from _each(part, ledgers["action"] > 3, "its action is unknown")
+    yield from _each(part, ledgers["stage"] > 7, "its stage is unknown")
+    for what in ("request", "token"):
+        dormant = rows[f"dormant_{what}_shift"]
+        wrong = (dormant > _WIDEST_SHIFT) & (dormant != _NO_RATE)
+        yield from _each(part, wrong, f"its {what} rate of before has an unknown unit")
+        shift = rows[f"{what}_shift"]
+        yield from _each(part, (shift > _WIDEST_SHIFT) & (shift != _NO_RATE), f"its {what} rate has an unknown unit")
+        wide = (rows[f"{what}_level"]["high"] >> 62) | (rows[f"{what}_cap"]["high"] >> 62)
+        yield from _each(part, wide != 0, f"its {what} level is beyond all bounds")
+        yield from _each(part, rows[f"{what}_drain"] < 0, f"its {what} rate is negative")
+    for times in (rows["slot_end_ns"], rows["level_ns"]):
+        yield from _each(part, (times < 0) | (times > _MAX_TIME_NS), "its time is beyond 2**61 ns")
+    for name in ("first_entry", "last_entry"):
+        yield from _each(part, ledgers[name] > _RECORDS, f"its {name} is none")
+    yield from _each(part, ledgers["handles"] < 0, "its handles are fewer than none")
+    for name in _COUNTS:
+        yield from _each(part, (ledgers[name] < 0) | (ledgers[name] > _MAX_COUNT), f"{name} is no count")
+    for name in _TALLIES:
+        beyond = np.asarray(ledgers[name] > _MAX_TALLY).reshape(len(rows), -1).any(1)
+        yield from _each(part, beyond, f"{name} is more than can be counted")
+    rolling = ledgers["stage"] >= 2
+    slot = ledgers["journal_slot"]
+    yield from _each(
+        part, rolling & ((slot < 0) | (slot > _MAX_TIME_NS // 10_000_000)), "its journal is beyond 2**61 ns"
+    )
+    alive = rows["generation"] % 2 == 1
+    # Also where the row is locked: its limits change only while the header says so.
+    yield from limit_faults(part, alive & (part.first + np.arange(len(rows)) != staged_row))
+    yield from sum_faults(part, part.steady & alive)
+
+
+def staged_faults(header: Any) -> Iterator[str]:
+    """Say what makes no sense in a change of limits that is under way, which somebody may have to finish."""
+    staged = header["staged"]
+    for what in ("request", "token"):
+        before = header["staged_row_before"]
+        shifts = [int(before[f"{what}_shift"]), int(before[f"dormant_{what}_shift"])]
+        wide = int(before[f"{what}_level"]["high"]) | int(before[f"{what}_cap"]["high"])
+        if any(shift > _WIDEST_SHIFT and shift != _NO_RATE for shift in shifts) or wide >> 62:
+            yield f"the {what} level that is being changed is beyond all bounds"
+        one = np.zeros((), _ENCODED)
+        one["rate"], one["burst"] = staged[f"{what}s_per_second"], staged[f"burst_{what}s"]
+        one["limit"], one["drain"] = staged[f"{what}_limits"][0], staged[f"{what}_drain"]
+        one["shift"] = staged[f"{what}_shift"]
+        one["low"], one["high"] = staged[f"{what}_cap"]["low"], staged[f"{what}_cap"]["high"]
+        if not _is_encoded(one) or not _is_limit(staged[f"{what}_limits"]).all():
+            yield f"the {what} limits that are being changed are none"
+    caps = np.array([staged[name] for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent")])
+    known = int(staged["action"]) <= 3 and not int(staged["shadow"]) & ~_SHADOWS
+    if not _is_limit(caps).all() or not 0 <= int(staged["max_queued"]) <= _MAX_COUNT or not known:
+        yield "the limits that are being changed are none"
+    if not 0 <= float(staged["grace_period_sec"]) < math.inf:
+        yield "the grace period that is being changed is no time"
+
+
+def limit_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
+    """Say which limits no configuration gives, in rows that are alive and nobody is changing."""
+    rows, ledgers = part.rows, part.ledgers
+    for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent"):
+        yield from _each(part, alive & ~_is_limit(ledgers[name]), f"its {name} is no limit")
+    for name in ("max_queued", "burst_requests", "burst_tokens"):
+        count = (ledgers[name] >= 0) & (ledgers[name] <= _MAX_COUNT)
+        yield from _each(part, alive & ~count, f"its {name} is no count")
+    yield from _each(part, alive & (rows["shadow"] & ~np.uint16(_SHADOWS) != 0), "its shadow limits are unknown")
+    with np.errstate(invalid="ignore"):
+        grace = ledgers["grace_period_sec"]
+        yield from _each(part, alive & ~((grace >= 0) & np.isfinite(grace)), "its grace period is no time")
+        for what in ("request", "token"):
+            rate = ledgers[f"{what}s_per_second"]
+            yield from _each(part, alive & ~(rate >= 0), f"its {what} rate is no rate")
+    for what in ("request", "token"):
+        for window in (1, 2):
+            wrong = ~_is_limit(ledgers[f"{what}_limit"][:, window])
+            yield from _each(part, alive & wrong, f"its limit of {what}s in window {window} is none")
+        lowest = ledgers[f"{what}_low"]
+        widest = np.ldexp(1.0, 95 - np.minimum(rows[f"{what}_shift"].astype(np.int64), 95))
+        wrong = np.asarray(((lowest < 0) | (lowest > widest[:, None])).any(1), np.bool_)
+        # Not of a locked row: whoever repairs it forgets them.
+        yield from _each(part, alive & part.steady & wrong, f"its lowest {what} level is beyond all bounds")
+        encoded = np.empty(len(rows), _ENCODED)
+        encoded["rate"], encoded["burst"] = ledgers[f"{what}s_per_second"], ledgers[f"burst_{what}s"]
+        encoded["limit"], encoded["drain"] = ledgers[f"{what}_limit"][:, 0], rows[f"{what}_drain"]
+        encoded["shift"] = rows[f"{what}_shift"]
+        encoded["low"], encoded["high"] = rows[f"{what}_cap"]["low"], rows[f"{what}_cap"]["high"]
+        # without a rate, cap and drain are those of the rate before: any that are within bounds
+        unset = encoded["shift"] == _NO_RATE
+        for name in ("drain", "low", "high"):
+            encoded[name][unset] = 0
+        wrong = _each_kind(encoded, lambda one: not _is_encoded(one))
+        yield from _each(part, alive & wrong, f"its {what} rate is not what the core made of it")
+
+
+def _is_limit(values: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.asarray((values >= 0) & (values <= _MAX_COUNT) | (values == _UNLIMITED), np.bool_)
+
+
+def _each_kind(records: NDArray[Any], judge: Callable[[Any], bool]) -> NDArray[np.bool_]:
+    """What `judge` says of each record; of those that are alike it is asked once."""
+    size, data = records.dtype.itemsize, records.tobytes()
+    said: dict[bytes, bool] = {}
+    found = np.empty(len(records), np.bool_)
+    for index in range(len(records)):
+        key = data[index * size : (index + 1) * size]
+        if key not in said:
+            said[key] = judge(records[index])
+        found[index] = said[key]
+    return found
+
+
+def _is_encoded(one: Any) -> bool:
+    """Whether a rate's figures are those that `encode_rate` makes."""
+    rate, burst, *figures = one.tolist()
+    if not rate >= 0 or not 0 <= burst <= _MAX_COUNT:
+        return False
+    limit, drain, shift, cap = encode_rate(None if rate == math.inf else rate, burst)
+    return bool(figures == [limit, drain, shift, cap & (2**64 - 1), cap >> 64])
+
+
+def sum_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
+    """Compare sums with what they are the sums of, in rows that are alive and nobody is changing."""
+    rows, ledgers = part.rows, part.ledgers
+    yield from _each(part, alive & (ledgers["stage"] != 0), "a change was left half done")
+    edge = (rows["slot_end_ns"] * 3 // 50_000_000 * 50_000_000 + 2) // 3
+    yield from _each(part, alive & (edge != rows["slot_end_ns"]), "its slot ends where none does")
+    current = rows["slot_end_ns"] * 3 // 50_000_000 - 1
+    room = {"requests": rows["request_room"], "tokens": rows["token_room"]}
+    limit = {"requests": ledgers["request_limit"], "tokens": ledgers["token_limit"]}
+    for what in ("requests", "tokens"):
+        charged = ledgers[f"{what}_mark"] - room[what].view(np.uint64)
+        least = np.full(len(rows), _MAX_COUNT)
+        for window, per_slot in enumerate(_PER_SLOT):
+            age = ((current // per_slot - 1) % _SLOTS).astype(np.int8)[:, None] - np.arange(_SLOTS, dtype=np.int8)
+            age[age < 0] += _SLOTS
+            ring = np.where(age < ledgers["filled"][:, window][:, None], ledgers[what][:, window], 0)
+            base, start = ledgers[f"{what}_base"][:, window], ledgers[f"{what}_start"][:, window]
+            wrong = start - base != ring.astype(np.uint64).sum(1)
+            yield from _each(part, alive & wrong, f"the {what} of window {window} are not the sum of its slots")
+            used = (charged - base).view(np.int64)
+            here = (charged - start).view(np.int64)
+            bad = (used < 0) | (used > _MAX_COUNT) | (here < 0)
+            yield from _each(part, alive & bad, f"the {what} of window {window} are no count")
+            least = np.minimum(least, np.minimum(limit[what][:, window], _MAX_COUNT) - used)
+        unlike = np.asarray(least != room[what], np.bool_)
+        if what == "requests":  # no room is left while that holds, and what is admitted all the same takes more
+            held_up = (ledgers["concurrent"] >= ledgers["max_concurrent"]) | (ledgers["waiting"] != 0)
+            unlike = np.where(held_up, room[what] > np.minimum(least, 0), unlike)
+        yield from _each(part, alive & unlike, f"the {what} that are left are not what the limits leave")
+
+
+def _each(part: Part, wrong: Any, what: str) -> Iterator[str]:
+    for index in np.flatnonzero(wrong):
+        yield f"row {part.first + int(index)}: {what}"

@@ -1,0 +1,1 @@
+"""Extension classes with the public verbs."""

@@ -1,0 +1,385 @@
+"""Reservations: one decision over one or several models, whose outcome is held."""
+from itertools import islice
+
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from modelquota._core.table.arguments cimport as_count
+from modelquota._core.row.decision cimport Ask, Charge, Levels, Verdict, charge, commit, highest_usage
+from modelquota._core.table.grant cimport Grant, SETTLED, make_grant
+from modelquota._core.row.grant cimport Hold
+from modelquota._core.state.joint cimport (
+    BUSY_ROW, DECIDED, GONE, Joint, MOST_MODELS, NOBODY, Places, assess, decide_rows, first_gone, lock_rows, put_in_order,
+    same_row, unlock_rows
+)
+from modelquota._core.layout cimport Ledger, Limits, QueueEntry, Row, Shared
+from modelquota._core.state.lock cimport SLICE_NS
+from modelquota._core.state.pool cimport give_record
+from modelquota._core.row.queue cimport drop_expired, first_in_turn
+from modelquota._core.state.repair cimport RELAXED, count_atomically
+from modelquota._core.table.result cimport result_of
+from modelquota._core.table.intern cimport RowRef, plain_id
+from modelquota._core.table.table cimport QuotaTable, start_ask
+from modelquota._core.row.usage cimport put_limits, start_row
+
+from modelquota.errors import CapacityError, QuotaExceededError
+
+
+cdef inline bint is_counted_here(const Joint* joint, const Ask* ask) noexcept:
+    """Whether the model where the violation was counted takes part; it may have been removed during the wait."""
+    cdef int i
+    for i in range(joint.count):
+        if joint.parties[i].ledger == ask.counted and joint.parties[i].generation == ask.counted_generation:
+            return True
+    return False
+
+
+cdef class GrantTable(QuotaTable):
+    """Reservations, and decisions over several models at once."""
+
+    def reserve(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
+        """Check, and hold the outcome: memory, one unit of concurrency, and tokens that can be settled later.
+
+        Parameters
+        ----------
+        model_id : str or sequence of str
+            One model, or up to 16 that must all admit, such as ``("acme", "acme/bob", "llama-70b")``: one decision,
+            all or nothing. An id without a quota admits and holds nothing.
+        estimated_tokens : int
+            Tokens, 0 .. 2**62.
+        ram_needed_mb, ssd_needed_mb : int
+            MB (2**20 bytes), 0 .. 2**62, held beside the reported use until the grant is released.
+
+        Returns
+        -------
+        Grant
+
+        Raises
+        ------
+        QuotaExceededError
+            Denied; ``.result`` is the `QuotaCheckResult`. Nothing has been charged.
+        TypeError, ValueError
+            A count that is no integer or out of range, or ids that are none; nothing has been charged.
+        """
+        cdef Ask ask
+        cdef Joint joint
+        cdef Verdict verdict
+        cdef list refs = []
+        cdef Grant grant
+        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+        self.decide_all(ids_of(model_id), &ask, True, MAY_WAIT, refs, &joint, &verdict, NULL)
+        grant = make_grant(self, &joint, refs, &ask) if verdict.allowed else None
+        if joint.named != NOBODY:
+            result = result_of(&verdict, (<RowRef> refs[joint.named]).model_id)
+            if verdict.log_held:
+                self._log_violation(result.model_id, result, verdict.log_held)
+            if grant is None:
+                raise QuotaExceededError(result)
+        return grant
+
+    def settle_many(self, grants, actual_tokens):
+        """Settle many grants at once, such as those that one step of continuous batching completed.
+
+        Parameters
+        ----------
+        grants : sequence of Grant
+            Open ones.
+        actual_tokens : sequence of int or int64 array, of the same length
+            Tokens of each, 0 .. 2**62.
+
+        Raises
+        ------
+        TypeError, ValueError, GrantClosedError
+            As `Grant.settle`; everything is validated before anything is settled.
+        """
+        cdef Grant grant
+        cdef list open_grants = list(grants)
+        cdef list counts = actual_tokens.tolist() if hasattr(actual_tokens, "tolist") else list(actual_tokens)
+        cdef Py_ssize_t i
+        if len(open_grants) != len(counts):
+            raise ValueError(f"actual_tokens has {len(counts)} elements and grants has {len(open_grants)}; give one each")
+        for i in range(len(counts)):
+            if type(open_grants[i]) is not Grant:
+                raise TypeError(f"grants[{i}] is {open_grants[i]!r}; give a Grant")
+            counts[i] = as_count(counts[i], f"actual_tokens[{i}]")
+            grant = open_grants[i]
+            if not (grant.stage == SETTLED and grant.used == counts[i]):
+                grant.require_open("settle")
+        if len(set(map(id, open_grants))) != len(open_grants):
+            raise ValueError("grants has one grant twice; give each once")
+        for i in range(len(counts)):
+            (<Grant> open_grants[i]).settle(counts[i])
+
+    cdef object check_several(self, object model_ids, const Ask* ask, bint peek):
+        cdef Joint joint
+        cdef Verdict verdict
+        cdef list refs = []
+        cdef tuple ids = ids_of(model_ids)
+        if peek:
+            return self.peek_all(ids, ask)
+        self.decide_all(ids, ask, False, MAY_WAIT, refs, &joint, &verdict, NULL)
+        result = result_of(&verdict, None if joint.named == NOBODY else (<RowRef> refs[joint.named]).model_id)
+        if verdict.log_held:
+            self._log_violation(result.model_id, result, verdict.log_held)
+        return result
+
+    cdef int parties_of(self, tuple ids, Joint* joint, list refs, list templates) except -1:
+        """Look up the models of a request; ids without a quota are left out. Returns how many those are.
+
+        With `templates`, what `default_quota` says of them is put there, and they are not registered.
+        """
+        cdef RowRef ref
+        cdef Hold* party
+        cdef int shared_row = 0
+        cdef int rounds = 0
+        cdef uint32_t index
+        while shared_row != NOBODY:
+            refs.clear()
+            if templates is not None:
+                templates.clear()
+            joint.count = 0
+            joint.adopted = False
+            for model_id in ids:
+                ref = self.find(<str> model_id)
+                if ref is None and templates is not None:
+                    template = self._template(model_id)
+                    if template is not None:
+                        templates.append((model_id, template))
+                else:
+                    while ref is None and self.adopt(<str> model_id):
+                        ref = self.find(<str> model_id)
+                        joint.adopted = True
+                if ref is None:
+                    continue
+                refs.append(ref)
+                party = &joint.parties[joint.count]
+                party.row = ref.row
+                party.ledger = ref.ledger
+                party.generation = ref.generation
+                party.index = <uint32_t> (ref.row - self.shared.rows)
+                party.record = NULL
+                party.entry = NULL
+                joint.count += 1
+            put_in_order(joint)
+            shared_row = same_row(joint)
+            if shared_row != NOBODY:    # one left it, and the other came, while this looked them up
+                index = joint.parties[shared_row].index
+                for ref in list(refs):
+                    if ref.row == &self.shared.rows[index]:
+                        self.drop(ref)
+                self.look_at(index)
+                rounds += 1
+                if rounds > MOST_ROUNDS:    # they make room for one another: they do not fit into the table together
+                    raise CapacityError(self.shared.header.max_models)
+        return len(ids) - joint.count
+
+    cdef int decide_all(self, tuple ids, const Ask* ask, bint holding, int64_t patience_ns, list refs, Joint* joint,
+                        Verdict* verdict, const Places* places) except -3:
+        """One decision over all models. How many ids have no quota; BUSY if a row stays locked for `patience_ns`.
+
+        With MAY_WAIT it waits as long as it takes. `places` are those that the request has in queues, or NULL.
+        """
+        cdef int unknown, outcome = BUSY_ROW
+        cdef int rounds = 0
+        cdef int64_t now_ns
+        cdef const Shared* shared = &self.shared
+        while True:
+            now_ns = self.now_ns()
+            if now_ns >= self.fine_until_ns:
+                self.look(now_ns)
+            unknown = self.parties_of(ids, joint, refs, None)
+            if places != NULL:
+                find_places(joint, places)
+            if holding:
+                self.verify_seat_if_due()
+                self.take_records(joint)
+            outcome = decide_rows(joint, now_ns, ask, holding, shared, 0, verdict)
+            if outcome == BUSY_ROW and patience_ns != 0:
+                self.inside += 1
+                with nogil:
+                    outcome = decide_rows(joint, now_ns, ask, holding, shared,
+                                          SLICE_NS if patience_ns < 0 else patience_ns, verdict)
+                self.exit()
+            if outcome == DECIDED:
+                break
+            self.give_records(joint)
+            if outcome == GONE:
+                self.drop(<RowRef> refs[joint.gone])
+                rounds += joint.adopted
+                if rounds > MOST_ROUNDS:    # as new as they are, they make room for one another: they do not fit together
+                    raise CapacityError(shared.header.max_models)
+            elif patience_ns == MAY_WAIT:
+                self.pause()
+            else:
+                return BUSY
+        if not verdict.allowed:
+            self.give_records(joint)
+            if verdict.held_up:
+                self.look_for_dead()
+        elif unknown:
+            self.count_unknown(unknown)
+        if verdict.allowed and ask.counted != NULL and not is_counted_here(joint, ask):
+            count_atomically(&self.shared.header.retired_waited, 1, RELAXED)
+        return unknown
+
+    cdef int take_records(self, Joint* joint) except -1:
+        """A free record for each party."""
+        cdef int i
+        try:
+            for i in range(joint.count):
+                joint.parties[i].record = self.take_grant_record()
+        except BaseException:
+            self.give_records(joint)
+            raise
+        return 0
+
+    cdef int give_records(self, Joint* joint) except -1:
+        cdef int i
+        for i in range(joint.count):
+            if joint.parties[i].record != NULL:
+                give_record(&self.shared.grant_pool, joint.parties[i].record - self.shared.grants, self.shared.me)
+                joint.parties[i].record = NULL
+        return 0
+
+    cdef object peek_all(self, tuple ids, const Ask* ask):
+        """peek_quota: the decision on private copies of the rows."""
+        cdef Joint joint
+        cdef Verdict verdict
+        cdef list refs = []
+        cdef list templates = []
+        cdef int outcome = BUSY_ROW
+        cdef int64_t now_ns = 0
+        cdef Limits limits
+        cdef Ledger* ledgers = <Ledger*> malloc(MOST_MODELS * sizeof(Ledger))
+        cdef Row rows[MOST_MODELS]
+        cdef QueueEntry heads[MOST_MODELS]
+        cdef int i
+        cdef int known = 0
+        if ledgers == NULL:
+            raise MemoryError()
+        try:
+            while outcome != DECIDED:
+                now_ns = self.now_ns()
+                if now_ns >= self.fine_until_ns:
+                    self.look(now_ns)
+                self.parties_of(ids, &joint, refs, templates)
+                known = joint.count
+                outcome = copy_rows(&joint, now_ns, rows, ledgers, heads, &self.shared, 0)
+                if outcome == BUSY_ROW:
+                    self.inside += 1
+                    with nogil:
+                        outcome = copy_rows(&joint, now_ns, rows, ledgers, heads, &self.shared, SLICE_NS)
+                    self.exit()
+                if outcome == GONE:
+                    self.drop(<RowRef> refs[joint.gone])
+                elif outcome == BUSY_ROW:
+                    self.pause()
+            for _, template in templates:   # as it would be if the id were registered now
+                i = joint.count
+                self.pack_limits(template, &limits)
+                memset(&rows[i], 0, sizeof(Row))
+                memset(&ledgers[i], 0, sizeof(Ledger))
+                start_row(&rows[i], &ledgers[i], now_ns)
+                put_limits(&rows[i], &ledgers[i], &limits)
+                joint.parties[i].entry = NULL
+                joint.count += 1
+            for i in range(joint.count):
+                joint.parties[i].row = &rows[i]
+                joint.parties[i].ledger = &ledgers[i]
+            peek(&joint, now_ns, ask, self.shared.header.enforcing, heads, &verdict)
+        finally:
+            free(ledgers)
+        if joint.named == NOBODY:
+            return result_of(&verdict, None)
+        return result_of(&verdict, (<RowRef> refs[joint.named]).model_id if joint.named < known
+                         else templates[joint.named - known][0])
+
+
+cdef tuple ids_of(object model_id):
+    """The ids of a request as exact strs, in a tuple that nobody else has: a caller's list may change while it is read."""
+    cdef tuple ids
+    cdef Py_ssize_t i, k, count
+    cdef str one
+    if isinstance(model_id, str):
+        return (plain_id(model_id),)
+    if type(model_id) is tuple:
+        ids = <tuple> model_id
+    else:
+        if type(model_id) is not list:
+            from collections.abc import Sequence
+
+            if not isinstance(model_id, Sequence) or isinstance(model_id, (bytes, bytearray, memoryview)):
+                raise TypeError(f"model_id is {model_id!r}; give a str, or a sequence of them")
+        ids = tuple(islice(model_id, MOST_MODELS + 1))
+    count = len(ids)
+    if not 1 <= count <= MOST_MODELS:
+        raise ValueError(f"model_id names {len(model_id)} models; give 1 to {MOST_MODELS}")
+    for i in range(count):
+        if type(ids[i]) is not str:
+            ids = tuple([plain_id(each) for each in ids])
+            break
+    for i in range(1, count):
+        one = <str> ids[i]
+        for k in range(i):
+            if one == <str> ids[k]:
+                raise ValueError(f"model_id names {one!r} twice; give each model once")
+    return ids
+
+
+cdef inline void find_places(Joint* joint, const Places* places) noexcept nogil:
+    """Which of the queue entries is in which party's queue."""
+    cdef int i, k
+    for i in range(joint.count):
+        for k in range(places.count):
+            if places.entries[k].row == joint.parties[i].index and \
+                    places.entries[k].generation == joint.parties[i].generation:
+                joint.parties[i].entry = places.entries[k]
+
+
+cdef int copy_rows(
+    Joint* joint, int64_t now_ns, Row* rows, Ledger* ledgers, QueueEntry* heads, const Shared* shared, int64_t patience_ns
+) noexcept nogil:
+    """Copy rows, ledgers and the first of each queue, all at one moment. Takes the rows' locks."""
+    cdef int i
+    cdef Hold* party
+    cdef const QueueEntry* head
+    if not lock_rows(joint, shared, patience_ns):
+        return BUSY_ROW
+    joint.gone = first_gone(joint)
+    for i in range(joint.count if joint.gone == NOBODY else 0):
+        party = &joint.parties[i]
+        drop_expired(party.row, party.ledger, shared.entries, now_ns, False)
+        rows[i] = party.row[0]
+        memcpy(&ledgers[i], party.ledger, sizeof(Ledger))
+        head = first_in_turn(party.ledger, shared.entries)
+        ledgers[i].first_entry = 0
+        if head != NULL:
+            heads[i] = head[0]
+            heads[i].deadline_ns = INT64_MAX
+            ledgers[i].first_entry = i + 1
+    unlock_rows(joint, joint.count)
+    return DECIDED if joint.gone == NOBODY else GONE
+
+
+cdef void peek(
+    Joint* joint, int64_t now_ns, const Ask* ask, bint enforcing, QueueEntry* heads, Verdict* verdict
+) noexcept nogil:
+    """decide_jointly() on copies."""
+    cdef Levels levels[MOST_MODELS]
+    cdef Charge charged
+    cdef bint fitting
+    cdef int i
+    cdef Hold* party
+    joint.named = assess(joint, now_ns, ask, enforcing, heads, levels, &fitting, verdict)
+    verdict.log_held = 0
+    if not verdict.allowed:
+        return
+    verdict.usage = 0.0
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        if fitting:
+            commit(party.row, ask, &levels[i])
+        else:
+            charge(party.row, party.ledger, ask, &charged)
+        verdict.usage = max(verdict.usage, highest_usage(party.row, party.ledger, ask))

@@ -1,0 +1,512 @@
+"""Grants: admissions whose outcome is held, and settled once the truth is known.
+
+A grant belongs to the process that made it. Its own fields are guarded by the GIL; what it changes of a row, by the
+row's lock. Whatever has closed once stays closed: nothing is given back twice.
+"""
+cimport cython
+from cpython.exc cimport PyErr_WarnEx, PyErr_WriteUnraisable
+from libc.stdint cimport int64_t, uint32_t
+from libc.stdlib cimport free, malloc, realloc
+
+from modelquota._core.table.arguments cimport as_count
+from modelquota._core.row.decision cimport Ask, Charge, charge_tokens, is_trial, pass_time
+from modelquota._core.row.grant cimport Hold, admits_tokens, let_go, refund, reserve_tokens, settle_tokens
+from modelquota._core.state.joint cimport Joint, lock_rows, put_in_order, unlock_rows
+from modelquota._core.layout cimport Ledger, MAX_COUNT, Row, Shared
+from modelquota._core.state.lock cimport SLICE_NS, unlock
+from modelquota._core.state.pool cimport give_record
+from modelquota._core.state.repair cimport lock_row
+from modelquota._core.state.shared cimport fork_count
+from modelquota._core.table.intern cimport RowRef
+from modelquota._core.table.table cimport QuotaTable
+
+from modelquota.errors import GrantClosedError
+
+cdef enum:
+    LEAST_CHUNK = 16        # tokens that add() charges at a time beyond the estimate, at least,
+    CHUNK_SHARE = 8         # and one part in so many of what has been charged
+    END_PATIENCE_NS = 1_000_000     # how long the end of a grant waits for a row before it is put off
+
+cdef enum:  # what comes of charging more, and of the end of a grant at one model
+    LOCKED_OUT = 0          # the row stays locked
+    DONE = 1
+    WAITED_FOR = 2          # done, and requests wait for the model
+    TOO_LATE = 3            # the grant was closed in the meantime
+
+
+@cython.final
+@cython.freelist(64)
+@cython.no_gc_clear     # a cycle around a grant is broken elsewhere: to release, it needs what it refers to
+cdef class Grant:
+    """An admitted request: it holds memory and one unit of concurrency until it is released. Made by `reserve`.
+
+    As a context manager it releases on leaving. Where the tokens were not settled by then, what `add` counted stands;
+    where `add` was not called either, the estimate stands after success, and no tokens after an exception.
+
+    Refunds go to the very slots of the windows that were charged, and count nowhere once those have left a window. A
+    grant that is garbage-collected unreleased is released, with a ResourceWarning. In a process forked meanwhile the
+    copy of a grant does nothing.
+
+    Attributes
+    ----------
+    estimated_tokens : int
+        What was asked.
+    limit_reached : bool
+        Whether `add` has returned False: tokens beyond the estimate did not fit any more.
+    """
+
+    def __init__(self):
+        raise TypeError("grants are made by reserve, acquire and acquire_async")
+
+    def __dealloc__(self):
+        if self.manager is not None and self.stage != CLOSED and self.ours() and self.manager.usable():
+            try:
+                self.release_as(False)
+                PyErr_WarnEx(ResourceWarning, b"a grant was garbage-collected unreleased; use it in a with statement", 1)
+            except BaseException:
+                PyErr_WriteUnraisable(None)     # warnings may be errors, and nobody can catch one here
+        free(self.more)
+        if self.capacity:
+            free(self.charges)
+
+    # -- the parts
+
+    cdef inline Hold* hold(self, int party) noexcept nogil:
+        return &self.first if party == 0 else &self.more[party - 1]
+
+    cdef inline Charge* charge_of(self, int time, int party) noexcept nogil:
+        return &self.charges[time * self.parties + party]
+
+    cdef RowRef ref_of(self, int party):
+        return self.ref if party == 0 else <RowRef> self.others[party - 1]
+
+    cdef inline bint ours(self) noexcept:
+        return self.forks == fork_count()
+
+    cdef inline int require_open(self, str verb) except -1:
+        if self.ours() and not self.manager.usable():
+            self.manager.require_open()
+        if self.stage != OPEN:
+            raise GrantClosedError(verb, "cancelled" if self.cancelled else
+                                   "settled" if self.stage == SETTLED else "released")
+        return 0
+
+    @property
+    def model_ids(self):
+        """The models that granted, in the order in which they were named."""
+        return tuple([self.ref_of(i).model_id for i in range(self.parties)])
+
+    @property
+    def tokens(self):
+        """What stands for the request now: what was settled, or counted by `add`, or else the estimate."""
+        return self.used if self.counting or self.stage == SETTLED else self.charged
+
+    @property
+    def released(self):
+        """Whether memory and concurrency have been given back."""
+        return self.stage == CLOSED or (self.manager.closed and self.ours())
+
+    # -- tokens
+
+    def add(self, tokens=1):
+        """Account tokens as they are generated; False where a limit has been reached and generation should stop.
+
+        Within the estimate this touches no shared state. Beyond it tokens are charged in chunks, so that the next calls
+        are cheap again, and what is left of a chunk is refunded at the end. Tokens that do not fit exist all the same:
+        they are charged past the limit, and the answer is False.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Not an integer from 0 to 2**62; nothing is counted.
+        GrantClosedError
+            The grant has been settled, cancelled or released.
+        """
+        cdef int64_t more = as_count(tokens, "tokens")
+        if self.stage != OPEN or not self.manager.usable():
+            self.require_open("add")
+        if more > MAX_COUNT - self.used:
+            raise ValueError(f"tokens is {more}, and {self.used} were counted before; the sum may be 2**62 at most")
+        self.counting = True
+        self.used += more
+        if self.used <= self.charged:
+            return True
+        return self.charge_more()
+
+    cdef bint charge_more(self) except -1:
+        """Charge what has been used beyond what was charged, and a little ahead if that fits.
+
+        If a row stays locked, what is over is charged at the next call, or at the end.
+        """
+        cdef Joint joint
+        cdef int64_t over = self.used - self.charged - self.claimed    # the rest is seen to by other threads
+        cdef int64_t chunk, now_ns
+        cdef bint fits = True
+        cdef int i, outcome
+        if not self.ours() or self.parties == 0 or over <= 0:
+            return True
+        self.reserve_charges()
+        joint.count = self.parties
+        for i in range(self.parties):
+            joint.parties[i] = self.hold(i)[0]
+        put_in_order(&joint)
+        chunk = min(max(over, max(<int64_t> LEAST_CHUNK, self.charged // CHUNK_SHARE)), MAX_COUNT - self.charged)
+        self.adding += 1
+        self.claimed += over
+        now_ns = self.manager.now_ns()
+        outcome = charge_rows(&joint, now_ns, over, &chunk, &fits, &self.stage, &self.manager.shared, 0)
+        if outcome == LOCKED_OUT:
+            self.manager.inside += 1
+            with nogil:
+                outcome = charge_rows(&joint, now_ns, over, &chunk, &fits, &self.stage, &self.manager.shared,
+                                      END_PATIENCE_NS)
+            self.manager.exit()
+        self.adding -= 1
+        self.claimed -= over
+        if outcome != DONE:
+            return True
+        if self.stage != OPEN:      # another thread has closed it without knowing of this
+            self.take_back(&joint, now_ns)
+            return fits
+        for i in range(self.parties):
+            self.charge_of(self.times, i)[0] = joint.charges[i]
+        self.times += 1
+        self.charged += chunk
+        if not fits:
+            self.limit_reached = True
+        return fits
+
+    cdef int take_back(self, Joint* joint, int64_t now_ns) except -1:
+        """Refund what charge_rows() charged."""
+        cdef bint done = refund_rows(joint, now_ns, &self.manager.shared, 0)
+        while not done:
+            self.manager.inside += 1
+            with nogil:
+                done = refund_rows(joint, now_ns, &self.manager.shared, SLICE_NS)
+            self.manager.exit()
+            if not done:
+                self.manager.pause()
+        return 0
+
+    cdef int reserve_charges(self) except -1:
+        """Make room for one more time of charges, beside those that other threads are just making."""
+        cdef Charge* grown
+        cdef int needed = self.times + self.adding + 1
+        if needed <= self.capacity:
+            return 0
+        grown = <Charge*> realloc(self.charges if self.capacity else NULL, 2 * needed * self.parties * sizeof(Charge))
+        if grown == NULL:
+            raise MemoryError()
+        if self.capacity == 0:
+            grown[0] = self.charge
+        self.charges = grown
+        self.capacity = 2 * needed
+        return 0
+
+    def settle(self, actual_tokens):
+        """Replace the estimate, and what `add` counted, by the truth; memory and concurrency stay held.
+
+        Less is refunded to the slots that were charged, more is charged to now, even past a limit: then nothing is
+        admitted until it has aged out. Settling again with the same figure does nothing.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Not an integer from 0 to 2**62; nothing is changed.
+        GrantClosedError
+            The grant has been settled with another figure, or cancelled, or released.
+        """
+        cdef int64_t actual = as_count(actual_tokens, "actual_tokens")
+        if self.stage == SETTLED and self.used == actual:
+            return
+        if self.stage != OPEN or not self.manager.usable():
+            self.require_open("settle")
+        self.used = actual
+        self.stage = SETTLED
+        self.finish(actual, False, False)
+
+    def cancel(self):
+        """Undo the request: its tokens and the request itself are refunded, and all that is held is given back.
+
+        Cancelling again does nothing. Raises GrantClosedError where the grant has been settled or released.
+        """
+        if self.cancelled:
+            return
+        self.require_open("cancel")
+        self.stage = CLOSED
+        self.cancelled = True
+        self.used = 0
+        self.finish(0, True, True)
+
+    def release(self):
+        """Give back memory and concurrency; as on leaving ``with`` without an exception. Again it does nothing."""
+        if self.stage != CLOSED:
+            self.release_as(False)
+
+    cdef int release_as(self, bint failed) except -1:
+        cdef int64_t tokens = self.used
+        if self.stage == SETTLED:
+            tokens = self.charged       # nothing is left to change
+        elif not self.counting:
+            tokens = 0 if failed else self.estimated_tokens
+            self.used = tokens
+        self.stage = CLOSED
+        return self.finish(tokens, False, True)
+
+    cdef int finish(self, int64_t tokens, bint undo, bint close) except -1:
+        """Bring what is charged to `tokens`; `undo` refunds the request, `close` gives back what is held.
+
+        Other threads run while a row is waited for, so the grant itself says by then that this has been done. If a row
+        stays locked, the rest is put off: an event loop must not be held up by a process that is stopped.
+        """
+        cdef Ending ending
+        cdef uint32_t waited_for = 0    # bits of parties
+        cdef int i
+        ending.surplus = self.charged - tokens
+        ending.undo = undo
+        ending.close = close
+        self.charged = tokens
+        if not self.ours() or not self.manager.usable():
+            return 0
+        if self.manager.deferred:
+            finish_deferred(self.manager)
+        for i in range(self.parties):
+            ending.party = i
+            if self.finish_or_defer(&ending):
+                waited_for |= <uint32_t> 1 << i
+        if waited_for:
+            self.tell(waited_for)
+        return 0
+
+    cdef bint finish_or_defer(self, const Ending* ending) except -1:
+        """See to one model; whether requests wait for it."""
+        cdef QuotaTable manager = self.manager
+        cdef const Hold* party = self.hold(ending.party)
+        cdef const Charge* charges = self.charge_of(0, ending.party)
+        cdef int64_t now_ns = manager.now_ns() if ending.surplus != 0 or ending.undo else 0
+        cdef int outcome = LOCKED_OUT
+        if not (manager.deferred and is_deferred(manager, party.row)):      # what was put off before comes first
+            outcome = finish_party(party, charges, self.parties, self.times, ending, now_ns, &manager.shared, 0)
+            if outcome == LOCKED_OUT:
+                manager.inside += 1
+                with nogil:
+                    outcome = finish_party(party, charges, self.parties, self.times, ending, now_ns, &manager.shared,
+                                           END_PATIENCE_NS)
+                manager.exit()
+        if outcome == LOCKED_OUT:
+            manager.deferred.append(defer(self, ending))
+        elif ending.close:
+            give_record(&manager.shared.grant_pool, party.record - manager.shared.grants, manager.shared.me)
+        return outcome == WAITED_FOR
+
+    cdef int tell(self, uint32_t parties) except -1:
+        """Let those try again who wait for these; whatever that raises, all are told, and then it is raised."""
+        cdef int i
+        error = None
+        for i in range(self.parties):
+            if parties >> i & 1:
+                try:
+                    self.manager.freed(self.ref_of(i))
+                except BaseException as raised:
+                    error = raised
+        if error is not None:
+            raise error
+        return 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.stage != CLOSED:
+            self.release_as(kind is not None)
+
+    def __reduce__(self):
+        raise TypeError("a grant cannot be pickled or copied: it is given back once")
+
+    def __repr__(self):
+        stage = "cancelled" if self.cancelled else ("released", "open", "settled")[self.stage]
+        ids = ", ".join(map(repr, self.model_ids)) or "of no model with a quota"
+        return f"<Grant {ids}, {self.tokens} tokens, {stage}>"
+
+
+cdef int charge_rows(
+    Joint* joint, int64_t now_ns, int64_t over, int64_t* chunk, bint* fits, const Stage* stage, const Shared* shared,
+    int64_t patience_ns
+) noexcept nogil:
+    """Charge `chunk` tokens to all models if that fits, or else `over`. Takes the rows' locks.
+
+    Sets `chunk` to what was charged, `fits` to whether it was within all limits, and the charges of `joint`.
+    """
+    cdef Hold* party
+    cdef bint enforcing = shared.header.enforcing
+    cdef int i
+    if not lock_rows(joint, shared, patience_ns):
+        return LOCKED_OUT
+    if stage[0] != OPEN:
+        unlock_rows(joint, joint.count)
+        return TOO_LATE
+    fits[0] = True
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        if party.row.generation == party.generation:
+            pass_time(party.row, party.ledger, now_ns)
+            if not admits_tokens(party.row, party.ledger, chunk[0], enforcing):
+                chunk[0] = over
+                fits[0] = fits[0] and admits_tokens(party.row, party.ledger, over, enforcing)
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        joint.charges[i].tokens = 0
+        if party.row.generation == party.generation:
+            charge_tokens(party.row, party.ledger, chunk[0], is_trial(party.row, party.ledger, enforcing), &joint.charges[i])
+            reserve_tokens(party.ledger, party.record, joint.charges[i].tokens)
+    unlock_rows(joint, joint.count)
+    return DONE
+
+
+cdef bint refund_rows(Joint* joint, int64_t now_ns, const Shared* shared, int64_t patience_ns) noexcept nogil:
+    """Refund the charges of `joint`; False if a row stays locked. Takes the rows' locks."""
+    cdef Hold* party
+    cdef int i
+    if not lock_rows(joint, shared, patience_ns):
+        return False
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        if party.row.generation == party.generation and joint.charges[i].tokens:
+            pass_time(party.row, party.ledger, now_ns)
+            refund(party.row, party.ledger, 0, joint.charges[i].tokens, &joint.charges[i])
+    unlock_rows(joint, joint.count)
+    return True
+
+
+cdef int finish_party(
+    const Hold* party, const Charge* charges, int stride, int times, const Ending* ending, int64_t now_ns,
+    const Shared* shared, int64_t patience_ns
+) noexcept nogil:
+    """The end of a grant at one model, from lock to unlock. Takes the row's lock.
+
+    `charges` are `times`, every `stride`th of which is this model's.
+    """
+    cdef Row* row = party.row
+    cdef Ledger* ledger = party.ledger
+    cdef int64_t left = ending.surplus
+    cdef int64_t part
+    cdef int time
+    cdef bint alive, waiting
+    cdef const Charge* charge
+    cdef Charge charged
+    if not lock_row(row, shared, patience_ns):
+        return LOCKED_OUT
+    alive = row.generation == party.generation
+    if alive and (left != 0 or ending.undo):
+        pass_time(row, ledger, now_ns)
+        if left < 0:
+            charge_tokens(row, ledger, -left, is_trial(row, ledger, shared.header.enforcing), &charged)
+        for time in range(times - 1, -1, -1):
+            if left <= 0 and not (ending.undo and time == 0):
+                continue
+            charge = &charges[time * stride]
+            part = min(max(left, <int64_t> 0), charge.tokens)
+            refund(row, ledger, 1 if ending.undo and time == 0 else 0, part, charge)
+            left -= part
+    if party.record.seat == shared.me:      # otherwise others took this process for dead, and gave it back
+        if ending.close and alive:
+            let_go(row, ledger, party.record)
+        elif ending.close:
+            party.record.seat = 0
+        elif alive:
+            settle_tokens(ledger, party.record)
+    waiting = alive and ledger.waiting != 0
+    if shared.header.full_until_ns != 0:    # the model may be as good as new now
+        shared.header.full_until_ns = 0
+    unlock(&row.lock)
+    return WAITED_FOR if waiting else DONE
+
+
+cdef class Deferred:
+    """The end of a grant at one model, put off because the row stayed locked. It does not need the grant any more."""
+
+    def __dealloc__(self):
+        free(self.charges)
+
+
+cdef Deferred defer(Grant grant, const Ending* ending):
+    """What is to be done later, without a reference to the grant, which may be on its way out."""
+    cdef Deferred later = Deferred.__new__(Deferred)
+    cdef int time
+    later.ref = grant.ref_of(ending.party)
+    later.party = grant.hold(ending.party)[0]
+    later.ending = ending[0]
+    later.charges = <Charge*> malloc(grant.times * sizeof(Charge))
+    if later.charges == NULL:
+        raise MemoryError()
+    for time in range(grant.times):
+        later.charges[time] = grant.charge_of(time, ending.party)[0]
+    later.times = grant.times
+    return later
+
+
+cdef bint is_deferred(QuotaTable manager, const Row* row) noexcept:
+    """Whether the end of a grant of this row's was put off."""
+    cdef Deferred later
+    for later in manager.deferred:
+        if later.party.row == row:
+            return True
+    return False
+
+
+cdef int finish_deferred(QuotaTable manager) except -1:
+    """Try again what was put off; what cannot be done yet stays, in its order."""
+    cdef list todo = manager.deferred
+    cdef list left = []
+    cdef Deferred later
+    cdef int64_t now_ns = manager.now_ns()
+    cdef set waited_for = set()
+    cdef set locked = set()
+    cdef int outcome
+    manager.deferred = []
+    for later in todo:
+        outcome = LOCKED_OUT
+        if <size_t> later.party.row not in locked:
+            outcome = finish_party(&later.party, later.charges, 1, later.times, &later.ending, now_ns, &manager.shared, 0)
+        if outcome == LOCKED_OUT:
+            locked.add(<size_t> later.party.row)
+            left.append(later)
+        elif later.ending.close:
+            give_record(&manager.shared.grant_pool, later.party.record - manager.shared.grants, manager.shared.me)
+        if outcome == WAITED_FOR:
+            waited_for.add(later.ref)
+    manager.deferred = left + manager.deferred
+    for ref in waited_for:
+        manager.freed(ref)
+    return 0
+
+
+cdef Grant make_grant(QuotaTable manager, Joint* joint, list refs, const Ask* ask):
+    """The grant of what decide_all has just taken. Here, where the type's freelist is."""
+    cdef Grant grant = Grant.__new__(Grant)
+    cdef int i
+    grant.manager = manager
+    grant.forks = fork_count()
+    grant.estimated_tokens = grant.charged = ask.tokens
+    grant.parties = joint.count
+    for i in range(joint.count):
+        joint.parties[i].entry = NULL
+    grant.times = 1
+    grant.charges = &grant.charge
+    if joint.count:
+        grant.ref = refs[0]
+        grant.first = joint.parties[0]
+        grant.charge = joint.charges[0]
+    if joint.count > 1:
+        grant.others = tuple(refs[1:])
+        grant.more = <Hold*> malloc((joint.count - 1) * sizeof(Hold))
+        grant.charges = <Charge*> malloc(2 * joint.count * sizeof(Charge))
+        grant.capacity = 2
+        if grant.more == NULL or grant.charges == NULL:
+            raise MemoryError()
+        for i in range(joint.count):
+            grant.charges[i] = joint.charges[i]
+            if i:
+                grant.more[i - 1] = joint.parties[i]
+    grant.stage = OPEN
+    return grant

@@ -1,0 +1,36 @@
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+from modelquota._core.table.admission import GrantTable
+from modelquota._core.table.grant import Grant
+
+class Waiter:
+    context: object
+    @property
+    def done(self) -> bool: ...
+    @property
+    def wake_at_ns(self) -> int | None: ...
+    def sleep_seconds(self) -> float | None: ...
+    def pump(self) -> None: ...
+    def take(self) -> Grant: ...
+    def abandon(self) -> None: ...
+    def leave(self) -> None: ...
+
+class Line:
+    def pump(self) -> None: ...
+
+class WaitTable(GrantTable):
+    def close(self) -> None: ...
+    def _begin(
+        self,
+        waiter: Waiter,
+        model_id: str | Sequence[str],
+        estimated_tokens: SupportsIndex,
+        ram_needed_mb: SupportsIndex,
+        ssd_needed_mb: SupportsIndex,
+        timeout: float | None,
+        priority: SupportsIndex,
+        *,
+        nowait: bool,
+    ) -> Grant | Waiter | None: ...
+    def _pump_all(self) -> None: ...

@@ -1,0 +1,765 @@
+"""Lines: requests that wait for models, one line a model and process, for threads and asyncio tasks alike.
+
+A request that waits for several models is in the line of each of them, and has an entry in the queue of each of them in
+the shared state, from the start: nobody who comes later overtakes it at any of them. Of all requests that wait, the one
+that comes first by priority and ticket is the first in all of its queues, so no two wait for each other.
+
+Nothing here sleeps, and no thread is started. Whatever may have made room (a release, a refund, a live change, a timer)
+calls `Line.pump`, which admits from the front what fits, tells those it concerns, and leaves word when to try again. One
+waiter of each context watches the clock: one thread for all if a thread waits, or else one task of each event loop, since
+a loop may be busy or not run any more. Nothing here waits for a lock: a row that is locked is tried again later.
+
+The lines of a process are guarded by the GIL: between two lines of this file no other thread runs, and no signal handler.
+Only finalizers may, wherever an object is made, and what wakes a waiter; both find the lines in order.
+"""
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t
+
+from modelquota._core.row.decision cimport Ask, NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, THROTTLE, Verdict
+from modelquota._core.table.grant cimport Grant, finish_deferred, make_grant
+from modelquota._core.row.grant cimport Hold
+from modelquota._core.state.joint cimport (
+    BUSY_ROW, DECIDED, GONE, Joint, NOBODY, Places, first_gone, lock_rows, unlock_rows
+)
+from modelquota._core.layout cimport MAX_TIME_NS, QueueEntry, Row, Shared
+from modelquota._core.state.lock cimport SLICE_NS, unlock
+from modelquota._core.state.pool cimport give_record
+from modelquota._core.row.queue cimport drop_expired, link_entry, unlink_entry
+from modelquota._core.state.repair cimport lock_row
+from modelquota._core.table.admission cimport BUSY, GrantTable, MOST_ROUNDS, ids_of
+from modelquota._core.table.result cimport QuotaCheckResult, result_of
+from modelquota._core.state.shared cimport REFUSES, fork_count
+from modelquota._core.table.intern cimport RowRef
+from modelquota._core.table.table cimport start_ask
+
+from modelquota.errors import CapacityError, ManagerClosedError, ModelLockedError, QuotaExceededError
+
+cdef int64_t FAR = INT64_MAX
+cdef list abandoned = []            # Waiters whose owners are gone
+cdef bint burying = False           # somebody sees to them
+cdef int64_t LOOK_NS = 10_000_000   # how often a line looks what other processes have given back,
+cdef int64_t LINES_AT_ONCE = 16     # while the process has no more lines than these; more take turns
+cdef int64_t BUSY_NS = 50_000       # a row was locked longer than a look: its owner was preempted,
+cdef int64_t LONGEST_BUSY_NS = 10_000_000   # or does not run at all
+
+cdef enum:
+    QUEUE_FULL = 3                  # beside what comes of a joint decision
+
+cdef extern from *:
+    int64_t take_ticket "__atomic_fetch_add"(int64_t* word, int64_t more, int order) noexcept nogil
+    void write_deadline "__atomic_store_n"(int64_t* word, int64_t value, int order) noexcept nogil
+    uint8_t read_flag "__atomic_load_n"(const uint8_t* word, int order) noexcept nogil
+    const int RELAXED "__ATOMIC_RELAXED"
+    const int ACQUIRE "__ATOMIC_ACQUIRE"
+
+
+cdef inline bint precedes(const Ask* ask, const Ask* other) noexcept:
+    """Higher priority first, first come first served within one."""
+    return ask.priority > other.priority or (ask.priority == other.priority and ask.ticket < other.ticket)
+
+
+cdef inline bint asks_as_much(const Ask* ask, const Ask* other) noexcept:
+    """Whether a request cannot fit if the other one does not."""
+    return ask.tokens >= other.tokens and ask.ram_mb >= other.ram_mb and ask.ssd_mb >= other.ssd_mb
+
+
+cdef inline bint can_wait(const Verdict* verdict, int64_t now_ns, int64_t deadline_ns) noexcept:
+    """Whether a wait until the deadline may help."""
+    return verdict.soonest_ns != NEVER and (
+        verdict.soonest_ns <= deadline_ns - now_ns if deadline_ns != FAR else True)
+
+
+cdef int64_t as_priority(object priority) except? -1:
+    cdef object number = priority.__index__() if hasattr(priority, "__index__") else None
+    if number is None:
+        raise TypeError(f"priority is {priority!r}; give an integer")
+    if not -(2**31) < number < 2**31:
+        raise ValueError(f"priority is {number}; give an integer, -(2**31) < priority < 2**31, the higher the sooner")
+    return number
+
+
+cdef int64_t as_wait_ns(object timeout) except -1:
+    """Nanoseconds of a timeout in seconds; FAR without one."""
+    cdef double seconds
+    if timeout is None:
+        return FAR
+    seconds = timeout
+    if not seconds >= 0:
+        raise ValueError(f"timeout is {timeout!r}; give seconds, 0 or more, or None")
+    return <int64_t> (seconds * 1e9) if seconds < 2e9 else FAR
+
+
+cdef inline bint is_alive(RowRef ref) noexcept:
+    return ref.row.generation == ref.generation
+
+
+cdef inline int64_t grace_ns(RowRef ref) noexcept:
+    """The model's grace period; FAR if it is longer than anybody waits."""
+    cdef double nanoseconds = ref.ledger.grace_period_sec * 1e9
+    return <int64_t> nanoseconds if nanoseconds < 2e18 else FAR
+
+
+cdef int stand_in_queues(
+    Joint* joint, const Ask* ask, int64_t deadline_ns, int64_t now_ns, const Shared* shared, int64_t patience_ns
+) noexcept nogil:
+    """Give a request its places in the queues of all parties, at once. Takes the rows' locks.
+
+    QUEUE_FULL, and nothing is done, if one of them has no room; `joint.named` is that one.
+    """
+    cdef Hold* party
+    cdef QueueEntry* entry
+    cdef int i
+    if not lock_rows(joint, shared, patience_ns):
+        return BUSY_ROW
+    joint.gone = first_gone(joint)
+    joint.named = NOBODY
+    for i in range(joint.count):
+        party = &joint.parties[i]
+        if party.entry == NULL or joint.gone != NOBODY or joint.named != NOBODY:
+            continue
+        if party.ledger.action != QUEUE and party.ledger.action != THROTTLE:
+            continue                    # nobody waits for this one; it is only kept from being overtaken
+        if party.ledger.waiting >= party.ledger.max_queued and not (
+                drop_expired(party.row, party.ledger, shared.entries, now_ns, True)
+                and party.ledger.waiting < party.ledger.max_queued):
+            joint.named = i
+    if joint.gone == NOBODY and joint.named == NOBODY:
+        for i in range(joint.count):
+            party = &joint.parties[i]
+            entry = party.entry
+            if entry == NULL:
+                continue
+            entry.row = party.index
+            entry.generation = party.generation
+            entry.priority = ask.priority
+            entry.ticket = ask.ticket
+            write_deadline(&entry.deadline_ns, deadline_ns, RELAXED)
+            entry.ready_ns = NEVER
+            entry.limit = entry.aside = 0
+            entry.counted = party.ledger == ask.counted and party.generation == ask.counted_generation
+            entry.seat = shared.me
+            link_entry(party.row, party.ledger, shared.entries, entry)
+    unlock_rows(joint, joint.count)
+    if joint.gone != NOBODY:
+        return GONE
+    return DECIDED if joint.named == NOBODY else QUEUE_FULL
+
+
+cdef bint leave_queue(QueueEntry* entry, const Shared* shared, int64_t patience_ns) noexcept nogil:
+    """Take an entry out of its queue; False if the row stays locked. Takes the row's lock."""
+    cdef Row* row = &shared.rows[entry.row]
+    if not read_flag(&entry.linked, ACQUIRE):
+        return True
+    if not lock_row(row, shared, patience_ns):
+        return False
+    if entry.linked and row.generation == entry.generation:
+        unlink_entry(row, &shared.ledgers[entry.row], shared.entries, entry)
+    entry.linked = 0
+    unlock(&row.lock)
+    return True
+
+
+cdef class Waiter:
+    """A request that may have to wait. A subclass says how its owner sleeps.
+
+    ``prepare()`` is called once, before it is in a line; ``wake()``, from any thread, once it is done; ``arm()``, from
+    any thread, when it became one that watches the clock, or has to look earlier.
+    """
+
+    @property
+    def wake_at_ns(self):
+        """When its owner should call `pump`, in ns of the manager's clock; None while only others can change anything."""
+        cdef int64_t at_ns = self.deadline_ns
+        cdef Line line
+        if not self.lines or self.manager.manual is not None:
+            return None
+        for line in self.lines:
+            if self in line.watchers and line.next_ns < at_ns:
+                at_ns = line.next_ns
+        return None if at_ns == FAR else at_ns
+
+    def sleep_seconds(self):
+        """How long its owner should sleep unless woken: 0.0 = not at all; None while only others can change anything."""
+        cdef Line line
+        cdef int64_t busy_ns = 0
+        for line in self.lines or ():
+            if line.busy_ns and self in line.watchers:
+                busy_ns = line.busy_ns if busy_ns == 0 else min(busy_ns, line.busy_ns)
+        if busy_ns:
+            return busy_ns * 1e-9       # on a manual clock too
+        at_ns = self.wake_at_ns
+        if at_ns is None:
+            return None
+        return max(0, at_ns - self.manager.now_ns()) * 1e-9
+
+    def pump(self):
+        """Let the lines that it is in try again."""
+        for line in tuple(self.lines or ()):
+            line.pump()
+
+    def take(self):
+        """The grant; QuotaExceededError if it was refused, and what else kept it from being decided."""
+        cdef Grant grant = self.grant
+        self.grant = None
+        if self.manager is not None:
+            self.manager.unclaimed.discard(self)
+        if self.error is not None:
+            raise self.error
+        if grant is None:
+            raise QuotaExceededError(self.result)
+        return grant
+
+    def leave(self):
+        """Leave no trace, however far it has come."""
+        cdef Grant grant = self.grant
+        cdef list lines = self.lines
+        cdef Line line
+        if self.manager is None or not self.manager.usable():
+            return
+        if lines and (<Line> lines[0]).forks == fork_count():
+            for line in tuple(lines):
+                line.remove(self)
+            self.manager.leave_queues(self)
+            for line in lines:
+                line.pump()
+        elif grant is not None:
+            self.grant = None
+            self.manager.unclaimed.discard(self)
+            grant.cancel()
+
+    def abandon(self):
+        """Leave, for a thread that finds that its owner is gone; one after the other, if that wakes more of the kind."""
+        global burying
+        abandoned.append(self)
+        if burying:
+            return
+        burying = True
+        try:
+            while abandoned:
+                abandoned.pop().leave()
+        finally:
+            burying = False
+
+    cdef int finish(self, Grant grant, object error) except -1:
+        self.grant = grant
+        self.error = error
+        self.lines = []
+        self.done = True
+        return 0
+
+    cdef bint set_deadline(self) noexcept:
+        """Find the deadline from the timeout and the grace period; whether it is an earlier one now."""
+        cdef int64_t before = self.deadline_ns
+        cdef int64_t wait_ns
+        cdef int i
+        if not is_alive(self.held_up_by):
+            return False            # the model has gone, and its grace period with it: what was found last stays
+        wait_ns = min(self.timeout_ns, grace_ns(self.held_up_by))
+        self.deadline_ns = self.started_ns + wait_ns if wait_ns < MAX_TIME_NS else FAR
+        for i in range(self.places.count):
+            write_deadline(&self.places.entries[i].deadline_ns, self.deadline_ns, RELAXED)
+        return self.deadline_ns < before
+
+    cdef int give_places(self) except -1:
+        """Give back the entries; none is in a queue any more."""
+        cdef int i
+        for i in range(self.places.count):
+            self.places.entries[i].seat = 0
+            give_record(&self.manager.shared.entry_pool, self.places.entries[i] - self.manager.shared.entries,
+                        self.manager.shared.me)
+        self.places.count = 0
+        return 0
+
+    cdef int stand(self, Joint* joint, list refs, int64_t patience_ns) except -1:
+        """Have a place in the queue of each model, and be in each of their lines; what comes of it, as for a decision.
+
+        Those that it has it keeps.
+        """
+        cdef WaitTable manager = self.manager
+        cdef int i, k, first = self.places.count
+        cdef int outcome
+        cdef Line line
+        manager.bury()
+        for i in range(joint.count):
+            for k in range(first):
+                if joint.parties[i].entry == self.places.entries[k]:
+                    break
+            else:
+                joint.parties[i].entry = manager.take_entry()
+                self.places.entries[self.places.count] = joint.parties[i].entry
+                self.places.count += 1
+                continue
+            joint.parties[i].entry = NULL       # it is there already
+        now_ns = manager.now_ns()
+        outcome = stand_in_queues(joint, &self.ask, self.deadline_ns, now_ns, &manager.shared, 0)
+        if outcome == BUSY_ROW and patience_ns:
+            manager.inside += 1
+            with nogil:
+                outcome = stand_in_queues(joint, &self.ask, self.deadline_ns, now_ns, &manager.shared, patience_ns)
+            manager.exit()
+        if outcome != DECIDED:
+            while self.places.count > first:
+                self.places.count -= 1
+                give_record(&manager.shared.entry_pool, self.places.entries[self.places.count] - manager.shared.entries,
+                            manager.shared.me)
+            return outcome
+        manager.require_open()                  # closed while the rows were waited for
+        for ref in refs:
+            line = manager.line_of(ref)
+            if line not in self.lines:
+                line.insert(self)
+                self.lines.append(line)
+        return outcome
+
+
+cdef class Line:
+    """Those of this process who wait for one model."""
+
+    cdef int insert(self, Waiter waiter) except -1:
+        cdef Py_ssize_t at = len(self.order)
+        while at > 0 and precedes(&waiter.ask, &(<Waiter> self.order[at - 1]).ask):
+            at -= 1
+        self.order.insert(at, waiter)
+        return 0
+
+    cdef int remove(self, Waiter waiter) except -1:
+        """Take it out; the last one ends the line."""
+        cdef Py_ssize_t i
+        for i in range(len(self.order)):
+            if self.order[i] is waiter:
+                del self.order[i]
+                break
+        if not self.order:
+            self.end()
+        return 0
+
+    cdef int end(self) except -1:
+        """Be no line of the manager's any more."""
+        if self.manager.lines.get(self.ref) is self:
+            del self.manager.lines[self.ref]
+        if self.manager.manual is not None:
+            self.manager.manual.watchers.discard(self)
+        return 0
+
+    def pump(self):
+        """Admit from the front what fits now. A locked row is tried again later, not waited for."""
+        cdef list told = []
+        cdef list others = []
+        cdef list watchers
+        if self.forks != fork_count():
+            self.end()
+            return                      # those who are here are threads and tasks of the parent process
+        if not self.manager.usable():
+            return
+        if self.pumping:
+            self.again = True
+            return
+        self.pumping = True
+        try:
+            self.again = True
+            while self.again:
+                self.again = False
+                self.serve(told, others)
+        except BaseException:
+            self.next_ns = self.manager.now_ns() + LOOK_NS
+            raise
+        finally:
+            self.pumping = False
+            watchers = self.watch()
+            notify_all(told, others, watchers)
+
+    cdef int serve(self, list told, list others) except -1:
+        """One pass over the line: who is admitted, and who is refused."""
+        cdef Joint joint
+        cdef Verdict verdict
+        cdef list refs = []
+        cdef Waiter waiter
+        cdef Waiter blocked = None
+        cdef WaitTable manager = self.manager
+        cdef Py_ssize_t i = 0
+        cdef int unknown, k
+        cdef bint busy = False
+        cdef int64_t next_ns = FAR      # is told at the end: in between, another thread may look how long it is to sleep
+        cdef int64_t now_ns = manager.now_ns()
+        manager.bury()
+        if manager.deferred:
+            finish_deferred(manager)
+        manager.reclaim(now_ns)
+        self.see_to_deadlines(told, others, now_ns)
+        while i < len(self.order):
+            waiter = self.order[i]
+            if blocked is not None and asks_as_much(&waiter.ask, &blocked.ask):
+                i += 1
+                continue
+            try:
+                unknown = manager.decide_all(waiter.ids, &waiter.ask, True, 0, refs, &joint, &verdict, &waiter.places)
+            except Exception as error:      # no room for a record, or for a model that is registered on sight
+                self.settle(waiter, None, error, told, others)
+                continue
+            if unknown == BUSY:
+                busy = True
+                if self.ref.ledger.action == QUEUE:
+                    break
+                i += 1
+                continue
+            grant = make_grant(manager, &joint, refs, &waiter.ask) if verdict.allowed else None
+            if waiter.done or self not in waiter.lines:     # a finalizer ran, and took it out of the line
+                if grant is not None:
+                    (<Grant> grant).cancel()
+                self.again = True
+                break
+            if grant is not None:
+                self.settle(waiter, grant, None, told, others)
+                continue
+            waiter.result = result_of(&verdict, (<RowRef> refs[joint.named]).model_id)
+            waiter.held_up_by = refs[joint.named]
+            waiter.set_deadline()
+            if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns):
+                self.settle(waiter, None, None, told, others)
+                continue
+            for k in range(joint.count):
+                if joint.parties[k].entry == NULL:          # a model has come anew: it has no place there yet
+                    try:
+                        if waiter.stand(&joint, refs, 0) != DECIDED:
+                            busy = True
+                    except Exception as error:
+                        self.settle(waiter, None, error, told, others)
+                    break
+            if waiter.done:
+                continue
+            if self not in waiter.lines or (i < len(self.order) and self.order[i] is not waiter):
+                self.again = True
+                break
+            if verdict.wait_ns != NEVER:
+                next_ns = min(next_ns, now_ns + verdict.wait_ns)
+            if self.ref.ledger.action == QUEUE and not verdict.aside:
+                break
+            if waiter.held_up_by is self.ref:
+                blocked = waiter
+            i += 1
+        for waiter in manager.unclaimed:
+            next_ns = min(next_ns, waiter.deadline_ns)
+        if busy:
+            self.busy_ns = min(2 * self.busy_ns, LONGEST_BUSY_NS) if self.busy_ns else BUSY_NS
+            next_ns = min(next_ns, now_ns + self.busy_ns)
+        else:
+            self.busy_ns = 0
+        if not manager.alone():
+            next_ns = min(next_ns, now_ns + LOOK_NS * (1 + len(manager.lines) // LINES_AT_ONCE))
+        self.next_ns = next_ns
+        return 0
+
+    cdef int see_to_deadlines(self, list told, list others, int64_t now_ns) except -1:
+        """Refuse those whose time is over, by the grace period that the model has now."""
+        cdef Waiter waiter
+        cdef Py_ssize_t i = 0
+        cdef bint changed = is_alive(self.ref) and self.grace_sec != self.ref.ledger.grace_period_sec
+        if changed:
+            self.grace_sec = self.ref.ledger.grace_period_sec
+        while i < len(self.order):
+            waiter = self.order[i]
+            if changed and waiter.held_up_by is self.ref and waiter.set_deadline():
+                told.append(waiter)             # it has to look at the clock earlier
+            if waiter.deadline_ns <= now_ns:
+                self.settle(waiter, None, None, told, others)
+            else:
+                i += 1
+        return 0
+
+    cdef int settle(self, Waiter waiter, Grant grant, object error, list told, list others) except -1:
+        """A waiter's wait is over: it was admitted, or is refused. Its other lines may go on then."""
+        cdef Line line
+        for line in tuple(waiter.lines):
+            line.remove(waiter)
+            if line is not self and line not in others:
+                others.append(line)
+        waiter.finish(grant, error)
+        self.manager.leave_queues(waiter)
+        if grant is not None:
+            self.manager.unclaimed.add(waiter)
+        told.append(waiter)
+        return 0
+
+    cdef list watch(self):
+        """Choose who watches the clock: a thread, if one waits, or else one waiter of each context.
+
+        Returns those that have to be told.
+        """
+        cdef list chosen = []
+        cdef list contexts = []
+        cdef list told = []
+        cdef Waiter waiter
+        for waiter in self.order:
+            if waiter.context is None:
+                chosen = [waiter]
+                break
+            if waiter.context not in contexts:
+                contexts.append(waiter.context)
+                chosen.append(waiter)
+        for waiter in chosen:
+            if waiter not in self.watchers or self.next_ns < self.armed_ns or self.busy_ns:
+                told.append(waiter)
+        self.watchers = chosen
+        self.armed_ns = self.next_ns
+        return told
+
+
+cdef object notify(Waiter waiter):
+    """Wake it, or have it watch the clock; what that raised. A KeyboardInterrupt may come first: then once more."""
+    cdef int i
+    error = None
+    for i in range(2):
+        try:
+            if waiter.done:
+                waiter.wake()
+            else:
+                waiter.arm()
+            break
+        except BaseException as raised:
+            error = raised
+    return error
+
+
+cdef int notify_all(list told, list others, list watchers) except -1:
+    """Tell everybody concerned. Whatever one of them raises, the others are told, and then it is raised."""
+    cdef Waiter waiter
+    cdef Line line
+    error = None
+    for waiter in told:
+        error = notify(waiter) or error
+    for line in others:
+        try:
+            line.pump()
+        except BaseException as raised:
+            error = raised
+    for waiter in watchers:
+        error = notify(waiter) or error
+    if error is not None:
+        raise error
+    return 0
+
+
+cdef class WaitTable(GrantTable):
+    """The core of `acquire` and `acquire_async`."""
+
+    def __cinit__(self, *args, **kwargs):
+        self.lines = {}
+        self.unclaimed = set()
+        self.buried = []
+
+    cdef Line line_of(self, RowRef ref):
+        """The line for a row, made if there is none."""
+        cdef Line line = self.lines.get(ref)
+        if line is not None and line.forks == fork_count():
+            return line
+        line = Line.__new__(Line)
+        line.manager = self
+        line.ref = ref
+        line.order = []
+        line.watchers = []
+        line.next_ns = line.armed_ns = FAR
+        line.grace_sec = ref.ledger.grace_period_sec
+        line.forks = fork_count()
+        self.lines[ref] = line
+        if self.manual is not None:
+            self.manual.watchers.add(line)
+        return line
+
+    def _begin(self, Waiter waiter not None, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority,
+               *, nowait):
+        """A Grant if the request is admitted at once, the waiter if it waits, None if a row is locked: try again.
+
+        Raises QuotaExceededError if it is denied for good, ModelLockedError if nothing could be decided in time.
+        """
+        cdef Joint joint
+        cdef Verdict verdict
+        cdef list refs = []
+        cdef RowRef ref
+        cdef Grant grant
+        cdef int64_t now_ns
+        cdef int unknown, outcome, i
+        if waiter.manager is None:
+            start_ask(&waiter.ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+            waiter.ask.priority = <int32_t> as_priority(priority)
+            waiter.timeout_ns = as_wait_ns(timeout)
+            waiter.ids = ids_of(model_id)
+            self.require_open()
+            waiter.started_ns = self.now_ns()
+            waiter.manager = self
+            waiter.lines = []
+        if waiter.ask.counted == NULL:
+            unknown = self.decide_all(waiter.ids, &waiter.ask, True, 0 if nowait else SLICE_NS, refs, &joint, &verdict, NULL)
+            if unknown == BUSY:
+                return self._try_again(waiter)
+            grant = make_grant(self, &joint, refs, &waiter.ask) if verdict.allowed else None
+            if joint.named == NOBODY:
+                return grant
+            ref = refs[joint.named]
+            waiter.result = result_of(&verdict, ref.model_id)
+            if verdict.log_held:
+                self._log_violation(ref.model_id, waiter.result, verdict.log_held)
+            if grant is not None:
+                return grant
+            now_ns = self.now_ns()
+            waiter.held_up_by = ref
+            waiter.set_deadline()
+            if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns) \
+                    or waiter.deadline_ns <= waiter.started_ns:
+                raise QuotaExceededError(waiter.result)
+            waiter.prepare()        # other threads may come in between
+            self.require_open()
+            waiter.ask.counted = ref.ledger
+            waiter.ask.counted_generation = ref.generation
+            waiter.ask.ticket = take_ticket(&self.shared.header.next_ticket, 1, RELAXED)
+        outcome = GONE
+        for _ in range(MOST_ROUNDS):
+            self.parties_of(waiter.ids, &joint, refs, None)
+            outcome = waiter.stand(&joint, refs, 0 if nowait else SLICE_NS)
+            if outcome != GONE:
+                break
+            self.drop(<RowRef> refs[joint.gone])
+        else:
+            raise CapacityError(self.shared.header.max_models)
+        if outcome == BUSY_ROW:
+            return self._try_again(waiter)
+        if outcome == QUEUE_FULL:
+            ref = refs[joint.named]
+            raise QuotaExceededError(self._full(ref, waiter.result))
+        for line in tuple(waiter.lines):
+            if not waiter.done:
+                line.pump()
+        return waiter
+
+    def _try_again(self, Waiter waiter):
+        """None: a row stays locked. Raises ModelLockedError once the time is over."""
+        cdef Verdict verdict
+        cdef int64_t now_ns = self.now_ns()
+        cdef RowRef ref
+        cdef int64_t wait_ns = waiter.timeout_ns
+        self.pause()
+        for model_id in waiter.ids:
+            ref = self.interned.get(model_id)
+            if ref is not None:
+                wait_ns = min(wait_ns, grace_ns(ref))
+        if wait_ns == FAR or now_ns - waiter.started_ns < wait_ns:
+            return None
+        if waiter.result is not None:
+            raise QuotaExceededError(waiter.result)
+        verdict.allowed = False
+        verdict.limit = 0
+        verdict.action = NO_ACTION
+        verdict.retry_after_ms = NEVER
+        verdict.usage = 0.0
+        raise ModelLockedError(result_of(&verdict, <str> waiter.ids[0]))
+
+    def _full(self, RowRef ref, denial):
+        """The denial of a request for which a queue has no room."""
+        cdef Verdict verdict
+        cdef QuotaCheckResult first = denial
+        verdict.allowed = False
+        verdict.limit = QUEUE_PLACE
+        verdict.cause = first.cause_code
+        verdict.action = first.action_code
+        verdict.retry_after_ms = first.wait_ms
+        verdict.used = <double> ref.ledger.waiting
+        verdict.bound = <double> ref.ledger.max_queued
+        verdict.asked = 1
+        verdict.usage = 100.0 * verdict.used / max(verdict.bound, 1.0)
+        return result_of(&verdict, ref.model_id)
+
+    cdef int leave_queues(self, Waiter waiter) except -1:
+        """Take a waiter out of the queues in which it still is. If a row is locked that is put off; until then its entry
+        blocks nobody, since its deadline has passed."""
+        cdef Places places = waiter.places
+        cdef int i
+        cdef bint left = True
+        for i in range(places.count):
+            write_deadline(&places.entries[i].deadline_ns, 0, RELAXED)
+            left = leave_queue(places.entries[i], &self.shared, 0) and left
+        if left:
+            waiter.give_places()
+        elif waiter not in self.buried:
+            self.buried.append(waiter)
+        return 0
+
+    cdef int bury(self) except -1:
+        """Try again what leave_queues() has put off."""
+        cdef list todo
+        if self.buried:
+            todo = self.buried
+            self.buried = []
+            for waiter in todo:
+                self.leave_queues(waiter)
+        return 0
+
+    cdef int reclaim(self, int64_t now_ns) except -1:
+        """Take back what was admitted for waiters that have not come for it and whose time is over."""
+        cdef Waiter waiter
+        cdef Grant grant
+        if not self.unclaimed:
+            return 0
+        for waiter in tuple(self.unclaimed):
+            if waiter.deadline_ns <= now_ns and waiter.grant is not None:
+                self.unclaimed.discard(waiter)
+                grant = waiter.grant
+                waiter.grant = None
+                grant.cancel()
+        return 0
+
+    cdef int look_for_dead(self) except -1:
+        self.reclaim(self.now_ns())
+        self.bury()
+        if self.deferred:
+            finish_deferred(self)
+        return GrantTable.look_for_dead(self)
+
+    cdef int freed(self, RowRef ref) except -1:
+        if self.lines:
+            line = self.lines.get(ref)
+            if line is not None:
+                line.pump()
+        return 0
+
+    def _pump_all(self):
+        """Something has changed for all models."""
+        for line in tuple(self.lines.values()):
+            line.pump()
+
+    def _forget_parent(self):
+        self.lines = {}
+        self.unclaimed = set()
+        self.buried = []
+        self.deferred = []
+
+    def close(self):
+        """Release what this process holds, and let go of the state: other processes go on.
+
+        Open grants are released (their tokens stay charged), waits end with `ManagerClosedError`, the seat, the mapping
+        and the descriptors are given back. Afterwards every verb raises `ManagerClosedError`; closing again does nothing.
+        """
+        cdef Line line
+        cdef Waiter waiter
+        cdef list told = []
+        cdef bint was_usable = self.usable()
+        if self.closed:
+            return
+        if was_usable:
+            for waiter in tuple(self.unclaimed):    # before the verbs refuse: cancelling is one
+                waiter.error = ManagerClosedError()
+                waiter.leave()
+        self.closed = True
+        self.fine_until_ns = REFUSES
+        for line in tuple(self.lines.values()):
+            if line.forks == fork_count():
+                for waiter in tuple(line.order):
+                    if not waiter.done:
+                        for other in tuple(waiter.lines):
+                            (<Line> other).remove(waiter)
+                        waiter.finish(None, ManagerClosedError())
+                        self.leave_queues(waiter)
+                        told.append(waiter)
+        self.lines.clear()
+        self.deferred.clear()
+        self.buried.clear()
+        if self.shared.header != NULL:
+            self.end()
+        notify_all(told, [], [])

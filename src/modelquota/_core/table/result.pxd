@@ -1,0 +1,19 @@
+from libc.stdint cimport int64_t, uint8_t
+from modelquota._core.row.decision cimport Verdict
+
+
+cdef class QuotaCheckResult:
+    cdef readonly bint allowed
+    cdef readonly bint others_hold
+    cdef uint8_t limit_code         # Limit code, 0 = nothing violated
+    cdef uint8_t cause_code         # the limit that gives the violation its type; another one than limit for QUEUE only
+    cdef signed char action_code    # ViolationAction code, -1 = none applied
+    cdef int64_t wait_ms            # -1 = no wait helps
+    cdef readonly double current_usage
+    cdef double used                # these three of the violated limit, 0 without one
+    cdef double bound
+    cdef int64_t asked
+    cdef readonly str model_id
+
+
+cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id)

@@ -1,0 +1,133 @@
+"""What a check answers: numbers only; words are made when somebody reads them."""
+cimport cython
+
+from modelquota._core.row.decision cimport QUEUE_PLACE, Verdict
+
+from modelquota.quota.limits import Limit, ViolationAction
+
+cdef tuple LIMITS = (None, *Limit)
+cdef tuple ACTIONS = tuple(ViolationAction)
+
+
+@cython.final
+@cython.freelist(64)
+cdef class QuotaCheckResult:
+    """The outcome of one check: immutable, true when the request was admitted. Made by checks, not by hand.
+
+    Attributes
+    ----------
+    allowed : bool
+        Whether the request was admitted, and charged.
+    others_hold : bool
+        Whether what others hold is in the way, which may come back any moment: memory, concurrency, tokens that open grants
+        have reserved and not settled, or a place in the queue before this one.
+    current_usage : float
+        Percent. Denied: of the violated limit, without this request. Allowed: the highest of all limits, with it.
+    model_id : str or None
+        The model whose limit was violated, which tells where a request names several; None where nothing was violated.
+    """
+
+    @property
+    def limit(self):
+        """The `Limit` that was violated first, or None. Set under the action ``warn`` too."""
+        return LIMITS[self.limit_code]
+
+    @property
+    def violation_type(self):
+        """The `ViolationType` of `limit`, or None. Set under the action ``warn`` too.
+
+        For `Limit.QUEUE` it is that of the request that is first in line.
+        """
+        return LIMITS[self.cause_code].violation_type if self.cause_code else None
+
+    @property
+    def action(self):
+        """The `ViolationAction` that was applied, or None where nothing was violated."""
+        return ACTIONS[self.action_code] if self.action_code >= 0 else None
+
+    @property
+    def retry_after_ms(self):
+        """Milliseconds after which the same request passes if nothing else is admitted meanwhile; exact, rounded up.
+
+        None where nothing was violated, and where no wait helps: the request exceeds a limit itself, or memory or
+        concurrency is the obstacle.
+        """
+        return self.wait_ms if self.wait_ms >= 0 else None
+
+    @property
+    def reason(self):
+        """The violation in words and numbers, or None. Made on access."""
+        if self.limit_code == 0:
+            return None
+        limit = LIMITS[self.limit_code]
+        wait = (f"retry in {self.wait_ms:,} ms" if self.wait_ms >= 0
+                else "never fits: more than the limit itself" if self.asked > self.bound
+                else "no wait is known to help")
+        return (f"{limit.label}: {_figure(self.used)} of {_figure(self.bound)} used, {self.asked:,} asked; {wait}")
+
+    def __bool__(self):
+        return self.allowed
+
+    def __eq__(self, other):
+        if not isinstance(other, QuotaCheckResult):
+            return NotImplemented
+        return _fields(self) == _fields(other)
+
+    def __hash__(self):
+        return hash(_fields(self))
+
+    def __reduce__(self):
+        return _restore, _fields(self)
+
+    def __repr__(self):
+        if self.limit_code == 0:
+            return f"<QuotaCheckResult allowed, current_usage={self.current_usage:.1f}%>"
+        return (f"<QuotaCheckResult {'allowed' if self.allowed else 'denied'} ({ACTIONS[self.action_code]}), "
+                f"{self.reason}>")
+
+
+cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id):
+    """A new result. It is zero where nothing is put: there is neither use nor bound without a violated limit."""
+    cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
+    result.allowed = verdict.allowed
+    result.limit_code = verdict.limit
+    result.action_code = <signed char> verdict.action
+    result.wait_ms = verdict.retry_after_ms
+    result.current_usage = verdict.usage
+    if verdict.limit:
+        result.others_hold = verdict.held_up
+        result.cause_code = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
+        result.model_id = model_id
+        result.used = verdict.used
+        result.bound = verdict.bound
+        result.asked = verdict.asked
+    return result
+
+
+cdef tuple _fields(QuotaCheckResult result):
+    return (result.allowed, result.limit_code, result.cause_code, result.action_code, result.wait_ms, result.current_usage,
+            result.used, result.bound, result.asked, result.model_id, result.others_hold)
+
+
+def _restore(allowed, limit_code, cause_code, action_code, wait_ms, current_usage, used, bound, asked, model_id,
+             others_hold):
+    cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
+    if not (0 <= limit_code < len(LIMITS) and 0 <= cause_code < len(LIMITS) and -1 <= action_code < len(ACTIONS)):
+        raise ValueError("not the fields of a QuotaCheckResult")
+    result.allowed = allowed
+    result.others_hold = others_hold
+    result.limit_code = limit_code
+    result.cause_code = cause_code
+    result.action_code = action_code
+    result.wait_ms = wait_ms
+    result.current_usage = current_usage
+    result.used = used
+    result.bound = bound
+    result.asked = asked
+    result.model_id = model_id
+    return result
+
+
+cdef str _figure(double value):
+    """A count without a fraction where it has none."""
+    return f"{value:,.0f}" if value >= 1e15 or value == <double> <long long> value else f"{value:,.2f}"
