@@ -1,9 +1,12 @@
 # The decision: may this request pass now? Compute, decide, commit, on one row whose lock is held. Time is an argument.
 #
-# decide() is the only place where a request is admitted or denied. What admits is short: a window's room and a level say
-# "fits" with one comparison each. Only where something does not fit, judge() goes through the limits in their order and
-# finds the first that is violated and the longest wait. A denial changes no window and no level.
+# assess() is the only place where anything is admitted or denied: a single check, each model of a joint request, each
+# element of a batch, a look without a charge, and tokens beyond an open grant's estimate. charge_admitted() is the only
+# place where what was admitted is charged. What admits is short: a window's room and a level say "fits" with one comparison
+# each. Only if something does not fit, judge() goes through the limits in their order and finds the first that is violated
+# and the longest wait. A denial changes no window and no level.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
 from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
 from modelquota._core.row.level cimport (
     NO_RATE, NS_PER_SECOND, as_double, coarse, drain_levels, is_dormant, level_cost, level_wait_ns, load, note_low,
@@ -52,8 +55,9 @@ cdef extern from *:
     const int64_t LAST_TICKET "MQ_LAST_TICKET"          # of a request that does not stand in line
     const int32_t LOWEST_PRIORITY "MQ_LOWEST_PRIORITY"  # of a request that does not wait: it overtakes nobody
 
-cdef enum:
-    ALL_LIMITS = 0xFFFF     # a bit for each Limit code
+cdef enum:  # a bit for each Limit code
+    ALL_LIMITS = 0xFFFF
+    TOKEN_LIMITS = 1 << TOKENS_PER_SECOND | 1 << TOKENS_PER_HOUR | 1 << TOKENS_PER_DAY
 
 
 cdef struct Ask:
@@ -75,10 +79,11 @@ cdef struct Charge:
     uint8_t raised_request  # whether that of requests rose by one
 
 
-cdef struct Levels:
-    # Where admission takes the two levels.
-    wide request
-    wide token
+cdef struct Fit:
+    # Whether a request plainly fits, and where its admission takes the two levels then.
+    bint fits
+    wide request_level
+    wide token_level
 
 
 cdef struct Verdict:
@@ -189,14 +194,6 @@ cdef inline void charge_tokens(Row* row, Ledger* ledger, int64_t tokens, bint tr
     row.token_room -= charged.tokens
     charged.raised = raise_noted(&row.token_level, charged.tokens, row.token_shift, &row.token_cap, trial, ledger)
     charged.raised_request = 0
-    charged.epoch = ledger.level_epoch
-
-
-cdef inline void charge(Row* row, Ledger* ledger, const Ask* ask, Charge* charged) noexcept nogil:
-    """Charge one request that does not fit and is admitted all the same: no level rises above its cap by it."""
-    row.request_room -= 1
-    charge_tokens(row, ledger, ask.tokens, True, charged)
-    charged.raised_request = <uint8_t> raise_noted(&row.request_level, 1, row.request_shift, &row.request_cap, True, ledger)
     charged.epoch = ledger.level_epoch
 
 
@@ -345,58 +342,78 @@ cdef inline void start_verdict(Verdict* verdict) noexcept nogil:
     verdict.held_up = verdict.aside = False
 
 
-cdef inline bint fits(const Row* row, const Ledger* ledger, const Ask* ask, Levels* levels) noexcept nogil:
-    """Whether the request plainly fits, and to where it takes the levels. Time has passed for the row."""
+cdef inline bint tokens_fit(const Row* row, int64_t tokens, Fit* fit) noexcept nogil:
+    """Whether the limits of tokens plainly admit so many. Requires advance() and the row's lock."""
+    fit.token_level = load(&row.token_level) + level_cost(tokens, row.token_shift)
+    return tokens == 0 or (tokens <= row.token_room and fit.token_level <= load(&row.token_cap))
+
+
+cdef inline bint fits(const Row* row, const Ledger* ledger, const Ask* ask, Fit* fit) noexcept nogil:
+    """The fast path: True if the request fits without a look at each limit; False leaves that to judge().
+
+    Requires advance() and the row's lock.
+    """
     if not (
         row.request_room >= 1
-        and (ask.tokens <= row.token_room or ask.tokens == 0)
         and not exceeds(ask.ram_mb, in_use(ledger.ram_mb, ledger.reserved_ram_mb), ledger.max_ram_mb)
         and not exceeds(ask.ssd_mb, in_use(ledger.ssd_mb, ledger.reserved_ssd_mb), ledger.max_ssd_mb)
     ):
         return False
-    levels.request = load(&row.request_level) + level_cost(1, row.request_shift)
-    levels.token = load(&row.token_level) + level_cost(ask.tokens, row.token_shift)
-    return levels.request <= load(&row.request_cap) and (ask.tokens == 0 or levels.token <= load(&row.token_cap))
-
-
-cdef inline void commit(Row* row, const Ask* ask, const Levels* levels) noexcept nogil:
-    """Charge what fits."""
-    row.request_room -= 1
-    row.token_room -= ask.tokens
-    store(&row.request_level, levels.request)
-    store(&row.token_level, levels.token)
-
-
-cdef inline bint fits_now(
-    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, Levels* levels
-) noexcept nogil:
-    """fits(), once those in the queue whose time is over are out of the way."""
-    if fits(row, ledger, ask, levels):
-        return True
-    return ledger.waiting != 0 and drop_expired(row, ledger, entries, now_ns, False) and fits(row, ledger, ask, levels)
+    fit.request_level = load(&row.request_level) + level_cost(1, row.request_shift)
+    return fit.request_level <= load(&row.request_cap) and tokens_fit(row, ask.tokens, fit)
 
 
 cdef inline void judge(
-    const Row* row, const Ledger* ledger, QueueEntry* entries, const Ask* ask, bint enforcing, Verdict* verdict
+    const Row* row, const Ledger* ledger, QueueEntry* entries, const Ask* ask, uint32_t limits, bint enforcing,
+    Verdict* verdict
 ) noexcept nogil:
-    """Decide what does not plainly fit. Nothing is counted."""
+    """Decide what does not plainly fit, by those of `limits` that deny and then by those in shadow. Counts nothing.
+
+    Requires start_verdict(), advance() and the row's lock.
+    """
     cdef const QueueEntry* head = NULL
     if not enforcing:
         return
-    if ledger.waiting != 0 and ledger.action == QUEUE:
+    if ledger.waiting != 0 and ledger.action == QUEUE and limits == ALL_LIMITS:
         head = first_in_turn(ledger, entries)
-    find_violations(row, ledger, head, ask, ALL_LIMITS & ~row.shadow, verdict)
+    find_violations(row, ledger, head, ask, limits & ~<uint32_t> row.shadow, verdict)
     if verdict.limit != 0:
         verdict.action = ledger.action
         verdict.allowed = ledger.action == WARN
         verdict.aside = ledger.action != QUEUE
         return
-    if row.shadow:
-        find_violations(row, ledger, NULL, ask, row.shadow, verdict)
+    if row.shadow & limits:
+        find_violations(row, ledger, NULL, ask, row.shadow & limits, verdict)
         if verdict.limit != 0:
             verdict.action = WARN
             return
     verdict.retry_after_ms = NEVER  # a counter at MAX_COUNT, or others in a queue that does not bind this request
+
+
+cdef inline void assess_closely(
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Fit* fit, Verdict* verdict
+) noexcept nogil:
+    """The rest of assess(), for a request that does not plainly fit. Apart, so that the compiler puts the common case at
+    the place of the call."""
+    # those in the queue whose time is over may be all that is in the way
+    if ledger.waiting != 0 and drop_expired(row, ledger, entries, now_ns, False) and fits(row, ledger, ask, fit):
+        fit.fits = True
+        return
+    judge(row, ledger, entries, ask, ALL_LIMITS, enforcing, verdict)
+
+
+cdef inline void assess(
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Fit* fit, Verdict* verdict
+) noexcept nogil:
+    """Admit or deny a request at one row: sets `fit`, and everything of `verdict` but its usage and log_held.
+
+    Charges and counts nothing; what changes is what time changes by itself. Requires the row's lock.
+    """
+    pass_time(row, ledger, now_ns)
+    start_verdict(verdict)
+    fit.fits = fits(row, ledger, ask, fit)
+    if unlikely(not fit.fits):
+        assess_closely(row, ledger, entries, now_ns, ask, enforcing, fit, verdict)
 
 
 cdef inline void count_violation(Row* row, Ledger* ledger, Verdict* verdict) noexcept nogil:
@@ -416,34 +433,66 @@ cdef inline void count_violation(Row* row, Ledger* ledger, Verdict* verdict) noe
         ledger.log_held = 0
 
 
-cdef inline void decide_closely(
-    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
-) noexcept nogil:
-    """The rest of decide(), for a request that does not plainly fit. Apart, so that the compiler puts the common case where
-    it is called."""
-    cdef Levels levels
-    cdef Charge charged
-    if fits_now(row, ledger, entries, now_ns, ask, &levels):
-        commit(row, ask, &levels)
+cdef inline void charge_beyond(Row* row, Ledger* ledger, const Ask* ask, Charge* charged) noexcept nogil:
+    """charge_admitted() for a request that does not fit and is admitted all the same: it raises no level above its cap."""
+    row.request_room -= 1
+    charge_tokens(row, ledger, ask.tokens, True, charged)
+    charged.raised_request = <uint8_t> raise_noted(&row.request_level, 1, row.request_shift, &row.request_cap, True, ledger)
+    charged.epoch = ledger.level_epoch
+
+
+cdef inline void charge_fitting(Row* row, const Ask* ask, const Fit* fit) noexcept nogil:
+    """charge_admitted() for a request that plainly fits."""
+    row.request_room -= 1
+    row.token_room -= ask.tokens
+    store(&row.request_level, fit.request_level)
+    store(&row.token_level, fit.token_level)
+
+
+cdef inline void charge_admitted(Row* row, Ledger* ledger, const Ask* ask, const Fit* fit, Charge* charged) noexcept nogil:
+    """Charge a request that assess() admitted, and note what was charged. Requires the row's lock since then."""
+    if not fit.fits:
+        charge_beyond(row, ledger, ask, charged)
         return
-    judge(row, ledger, entries, ask, enforcing, verdict)
+    charged.at_ns = row.level_ns
+    charged.epoch = ledger.level_epoch
+    charged.tokens = charged.raised = ask.tokens
+    charged.raised_request = 1
+    charge_fitting(row, ask, fit)
+
+
+cdef inline void conclude(Row* row, Ledger* ledger, const Ask* ask, const Fit* fit, Verdict* verdict) noexcept nogil:
+    """The rest of decide(), for what does not plainly fit. Apart, as is assess_closely()."""
+    cdef Charge charged
     if verdict.limit:
         count_violation(row, ledger, verdict)
     if verdict.allowed:
-        charge(row, ledger, ask, &charged)
+        charge_admitted(row, ledger, ask, fit, &charged)
 
 
 cdef inline void decide(
     Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
 ) noexcept nogil:
-    """Admit and charge, or deny. Everything of `verdict` but the figures of a violation is set. Requires the row's lock."""
-    cdef Levels levels
-    # compute
-    pass_time(row, ledger, now_ns)
-    # decide
-    start_verdict(verdict)
-    if unlikely(not fits(row, ledger, ask, &levels)):
-        decide_closely(row, ledger, entries, now_ns, ask, enforcing, verdict)
+    """Admit and charge, or deny and count, at one row. Requires its lock."""
+    cdef Fit fit
+    assess(row, ledger, entries, now_ns, ask, enforcing, &fit, verdict)
+    if unlikely(not fit.fits):
+        conclude(row, ledger, ask, &fit, verdict)
         return
-    # commit
-    commit(row, ask, &levels)
+    charge_fitting(row, ask, &fit)
+
+
+cdef inline bint admits_tokens(Row* row, Ledger* ledger, int64_t tokens, bint enforcing) noexcept nogil:
+    """Whether an open grant may have so many tokens more: assess() by the limits of tokens alone, whoever waits.
+
+    Requires advance() and the row's lock.
+    """
+    cdef Ask ask
+    cdef Fit fit
+    cdef Verdict verdict
+    start_verdict(&verdict)
+    if not tokens_fit(row, tokens, &fit):
+        memset(&ask, 0, sizeof(ask))
+        ask.tokens = tokens
+        judge(row, ledger, NULL, &ask, TOKEN_LIMITS, enforcing, &verdict)
+    return verdict.allowed

@@ -1,16 +1,9 @@
 # What a grant holds of a row, and what it charged there: pure arithmetic on one row, whose lock is held.
 from libc.stdint cimport int64_t, uint32_t
-from libc.string cimport memset
-from modelquota._core.row.decision cimport (
-    TOKENS_PER_DAY, TOKENS_PER_HOUR, TOKENS_PER_SECOND, WARN, Ask, Charge, Verdict, find_violations, start_verdict
-)
+from modelquota._core.row.decision cimport Ask, Charge
 from modelquota._core.layout cimport GrantRecord, Ledger, MAX_COUNT, QueueEntry, Row
-from modelquota._core.row.level cimport any_cost, load, lower_level
+from modelquota._core.row.level cimport lower_level
 from modelquota._core.row.window cimport SLOTS_PER_HOUR_SLOT, current_slot, in_order, measure_room, slot_at, take_back
-
-
-cdef enum:
-    TOKEN_LIMITS = 1 << TOKENS_PER_SECOND | 1 << TOKENS_PER_HOUR | 1 << TOKENS_PER_DAY     # bits of Limit codes
 
 
 cdef struct Hold:
@@ -104,24 +97,3 @@ cdef inline void refund(Row* row, Ledger* ledger, int64_t requests, int64_t toke
     tokens = max(charge.raised - (charge.tokens - tokens), <int64_t> 0)
     lower_level(&row.token_level, ledger.token_low, row.token_drain, row.token_shift, tokens, charge.raised, elapsed_ns,
                 steps)
-
-
-cdef inline bint fits_but_for_shadow(const Row* row, const Ledger* ledger, int64_t tokens) noexcept nogil:
-    """Whether all limits of tokens that deny admit so many more."""
-    cdef Ask ask
-    cdef Verdict verdict
-    memset(&ask, 0, sizeof(ask))
-    start_verdict(&verdict)
-    ask.tokens = tokens
-    find_violations(row, ledger, NULL, &ask, TOKEN_LIMITS & ~row.shadow, &verdict)
-    return verdict.limit == 0
-
-
-cdef inline bint admits_tokens(const Row* row, const Ledger* ledger, int64_t tokens, bint enforcing) noexcept nogil:
-    """Whether an admitted request may have so many tokens more. Time has passed for the row."""
-    return (
-        not enforcing or ledger.action == WARN
-        or (tokens <= row.token_room
-            and load(&row.token_level) + any_cost(tokens, row.token_shift) <= load(&row.token_cap))
-        or (row.shadow and fits_but_for_shadow(row, ledger, tokens))
-    )

@@ -4,8 +4,7 @@
 # while another one is waited for, so that a process that is stopped in one row holds up nobody in the others.
 from libc.stdint cimport int64_t
 from modelquota._core.row.decision cimport (
-    Ask, Charge, Levels, NEVER, QUEUE_PLACE, Verdict, charge, commit, count_violation, fits_now, highest_usage,
-    judge, pass_time, start_verdict
+    Ask, Charge, Fit, NEVER, QUEUE_PLACE, Verdict, assess, charge_admitted, count_violation, highest_usage, start_verdict
 )
 from modelquota._core.row.grant cimport Hold, take_hold
 from modelquota._core.layout cimport QueueEntry, Row, Shared
@@ -118,11 +117,10 @@ cdef inline bint is_in_queue(const Hold* party) noexcept nogil:
     return party.entry != NULL and party.entry.linked and party.entry.generation == party.generation
 
 
-cdef inline int assess(
-    Joint* joint, int64_t now_ns, const Ask* ask, bint enforcing, QueueEntry* entries, Levels* levels, bint* fitting,
-    Verdict* verdict
+cdef inline int assess_all(
+    Joint* joint, int64_t now_ns, const Ask* ask, bint enforcing, QueueEntry* entries, Fit* fits, Verdict* verdict
 ) noexcept nogil:
-    """What decide() would say of all parties together. Charges and counts nothing. Requires the rows' locks.
+    """assess() at each party. Charges and counts nothing. Requires the rows' locks.
 
     Returns the index of the one that is named, or NOBODY: the first that denies, or else the first whose violation is only
     warned of. The wait is the longest of those that deny.
@@ -131,19 +129,10 @@ cdef inline int assess(
     cdef int named = NOBODY
     cdef Hold* party
     cdef int i
-    fitting[0] = True
     start_verdict(verdict)
     for i in range(joint.count):
         party = &joint.parties[i]
-        pass_time(party.row, party.ledger, now_ns)
-        if not fits_now(party.row, party.ledger, entries, now_ns, ask, &levels[i]):
-            fitting[0] = False
-    if fitting[0]:
-        return NOBODY
-    for i in range(joint.count):
-        party = &joint.parties[i]
-        start_verdict(&one)
-        judge(party.row, party.ledger, entries, ask, enforcing, &one)
+        assess(party.row, party.ledger, entries, now_ns, ask, enforcing, &fits[i], &one)
         if one.limit == 0:
             continue
         if named == NOBODY or (verdict.allowed and not one.allowed):
@@ -173,12 +162,10 @@ cdef inline void decide_jointly(
 
     A violation counts once, for the party that is named. A request that is admitted leaves the queues.
     """
-    cdef Levels levels[MOST_MODELS]
-    cdef bint fitting
+    cdef Fit fits[MOST_MODELS]
     cdef Hold* party
-    cdef Charge* charged
     cdef int i
-    joint.named = assess(joint, now_ns, ask, shared.header.enforcing, shared.entries, levels, &fitting, verdict)
+    joint.named = assess_all(joint, now_ns, ask, shared.header.enforcing, shared.entries, fits, verdict)
     if joint.named != NOBODY and ask.counted == NULL:
         count_violation(joint.parties[joint.named].row, joint.parties[joint.named].ledger, verdict)
     if not verdict.allowed:
@@ -187,21 +174,13 @@ cdef inline void decide_jointly(
     verdict.usage = 0.0
     for i in range(joint.count):
         party = &joint.parties[i]
-        charged = &joint.charges[i]
         if party.ledger == ask.counted and party.generation == ask.counted_generation:
             party.ledger.waited += 1
-        if fitting:
-            charged.at_ns = party.row.level_ns
-            charged.epoch = party.ledger.level_epoch
-            charged.tokens = charged.raised = ask.tokens
-            charged.raised_request = 1
-            commit(party.row, ask, &levels[i])
-        else:
-            charge(party.row, party.ledger, ask, charged)
+        charge_admitted(party.row, party.ledger, ask, &fits[i], &joint.charges[i])
         if is_in_queue(party):
             unlink_entry(party.row, party.ledger, shared.entries, party.entry)
         if holding:
-            take_hold(party, ask, charged.tokens, shared.me)
+            take_hold(party, ask, joint.charges[i].tokens, shared.me)
         else:
             verdict.usage = max(verdict.usage, highest_usage(party.row, party.ledger, ask))
 

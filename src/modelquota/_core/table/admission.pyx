@@ -6,11 +6,11 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from modelquota._core.table.arguments cimport as_count
-from modelquota._core.row.decision cimport Ask, Charge, Levels, Verdict, charge, commit, highest_usage
+from modelquota._core.row.decision cimport Ask, Charge, Fit, Verdict, charge_admitted, highest_usage
 from modelquota._core.table.grant cimport Grant, SETTLED, make_grant
 from modelquota._core.row.grant cimport Hold
 from modelquota._core.state.joint cimport (
-    BUSY_ROW, DECIDED, GONE, Joint, MOST_MODELS, NOBODY, Places, assess, decide_rows, first_gone, lock_rows, put_in_order,
+    BUSY_ROW, DECIDED, GONE, Joint, MOST_MODELS, NOBODY, Places, assess_all, decide_rows, first_gone, lock_rows, put_in_order,
     same_row, unlock_rows
 )
 from modelquota._core.layout cimport Ledger, Limits, QueueEntry, Row, Shared
@@ -366,20 +366,16 @@ cdef void peek(
     Joint* joint, int64_t now_ns, const Ask* ask, bint enforcing, QueueEntry* heads, Verdict* verdict
 ) noexcept nogil:
     """decide_jointly() on copies."""
-    cdef Levels levels[MOST_MODELS]
+    cdef Fit fits[MOST_MODELS]
     cdef Charge charged
-    cdef bint fitting
     cdef int i
     cdef Hold* party
-    joint.named = assess(joint, now_ns, ask, enforcing, heads, levels, &fitting, verdict)
+    joint.named = assess_all(joint, now_ns, ask, enforcing, heads, fits, verdict)
     verdict.log_held = 0
     if not verdict.allowed:
         return
     verdict.usage = 0.0
     for i in range(joint.count):
         party = &joint.parties[i]
-        if fitting:
-            commit(party.row, ask, &levels[i])
-        else:
-            charge(party.row, party.ledger, ask, &charged)
+        charge_admitted(party.row, party.ledger, ask, &fits[i], &charged)
         verdict.usage = max(verdict.usage, highest_usage(party.row, party.ledger, ask))

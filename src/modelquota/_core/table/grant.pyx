@@ -9,8 +9,8 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
 from modelquota._core.table.arguments cimport as_count
-from modelquota._core.row.decision cimport Ask, Charge, charge_tokens, is_trial, pass_time
-from modelquota._core.row.grant cimport Hold, admits_tokens, let_go, refund, reserve_tokens, settle_tokens
+from modelquota._core.row.decision cimport Ask, Charge, admits_tokens, charge_tokens, is_trial, pass_time
+from modelquota._core.row.grant cimport Hold, let_go, refund, reserve_tokens, settle_tokens
 from modelquota._core.state.joint cimport Joint, lock_rows, put_in_order, unlock_rows
 from modelquota._core.layout cimport Ledger, MAX_COUNT, Row, Shared
 from modelquota._core.state.lock cimport SLICE_NS, unlock
