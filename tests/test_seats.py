@@ -11,8 +11,10 @@ import traceback
 
 import numpy as np
 import pytest
+from neighbors import EPOCHS, SEATS
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
+from modelquota._core.packing import dtypes
 from modelquota._core.shared import regions_for
 
 FORK = multiprocessing.get_context("fork")
@@ -40,7 +42,8 @@ def epochs(manager):
     """How often each seat has been taken."""
     header, _, _ = manager._arrays()
     mapping = header.base
-    return np.frombuffer(mapping, np.uint32, 1024, regions_for(int(header["max_models"][0])).epochs)
+    seats = np.frombuffer(mapping, dtypes()["seat"], SEATS, regions_for(int(header["max_models"][0])).seats)
+    return seats["holder"] & EPOCHS
 
 
 @contextlib.contextmanager

@@ -58,7 +58,7 @@ FIELDS = [
 ]
 BYTES = st.one_of(
     *(st.integers(start, start + count * LAYOUT[part].itemsize - 1) for part, (start, count) in PARTS.items()),
-    st.integers(REGIONS.epochs, REGIONS.epochs + 16),
+    st.integers(REGIONS.seats, REGIONS.seats + 64),
     st.integers(REGIONS.changes, REGIONS.changes + 64),
     st.integers(REGIONS.entry_owners, REGIONS.entry_owners + 16),
     st.integers(REGIONS.grant_owners, REGIONS.grant_owners + 16),
