@@ -1,4 +1,4 @@
-"""Permission to read a state file, and so to place read locks on it, keeps nobody from taking a seat or giving it back."""
+"""Permission to read a state file, and so to place read locks on it, keeps nobody from taking or leaving a seat."""
 
 import contextlib
 import ctypes
@@ -244,7 +244,7 @@ def no_place_but(seat, path, reader=None):
 
 @contextlib.contextmanager
 def held_by(path, manager, change):
-    """A process that is alive and has seat 2 by its process id, and a grant, after `change` of its seat in the mapping."""
+    """A process that is alive and has seat 2 by its process id, and a grant; then `change` was done to its seat."""
     with read_locked(path) as reader, forked(lambda: manager.reserve("m", 1)) as pid:
         seats = seats_of(manager)
         assert pid_in(seats["holder"][2]) == pid
@@ -330,12 +330,14 @@ def test_threads_and_zombies_of_a_process_are_told_apart(path, manager):
 
 
 def seat_of_grant(manager, model_id):
-    """Who has the only grant of a model."""
+    """Where the owner of a model's only grant sits."""
     header, _, _ = manager._arrays()
     offset = regions_for(int(header["max_models"][0])).grants
     records = np.frombuffer(header.base, dtypes()["grant"], 64 * int(header["grant_chunks_used"][0]), offset)
-    (found,) = records["seat"][(records["row"] == row_of(manager, model_id)) & (records["seat"] != 0)]
-    return int(found) & (SEATS - 1)
+    row, found = row_of(manager, model_id), records["seat"]
+    while len(found) != 1:  # a record that was one of the model's once may be taken by others between the two looks
+        found = records["seat"][(records["row"] == row) & (records["seat"] != 0)]
+    return int(found[0]) & (SEATS - 1)
 
 
 def test_two_processes_that_open_at_once_never_share_a_seat(path, manager):
