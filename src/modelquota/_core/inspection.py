@@ -144,9 +144,9 @@ class Reader:
 
     def processes(self) -> int:
         """How many living processes have a seat."""
-        size = _SEATS * self.layout["seat"].itemsize
-        seats = os.pread(self.descriptor, size, self.regions.seats)
-        return count_processes(self.descriptor, seats, min(int(self.read_header()["seats_used"]), _SEATS - 1))
+        used = min(int(self.read_header()["seats_used"]), _SEATS - 1)
+        seats = self._read(self.layout["seat"], _SEATS, self.regions.seats)
+        return count_processes(self.descriptor, seats.tobytes(), used)
 
     def held(self) -> NDArray[Any]:
         """Records of what open grants hold; those with seat 0 are free."""

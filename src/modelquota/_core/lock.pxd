@@ -8,8 +8,8 @@
 # Each process has a seat, and holds the byte of the file with that number by an open-file-description lock, which the
 # kernel drops at its death, in whatever PID namespace. Who has waited too long asks the kernel, and takes the lock over
 # from a dead owner. A seat word also has the number of times that the seat was taken, its epoch, so that the next one who
-# sits there is never mistaken for the dead. An owner that is stopped (SIGSTOP, a debugger, a paused container) is alive and cannot be
-# taken over: every wait has an end, and callers return to Python in between, for signals and timeouts.
+# sits there is never mistaken for the dead. An owner that is stopped (SIGSTOP, a debugger, a paused container) is alive and
+# cannot be taken over: every wait has an end, and callers return to Python in between, for signals and timeouts.
 #
 # A seat is held by a write lock on its byte. A process that may only read the file can place read locks, and so keep
 # everybody from a write lock; then a seat is held by a read lock, and by the process id in the seat's `holder`. Nobody
@@ -241,7 +241,8 @@ cdef inline bint is_sitting(const Shared* shared) noexcept nogil:
     """Whether this process still has its seat, as others see it."""
     cdef uint32_t seat = shared.me & (SEATS - 1)
     cdef uint64_t holder = load_long(&shared.seats[seat].holder)
-    return has_seat(shared) and is_locked(shared.spare_fd, seat, WRITE_LOCK if names_process(holder) else READ_LOCK)
+    return holder & EPOCHS == shared.me >> SEAT_BITS and \
+        is_locked(shared.spare_fd, seat, WRITE_LOCK if names_process(holder) else READ_LOCK)
 
 
 cdef inline void hold_by_lock(const Shared* shared) noexcept nogil:

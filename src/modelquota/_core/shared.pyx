@@ -670,7 +670,7 @@ cdef int know_processes(Shared* shared) except -1:
     """Learn what tells processes of other PID namespaces and other boots from those here."""
     cdef uint64_t space = process_space()
     shared.space = space << 22
-    shared.boot = digest(boot_id())
+    shared.boot = digest(boot_id()) if space else 0
     return 0
 
 
