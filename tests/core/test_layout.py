@@ -15,7 +15,7 @@ def alignment(dtype):
     return max(alignment(base.fields[name][0]) for name in base.names) if base.names else base.itemsize
 
 
-@pytest.mark.parametrize("part", ["header", "entry", "grant", "row", "ledger", "usage"])
+@pytest.mark.parametrize("part", ["header", "seat", "entry", "grant", "row", "ledger", "usage"])
 def test_dtype_matches_the_struct(part):
     dtype = dtypes()[part]
     assert dtype.itemsize == struct_sizes()[part]
@@ -65,7 +65,7 @@ def test_the_arrays_are_views_of_the_live_state():
     header, rows, ledgers = manager._arrays()
     assert bytes(header["magic"].tobytes()) == b"mdquota1"
     assert header["fingerprint"][0] == fingerprint(
-        *(dtypes()[part] for part in ("header", "entry", "grant", "row", "ledger"))
+        *(dtypes()[part] for part in ("header", "seat", "entry", "grant", "row", "ledger"))
     )
     assert header["max_models"][0] == 10
     assert header["row_count"][0] == 0

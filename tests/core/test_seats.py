@@ -11,9 +11,11 @@ import traceback
 
 import numpy as np
 import pytest
+from neighbors import EPOCHS, SEATS
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
 from modelquota._core.state.shared import regions_for
+from modelquota._core.table.packing import dtypes
 
 FORK = multiprocessing.get_context("fork")
 ONE = {
@@ -40,7 +42,8 @@ def epochs(manager):
     """How often each seat has been taken."""
     header, _, _ = manager._arrays()
     mapping = header.base
-    return np.frombuffer(mapping, np.uint32, 1024, regions_for(int(header["max_models"][0])).epochs)
+    seats = np.frombuffer(mapping, dtypes()["seat"], SEATS, regions_for(int(header["max_models"][0])).seats)
+    return seats["holder"] & EPOCHS
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
-from modelquota._core.state import validate
 from modelquota._core.state.shared import FACTS, regions_for
+from modelquota._core.table.intern import validate
 from modelquota._core.table.packing import dtypes
 from modelquota.waiting.thread import ThreadWaiter
 
@@ -58,7 +58,7 @@ FIELDS = [
 ]
 BYTES = st.one_of(
     *(st.integers(start, start + count * LAYOUT[part].itemsize - 1) for part, (start, count) in PARTS.items()),
-    st.integers(REGIONS.epochs, REGIONS.epochs + 16),
+    st.integers(REGIONS.seats, REGIONS.seats + 64),
     st.integers(REGIONS.changes, REGIONS.changes + 64),
     st.integers(REGIONS.entry_owners, REGIONS.entry_owners + 16),
     st.integers(REGIONS.grant_owners, REGIONS.grant_owners + 16),

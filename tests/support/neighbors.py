@@ -14,8 +14,11 @@ import numpy as np
 
 from modelquota import ResourceQuotaManager
 from modelquota._core.state.shared import regions_for
+from modelquota._core.table.packing import dtypes
 
 SEATS = 1024
+EPOCHS = np.uint64(2**22 - 1)
+"""Bits of a seat's `holder` that say how often it was taken."""
 FREE: dict[str, Any] = {
     "max_ram_mb": None,
     "max_ssd_mb": None,
@@ -35,7 +38,8 @@ LINE: dict[str, Any] = {**FREE, "max_concurrent_requests": 1, "on_violation": "q
 def seat_words(manager: ResourceQuotaManager) -> set[int]:
     """The words of all seats that were ever taken: of the latest owner of each."""
     header, _, _ = manager._arrays()
-    epochs = np.frombuffer(header.base, np.uint32, SEATS, regions_for(int(header["max_models"][0])).epochs)
+    seats = np.frombuffer(header.base, dtypes()["seat"], SEATS, regions_for(int(header["max_models"][0])).seats)
+    epochs = seats["holder"] & EPOCHS
     return {int(epochs[seat]) << 10 | int(seat) for seat in np.flatnonzero(epochs)}
 
 

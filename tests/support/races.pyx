@@ -15,7 +15,7 @@ from modelquota._core.row.decision cimport (
 from modelquota._core.row.grant cimport let_go, refund, settle_tokens
 from modelquota._core.state.joint cimport DECIDED, Joint, decide_rows, first_gone, lock_rows, put_in_order, unlock_rows
 from modelquota._core.layout cimport (
-    CHANGES, CHUNK, GrantRecord, Header, Ledger, Limits, QueueEntry, Row, Shared, UNLIMITED, WINDOWS
+    CHANGES, CHUNK, GrantRecord, Header, Ledger, Limits, QueueEntry, Row, Seat, Shared, UNLIMITED, WINDOWS
 )
 from modelquota._core.row.level cimport NO_RATE
 from modelquota._core.state.lock cimport SLICE_NS, unlock, wait_clock_ns
@@ -304,7 +304,7 @@ def race(double seconds):
     memset(&world, 0, sizeof(world))
     memset(actors, 0, sizeof(actors))
     shared.header = <Header*> calloc(1, sizeof(Header))
-    shared.epochs = <uint32_t*> calloc(1024, sizeof(uint32_t))
+    shared.seats = <Seat*> calloc(1024, sizeof(Seat))
     shared.changes = <uint32_t*> calloc(CHANGES, sizeof(uint32_t))
     shared.entries = <QueueEntry*> calloc(THREADS * CHUNK, sizeof(QueueEntry))
     shared.grants = <GrantRecord*> calloc(THREADS * CHUNK, sizeof(GrantRecord))
@@ -340,7 +340,7 @@ def race(double seconds):
         left += shared.ledgers[i].waiting + shared.ledgers[i].concurrent + shared.ledgers[i].reserved_ram_mb
         left += shared.ledgers[i].reserved_tokens
     done = [sum([actors[i].done[k] for i in range(THREADS)]) for k in range(7)]
-    for pointer in (<size_t> shared.header, <size_t> shared.epochs, <size_t> shared.changes, <size_t> shared.entries,
+    for pointer in (<size_t> shared.header, <size_t> shared.seats, <size_t> shared.changes, <size_t> shared.entries,
                     <size_t> shared.grants, <size_t> shared.rows, <size_t> shared.ledgers, <size_t> shared.names):
         free(<void*> <size_t> pointer)
     return done, left

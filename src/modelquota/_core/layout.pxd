@@ -1,6 +1,6 @@
 # The layout of the shared state: structs only, nothing that computes.
 #
-# One mapping holds, in this order: Header, epochs of the seats, the change log, owners of the chunks of queue entries,
+# One mapping holds, in this order: Header, Seat[SEATS], the change log, owners of the chunks of queue entries,
 # QueueEntry[ENTRIES], owners of the chunks of grant records, GrantRecord[GRANTS], Row[max_models], Ledger[max_models],
 # names. Rows never move. Every field names its unit.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -238,6 +238,12 @@ cdef struct Header:
     Limits staged
 
 
+cdef struct Seat:
+    # Who has a seat of the state, see lock.pxd.
+    uint64_t holder          # how often it was taken, and which process has it, unless a lock alone says so
+    uint64_t space           # of which PID namespace that process is, and how often the seat was taken by then
+
+
 cdef struct Pool:
     # Records of one kind, given out by chunks, see pool.pxd. Where they are, and what of them is this process's.
     uint32_t* owners          # seat word of each chunk's owner; 0 = free
@@ -252,7 +258,7 @@ cdef struct Pool:
 cdef struct Shared:
     # Where the parts of the mapping are in this process, and who it is there.
     Header* header
-    uint32_t* epochs          # how often each seat has been taken
+    Seat* seats
     uint32_t* changes         # row of each coming and going of a model, at registry_version % CHANGES; UINT32_MAX = any
     QueueEntry* entries
     GrantRecord* grants
@@ -266,5 +272,7 @@ cdef struct Shared:
     int spare_fd              # another one of the same file: a forked child opens its own by it
     uint64_t device           # of that file
     uint64_t inode
+    uint64_t space            # in which process ids and start times are known by the same numbers, above the epoch; 0 = none
+    uint64_t boot             # of this boot of the machine
     Pool entry_pool
     Pool grant_pool

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +14,6 @@ from modelquota._core.state.validate import Part, Reader, content_faults
 from modelquota.errors import StateFileError
 
 _TRIES = 20
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +72,7 @@ def inspect_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> S
             disk_bytes=os.fstat(descriptor).st_blocks * 512,
             max_models=int(header["max_models"]),
             models=sum(int((part.rows["generation"] % 2).sum()) for part in reader.parts()),
-            processes=sum(_is_taken(descriptor, seat) for seat in range(1, int(header["seats_used"]) + 1)),
+            processes=reader.processes(),
             open_grants=int(((held["seat"] != 0) & (held["is_handle"] == 0)).sum()),
             waiting_requests=int((reader.entries()["linked"] != 0).sum()),
             recoveries=int(header["recoveries"]),
@@ -155,10 +152,3 @@ def record_sums(reader: Reader, part: Part) -> dict[str, NDArray[np.int64]]:
             np.add.at(sums[name], index, records[field])
         np.add.at(sums[number], index, 1)
     return sums
-
-
-def _is_taken(descriptor: int, seat: int) -> bool:
-    """Whether a living process holds the byte of a seat; what only reads the file may lock it for reading at most."""
-    asked = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, seat, 1, 0)
-    answer = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))
-    return bool(answer[0] != fcntl.F_UNLCK)

@@ -19,7 +19,7 @@ MAX_MODELS_LIMIT = 2**24
 class Regions(NamedTuple):
     """Offsets of the parts of the mapping, in bytes; every part begins on a page of its own."""
 
-    epochs: int
+    seats: int
     changes: int
     entry_owners: int
     entries: int
@@ -80,6 +80,24 @@ def clock_shift_ns() -> int:
     except OSError:
         pass  # a kernel without time namespaces
     return 0
+
+
+def process_space() -> int:
+    """Return a number that processes share for which process ids and start times mean the same.
+
+    0 if that cannot be known: /proc is not mounted, or is that of another PID namespace.
+    """
+    try:  # of the thread: the first one may have ended
+        with open("/proc/thread-self/status", "rb") as file:
+            ids = next((line.split()[1:] for line in file if line.startswith(b"NSpid:")), [])
+        if len(ids) != 1:  # the process has an id in each namespace from that of /proc down to its own
+            return 0
+        found = [os.stat("/proc/thread-self/ns/pid").st_ino]
+        if os.path.exists("/proc/thread-self/ns/time"):  # it shifts start times
+            found.append(os.stat("/proc/thread-self/ns/time").st_ino)
+    except OSError:
+        return 0
+    return digest(repr(found).encode())
 
 
 @functools.cache  # a process that has read it and is then confined to where there is no /proc goes on

@@ -1,5 +1,5 @@
 from cpython.object cimport PyObject
-from libc.stdint cimport INT64_MIN, int64_t
+from libc.stdint cimport INT64_MIN, int64_t, uint32_t
 from modelquota._core.state.clock cimport ManualClock, monotonic_ns
 from modelquota._core.layout cimport GrantRecord, Pool, QueueEntry, Shared
 
@@ -50,6 +50,7 @@ cdef class SharedState:
     cdef int reserve_used(self) except -1
     cdef int reserve_next_model(self) except -1
     cdef int take_seat(self) except -1
+    cdef bint begin(self, uint32_t me) noexcept
     cdef void leave_parent(self) noexcept
     cdef int retake_seat(self) except -1
     cdef int anchor(self) except -1

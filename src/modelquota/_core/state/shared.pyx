@@ -23,15 +23,20 @@ from posix.unistd cimport close
 from modelquota._core.state.clock cimport ManualClock, monotonic_ns
 from modelquota._core.layout cimport (
     CHANGES, CHUNK, CHUNKS, GrantRecord, Header, LAYOUT_VERSION, Ledger, MAX_TIME_NS, Pool, QueueEntry, RECORDS, Row,
-    SEAT_BITS, SEATS, Shared
+    SEATS, Seat, Shared
 )
-from modelquota._core.state.lock cimport SLICE_NS, has_seat, is_file, is_taken, load_word, swap_word, take_seat
+from modelquota._core.state.lock cimport (
+    NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, has_seat, hold_by_lock, is_file, is_left, is_sitting, load_long, load_word,
+    lock_seat, own_bits, sit_down, stand_up, swap_word
+)
 from modelquota._core.state.pool cimport claim_chunk, end_pool, open_chunk, record_at, start_pool, take_record
 from modelquota._core.state.registry cimport MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, unlock_registry
 from modelquota._core.state.sweep cimport is_anybody_gone, release_grants, sweep_pool
 from modelquota._core.row.window cimport in_order
 
-from modelquota._core.state.mapping import boot_id, clock_shift_ns, create_anonymous, fingerprint, open_again, plan
+from modelquota._core.state.mapping import (
+    boot_id, clock_shift_ns, create_anonymous, digest, fingerprint, open_again, plan, process_space
+)
 from modelquota._core.table.packing import dtypes
 from modelquota.errors import CapacityError, ManagerClosedError, StateFileError
 
@@ -109,7 +114,7 @@ os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after
 
 def regions_for(max_models):
     """Where the parts of a mapping for so many models are."""
-    fixed = (SEATS * sizeof(uint32_t), CHANGES * sizeof(uint32_t), CHUNKS * sizeof(uint32_t), RECORDS * sizeof(QueueEntry),
+    fixed = (SEATS * sizeof(Seat), CHANGES * sizeof(uint32_t), CHUNKS * sizeof(uint32_t), RECORDS * sizeof(QueueEntry),
              CHUNKS * sizeof(uint32_t), RECORDS * sizeof(GrantRecord))
     return plan(sizeof(Header), fixed, sizeof(Row), sizeof(Ledger), NAME_SHARE, max_models)
 
@@ -118,7 +123,7 @@ def regions_for(max_models):
 def layout_fingerprint():
     """The fingerprint of this version's layout."""
     layout = dtypes()
-    return fingerprint(*(layout[part] for part in ("header", "entry", "grant", "row", "ledger")))
+    return fingerprint(*(layout[part] for part in ("header", "seat", "entry", "grant", "row", "ledger")))
 
 
 def new_header(max_models):
@@ -204,7 +209,7 @@ cdef class SharedState:
         regions = regions_for(max_models)
         self.mapping = Mapping(shared.spare_fd, regions.size)
         cdef char* memory = self.mapping.memory
-        shared.epochs = <uint32_t*> (memory + <Py_ssize_t> regions.epochs)
+        shared.seats = <Seat*> (memory + <Py_ssize_t> regions.seats)
         shared.changes = <uint32_t*> (memory + <Py_ssize_t> regions.changes)
         shared.entries = <QueueEntry*> (memory + <Py_ssize_t> regions.entries)
         shared.grants = <GrantRecord*> (memory + <Py_ssize_t> regions.grants)
@@ -346,7 +351,8 @@ cdef class SharedState:
         self.verified_ns = monotonic_ns()
         if is_file(self.shared.spare_fd, self.shared.device, self.shared.inode) and \
                 is_file(self.shared.fd, self.shared.device, self.shared.inode) and \
-                is_taken(self.shared.spare_fd, self.shared.me & (SEATS - 1)) and has_seat(&self.shared):
+                is_sitting(&self.shared):
+            hold_by_lock(&self.shared)
             return 0
         self.refuse("its descriptors were closed underneath (os.closerange, or a daemon that closes all files?), and the "
                     "seat of this process with them; make the manager after that")
@@ -427,24 +433,45 @@ cdef class SharedState:
     # -- the seat
 
     cdef int take_seat(self) except -1:
-        """Take a free seat."""
-        cdef uint32_t seat, epoch, used
+        """Take a free seat: by the lock of its byte, or beside the locks of those that only read the file."""
+        cdef uint32_t seat
+        cdef int read_locked = 0
         # Loss of power may leave a lock in the file and not the epoch of its owner: that word is nobody's again soon.
-        cdef uint32_t skipped = 0 if self.path is None else int.from_bytes(os.urandom(2), "little")
+        cdef uint32_t epochs = 1 if self.path is None else 1 + int.from_bytes(os.urandom(2), "little")
+        cdef uint64_t process
+        know_processes(&self.shared)
         for seat in range(1, SEATS):
-            if not take_seat(self.shared.fd, seat):
-                continue
-            epoch = (self.shared.epochs[seat] + 1 + skipped) & (0xFFFF_FFFF >> SEAT_BITS)
-            self.shared.epochs[seat] = epoch
-            self.shared.me = epoch << SEAT_BITS | seat
-            while True:
-                used = load_word(&self.shared.header.seats_used)
-                if used >= seat or swap_word(&self.shared.header.seats_used, used, seat):
-                    break
-            self.verified_ns = monotonic_ns()
-            self.fine_until_ns = 0
-            return 0
-        raise CapacityError(SEATS - 1, "processes", "end some that share this state")
+            if lock_seat(self.shared.fd, seat, WRITE_LOCK):
+                if self.begin(sit_down(seat, epochs, 0, &self.shared)):
+                    return 0
+                lock_seat(self.shared.fd, seat, NO_LOCK)
+        process = own_bits(self.shared.boot) if self.shared.space else 0
+        for seat in range(1, SEATS):
+            if lock_seat(self.shared.fd, seat, READ_LOCK):
+                if process and self.begin(sit_down(seat, epochs, process, &self.shared)):
+                    return 0
+                lock_seat(self.shared.fd, seat, NO_LOCK)
+                read_locked += 1
+        remedy = "end some that share this state"
+        if read_locked:
+            remedy += f", or that only read it: on {read_locked} of the places somebody has a read lock"
+            if not process:
+                remedy += ", beside which they can only be taken with /proc of this PID namespace mounted at /proc"
+        raise CapacityError(SEATS - 1, "processes", remedy)
+
+    cdef bint begin(self, uint32_t me) noexcept:
+        """Be the one with this seat word, unless it is 0."""
+        cdef uint32_t used
+        if me == 0:
+            return False
+        self.shared.me = me
+        while True:
+            used = load_word(&self.shared.header.seats_used)
+            if used >= me & (SEATS - 1) or swap_word(&self.shared.header.seats_used, used, me & (SEATS - 1)):
+                break
+        self.verified_ns = monotonic_ns()
+        self.fine_until_ns = 0
+        return True
 
     cdef void leave_parent(self) noexcept:
         """In a forked child: hold nothing of the parent's any more, and be nobody.
@@ -610,6 +637,8 @@ cdef void close_descriptors(Shared* shared) noexcept:
     if shared.me and not has_seat(shared):
         shared.fd = shared.spare_fd = -1
         return
+    if shared.me:
+        stand_up(shared)
     if shared.fd >= 0 and is_file(shared.fd, shared.device, shared.inode):
         close(shared.fd)
     if shared.spare_fd >= 0 and (shared.inode == 0 or is_file(shared.spare_fd, shared.device, shared.inode)):
@@ -632,9 +661,33 @@ cdef bint is_anybody_else(const Shared* shared) noexcept nogil:
     """Whether another process or manager has a seat."""
     cdef uint32_t seat
     for seat in range(1, shared.header.seats_used + 1):
-        if seat != (shared.me & (SEATS - 1)) and is_taken(shared.fd, seat):
+        if seat != (shared.me & (SEATS - 1)) and not is_left(seat, load_long(&shared.seats[seat].holder), shared):
             return True
     return False
+
+
+cdef int know_processes(Shared* shared) except -1:
+    """Learn what tells processes of other PID namespaces and other boots from those here."""
+    cdef uint64_t space = process_space()
+    shared.space = space << 22
+    shared.boot = digest(boot_id()) if space else 0
+    return 0
+
+
+def count_processes(int descriptor, bytes seats, uint32_t used):
+    """How many seats up to `used` living processes have, by a copy of the seats and an open descriptor of the file."""
+    cdef Shared shared
+    cdef uint32_t seat
+    cdef int found = 0
+    if len(seats) < (used + 1) * sizeof(Seat):
+        raise ValueError("not all seats were read")
+    memset(&shared, 0, sizeof(shared))
+    shared.fd = descriptor
+    shared.seats = <Seat*> <char*> seats
+    know_processes(&shared)
+    for seat in range(1, used + 1):
+        found += not is_left(seat, load_long(&shared.seats[seat].holder), &shared)
+    return found
 
 
 cdef int anchor_time(

@@ -3,7 +3,7 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 from modelquota._core.row.grant cimport free_handle, let_go
 from modelquota._core.layout cimport CHUNK, GrantRecord, Pool, QueueEntry, Row, SEAT_BITS, SEATS, Shared
-from modelquota._core.state.lock cimport is_gone, load_word, swap_word, unlock
+from modelquota._core.state.lock cimport epoch_of, is_gone, load_word, swap_word, unlock
 from modelquota._core.state.pool cimport record_at
 from modelquota._core.row.queue cimport unlink_entry
 from modelquota._core.state.repair cimport RELAXED, count_atomically, lock_row
@@ -15,7 +15,7 @@ cdef enum:
 cdef inline bint is_newly_gone(uint32_t owner, bint* alive, const Shared* shared) noexcept nogil:
     """is_gone(), and who is not is remembered by seat. A seat's former owners are told apart without the kernel."""
     cdef uint32_t seat = owner & (SEATS - 1)
-    if owner == 0 or (alive[seat] and load_word(&shared.epochs[seat]) == owner >> SEAT_BITS):
+    if owner == 0 or (alive[seat] and epoch_of(seat, shared) == owner >> SEAT_BITS):
         return False
     if is_gone(owner, shared):
         return True

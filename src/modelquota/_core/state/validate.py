@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelquota._core.state.shared import FACTS, layout_fingerprint, regions_for
+from modelquota._core.state.shared import FACTS, count_processes, layout_fingerprint, regions_for
 from modelquota._core.table.packing import dtypes, encode_rate
 from modelquota.errors import StateFileError
 from modelquota.quota.limits import SHADOW_NAMES, Limit
@@ -57,6 +57,7 @@ _LONGEST_NAME = 256  # bytes
 _TRIES = 20
 _FEW = 32
 _LOOKS = 5
+_SEATS = 1024
 _CHUNKS = 4096
 _CHUNK = 64
 _RECORDS = _CHUNK * _CHUNKS
@@ -134,7 +135,7 @@ class Reader:
         for name, top in (("staged_row", most - 1), ("leaving_row", most - 1)):
             if not -1 <= int(header[name]) <= top:
                 raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
-        for name, top in (("seats_used", 1023), ("entry_chunks_used", _CHUNKS), ("grant_chunks_used", _CHUNKS)):
+        for name, top in (("seats_used", _SEATS - 1), ("entry_chunks_used", _CHUNKS), ("grant_chunks_used", _CHUNKS)):
             if int(header[name]) > top:
                 raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
         if int(header["clock_kind"]) > 2:
@@ -142,6 +143,12 @@ class Reader:
         for name in ("anchor_ns", "clock_offset_ns", "anchor_wall_ns"):
             if abs(int(header[name])) > _MAX_TIME_NS and name != "anchor_wall_ns":
                 raise StateFileError(self.path, f"{name} is {header[name]}; 2**61 ns is the most")
+
+    def processes(self) -> int:
+        """How many living processes have a seat."""
+        used = min(int(self.read_header()["seats_used"]), _SEATS - 1)
+        seats = self._read(self.layout["seat"], _SEATS, self.regions.seats)
+        return count_processes(self.descriptor, seats.tobytes(), used)
 
     def held(self) -> NDArray[Any]:
         """Records of what open grants hold; those with seat 0 are free."""

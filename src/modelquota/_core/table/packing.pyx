@@ -6,7 +6,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 
 from modelquota._core.layout cimport (
-    DAY, HOUR, MAX_COUNT, SECOND, UNLIMITED, GrantRecord, Header, Ledger, Limits, QueueEntry, Row
+    DAY, HOUR, MAX_COUNT, SECOND, UNLIMITED, GrantRecord, Header, Ledger, Limits, QueueEntry, Row, Seat
 )
 from modelquota._core.row.level cimport NO_RATE
 from modelquota._core.row.usage cimport Usage
@@ -20,6 +20,7 @@ cdef tuple ACTIONS = tuple(ViolationAction)
 def dtypes():
     """The numpy dtypes of the layout's parts, derived from the C structs, by name. Not to be changed: it is made once."""
     cdef Header header
+    cdef Seat seat
     cdef QueueEntry entry
     cdef GrantRecord grant
     cdef Row row
@@ -27,6 +28,7 @@ def dtypes():
     cdef Usage usage
     return {
         "header": np.asarray(<Header[:1]> &header).dtype,
+        "seat": np.asarray(<Seat[:1]> &seat).dtype,
         "entry": np.asarray(<QueueEntry[:1]> &entry).dtype,
         "grant": np.asarray(<GrantRecord[:1]> &grant).dtype,
         "row": np.asarray(<Row[:1]> &row).dtype,
@@ -37,8 +39,8 @@ def dtypes():
 
 def struct_sizes():
     """``sizeof`` of each struct of the layout, to compare the dtypes with."""
-    return {"header": sizeof(Header), "entry": sizeof(QueueEntry), "grant": sizeof(GrantRecord), "row": sizeof(Row),
-            "ledger": sizeof(Ledger), "usage": sizeof(Usage)}
+    return {"header": sizeof(Header), "seat": sizeof(Seat), "entry": sizeof(QueueEntry), "grant": sizeof(GrantRecord),
+            "row": sizeof(Row), "ledger": sizeof(Ledger), "usage": sizeof(Usage)}
 
 
 def encode_rate(rate, burst):
