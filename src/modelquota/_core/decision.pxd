@@ -4,7 +4,9 @@
 # "fits" with one comparison each. Only where something does not fit, judge() goes through the limits in their order and
 # finds the first that is violated and the longest wait. A denial changes no window and no level.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.layout cimport (
+    Charge, DAY, HOUR, Ledger, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
+)
 from modelquota._core.level cimport (
     NO_RATE, NS_PER_SECOND, as_double, coarse, drain_levels, is_dormant, level_cost, level_wait_ns, load, note_low,
     raise_level, store, wide
@@ -64,15 +66,6 @@ cdef struct Ask:
     int32_t priority
     const Ledger* counted   # of the model where its violation has been counted, or NULL
     uint32_t counted_generation
-
-
-cdef struct Charge:
-    # What was charged to a row at one time, for a refund of it.
-    int64_t tokens
-    int64_t at_ns           # the row's time
-    uint32_t epoch          # the ledger's level_epoch
-    int64_t raised          # tokens by which their level rose; fewer if it may not rise above its cap
-    uint8_t raised_request  # whether that of requests rose by one
 
 
 cdef struct Levels:
@@ -397,6 +390,12 @@ cdef inline void judge(
             verdict.action = WARN
             return
     verdict.retry_after_ms = NEVER  # a counter at MAX_COUNT, or others in a queue that does not bind this request
+
+
+cdef inline bint is_held_up(const Ledger* ledger, const Verdict* verdict) noexcept nogil:
+    """Whether it may help a request that was denied to look for others that are dead or do not come for their grants:
+    what they hold may be in the way, or what was charged for them."""
+    return verdict.held_up or ledger.concurrent != 0
 
 
 cdef inline void count_violation(Row* row, Ledger* ledger, Verdict* verdict) noexcept nogil:

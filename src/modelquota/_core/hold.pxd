@@ -2,9 +2,9 @@
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 from modelquota._core.decision cimport (
-    TOKENS_PER_DAY, TOKENS_PER_HOUR, TOKENS_PER_SECOND, WARN, Ask, Charge, Verdict, find_violations, start_verdict
+    TOKENS_PER_DAY, TOKENS_PER_HOUR, TOKENS_PER_SECOND, WARN, Ask, Verdict, find_violations, start_verdict
 )
-from modelquota._core.layout cimport GrantRecord, Ledger, MAX_COUNT, QueueEntry, Row
+from modelquota._core.layout cimport Charge, GrantRecord, Ledger, MAX_COUNT, QueueEntry, Row
 from modelquota._core.level cimport any_cost, load, lower_level
 from modelquota._core.window cimport SLOTS_PER_HOUR_SLOT, current_slot, in_order, measure_room, slot_at, take_back
 
@@ -45,6 +45,7 @@ cdef inline void take_hold(Hold* hold, const Ask* ask, int64_t charged, uint32_t
     record.ssd_mb = min(ask.ssd_mb, MAX_COUNT - ledger.reserved_ssd_mb)
     record.tokens = 0
     record.is_handle = 0
+    record.decider = 0
     in_order()
     record.seat = me
     in_order()
@@ -76,6 +77,7 @@ cdef inline void bind_handle(
     record.generation = generation
     record.ram_mb = record.ssd_mb = record.tokens = 0
     record.is_handle = 1
+    record.decider = 0
     in_order()
     record.seat = me
     in_order()

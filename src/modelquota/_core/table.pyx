@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from modelquota._core.batch cimport Batch, charge_batch, check_batch, first_bad_code, first_out_of_range, index_of
 from modelquota._core.count cimport as_count
-from modelquota._core.decision cimport Ask, NEVER, Verdict, decide, highest_usage
+from modelquota._core.decision cimport Ask, NEVER, Verdict, decide, highest_usage, is_held_up
 from modelquota._core.hold cimport bind_handle, free_handle
 from modelquota._core.layout cimport GrantRecord, Ledger, MAX_TIME_NS, Row, Shared
 from modelquota._core.lock cimport SLICE_NS, try_lock, unlock
@@ -140,7 +140,7 @@ cdef class QuotaTable(QuotaState):
             return self.answer_late(ref, model_id, ask, handle)
         if not decide_and_unlock(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict):
             return self.answer_late(ref, model_id, ask, handle)
-        if verdict.limit and verdict.held_up:
+        if verdict.limit and is_held_up(ref.ledger, &verdict):
             self.look_for_dead()
         if verdict.log_held == 0:
             return result_of(&verdict, <str> model_id)
@@ -173,7 +173,7 @@ cdef class QuotaTable(QuotaState):
                 raise UnknownModelError(model_id)
             self.drop(ref)
             return self.answer_unknown(model_id, ask)
-        if verdict.limit and verdict.held_up:
+        if verdict.limit and is_held_up(ref.ledger, &verdict):
             self.look_for_dead()
         result = result_of(&verdict, ref.model_id)
         if verdict.log_held:
