@@ -270,6 +270,28 @@ def test_a_grant_that_holds_what_nobody_can_have_is_refused(workshop, field):
         ResourceQuotaManager(path=workshop.path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("decider", 2**18 + 1, "until when"),
+        ("unclaimed_until_ns", 2**63 - 1, "until when"),
+        ("unclaimed_until_ns", 2**64 - 2, "until when"),
+        ("charge.tokens", 2**63, "no charge"),
+        ("charge.raised", 2**62 + 1, "no charge"),
+        ("charge.raised_request", 2, "no charge"),
+        ("charge.at_ns", 2**61 + 1, "no charge"),
+    ],
+)
+def test_a_grant_that_nobody_could_take_or_refund_is_refused(workshop, field, value, words):
+    at, dtype = REGIONS.grants, LAYOUT["grant"]
+    for name in field.split("."):
+        dtype, offset = dtype.fields[name][:2]
+        at += offset
+    workshop.write([(at, value.to_bytes(8, "little")[: dtype.itemsize])], [])
+    with pytest.raises(StateFileError, match=words):
+        ResourceQuotaManager(path=workshop.path)
+
+
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/null", path)])
 def test_what_is_no_file(tmp_path, make):
     make(tmp_path / "quota.state")

@@ -1,7 +1,7 @@
 """A request that waited was admitted and does not come for its grant: from its deadline on it blocks nobody.
 
-Its event loop is parked, or its process stands still. Whoever is held up lets the grant go, as if it had been cancelled;
-who comes for it late is denied.
+Its event loop is parked, or its process is stopped. Others that are held up let the grant go, as if it had been
+cancelled; a request that comes for it afterwards is denied.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from modelquota.stateinfo import verify_file
 from modelquota.waiting import ThreadWaiter
 
 TOKENS, RAM_MB = 7, 60
-TIME = 10.0  # seconds of a manual clock that a wait lasts here
+TIME = 10.0  # seconds of a manual clock that a wait lasts here,
+TIME_LEFT = 0.4  # and of the real one
 KINDS = {
     "concurrency": {**LINE},
     "memory": {**LINE, "max_concurrent_requests": None, "max_ram_mb": 100},
@@ -47,7 +48,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def owner(path, clock):
-    """The manager of those who wait; its process stands still as long as nothing is called."""
+    """The manager of those that wait; as long as nothing is called, its process is as good as stopped."""
     manager = ResourceQuotaManager(path=path, clock=clock, max_models=64)
     manager.set_quota("line", **LINE)
     manager.set_quota("other", **{**FREE, "on_violation": "queue"})
@@ -211,7 +212,7 @@ def test_nothing_is_given_back_twice(owner, neighbor, path, clock, how, ids):
 
 
 @pytest.mark.parametrize("gone", ["line", "other"])
-def test_a_model_that_was_removed_meanwhile(owner, neighbor, clock, gone):
+def test_a_model_that_was_removed_in_the_meantime(owner, neighbor, clock, gone):
     waiter = unclaimed(owner, ("line", "other"))
     owner.remove_quota(gone)
     owner.set_quota(gone, **LINE)
@@ -231,7 +232,7 @@ def test_a_row_that_stays_locked_is_seen_to_later(owner, neighbor, clock, ids, l
     free = "other" if locked == "line" else "line"
     clock.advance(TIME)
     _, rows, _ = owner._arrays()
-    rows["lock"][row_of(owner, locked)] = owner_word(owner)  # a process that stands still there
+    rows["lock"][row_of(owner, locked)] = owner_word(owner)  # as of a process that was stopped there
     until(lambda: held(neighbor, free) == (NOTHING[0],))
     with pytest.raises(QuotaExceededError):
         waiter.take()
@@ -260,7 +261,10 @@ def manager(path):
 
 @contextlib.contextmanager
 def stopped_before_it_takes(manager, ids, timeout, said):
-    """A process that is stopped when its thread has been admitted and not come for it. What the thread met is in `said`."""
+    """A process that is stopped when its thread has been admitted and has not come for the grant.
+
+    Afterwards said[0] is 1 if the thread got it, 2 if it was denied; said[1] is 1 once that is known.
+    """
 
     def wait():
         def stop_and_take(waiter):
@@ -303,8 +307,8 @@ def test_a_process_that_is_stopped_before_its_thread_takes_it(manager, kind, ids
     manager.set_quota("line", **KINDS[kind])
     said = shared_array("i8", 3)
     start = time.monotonic()
-    with stopped_before_it_takes(manager, ids, 1.0, said) as pid:
-        assert held(manager) == ends(ids) or time.monotonic() - start >= 1.0
+    with stopped_before_it_takes(manager, ids, TIME_LEFT, said) as pid:
+        assert held(manager) == ends(ids) or time.monotonic() - start >= TIME_LEFT
         manager.acquire("line", TOKENS, RAM_MB, timeout=PATIENCE).cancel()
         assert held(manager) == NOTHING
         mine = manager.reserve("line", TOKENS, RAM_MB)

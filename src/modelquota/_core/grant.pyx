@@ -85,7 +85,7 @@ cdef class Grant:
         return self.forks == fork_count()
 
     cdef bint claim(self) noexcept:
-        """Have it for good, if a request has waited for it; False if its time was over, and others let it go."""
+        """Take it for a request that has waited; False if the time for that was over, and others have let it go."""
         cdef int i
         if self.unclaimed and self.ours() and self.manager.usable():
             self.unclaimed = False

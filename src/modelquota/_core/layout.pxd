@@ -178,9 +178,9 @@ cdef struct GrantRecord:
     int64_t ssd_mb
     int64_t tokens           # charged and not settled
     # -- of a grant for a request that waited, until the request takes it
-    uint32_t decider         # 1 + number of the record that decides for all records of the grant; 0 = nobody asks
-    int64_t unclaimed_until_ns      # of that record: the row's time from which anybody may let the grant go; or CLAIMED, LAPSED
-    Charge charge            # for whoever does so
+    uint32_t decider         # 1 + number of the record that decides for all records of the grant; 0 = it is taken
+    int64_t unclaimed_until_ns      # in that record: the rows' time from which anybody may let the grant go; CLAIMED; LAPSED
+    Charge charge            # for the refund then
 
 
 cdef struct Limits:

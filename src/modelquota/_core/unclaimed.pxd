@@ -1,13 +1,14 @@
-# Grants that were made for requests that waited, and that these have not taken yet: their event loops or processes may
-# stand still. From the deadline of the request on, whoever is held up by such a grant lets it go.
+# Grants that were made for requests that waited, and that these have not taken yet: their event loops may be parked, their
+# processes stopped. From the deadline of the request on, any process that is held up lets such a grant go.
 #
 # One word decides for all records of a grant, by compare-and-swap: from the deadline either to CLAIMED, by the request's
-# own process, or to LAPSED, by anybody. What has lapsed is given back and refunded record by record, each under its row's
-# lock, by whoever comes first, the request's own process included: a record that is free has been seen to. Whoever dies in
-# between leaves the rest to the next one. A record's number stays its process's, which takes it back once all is done.
+# own process, or to LAPSED, by any other. What has lapsed is given back and refunded record by record, each under its
+# row's lock, by the first that comes, which may be the request's own process: a record that is free has been seen to. A
+# process that dies in between leaves the rest to the next one. Only the request's process uses a record again, once the
+# grant has ended.
 #
-# Before a deciding record is used for another grant, the others of its grant do not refer to it any more, unless they have
-# lapsed: so who has seen LAPSED there, and then that reference, in a record whose row is locked, may let that one go.
+# A process that has claimed a grant clears the references to the deciding record before it gives that one back. So if LAPSED
+# was read there, and then the reference to it once more, in a record whose row is locked, that record's grant has lapsed.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from modelquota._core.decision cimport pass_time
 from modelquota._core.hold cimport let_go, refund
@@ -54,8 +55,10 @@ cdef inline bint claim_record(GrantRecord* decider) noexcept nogil:
     return until_ns != LAPSED and swap_until(&decider.unclaimed_until_ns, until_ns, CLAIMED)
 
 
-cdef inline bint has_lapsed(const GrantRecord* record, int64_t now_ns, int64_t* soonest_ns, const Shared* shared) noexcept nogil:
-    """Whether a grant may be let go; has it lapse if its time is over, and notes its time otherwise."""
+cdef inline bint lapses(
+    const GrantRecord* record, int64_t now_ns, int64_t* soonest_ns, const Shared* shared
+) noexcept nogil:
+    """Whether a record's grant has lapsed, or does now that its time is over; otherwise its time is noted."""
     cdef uint32_t number = load_word(&record.decider)
     cdef GrantRecord* decider
     cdef int64_t until_ns
@@ -82,7 +85,7 @@ cdef inline bint is_lapsed(const GrantRecord* record, const Shared* shared) noex
 cdef inline void undo_hold(Row* row, Ledger* ledger, GrantRecord* record, int64_t now_ns) noexcept nogil:
     """Give back what a record holds, and refund the request. Requires the row's lock, and that the model is in the row.
 
-    Who dies in the middle has given back too little rather than too much.
+    A process that dies in the middle has refunded too little rather than too much.
     """
     let_go(row, ledger, record)
     pass_time(row, ledger, now_ns)
@@ -90,7 +93,7 @@ cdef inline void undo_hold(Row* row, Ledger* ledger, GrantRecord* record, int64_
 
 
 cdef inline int let_lapsed_go(GrantRecord* record, int64_t now_ns, const Shared* shared) noexcept nogil:
-    """Give back a record that has_lapsed(): 1; 0 if others have done so; -1 if its row stays locked. Takes the row's lock."""
+    """Give back a record that lapses(): 1; 0 if others have done so; -1 if its row stays locked. Takes the row's lock."""
     cdef uint32_t index = record.row
     cdef int found = 0
     cdef Row* row
@@ -112,15 +115,15 @@ cdef inline int let_lapsed_go(GrantRecord* record, int64_t now_ns, const Shared*
 
 
 cdef inline bint is_anything_overdue(int64_t now_ns, int64_t* soonest_ns, const Shared* shared) noexcept nogil:
-    """Whether others have grants that are to be let go; otherwise the earliest time of those that are unclaimed is noted."""
+    """Whether others have grants that are to be let go; otherwise the earliest time at which one will be is noted."""
     cdef int64_t chunk, i
     cdef uint32_t owner
     for chunk in range(shared.grant_pool.chunks_used[0]):
         owner = load_word(&shared.grant_pool.owners[chunk])
-        if owner == 0 or owner == shared.me:    # its own are seen to by who made them
+        if owner == 0 or owner == shared.me:    # a process takes its own back by itself
             continue
         for i in range(chunk * CHUNK, chunk * CHUNK + CHUNK):
-            if has_lapsed(&shared.grants[i], now_ns, soonest_ns, shared):
+            if lapses(&shared.grants[i], now_ns, soonest_ns, shared):
                 return True
     return False
 
@@ -136,7 +139,7 @@ cdef inline int let_overdue_go(int64_t now_ns, int64_t* soonest_ns, const Shared
         if owner == 0 or owner == shared.me:
             continue
         for i in range(chunk * CHUNK, chunk * CHUNK + CHUNK):
-            if has_lapsed(&shared.grants[i], now_ns, soonest_ns, shared):
+            if lapses(&shared.grants[i], now_ns, soonest_ns, shared):
                 outcome = let_lapsed_go(&shared.grants[i], now_ns, shared)
                 if outcome < 0:
                     soonest_ns[0] = now_ns
