@@ -280,7 +280,8 @@ cdef class Grant:
         self.charged = tokens
         if not self.ours() or not self.manager.usable():
             return 0
-        self.claim()
+        if self.unclaimed:
+            self.claim()
         ending.lapsed = self.lapsed
         if self.manager.deferred:
             finish_deferred(self.manager)
