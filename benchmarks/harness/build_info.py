@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import modelquota
-from modelquota._core.table.table import table
+from modelquota._core.table import table
 
 # gcc and clang put down what they were called with, where debugging information is kept at all.
 PRODUCER = re.compile(rb"GNU C\d*[^\0]{0,1000}|clang version [^\0]{0,1000}")

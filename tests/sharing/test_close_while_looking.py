@@ -3,7 +3,7 @@
 import pytest
 
 from modelquota import ManagerClosedError, ResourceQuotaManager
-from modelquota._core.table.intern import file as statefile
+from modelquota._core.state import file as statefile
 
 
 @pytest.mark.parametrize("fault", [None, "it is gone"])

@@ -7,6 +7,7 @@ tests/sharing/test_every_instruction.py`` goes through all instructions; by defa
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -15,6 +16,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +24,11 @@ from typing import Any
 
 import pytest
 from crew import shared_array
+from patience import until
 
-from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota._core.state.validate import faults
+from modelquota.waiting.thread import ThreadWaiter
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")  # what lands is not left to chance
 MOST = (int(os.environ.get("MODELQUOTA_EVERY", "0")) and 10**9) or 4  # deaths per verb
@@ -139,6 +143,27 @@ def reserve_jointly(case: Case, _: Any) -> None:
     case.kept = case.manager.reserve(("y", "m"), 17, 5, 6)  # type: ignore[attr-defined]
 
 
+def waiting(case: Case) -> Any:
+    """A request in line, and the two grants for which it waits."""
+    case.manager.update_quota("m", on_violation="queue")
+    grants = twice_granted(case)
+    waiter = ThreadWaiter()
+    assert case.manager._begin(waiter, ("y", "m"), 17, 5, 6, 30.0, 0, nowait=False) is waiter
+    return waiter, grants
+
+
+def unclaimed(case: Case) -> Any:
+    """A request that waited and was admitted, and has not come for its grant."""
+    waiter, grants = waiting(case)
+    grants[0].release()
+    assert waiter.done
+    return waiter, grants
+
+
+def take(case: Case, waiting: Any) -> None:
+    case.kept = waiting[0].take()  # type: ignore[attr-defined]
+
+
 def batch(case: Case, codes: Any) -> None:
     case.manager.check_many(codes, 17)
 
@@ -185,6 +210,9 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
     "add beyond": (later(0.1, granted), lambda case, grant: grant.add(31)),
     "release": (granted, lambda case, grant: grant.release()),
     "release at the cap": (twice_granted, lambda case, grants: grants[0].release()),
+    "admit one that waits": (waiting, lambda case, waiting: waiting[1][0].release()),
+    "take what one waited for": (unclaimed, take),
+    "leave what one waited for": (unclaimed, lambda case, waiting: waiting[0].leave()),
     "raise limits": (changes(max_requests_per_second=7.7, burst_tokens=9), lambda case, new: case.manager._swap(*new)),
     "lift limits": (changes(max_tokens_per_second=None, max_ram_mb=5), lambda case, new: case.manager._swap(*new)),
     "remove": (nothing, lambda case, _: case.manager.remove_quota("m")),
@@ -272,6 +300,59 @@ def test_after_any_instruction(name, stepper, tmp_path, monkeypatch):
             assert usage is None or not any(getattr(usage, field) for field in HELD), where
         case.manager.set_quota("new")
         assert case.manager.check_quota("new", 1)
+
+
+def test_after_any_instruction_of_one_who_lets_go_what_nobody_has_come_for(stepper, tmp_path):
+    """The process of the request that waited is alive. The next one to look does the rest."""
+
+    def begin(where: str) -> tuple[Case, Any, Any]:
+        case = Case(tmp_path / where, {})
+        waiter, grants = unclaimed(case)
+        grants[1].cancel()
+        before = {model_id: tokens(case, model_id) - 17 for model_id in ("m", "y")}
+        case.clock.advance(31.0)
+        return case, waiter, before
+
+    def tokens(case: Case, model_id: str) -> int:
+        usage = case.manager.get_usage(model_id)
+        assert usage is not None
+        return usage.tokens_this_day
+
+    def is_held(manager: ResourceQuotaManager, model_id: str) -> bool:
+        return any(getattr(manager.get_usage(model_id), field) for field in HELD)
+
+    def look_is_due(case: Case) -> None:
+        time.sleep(0.011)
+
+    def let_go(case: Case, _: Any) -> None:
+        case.manager.get_usage("m")
+
+    case, _, _ = begin("first")
+    died, count = run_and_die(case, look_is_due, let_go, stepper, 0)
+    assert not died
+    stride = max(1, count // (8 * MOST))
+    rng = random.Random("let go" if IN_CI else None)
+    outcomes = set()
+    for dies_at in range(1 + rng.randrange(stride), count - 1, stride):
+        where = f"instruction {dies_at} of {count}"
+        case, waiter, before = begin("state")
+        died, _ = run_and_die(case, look_is_due, let_go, stepper, dies_at)
+        neighbor = ResourceQuotaManager(path=case.manager.path, clock=case.clock)
+        until(lambda look=neighbor: not any(is_held(look, model_id) for model_id in ("m", "y")))
+        descriptor = os.open(str(case.manager.path), os.O_RDONLY)
+        try:
+            assert faults(descriptor, where) == 8
+        finally:
+            os.close(descriptor)
+        with contextlib.suppress(QuotaExceededError):
+            waiter.take().cancel()
+        for model_id in before:
+            assert not is_held(case.manager, model_id), where
+            more = tokens(case, model_id) - before[model_id]
+            assert 0 <= more <= 17, where
+            outcomes.add(more)
+        neighbor.close()
+    assert 0 in outcomes
 
 
 def recover(case: Case) -> None:

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager
-from modelquota._core.table.intern import beside
+from modelquota._core.state import beside
 from modelquota.control.load import LoadAdjuster
 
 OTHER = 65_533

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
 from modelquota._core.state.shared import FACTS, regions_for
-from modelquota._core.table.intern import validate
+from modelquota._core.state import validate
 from modelquota._core.table.packing import dtypes
 from modelquota.waiting.thread import ThreadWaiter
 
@@ -283,6 +283,28 @@ def test_a_grant_that_holds_what_nobody_can_have_is_refused(workshop, field):
     at = LAYOUT["grant"].fields[field][1]
     workshop.write([(REGIONS.grants + at, (2**63).to_bytes(8, "little"))], [])
     with pytest.raises(StateFileError, match=f"{field} is no count"):
+        ResourceQuotaManager(path=workshop.path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("decider", 2**18 + 1, "until when"),
+        ("unclaimed_until_ns", 2**63 - 1, "until when"),
+        ("unclaimed_until_ns", 2**64 - 2, "until when"),
+        ("charge.tokens", 2**63, "no charge"),
+        ("charge.raised", 2**62 + 1, "no charge"),
+        ("charge.raised_request", 2, "no charge"),
+        ("charge.at_ns", 2**61 + 1, "no charge"),
+    ],
+)
+def test_a_grant_that_nobody_could_take_or_refund_is_refused(workshop, field, value, words):
+    at, dtype = REGIONS.grants, LAYOUT["grant"]
+    for name in field.split("."):
+        dtype, offset = dtype.fields[name][:2]
+        at += offset
+    workshop.write([(at, value.to_bytes(8, "little")[: dtype.itemsize])], [])
+    with pytest.raises(StateFileError, match=words):
         ResourceQuotaManager(path=workshop.path)
 
 

@@ -10,12 +10,12 @@ from libc.string cimport memset
 
 from modelquota._core.table.batch cimport Batch, charge_batch, check_batch, first_bad_code
 from modelquota._core.row.decision cimport (
-    LAST_TICKET, LOWEST_PRIORITY, NEVER, Ask, Charge, Verdict, charge_tokens, is_trial, pass_time
+    LAST_TICKET, LOWEST_PRIORITY, NEVER, Ask, Verdict, charge_tokens, is_trial, pass_time
 )
 from modelquota._core.row.grant cimport let_go, refund, settle_tokens
 from modelquota._core.state.joint cimport DECIDED, Joint, decide_rows, first_gone, lock_rows, put_in_order, unlock_rows
 from modelquota._core.layout cimport (
-    CHANGES, CHUNK, GrantRecord, Header, Ledger, Limits, QueueEntry, Row, Seat, Shared, UNLIMITED, WINDOWS
+    CHANGES, CHUNK, Charge, GrantRecord, Header, Ledger, Limits, QueueEntry, Row, Shared, UNLIMITED, WINDOWS
 )
 from modelquota._core.row.level cimport NO_RATE
 from modelquota._core.state.lock cimport SLICE_NS, unlock, wait_clock_ns

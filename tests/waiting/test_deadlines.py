@@ -58,14 +58,27 @@ def seconds_until_served(manager, **how):
     return time.monotonic() - start
 
 
+@pytest.mark.parametrize("home", ["same process", "other process"])
 @pytest.mark.parametrize("ids", ["line", ("other", "line")], ids=str)
 @pytest.mark.parametrize("decider", ["acquire", "check_quota", "reserve"])
-def test_a_loop_that_is_parked_blocks_nobody_beyond_its_time(manager, ids, decider):
+def test_a_loop_that_is_parked_blocks_nobody_beyond_its_time(manager, home, ids, decider):
     """It is first in line, there is room, and nobody runs the loop in which it would be told so."""
-    held = manager.reserve("line", 1)
-    with parked_loop(manager, ids), parked_loop(manager, ids) as (_, second):
-        start = time.monotonic()
-        held.release()  # the first is admitted, and cannot come for it; behind it the second waits
+    with contextlib.ExitStack() as stack:
+        started = []
+
+        def park():
+            held = manager.reserve("line", 1)
+            loops = [stack.enter_context(parked_loop(manager, ids)) for _ in range(2)]
+            started.append(time.monotonic())
+            held.release()  # the first is admitted, and cannot come for it; behind it the second waits
+            return loops
+
+        if home == "same process":
+            loops = park()
+        else:
+            began = time.monotonic()
+            stack.enter_context(forked(park))
+        start = started[0] if started else began
         if decider == "acquire":
             manager.acquire("line", 1, timeout=30).release()
         elif decider == "check_quota":
@@ -73,7 +86,8 @@ def test_a_loop_that_is_parked_blocks_nobody_beyond_its_time(manager, ids, decid
         else:
             until(lambda: _tried(lambda: manager.reserve("line", 1).release()))
         assert TIME - 0.2 < time.monotonic() - start < TIME + SLACK
-        assert not second.done()
+        if home == "same process":
+            assert not any(task.done() for _, task in loops)
         assert manager.get_usage("line").concurrent_requests == 0
 
 

@@ -158,8 +158,18 @@ cdef struct QueueEntry:
     uint8_t aside            # another model that does not queue is in its way: meanwhile it blocks nobody
 
 
+cdef struct Charge:
+    # What was charged to a row at one time, for a refund of it.
+    int64_t tokens
+    int64_t at_ns           # the row's time
+    uint32_t epoch          # the ledger's level_epoch
+    int64_t raised          # tokens by which their level rose; fewer if it may not rise above its cap
+    uint8_t raised_request  # whether that of requests rose by one
+
+
 cdef struct GrantRecord:
-    # What one open grant holds of one row, or that a handle is bound to it. Guarded by the row's lock.
+    # What one open grant holds of one row, or that a handle is bound to it. Guarded by the row's lock, but for `decider`,
+    # which its process alone sets and clears, and `unclaimed_until_ns`, see unclaimed.pxd.
     uint32_t seat            # seat word of the process; 0 = free
     uint32_t row
     uint32_t generation
@@ -167,6 +177,10 @@ cdef struct GrantRecord:
     int64_t ram_mb
     int64_t ssd_mb
     int64_t tokens           # charged and not settled
+    # -- of a grant for a request that waited, until the request takes it
+    uint32_t decider         # 1 + number of the record that decides for all records of the grant; 0 = it is taken
+    int64_t unclaimed_until_ns      # in that record: the rows' time from which anybody may let the grant go; CLAIMED; LAPSED
+    Charge charge            # for the refund then
 
 
 cdef struct Limits:
@@ -219,6 +233,7 @@ cdef struct Header:
     int64_t next_ticket       # for requests that wait; atomic
     uint64_t unknown_checks   # checks of ids that have no quota; atomic
     uint64_t recoveries       # rows, lines and grants put right after a process had died; atomic
+    uint64_t unclaimed_made   # grants made for requests that waited, each to be taken by its deadline; atomic
     # counts of removed models, so that totals never fall
     uint64_t retired_allowed
     uint64_t retired_rejected

@@ -7,7 +7,9 @@
 # and the longest wait. A denial changes no window and no level.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
-from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.layout cimport (
+    Charge, DAY, HOUR, Ledger, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
+)
 from modelquota._core.row.level cimport (
     NO_RATE, NS_PER_SECOND, as_double, coarse, drain_levels, is_dormant, level_cost, level_wait_ns, load, note_low,
     raise_level, store, wide
@@ -96,6 +98,7 @@ cdef struct Verdict:
     int64_t retry_after_ms   # the same, rounded up
     int64_t soonest_ns       # the shortest wait that may do, since others may give back what they hold any moment
     bint held_up             # whether what others hold is in the way
+    bint worth_a_look        # whether to see if others are dead, or do not come for their grants, may help
     bint aside               # whether a model that does not queue is in the way
     uint32_t judged          # bits of the limits that are being judged
     double usage             # percent of the violated limit without the request
@@ -339,7 +342,7 @@ cdef inline void start_verdict(Verdict* verdict) noexcept nogil:
     verdict.limit = 0
     verdict.action = NO_ACTION
     verdict.retry_after_ms = NEVER
-    verdict.held_up = verdict.aside = False
+    verdict.held_up = verdict.aside = verdict.worth_a_look = False
 
 
 cdef inline bint tokens_fit(const Row* row, int64_t tokens, Fit* fit) noexcept nogil:
@@ -381,6 +384,8 @@ cdef inline void judge(
         verdict.action = ledger.action
         verdict.allowed = ledger.action == WARN
         verdict.aside = ledger.action != QUEUE
+        # what was charged for open grants may be in the way too
+        verdict.worth_a_look = verdict.held_up or ledger.concurrent != 0
         return
     if row.shadow & limits:
         find_violations(row, ledger, NULL, ask, row.shadow & limits, verdict)

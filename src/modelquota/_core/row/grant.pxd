@@ -1,7 +1,7 @@
 # What a grant holds of a row, and what it charged there: pure arithmetic on one row, whose lock is held.
 from libc.stdint cimport int64_t, uint32_t
-from modelquota._core.row.decision cimport Ask, Charge
-from modelquota._core.layout cimport GrantRecord, Ledger, MAX_COUNT, QueueEntry, Row
+from modelquota._core.row.decision cimport Ask
+from modelquota._core.layout cimport Charge, GrantRecord, Ledger, MAX_COUNT, QueueEntry, Row
 from modelquota._core.row.level cimport lower_level
 from modelquota._core.row.window cimport SLOTS_PER_HOUR_SLOT, current_slot, in_order, measure_room, slot_at, take_back
 
@@ -38,6 +38,7 @@ cdef inline void take_hold(Hold* hold, const Ask* ask, int64_t charged, uint32_t
     record.ssd_mb = min(ask.ssd_mb, MAX_COUNT - ledger.reserved_ssd_mb)
     record.tokens = 0
     record.is_handle = 0
+    record.decider = 0
     in_order()
     record.seat = me
     in_order()
@@ -69,6 +70,7 @@ cdef inline void bind_handle(
     record.generation = generation
     record.ram_mb = record.ssd_mb = record.tokens = 0
     record.is_handle = 1
+    record.decider = 0
     in_order()
     record.seat = me
     in_order()

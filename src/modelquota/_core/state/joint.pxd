@@ -2,15 +2,16 @@
 #
 # Locks are taken in the order of the rows, whatever the order of the ids, so nobody waits in a circle; and none is kept
 # while another one is waited for, so that a process that is stopped in one row holds up nobody in the others.
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.row.decision cimport (
-    Ask, Charge, Fit, NEVER, QUEUE_PLACE, Verdict, assess, charge_admitted, count_violation, highest_usage, start_verdict
+    Ask, Fit, NEVER, QUEUE_PLACE, Verdict, assess, charge_admitted, count_violation, highest_usage, start_verdict
 )
 from modelquota._core.row.grant cimport Hold, take_hold
-from modelquota._core.layout cimport QueueEntry, Row, Shared
+from modelquota._core.layout cimport Charge, QueueEntry, Row, Shared
 from modelquota._core.state.lock cimport unlock, wait_clock_ns
 from modelquota._core.row.queue cimport unlink_entry
 from modelquota._core.state.repair cimport lock_row, try_row
+from modelquota._core.state.unclaimed cimport count_made, set_unclaimed
 
 cdef enum:
     MOST_MODELS = 16
@@ -33,6 +34,7 @@ cdef struct Joint:
     Hold parties[16]        # in the order in which the caller names them; no two have the same row
     int by_row[16]          # indices of parties, in the order of their rows
     Charge charges[16]      # out: what was charged to each
+    int64_t unclaimed_until_ns      # in, for one that holds: when others may let go what is admitted now; 0 = never
     int named               # out: index of the party that the verdict names, or NOBODY
     bint adopted            # whether one of them was registered on sight for this decision
     int gone                # out: index of a party whose model has left its row
@@ -104,6 +106,7 @@ cdef inline int first_gone(const Joint* joint) noexcept nogil:
 cdef inline void add_wait(Verdict* verdict, const Verdict* other) noexcept nogil:
     """The longer of two waits, each way of reckoning."""
     verdict.held_up = verdict.held_up or other.held_up
+    verdict.worth_a_look = verdict.worth_a_look or other.worth_a_look
     verdict.aside = verdict.aside or other.aside
     if verdict.wait_ns != NEVER and (other.wait_ns == NEVER or other.wait_ns > verdict.wait_ns):
         verdict.wait_ns = other.wait_ns
@@ -181,8 +184,13 @@ cdef inline void decide_jointly(
             unlink_entry(party.row, party.ledger, shared.entries, party.entry)
         if holding:
             take_hold(party, ask, joint.charges[i].tokens, shared.me)
+            if joint.unclaimed_until_ns:
+                set_unclaimed(party.record, <uint32_t> (joint.parties[0].record - shared.grants) + 1,
+                              joint.unclaimed_until_ns, &joint.charges[i])
         else:
             verdict.usage = max(verdict.usage, highest_usage(party.row, party.ledger, ask))
+    if holding and joint.unclaimed_until_ns:
+        count_made(&shared.header.unclaimed_made)
 
 
 cdef inline int decide_rows(

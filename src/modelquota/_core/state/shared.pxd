@@ -1,5 +1,5 @@
 from cpython.object cimport PyObject
-from libc.stdint cimport INT64_MIN, int64_t, uint32_t
+from libc.stdint cimport INT64_MIN, int64_t, uint32_t, uint64_t
 from modelquota._core.state.clock cimport ManualClock, monotonic_ns
 from modelquota._core.layout cimport GrantRecord, Pool, QueueEntry, Shared
 
@@ -33,6 +33,8 @@ cdef class SharedState:
     cdef object refusal             # why this process must not use the state, in words; None while it may
     cdef object file_fault          # what has happened to the file underneath, as far as it was reported
     cdef int64_t swept_ns           # when this process last looked for dead ones
+    cdef uint64_t seen_unclaimed    # Header.unclaimed_made, as far as `overdue_ns` goes
+    cdef int64_t overdue_ns         # the earliest time of the rows from which a grant of others may be let go
     cdef int64_t verified_ns        # when it last saw that its seat is still its own
     cdef PyObject* older            # states of this process, see after_fork()
     cdef PyObject* newer
@@ -58,6 +60,7 @@ cdef class SharedState:
     cdef GrantRecord* take_grant_record(self) except NULL
     cdef QueueEntry* take_entry(self) except NULL
     cdef int sweep(self) except -1
+    cdef int let_overdue_go(self) except -1
     cdef int sweep_if_due(self) except -1
 
     cdef inline bint usable(self) noexcept:

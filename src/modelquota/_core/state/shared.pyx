@@ -32,6 +32,7 @@ from modelquota._core.state.lock cimport (
 from modelquota._core.state.pool cimport claim_chunk, end_pool, open_chunk, record_at, start_pool, take_record
 from modelquota._core.state.registry cimport MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, unlock_registry
 from modelquota._core.state.sweep cimport is_anybody_gone, release_grants, sweep_pool
+from modelquota._core.state.unclaimed cimport is_anything_overdue, let_overdue_go, read_made
 from modelquota._core.row.window cimport in_order
 
 from modelquota._core.state.mapping import (
@@ -624,11 +625,31 @@ cdef class SharedState:
         self.exit()
         return found
 
+    cdef int let_overdue_go(self) except -1:
+        """Let go of what was admitted for requests of other processes that have not taken it in time; how much it was."""
+        cdef const Shared* shared = &self.shared
+        cdef int64_t now_ns = self.now_ns()
+        cdef int64_t soonest_ns = INT64_MAX
+        cdef uint64_t made = read_made(&shared.header.unclaimed_made)
+        cdef int found = 0
+        if made == self.seen_unclaimed and now_ns < self.overdue_ns:
+            return 0
+        if is_anything_overdue(now_ns, &soonest_ns, shared):    # with the GIL, as above
+            soonest_ns = INT64_MAX
+            self.inside += 1
+            with nogil:
+                found = let_overdue_go(now_ns, &soonest_ns, shared)
+            self.exit()
+        self.seen_unclaimed = made
+        self.overdue_ns = soonest_ns
+        return found
+
     cdef int sweep_if_due(self) except -1:
-        """sweep(), unless this process is alone or looked a moment ago."""
+        """Look for dead processes, and for requests that do not come for their grants, unless this process is alone or
+        looked a moment ago; how much was found."""
         if self.shared.header.seats_used <= 1 or monotonic_ns() - self.swept_ns < SWEEP_NS:
             return 0
-        return self.sweep()
+        return self.sweep() + self.let_overdue_go()
 
 
 cdef void close_descriptors(Shared* shared) noexcept:

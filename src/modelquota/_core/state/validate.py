@@ -307,6 +307,19 @@ def _judge_held(reader: Reader) -> Iterator[str]:
     for what in ("ram_mb", "ssd_mb", "tokens"):
         for record in np.flatnonzero((held[what] < 0) | (held[what] > _MAX_COUNT)):
             yield f"record {record} of what grants hold: {what} is no count"
+    until_ns, charge = held["unclaimed_until_ns"], held["charge"]
+    for record in np.flatnonzero((held["decider"] > _RECORDS) | (until_ns < -1) | (until_ns > _MAX_COUNT)):
+        yield f"record {record} of what grants hold: nobody can tell until when it is to be taken"
+    for record in np.flatnonzero(
+        (charge["tokens"] < 0)
+        | (charge["tokens"] > _MAX_COUNT)
+        | (charge["raised"] < 0)
+        | (charge["raised"] > _MAX_COUNT)
+        | (charge["raised_request"] > 1)
+        | (charge["at_ns"] < 0)
+        | (charge["at_ns"] > _MAX_TIME_NS)
+    ):
+        yield f"record {record} of what grants hold: what was charged for it is no charge"
 
 
 def _judge_entries(reader: Reader) -> Iterator[str]:

@@ -6,14 +6,14 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from modelquota._core.table.arguments cimport as_count
-from modelquota._core.row.decision cimport Ask, Charge, Fit, Verdict, charge_admitted, highest_usage
+from modelquota._core.row.decision cimport Ask, Fit, Verdict, charge_admitted, highest_usage
 from modelquota._core.table.grant cimport Grant, SETTLED, make_grant
 from modelquota._core.row.grant cimport Hold
 from modelquota._core.state.joint cimport (
     BUSY_ROW, DECIDED, GONE, Joint, MOST_MODELS, NOBODY, Places, assess_all, decide_rows, first_gone, lock_rows, put_in_order,
     same_row, unlock_rows
 )
-from modelquota._core.layout cimport Ledger, Limits, QueueEntry, Row, Shared
+from modelquota._core.layout cimport Charge, Ledger, Limits, QueueEntry, Row, Shared
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
@@ -68,6 +68,7 @@ cdef class GrantTable(QuotaTable):
         cdef list refs = []
         cdef Grant grant
         start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+        joint.unclaimed_until_ns = 0
         self.decide_all(ids_of(model_id), &ask, True, MAY_WAIT, refs, &joint, &verdict, NULL)
         grant = make_grant(self, &joint, refs, &ask) if verdict.allowed else None
         if joint.named != NOBODY:
@@ -215,7 +216,7 @@ cdef class GrantTable(QuotaTable):
                 return BUSY
         if not verdict.allowed:
             self.give_records(joint)
-            if verdict.held_up:
+            if verdict.worth_a_look:
                 self.look_for_dead()
         elif unknown:
             self.count_unknown(unknown)

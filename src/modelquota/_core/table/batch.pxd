@@ -1,9 +1,9 @@
 # Batches: the loops around one decision, wholly without the GIL. Codes are generation << 32 | row number.
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from modelquota._core.row.decision cimport (
-    Ask, Charge, LAST_TICKET, LOWEST_PRIORITY, Verdict, charge_tokens, decide, is_trial, pass_time, unlikely
+    Ask, LAST_TICKET, LOWEST_PRIORITY, Verdict, charge_tokens, decide, is_trial, pass_time, unlikely
 )
-from modelquota._core.layout cimport Header, MAX_COUNT, Ledger, Row, Shared, SECOND, SLOTS
+from modelquota._core.layout cimport Charge, Header, MAX_COUNT, Ledger, Row, Shared, SECOND, SLOTS
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.repair cimport lock_row
 from modelquota._core.row.window cimport slot_at
@@ -135,7 +135,7 @@ cdef inline Py_ssize_t check_batch(
             batch.limits[i] = 0
         else:
             batch.limits[i] = verdict.limit
-            batch.held_up = batch.held_up or verdict.held_up
+            batch.held_up = batch.held_up or verdict.worth_a_look
         if batch.waits_ms:
             batch.waits_ms[i] = 0 if verdict.allowed else verdict.retry_after_ms
         i += 1

@@ -1,7 +1,8 @@
 from libc.stdint cimport int64_t, uint32_t
-from modelquota._core.row.decision cimport Ask, Charge
+from modelquota._core.row.decision cimport Ask
 from modelquota._core.row.grant cimport Hold
 from modelquota._core.state.joint cimport Joint
+from modelquota._core.layout cimport Charge
 from modelquota._core.table.intern cimport RowRef
 from modelquota._core.table.table cimport QuotaTable
 
@@ -18,6 +19,7 @@ cdef struct Ending:
     int64_t surplus         # tokens to refund; negative: to charge
     bint undo               # refund the request too
     bint close              # give back what is held
+    bint lapsed             # others may have done all that by now
 
 
 cdef class Deferred:
@@ -44,6 +46,8 @@ cdef class Grant:
     cdef int forks              # in which process it was made
     cdef Stage stage
     cdef bint cancelled
+    cdef bint unclaimed         # the request that waited for it has not taken it yet,
+    cdef bint lapsed            # and cannot any more: its time was over
     cdef bint counting          # add() was called
     cdef readonly bint limit_reached
     cdef readonly int64_t estimated_tokens
@@ -53,6 +57,7 @@ cdef class Grant:
     cdef Hold* hold(self, int party) noexcept nogil
     cdef Charge* charge_of(self, int time, int party) noexcept nogil
     cdef RowRef ref_of(self, int party)
+    cdef bint claim(self) noexcept
     cdef int require_open(self, str verb) except -1
     cdef bint ours(self) noexcept
     cdef bint charge_more(self) except -1

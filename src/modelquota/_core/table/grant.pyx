@@ -9,16 +9,17 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
 from modelquota._core.table.arguments cimport as_count
-from modelquota._core.row.decision cimport Ask, Charge, admits_tokens, charge_tokens, is_trial, pass_time
+from modelquota._core.row.decision cimport Ask, admits_tokens, charge_tokens, is_trial, pass_time
 from modelquota._core.row.grant cimport Hold, let_go, refund, reserve_tokens, settle_tokens
 from modelquota._core.state.joint cimport Joint, lock_rows, put_in_order, unlock_rows
-from modelquota._core.layout cimport Ledger, MAX_COUNT, Row, Shared
+from modelquota._core.layout cimport Charge, Ledger, MAX_COUNT, Row, Shared
 from modelquota._core.state.lock cimport SLICE_NS, unlock
 from modelquota._core.state.pool cimport give_record
 from modelquota._core.state.repair cimport lock_row
 from modelquota._core.state.shared cimport fork_count
 from modelquota._core.table.intern cimport RowRef
 from modelquota._core.table.table cimport QuotaTable
+from modelquota._core.state.unclaimed cimport claim_record, put_decider
 
 from modelquota.errors import GrantClosedError
 
@@ -82,6 +83,17 @@ cdef class Grant:
 
     cdef inline bint ours(self) noexcept:
         return self.forks == fork_count()
+
+    cdef bint claim(self) noexcept:
+        """Take it for a request that has waited; False if the time for that was over, and others have let it go."""
+        cdef int i
+        if self.unclaimed and self.ours() and self.manager.usable():
+            self.unclaimed = False
+            self.lapsed = not claim_record(self.first.record)
+            if not self.lapsed:
+                for i in range(self.parties):
+                    put_decider(&self.hold(i).record.decider, 0)
+        return not self.lapsed
 
     cdef inline int require_open(self, str verb) except -1:
         if self.ours() and not self.manager.usable():
@@ -268,6 +280,9 @@ cdef class Grant:
         self.charged = tokens
         if not self.ours() or not self.manager.usable():
             return 0
+        if self.unclaimed:
+            self.claim()
+        ending.lapsed = self.lapsed
         if self.manager.deferred:
             finish_deferred(self.manager)
         for i in range(self.parties):
@@ -397,6 +412,8 @@ cdef int finish_party(
     if not lock_row(row, shared, patience_ns):
         return LOCKED_OUT
     alive = row.generation == party.generation
+    if ending.lapsed and party.record.seat != shared.me:    # others have refunded it too
+        alive = False
     if alive and (left != 0 or ending.undo):
         pass_time(row, ledger, now_ns)
         if left < 0:
@@ -489,6 +506,7 @@ cdef Grant make_grant(QuotaTable manager, Joint* joint, list refs, const Ask* as
     grant.forks = fork_count()
     grant.estimated_tokens = grant.charged = ask.tokens
     grant.parties = joint.count
+    grant.unclaimed = joint.unclaimed_until_ns != 0 and joint.count != 0
     for i in range(joint.count):
         joint.parties[i].entry = NULL
     grant.times = 1

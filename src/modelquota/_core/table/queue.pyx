@@ -204,6 +204,9 @@ cdef class Waiter:
             self.manager.unclaimed.discard(self)
         if self.error is not None:
             raise self.error
+        if grant is not None and not grant.claim():     # too late
+            grant.cancel()
+            grant = None
         if grant is None:
             raise QuotaExceededError(self.result)
         return grant
@@ -390,6 +393,7 @@ cdef class Line:
             if blocked is not None and asks_as_much(&waiter.ask, &blocked.ask):
                 i += 1
                 continue
+            joint.unclaimed_until_ns = waiter.deadline_ns if waiter.deadline_ns != FAR else 0
             try:
                 unknown = manager.decide_all(waiter.ids, &waiter.ask, True, 0, refs, &joint, &verdict, &waiter.places)
             except Exception as error:      # no room for a record, or for a model that is registered on sight
@@ -587,6 +591,7 @@ cdef class WaitTable(GrantTable):
             waiter.manager = self
             waiter.lines = []
         if waiter.ask.counted == NULL:
+            joint.unclaimed_until_ns = 0
             unknown = self.decide_all(waiter.ids, &waiter.ask, True, 0 if nowait else SLICE_NS, refs, &joint, &verdict, NULL)
             if unknown == BUSY:
                 return self._try_again(waiter)

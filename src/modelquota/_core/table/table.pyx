@@ -140,7 +140,7 @@ cdef class QuotaTable(QuotaState):
             return self.answer_late(ref, model_id, ask, handle)
         if not decide_and_unlock(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict):
             return self.answer_late(ref, model_id, ask, handle)
-        if verdict.limit and verdict.held_up:
+        if verdict.limit and verdict.worth_a_look:
             self.look_for_dead()
         if verdict.log_held == 0:
             return result_of(&verdict, <str> model_id)
@@ -173,7 +173,7 @@ cdef class QuotaTable(QuotaState):
                 raise UnknownModelError(model_id)
             self.drop(ref)
             return self.answer_unknown(model_id, ask)
-        if verdict.limit and verdict.held_up:
+        if verdict.limit and verdict.worth_a_look:
             self.look_for_dead()
         result = result_of(&verdict, ref.model_id)
         if verdict.log_held:
