@@ -87,7 +87,8 @@ def _list(console: Console, known: dict[str, str]) -> None:
 
 
 def _unknown(topic: str, known: list[str]) -> str:
-    near = [name for name in known if topic and name.startswith(topic)] or get_close_matches(topic, known, cutoff=0.5)
+    given = topic.lower()
+    near = [name for name in known if given and name.startswith(given)] or get_close_matches(given, known, cutoff=0.5)
     hint = f"perhaps {' or '.join(near)}" if near else f"one of {', '.join(known)}"
     return f"there is no topic {topic!r}; expected {hint}"
 
@@ -146,14 +147,13 @@ def _longest_word(text: Text) -> int:
 
 
 def _records(headings: list[Text], rows: list[list[Text]]) -> Iterator[Text]:
-    """Yield the first cell of each row as a line, and the others below it, each after its heading."""
-    for number, (first, *others) in enumerate(rows):
+    """Yield a line for each cell that is not empty, after its heading; the first cell of a row leads the others."""
+    for number, row in enumerate(rows):
         if number:
             yield Text()
-        yield first
-        for heading, cell in zip(headings[1:], others, strict=True):
+        for heading, cell in zip(headings, row, strict=True):
             if cell.plain:
-                yield Text.assemble(_GAP, (f"{heading.plain}: ", "dim"), cell)
+                yield Text.assemble("" if heading is headings[0] else _GAP, (f"{heading.plain}: ", "dim"), cell)
 
 
 class _Topic(Markdown):
