@@ -130,7 +130,7 @@ def test_commands_that_the_text_names_exist():
     for text in TEXTS.values():
         prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
         named |= {" ".join(words.split()) for words in re.findall(r"`(modelquota(?: [^`]+))`", prose)}
-    assert "modelquota serve-demo --workers 4 --path quota.state" in named
+    assert "modelquota docs TOPIC" in named
     for words in named:
         parse(shlex.split(words), resilient_parsing=True)
 
@@ -233,6 +233,30 @@ def test_modules_that_were_moved_are_where_the_changes_say():
         assert importlib.util.find_spec(now.strip("`")), now
         parent, _, name = before.strip("`").rpartition(".")
         assert not (PACKAGE.joinpath(*parent.split(".")[1:]) / f"{name}.py").exists(), before
+
+
+def test_dotted_names_in_the_text_exist():
+    text = "\n".join(text for name, text in TEXTS.items() if name != "changes")
+    named = set(re.findall(r"`(modelquota(?:\.\w+)+)\b", text))
+    assert named
+    for name in named:
+        pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("topic", ["metrics", "control"])
+def test_verbs_in_the_tables_are_those_of_a_manager(topic):
+    verbs = [cells[0] for cells in table_of(topic, "| verb | what it ")]
+    assert verbs
+    for cell in verbs:
+        for name in re.findall(r"`(?:manager\.)?(\w+)\b", cell):
+            assert hasattr(ResourceQuotaManager, name), name
+
+
+def test_fields_in_the_table_of_metrics_are_those_of_stats_and_usage():
+    fields = {*modelquota.QuotaStats.__dataclass_fields__, *modelquota.ResourceUsage.__dataclass_fields__}
+    named = {name for row in table_of("metrics", "| metric |") for name in re.findall(r"`(\w+)`", row[0])}
+    assert named
+    assert named <= fields
 
 
 def test_the_errors_are_all_there_and_are_what_the_topic_says():
