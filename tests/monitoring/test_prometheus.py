@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from pathlib import Path
+from importlib.resources import files
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -279,8 +279,8 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(manager):
 
 def test_the_documentation_names_only_metrics_that_there_are(manager):
     exported = {key[0] for key in scrape(registry_of(manager))}
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    for text in (readme, modelquota.monitoring.prometheus.__doc__):
+    topic = files("modelquota.docs").joinpath("metrics.md").read_text(encoding="utf-8")
+    for text in (topic, modelquota.monitoring.prometheus.__doc__):
         named = set(re.findall(r"\bmodelquota_[a-z_]*[a-z]\b", text))
         assert named
         assert named <= exported

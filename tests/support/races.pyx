@@ -15,7 +15,8 @@ from modelquota._core.row.decision cimport (
 from modelquota._core.row.grant cimport let_go, refund, settle_tokens
 from modelquota._core.state.joint cimport DECIDED, Joint, decide_rows, first_gone, lock_rows, put_in_order, unlock_rows
 from modelquota._core.layout cimport (
-    CHANGES, CHUNK, Charge, GrantRecord, Header, Ledger, Limits, QueueEntry, Row, Shared, UNLIMITED, WINDOWS
+    CHANGES, CHUNK, Charge, GrantRecord, Header, Ledger, Limits, QueueEntry, Row, Seat, Shared, UNLIMITED,
+    WINDOWS
 )
 from modelquota._core.row.level cimport NO_RATE
 from modelquota._core.state.lock cimport SLICE_NS, unlock, wait_clock_ns

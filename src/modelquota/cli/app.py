@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from modelquota import ResourceQuotaManager, __version__
-from modelquota.cli import manage, statefile
+from modelquota.cli import docs, manage, statefile
 from modelquota.cli.demo import run_demo
 from modelquota.cli.errors import answering, say, unusable
 from modelquota.cli.tuning import print_json, print_report, replay_file
@@ -190,6 +190,7 @@ def _open_view(path: Path, trust_file: bool) -> QuotaView:
 
 manage.add_commands(app, _open_manager, _open_view)
 statefile.add_commands(app)
+docs.add_commands(app)
 
 
 @contextmanager

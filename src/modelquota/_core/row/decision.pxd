@@ -401,10 +401,18 @@ cdef inline void assess_closely(
     """The rest of assess(), for a request that does not plainly fit. Apart, so that the compiler puts the common case at
     the place of the call."""
     # those in the queue whose time is over may be all that is in the way
-    if ledger.waiting != 0 and drop_expired(row, ledger, entries, now_ns, False) and fits(row, ledger, ask, fit):
-        fit.fits = True
-        return
-    judge(row, ledger, entries, ask, ALL_LIMITS, enforcing, verdict)
+    fit.fits = ledger.waiting != 0 and drop_expired(row, ledger, entries, now_ns, False) and fits(row, ledger, ask, fit)
+    if not fit.fits:
+        judge(row, ledger, entries, ask, ALL_LIMITS, enforcing, verdict)
+
+
+cdef inline bint fits_at_once(
+    Row* row, Ledger* ledger, int64_t now_ns, const Ask* ask, Fit* fit, Verdict* verdict
+) noexcept nogil:
+    """The first half of assess(): all that most requests need."""
+    pass_time(row, ledger, now_ns)
+    start_verdict(verdict)
+    return fits(row, ledger, ask, fit)
 
 
 cdef inline void assess(
@@ -414,10 +422,8 @@ cdef inline void assess(
 
     Charges and counts nothing; what changes is what time changes by itself. Requires the row's lock.
     """
-    pass_time(row, ledger, now_ns)
-    start_verdict(verdict)
-    fit.fits = fits(row, ledger, ask, fit)
-    if unlikely(not fit.fits):
+    fit.fits = fits_at_once(row, ledger, now_ns, ask, fit, verdict)
+    if not fit.fits:
         assess_closely(row, ledger, entries, now_ns, ask, enforcing, fit, verdict)
 
 
@@ -466,23 +472,26 @@ cdef inline void charge_admitted(Row* row, Ledger* ledger, const Ask* ask, const
     charge_fitting(row, ask, fit)
 
 
-cdef inline void conclude(Row* row, Ledger* ledger, const Ask* ask, const Fit* fit, Verdict* verdict) noexcept nogil:
-    """The rest of decide(), for what does not plainly fit. Apart, as is assess_closely()."""
+cdef inline void decide_closely(
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
+) noexcept nogil:
+    """The rest of decide(), apart as is assess_closely(), and with a Fit of its own: that of decide() stays in registers."""
+    cdef Fit fit
     cdef Charge charged
+    assess_closely(row, ledger, entries, now_ns, ask, enforcing, &fit, verdict)
     if verdict.limit:
         count_violation(row, ledger, verdict)
     if verdict.allowed:
-        charge_admitted(row, ledger, ask, fit, &charged)
+        charge_admitted(row, ledger, ask, &fit, &charged)
 
 
 cdef inline void decide(
     Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
 ) noexcept nogil:
-    """Admit and charge, or deny and count, at one row. Requires its lock."""
+    """assess() at one row, and charge what it admits, or count what it denies. Requires the row's lock."""
     cdef Fit fit
-    assess(row, ledger, entries, now_ns, ask, enforcing, &fit, verdict)
-    if unlikely(not fit.fits):
-        conclude(row, ledger, ask, &fit, verdict)
+    if unlikely(not fits_at_once(row, ledger, now_ns, ask, &fit, verdict)):
+        decide_closely(row, ledger, entries, now_ns, ask, enforcing, verdict)
         return
     charge_fitting(row, ask, &fit)
 
