@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import logging
 import os
 import random
 import signal
@@ -93,7 +94,8 @@ def visits(rng: random.Random, born_ns: int) -> list[int]:
     ]
 
 
-def test_every_decision_is_that_of_one_who_forgets_nothing():
+def test_every_decision_is_that_of_one_who_forgets_nothing(caplog):
+    caplog.set_level(logging.CRITICAL, "modelquota")  # each denial is logged, and pytest would keep 10 GB of records
     rng = random.Random(IDS)
     clock = ManualClock(START_NS)
     manager = ResourceQuotaManager(clock=clock, max_models=TABLE, default_quota=LIMITS)
