@@ -26,6 +26,7 @@ from modelquota import (
     ResourceQuotaConfig,
     ResourceQuotaManager,
 )
+from modelquota.waiting import ThreadWaiter
 
 SOON = 5.0
 """Seconds in which nothing may hang that is to give up at once; generous, as the machine is busy."""
@@ -116,6 +117,25 @@ def test_who_was_denied_before_and_then_locked_out_is_told_the_denial(manager, i
     manager.reserve("line", 1).release()
 
 
+def test_who_was_denied_and_then_cannot_get_into_the_line_is_told_the_denial(manager, monkeypatch):
+    """The row is locked from the moment between the denial and the place in the queue on."""
+    held = manager.reserve("line", 1)
+    prepare = ThreadWaiter.prepare
+    with contextlib.ExitStack() as stack:
+
+        def prepare_and_stop(waiter):
+            prepare(waiter)
+            stack.enter_context(stopped_inside(manager, "line"))
+
+        monkeypatch.setattr(ThreadWaiter, "prepare", prepare_and_stop)
+        with takes(0.3), pytest.raises(QuotaExceededError) as raised:
+            manager.acquire("line", 1, timeout=0.3)
+    assert type(raised.value) is QuotaExceededError
+    assert raised.value.result.limit.name == "CONCURRENCY"
+    assert manager.get_usage("line").queued_requests == 0
+    held.release()
+
+
 # -- Ctrl-C
 
 WAITING = {
@@ -157,6 +177,38 @@ def test_an_interrupt_ends_a_verb_that_waits(manager, verb):
     assert manager.get_quota("m").max_ram_mb == 1000
     assert not manager._arrays()[1]["lock"].any()
     WAITING["check_quota"](manager)
+
+
+@pytest.mark.parametrize("verb", ["check_quota", "reserve of several", "acquire", "check_many", "set_quota"])
+def test_a_signal_handler_runs_while_a_verb_waits_and_the_verb_goes_on(manager, verb):
+    """The handler itself lets the stopped process go on; nothing else does in time."""
+    manager.many = manager.rows(["free", "m"])
+    handled = []
+    with contextlib.ExitStack() as stack:
+
+        def handle(*_):
+            handled.append(True)
+            stack.close()
+
+        stack.enter_context(stopped_inside(manager, "m"))
+        previous = signal.signal(signal.SIGUSR1, handle)
+        timers = [
+            threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1)),
+            threading.Timer(PATIENCE, stack.close),  # so that a failure is no hang
+        ]
+        try:
+            for timer in timers:
+                timer.start()
+            outcome = WAITING[verb](manager)
+        finally:
+            for timer in timers:
+                timer.cancel()
+                timer.join()
+            signal.signal(signal.SIGUSR1, previous)
+    assert handled, "it waited on"
+    if hasattr(outcome, "release"):
+        outcome.release()
+    assert not manager._arrays()[1]["lock"].any()
 
 
 # -- event loops
