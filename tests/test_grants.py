@@ -285,6 +285,20 @@ def test_a_level_takes_back_nothing_that_it_has_forgotten(manager):
     grant.release()
 
 
+@pytest.mark.parametrize(("actual", "level"), [(90, 21), (21, 21), (15, 15), (0, 0)])
+def test_a_refund_takes_no_more_from_a_level_than_the_charge_had_raised(manager, clock, actual, level):
+    """Under warn the level goes up to its cap: what of a charge stays would have filled it as well."""
+    rate = {"max_tokens_per_second": 1, "burst_tokens": 20}
+    manager.set_quota("n", **OPEN | rate | {"on_violation": "warn"})
+    with manager.reserve("n", 100) as grant:
+        manager.update_quota("n", on_violation="reject")
+        grant.settle(actual)
+        clock.advance(2)
+    room = 21 - max(level - 2, 0)
+    assert not manager.check_quota("n", room + 1)
+    assert manager.check_quota("n", room)
+
+
 def test_bad_use_is_a_clear_error(manager):
     grant = manager.reserve("m", 100)
     for verb in (grant.add, grant.settle):
