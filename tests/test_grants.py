@@ -370,6 +370,24 @@ def test_several_models_grant_together_or_not_at_all(manager):
     assert (stats.allowed_requests, stats.rejected_requests, stats.total_checks) == (3, 1, 4)
 
 
+@pytest.mark.parametrize("ids", [("m", "slow"), ("slow", "m"), ("m", "warned", "slow", "free")], ids="-".join)
+def test_several_models_are_waited_for_until_the_last_of_them_admits(manager, clock, ids):
+    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 0})
+    manager.set_quota("slow", **OPEN | {"max_tokens_per_second": 1, "burst_tokens": 49})
+    manager.set_quota("warned", **OPEN | {"max_tokens_per_hour": 1, "on_violation": "warn"})
+    manager.set_quota("free", **OPEN)
+    assert manager.check_quota("m", 10)
+    assert manager.check_quota("slow", 50)
+    result = manager.check_quota(ids, 5)
+    assert result.model_id == next(name for name in ids if name in ("m", "slow"))
+    assert result.retry_after_ms == manager.peek_quota("slow", 5).retry_after_ms == 5000
+    assert manager.peek_quota("m", 5).retry_after_ms < 5000
+    clock.advance(4.999)
+    assert not manager.check_quota(ids, 5)
+    clock.advance(0.001)
+    assert manager.check_quota(ids, 5)
+
+
 def test_a_handle_has_the_same_verbs(manager):
     quota = manager.model("m")
     with quota.reserve(10, 1), quota.acquire(20, timeout=0) as grant:

@@ -103,6 +103,20 @@ def test_it_is_refused_at_once_if_all_that_is_reserved_would_not_do(limits, acti
     grant.release()
 
 
+@pytest.mark.parametrize("ids", [("m", "spent"), ("spent", "m")], ids="-".join)
+def test_a_request_for_several_is_refused_at_once_if_one_of_them_has_nothing_that_may_come_back(ids):
+    manager = ResourceQuotaManager()
+    for model_id in ids:
+        limits = {"max_tokens_per_hour": 100, "on_violation": "queue", "grace_period_sec": 25}
+        manager.set_quota(open_quota(model_id, **limits))
+    assert manager.check_quota("spent", 90)
+    with manager.reserve("m", 90):
+        start = time.monotonic()
+        with pytest.raises(QuotaExceededError):
+            manager.acquire(ids, 60)
+        assert time.monotonic() - start < 10
+
+
 @pytest.mark.parametrize("limits", LIMITS[:2])
 def test_what_a_killed_holder_had_reserved_is_spent_and_held_no_more(tmp_path, limits):
     manager = ResourceQuotaManager(path=tmp_path / "quota.state")

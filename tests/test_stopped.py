@@ -36,8 +36,8 @@ SOON = 5.0
 def manager(request, tmp_path):
     place = {} if request.param == "memory" else {"path": tmp_path / "quota.state"}
     manager = ResourceQuotaManager(max_models=64, **place)
+    manager.set_quota("free", **FREE)  # its row comes before that of "m": in joint requests it is locked first
     manager.set_quota("m", **LINE | {"max_concurrent_requests": None, "max_ram_mb": 1000})
-    manager.set_quota("free", **FREE)
     manager.set_quota("line", **LINE)
     return manager
 
@@ -71,6 +71,7 @@ def test_acquire_gives_up_after_its_timeout(manager, ids, seconds):
     assert "stopped" in str(raised.value)
     assert isinstance(raised.value, QuotaExceededError)
     assert manager.get_usage("free").concurrent_requests == 0
+    assert not manager._arrays()[1]["lock"][row_of(manager, "free")]
 
 
 @pytest.mark.usefixtures("stopped")
@@ -360,7 +361,7 @@ def test_reads_answer(manager):
         assert (seen.reserved_ram_mb, seen.concurrent_requests) == (100, 1)
         assert manager.get_model_report("m").quota == report.quota
         assert manager.get_stats().total_checks == stats.total_checks
-        assert manager.list_models() == ["m", "free", "line"]
+        assert manager.list_models() == ["free", "m", "line"]
         rows = {str(row["model_id"]): row for row in manager.snapshot()}
         assert int(rows["m"]["tokens_this_hour"]) == 12
         text = io.StringIO()

@@ -249,6 +249,23 @@ def test_a_request_over_several_models_keeps_its_place_at_each_of_them(manager, 
         assert (usage.concurrent_requests, usage.queued_requests) == (0, 0)
 
 
+def test_those_behind_a_request_that_is_behind_another_one_are_told_what_that_waits_for(manager, clock):
+    manager.set_quota("tenant", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 0})
+    manager.update_quota("m", max_concurrent_requests=5)
+    assert manager.check_quota("tenant", 10)
+    line = Line(manager)
+    thread = threading.Thread(target=lambda: manager.acquire("tenant", 1).release(), daemon=True)
+    thread.start()
+    until(lambda: waiting(manager, "tenant") == 1)
+    line.join("both", ("m", "tenant"), 1)
+    result = manager.check_quota("m", 1)
+    assert (result.limit, result.violation_type) == (Limit.QUEUE, ViolationType.RATE_LIMIT)
+    clock.advance(2)
+    line.wait()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
 def test_a_request_that_a_tenant_throttles_does_not_hold_up_the_model_for_the_others(manager, clock):
     manager.set_quota("tenant", **OPEN | {"max_concurrent_requests": 1, "on_violation": "throttle"})
     manager.update_quota("m", max_concurrent_requests=5)
