@@ -197,6 +197,27 @@ def test_whose_time_is_over_is_refused_and_delays_nobody(manager, clock):
     assert (stats.total_checks, stats.allowed_requests, stats.queued_requests) == (3, 2, 2)
 
 
+def test_a_queue_whose_last_one_has_left_goes_on_with_those_who_come(manager, clock):
+    """So does one that was empty in between; a check sees at once that others wait."""
+    for _ in range(3):
+        held = manager.reserve("m", 1)
+        line = Line(manager)
+        line.join("a")
+        line.join("impatient", "m", 1, timeout=5)
+        clock.advance(5)
+        until(lambda line=line: line.refused)
+        line.join("b")
+        line.join("c")
+        assert waiting(manager) == 3
+        assert manager.check_quota("m", 1).limit is Limit.QUEUE
+        with pytest.raises(QuotaExceededError, match="queued requests: 3 of"):
+            manager.reserve("m", 1)
+        held.release()
+        line.wait()
+        assert line.served == ["a", "b", "c"]
+        assert waiting(manager) == 0
+
+
 def test_the_line_is_bounded(manager):
     manager.update_quota("m", max_queued_requests=2)
     held = manager.reserve("m", 1)
