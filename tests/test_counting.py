@@ -248,7 +248,11 @@ def test_who_waits_for_several_models_waits_once():
         assert of_page(manager)[1] == of_stats(stats)
         held.release()
         (await wait).release()
-        assert manager.get_stats().denied_requests == 1
+        stats = manager.get_stats()
+        assert (stats.denied_requests, stats.waited_requests) == (1, 1)
+        for model_id in ("m", "n", "o"):  # what they counted stays
+            manager.remove_quota(model_id)
+        assert manager.get_stats() == stats
 
     asyncio.run(main())
 
