@@ -106,6 +106,16 @@ def test_a_loop_that_runs_again_in_time_gets_its_grant(manager):
     assert manager.get_usage("line").concurrent_requests == 0
 
 
+def test_a_place_whose_time_is_over_is_free_again_behind_one_that_waits_on(manager):
+    manager.update_quota("line", max_queued_requests=2)
+    held = manager.reserve("line", 1)
+    with parked_loop(manager, timeout=60), parked_loop(manager):
+        until(lambda: waiting(manager) == 1)
+        with parked_loop(manager, timeout=60):  # it finds room
+            assert waiting(manager) == 2
+    held.release()
+
+
 @pytest.mark.parametrize("when", ["before there is room", "after"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_loop_that_is_closed_blocks_nobody(manager, when):
