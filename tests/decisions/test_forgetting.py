@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import logging
 import os
 import random
 import signal
@@ -94,7 +95,8 @@ def visits(rng: random.Random, born_ns: int) -> list[int]:
     ]
 
 
-def test_every_decision_is_that_of_one_who_forgets_nothing():
+def test_every_decision_is_that_of_one_who_forgets_nothing(caplog):
+    caplog.set_level(logging.CRITICAL, "modelquota")  # each denial is logged, and pytest would keep 10 GB of records
     rng = random.Random(IDS)
     clock = ManualClock(START_NS)
     manager = ResourceQuotaManager(clock=clock, max_models=TABLE, default_quota=LIMITS)
@@ -398,6 +400,26 @@ def test_a_full_table_has_room_on_a_manual_clock_whenever_one_has_aged(clock):
     with pytest.raises(CapacityError):
         manager.check_quota("new", 1)
     clock.advance(0.02)
+    assert manager.check_quota("new", 1)
+
+
+def test_a_table_that_was_searched_in_vain_is_not_searched_again_at_once():
+    """Under a real clock: ids that find no place cost no search each. Whatever makes room ends that."""
+    limits = ResourceQuotaConfig.unlimited("any", max_requests_per_day=1)
+    manager = ResourceQuotaManager(max_models=ROWS, default_quota=limits)
+    for number in range(ROWS):
+        assert manager.check_quota(f"old:{number}", 1)
+    header, _, _ = manager._arrays()
+    with pytest.raises(CapacityError):
+        manager.check_quota("new", 1)
+    assert header["full_until_ns"] > 0
+    header["full_until_ns"] = 2**61  # that time is not over before the next one comes
+    hand = int(header["forget_hand"][0])
+    with pytest.raises(CapacityError):
+        manager.check_quota("new", 1)
+    assert header["forget_hand"] == hand
+    assert manager.remove_quota("old:3")
+    assert header["full_until_ns"] == 0
     assert manager.check_quota("new", 1)
 
 

@@ -285,6 +285,20 @@ def test_a_level_takes_back_nothing_that_it_has_forgotten(manager):
     grant.release()
 
 
+@pytest.mark.parametrize(("actual", "level"), [(90, 21), (21, 21), (15, 15), (0, 0)])
+def test_a_refund_takes_no_more_from_a_level_than_the_charge_had_raised(manager, clock, actual, level):
+    """Under warn the level goes up to its cap: what of a charge stays would have filled it as well."""
+    rate = {"max_tokens_per_second": 1, "burst_tokens": 20}
+    manager.set_quota("n", **OPEN | rate | {"on_violation": "warn"})
+    with manager.reserve("n", 100) as grant:
+        manager.update_quota("n", on_violation="reject")
+        grant.settle(actual)
+        clock.advance(2)
+    room = 21 - max(level - 2, 0)
+    assert not manager.check_quota("n", room + 1)
+    assert manager.check_quota("n", room)
+
+
 def test_bad_use_is_a_clear_error(manager):
     grant = manager.reserve("m", 100)
     for verb in (grant.add, grant.settle):
@@ -354,6 +368,24 @@ def test_several_models_grant_together_or_not_at_all(manager):
     assert manager.get_usage("tenant").reserved_ram_mb == 0
     stats = manager.get_stats()
     assert (stats.allowed_requests, stats.rejected_requests, stats.total_checks) == (3, 1, 4)
+
+
+@pytest.mark.parametrize("ids", [("m", "slow"), ("slow", "m"), ("m", "warned", "slow", "free")], ids="-".join)
+def test_several_models_are_waited_for_until_the_last_of_them_admits(manager, clock, ids):
+    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 0})
+    manager.set_quota("slow", **OPEN | {"max_tokens_per_second": 1, "burst_tokens": 49})
+    manager.set_quota("warned", **OPEN | {"max_tokens_per_hour": 1, "on_violation": "warn"})
+    manager.set_quota("free", **OPEN)
+    assert manager.check_quota("m", 10)
+    assert manager.check_quota("slow", 50)
+    result = manager.check_quota(ids, 5)
+    assert result.model_id == next(name for name in ids if name in ("m", "slow"))
+    assert result.retry_after_ms == manager.peek_quota("slow", 5).retry_after_ms == 5000
+    assert manager.peek_quota("m", 5).retry_after_ms < 5000
+    clock.advance(4.999)
+    assert not manager.check_quota(ids, 5)
+    clock.advance(0.001)
+    assert manager.check_quota(ids, 5)
 
 
 def test_a_handle_has_the_same_verbs(manager):

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import pytest
+from neighbors import stopped_inside
 from patience import until
 
 from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
@@ -49,6 +50,41 @@ def test_a_wait_for_reserved_tokens_is_granted_when_they_come_back(limits, actio
     got.pop().release()
 
 
+@pytest.mark.parametrize("limits", LIMITS)
+def test_tokens_that_were_added_beyond_the_estimate_may_come_back_as_well(limits):
+    manager = ResourceQuotaManager()
+    manager.set_quota(open_quota("m", **limits, on_violation="queue", grace_period_sec=25))
+    grant = manager.reserve("m", 10)
+    assert grant.add(90)
+    thread, got = acquire_in_thread(manager, 60)
+    until(lambda: got or manager.get_usage("m").queued_requests)
+    assert not got  # not refused at once
+    grant.settle(1)
+    grant.release()
+    thread.join(30)
+    got.pop().release()
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_what_is_reserved_is_found_again_after_a_process_has_died_in_the_row(tmp_path, limits):
+    manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=64)
+    manager.set_quota(open_quota("m", **limits, on_violation="queue", grace_period_sec=25))
+    grant = manager.reserve("m", 90)
+    with stopped_inside(manager, "m") as pid:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert manager.check_quota("m", 1)  # takes the lock over
+    assert manager._arrays()[0]["recoveries"] == 1
+    thread, got = acquire_in_thread(manager, 60)
+    until(lambda: got or manager.get_usage("m").queued_requests)
+    assert not got  # not refused at once
+    grant.settle(1)
+    grant.release()
+    thread.join(30)
+    got.pop().release()
+    assert manager._arrays()[2]["reserved_tokens"].sum() == 0
+
+
 @pytest.mark.parametrize("action", ["queue", "throttle"])
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("how", ["settled", "too large", "spent besides"])
@@ -65,6 +101,20 @@ def test_it_is_refused_at_once_if_all_that_is_reserved_would_not_do(limits, acti
         manager.acquire("m", 101 if how == "too large" else 60)
     assert time.monotonic() - start < 10
     grant.release()
+
+
+@pytest.mark.parametrize("ids", [("m", "spent"), ("spent", "m")], ids="-".join)
+def test_a_request_for_several_is_refused_at_once_if_one_of_them_has_nothing_that_may_come_back(ids):
+    manager = ResourceQuotaManager()
+    for model_id in ids:
+        limits = {"max_tokens_per_hour": 100, "on_violation": "queue", "grace_period_sec": 25}
+        manager.set_quota(open_quota(model_id, **limits))
+    assert manager.check_quota("spent", 90)
+    with manager.reserve("m", 90):
+        start = time.monotonic()
+        with pytest.raises(QuotaExceededError):
+            manager.acquire(ids, 60)
+        assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("limits", LIMITS[:2])

@@ -231,6 +231,32 @@ def manager_status(manager):
     return out.getvalue().splitlines()[-3:]
 
 
+def test_who_waits_for_several_models_waits_once():
+    """It is in the queue of each; a denial of somebody else is still one."""
+    manager = ResourceQuotaManager(clock=ManualClock(10**12))
+    for model_id in ("m", "n", "o"):
+        manager.set_quota(model_id, max_concurrent_requests=1, on_violation="queue")
+
+    async def main():
+        held = manager.reserve("m", 1)
+        assert not manager.check_quota("m", 1)
+        wait = asyncio.create_task(manager.acquire_async(("o", "m", "n"), 1))
+        await settle_down()
+        assert [manager.get_usage(model_id).queued_requests for model_id in ("m", "n", "o")] == [1, 1, 1]
+        stats = manager.get_stats()
+        assert (stats.total_checks, stats.allowed_requests, stats.denied_requests) == (3, 1, 1)
+        assert of_page(manager)[1] == of_stats(stats)
+        held.release()
+        (await wait).release()
+        stats = manager.get_stats()
+        assert (stats.denied_requests, stats.waited_requests) == (1, 1)
+        for model_id in ("m", "n", "o"):  # what they counted stays
+            manager.remove_quota(model_id)
+        assert manager.get_stats() == stats
+
+    asyncio.run(main())
+
+
 def test_who_waits_is_neither_denied_nor_admitted():
     clock = ManualClock(10**12)
     manager = ResourceQuotaManager(clock=clock)

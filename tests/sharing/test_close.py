@@ -326,6 +326,33 @@ def test_close_does_not_wait_for_a_process_that_is_stopped(manager, other):
     assert grant.released
 
 
+@pytest.mark.filterwarnings("ignore:a grant was garbage-collected:ResourceWarning")
+def test_close_ends_every_verb_that_waits_for_a_process_that_is_stopped(manager, other):
+    """Each in a thread of its own, which waits for the row; those that need no lock are called again until then."""
+    handle = manager.model("m")
+    verbs = [(verb, manager) for verb in MANAGER.values()] + [(verb, handle) for verb in HANDLE.values()]
+    began, ended = [], []
+
+    def use(verb, thing):
+        began.append(1)
+        outcome = None
+        while outcome != "ManagerClosedError":
+            outcome = _error_of(lambda: (verb(thing), None)[1])
+        ended.append(outcome)
+
+    with stopped_inside(other, "m"):
+        threads = [threading.Thread(target=use, args=each, daemon=True) for each in verbs]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(began) == len(verbs))
+        time.sleep(0.05)  # they wait by then; if not, they are told so too
+        manager.close()
+        for thread in threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+    assert len(ended) == len(verbs)
+
+
 def _error_of(work):
     try:
         return work()

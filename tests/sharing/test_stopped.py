@@ -27,6 +27,7 @@ from modelquota import (
     ResourceQuotaConfig,
     ResourceQuotaManager,
 )
+from modelquota.waiting import ThreadWaiter
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -38,8 +39,8 @@ SOON = 5.0
 def manager(request, tmp_path):
     place = {} if request.param == "memory" else {"path": tmp_path / "quota.state"}
     manager = ResourceQuotaManager(max_models=64, **place)
+    manager.set_quota("free", **FREE)  # its row comes before that of "m": in joint requests it is locked first
     manager.set_quota("m", **LINE | {"max_concurrent_requests": None, "max_ram_mb": 1000})
-    manager.set_quota("free", **FREE)
     manager.set_quota("line", **LINE)
     return manager
 
@@ -73,6 +74,7 @@ def test_acquire_gives_up_after_its_timeout(manager, ids, seconds):
     assert "stopped" in str(raised.value)
     assert isinstance(raised.value, QuotaExceededError)
     assert manager.get_usage("free").concurrent_requests == 0
+    assert not manager._arrays()[1]["lock"][row_of(manager, "free")]
 
 
 @pytest.mark.usefixtures("stopped")
@@ -119,6 +121,25 @@ def test_who_was_denied_before_and_then_locked_out_is_told_the_denial(manager, i
     manager.reserve("line", 1).release()
 
 
+def test_who_was_denied_and_then_cannot_get_into_the_line_is_told_the_denial(manager, monkeypatch):
+    """The row is locked from the moment between the denial and the place in the queue on."""
+    held = manager.reserve("line", 1)
+    prepare = ThreadWaiter.prepare
+    with contextlib.ExitStack() as stack:
+
+        def prepare_and_stop(waiter):
+            prepare(waiter)
+            stack.enter_context(stopped_inside(manager, "line"))
+
+        monkeypatch.setattr(ThreadWaiter, "prepare", prepare_and_stop)
+        with takes(0.3), pytest.raises(QuotaExceededError) as raised:
+            manager.acquire("line", 1, timeout=0.3)
+    assert type(raised.value) is QuotaExceededError
+    assert raised.value.result.limit.name == "CONCURRENCY"
+    assert manager.get_usage("line").queued_requests == 0
+    held.release()
+
+
 # -- Ctrl-C
 
 WAITING = {
@@ -160,6 +181,38 @@ def test_an_interrupt_ends_a_verb_that_waits(manager, verb):
     assert manager.get_quota("m").max_ram_mb == 1000
     assert not manager._arrays()[1]["lock"].any()
     WAITING["check_quota"](manager)
+
+
+@pytest.mark.parametrize("verb", ["check_quota", "reserve of several", "acquire", "check_many", "set_quota"])
+def test_a_signal_handler_runs_while_a_verb_waits_and_the_verb_goes_on(manager, verb):
+    """The handler itself lets the stopped process go on; nothing else does in time."""
+    manager.many = manager.rows(["free", "m"])
+    handled = []
+    with contextlib.ExitStack() as stack:
+
+        def handle(*_):
+            handled.append(True)
+            stack.close()
+
+        stack.enter_context(stopped_inside(manager, "m"))
+        previous = signal.signal(signal.SIGUSR1, handle)
+        timers = [
+            threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1)),
+            threading.Timer(PATIENCE, stack.close),  # so that a failure is no hang
+        ]
+        try:
+            for timer in timers:
+                timer.start()
+            outcome = WAITING[verb](manager)
+        finally:
+            for timer in timers:
+                timer.cancel()
+                timer.join()
+            signal.signal(signal.SIGUSR1, previous)
+    assert handled, "it waited on"
+    if hasattr(outcome, "release"):
+        outcome.release()
+    assert not manager._arrays()[1]["lock"].any()
 
 
 # -- event loops
@@ -311,7 +364,7 @@ def test_reads_answer(manager):
         assert (seen.reserved_ram_mb, seen.concurrent_requests) == (100, 1)
         assert manager.get_model_report("m").quota == report.quota
         assert manager.get_stats().total_checks == stats.total_checks
-        assert manager.list_models() == ["m", "free", "line"]
+        assert manager.list_models() == ["free", "m", "line"]
         rows = {str(row["model_id"]): row for row in manager.snapshot()}
         assert int(rows["m"]["tokens_this_hour"]) == 12
         text = io.StringIO()

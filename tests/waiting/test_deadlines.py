@@ -11,7 +11,7 @@ import pytest
 from neighbors import LINE, forked
 from patience import PATIENCE, until
 
-from modelquota import QuotaExceededError, ResourceQuotaManager
+from modelquota import ManualClock, QuotaExceededError, ResourceQuotaManager
 
 TIME = 0.4  # seconds that a wait lasts here
 SLACK = 10.0  # and in which what is due has happened, on a busy machine
@@ -118,6 +118,16 @@ def test_a_loop_that_runs_again_in_time_gets_its_grant(manager):
         time.sleep(0.05)
         loop.run_until_complete(task).release()
     assert manager.get_usage("line").concurrent_requests == 0
+
+
+def test_a_place_whose_time_is_over_is_free_again_behind_one_that_waits_on(manager):
+    manager.update_quota("line", max_queued_requests=2)
+    held = manager.reserve("line", 1)
+    with parked_loop(manager, timeout=60), parked_loop(manager):
+        until(lambda: waiting(manager) == 1)
+        with parked_loop(manager, timeout=60):  # it finds room
+            assert waiting(manager) == 2
+    held.release()
 
 
 @pytest.mark.parametrize("when", ["before there is room", "after"])
@@ -248,6 +258,66 @@ def test_a_shorter_grace_period_ends_waits_that_are_under_way(manager, wait_in_l
     outcome = wait_in_line()
     manager.update_quota("line", grace_period_sec=0.3)
     assert 0.3 - 0.001 <= outcome() < 0.3 + SLACK
+    assert waiting(manager) == 0
+    held.release()
+
+
+@pytest.mark.parametrize("first", ["line", ("other", "line")], ids=str)
+def test_a_shorter_grace_period_reaches_those_behind_the_first_as_well(first):
+    """Whether the first waits for the same model, or is held up by another one, which keeps its grace period."""
+    clock = ManualClock(10**15)
+    manager = ResourceQuotaManager(clock=clock, max_models=64)
+    held = []
+    for model_id in ("line", "other"):
+        manager.set_quota(model_id, **LINE)
+        held.append(manager.reserve(model_id, 1))
+    threads = []
+    for ids in (first, "line", "line", "line"):
+        acquire = lambda ids=ids: _tried(lambda: manager.acquire(ids, 1))  # noqa: E731
+        threads.append(threading.Thread(target=acquire, daemon=True))
+        threads[-1].start()
+        until(lambda: waiting(manager) == len(threads))
+    manager.update_quota("line", grace_period_sec=5)
+    clock.advance(4.999)
+    assert waiting(manager) == 4
+    clock.advance(0.001)
+    end = threads if first == "line" else threads[1:]
+    for thread in end:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "it waits on"
+    assert waiting(manager) == len(threads) - len(end)
+    clock.advance(55)
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "it waits on"
+    assert waiting(manager) == 0
+    for grant in held:
+        grant.release()
+
+
+def test_a_shorter_grace_period_wakes_all_who_sleep():
+    """Threads and the tasks of two loops, of a state that no other process has: nothing else wakes them in between."""
+    manager = ResourceQuotaManager(max_models=64)
+    manager.set_quota("line", **LINE)
+    held = manager.reserve("line", 1)
+    ended = []
+
+    async def tasks():
+        await asyncio.gather(*(_acquire_and_release(manager) for _ in range(3)), return_exceptions=True)
+
+    def wait(how):
+        how()
+        ended.append(time.monotonic())
+
+    hows = [lambda: asyncio.run(tasks())] * 2 + [lambda: _tried(lambda: manager.acquire("line", 1))] * 3
+    threads = [threading.Thread(target=wait, args=(how,), daemon=True) for how in hows]
+    for thread in threads:
+        thread.start()
+    until(lambda: waiting(manager) == 9)
+    start = time.monotonic()
+    manager.update_quota("line", grace_period_sec=0.3)
+    until(lambda: len(ended) == len(threads))
+    assert max(ended) - start < 0.3 + SLACK
     assert waiting(manager) == 0
     held.release()
 

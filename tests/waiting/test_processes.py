@@ -1,5 +1,7 @@
 """One queue for all processes: by priority, then by arrival; nobody barges, and the dead give up their place."""
 
+import asyncio
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -8,9 +10,11 @@ import threading
 import time
 
 import pytest
-from patience import until
+from neighbors import stopped_inside
+from patience import PATIENCE, until
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
+from modelquota.waiting_async import TaskWaiter
 
 FORK = multiprocessing.get_context("fork")
 LINE = {
@@ -65,6 +69,43 @@ def test_by_priority_then_by_arrival(manager, crew):
         manager.reserve("m", 1)
     grant.release()
     assert [served.get()[0] for _ in range(5)] == [1, 3, 0, 2, 4]
+
+
+def test_who_was_kept_out_of_the_queue_by_a_lock_comes_before_those_who_came_later(manager, monkeypatch):
+    """Its turn is that of its arrival: the row is locked from its denial on, and others come before it gets a place."""
+    other = ResourceQuotaManager(path=manager.path)
+    held = other.reserve("m", 1)
+    prepare = TaskWaiter.prepare
+    served = []
+
+    def wait():
+        with other.acquire("m", 1):
+            served.append("later")
+
+    async def main():
+        with contextlib.ExitStack() as stack:
+
+            def prepare_and_stop(waiter):
+                prepare(waiter)
+                stack.enter_context(stopped_inside(other, "m"))
+
+            monkeypatch.setattr(TaskWaiter, "prepare", prepare_and_stop)
+            first = asyncio.ensure_future(manager.acquire_async("m", 1))
+            await asyncio.sleep(0)
+        assert other.get_usage("m").queued_requests == 0
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        until(lambda: other.get_usage("m").queued_requests == 1)  # the loop stands still
+        while other.get_usage("m").queued_requests < 2:
+            await asyncio.sleep(0.001)
+        held.release()
+        grant = await asyncio.wait_for(first, PATIENCE)
+        assert served == []
+        grant.release()
+        thread.join(PATIENCE)
+        assert served == ["later"]
+
+    asyncio.run(main())
 
 
 def test_nobody_barges(manager, crew):

@@ -3,10 +3,11 @@
 import multiprocessing
 import os
 import random
+import signal
 import threading
 
 import pytest
-from neighbors import FREE, LINE, forked, outcome_in_child
+from neighbors import FREE, LINE, forked, outcome_in_child, row_of, stopped_inside
 from patience import PATIENCE, until
 
 from modelquota import CapacityError, Limit, ManualClock, QuotaExceededError, ResourceQuotaManager
@@ -304,3 +305,31 @@ def test_a_killed_process_gives_back_all_its_places(tmp_path):
         until(lambda: manager.get_usage("w") and places(manager) == 0)
     held.release()
     manager.acquire(IDS, 1, timeout=0).release()
+
+
+def test_a_repaired_queue_has_nobody_who_waits_for_the_model_that_was_in_the_row_before(tmp_path):
+    """That one's process is stopped, and has not noticed that the model has gone."""
+    manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=64)
+    manager.set_quota("line", **LINE)
+    held = manager.reserve("line", 1)
+    row = row_of(manager, "line")
+
+    def wait():
+        thread = threading.Thread(target=manager.acquire, args=("line", 1), daemon=True)
+        thread.start()
+        until(lambda: manager.get_usage("line").queued_requests == 1)
+        return thread
+
+    with forked(wait) as pid:
+        os.kill(pid, signal.SIGSTOP)
+        manager.remove_quota("line")
+        manager.set_quota("line", **LINE)
+        assert row_of(manager, "line") == row
+        with stopped_inside(manager, "line") as dead:
+            os.kill(dead, signal.SIGKILL)
+            os.waitpid(dead, 0)
+            assert manager.check_quota("line", 1)  # takes the lock over, and repairs the row
+        assert manager._arrays()[0]["recoveries"] == 1
+        assert manager.get_usage("line").queued_requests == 0
+        manager.reserve("line", 1).release()
+    held.release()

@@ -197,6 +197,27 @@ def test_whose_time_is_over_is_refused_and_delays_nobody(manager, clock):
     assert (stats.total_checks, stats.allowed_requests, stats.queued_requests) == (3, 2, 2)
 
 
+def test_a_queue_whose_last_one_has_left_goes_on_with_those_who_come(manager, clock):
+    """So does one that was empty in between; a check sees at once that others wait."""
+    for _ in range(3):
+        held = manager.reserve("m", 1)
+        line = Line(manager)
+        line.join("a")
+        line.join("impatient", "m", 1, timeout=5)
+        clock.advance(5)
+        until(lambda line=line: line.refused)
+        line.join("b")
+        line.join("c")
+        assert waiting(manager) == 3
+        assert manager.check_quota("m", 1).limit is Limit.QUEUE
+        with pytest.raises(QuotaExceededError, match="queued requests: 3 of"):
+            manager.reserve("m", 1)
+        held.release()
+        line.wait()
+        assert line.served == ["a", "b", "c"]
+        assert waiting(manager) == 0
+
+
 def test_the_line_is_bounded(manager):
     manager.update_quota("m", max_queued_requests=2)
     held = manager.reserve("m", 1)
@@ -247,6 +268,23 @@ def test_a_request_over_several_models_keeps_its_place_at_each_of_them(manager, 
     for model_id in ("m", "tenant"):
         usage = manager.get_usage(model_id)
         assert (usage.concurrent_requests, usage.queued_requests) == (0, 0)
+
+
+def test_those_behind_a_request_that_is_behind_another_one_are_told_what_that_waits_for(manager, clock):
+    manager.set_quota("tenant", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 0})
+    manager.update_quota("m", max_concurrent_requests=5)
+    assert manager.check_quota("tenant", 10)
+    line = Line(manager)
+    thread = threading.Thread(target=lambda: manager.acquire("tenant", 1).release(), daemon=True)
+    thread.start()
+    until(lambda: waiting(manager, "tenant") == 1)
+    line.join("both", ("m", "tenant"), 1)
+    result = manager.check_quota("m", 1)
+    assert (result.limit, result.violation_type) == (Limit.QUEUE, ViolationType.RATE_LIMIT)
+    clock.advance(2)
+    line.wait()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
 
 
 def test_a_request_that_a_tenant_throttles_does_not_hold_up_the_model_for_the_others(manager, clock):
@@ -426,7 +464,9 @@ def test_a_thousand_wait_and_a_third_of_them_gives_up(manager):
                 await asyncio.sleep(0)
         assert waiting(manager) == 1000
         quitters = [asyncio.create_task(give_up(*each)) for each in tasks if rng.random() < 1 / 3]
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(PATIENCE):  # however late their timers are: the others give up while it is served
+            while len(given_up) <= 100:
+                await asyncio.sleep(0.001)
         held.release()
         await asyncio.gather(*(task for _, task in tasks), *quitters, return_exceptions=True)
         while any(thread.is_alive() for thread in threads):

@@ -1,0 +1,141 @@
+"""Refunds and reservations with counters at, or near, 2**62, the largest count: nothing wraps, all of it comes back."""
+
+from __future__ import annotations
+
+import threading
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from patience import PATIENCE, until
+from soundness import assert_not_negative, level_of, record_of
+
+from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
+
+MOST = 2**62
+DAY_SEC = 86_400
+CAP = 21  # of the level: a rate of at most 1, and a burst of 20
+open_quota = ResourceQuotaConfig.unlimited
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(10**15)
+
+
+@pytest.fixture
+def manager(clock: ManualClock) -> ResourceQuotaManager:
+    return ResourceQuotaManager(clock=clock)
+
+
+def ledger_of(manager: ResourceQuotaManager) -> dict[str, Any]:
+    """The ledger of "m", none of whose counters has wrapped."""
+    _, ledger = record_of(manager, "m")
+    modulo = ("journal_requests", "journal_tokens", "journal_requests_start", "journal_tokens_start", "tokens_refunded")
+    assert_not_negative({name: figure for name, figure in ledger.items() if name not in modulo})  # 2**64
+    return ledger
+
+
+def level(manager: ResourceQuotaManager) -> Fraction:
+    """Tokens in the long-run level of "m" now."""
+    manager.get_usage("m")
+    row, _ = record_of(manager, "m")
+    return level_of(row, "token")
+
+
+@pytest.mark.parametrize("rate", [1, 0.1, 0.3, 0.7, 1 / 3, 1e-5, 5e-324])
+@pytest.mark.parametrize("tokens", [10**12, 10**15, MOST // 2, MOST - 1])
+def test_what_was_added_in_error_comes_back_whatever_the_unit_of_the_level(manager, clock, rate, tokens):
+    """Beyond what the level holds of some rates: until it is settled the model is locked, afterwards it is not."""
+    manager.set_quota(open_quota("m", max_tokens_per_second=rate, burst_tokens=20, on_violation="reject"))
+    with manager.reserve("m", 1) as grant:
+        assert not grant.add(tokens)
+        assert level(manager) > CAP
+        clock.advance(30)
+        assert manager.check_quota("m", 1).limit is Limit.TOKENS_PER_SECOND
+        grant.settle(1)
+        assert level(manager) < 2  # one that stays, and what is rounded
+    assert manager.check_quota("m", CAP - 2)
+    assert manager.get_usage("m").tokens_this_day == CAP - 1
+    ledger_of(manager)
+
+
+def test_a_refund_from_a_level_that_is_far_above_its_cap_is_all_of_it(manager, clock):
+    """Charged over eight days; a level of a rate of 1 then is more than 64 bits in its coarse unit."""
+    manager.set_quota(open_quota("m", max_tokens_per_second=1, burst_tokens=20, on_violation="reject"))
+    late = manager.reserve("m", 1)
+    for _ in range(8):
+        with manager.reserve("m", 0) as grant:
+            grant.add(MOST)
+        clock.advance(2 * DAY_SEC)
+    before = level(manager)
+    assert before > 7 * MOST
+    late.add(500)
+    clock.advance(10)
+    assert level(manager) == before + 500 - 1 - 10  # one was estimated
+    late.settle(1)
+    assert level(manager) == before - 10
+    late.release()
+    ledger_of(manager)
+
+
+@pytest.mark.parametrize("how", ["cancel", "settle"])
+@pytest.mark.parametrize("estimate", [MOST, MOST - 1])
+def test_a_request_for_everything_is_refunded_to_the_last_token(manager, how, estimate):
+    limits = {f"max_tokens_per_{window}": MOST for window in ("hour", "day")}
+    manager.set_quota(open_quota("m", max_tokens_per_second=1e18, burst_tokens=MOST, **limits, on_violation="reject"))
+    for _ in range(3):
+        with manager.reserve("m", estimate) as grant:
+            assert not manager.check_quota("m", MOST - estimate + 1)
+            if how == "cancel":
+                grant.cancel()
+            else:
+                grant.settle(0)
+        usage = manager.get_usage("m")
+        assert (usage.tokens_this_second, usage.tokens_this_hour, usage.tokens_this_day) == (0, 0, 0)
+        assert level(manager) == 0
+        ledger_of(manager)
+
+
+def test_what_open_grants_have_reserved_stays_within_a_count(manager, clock):
+    """Each has reserved all that a window admits, and is still open when that has aged out."""
+    manager.set_quota(open_quota("m", max_tokens_per_hour=MOST, on_violation="queue", grace_period_sec=60))
+    grants = []
+    for _ in range(3):
+        clock.advance(2 * DAY_SEC)
+        grants.append(manager.reserve("m", MOST))
+        assert ledger_of(manager)["reserved_tokens"] == MOST
+    got: list[Any] = []
+
+    def acquire() -> None:
+        try:
+            got.append(manager.acquire("m", 1))
+        except QuotaExceededError as error:
+            got.append(error)
+
+    thread = threading.Thread(target=acquire, daemon=True)
+    thread.start()
+    until(lambda: got or manager.get_usage("m").queued_requests)
+    assert not got  # the tokens may come back
+    grants.pop().cancel()
+    thread.join(PATIENCE)
+    got.pop().release()
+    for grant in grants:
+        grant.release()
+    ledger = ledger_of(manager)
+    assert (ledger["reserved_tokens"], ledger["concurrent"]) == (0, 0)
+
+
+def test_memory_that_open_grants_hold_stays_within_a_count(manager):
+    manager.set_quota(open_quota("m"))
+    grants = [manager.reserve("m", 0, MOST, MOST) for _ in range(3)]
+    usage = manager.get_usage("m")
+    assert (usage.reserved_ram_mb, usage.reserved_ssd_mb) == (MOST, MOST)
+    ledger_of(manager)
+    manager.update_quota("m", max_ram_mb=MOST, on_violation="reject")
+    assert not manager.check_quota("m", 0, 1)
+    for grant in grants:
+        grant.release()
+    usage = manager.get_usage("m")
+    assert (usage.reserved_ram_mb, usage.reserved_ssd_mb) == (0, 0)
+    assert manager.check_quota("m", 0, MOST)
