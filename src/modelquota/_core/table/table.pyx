@@ -18,7 +18,7 @@ from modelquota._core.row.grant cimport bind_handle, free_handle
 from modelquota._core.layout cimport GrantRecord, Ledger, MAX_TIME_NS, Row, Shared
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.pool cimport give_record
-from modelquota._core.state.repair cimport lock_row, try_row
+from modelquota._core.state.repair cimport lock_row
 from modelquota._core.table.result cimport result_of
 from modelquota._core.state.shared cimport fork_count
 from modelquota._core.table.intern cimport QuotaState, RowRef, plain_id
@@ -52,10 +52,11 @@ cdef inline bint decide_and_unlock(
 
 
 cdef inline int wait_and_decide(
-    Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Ask* ask, Verdict* verdict
+    Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Ask* ask, Verdict* verdict,
+    int64_t patience_ns
 ) noexcept nogil:
-    """decide_and_unlock() for a lock that somebody else holds; LOCKED_OUT if it stays so. Takes the row's lock."""
-    if not lock_row(row, shared, SLICE_NS):
+    """decide_and_unlock() for a lock that somebody else may hold; LOCKED_OUT if it stays so. Takes the row's lock."""
+    if not lock_row(row, shared, patience_ns):
         return LOCKED_OUT
     return decide_and_unlock(row, ledger, generation, shared, now_ns, ask, verdict)
 
@@ -159,13 +160,12 @@ cdef class QuotaTable(QuotaState):
             now_ns = self.now_ns()
             if now_ns >= self.fine_until_ns:
                 self.look(now_ns)
-            if try_row(row, &self.shared):
-                outcome = decide_and_unlock(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict)
-                break
-            self.inside += 1
-            with nogil:
-                outcome = wait_and_decide(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict)
-            self.exit()
+            outcome = wait_and_decide(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict, 0)
+            if outcome == LOCKED_OUT:
+                self.inside += 1
+                with nogil:
+                    outcome = wait_and_decide(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict, SLICE_NS)
+                self.exit()
             if outcome == LOCKED_OUT:
                 self.pause()
         if outcome == 0:
