@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
-from modelquota._core.state.shared import FACTS, regions_for
 from modelquota._core.state import validate
+from modelquota._core.state.shared import FACTS, regions_for
 from modelquota._core.table.packing import dtypes
 from modelquota.waiting.thread import ThreadWaiter
 

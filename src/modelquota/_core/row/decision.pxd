@@ -184,7 +184,7 @@ cdef inline int64_t raise_noted(
 ) noexcept nogil:
     """raise_level(). A level that met its cap forgets what was charged before: without that, this charge had raised it."""
     cdef int64_t raised = raise_level(level, count, shift, cap, capped)
-    if raised != count:
+    if capped and raised != count:      # at LEVEL_MAX, not at a cap, what came before can still be told apart
         ledger.level_epoch += 1
     return raised
 

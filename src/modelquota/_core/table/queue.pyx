@@ -254,9 +254,9 @@ cdef class Waiter:
         cdef int64_t before = self.deadline_ns
         cdef int64_t wait_ns
         cdef int i
-        if not is_alive(self.held_up_by):
-            return False            # the model has gone, and its grace period with it: what was found last stays
         wait_ns = min(self.timeout_ns, grace_ns(self.held_up_by))
+        if not is_alive(self.held_up_by):   # after the reading
+            return False            # the model has gone, and its grace period with it: what was found last stays
         self.deadline_ns = self.started_ns + wait_ns if wait_ns < MAX_TIME_NS else FAR
         for i in range(self.places.count):
             write_deadline(&self.places.entries[i].deadline_ns, self.deadline_ns, RELAXED)
@@ -639,12 +639,16 @@ cdef class WaitTable(GrantTable):
         cdef Verdict verdict
         cdef int64_t now_ns = self.now_ns()
         cdef RowRef ref
+        cdef int64_t model_ns
         cdef int64_t wait_ns = waiter.timeout_ns
         self.pause()
         for model_id in waiter.ids:
             ref = self.interned.get(model_id)
-            if ref is not None:
-                wait_ns = min(wait_ns, grace_ns(ref))
+            if ref is None:
+                continue
+            model_ns = grace_ns(ref)
+            if is_alive(ref):       # after the reading: the ledger of a model that has left is cleared
+                wait_ns = min(wait_ns, model_ns)
         if wait_ns == FAR or now_ns - waiter.started_ns < wait_ns:
             return None
         if waiter.result is not None:
