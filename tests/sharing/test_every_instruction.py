@@ -148,7 +148,7 @@ def waiting(case: Case) -> Any:
     case.manager.update_quota("m", on_violation="queue")
     grants = twice_granted(case)
     waiter = ThreadWaiter()
-    assert case.manager._begin(waiter, ("y", "m"), 17, 5, 6, 30.0, 0, nowait=False) is waiter
+    assert case.manager._admit_or_queue(waiter, ("y", "m"), 17, 5, 6, 30.0, 0, nowait=False) is waiter
     return waiter, grants
 
 

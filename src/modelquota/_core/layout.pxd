@@ -271,7 +271,10 @@ cdef struct Pool:
 
 
 cdef struct Shared:
-    # Where the parts of the mapping are in this process, and who it is there.
+    # Where the parts of the mapping are in this process, who it is there, and what time it is.
+    int64_t fine_until_ns     # until this time of the rows nothing has to be looked at before a decision; or REFUSES
+    int64_t offset_ns         # from the monotonic clock to the rows' time,
+    const int64_t* manual_ns  # or the time of a ManualClock; NULL = the monotonic clock
     Header* header
     Seat* seats
     uint32_t* changes         # row of each coming and going of a model, at registry_version % CHANGES; UINT32_MAX = any

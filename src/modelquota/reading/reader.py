@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from modelquota._core.table.intern import QuotaState
+    from modelquota._core.table.table import QuotaTable
     from modelquota.reading.report import ModelReport, QuotaStats, ResourceUsage
 
 _NO_ID = "-"
@@ -100,13 +100,13 @@ class QuotaReader:
         """`snapshot`, and of the same models the limits as the core keeps them, and which life of its id each is."""
         from modelquota._core.table.view import read_table
 
-        return read_table(cast("QuotaState", self))  # a manager is one; a view reads in its own way
+        return read_table(cast("QuotaTable", self))  # a manager is one; a view reads in its own way
 
     def _read_retired(self) -> dict[str, int]:
         """What removed models had counted of requests that violated a limit."""
         from modelquota._core.table.view import read_retired
 
-        return read_retired(cast("QuotaState", self))
+        return read_retired(cast("QuotaTable", self))
 
     def print_status(self, file: TextIO | None = None) -> None:
         """Write use against limits of all models, and the totals, to `file` (standard output by default)."""

@@ -195,7 +195,7 @@ class QuotaView(QuotaReader):
         return found
 
     def _now_ns(self, header: Any) -> int:
-        """The rows' time: after a reboot that nobody has opened the file since, as `SharedState` will reckon it."""
+        """The rows' time: after a reboot that nobody has opened the file since, as `State` will reckon it."""
         if header["boot_id"].tobytes() == boot_id():
             return time.monotonic_ns() + int(header["clock_offset_ns"])
         return int(header["anchor_ns"]) + max(time.time_ns() - int(header["anchor_wall_ns"]), 0)

@@ -1,7 +1,7 @@
 # What a grant holds of a row, and what it charged there: pure arithmetic on one row, whose lock is held.
 from libc.stdint cimport int64_t, uint32_t
-from modelquota._core.row.decision cimport Ask
 from modelquota._core.layout cimport Charge, GrantRecord, Ledger, MAX_COUNT, QueueEntry, Row
+from modelquota._core.row.decision cimport Ask
 from modelquota._core.row.level cimport lower_level
 from modelquota._core.row.window cimport SLOTS_PER_HOUR_SLOT, current_slot, in_order, measure_room, slot_at, take_back
 

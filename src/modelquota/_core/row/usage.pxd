@@ -1,8 +1,8 @@
 # What can be read of a row, whose lock is held, and how limits are put into it.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy
-from modelquota._core.row.decision cimport pass_time, percent
 from modelquota._core.layout cimport DAY, HOUR, Ledger, Limits, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.row.decision cimport pass_time, percent
 from modelquota._core.row.level cimport NO_RATE, as_double, burst_used, change_rate
 from modelquota._core.row.window cimport (
     measure_room, requests_charged, requests_in_slot, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_in_slot,

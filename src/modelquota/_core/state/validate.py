@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelquota._core.state.shared import FACTS, count_processes, layout_fingerprint, regions_for
+from modelquota._core.state.state import FACTS, count_processes, layout_fingerprint, regions_for
 from modelquota._core.table.packing import dtypes, encode_rate
 from modelquota.errors import StateFileError
 from modelquota.quota.limits import SHADOW_NAMES, Limit
