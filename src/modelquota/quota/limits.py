@@ -1,7 +1,7 @@
 """The words of the domain: what is limited, how a violation is classed, what is done about it."""
 
 import enum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from modelquota.quota.config import ResourceQuotaConfig
@@ -38,7 +38,7 @@ class ViolationType(enum.StrEnum):
     RATE_LIMIT = "rate_limit"
     """Requests or tokens per second, burst included."""
     QUOTA_LIMIT = "quota_limit"
-    """Requests or tokens per hour or day."""
+    """Requests or tokens in a longer window."""
     CONCURRENCY_LIMIT = "concurrency_limit"
     """Grants open at once."""
 
@@ -69,34 +69,125 @@ class Limit(enum.IntEnum):
     @property
     def violation_type(self) -> ViolationType | None:
         """The class of this limit; None for `QUEUE`, whose violation is that of the request at the queue's head."""
-        return _FACTS[self][2]
+        return CATALOGUE[self].violation_type
 
     @property
     def label(self) -> str:
         """The name for people, such as ``"tokens per hour"``."""
-        return _FACTS[self][0]
+        return CATALOGUE[self].label
 
     @property
     def unit(self) -> str:
         """What is counted: ``"MB"`` (2**20 bytes), ``"requests"`` or ``"tokens"``."""
-        return _FACTS[self][1]
+        return CATALOGUE[self].unit
 
 
-_FACTS: dict[Limit, tuple[str, str, ViolationType | None]] = {
-    Limit.RAM: ("RAM", "MB", ViolationType.RAM_LIMIT),
-    Limit.SSD: ("SSD", "MB", ViolationType.SSD_LIMIT),
-    Limit.CONCURRENCY: ("concurrent requests", "requests", ViolationType.CONCURRENCY_LIMIT),
-    Limit.REQUESTS_PER_SECOND: ("requests per second", "requests", ViolationType.RATE_LIMIT),
-    Limit.TOKENS_PER_SECOND: ("tokens per second", "tokens", ViolationType.RATE_LIMIT),
-    Limit.TOKENS_PER_HOUR: ("tokens per hour", "tokens", ViolationType.QUOTA_LIMIT),
-    Limit.REQUESTS_PER_HOUR: ("requests per hour", "requests", ViolationType.QUOTA_LIMIT),
-    Limit.TOKENS_PER_DAY: ("tokens per day", "tokens", ViolationType.QUOTA_LIMIT),
-    Limit.REQUESTS_PER_DAY: ("requests per day", "requests", ViolationType.QUOTA_LIMIT),
-    Limit.QUEUE: ("queued requests", "requests", None),
+class Window(NamedTuple):
+    """A rolling window over which requests and tokens are counted."""
+
+    name: str
+    seconds: int
+    symbol: str
+    """As in a heading: ``tokens/h``."""
+    adjective: str
+    """As in the name of an alert: ``hourly_tokens``."""
+
+
+WINDOWS: Final = (
+    Window("second", 1, "s", "secondly"),
+    Window("hour", 3_600, "h", "hourly"),
+    Window("day", 86_400, "day", "daily"),
+)
+"""All windows, the shortest first: the core has them in the same order."""
+
+
+class LimitRecord(NamedTuple):
+    """All that there is to say of one limit: lists of limits, wherever they are, are made from these records."""
+
+    limit: Limit
+    label: str
+    unit: str
+    violation_type: ViolationType | None
+    quota_field: str
+    """The field of `ResourceQuotaConfig` that sets it; its value None is no limit."""
+    usage_fields: tuple[str, ...]
+    """The fields of `ResourceUsage` whose sum counts against it."""
+    heading: str
+    """The label where there is little room."""
+    window: Window | None = None
+    burst_field: str = ""
+    """The field of `ResourceQuotaConfig` that says how far a rate may be run ahead of; empty for other limits."""
+    ahead_field: str = ""
+    """The field of `ResourceUsage` that says how far it has been; empty for other limits."""
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether it is a limit per second, which may have a fraction and has a burst."""
+        return bool(self.burst_field)
+
+
+def _counted(unit: str, window: Window) -> LimitRecord:
+    """Make the record of a limit on requests or tokens in a window."""
+    rate = window is WINDOWS[0]
+    return LimitRecord(
+        Limit[f"{unit}_per_{window.name}".upper()],
+        f"{unit} per {window.name}",
+        unit,
+        ViolationType.RATE_LIMIT if rate else ViolationType.QUOTA_LIMIT,
+        f"max_{unit}_per_{window.name}",
+        (f"{unit}_this_{window.name}",),
+        f"{unit}/{window.symbol}",
+        window,
+        f"burst_{unit}" if rate else "",
+        f"burst_{unit}_used" if rate else "",
+    )
+
+
+def _memory(limit: Limit, violation_type: ViolationType) -> LimitRecord:
+    name = limit.name
+    used = (f"current_{name.lower()}_mb", f"reserved_{name.lower()}_mb")
+    return LimitRecord(limit, name, "MB", violation_type, f"max_{name.lower()}_mb", used, f"{name} MB")
+
+
+CATALOGUE: Final[dict[Limit, LimitRecord]] = {
+    record.limit: record
+    for record in (
+        _memory(Limit.RAM, ViolationType.RAM_LIMIT),
+        _memory(Limit.SSD, ViolationType.SSD_LIMIT),
+        LimitRecord(
+            Limit.CONCURRENCY,
+            "concurrent requests",
+            "requests",
+            ViolationType.CONCURRENCY_LIMIT,
+            "max_concurrent_requests",
+            ("concurrent_requests",),
+            "open",
+        ),
+        _counted("requests", WINDOWS[0]),
+        _counted("tokens", WINDOWS[0]),
+        *(_counted(unit, window) for window in WINDOWS[1:] for unit in ("tokens", "requests")),
+        LimitRecord(
+            Limit.QUEUE,
+            "queued requests",
+            "requests",
+            None,
+            "max_queued_requests",
+            ("queued_requests",),
+            "waiting",
+        ),
+    )
 }
+"""The record of each limit, in the order in which a check judges them.
 
-SHADOW_NAMES: Final = tuple(limit.name.lower() for limit in Limit if limit is not Limit.QUEUE)
-"""What `shadow_limits` may name, in the order of `Limit`, all but `QUEUE`: it is a place in line, not a limit."""
+To add a window takes its line in `WINDOWS`, two members of `Limit`, the fields of `ResourceQuotaConfig` and
+`ResourceUsage`, and its constants in ``_core/layout.pxd``.
+"""
+
+DENYING: Final = tuple(record for record in CATALOGUE.values() if record.limit is not Limit.QUEUE)
+"""Those which a check can violate by itself: `QUEUE` is a place in the queue."""
+
+SHADOW_NAMES: Final = tuple(record.limit.name.lower() for record in DENYING)
+"""What `shadow_limits` may name, in the order of `Limit`."""
 
 
 def shadow_mask(config: "ResourceQuotaConfig") -> int:

@@ -4,7 +4,9 @@
 # "fits" with one comparison each. Only where something does not fit, judge() goes through the limits in their order and
 # finds the first that is violated and the longest wait. A denial changes no window and no level.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.layout cimport (
+    Ledger, LIMIT_CODES, LONGEST, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
+)
 from modelquota._core.row.level cimport (
     NO_RATE, NS_PER_SECOND, as_double, coarse, drain_levels, is_dormant, level_cost, level_wait_ns, load, note_low,
     raise_level, store, wide
@@ -14,16 +16,12 @@ from modelquota._core.row.window cimport (
     NEVER, requests_in_slot, requests_used, tokens_in_slot, tokens_used, turn_slots, window_wait_ns
 )
 
-cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted
+cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted. Those of windows: LIMIT_CODES
     RAM_MB = 1
     SSD_MB = 2
     CONCURRENCY = 3
     REQUESTS_PER_SECOND = 4
     TOKENS_PER_SECOND = 5
-    TOKENS_PER_HOUR = 6
-    REQUESTS_PER_HOUR = 7
-    TOKENS_PER_DAY = 8
-    REQUESTS_PER_DAY = 9
     QUEUE_PLACE = 10
 
 cdef enum:  # indices of Ledger.violations
@@ -183,7 +181,7 @@ cdef inline int64_t raise_noted(
 
 cdef inline void charge_tokens(Row* row, Ledger* ledger, int64_t tokens, bint trial, Charge* charged) noexcept nogil:
     """Charge without asking, and note what was: a counter that has reached MAX_COUNT stays there."""
-    cdef int64_t left = MAX_COUNT - tokens_used(row, ledger, DAY)
+    cdef int64_t left = MAX_COUNT - tokens_used(row, ledger, LONGEST)
     charged.at_ns = row.level_ns
     charged.tokens = tokens if tokens < left else left
     row.token_room -= charged.tokens
@@ -227,6 +225,26 @@ cdef inline void note(
         verdict.usage = percent(used, bound)
 
 
+cdef inline void rate_in_use(
+    const Row* row, const Ledger* ledger, bint of_tokens, double* used, double* bound
+) noexcept nogil:
+    """What of a rate is used, and of how much: of its ceiling or of its level, whichever is fuller."""
+    cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
+    cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
+    cdef double rate = ledger.tokens_per_second if of_tokens else ledger.requests_per_second
+    cdef double unit, level_used, level_bound
+    used[0] = <double> (tokens_used(row, ledger, SECOND) if of_tokens else requests_used(row, ledger, SECOND))
+    bound[0] = <double> (ledger.token_limit[SECOND] if of_tokens else ledger.request_limit[SECOND])
+    if (row.token_shift if of_tokens else row.request_shift) == NO_RATE:
+        return
+    unit = as_double(cap) / (larger(rate, 1.0) + <double> (ledger.burst_tokens if of_tokens else ledger.burst_requests))
+    level_used = as_double(level) / unit
+    level_bound = as_double(cap) / unit
+    if percent(level_used, level_bound) > percent(used[0], bound[0]):
+        used[0] = level_used
+        bound[0] = level_bound
+
+
 cdef inline void note_rate(
     const Row* row, const Ledger* ledger, bint of_tokens, int64_t cost, Verdict* verdict
 ) noexcept nogil:
@@ -237,35 +255,25 @@ cdef inline void note_rate(
     cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
     cdef int64_t drain = row.token_drain if of_tokens else row.request_drain
     cdef uint8_t shift = row.token_shift if of_tokens else row.request_shift
-    cdef uint8_t code = TOKENS_PER_SECOND if of_tokens else REQUESTS_PER_SECOND
     cdef int64_t level_ns = level_wait_ns(level, cap, drain, shift, cost, 0)
     cdef int64_t wait_ns, soonest_ns
-    cdef double used, bound, level_used, level_bound, unit
+    cdef double used, bound
     if ceiling_ns == 0 and level_ns == 0:
         return
     wait_ns = soonest_ns = NEVER if ceiling_ns == NEVER or level_ns == NEVER else max(ceiling_ns, level_ns)
     if credit and wait_ns != NEVER:
         soonest_ns = max(window_wait_ns(row, ledger, SECOND, of_tokens, cost, credit, row.level_ns),
                          level_wait_ns(level, cap, drain, shift, cost, credit))
-    used = <double> (tokens_used(row, ledger, SECOND) if of_tokens else requests_used(row, ledger, SECOND))
-    bound = <double> (ledger.token_limit[SECOND] if of_tokens else ledger.request_limit[SECOND])
-    if shift != NO_RATE:
-        unit = as_double(cap) / (
-            (ledger.tokens_per_second if ledger.tokens_per_second > 1.0 else 1.0) + <double> ledger.burst_tokens if of_tokens else
-            (ledger.requests_per_second if ledger.requests_per_second > 1.0 else 1.0) + <double> ledger.burst_requests)
-        level_used = as_double(level) / unit
-        level_bound = as_double(cap) / unit
-        if percent(level_used, level_bound) > percent(used, bound):
-            used = level_used
-            bound = level_bound
-    note(verdict, code, wait_ns, soonest_ns, used, bound, cost)
+    rate_in_use(row, ledger, of_tokens, &used, &bound)
+    note(verdict, LIMIT_CODES[SECOND][of_tokens], wait_ns, soonest_ns, used, bound, cost)
 
 
 cdef inline void note_window(
-    const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, uint8_t code, Verdict* verdict
+    const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, Verdict* verdict
 ) noexcept nogil:
     cdef int64_t wait_ns = window_wait_ns(row, ledger, window, of_tokens, cost, 0, row.level_ns)
     cdef int64_t soonest_ns = wait_ns
+    cdef uint8_t code = LIMIT_CODES[window][of_tokens]
     if wait_ns == 0:
         return
     if of_tokens:
@@ -306,6 +314,7 @@ cdef inline void find_violations(
     """
     cdef uint64_t used_ram_mb = in_use(ledger.ram_mb, ledger.reserved_ram_mb)
     cdef uint64_t used_ssd_mb = in_use(ledger.ssd_mb, ledger.reserved_ssd_mb)
+    cdef int window
     verdict.wait_ns = verdict.soonest_ns = 0
     verdict.judged = limits
     if exceeds(ask.ram_mb, used_ram_mb, ledger.max_ram_mb):
@@ -319,10 +328,9 @@ cdef inline void find_violations(
              <double> ledger.max_concurrent, 1)
     note_rate(row, ledger, False, 1, verdict)
     note_rate(row, ledger, True, ask.tokens, verdict)
-    note_window(row, ledger, HOUR, True, ask.tokens, TOKENS_PER_HOUR, verdict)
-    note_window(row, ledger, HOUR, False, 1, REQUESTS_PER_HOUR, verdict)
-    note_window(row, ledger, DAY, True, ask.tokens, TOKENS_PER_DAY, verdict)
-    note_window(row, ledger, DAY, False, 1, REQUESTS_PER_DAY, verdict)
+    for window in range(SECOND + 1, WINDOWS):
+        note_window(row, ledger, window, True, ask.tokens, verdict)
+        note_window(row, ledger, window, False, 1, verdict)
     if is_behind(head, ask):
         verdict.held_up = True
         verdict.limit = QUEUE_PLACE

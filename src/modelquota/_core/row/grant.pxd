@@ -2,15 +2,11 @@
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 from modelquota._core.row.decision cimport (
-    TOKENS_PER_DAY, TOKENS_PER_HOUR, TOKENS_PER_SECOND, WARN, Ask, Charge, Verdict, find_violations, start_verdict
+    WARN, Ask, Charge, Verdict, find_violations, start_verdict
 )
-from modelquota._core.layout cimport GrantRecord, Ledger, MAX_COUNT, QueueEntry, Row
+from modelquota._core.layout cimport GrantRecord, Ledger, LIMIT_CODES, MAX_COUNT, QueueEntry, Row, WINDOWS
 from modelquota._core.row.level cimport any_cost, load, lower_level
-from modelquota._core.row.window cimport SLOTS_PER_HOUR_SLOT, current_slot, in_order, measure_room, slot_at, take_back
-
-
-cdef enum:
-    TOKEN_LIMITS = 1 << TOKENS_PER_SECOND | 1 << TOKENS_PER_HOUR | 1 << TOKENS_PER_DAY     # bits of Limit codes
+from modelquota._core.row.window cimport SLOTS_PER_SPAN, current_slot, in_order, measure_room, slot_at, take_back
 
 
 cdef struct Hold:
@@ -92,7 +88,7 @@ cdef inline void free_handle(Ledger* ledger, GrantRecord* record) noexcept nogil
 cdef inline void refund(Row* row, Ledger* ledger, int64_t requests, int64_t tokens, const Charge* charge) noexcept nogil:
     """Take back part of a charge, wherever it still counts. Time has passed for the row."""
     cdef int64_t elapsed_ns = row.level_ns - charge.at_ns
-    cdef int64_t steps = current_slot(row) // SLOTS_PER_HOUR_SLOT - slot_at(charge.at_ns) // SLOTS_PER_HOUR_SLOT
+    cdef int64_t steps = current_slot(row) // SLOTS_PER_SPAN - slot_at(charge.at_ns) // SLOTS_PER_SPAN
     take_back(row, ledger, requests, tokens, charge.at_ns)
     ledger.tokens_refunded += tokens
     if charge.epoch != ledger.level_epoch:
@@ -110,10 +106,14 @@ cdef inline bint fits_but_for_shadow(const Row* row, const Ledger* ledger, int64
     """Whether all limits of tokens that deny admit so many more."""
     cdef Ask ask
     cdef Verdict verdict
+    cdef uint32_t limits = 0
+    cdef int window
     memset(&ask, 0, sizeof(ask))
     start_verdict(&verdict)
     ask.tokens = tokens
-    find_violations(row, ledger, NULL, &ask, TOKEN_LIMITS & ~row.shadow, &verdict)
+    for window in range(WINDOWS):
+        limits |= <uint32_t> 1 << LIMIT_CODES[window][True]
+    find_violations(row, ledger, NULL, &ask, limits & ~row.shadow, &verdict)
     return verdict.limit == 0
 
 
