@@ -131,7 +131,9 @@ def _model_state(found: Utilization, index: int, refused: int) -> dict[str, Any]
     }
 
 
-def _meters(record: LimitRecord, quota: ResourceQuotaConfig, usage: dict[str, Any], percent: float) -> Iterator[dict[str, Any]]:
+def _meters(
+    record: LimitRecord, quota: ResourceQuotaConfig, usage: dict[str, Any], percent: float
+) -> Iterator[dict[str, Any]]:
     """Yield the meter of a limit, and of a rate that of its burst; what is not limited has none."""
     limit = getattr(quota, record.quota_field)
     if limit is None:

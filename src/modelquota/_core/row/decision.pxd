@@ -143,12 +143,19 @@ cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask
     return neat(share)
 
 
-cdef inline void pass_time(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
-    """Bring the row to `now_ns`; a time before the row's own changes nothing."""
+ctypedef void (*SlotEnd)(Row*, Ledger*, int64_t) noexcept nogil
+
+cdef extern from *:
+    """
+    /* the function itself, which the compiler cannot know any more: it calls it, and puts it nowhere else */
+    #define MQ_OUT_OF_LINE(f) __extension__ ({ __typeof__(&*(f)) mq_f = &*(f); __asm__("" : "+r"(mq_f)); mq_f; })
+    """
+    SlotEnd out_of_line "MQ_OUT_OF_LINE"(SlotEnd function) noexcept nogil
+
+
+cdef inline void end_slot(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+    """The rest of pass_time(), from the end of the current slot on."""
     cdef int64_t steps
-    if now_ns < row.slot_end_ns:
-        drain_levels(row, now_ns)
-        return
     if unlikely(is_dormant(row)):      # what this slot admitted drains from its end on
         drain_levels(row, row.slot_end_ns)
         raise_level(&row.request_level, requests_in_slot(row, ledger), row.dormant_request_shift, &row.request_cap, True)
@@ -157,6 +164,16 @@ cdef inline void pass_time(Row* row, Ledger* ledger, int64_t now_ns) noexcept no
     steps = turn_slots(row, ledger, now_ns)
     note_low(ledger.request_low, coarse(&row.request_level, row.request_shift), steps)
     note_low(ledger.token_low, coarse(&row.token_level, row.token_shift), steps)
+
+
+cdef inline void pass_time(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+    """Bring the row to `now_ns`; a time before the row's own changes nothing."""
+    cdef SlotEnd rare
+    if unlikely(now_ns >= row.slot_end_ns):
+        rare = out_of_line(end_slot)    # so that the common case is short enough to be compiled where it is called
+        rare(row, ledger, now_ns)
+    else:
+        drain_levels(row, now_ns)
 
 
 cdef inline bint is_shadow(const Row* row, uint8_t limit) noexcept nogil:
