@@ -1,7 +1,7 @@
 """The words of the domain: what is limited, how a violation is classed, what is done about it."""
 
 import enum
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from modelquota.quota.config import ResourceQuotaConfig
@@ -82,15 +82,30 @@ class Limit(enum.IntEnum):
         return CATALOGUE[self].unit
 
 
-class Window(NamedTuple):
-    """A rolling window over which requests and tokens are counted."""
+# Plain classes: to make a dataclass or a NamedTuple takes a hundredth of the time of `import modelquota`.
 
-    name: str
-    seconds: int
-    symbol: str
-    """As in a heading: ``tokens/h``."""
-    adjective: str
-    """As in the name of an alert: ``hourly_tokens``."""
+
+class Window:
+    """A rolling window over which requests and tokens are counted.
+
+    Attributes
+    ----------
+    name : str
+    seconds : int
+        How long it is.
+    symbol : str
+        As in a heading: ``tokens/h``.
+    adjective : str
+        As in the name of an alert: ``hourly_tokens``.
+    """
+
+    __slots__ = ("adjective", "name", "seconds", "symbol")
+
+    def __init__(self, name: str, seconds: int, symbol: str, adjective: str) -> None:
+        self.name: Final = name
+        self.seconds: Final = seconds
+        self.symbol: Final = symbol
+        self.adjective: Final = adjective
 
 
 WINDOWS: Final = (
@@ -101,24 +116,58 @@ WINDOWS: Final = (
 """All windows, the shortest first: the core has them in the same order."""
 
 
-class LimitRecord(NamedTuple):
-    """All that there is to say of one limit: lists of limits, wherever they are, are made from these records."""
+class LimitRecord:
+    """All that there is to say of one limit: lists of limits, wherever they are, are made from these records.
 
-    limit: Limit
-    label: str
-    unit: str
-    violation_type: ViolationType | None
-    quota_field: str
-    """The field of `ResourceQuotaConfig` that sets it; its value None is no limit."""
-    usage_fields: tuple[str, ...]
-    """The fields of `ResourceUsage` whose sum counts against it."""
-    heading: str
-    """The label where there is little room."""
-    window: Window | None = None
-    burst_field: str = ""
-    """The field of `ResourceQuotaConfig` that says how far a rate may be run ahead of; empty for other limits."""
-    ahead_field: str = ""
-    """The field of `ResourceUsage` that says how far it has been; empty for other limits."""
+    Attributes
+    ----------
+    limit : Limit
+    label : str
+        The name for people.
+    unit : str
+        ``"MB"``, ``"requests"`` or ``"tokens"``.
+    violation_type : ViolationType or None
+    quota_field : str
+        The field of `ResourceQuotaConfig` that sets it; its value None is no limit.
+    usage_fields : tuple of str
+        The fields of `ResourceUsage` whose sum counts against it.
+    heading : str
+        The label if there is little room.
+    window : Window or None
+        None for what is held and not counted.
+    burst_field : str
+        The field of `ResourceQuotaConfig` that says how far a rate may be run ahead of; empty for other limits.
+    ahead_field : str
+        The field of `ResourceUsage` that says how far it has been; empty for other limits.
+    """
+
+    __slots__ = (
+        "ahead_field", "burst_field", "heading", "label", "limit", "quota_field", "unit", "usage_fields",
+        "violation_type", "window",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        limit: Limit,
+        label: str,
+        unit: str,
+        violation_type: ViolationType | None,
+        quota_field: str,
+        usage_fields: tuple[str, ...],
+        heading: str,
+        window: Window | None = None,
+    ) -> None:
+        is_rate = window is not None and window.seconds == 1
+        self.limit: Final = limit
+        self.label: Final = label
+        self.unit: Final = unit
+        self.violation_type: Final = violation_type
+        self.quota_field: Final = quota_field
+        self.usage_fields: Final = usage_fields
+        self.heading: Final = heading
+        self.window: Final = window
+        self.burst_field: Final = f"burst_{unit}" if is_rate else ""
+        self.ahead_field: Final = f"burst_{unit}_used" if is_rate else ""
 
     @property
     def is_rate(self) -> bool:
@@ -128,18 +177,15 @@ class LimitRecord(NamedTuple):
 
 def _counted(unit: str, window: Window) -> LimitRecord:
     """Make the record of a limit on requests or tokens in a window."""
-    rate = window is WINDOWS[0]
     return LimitRecord(
         Limit[f"{unit}_per_{window.name}".upper()],
         f"{unit} per {window.name}",
         unit,
-        ViolationType.RATE_LIMIT if rate else ViolationType.QUOTA_LIMIT,
+        ViolationType.RATE_LIMIT if window.seconds == 1 else ViolationType.QUOTA_LIMIT,
         f"max_{unit}_per_{window.name}",
         (f"{unit}_this_{window.name}",),
         f"{unit}/{window.symbol}",
         window,
-        f"burst_{unit}" if rate else "",
-        f"burst_{unit}_used" if rate else "",
     )
 
 
