@@ -24,7 +24,7 @@ cdef enum:
     WINDOWS = 3             # SECOND, HOUR, DAY, the shortest first
     SECOND = 0
     LONGEST = WINDOWS - 1
-    LIMITS = 11             # Limit codes, from 0, which is none
+    LIMITS = 5 + 2 * WINDOWS    # Limit codes, from 0, which is none: memory, concurrency, two a window, the queue
     VIOLATION_TYPES = 5     # in the order of violations[] below
     SEAT_BITS = 10
     SEATS = 1024            # processes that share a state at once; seat 0 is nobody's

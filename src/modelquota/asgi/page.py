@@ -149,7 +149,13 @@ def _meters(
 
 def _meter(label: str, used: int, limit: float, record: LimitRecord, percent: float) -> dict[str, Any]:
     unit = "MB" if record.unit == "MB" else ""
-    return {"label": label, "used": used, "limit": limit, "unit": unit, "percent": round(percent, 3)}
+    return {
+        "label": label,
+        "used": used,
+        "limit": limit,
+        "unit": unit,
+        "percent": round(percent, 3) if limit else 100.0,
+    }
 
 
 def _wants_json(scope: Scope) -> bool:

@@ -96,7 +96,7 @@ class Window:
     symbol : str
         As in a heading: ``tokens/h``.
     adjective : str
-        As in the name of an alert: ``hourly_tokens``.
+        As in the name of an alert: ``hourly_tokens``; empty for the second.
     """
 
     __slots__ = ("adjective", "name", "seconds", "symbol")
@@ -109,7 +109,7 @@ class Window:
 
 
 WINDOWS: Final = (
-    Window("second", 1, "s", "secondly"),
+    Window("second", 1, "s", ""),
     Window("hour", 3_600, "h", "hourly"),
     Window("day", 86_400, "day", "daily"),
 )

@@ -5,7 +5,7 @@
 # finds the first that is violated and the longest wait. A denial changes no window and no level.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from modelquota._core.layout cimport (
-    Ledger, LIMIT_CODES, LONGEST, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
+    Ledger, LIMIT_CODES, LIMITS, LONGEST, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
 )
 from modelquota._core.row.level cimport (
     NO_RATE, NS_PER_SECOND, as_double, coarse, drain_levels, is_dormant, level_cost, level_wait_ns, load, note_low,
@@ -22,7 +22,7 @@ cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted
     CONCURRENCY = 3
     REQUESTS_PER_SECOND = 4
     TOKENS_PER_SECOND = 5
-    QUEUE_PLACE = 10
+    QUEUE_PLACE = LIMITS - 1
 
 cdef enum:  # indices of Ledger.violations
     RAM_VIOLATION = 0
