@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from modelquota._core.state.clock import ManualClock
 from modelquota._core.state.mapping import MAX_MODELS_LIMIT
 from modelquota._core.table.grant import Grant
-from modelquota._core.table.result import QuotaCheckResult
 from modelquota._core.table.handle import RowHandle
+from modelquota._core.table.result import QuotaCheckResult
 from modelquota._core.table.table import QuotaTable
 from modelquota._log import log as _log
 from modelquota._log import logger

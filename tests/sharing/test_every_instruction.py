@@ -84,7 +84,7 @@ class Case:
         if usage is None or quota is None:
             return None
         fields = dataclasses.asdict(usage) | {"quota": quota.to_dict()}
-        fields.pop("last_updated_ns", None)
+        del fields["left"], fields["percent"]  # they follow from the others, and from what is held
         return {name: value for name, value in fields.items() if name not in HELD}
 
 

@@ -590,6 +590,8 @@ cdef class Queues(Watcher):
         verdict.cause = first.cause_code
         verdict.action = first.action_code
         verdict.retry_after_ms = first.wait_ms
+        verdict.held_up = True
+        verdict.soonest_ns = 0
         verdict.used = <double> ref.ledger.waiting
         verdict.bound = <double> ref.ledger.max_queued
         verdict.asked = 1
