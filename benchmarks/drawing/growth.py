@@ -66,7 +66,7 @@ def measure(most: int) -> list[dict[str, Any]]:
 def _time(manager: ResourceQuotaManager, ids: Sequence[str], floors: ModuleType | None) -> dict[str, float | None]:
     order = np.random.default_rng(len(ids)).integers(len(ids), size=SLICES * OPERATIONS)
     random_ids = [ids[i] for i in order]
-    codes, tokens = manager.rows(ids)[order], np.full(BATCH, TOKENS)
+    codes, tokens = manager.codes(ids)[order], np.full(BATCH, TOKENS)
     check = Loop("manager.check_quota(each, estimated_tokens=100)", random_ids, manager=manager)
     rounds = {
         "empty": check.empty_round_ns,

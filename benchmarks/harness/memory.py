@@ -33,7 +33,7 @@ def measure(models: int) -> dict[str, float]:
         manager.check_quota(model_id, estimated_tokens=100)
     in_use = resident_bytes()
     # In small batches: what they copy for a while is the caller's affair, not the models'.
-    batches = np.array_split(manager.rows(ids), max(1, models // BATCH))
+    batches = np.array_split(manager.codes(ids), max(1, models // BATCH))
     manager.check_many(batches[0], 100)
     before_traffic = resident_bytes()
     for step_ns in STEPS_NS:

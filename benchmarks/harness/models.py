@@ -53,7 +53,7 @@ class Fleet:
     @cached_property
     def codes(self) -> np.ndarray:
         """What `check_many` calls each model."""
-        return self.manager.rows(self.ids)
+        return self.manager.codes(self.ids)
 
     def random_ids(self, count: int) -> list[str]:
         """Draw ids: the very objects that were registered."""

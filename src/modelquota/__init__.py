@@ -22,7 +22,7 @@ from modelquota.errors import (
 from modelquota.manager import ModelQuota, ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import Limit, ViolationAction, ViolationType
-from modelquota.waiting.stream import meter
+from modelquota.waiting.stream import count_stream
 
 if TYPE_CHECKING:
     from modelquota.quota.file import load_quotas
@@ -54,8 +54,8 @@ __all__ = [
     "UnknownModelError",
     "ViolationAction",
     "ViolationType",
+    "count_stream",
     "load_quotas",
-    "meter",
 ]
 
 # Imported at their first use: their dataclasses and regular expressions take a quarter of the whole import.

@@ -6,6 +6,7 @@ import functools
 import operator
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -26,9 +27,12 @@ from modelquota.waiting.decorator import limit
 from modelquota.waiting.thread import acquire
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
     from typing import Self, SupportsIndex
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from modelquota.reading.report import ModelReport, ResourceUsage
     from modelquota.reading.view import QuotaView
@@ -203,7 +207,7 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
             raise TypeError(f"config is {config!r}; give a ResourceQuotaConfig, or a model id and keywords")
         elif fields:
             raise TypeError("give a ResourceQuotaConfig or keywords, not both; config.replace(...) changes fields")
-        self._put(config.model_id, config)
+        self._set_quota(config.model_id, config)
 
     def update_quota(self, model_id: str, /, **changes: Any) -> ResourceQuotaConfig:
         """Change the named fields of a model's quota and return the new one.
@@ -217,12 +221,42 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
             new = old.replace(**changes)
             if new.model_id != model_id:
                 raise TypeError("model_id cannot be changed; set_quota for the new id and remove_quota for the old one")
-            if self._swap(old, new, named=True):
+            if self._replace_quota(old, new, named=True):
                 return new
+
+    def replace_quota(self, expected: ResourceQuotaConfig, new: ResourceQuotaConfig) -> bool:
+        """Replace a model's quota if it is still `expected`: a compare-and-set, for programs that adjust limits.
+
+        Returns False, and changes nothing, if the model has another quota by now, or none. An id that came from
+        `default_quota` may be forgotten as before, unlike after `update_quota`.
+
+        Raises TypeError for anything but two configs, ValueError if they are of different models.
+
+        Examples
+        --------
+        >>> manager = ResourceQuotaManager(clock=ManualClock())
+        >>> manager.set_quota("llama", max_ram_mb=1000)
+        >>> before = manager.get_quota("llama")
+        >>> manager.replace_quota(before, before.replace(max_ram_mb=800))
+        True
+        >>> manager.replace_quota(before, before.replace(max_ram_mb=600))
+        False
+        """
+        for name, config in (("expected", expected), ("new", new)):
+            if not isinstance(config, ResourceQuotaConfig):
+                raise TypeError(f"{name} is {config!r}; give a ResourceQuotaConfig")
+        if expected.model_id != new.model_id:
+            raise ValueError(f"new is of {new.model_id!r} and expected of {expected.model_id!r}; give two of one model")
+        return self._replace_quota(expected, new)
 
     def remove_quota(self, model_id: str) -> bool:
         """Forget a model and what it has used; True if it was known. What it counted stays in `get_stats`."""
-        return self._forget(model_id)
+        return self._remove(model_id)
+
+    def rows(self, model_ids: Iterable[str]) -> NDArray[np.int64]:
+        """Return `codes`, by the name that it had in earlier versions; deprecated."""
+        warnings.warn("rows() is called codes() now", DeprecationWarning, stacklevel=2)
+        return self.codes(model_ids)
 
     def model(self, model_id: str) -> ModelQuota:
         """Bind a model: its verbs without the look-up. Raises UnknownModelError where it has no quota."""
@@ -289,10 +323,10 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     def limit(
         self,
         model_id: str | Sequence[str] | Callable[..., str | Sequence[str]],
-        tokens: SupportsIndex | Callable[..., SupportsIndex] = 0,
+        estimated_tokens: SupportsIndex | Callable[..., SupportsIndex] = 0,
         *,
-        ram_mb: SupportsIndex = 0,
-        ssd_mb: SupportsIndex = 0,
+        ram_needed_mb: SupportsIndex = 0,
+        ssd_needed_mb: SupportsIndex = 0,
         timeout: float | None = None,
         priority: SupportsIndex = 0,
         actual_tokens: Callable[[Any], SupportsIndex] | None = None,
@@ -301,15 +335,15 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
 
         Objects whose ``__call__`` is one, and partial ones, are as good. What returns work that is still to be done (a
         coroutine, a future, an iterator or stream) without being declared with ``async def`` is refused with a
-        TypeError, and what it returned is closed: the grant would not cover that work. For streams see `meter`.
+        TypeError, and what it returned is closed: the grant would not cover that work. For streams see `count_stream`.
 
         Parameters
         ----------
         model_id : str, sequence of str, or callable
             A callable is given the arguments of the call.
-        tokens : int or callable
-            The estimate, or a callable that makes it of the arguments of the call.
-        ram_mb, ssd_mb, timeout, priority
+        estimated_tokens : int or callable
+            Tokens, or a callable that makes it of the arguments of the call.
+        ram_needed_mb, ssd_needed_mb, timeout, priority
             As for `acquire`.
         actual_tokens : callable, optional
             Makes the true number of tokens of what the function returned, or what the coroutine did; without it the
@@ -324,13 +358,13 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         --------
         >>> manager = ResourceQuotaManager(clock=ManualClock())
         >>> manager.set_quota("llama")
-        >>> @manager.limit("llama", tokens=lambda prompt: len(prompt), actual_tokens=len)
+        >>> @manager.limit("llama", estimated_tokens=lambda prompt: len(prompt), actual_tokens=len)
         ... def generate(prompt):
         ...     return prompt[:5]
         >>> generate("Hello, world"), manager.get_usage("llama").tokens_this_hour
         ('Hello', 5)
         """
-        return limit(self, model_id, tokens, ram_mb, ssd_mb, timeout, priority, actual_tokens)
+        return limit(self, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority, actual_tokens)
 
     # -- what the model uses
 
@@ -346,14 +380,14 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         TypeError, ValueError
             A figure that is no integer, or not in 0 .. 2**62; nothing is recorded.
         """
-        self._state_memory(model_id, _megabytes("ram_mb", ram_mb), _megabytes("ssd_mb", ssd_mb))
+        self._record_memory(model_id, _megabytes("ram_mb", ram_mb), _megabytes("ssd_mb", ssd_mb))
 
     def reset_burst(self, model_id: str) -> None:
         """Forgive the burst in use: both long-run levels fall to at most max(rate, 1). Windows are not touched.
 
         Raises UnknownModelError where the model has no quota.
         """
-        self._empty_burst(model_id)
+        self._reset_burst(model_id)
 
 
 class _Events:

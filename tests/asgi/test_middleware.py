@@ -332,7 +332,7 @@ def test_routes_of_ones_own(manager):
         await asyncio.sleep(0)
         if request.header("X-Skip"):
             return None
-        return Demand("m", tokens=len(request.body), ram_mb=60)
+        return Demand("m", estimated_tokens=len(request.body), ram_needed_mb=60)
 
     async def main():
         model = Model()

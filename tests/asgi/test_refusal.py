@@ -117,7 +117,7 @@ def test_no_known_wait_is_service_unavailable(manager):
     assert parse_list(response.headers["ratelimit"])["concurrent-requests"] == {"r": 0}
     manager.update_quota("m", max_concurrent_requests=None, max_ram_mb=100)
     manager.update_memory_usage("m", 50, 0)
-    routes = {"/v1/chat/completions": lambda request: Demand("m", 1, ram_mb=60)}
+    routes = {"/v1/chat/completions": lambda request: Demand("m", 1, ram_needed_mb=60)}
     response = ask(manager, routes=routes)
     assert (response.status, response.error["code"]) == (503, "overloaded")
 
@@ -127,7 +127,7 @@ def test_no_known_wait_is_service_unavailable(manager):
     [
         ({"max_tokens_per_hour": 109}, Demand("m", 110), "tokens per hour: 0 of 109 used, 110 asked; never fits"),
         ({"max_tokens_per_second": 100, "burst_tokens": 9}, Demand("m", 110), "tokens per second: 0 of 109 used"),
-        ({"max_ram_mb": 10}, Demand("m", 1, ram_mb=11), "RAM: 0 of 10 used, 11 asked; never fits"),
+        ({"max_ram_mb": 10}, Demand("m", 1, ram_needed_mb=11), "RAM: 0 of 10 used, 11 asked; never fits"),
         ({"max_requests_per_day": 0}, Demand("m", 1), "requests per day: 0 of 0 used, 1 asked; never fits"),
     ],
 )

@@ -116,12 +116,12 @@ def test_what_an_operator_has_set_becomes_the_configured_value(path):
 
 def test_killed_between_two_models(path):
     code = """
-        swap = manager._swap
+        swap = manager.replace_quota
         def stop(old, new):
             if old.model_id == "other" and adjuster.factor < 0.7:
                 ready()
             return swap(old, new)
-        manager._swap = stop
+        manager.replace_quota = stop
         adjuster.poll()
         adjuster.poll()
     """
@@ -314,14 +314,14 @@ def test_a_journal_that_cannot_be_written_leaves_the_limits_alone(path, monkeypa
 
 def test_a_quota_that_is_set_while_the_file_is_being_adjusted_is_journaled_before_it_is_adjusted(path):
     code = """
-        swap, sets = manager._swap, [500, 300]
+        swap, sets = manager.replace_quota, [500, 300]
         def set_just_before(old, new):
             if old.model_id == "m":
                 if not sets:
                     ready()
                 manager.set_quota(old.replace(max_ram_mb=sets.pop(0)))
             return swap(old, new)
-        manager._swap = set_just_before
+        manager.replace_quota = set_just_before
         adjuster.poll()
     """
     journals = []

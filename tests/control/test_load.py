@@ -101,13 +101,13 @@ def test_who_changes_a_limit_meanwhile_changes_the_configured_value(manager):
 
 def meanwhile(manager, change):
     """Have a change made just before the manager puts a model's new limits in place of the old."""
-    swap = manager._swap
+    swap = manager.replace_quota
 
-    def change_and_swap(old, new, named=False):
+    def change_and_swap(old, new):
         change()
-        return swap(old, new, named=named)
+        return swap(old, new)
 
-    manager._swap = change_and_swap
+    manager.replace_quota = change_and_swap
 
 
 def test_a_quota_that_is_set_while_it_is_being_adjusted_is_not_lost(manager):

@@ -53,8 +53,8 @@ def live_changes(manager):
 
 
 def batches(manager):
-    manager.charge_many(manager.rows(["m"]).repeat(3), 1)
-    manager.check_many(manager.rows(["m"]).repeat(3), 1)
+    manager.charge_many(manager.codes(["m"]).repeat(3), 1)
+    manager.check_many(manager.codes(["m"]).repeat(3), 1)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -85,7 +85,7 @@ def test_a_long_c_call_of_one_process_stops_a_model_in_no_other(tmp_path, work):
 
     # batches in a third process make the row busy: who finds it locked is who may give the GIL away
     def keep_busy():
-        codes = manager.rows(["m"]).repeat(20_000)
+        codes = manager.codes(["m"]).repeat(20_000)
 
         def loop():
             while True:

@@ -84,7 +84,7 @@ def begin(verbs):
 
 
 def test_a_check_takes_no_lock_but_its_rows(manager, locks):
-    handle, rows = manager.model("b"), manager.rows(["b"] * 3)
+    handle, rows = manager.model("b"), manager.codes(["b"] * 3)
     verbs = [
         lambda: manager.check_quota("b", 1),
         lambda: handle.check(1),

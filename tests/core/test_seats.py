@@ -103,7 +103,7 @@ def test_reading_looks_for_the_dead(manager):
 
 
 def test_batches_look_for_the_dead(manager):
-    codes = manager.rows(["m"])
+    codes = manager.codes(["m"])
     with forked(lambda: manager.reserve("m", 1)) as pid:
         assert manager.check_many(codes, 1).tolist() == [3]
         os.kill(pid, signal.SIGKILL)

@@ -22,7 +22,7 @@ def state_of(manager):
 
 
 def test_codes_and_outputs(manager):
-    rows = manager.rows(["a", "b", "a", "a", "b", "a"])
+    rows = manager.codes(["a", "b", "a", "a", "b", "a"])
     assert rows.dtype == np.int64
     retry = np.full(6, 77)
     out = manager.check_many(rows, [1, 60, 1, 1, 60, 1], retry_after_ms=retry)
@@ -37,7 +37,7 @@ def test_codes_and_outputs(manager):
 
 def test_fills_and_returns_the_array_it_is_given(manager):
     out = np.full(2, 9, np.uint8)
-    assert manager.check_many(manager.rows(["a", "b"]), 1, out) is out
+    assert manager.check_many(manager.codes(["a", "b"]), 1, out) is out
     assert out.tolist() == [0, 0]
 
 
@@ -45,7 +45,7 @@ def test_fills_and_returns_the_array_it_is_given(manager):
     "tokens", [5, np.int32(5), [5, 5], (5, 5), np.array([5, 5], np.uint8), np.array([5, 0, 5])[::2]]
 )
 def test_tokens_in_many_forms(manager, tokens):
-    rows = manager.rows(iter(("a", "b")))
+    rows = manager.codes(iter(("a", "b")))
     assert manager.check_many(rows, tokens).tolist() == [0, 0]
     manager.charge_many(rows, tokens)
     assert manager.get_usage("a").tokens_this_day == 10
@@ -54,8 +54,8 @@ def test_tokens_in_many_forms(manager, tokens):
 
 def test_empty_batches(manager):
     before = state_of(manager)
-    assert manager.rows([]).tolist() == []
-    assert manager.check_many(manager.rows([]), []).tolist() == []
+    assert manager.codes([]).tolist() == []
+    assert manager.check_many(manager.codes([]), []).tolist() == []
     assert manager.check_many([], [], times_ns=[]).tolist() == []
     manager.charge_many([], 5)
     assert state_of(manager) == before
@@ -63,7 +63,7 @@ def test_empty_batches(manager):
 
 def test_warn_admits_all(manager):
     manager.update_quota("a", on_violation="warn")
-    assert manager.check_many(manager.rows(["a"] * 9), 1).tolist() == [0] * 9
+    assert manager.check_many(manager.codes(["a"] * 9), 1).tolist() == [0] * 9
     assert manager.get_usage("a").requests_this_second == 9
     assert manager.get_stats().warned_requests == 6
 
@@ -152,15 +152,15 @@ BAD_BATCHES = {
     "charge a bad row": (lambda m, r: m.charge_many([r[0], 3], 5), ValueError, r"rows\[1\] is 3"),
     "charge float": (lambda m, r: m.charge_many(r, 5.0), TypeError, "tokens has dtype float64"),
     "charge too few": (lambda m, r: m.charge_many(r, [5]), ValueError, "tokens has 1 elements"),
-    "rows of an unknown id": (lambda m, r: m.rows(["a", "nobody"]), UnknownModelError, "nobody"),
-    "rows of no str": (lambda m, r: m.rows(["a", 5]), TypeError, "model_id is 5; give a str"),
+    "rows of an unknown id": (lambda m, r: m.codes(["a", "nobody"]), UnknownModelError, "nobody"),
+    "rows of no str": (lambda m, r: m.codes(["a", 5]), TypeError, "model_id is 5; give a str"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_BATCHES)
 def test_bad_input_changes_nothing(manager, case):
     call, error, message = BAD_BATCHES[case]
-    rows = manager.rows(["a", "b"])
+    rows = manager.codes(["a", "b"])
     before = state_of(manager)
     with pytest.raises(error, match=message):
         call(manager, rows)
@@ -168,7 +168,7 @@ def test_bad_input_changes_nothing(manager, case):
 
 
 def test_foreign_byte_order_is_converted(manager):
-    rows = manager.rows(["b"] * 3)
+    rows = manager.codes(["b"] * 3)
     assert manager.check_many(rows.astype(">i8"), np.array([1, 2, 3], ">i8")).tolist() == [0, 0, 0]
     assert manager.get_usage("b").tokens_this_day == 6
 
@@ -176,7 +176,7 @@ def test_foreign_byte_order_is_converted(manager):
 def test_times_that_fall_by_more_than_an_int64_are_refused(manager):
     before = state_of(manager)
     with pytest.raises(ValueError, match="times_ns"):
-        manager.check_many(manager.rows(["a"] * 5), 1, times_ns=[10**12, 2**62, 2**63 - 1, -(2**63), 10**13])
+        manager.check_many(manager.codes(["a"] * 5), 1, times_ns=[10**12, 2**62, 2**63 - 1, -(2**63), 10**13])
     assert state_of(manager) == before
 
 
@@ -184,24 +184,24 @@ def test_a_read_only_output_is_refused(manager):
     out = np.zeros(1, np.uint8)
     out.flags.writeable = False
     with pytest.raises(ValueError, match="out cannot be filled in place"):
-        manager.check_many(manager.rows(["a"]), 1, out)
+        manager.check_many(manager.codes(["a"]), 1, out)
 
 
 def test_times_need_a_manual_clock():
     manager = ResourceQuotaManager()
     manager.set_quota("a")
     with pytest.raises(ValueError, match="times_ns needs a manager with a clock of its own"):
-        manager.check_many(manager.rows(["a"]), 1, times_ns=[10**18])
+        manager.check_many(manager.codes(["a"]), 1, times_ns=[10**18])
     assert manager.get_stats().total_checks == 0
 
 
 def test_the_clock_stands_at_the_last_time_afterwards(manager):
-    manager.check_many(manager.rows(["a", "a"]), 1, times_ns=[2 * 10**12, 3 * 10**12])
+    manager.check_many(manager.codes(["a", "a"]), 1, times_ns=[2 * 10**12, 3 * 10**12])
     assert manager.clock.now_ns == 3 * 10**12
 
 
 def test_a_removed_models_code_is_refused_even_when_its_row_is_reused(manager):
-    rows = manager.rows(["a", "b"])
+    rows = manager.codes(["a", "b"])
     manager.remove_quota("b")
     manager.set_quota("c")
     before = state_of(manager)
@@ -210,18 +210,18 @@ def test_a_removed_models_code_is_refused_even_when_its_row_is_reused(manager):
     with pytest.raises(ValueError, match=r"rows\[1\] is \d+"):
         manager.charge_many(rows, 1)
     assert state_of(manager) == before
-    assert (manager.rows(["c"])[0] & 0xFFFFFFFF) == (rows[1] & 0xFFFFFFFF)
+    assert (manager.codes(["c"])[0] & 0xFFFFFFFF) == (rows[1] & 0xFFFFFFFF)
 
 
 def test_rows_registers_from_the_template():
     manager = ResourceQuotaManager(default_quota=ResourceQuotaConfig("template", max_requests_per_day=1))
-    out = manager.check_many(manager.rows(["x", "y", "x"]), 1)
+    out = manager.check_many(manager.codes(["x", "y", "x"]), 1)
     assert out.tolist() == [0, 0, Limit.REQUESTS_PER_DAY]
     assert manager.list_models() == ["x", "y"]
 
 
 def test_charges_count_against_every_token_limit_but_no_request(manager):
-    manager.charge_many(manager.rows(["b", "b"]), [70, 50])
+    manager.charge_many(manager.codes(["b", "b"]), [70, 50])
     usage = manager.get_usage("b")
     assert (usage.tokens_this_second, usage.tokens_this_hour, usage.tokens_this_day) == (120, 120, 120)
     assert usage.requests_this_day == 0
@@ -233,13 +233,13 @@ def test_charges_count_against_every_token_limit_but_no_request(manager):
 def test_a_counter_stays_at_its_largest():
     manager = ResourceQuotaManager(clock=ManualClock())
     manager.set_quota("u", max_tokens_per_second=None, max_tokens_per_hour=None, max_tokens_per_day=None)
-    rows = manager.rows(["u"] * 5)
+    rows = manager.codes(["u"] * 5)
     manager.charge_many(rows, 2**62)
     assert manager.get_usage("u").tokens_this_day == 2**62
     assert manager.check_quota("u", 2**62)
     assert manager.get_usage("u").tokens_this_day == 2**62
     manager.set_quota("r", max_tokens_per_second=0.1, max_tokens_per_hour=None, max_tokens_per_day=None)
-    manager.charge_many(manager.rows(["r"] * 5), 2**62)
+    manager.charge_many(manager.codes(["r"] * 5), 2**62)
     assert manager.get_usage("r").tokens_this_second == 2**62
     assert not manager.check_quota("r", 1)
 
@@ -269,7 +269,7 @@ def test_a_batch_decides_as_single_checks_do(requests):
         limits.append(result.limit or 0)
         waits.append(0 if result else -1 if result.retry_after_ms is None else result.retry_after_ms)
     retry = np.zeros(len(requests), np.int64)
-    codes = batch.rows([model for model, _, _ in requests])
+    codes = batch.codes([model for model, _, _ in requests])
     out = batch.check_many(codes, [tokens for _, tokens, _ in requests], times_ns=times, retry_after_ms=retry)
     assert out.tolist() == limits
     assert retry.tolist() == waits

@@ -211,7 +211,7 @@ def replaced(manager: ResourceQuotaManager) -> Any:
     manager.check_quota("kept", TOKENS_PER_HOUR + 1)
     old = manager.get_quota("kept")
     assert old is not None
-    assert manager._swap(old, old.replace(max_requests_per_hour=7))
+    assert manager.replace_quota(old, old.replace(max_requests_per_hour=7))
 
 
 def granted(manager: ResourceQuotaManager) -> Any:
@@ -255,11 +255,11 @@ def adjusted(manager: ResourceQuotaManager) -> Any:
 def test_never_forgotten(small, clock, how):
     kept = how(small)
     quota = small.get_quota("kept")
-    code = small.rows(["kept"])[0]
+    code = small.codes(["kept"])[0]
     for round_ in range(3):
         clock.advance(AGED_SECONDS)
         crowd(small, f"new:{round_}")
-    assert small.rows(["kept"])[0] == code
+    assert small.codes(["kept"])[0] == code
     assert small.get_quota("kept") == quota
     if how is adjusted:
         kept.stop()
@@ -279,14 +279,14 @@ def test_a_waiter_is_never_forgotten(clock):
     thread = threading.Thread(target=lambda: got.append(manager.acquire("kept", 0)))
     thread.start()
     until(lambda: manager.get_usage("kept").queued_requests)
-    code = manager.rows(["kept"])[0]
+    code = manager.codes(["kept"])[0]
     clock.advance(AGED_SECONDS)
     crowd(manager, "new")
     assert manager.get_usage("kept").queued_requests == 1
     grant.release()
     thread.join()
     crowd(manager, "newer")
-    assert manager.rows(["kept"])[0] == code
+    assert manager.codes(["kept"])[0] == code
     got.pop().release()
     clock.advance(100)
     crowd(manager, "newest")
@@ -328,7 +328,7 @@ def test_a_handle_goes_on_while_others_come_and_go(small, clock):
 
 def test_codes_of_a_forgotten_id_are_refused(small, clock):
     small.check_quota("gone", 1)
-    codes = small.rows(["gone"])
+    codes = small.codes(["gone"])
     clock.advance(AGED_SECONDS)
     crowd(small, "new")
     with pytest.raises(ValueError, match="rows"):
@@ -356,7 +356,7 @@ def test_the_last_moment_in_use_and_the_first_after_it(clock, what):
         if what == "request":
             manager.check_quota("old", 0)
         else:
-            manager.charge_many(manager.rows(["old"]), 3)
+            manager.charge_many(manager.codes(["old"]), 3)
         aged_ns = (slot_of(START_NS, HOUR_NS) + SLOTS + 1) * HOUR_NS // SLOTS
     clock.advance_ns(aged_ns - 1 - START_NS)
     with pytest.raises(CapacityError, match="1"):
@@ -560,7 +560,7 @@ def test_several_ids_that_do_not_fit_into_the_table_together(clock, verb):
         assert manager.peek_quota(ids, 1)
         assert manager.list_models() == ["named"]
     elif verb == "rows":
-        assert len(manager.rows(ids)) == len(ids)
+        assert len(manager.codes(ids)) == len(ids)
     else:
         with at_most(10), pytest.raises(CapacityError):
             getattr(manager, verb)(ids, 1)

@@ -65,7 +65,7 @@ def test_no_tokens_pass_every_limit_of_tokens(kind: Any, limit: Limit, field: st
     assert manager.check_quota("m", 5)
     assert manager.check_quota("m", 1).limit is limit
     assert manager.check_quota("m", 0)
-    manager.charge_many(manager.rows(["m"]), 100)
+    manager.charge_many(manager.codes(["m"]), 100)
     assert manager.check_quota("m", 1).limit is limit
     assert manager.check_quota("m", 0)
 
@@ -108,7 +108,7 @@ def test_without_a_cap_any_memory_passes(kind: Any) -> None:
 
 def test_percent_of_a_rate_of_zero_is_reckoned_against_nothing(kind: Any) -> None:
     manager = manager_with(kind, max_tokens_per_second=0.0, burst_tokens=5)
-    manager.charge_many(manager.rows(["m"]), 3)
+    manager.charge_many(manager.codes(["m"]), 3)
     assert manager.check_quota("m", 1).current_usage == 300.0
 
 

@@ -93,7 +93,7 @@ class Subject:
 
     def force(self, count: int) -> None:
         """Tokens that were generated, whatever the limits."""
-        self.manager.charge_many(self.manager.rows(["m"]), count)
+        self.manager.charge_many(self.manager.codes(["m"]), count)
         if self.what == TOKENS:
             self.note(count, forced=self.manager.get_quota("m").on_violation != "warn")
 
@@ -218,7 +218,7 @@ def test_every_way_to_change_a_quota_keeps_the_level(how, tmp_path):
         elif how == "replaced":
             old = manager.get_quota("m")
             assert old is not None
-            assert manager._swap(old, changed)
+            assert manager.replace_quota(old, changed)
         else:
             ResourceQuotaManager(clock=clock, path=tmp_path / "quota.state").set_quota(changed)
     assert not manager.check_quota("m", 0)

@@ -162,7 +162,7 @@ def test_a_full_table_says_so_and_evicts_nobody():
     manager = ResourceQuotaManager(max_models=2, default_quota=ResourceQuotaConfig("template"))
     manager.set_quota("a")
     manager.set_quota("b")
-    for refused in (lambda: manager.set_quota("c"), lambda: manager.check_quota("c", 1), lambda: manager.rows(["c"])):
+    for refused in (lambda: manager.set_quota("c"), lambda: manager.check_quota("c", 1), lambda: manager.codes(["c"])):
         before = state_of(manager)
         with pytest.raises(CapacityError, match="all 2 places"):
             refused()
@@ -359,7 +359,7 @@ def test_a_model_removed_by_a_forked_process_is_listed_no_more():
     child.join(60)
     assert child.exitcode == 0
     assert manager.list_models() == ["c"]
-    for ask in (manager.model, manager.reset_burst, lambda model_id: manager.rows([model_id])):
+    for ask in (manager.model, manager.reset_burst, lambda model_id: manager.codes([model_id])):
         with pytest.raises(UnknownModelError):
             ask("a")
     assert not manager.remove_quota("b")
@@ -463,7 +463,7 @@ def test_a_subclass_that_forgets_to_initialise_is_told():
     manager = Forgetful(1)
     for call in (
         lambda: manager.check_quota("m", 1),
-        lambda: manager.rows(["m"]),
+        lambda: manager.codes(["m"]),
         lambda: manager.check_many([], []),
         lambda: manager.charge_many([], []),
         manager.get_stats,

@@ -52,7 +52,7 @@ def test_charges_between_checks(
         clock.advance_ns(arrival.step.end_ns(clock.now_ns) - clock.now_ns)
         copies = charges[i % len(charges)]
         if copies:
-            manager.charge_many(manager.rows(["m"] * copies), arrival.tokens)
+            manager.charge_many(manager.codes(["m"] * copies), arrival.tokens)
             oracle.charge_many(["m"] * copies, arrival.tokens)
         else:
             expected = oracle.check_quota("m", arrival.tokens)
@@ -108,7 +108,7 @@ def test_a_window_counts_no_further_than_its_end(rate: float | None) -> None:
     manager = ResourceQuotaManager(clock=clock)
     manager.set_quota("m", **UNLIMITED | {"max_tokens_per_second": rate})
     for _ in range(5):
-        manager.charge_many(manager.rows(["m", "m"]), COUNT_MAX - 1)
+        manager.charge_many(manager.codes(["m", "m"]), COUNT_MAX - 1)
         usage = manager.get_usage("m")
         assert usage is not None
         assert usage.tokens_this_day == usage.tokens_this_hour == usage.tokens_this_second == COUNT_MAX

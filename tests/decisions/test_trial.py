@@ -98,11 +98,11 @@ def checked_jointly(manager: ResourceQuotaManager, tokens: int) -> None:
 
 
 def in_a_batch(manager: ResourceQuotaManager, tokens: int) -> None:
-    assert not manager.check_many(manager.rows(["m"]), tokens).any()
+    assert not manager.check_many(manager.codes(["m"]), tokens).any()
 
 
 def charged(manager: ResourceQuotaManager, tokens: int) -> None:
-    manager.charge_many(manager.rows(["m"]), tokens)
+    manager.charge_many(manager.codes(["m"]), tokens)
 
 
 def reserved(manager: ResourceQuotaManager, tokens: int) -> None:
@@ -271,7 +271,7 @@ def test_a_shadowed_limit_is_judged_counted_and_reported_and_never_denies(manage
     assert stats.rejected_requests == stats.throttled_requests == stats.queued_requests == 0
     assert stats.allowed_requests == stats.total_checks
     assert manager.get_usage("m").requests_this_day == before.requests_this_day + 3
-    assert not manager.check_many(manager.rows(["m"] * 2), 3).any()
+    assert not manager.check_many(manager.codes(["m"] * 2), 3).any()
     manager.reserve("m", 3, 2, 2).release()
     manager.acquire("m", 3, 2, 2, timeout=0).release()
     manager.update_quota("m", shadow_limits=[], on_violation="reject")

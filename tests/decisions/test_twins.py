@@ -61,7 +61,7 @@ def test_batch_in_time_decides_as_single_checks(
         times[i] = at_ns = arrival.step.end_ns(at_ns)
     ids = [turns[i % len(turns)] for i in range(len(traffic))]
     costs = np.array([arrival.tokens for arrival in traffic], dtype=np.int64)
-    rows = batched.rows(ids)
+    rows = batched.codes(ids)
     given_out = data.draw(st.booleans(), label="out given")
     for part in (slice(0, cut), slice(cut, None)):
         out = np.full(len(times[part]), 99, dtype=np.uint8) if given_out else None
@@ -93,7 +93,7 @@ def test_batch_now_decides_as_single_checks(
     for step, ids, cost in batches:
         at_ns = step.end_ns(now_ns(batched))
         batched.clock.advance_ns(at_ns - now_ns(batched))
-        codes = batched.check_many(batched.rows(ids), cost)
+        codes = batched.check_many(batched.codes(ids), cost)
         assert codes.tolist() == [check_at(single, at_ns, model_id, cost)[0] for model_id in ids]
         for model_id in "ab":
             # The twin may not have been asked anything at this moment.

@@ -92,7 +92,7 @@ def test_it_is_refused_at_once_if_all_that_is_reserved_would_not_do(limits, acti
     manager = ResourceQuotaManager()
     manager.set_quota(open_quota("m", **limits, on_violation=action, grace_period_sec=25))
     if how == "spent besides":
-        manager.charge_many(manager.rows(["m"]), 70)
+        manager.charge_many(manager.codes(["m"]), 70)
     grant = manager.reserve("m", 90 if how != "spent besides" else 20)
     if how == "settled":
         grant.settle(90)

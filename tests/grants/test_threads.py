@@ -26,7 +26,7 @@ def manager():
 @contextlib.contextmanager
 def kept_busy(manager, *ids):
     """Batches without the GIL lock the rows all the time, so that grants have to wait for them and let it go."""
-    rows = np.tile(manager.rows(ids), 10_000)
+    rows = np.tile(manager.codes(ids), 10_000)
     stop = threading.Event()
 
     def check():

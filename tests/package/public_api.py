@@ -30,8 +30,8 @@ from modelquota import (
     UnknownModelError,
     ViolationAction,
     ViolationType,
+    count_stream,
     load_quotas,
-    meter,
 )
 from modelquota.asgi import (
     Demand,
@@ -110,7 +110,7 @@ def check(manager: ResourceQuotaManager) -> int | None:
 
 
 def check_in_batches(manager: ResourceQuotaManager) -> NDArray[np.uint8]:
-    rows: NDArray[np.int64] = manager.rows(["m", "m"])
+    rows: NDArray[np.int64] = manager.codes(["m", "m"])
     retry = np.zeros(2, np.int64)
     manager.charge_many(rows, np.array([1, 2]))
     manager.charge_many(rows, 1)
@@ -138,11 +138,11 @@ async def words() -> AsyncIterator[str]:
 
 
 async def wait(manager: ResourceQuotaManager) -> list[str]:
-    @manager.limit("m", tokens=lambda prompt: len(prompt), actual_tokens=len, timeout=1.0)
+    @manager.limit("m", estimated_tokens=lambda prompt: len(prompt), actual_tokens=len, timeout=1.0)
     async def complete(prompt: str) -> str:
         return prompt
 
-    @manager.limit(("tenant", "m"), tokens=5)
+    @manager.limit(("tenant", "m"), estimated_tokens=5)
     def twice(number: int) -> int:
         return 2 * number
 
@@ -151,7 +151,7 @@ async def wait(manager: ResourceQuotaManager) -> list[str]:
     first: Grant = await manager.acquire_async("m", 5, ssd_needed_mb=1)
     first.release()
     async with manager.acquire_async(["m"], 5, priority=1, timeout=3) as held:
-        return [f"{said}{four}{word}" async for word in meter(held, words(), tokens=len)]
+        return [f"{said}{four}{word}" async for word in count_stream(held, words(), tokens=len)]
 
 
 def share(path: Path) -> list[str]:
@@ -191,7 +191,7 @@ async def generate(request: IncomingRequest) -> Demand | None:
     body = request.json()
     if "text" not in body:
         raise RequestRefusedError(400, "text is missing", code="missing", param="text")
-    return Demand(("tenant", "m"), tokens=estimate_prompt(body), ram_mb=1, timeout=5.0, priority=1)
+    return Demand(("tenant", "m"), estimated_tokens=estimate_prompt(body), ram_needed_mb=1, timeout=5.0, priority=1)
 
 
 def tenant(request: IncomingRequest) -> str | list[str]:

@@ -61,7 +61,7 @@ def test_one_record_per_model_and_second(manager, records):
 
 def test_batches_log_alike(manager, records):
     second = 10**9
-    rows = manager.rows(["reject", "queue", "reject", "reject", "queue"])
+    rows = manager.codes(["reject", "queue", "reject", "reject", "queue"])
     manager.check_many(rows, 1, times_ns=[0, 0, 1, second, second])
     assert [(record.levelname, record.args[0], record.args[3]) for record in records] == [
         ("WARNING", "reject", 1),
@@ -95,7 +95,7 @@ def test_a_handler_may_use_the_manager(manager):
     logger.addHandler(handler)
     try:
         manager.check_quota("reject", 1)
-        manager.check_many(manager.rows(["throttle"]), 1)
+        manager.check_many(manager.codes(["throttle"]), 1)
     finally:
         logger.removeHandler(handler)
     assert seen == [(1, False), (2, False)]
@@ -111,7 +111,7 @@ def test_a_handler_that_raises_loses_no_decision(manager, capsys):
     logger.addHandler(handler)
     try:
         assert not manager.check_quota("reject", 1)
-        assert manager.check_many(manager.rows(["throttle", "warn", "queue"]), 1).tolist() == [7, 0, 7]
+        assert manager.check_many(manager.codes(["throttle", "warn", "queue"]), 1).tolist() == [7, 0, 7]
         assert manager.check_quota("nobody", 1)
     finally:
         logger.removeHandler(handler)

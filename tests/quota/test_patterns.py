@@ -158,7 +158,7 @@ def test_patterns_register_on_first_sight_and_others_are_unknown():
     assert manager.get_quota("user:bob") == quota("user:bob", max_requests_per_day=1)
     with manager.reserve("user:eve", 1):
         assert manager.get_usage("user:eve").concurrent_requests == 1
-    assert manager.rows(["user:max"]).shape == (1,)
+    assert manager.codes(["user:max"]).shape == (1,)
 
 
 def test_a_new_default_is_for_new_ids_only():
@@ -199,7 +199,7 @@ VERBS = {
     "reserve": lambda manager: manager.reserve("m", 1),
     "joint": lambda manager: manager.reserve(["known", "m"], 1),
     "acquire": lambda manager: manager.acquire("m", 1),
-    "rows": lambda manager: manager.rows(["m"]),
+    "rows": lambda manager: manager.codes(["m"]),
     "async": lambda manager: asyncio.run(waited(manager)),
 }
 

@@ -92,7 +92,7 @@ def test_each_row_is_of_one_moment(path):
     manager = ResourceQuotaManager(path=path)
     for i in range(100):
         manager.set_quota(f"m{i}", max_ram_mb=None, max_tokens_per_second=None, max_requests_per_second=None)
-    rows = manager.rows([f"m{i}" for i in range(100)] * 50)
+    rows = manager.codes([f"m{i}" for i in range(100)] * 50)
     stop = threading.Event()
 
     def work():

@@ -278,7 +278,7 @@ def test_threads_that_are_in_a_verb(place, tmp_path):
         manager.set_quota("m", **FREE)
         manager.set_quota("n", **FREE)
         manager.set_quota("line", **LINE)
-        many = manager.rows(["m", "n"]).repeat(100_000)
+        many = manager.codes(["m", "n"]).repeat(100_000)
         began = []
         ended = []
 
@@ -446,7 +446,7 @@ def mappings(name):
 def test_descriptors_and_mapping_are_gone(manager, path):
     gc.collect()
     view = manager.open_readonly(path)
-    kept = manager.reserve("m", 1), manager.model("m"), manager.rows(["m"])
+    kept = manager.reserve("m", 1), manager.model("m"), manager.codes(["m"])
     assert len(descriptors(path)) >= 3
     assert mappings(str(path))
     manager.close()

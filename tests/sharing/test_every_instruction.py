@@ -72,7 +72,7 @@ class Case:
             self.clock.advance(0.3)
             self.manager.check_quota("m", 5)
             self.clock.advance(70.0)
-        self.manager.charge_many(self.manager.rows(["m"]), [3])
+        self.manager.charge_many(self.manager.codes(["m"]), [3])
         self.clock.advance(1800.0)
         self.manager.check_quota("m", 40)
         self.manager.check_quota("y", 1)
@@ -160,6 +160,10 @@ def unclaimed(case: Case) -> Any:
     return waiter, grants
 
 
+def replace(case, quotas):
+    case.manager.replace_quota(*quotas)
+
+
 def take(case: Case, waiting: Any) -> None:
     case.kept = waiting[0].take()  # type: ignore[attr-defined]
 
@@ -198,7 +202,7 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
     "check half a day later": (later(43_000.0), check),
     "check a week later": (later(700_000.0), check),
     "refuse": (later(61.0), refused),
-    "batch": (lambda case: case.manager.rows(["m"]), batch),
+    "batch": (lambda case: case.manager.codes(["m"]), batch),
     "reserve": (later(0.5), reserve),
     "reserve jointly": (later(61.0), reserve_jointly),
     "cancel at once": (granted, lambda case, grant: grant.cancel()),
@@ -213,14 +217,20 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
     "admit one that waits": (waiting, lambda case, waiting: waiting[1][0].release()),
     "take what one waited for": (unclaimed, take),
     "leave what one waited for": (unclaimed, lambda case, waiting: waiting[0].leave()),
-    "raise limits": (changes(max_requests_per_second=7.7, burst_tokens=9), lambda case, new: case.manager._swap(*new)),
-    "lift limits": (changes(max_tokens_per_second=None, max_ram_mb=5), lambda case, new: case.manager._swap(*new)),
+    "raise limits": (
+        changes(max_requests_per_second=7.7, burst_tokens=9),
+        lambda case, new: case.manager.replace_quota(*new),
+    ),
+    "lift limits": (
+        changes(max_tokens_per_second=None, max_ram_mb=5),
+        lambda case, new: case.manager.replace_quota(*new),
+    ),
     "remove": (nothing, lambda case, _: case.manager.remove_quota("m")),
-    "register": (lambda case: LONG, lambda case, config: case.manager._put(config.model_id, config)),
-    "register on sight": (full_on_sight, lambda case, model_id: case.manager.rows([model_id])),
+    "register": (lambda case: LONG, lambda case, config: case.manager._set_quota(config.model_id, config)),
+    "register on sight": (full_on_sight, lambda case, model_id: case.manager.codes([model_id])),
     "register by name in a full table": (
         full_on_sight,
-        lambda case, model_id: case.manager._put(model_id, LONG),
+        lambda case, model_id: case.manager._set_quota(model_id, LONG),
     ),
     "report memory": (nothing, lambda case, _: case.manager.update_memory_usage("m", 3, 4)),
     "forgive a burst": (later(0.1, granted), lambda case, _: case.manager.reset_burst("m")),

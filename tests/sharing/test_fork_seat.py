@@ -298,7 +298,7 @@ def test_forks_in_a_thread_while_others_are_in_verbs(manager):
     """Whatever they are doing at that moment, the child has nothing of it, and the parent loses nothing."""
     asked = {"checks": 0, "grants": 0, "batches": 0}
     over = threading.Event()
-    codes = manager.rows(["m", "n"])
+    codes = manager.codes(["m", "n"])
     line = functools.partial(manager.acquire, "one at a time", 1)
     manager.set_quota("one at a time", **LINE)
 

@@ -162,7 +162,7 @@ def use(manager: ResourceQuotaManager) -> None:
             with contextlib.suppress(KeyError):
                 manager.update_memory_usage(model_id, 1, 2)
                 manager.reset_burst(model_id)
-                codes = np.repeat(manager.rows([model_id]), 3)
+                codes = np.repeat(manager.codes([model_id]), 3)
                 manager.check_many(codes, [0, 1, 2**62])
                 manager.charge_many(codes, 5)
                 manager.update_quota(model_id, max_requests_per_second=2.5, burst_tokens=1, max_ram_mb=5)

@@ -96,7 +96,7 @@ def test_eight_processes_create_one_file(path):
 
 def admit_exactly(path, seed, found):
     manager = ResourceQuotaManager(path=path)
-    codes = np.repeat(manager.rows(["m"]), 50)
+    codes = np.repeat(manager.codes(["m"]), 50)
     admitted = 0
     for i in range(200):
         if (i + seed) % 2:

@@ -165,7 +165,7 @@ WAITING = {
 def test_an_interrupt_ends_a_verb_that_waits(manager, verb):
     """By the signal itself, while the thread waits without the GIL; and nothing was done to the model."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    manager.many = np.concatenate([manager.rows(["free", "m"])] * 3)
+    manager.many = np.concatenate([manager.codes(["free", "m"])] * 3)
     manager.handle = manager.model("m")
     before = manager.get_usage("m")
     try:
@@ -186,7 +186,7 @@ def test_an_interrupt_ends_a_verb_that_waits(manager, verb):
 @pytest.mark.parametrize("verb", ["check_quota", "reserve of several", "acquire", "check_many", "set_quota"])
 def test_a_signal_handler_runs_while_a_verb_waits_and_the_verb_goes_on(manager, verb):
     """The handler itself lets the stopped process go on; nothing else does in time."""
-    manager.many = manager.rows(["free", "m"])
+    manager.many = manager.codes(["free", "m"])
     handled = []
     with contextlib.ExitStack() as stack:
 
@@ -298,7 +298,7 @@ def test_other_models_go_on(manager):
         assert manager.check_quota("free", 1)
         manager.reserve(("line", "free"), 1).release()
         manager.acquire("line", 1).release()
-    manager.check_many(manager.rows(["free"]).repeat(1000), 1)
+    manager.check_many(manager.codes(["free"]).repeat(1000), 1)
     manager.set_quota("another", **FREE)
     manager.update_quota("free", max_ram_mb=7)
     assert manager.remove_quota("another")

@@ -41,7 +41,7 @@ def test_threads_admit_exactly_the_limit(limits, tokens, admitted):
 
 def test_batches_and_single_checks_at_once_admit_exactly_the_limit():
     manager = limited_manager(max_requests_per_hour=LIMIT)
-    rows = np.repeat(manager.rows(["m"]), 500)
+    rows = np.repeat(manager.codes(["m"]), 500)
 
     def mixed(i):
         if i % 2:
@@ -54,7 +54,7 @@ def test_batches_and_single_checks_at_once_admit_exactly_the_limit():
 
 def test_unconditional_charges_are_all_counted():
     manager = limited_manager()
-    rows = np.repeat(manager.rows(["m"]), 1_000)
+    rows = np.repeat(manager.codes(["m"]), 1_000)
     run_together(lambda i: [manager.charge_many(rows, 3) for _ in range(25)])
     assert manager.get_usage("m").tokens_this_day == THREADS * 25 * 1_000 * 3
 
@@ -106,7 +106,7 @@ def test_models_come_and_go_while_others_check():
 def test_readers_see_a_consistent_model():
     """Tokens are always three times the requests: a snapshot is taken under the model's lock."""
     manager = limited_manager()
-    rows = np.repeat(manager.rows(["m"]), 200)
+    rows = np.repeat(manager.codes(["m"]), 200)
     stop = threading.Event()
 
     def work(i):

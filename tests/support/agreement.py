@@ -145,7 +145,7 @@ class Agreement(RuleBasedStateMachine):
         self.pass_step(step)
         ids = [model_id for model_id, _ in charges if model_id in self.oracle.models]
         amounts = [amount for model_id, amount in charges if model_id in self.oracle.models]
-        self.manager.charge_many(self.manager.rows(ids), np.array(amounts, dtype=np.int64))
+        self.manager.charge_many(self.manager.codes(ids), np.array(amounts, dtype=np.int64))
         self.oracle.charge_many(ids, amounts)
 
     @rule(config=st.sampled_from(MODELS).flatmap(configs))

@@ -113,7 +113,7 @@ class Worker:
     def batches(self) -> None:
         model = self.rng.randrange(len(COUNTED))
         count = self.rng.randrange(1, BATCH)
-        rows = np.full(count, self.manager.rows([COUNTED[model]])[0])
+        rows = np.full(count, self.manager.codes([COUNTED[model]])[0])
         self.pad["out"][:] = UNDECIDED
         self.bank["batch"] = 1 + model
         self.manager.check_many(rows, BATCH_TOKENS, out=self.pad["out"][:count])

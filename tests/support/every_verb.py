@@ -50,7 +50,7 @@ MANAGER: dict[str, Verb] = {
     "acquire of several": lambda m: m.acquire(("n", "m"), 1),
     "acquire_async": lambda m: in_task(lambda: m.acquire_async("m", 1)),
     "limit": lambda m: m.limit("m", 1)(lambda: None)(),
-    "rows": lambda m: m.rows(["m"]),
+    "rows": lambda m: m.codes(["m"]),
     "check_many": lambda m: m.check_many(CODES, 1),
     "charge_many": lambda m: m.charge_many(CODES, 1),
     "model": lambda m: m.model("m"),

@@ -45,7 +45,7 @@ def seat_words(manager: ResourceQuotaManager) -> set[int]:
 
 def row_of(manager: ResourceQuotaManager, model_id: str) -> int:
     """The number of the row in which a model is."""
-    return int(manager.rows([model_id])[0]) & 0xFFFF_FFFF
+    return int(manager.codes([model_id])[0]) & 0xFFFF_FFFF
 
 
 @contextlib.contextmanager

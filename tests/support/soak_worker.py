@@ -115,13 +115,13 @@ class Lane:
 
     def batch(self) -> None:
         count = self.rng.randrange(1, 200)
-        rows = self.manager.rows(["counted"] * count)
+        rows = self.manager.codes(["counted"] * count)
         self.ask(count, 3 * count)
         assert not self.manager.check_many(rows, 3).any()
         self.answer(count, 3 * count)
 
     def charge(self) -> None:
-        rows = self.manager.rows(["counted"])
+        rows = self.manager.codes(["counted"])
         self.ask(0, 11)
         self.manager.charge_many(rows, 11)
         self.answer(0, 11)
@@ -156,7 +156,7 @@ class Lane:
     def many_on_sight(self) -> None:
         ids = [f"none:{self.rng.randrange(100_000)}" for _ in range(self.rng.randrange(1, 5))]
         with contextlib.suppress(ValueError):  # a code of an id that made room for somebody
-            self.manager.check_many(self.manager.rows(ids), 1)
+            self.manager.check_many(self.manager.codes(ids), 1)
         self.manager.check_quota(tuple(ids), 1)
 
     def change(self) -> None:

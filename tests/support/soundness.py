@@ -22,7 +22,7 @@ LOW_SLACK_NS = 16_666_667
 
 def record_of(manager: ResourceQuotaManager, model_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Row and ledger of a model as plain values."""
-    index = int(manager.rows([model_id])[0]) & 0xFFFF_FFFF
+    index = int(manager.codes([model_id])[0]) & 0xFFFF_FFFF
     _, rows, ledgers = manager._arrays()
     return plain(rows[index]), plain(ledgers[index])
 

@@ -81,7 +81,7 @@ def test_what_is_async_holds_its_grant_until_it_is_done(manager, make):
         await asyncio.sleep(0)
         return [prompt, seen, used(manager)]
 
-    limited = manager.limit("m", tokens=len, actual_tokens=len)(make(work))
+    limited = manager.limit("m", estimated_tokens=len, actual_tokens=len)(make(work))
     assert inspect.iscoroutinefunction(limited)
 
     async def main():
@@ -103,7 +103,7 @@ def test_what_is_async_and_fails_gives_its_grant_back(manager, make):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(manager.limit("m", tokens=5)(make(work))())
+        asyncio.run(manager.limit("m", estimated_tokens=5)(make(work))())
     assert used(manager) == (0, 0)
 
 
@@ -122,7 +122,7 @@ def test_what_is_not_async_stays_so(manager, make):
     def work(prompt):
         return [prompt, used(manager)]
 
-    limited = manager.limit("m", tokens=len, actual_tokens=len)(make(work))
+    limited = manager.limit("m", estimated_tokens=len, actual_tokens=len)(make(work))
     assert not inspect.iscoroutinefunction(limited)
     assert limited("hello") == ["hello", (1, 5)]
     assert used(manager) == (0, 2)
@@ -132,12 +132,12 @@ def test_what_is_not_async_stays_so(manager, make):
     "result", [None, 5, "words", [1], {"a": 1}, range(3), {1}, b"x", (x for x in "").gi_code], ids=repr
 )
 def test_what_is_done_is_returned(manager, result):
-    assert manager.limit("m", tokens=5)(lambda: result)() is result
+    assert manager.limit("m", estimated_tokens=5)(lambda: result)() is result
 
     async def work():
         return result
 
-    assert asyncio.run(manager.limit("m", tokens=5)(work)()) is result
+    assert asyncio.run(manager.limit("m", estimated_tokens=5)(work)()) is result
     assert used(manager) == (0, 10)
 
 
@@ -176,7 +176,7 @@ class GeneratesAsync:
     ],
 )
 def test_a_generator_function_is_refused_before_any_call(manager, function):
-    with pytest.raises(TypeError, match=r" is a generator function; acquire a grant and meter\(\) its stream$"):
+    with pytest.raises(TypeError, match=r" is a generator function; acquire a grant and count_stream\(\) its stream$"):
         manager.limit("m")(function)
 
 
@@ -188,7 +188,7 @@ def test_what_is_not_callable_is_refused(manager):
 # -- refused when it returns what is not done
 
 AWAIT = "decorate a function that is declared with async def, and await it there"
-METER = "acquire a grant and meter() its stream"
+METER = "acquire a grant and count_stream() its stream"
 
 
 @pytest.mark.parametrize("make", [traced, lambda work: lambda: work()], ids=["traced", "lambda"])
@@ -197,7 +197,7 @@ def test_a_coroutine_that_is_returned_is_closed_before_it_ran(manager, make):
         raise AssertionError("it ran")
 
     with pytest.raises(TypeError) as caught:
-        manager.limit("m", tokens=5, actual_tokens=len)(make(work))()
+        manager.limit("m", estimated_tokens=5, actual_tokens=len)(make(work))()
     assert str(caught.value).endswith(f" returned a coroutine, whose work would outlast the grant; {AWAIT}")
     assert used(manager) == (0, 0)
 
@@ -273,7 +273,7 @@ def of_old():
 def test_a_stream_that_is_returned_is_closed(manager, make, instead):
     result = make()
     with pytest.raises(TypeError) as caught:
-        manager.limit("m", tokens=5, actual_tokens=len)(lambda: result)()
+        manager.limit("m", estimated_tokens=5, actual_tokens=len)(lambda: result)()
     assert str(caught.value).endswith(
         f"<lambda> returned a {type(result).__name__}, whose work would outlast the grant; {instead}"
     )
@@ -294,7 +294,7 @@ def test_a_stream_that_a_coroutine_returns_is_closed(manager, make):
         return result
 
     with pytest.raises(TypeError, match="work returned a .*, whose work would outlast the grant; "):
-        asyncio.run(manager.limit("m", tokens=5, actual_tokens=len)(work)())
+        asyncio.run(manager.limit("m", estimated_tokens=5, actual_tokens=len)(work)())
     assert used(manager) == (0, 0)
     assert getattr(result, "closed", True) or isinstance(result, Awaited)
     if inspect.isasyncgen(result):
@@ -312,11 +312,11 @@ def test_a_task_that_is_returned_is_cancelled(manager):
     async def work():
         ran.append(True)
 
-    @manager.limit("m", tokens=5)
+    @manager.limit("m", estimated_tokens=5)
     def begins():
         return asyncio.get_running_loop().create_task(work(), name="begun")
 
-    @manager.limit("m", tokens=5)
+    @manager.limit("m", estimated_tokens=5)
     async def begins_and_returns():
         return asyncio.get_running_loop().create_task(work(), name="begun")
 
@@ -336,7 +336,7 @@ def test_a_task_that_is_returned_is_cancelled(manager):
 def test_a_future_of_an_executor_that_is_returned_is_cancelled(manager):
     future = concurrent.futures.Future()
     with pytest.raises(TypeError, match="returned a Future, whose work would outlast the grant; wait for it in the"):
-        manager.limit("m", tokens=5)(lambda: future)()
+        manager.limit("m", estimated_tokens=5)(lambda: future)()
     assert future.cancelled()
     assert used(manager) == (0, 0)
 
@@ -347,7 +347,7 @@ def test_what_closing_raises_is_not_lost_and_the_grant_comes_back(manager):
             raise OSError("connection reset")
 
     with pytest.raises(OSError, match="connection reset"):
-        manager.limit("m", tokens=5)(Stuck)()
+        manager.limit("m", estimated_tokens=5)(Stuck)()
     assert used(manager) == (0, 0)
 
 

@@ -48,7 +48,7 @@ async def wait_by_handle(manager):
 
 
 async def wait_decorated(manager):
-    @manager.limit("m", tokens=5)
+    @manager.limit("m", estimated_tokens=5)
     async def work():
         raise AssertionError("it ran")
 

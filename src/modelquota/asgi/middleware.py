@@ -150,10 +150,10 @@ class QuotaMiddleware:
         ids = await said if isinstance(said, Awaitable) else said
         return Demand(
             joined_ids(ids, demand.model_id),
-            demand.tokens,
+            demand.estimated_tokens,
             demand.prompt_tokens,
-            demand.ram_mb,
-            demand.ssd_mb,
+            demand.ram_needed_mb,
+            demand.ssd_needed_mb,
             demand.timeout,
             demand.priority,
         )
@@ -228,9 +228,9 @@ class Exchange:
         try:
             self._grant = await middleware.manager.acquire_async(
                 demand.model_id,
-                demand.tokens,
-                demand.ram_mb,
-                demand.ssd_mb,
+                demand.estimated_tokens,
+                demand.ram_needed_mb,
+                demand.ssd_needed_mb,
                 timeout=demand.timeout,
                 priority=demand.priority,
             )

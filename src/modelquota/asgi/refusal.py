@@ -84,7 +84,7 @@ def denial(
 def _exceeded(demand: Demand, reports: Sequence[ModelReport], result: QuotaCheckResult) -> str | None:
     """Say which limit a request exceeds by itself, if it is not the one that the result names."""
     for report in reports:
-        limit = exceeded_by(report.quota, demand.tokens, demand.ram_mb, demand.ssd_mb)
+        limit = exceeded_by(report.quota, demand.estimated_tokens, demand.ram_needed_mb, demand.ssd_needed_mb)
         if limit is not None:
             if limit is result.limit and report.model_id == result.model_id:
                 return None

@@ -60,11 +60,11 @@ class Demand:
     ----------
     model_id : str or tuple of str
         The model, or several ids that must all admit.
-    tokens : int
-        The estimate: prompt and longest output.
+    estimated_tokens : int
+        The prompt and the longest output.
     prompt_tokens : int
         The part of it that the prompt is: it counts for a stream that ends without a final ``usage``.
-    ram_mb, ssd_mb : int
+    ram_needed_mb, ssd_needed_mb : int
         Memory that the request holds, in MB (2**20 bytes).
     timeout : float or None
         The longest wait in seconds; never longer than ``grace_period_sec`` of the model.
@@ -73,10 +73,10 @@ class Demand:
     """
 
     model_id: str | tuple[str, ...]
-    tokens: int
+    estimated_tokens: int
     prompt_tokens: int = 0
-    ram_mb: int = 0
-    ssd_mb: int = 0
+    ram_needed_mb: int = 0
+    ssd_needed_mb: int = 0
     timeout: float | None = None
     priority: int = 0
 

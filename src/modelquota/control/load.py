@@ -271,7 +271,7 @@ class LoadAdjuster(Periodic):
                 self._journal.write(self._entries(changed))
             models = []
             for model_id, (old, new) in plans.items():
-                if new is old or self._manager._swap(old, new):
+                if new is old or self._manager.replace_quota(old, new):
                     self._applied[model_id] = {field: getattr(new, field) for field in self._configured[model_id]}
                 else:  # changed or removed just now: look at it anew
                     models.append(model_id)

@@ -141,7 +141,7 @@ def _restore(manager: "ResourceQuotaManager", descriptor: int) -> int:
             }
             if not changes:
                 break
-            if manager._swap(old, old.replace(**changes)):
+            if manager.replace_quota(old, old.replace(**changes)):
                 count += 1
                 break
     return count

@@ -168,7 +168,7 @@ def replay(
     manager = ResourceQuotaManager(clock=ManualClock(), max_models=len(names))
     for name in names:
         manager.set_quota(quotas[name])
-    rows_of_models = manager.rows(names)
+    rows_of_models = manager.codes(names)
     requests = len(trace)
     times_ns = np.empty(requests, np.int64)
     tokens = np.empty(requests, np.int64)

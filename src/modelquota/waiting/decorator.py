@@ -18,9 +18,9 @@ R = TypeVar("R")
 def limit(
     manager: ResourceQuotaManager,
     model_id: str | Sequence[str] | Callable[..., str | Sequence[str]],
-    tokens: SupportsIndex | Callable[..., SupportsIndex],
-    ram_mb: SupportsIndex,
-    ssd_mb: SupportsIndex,
+    estimated_tokens: SupportsIndex | Callable[..., SupportsIndex],
+    ram_needed_mb: SupportsIndex,
+    ssd_needed_mb: SupportsIndex,
     timeout: float | None,
     priority: SupportsIndex,
     actual_tokens: Callable[[Any], SupportsIndex] | None,
@@ -30,8 +30,8 @@ def limit(
 
     def request(args: Any, kwargs: Any) -> tuple[Any, ...]:
         ids = model_id(*args, **kwargs) if callable(model_id) else model_id
-        estimate = tokens(*args, **kwargs) if callable(tokens) else tokens
-        return ids, estimate, ram_mb, ssd_mb
+        estimate = estimated_tokens(*args, **kwargs) if callable(estimated_tokens) else estimated_tokens
+        return ids, estimate, ram_needed_mb, ssd_needed_mb
 
     def settled(grant: Grant, result: Any) -> Any:
         if actual_tokens is not None:
@@ -41,7 +41,7 @@ def limit(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         kinds = _kinds(function)
         if any(inspect.isasyncgenfunction(kind) or inspect.isgeneratorfunction(kind) for kind in kinds):
-            raise TypeError(f"{_name(function)} is a generator function; acquire a grant and meter() its stream")
+            raise TypeError(f"{_name(function)} is a generator function; acquire a grant and count_stream() its stream")
         if any(inspect.iscoroutinefunction(kind) or _is_marked(kind) for kind in kinds):
 
             @functools.wraps(function)
@@ -94,7 +94,7 @@ def _if_unfinished(result: Any) -> str | None:
     if hasattr(type(result), "add_done_callback"):  # as futures of executors have
         return "wait for it in the function"
     if isinstance(result, (Iterator, AsyncIterable)):
-        return "acquire a grant and meter() its stream"
+        return "acquire a grant and count_stream() its stream"
     return None
 
 

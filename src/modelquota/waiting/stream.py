@@ -1,4 +1,4 @@
-"""`meter`: a stream whose tokens are counted in a grant as they pass."""
+"""`count_stream`: a stream whose tokens are counted in a grant as they pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-async def meter(grant: Grant, stream: AsyncIterable[T], tokens: Callable[[T], int] | None = None) -> AsyncIterator[T]:
+async def count_stream(
+    grant: Grant, stream: AsyncIterable[T], tokens: Callable[[T], int] | None = None
+) -> AsyncIterator[T]:
     """Pass a stream on, accounting its tokens in a grant, and stop at the limit.
 
     The item with which a limit is reached is still passed on, since it has been generated; then the stream is closed
@@ -37,7 +39,7 @@ async def meter(grant: Grant, stream: AsyncIterable[T], tokens: Callable[[T], in
     ...     manager = ResourceQuotaManager(clock=ManualClock())
     ...     manager.set_quota("m", max_tokens_per_hour=2)
     ...     async with manager.acquire_async("m", estimated_tokens=1) as grant:
-    ...         return [word async for word in meter(grant, generate())], grant.limit_reached
+    ...         return [word async for word in count_stream(grant, generate())], grant.limit_reached
     >>> asyncio.run(main())
     (['one', 'two', 'three'], True)
     """

@@ -43,7 +43,7 @@ cdef cnp.ndarray token_counts(object values, str name, Py_ssize_t count):
 
 cdef int require_length(cnp.ndarray array, str name, Py_ssize_t count) except -1:
     if array.shape[0] != count:
-        raise ValueError(f"{name} has {array.shape[0]} elements and rows has {count}; give one each")
+        raise ValueError(f"{name} has {array.shape[0]} elements and codes has {count}; give one each")
     return 0
 
 

@@ -155,22 +155,22 @@ cdef class QuotaTable:
         self.interned.look_around()
         return list(self.ids)
 
-    def _put(self, str model_id not None, config):
+    def _set_quota(self, str model_id not None, config):
         """Register the model, or replace the limits of a known one and keep its use."""
         self.interned.put(model_id, config, False)
 
-    def _swap(self, old, new, named=False):
+    def _replace_quota(self, old, new, named=False):
         """Put `new` in the place of `old`, a model's limits until now; False if it has others, or is gone.
 
         `named`: somebody configured this very id, which keeps it from being forgotten.
         """
         return self.interned.swap(old, new, named)
 
-    def _forget(self, model_id):
+    def _remove(self, model_id):
         """Remove a model; True if it was known."""
         return self.interned.remove(model_id)
 
-    def _state_memory(self, model_id, int64_t ram_mb, int64_t ssd_mb):
+    def _record_memory(self, model_id, int64_t ram_mb, int64_t ssd_mb):
         """Record what the model uses now, in MB, and its peaks."""
         cdef RowRef ref = self.interned.known(model_id)
         cdef int outcome = ROW_BUSY
@@ -187,7 +187,7 @@ cdef class QuotaTable:
             raise UnknownModelError(model_id)
         self.state.wake(ref)
 
-    def _empty_burst(self, model_id):
+    def _reset_burst(self, model_id):
         """Set both levels to at most max(rate, 1)."""
         cdef RowRef ref = self.interned.known(model_id)
         cdef int64_t now_ns
@@ -405,7 +405,7 @@ cdef class QuotaTable:
 
     # -- batches
 
-    def rows(self, model_ids):
+    def codes(self, model_ids):
         """Codes of models for `check_many` and `charge_many`, as an int64 array.
 
         A code stays good until its model is removed, or forgotten if `default_quota` made it; with `default_quota` an
@@ -429,15 +429,15 @@ cdef class QuotaTable:
             i += 1
         return codes
 
-    def check_many(self, rows, estimated_tokens, out=None, *, times_ns=None, retry_after_ms=None):
+    def check_many(self, codes, estimated_tokens, out=None, *, times_ns=None, retry_after_ms=None):
         """Decide many requests in order, with the GIL released; each as `check_quota` would.
 
         Everything is validated before anything is charged. One reading of the clock serves the whole batch.
 
         Parameters
         ----------
-        rows : int64 array, shape (n,)
-            Codes from `rows`.
+        codes : int64 array, shape (n,)
+            From `codes`.
         estimated_tokens : int64 array, shape (n,), or int
             Tokens of each request, 0 .. 2**62.
         out : uint8 array, shape (n,), optional
@@ -464,8 +464,8 @@ cdef class QuotaTable:
         cdef Py_ssize_t i = 0
         cdef list due = []
         self.state.require_open()
-        codes = int64_copy(rows, "rows")
-        batch.count = codes.shape[0]
+        rows = int64_copy(codes, "codes")
+        batch.count = rows.shape[0]
         tokens = token_counts(estimated_tokens, "estimated_tokens", batch.count)
         if times_ns is not None:    # before the targets: a conversion may run foreign code, which may resize them
             times_ns = self._times(times_ns, batch.count)
@@ -473,7 +473,7 @@ cdef class QuotaTable:
             out = np.empty(batch.count, np.uint8)
         else:
             require_target(out, "out", np.uint8, batch.count)
-        batch.codes = <const int64_t*> cnp.PyArray_DATA(codes)
+        batch.codes = <const int64_t*> cnp.PyArray_DATA(rows)
         batch.tokens = <const int64_t*> cnp.PyArray_DATA(tokens)
         batch.limits = <uint8_t*> cnp.PyArray_DATA(out)
         batch.waits_ms = NULL
@@ -484,7 +484,7 @@ cdef class QuotaTable:
             batch.waits_ms = <int64_t*> cnp.PyArray_DATA(retry_after_ms)
         if times_ns is not None:
             batch.times_ns = <const int64_t*> cnp.PyArray_DATA(times_ns)
-        self._require_codes(codes)
+        self._require_codes(rows)
         batch.now_ns = rows_now_ns(self.shared)
         if batch.now_ns >= self.shared.fine_until_ns:
             self.state.look(batch.now_ns)
@@ -507,7 +507,7 @@ cdef class QuotaTable:
             self.admission.events.on_violation(model_id, result, held)
         return out
 
-    def charge_many(self, rows, tokens):
+    def charge_many(self, codes, tokens):
         """Charge tokens unconditionally, such as those that one decode step produced; no request is counted.
 
         Parameters are as for `check_many`; so are the errors, and nothing is charged where one is raised. Afterwards
@@ -516,11 +516,11 @@ cdef class QuotaTable:
         cdef Batch batch
         cdef Py_ssize_t i = 0
         self.state.require_open()
-        codes = int64_copy(rows, "rows")
-        batch.count = codes.shape[0]
+        rows = int64_copy(codes, "codes")
+        batch.count = rows.shape[0]
         counts = token_counts(tokens, "tokens", batch.count)
-        self._require_codes(codes)
-        batch.codes = <const int64_t*> cnp.PyArray_DATA(codes)
+        self._require_codes(rows)
+        batch.codes = <const int64_t*> cnp.PyArray_DATA(rows)
         batch.tokens = <const int64_t*> cnp.PyArray_DATA(counts)
         batch.now_ns = rows_now_ns(self.shared)
         if batch.now_ns >= self.shared.fine_until_ns:
@@ -533,9 +533,9 @@ cdef class QuotaTable:
             if batch.waits:
                 self.state.pause()
 
-    def _require_codes(self, cnp.ndarray codes):
-        cdef const int64_t* first = <const int64_t*> cnp.PyArray_DATA(codes)
-        cdef Py_ssize_t count = codes.shape[0]
+    def _require_codes(self, cnp.ndarray rows):
+        cdef const int64_t* first = <const int64_t*> cnp.PyArray_DATA(rows)
+        cdef Py_ssize_t count = rows.shape[0]
         cdef Py_ssize_t bad
         self.state.inside += 1
         with nogil:
@@ -543,7 +543,7 @@ cdef class QuotaTable:
         self.state.exit()
         self.state.require_open()
         if bad < count:
-            raise ValueError(f"rows[{bad}] is {first[bad]}, which is no model's code; codes come from rows(), and a code "
+            raise ValueError(f"codes[{bad}] is {first[bad]}, which is no model's code; codes come from codes(), and a code "
                              "ends when its model is removed")
 
     def _times(self, times_ns, Py_ssize_t count):
