@@ -22,16 +22,16 @@ def state_of(manager):
 
 
 def test_codes_and_outputs(manager):
-    rows = manager.codes(["a", "b", "a", "a", "b", "a"])
-    assert rows.dtype == np.int64
+    codes = manager.codes(["a", "b", "a", "a", "b", "a"])
+    assert codes.dtype == np.int64
     retry = np.full(6, 77)
-    out = manager.check_many(rows, [1, 60, 1, 1, 60, 1], retry_after_ms=retry)
+    out = manager.check_many(codes, [1, 60, 1, 1, 60, 1], retry_after_ms=retry)
     assert out.dtype == np.uint8
     assert out.tolist() == [0, 0, 0, 0, Limit.TOKENS_PER_HOUR, Limit.REQUESTS_PER_SECOND]
     assert retry[:4].tolist() == [0, 0, 0, 0]
     assert retry[4] == manager.check_quota("b", 60).retry_after_ms
     assert retry[5] == manager.check_quota("a", 1).retry_after_ms
-    assert manager.check_many(rows[1:2], [101], retry_after_ms=retry[:1]).tolist() == [Limit.TOKENS_PER_HOUR]
+    assert manager.check_many(codes[1:2], [101], retry_after_ms=retry[:1]).tolist() == [Limit.TOKENS_PER_HOUR]
     assert retry[0] == -1
 
 
@@ -45,9 +45,9 @@ def test_fills_and_returns_the_array_it_is_given(manager):
     "tokens", [5, np.int32(5), [5, 5], (5, 5), np.array([5, 5], np.uint8), np.array([5, 0, 5])[::2]]
 )
 def test_tokens_in_many_forms(manager, tokens):
-    rows = manager.codes(iter(("a", "b")))
-    assert manager.check_many(rows, tokens).tolist() == [0, 0]
-    manager.charge_many(rows, tokens)
+    codes = manager.codes(iter(("a", "b")))
+    assert manager.check_many(codes, tokens).tolist() == [0, 0]
+    manager.charge_many(codes, tokens)
     assert manager.get_usage("a").tokens_this_day == 10
     assert manager.get_usage("a").requests_this_day == 1
 
@@ -69,25 +69,25 @@ def test_warn_admits_all(manager):
 
 
 BAD_BATCHES = {
-    "rows of float": (lambda m, r: m.check_many(r.astype(float), 1), TypeError, "rows has dtype float64; give int64"),
-    "rows of text": (lambda m, r: m.check_many(["a", "b"], 1), TypeError, "rows has dtype <U1"),
-    "rows in two dimensions": (lambda m, r: m.check_many(r.reshape(1, -1), 1), ValueError, r"rows has shape \(1, 2\)"),
+    "rows of float": (lambda m, r: m.check_many(r.astype(float), 1), TypeError, "codes has dtype float64; give int64"),
+    "rows of text": (lambda m, r: m.check_many(["a", "b"], 1), TypeError, "codes has dtype <U1"),
+    "rows in two dimensions": (lambda m, r: m.check_many(r.reshape(1, -1), 1), ValueError, r"codes has shape \(1, 2\)"),
     "row out of the table": (
         lambda m, r: m.check_many([r[0], r[1] + 7], 1),
         ValueError,
-        r"rows\[1\] is \d+, which is no",
+        r"codes\[1\] is \d+, which is no",
     ),
     "negative row": (
         lambda m, r: m.check_many([r[0], -1], 1),
         ValueError,
-        r"rows\[1\] is -1, which is no model's code",
+        r"codes\[1\] is -1, which is no model's code",
     ),
     "row without generation": (
         lambda m, r: m.check_many([0], 1),
         ValueError,
-        r"rows\[0\] is 0, which is no model's code",
+        r"codes\[0\] is 0, which is no model's code",
     ),
-    "too few tokens": (lambda m, r: m.check_many(r, [1]), ValueError, "estimated_tokens has 1 elements and rows has 2"),
+    "too few tokens": (lambda m, r: m.check_many(r, [1]), ValueError, "estimated_tokens has 1 elements and codes has 2"),
     "negative tokens": (
         lambda m, r: m.check_many(r, [1, -1]),
         ValueError,
@@ -97,7 +97,7 @@ BAD_BATCHES = {
     "negative scalar": (lambda m, r: m.check_many(r, -1), ValueError, "estimated_tokens is -1; give an integer"),
     "tokens of float": (lambda m, r: m.check_many(r, [1.0, 2.0]), TypeError, "estimated_tokens has dtype float64"),
     "a float": (lambda m, r: m.check_many(r, 2.5), TypeError, "estimated_tokens has dtype float64; give int64"),
-    "masked rows": (lambda m, r: m.check_many(np.ma.array(r, mask=[1, 0]), 1), ValueError, "rows has masked elements"),
+    "masked rows": (lambda m, r: m.check_many(np.ma.array(r, mask=[1, 0]), 1), ValueError, "codes has masked elements"),
     "masked tokens": (
         lambda m, r: m.charge_many(r, np.ma.array([1, 2], mask=[0, 1])),
         ValueError,
@@ -149,7 +149,7 @@ BAD_BATCHES = {
     ),
     "times of float": (lambda m, r: m.check_many(r, 1, times_ns=[1e13, 1e13]), TypeError, "times_ns has dtype float64"),
     "charge negative": (lambda m, r: m.charge_many(r, [5, -5]), ValueError, r"tokens\[1\] is -5"),
-    "charge a bad row": (lambda m, r: m.charge_many([r[0], 3], 5), ValueError, r"rows\[1\] is 3"),
+    "charge a bad row": (lambda m, r: m.charge_many([r[0], 3], 5), ValueError, r"codes\[1\] is 3"),
     "charge float": (lambda m, r: m.charge_many(r, 5.0), TypeError, "tokens has dtype float64"),
     "charge too few": (lambda m, r: m.charge_many(r, [5]), ValueError, "tokens has 1 elements"),
     "rows of an unknown id": (lambda m, r: m.codes(["a", "nobody"]), UnknownModelError, "nobody"),
@@ -160,16 +160,16 @@ BAD_BATCHES = {
 @pytest.mark.parametrize("case", BAD_BATCHES)
 def test_bad_input_changes_nothing(manager, case):
     call, error, message = BAD_BATCHES[case]
-    rows = manager.codes(["a", "b"])
+    codes = manager.codes(["a", "b"])
     before = state_of(manager)
     with pytest.raises(error, match=message):
-        call(manager, rows)
+        call(manager, codes)
     assert state_of(manager) == before
 
 
 def test_foreign_byte_order_is_converted(manager):
-    rows = manager.codes(["b"] * 3)
-    assert manager.check_many(rows.astype(">i8"), np.array([1, 2, 3], ">i8")).tolist() == [0, 0, 0]
+    codes = manager.codes(["b"] * 3)
+    assert manager.check_many(codes.astype(">i8"), np.array([1, 2, 3], ">i8")).tolist() == [0, 0, 0]
     assert manager.get_usage("b").tokens_this_day == 6
 
 
@@ -201,19 +201,19 @@ def test_the_clock_stands_at_the_last_time_afterwards(manager):
 
 
 def test_a_removed_models_code_is_refused_even_when_its_row_is_reused(manager):
-    rows = manager.codes(["a", "b"])
+    codes = manager.codes(["a", "b"])
     manager.remove_quota("b")
     manager.set_quota("c")
     before = state_of(manager)
-    with pytest.raises(ValueError, match=r"rows\[1\] is \d+, which is no model's code"):
-        manager.check_many(rows, 1)
-    with pytest.raises(ValueError, match=r"rows\[1\] is \d+"):
-        manager.charge_many(rows, 1)
+    with pytest.raises(ValueError, match=r"codes\[1\] is \d+, which is no model's code"):
+        manager.check_many(codes, 1)
+    with pytest.raises(ValueError, match=r"codes\[1\] is \d+"):
+        manager.charge_many(codes, 1)
     assert state_of(manager) == before
-    assert (manager.codes(["c"])[0] & 0xFFFFFFFF) == (rows[1] & 0xFFFFFFFF)
+    assert (manager.codes(["c"])[0] & 0xFFFFFFFF) == (codes[1] & 0xFFFFFFFF)
 
 
-def test_rows_registers_from_the_template():
+def test_codes_registers_from_the_template():
     manager = ResourceQuotaManager(default_quota=ResourceQuotaConfig("template", max_requests_per_day=1))
     out = manager.check_many(manager.codes(["x", "y", "x"]), 1)
     assert out.tolist() == [0, 0, Limit.REQUESTS_PER_DAY]
@@ -233,8 +233,8 @@ def test_charges_count_against_every_token_limit_but_no_request(manager):
 def test_a_counter_stays_at_its_largest():
     manager = ResourceQuotaManager(clock=ManualClock())
     manager.set_quota("u", max_tokens_per_second=None, max_tokens_per_hour=None, max_tokens_per_day=None)
-    rows = manager.codes(["u"] * 5)
-    manager.charge_many(rows, 2**62)
+    codes = manager.codes(["u"] * 5)
+    manager.charge_many(codes, 2**62)
     assert manager.get_usage("u").tokens_this_day == 2**62
     assert manager.check_quota("u", 2**62)
     assert manager.get_usage("u").tokens_this_day == 2**62
