@@ -87,7 +87,11 @@ BAD_BATCHES = {
         ValueError,
         r"codes\[0\] is 0, which is no model's code",
     ),
-    "too few tokens": (lambda m, r: m.check_many(r, [1]), ValueError, "estimated_tokens has 1 elements and codes has 2"),
+    "too few tokens": (
+        lambda m, r: m.check_many(r, [1]),
+        ValueError,
+        "estimated_tokens has 1 elements and codes has 2",
+    ),
     "negative tokens": (
         lambda m, r: m.check_many(r, [1, -1]),
         ValueError,

@@ -26,7 +26,7 @@ from oracle import HOUR_NS, SECOND_NS, SLOTS, slot_of
 from patience import until
 
 from modelquota import CapacityError, ManualClock, ResourceQuotaConfig, ResourceQuotaManager, UnknownModelError
-from modelquota._core.state.validate import faults
+from modelquota._core.state.validate import validate
 from modelquota.control.load import LoadAdjuster
 
 IDS = int(os.environ.get("MODELQUOTA_IDS", "200000"))
@@ -512,7 +512,7 @@ def test_processes_that_register_at_once(tmp_path):
     assert first.get_stats().rejected_requests >= PROCESSES * CHURN
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        assert faults(descriptor, path) == 64
+        assert validate(descriptor, path) == 64
     finally:
         os.close(descriptor)
 

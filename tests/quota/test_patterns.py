@@ -277,23 +277,21 @@ def test_threads_that_see_an_id_first_share_one_quota(switch_threads_often):
     assert sorted(admitted) == sorted(list(range(200)) * 5)
 
 
-class UnsetOnceRead(ResourceQuotaManager):
-    """Another thread unsets `default_quota` as soon as it has been read."""
-
-    kept = None
-
-    @property
-    def _templates(self):
-        found, self.kept = self.kept, None
-        return found
-
-    @_templates.setter
-    def _templates(self, value):
-        self.kept = value
-
-
 def test_it_may_be_unset_by_another_thread_at_any_moment():
-    manager = UnsetOnceRead(max_models=4)
+    """It is unset as soon as it has been read."""
+    manager = ResourceQuotaManager(max_models=4)
+
+    class UnsetOnceRead(type(manager._events)):
+        @property
+        def templates(self):
+            found, self.kept = self.kept, None
+            return found
+
+        @templates.setter
+        def templates(self, value):
+            self.kept = value
+
+    manager._events.__class__ = UnsetOnceRead
     manager.default_quota = {"user:*": quota(max_requests_per_day=0)}
     assert not manager.check_quota("user:bob", 1)
     assert manager.default_quota is None

@@ -27,7 +27,7 @@ from crew import shared_array
 from patience import until
 
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota._core.state.validate import faults
+from modelquota._core.state.validate import validate
 from modelquota.waiting.thread import ThreadWaiter
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")  # what lands is not left to chance
@@ -294,7 +294,7 @@ def test_after_any_instruction(name, stepper, tmp_path, monkeypatch):
         recover(case)
         descriptor = os.open(str(case.manager.path), os.O_RDONLY)
         try:
-            assert faults(descriptor, where) == 8
+            assert validate(descriptor, where) == 8
         finally:
             os.close(descriptor)
         header, rows, _ = case.manager._arrays()
@@ -351,7 +351,7 @@ def test_after_any_instruction_of_one_who_lets_go_what_nobody_has_come_for(stepp
         until(lambda look=neighbor: not any(is_held(look, model_id) for model_id in ("m", "y")))
         descriptor = os.open(str(case.manager.path), os.O_RDONLY)
         try:
-            assert faults(descriptor, where) == 8
+            assert validate(descriptor, where) == 8
         finally:
             os.close(descriptor)
         with contextlib.suppress(QuotaExceededError):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import fcntl
 import functools
+import gc
 import os
 import resource
 import signal
@@ -20,6 +21,8 @@ from neighbors import FREE, LINE, SEATS, forked, outcome_in_child, stopped_insid
 from patience import PATIENCE, until
 
 from modelquota import ManagerClosedError, QuotaError, QuotaExceededError, ResourceQuotaManager, StateFileError
+from modelquota.waiting.task import Acquisition  # noqa: F401  a child may have no descriptors to import it with
+from modelquota.waiting.thread import ThreadWaiter
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -415,3 +418,23 @@ def test_a_child_may_run_while_the_modules_of_its_parent_are_gone(tmp_path):
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(program), str(tmp_path / "q")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (ended.stdout, ended.stderr) == ("7\n", "")
+
+
+def test_a_fork_after_a_manager_has_gone_whose_queue_is_garbage_by_now(tmp_path):
+    """The queue is the last one that holds itself: the child forgets it, and with it what it is just using."""
+    gc.collect()
+    gc.disable()
+    try:
+        manager = ResourceQuotaManager(path=tmp_path / "one.state", max_models=4)
+        manager.set_quota("m", **LINE | {"max_concurrent_requests": 1})
+        grant = manager.reserve("m", 1)
+        waiter = ThreadWaiter()
+        assert manager._admit_or_queue(waiter, "m", 1, 0, 0, None, 0, nowait=False) is waiter
+        del manager, waiter
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        grant.release()
+    finally:
+        gc.enable()

@@ -12,7 +12,7 @@ import numpy as np
 from crew import COUNTED, HELD, TASKS, Crew
 
 from modelquota import QuotaExceededError
-from modelquota._core.state.validate import faults
+from modelquota._core.state.validate import validate
 
 ROUNDS = int(os.environ.get("MODELQUOTA_KILL_ROUNDS", "100"))
 SEED = os.environ.get("MODELQUOTA_KILL_SEED", "")
@@ -60,7 +60,7 @@ def test_processes_killed_at_random_instants(tmp_path):
                 assert header["registry_lock"] == 0
                 assert not rows["lock"].any()
                 assert header["staged_row"] == -1
-                assert faults(descriptor, crew.path) == 4096
+                assert validate(descriptor, crew.path) == 4096
                 usages = [crew.manager.get_usage(model_id) for model_id in COUNTED]
                 for what in ("requests", "tokens"):
                     least, most = crew.bounds(what)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
 from modelquota._core.state import validate
-from modelquota._core.state.state import FACTS, regions_for
+from modelquota._core.state.state import CONSTANTS, regions_for
 from modelquota._core.table.packing import dtypes
 from modelquota.waiting.thread import ThreadWaiter
 
@@ -239,7 +239,7 @@ def test_foreign_files_are_refused(workshop, content):
         ("version", 10**6, "newer"),
         ("version", 1, "another version"),
         ("fingerprint", 5, "another version"),
-        ("magic", FACTS["magic"] + 1, "not a state file"),
+        ("magic", CONSTANTS["magic"] + 1, "not a state file"),
         ("max_models", 2**40, "max_models"),
         ("max_models", 9, "bytes long"),
     ],

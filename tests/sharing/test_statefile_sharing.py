@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from modelquota import ManualClock, ResourceQuotaManager, StateFileError
-from modelquota._core.state.validate import faults
+from modelquota._core.state.validate import validate
 from modelquota._core.table.packing import dtypes
 
 HOUR_NS = 3_600_000_000_000
@@ -197,7 +197,7 @@ def test_a_lock_that_loss_of_power_left_behind(path):
             assert in_another_process(ASK, path, 1) == "1"
             assert rows["lock"][0] == 0
     descriptor = os.open(path, os.O_RDONLY)
-    assert faults(descriptor, str(path)) > 0
+    assert validate(descriptor, str(path)) > 0
     os.close(descriptor)
 
 

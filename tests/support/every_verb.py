@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from modelquota import ResourceQuotaConfig
+
 Verb = Callable[[Any], object]
 
 CODES = np.array([1 << 32], np.int64)
@@ -50,13 +52,14 @@ MANAGER: dict[str, Verb] = {
     "acquire of several": lambda m: m.acquire(("n", "m"), 1),
     "acquire_async": lambda m: in_task(lambda: m.acquire_async("m", 1)),
     "limit": lambda m: m.limit("m", 1)(lambda: None)(),
-    "rows": lambda m: m.codes(["m"]),
+    "codes": lambda m: m.codes(["m"]),
     "check_many": lambda m: m.check_many(CODES, 1),
     "charge_many": lambda m: m.charge_many(CODES, 1),
     "model": lambda m: m.model("m"),
     "set_quota": lambda m: m.set_quota("m", max_ram_mb=77),
     "set_quota of a new model": new_row,
     "update_quota": lambda m: m.update_quota("m", max_ram_mb=77),
+    "replace_quota": lambda m: m.replace_quota(ResourceQuotaConfig("m"), ResourceQuotaConfig("m", max_ram_mb=78)),
     "update_memory_usage": lambda m: m.update_memory_usage("m", 1, 1),
     "reset_burst": lambda m: m.reset_burst("m"),
     "get_quota": lambda m: m.get_quota("m"),
@@ -72,8 +75,9 @@ MANAGER: dict[str, Verb] = {
     "max_models": lambda m: m.max_models,
     "remove_quota": lambda m: m.remove_quota("m"),
 }
-# close may be called again, settle_many is a grant's verb, and the rest are values that were given at the start
-NO_VERBS_OF_A_MANAGER = {"close", "closed", "clock", "default_quota", "path", "open_readonly", "settle_many"}
+# close may be called again, settle_many is a verb of grants, rows is the old name of codes, and the rest are values that
+# were given at the start
+NO_VERBS_OF_A_MANAGER = {"close", "closed", "clock", "default_quota", "path", "open_readonly", "settle_many", "rows"}
 
 HANDLE: dict[str, Verb] = {
     "check": lambda h: h.check(1),

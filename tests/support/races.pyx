@@ -10,10 +10,10 @@ from libc.string cimport memset
 
 from modelquota._core.table.batch cimport Batch, charge_batch, check_batch, first_bad_code
 from modelquota._core.row.decision cimport (
-    LAST_TICKET, LOWEST_PRIORITY, NEVER, Ask, Verdict, charge_tokens, is_trial, pass_time
+    LAST_TICKET, LOWEST_PRIORITY, NEVER, Request, Verdict, charge_tokens, is_trial, advance
 )
-from modelquota._core.row.grant cimport let_go, refund, settle_tokens
-from modelquota._core.state.joint cimport DECIDED, Joint, decide_rows, first_gone, lock_rows, put_in_order, unlock_rows
+from modelquota._core.row.grant cimport release_holding, refund, settle_tokens
+from modelquota._core.state.joint cimport DECIDED, JointRequest, decide_rows, first_gone, lock_rows, put_in_order, unlock_rows
 from modelquota._core.layout cimport (
     CHANGES, CHUNK, Charge, GrantRecord, Header, Ledger, Limits, QueueEntry, Row, Seat, Shared, UNLIMITED,
     WINDOWS
@@ -21,7 +21,7 @@ from modelquota._core.layout cimport (
 from modelquota._core.row.level cimport NO_RATE
 from modelquota._core.state.lock cimport SLICE_NS, unlock, wait_clock_ns
 from modelquota._core.row.queue cimport drop_expired, link_entry, unlink_entry
-from modelquota._core.state.registry cimport NAME_SHARE, enter, leave, replace_limits
+from modelquota._core.state.registry cimport NAME_SHARE, add_model, remove_model, replace_limits
 from modelquota._core.state.repair cimport lock_row
 from modelquota._core.row.usage cimport Usage, read_limits, read_usage
 
@@ -99,31 +99,31 @@ cdef int work_off(Actor* actor, bint charging) noexcept nogil:
     return True
 
 
-cdef void choose(Actor* actor, Joint* joint) noexcept nogil:
+cdef void choose(Actor* actor, JointRequest* joint) noexcept nogil:
     """Some rows that differ, in any order."""
     cdef Shared* shared = &actor.world.shared
     cdef uint32_t first = draw(actor, ROWS)
     cdef uint32_t step = 1 if draw(actor, 2) else ROWS - 1
     cdef int i
-    memset(joint, 0, sizeof(Joint))
+    memset(joint, 0, sizeof(JointRequest))
     joint.count = PARTIES
     for i in range(PARTIES):
-        joint.parties[i].index = (first + <uint32_t> i * step) % ROWS
-        joint.parties[i].row = &shared.rows[joint.parties[i].index]
-        joint.parties[i].ledger = &shared.ledgers[joint.parties[i].index]
-        joint.parties[i].generation = read_generation(&joint.parties[i].row.generation, ACQUIRE)
+        joint.members[i].index = (first + <uint32_t> i * step) % ROWS
+        joint.members[i].row = &shared.rows[joint.members[i].index]
+        joint.members[i].ledger = &shared.ledgers[joint.members[i].index]
+        joint.members[i].generation = read_generation(&joint.members[i].row.generation, ACQUIRE)
     put_in_order(joint)
 
 
-cdef void start_ask(Ask* ask, int64_t tokens) noexcept nogil:
-    memset(ask, 0, sizeof(Ask))
-    ask.tokens = tokens
-    ask.ram_mb = ask.ssd_mb = 1
-    ask.ticket = LAST_TICKET
-    ask.priority = LOWEST_PRIORITY
+cdef void parse_request(Request* request, int64_t tokens) noexcept nogil:
+    memset(request, 0, sizeof(Request))
+    request.tokens = tokens
+    request.ram_mb = request.ssd_mb = 1
+    request.ticket = LAST_TICKET
+    request.priority = LOWEST_PRIORITY
 
 
-cdef void finish(Actor* actor, Joint* joint, bint undo) noexcept nogil:
+cdef void finish(Actor* actor, JointRequest* joint, bint undo) noexcept nogil:
     """The end of a grant, as in grant.pyx: less was used than was estimated, or nothing at all, or more."""
     cdef Shared* shared = &actor.world.shared
     cdef int64_t now_ns = wait_clock_ns()
@@ -132,34 +132,34 @@ cdef void finish(Actor* actor, Joint* joint, bint undo) noexcept nogil:
     cdef Charge more
     cdef int i
     for i in range(joint.count):
-        row = joint.parties[i].row
-        ledger = joint.parties[i].ledger
+        row = joint.members[i].row
+        ledger = joint.members[i].ledger
         while not lock_row(row, shared, SLICE_NS):
             pass
-        if row.generation != joint.parties[i].generation:
-            joint.parties[i].record.seat = 0
+        if row.generation != joint.members[i].generation:
+            joint.members[i].record.seat = 0
         else:
-            pass_time(row, ledger, now_ns)
+            advance(row, ledger, now_ns)
             refund(row, ledger, undo, joint.charges[i].tokens if undo else joint.charges[i].tokens // 2, &joint.charges[i])
             if not undo:
                 charge_tokens(row, ledger, 1, is_trial(row, ledger, shared.header.enforcing), &more)
-            settle_tokens(ledger, joint.parties[i].record)
-            let_go(row, ledger, joint.parties[i].record)
+            settle_tokens(ledger, joint.members[i].record)
+            release_holding(row, ledger, joint.members[i].record)
         unlock(&row.lock)
 
 
 cdef int decide_some(Actor* actor, bint holding) noexcept nogil:
     """A joint decision; what it holds is given back."""
     cdef Shared* shared = &actor.world.shared
-    cdef Joint joint
-    cdef Ask ask
+    cdef JointRequest joint
+    cdef Request request
     cdef Verdict verdict
     cdef int i
     choose(actor, &joint)
-    start_ask(&ask, TOKENS)
+    parse_request(&request, TOKENS)
     for i in range(PARTIES):
-        joint.parties[i].record = &actor.records[i] if holding else NULL
-    if decide_rows(&joint, wait_clock_ns(), &ask, holding, shared, SLICE_NS, &verdict) != DECIDED or not verdict.allowed:
+        joint.members[i].record = &actor.records[i] if holding else NULL
+    if decide_rows(&joint, wait_clock_ns(), &request, holding, shared, SLICE_NS, &verdict) != DECIDED or not verdict.allowed:
         return False
     if holding:
         finish(actor, &joint, draw(actor, 2))
@@ -169,8 +169,8 @@ cdef int decide_some(Actor* actor, bint holding) noexcept nogil:
 cdef int stand_in_line(Actor* actor) noexcept nogil:
     """Places in the queues of some rows; a try as the one who waits there; and away, admitted or not."""
     cdef Shared* shared = &actor.world.shared
-    cdef Joint joint
-    cdef Ask ask
+    cdef JointRequest joint
+    cdef Request request
     cdef Verdict verdict
     cdef QueueEntry* entry
     cdef Row* row
@@ -178,9 +178,9 @@ cdef int stand_in_line(Actor* actor) noexcept nogil:
     cdef int64_t now_ns
     cdef int i
     choose(actor, &joint)
-    start_ask(&ask, TOKENS)
-    ask.priority = <int> draw(actor, 3)
-    ask.ticket = wait_clock_ns()
+    parse_request(&request, TOKENS)
+    request.priority = <int> draw(actor, 3)
+    request.ticket = wait_clock_ns()
     now_ns = wait_clock_ns()
     if not lock_rows(&joint, shared, SLICE_NS):
         return False
@@ -188,21 +188,21 @@ cdef int stand_in_line(Actor* actor) noexcept nogil:
         unlock_rows(&joint, joint.count)
         return False
     for i in range(PARTIES):
-        drop_expired(joint.parties[i].row, joint.parties[i].ledger, shared.entries, now_ns, draw(actor, 2))
-        entry = joint.parties[i].entry = &actor.entries[i]
-        entry.row = joint.parties[i].index
-        entry.generation = joint.parties[i].generation
-        entry.priority = ask.priority
-        entry.ticket = ask.ticket
+        drop_expired(joint.members[i].row, joint.members[i].ledger, shared.entries, now_ns, draw(actor, 2))
+        entry = joint.members[i].entry = &actor.entries[i]
+        entry.row = joint.members[i].index
+        entry.generation = joint.members[i].generation
+        entry.priority = request.priority
+        entry.ticket = request.ticket
         write_deadline(&entry.deadline_ns, now_ns + WAIT_NS, RELAXED)
         entry.ready_ns = NEVER
         entry.limit = entry.aside = entry.counted = 0
         entry.seat = shared.me
-        link_entry(joint.parties[i].row, joint.parties[i].ledger, shared.entries, entry)
+        link_entry(joint.members[i].row, joint.members[i].ledger, shared.entries, entry)
     unlock_rows(&joint, joint.count)
     for i in range(PARTIES):
-        joint.parties[i].record = &actor.records[i]
-    admitted = decide_rows(&joint, wait_clock_ns(), &ask, True, shared, SLICE_NS, &verdict) == DECIDED and verdict.allowed
+        joint.members[i].record = &actor.records[i]
+    admitted = decide_rows(&joint, wait_clock_ns(), &request, True, shared, SLICE_NS, &verdict) == DECIDED and verdict.allowed
     if admitted:
         finish(actor, &joint, False)
     for i in range(PARTIES):
@@ -230,10 +230,10 @@ cdef int change(Actor* actor) noexcept nogil:
     if draw(actor, 8):
         return replace_limits(row, generation, limits, NULL, draw(actor, 2), wait_clock_ns(), shared, SLICE_NS) == 1
     if generation & 1:
-        leave(row, generation, shared, SLICE_NS)
+        remove_model(row, generation, shared, SLICE_NS)
     memset(name, c"a" + actor.number, sizeof(name))
     version = read_version(&shared.header.registry_version, ACQUIRE)
-    return enter(name, 1 + draw(actor, sizeof(name)), limits, draw(actor, 2), wait_clock_ns(), version, &generation,
+    return add_model(name, 1 + draw(actor, sizeof(name)), limits, draw(actor, 2), wait_clock_ns(), version, &generation,
                  shared, SLICE_NS) >= 0
 
 
@@ -322,7 +322,7 @@ def race(double seconds):
     put_fair_limits(&world.limits[1], 100)
     for i in range(ROWS):
         name = <char> (c"A" + i)
-        if enter(&name, 1, &world.limits[i % 2], i % 2, wait_clock_ns(), shared.header.registry_version, &generation,
+        if add_model(&name, 1, &world.limits[i % 2], i % 2, wait_clock_ns(), shared.header.registry_version, &generation,
                  shared, SLICE_NS) != i:
             raise AssertionError("a row was not free")
     world.end_ns = wait_clock_ns() + <int64_t> (seconds * 1e9)

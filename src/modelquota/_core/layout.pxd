@@ -129,8 +129,8 @@ cdef struct Ledger:
     uint64_t journal_tokens_start
     int64_t journal_slot        # the 1/60 s slot to which all windows are being rolled
     # -- what levels may take back, see level.pxd: the lowest level of the current 60 s slot and of the one before
-    int64_t request_low[2]
-    int64_t token_low[2]
+    int64_t request_minimum[2]
+    int64_t token_minimum[2]
     # -- counters since the model was registered
     uint64_t rejected           # denied checks, by the action applied
     uint64_t throttled

@@ -48,12 +48,12 @@ class QuotaReader:
 
     def get_model_report(self, model_id: str) -> ModelReport | None:
         """Return quota, use and utilisation of a model, one consistent view; None where it has no quota."""
-        from modelquota.reading.counting import denied
-        from modelquota.reading.report import model_report
-
         read = self._read(model_id)
         if read is None:
             return None
+        from modelquota.reading.counting import denied
+        from modelquota.reading.report import model_report
+
         fields, record = read
         counts = {f"{name}_requests": record[f"{name}_total"] for name in ("allowed", "waited", "warned")}
         counts["denied_requests"] = int(denied(record))
@@ -61,9 +61,9 @@ class QuotaReader:
 
     def get_stats(self) -> QuotaStats:
         """Return the totals over all models, those that have been removed too."""
+        totals = self._totals()
         from modelquota.reading.report import QuotaStats
 
-        totals = self._totals()
         violations = totals["violations"]
         stopped = totals["rejected"] + totals["throttled"] + totals["queued"]
         return QuotaStats(
@@ -111,9 +111,9 @@ class QuotaReader:
 
     def print_status(self, file: TextIO | None = None) -> None:
         """Write use against limits of all models, and the totals, to `file` (standard output by default)."""
+        reports = [report for model_id in self.list_models() if (report := self.get_model_report(model_id)) is not None]
         from modelquota.reading.report import status_lines
 
-        reports = [report for model_id in self.list_models() if (report := self.get_model_report(model_id)) is not None]
         print(status_lines(reports, self.get_stats()), file=sys.stdout if file is None else file)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from modelquota._core.state.validate import Part, Reader, content_faults
+from modelquota._core.state.validate import Reader, RowBlock, content_faults
 from modelquota.errors import StateFileError
 
 _TRIES = 20
@@ -107,7 +107,7 @@ def verify_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> li
         os.close(descriptor)
 
 
-def record_faults(reader: Reader, part: Part) -> Iterator[str]:
+def record_faults(reader: Reader, part: RowBlock) -> Iterator[str]:
     """Compare what rows say is held and waits with the records of it."""
     totals = record_sums(reader, part)
     unlike = np.zeros(len(part.rows), np.bool_)
@@ -130,7 +130,7 @@ def _compare_alone(reader: Reader, row: int) -> Iterator[str]:
             break
 
 
-def record_sums(reader: Reader, part: Part) -> dict[str, NDArray[np.int64]]:
+def record_sums(reader: Reader, part: RowBlock) -> dict[str, NDArray[np.int64]]:
     """What the records of open grants and of queues say of some rows, by the field of the ledger that has to agree."""
     count = len(part.rows)
     held, entries = reader.held(), reader.entries()

@@ -11,7 +11,7 @@ from modelquota._core.layout cimport (
     Charge, Ledger, LIMIT_CODES, LIMITS, LONGEST, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
 )
 from modelquota._core.row.level cimport (
-    NO_RATE, NS_PER_SECOND, as_double, coarse, drain_levels, is_dormant, level_cost, level_wait_ns, load, note_low,
+    NO_RATE, NS_PER_SECOND, as_double, coarse_level, drain_levels, is_dormant, level_cost, level_wait_ns, load, update_minimum,
     raise_level, store, wide
 )
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
@@ -57,7 +57,7 @@ cdef enum:
     ALL_LIMITS = 0xFFFF     # a bit for each Limit code
 
 
-cdef struct Ask:
+cdef struct Request:
     int64_t tokens      # 0 .. MAX_COUNT, as are the others
     int64_t ram_mb
     int64_t ssd_mb
@@ -83,7 +83,7 @@ cdef struct Verdict:
     int64_t wait_ns          # the longest wait of all violated limits, or NEVER; meaningful where limit is set
     int64_t retry_after_ms   # the same, rounded up
     int64_t soonest_ns       # the shortest wait that may do, since others may give back what they hold any moment
-    bint held_up             # whether what others hold is in the way
+    bint others_may_free             # whether what others hold is in the way
     bint worth_a_look        # whether to see if others are dead, or do not come for their grants, may help
     bint aside               # whether a model that does not queue is in the way
     uint32_t judged          # bits of the limits that are being judged
@@ -103,7 +103,7 @@ cdef inline uint64_t in_use(int64_t reported, int64_t reserved) noexcept nogil:
     return <uint64_t> reported + <uint64_t> reserved
 
 
-cdef inline double neat(double value) noexcept nogil:
+cdef inline double round_to_50_bits(double value) noexcept nogil:
     """Round to 50 bits (Veltkamp): the last bits of a product with a stored quotient go, so that 7 of 7 reads 100.0."""
     cdef double scaled = 9.0 * value
     return scaled - (scaled - value)
@@ -122,7 +122,7 @@ cdef inline double total(int64_t reported, int64_t reserved, int64_t asked) noex
     return <double> reported + <double> reserved + <double> asked
 
 
-cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask* ask) noexcept nogil:
+cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Request* request) noexcept nogil:
     """Percent of the fullest limit, with the request: windows and levels are charged, memory and concurrency are not.
 
     Products with stored percents instead of quotients, and nothing to branch on: this stands in every check.
@@ -133,10 +133,10 @@ cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask
     for i in range(WINDOWS):
         share = larger(share, <double> requests_used(row, ledger, i) * ledger.request_percent[i])
         share = larger(share, <double> tokens_used(row, ledger, i) * ledger.token_percent[i])
-    share = larger(share, total(ledger.ram_mb, ledger.reserved_ram_mb, ask.ram_mb) * ledger.ram_percent)
-    share = larger(share, total(ledger.ssd_mb, ledger.reserved_ssd_mb, ask.ssd_mb) * ledger.ssd_percent)
+    share = larger(share, total(ledger.ram_mb, ledger.reserved_ram_mb, request.ram_mb) * ledger.ram_percent)
+    share = larger(share, total(ledger.ssd_mb, ledger.reserved_ssd_mb, request.ssd_mb) * ledger.ssd_percent)
     share = larger(share, (<double> ledger.concurrent + 1.0) * ledger.concurrent_percent)
-    return neat(share)
+    return round_to_50_bits(share)
 
 
 ctypedef void (*SlotEnd)(Row*, Ledger*, int64_t) noexcept nogil
@@ -150,7 +150,7 @@ cdef extern from *:
 
 
 cdef inline void end_slot(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
-    """The rest of pass_time(), from the end of the current slot on."""
+    """The rest of advance(), from the end of the current slot on."""
     cdef int64_t steps
     if unlikely(is_dormant(row)):      # what this slot admitted drains from its end on
         drain_levels(row, row.slot_end_ns)
@@ -158,11 +158,11 @@ cdef inline void end_slot(Row* row, Ledger* ledger, int64_t now_ns) noexcept nog
         raise_level(&row.token_level, tokens_in_slot(row, ledger), row.dormant_token_shift, &row.token_cap, True)
     drain_levels(row, now_ns)
     steps = turn_slots(row, ledger, now_ns)
-    note_low(ledger.request_low, coarse(&row.request_level, row.request_shift), steps)
-    note_low(ledger.token_low, coarse(&row.token_level, row.token_shift), steps)
+    update_minimum(ledger.request_minimum, coarse_level(&row.request_level, row.request_shift), steps)
+    update_minimum(ledger.token_minimum, coarse_level(&row.token_level, row.token_shift), steps)
 
 
-cdef inline void pass_time(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+cdef inline void advance(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
     """Bring the row to `now_ns`; a time before the row's own changes nothing."""
     cdef SlotEnd rare
     if unlikely(now_ns >= row.slot_end_ns):
@@ -203,7 +203,7 @@ cdef inline void charge_tokens(Row* row, Ledger* ledger, int64_t tokens, bint tr
     charged.epoch = ledger.level_epoch
 
 
-cdef inline void note(
+cdef inline void record_violation(
     Verdict* verdict, uint8_t limit, int64_t wait_ns, int64_t soonest_ns, double used, double bound, int64_t asked
 ) noexcept nogil:
     """Take down one limit's answer: the first violated limit is described, the longest waits are kept.
@@ -217,7 +217,7 @@ cdef inline void note(
     elif wait_ns > verdict.wait_ns:
         verdict.wait_ns = wait_ns
     if soonest_ns != wait_ns:
-        verdict.held_up = True
+        verdict.others_may_free = True
     if soonest_ns == NEVER or verdict.soonest_ns == NEVER:
         verdict.soonest_ns = NEVER
     elif soonest_ns > verdict.soonest_ns:
@@ -250,7 +250,7 @@ cdef inline void rate_in_use(
         bound[0] = level_bound
 
 
-cdef inline void note_rate(
+cdef inline void record_rate(
     const Row* row, const Ledger* ledger, bint of_tokens, int64_t cost, Verdict* verdict
 ) noexcept nogil:
     """A rate is two limits in one: the ceiling of the rolling second and the long-run level. The fuller is described."""
@@ -270,10 +270,10 @@ cdef inline void note_rate(
         soonest_ns = max(window_wait_ns(row, ledger, SECOND, of_tokens, cost, credit, row.level_ns),
                          level_wait_ns(level, cap, drain, shift, cost, credit))
     rate_in_use(row, ledger, of_tokens, &used, &bound)
-    note(verdict, LIMIT_CODES[SECOND][of_tokens], wait_ns, soonest_ns, used, bound, cost)
+    record_violation(verdict, LIMIT_CODES[SECOND][of_tokens], wait_ns, soonest_ns, used, bound, cost)
 
 
-cdef inline void note_window(
+cdef inline void record_window(
     const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, Verdict* verdict
 ) noexcept nogil:
     cdef int64_t wait_ns = window_wait_ns(row, ledger, window, of_tokens, cost, 0, row.level_ns)
@@ -284,10 +284,10 @@ cdef inline void note_window(
     if of_tokens:
         if ledger.reserved_tokens and wait_ns != NEVER:
             soonest_ns = window_wait_ns(row, ledger, window, True, cost, ledger.reserved_tokens, row.level_ns)
-        note(verdict, code, wait_ns, soonest_ns, <double> tokens_used(row, ledger, window),
+        record_violation(verdict, code, wait_ns, soonest_ns, <double> tokens_used(row, ledger, window),
              <double> ledger.token_limit[window], cost)
     else:
-        note(verdict, code, wait_ns, soonest_ns, <double> requests_used(row, ledger, window),
+        record_violation(verdict, code, wait_ns, soonest_ns, <double> requests_used(row, ledger, window),
              <double> ledger.request_limit[window], cost)
 
 
@@ -302,16 +302,16 @@ cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
     return RATE_VIOLATION if limit <= TOKENS_PER_SECOND else QUOTA_VIOLATION
 
 
-cdef inline bint is_behind(const QueueEntry* head, const Ask* ask) noexcept nogil:
+cdef inline bint is_behind(const QueueEntry* head, const Request* request) noexcept nogil:
     """Whether others wait for this model whose turn comes first."""
     return (
         head != NULL
-        and (head.priority > ask.priority or (head.priority == ask.priority and head.ticket < ask.ticket))
+        and (head.priority > request.priority or (head.priority == request.priority and head.ticket < request.ticket))
     )
 
 
 cdef inline void find_violations(
-    const Row* row, const Ledger* ledger, const QueueEntry* head, const Ask* ask, uint32_t limits, Verdict* verdict
+    const Row* row, const Ledger* ledger, const QueueEntry* head, const Request* request, uint32_t limits, Verdict* verdict
 ) noexcept nogil:
     """Go through `limits` in their order; note the first that is violated and the longest wait of all that are.
 
@@ -322,22 +322,22 @@ cdef inline void find_violations(
     cdef int window
     verdict.wait_ns = verdict.soonest_ns = 0
     verdict.judged = limits
-    if exceeds(ask.ram_mb, used_ram_mb, ledger.max_ram_mb):
-        note(verdict, RAM_MB, NEVER, 0 if ask.ram_mb <= ledger.max_ram_mb else NEVER, <double> used_ram_mb,
-             <double> ledger.max_ram_mb, ask.ram_mb)
-    if exceeds(ask.ssd_mb, used_ssd_mb, ledger.max_ssd_mb):
-        note(verdict, SSD_MB, NEVER, 0 if ask.ssd_mb <= ledger.max_ssd_mb else NEVER, <double> used_ssd_mb,
-             <double> ledger.max_ssd_mb, ask.ssd_mb)
+    if exceeds(request.ram_mb, used_ram_mb, ledger.max_ram_mb):
+        record_violation(verdict, RAM_MB, NEVER, 0 if request.ram_mb <= ledger.max_ram_mb else NEVER, <double> used_ram_mb,
+             <double> ledger.max_ram_mb, request.ram_mb)
+    if exceeds(request.ssd_mb, used_ssd_mb, ledger.max_ssd_mb):
+        record_violation(verdict, SSD_MB, NEVER, 0 if request.ssd_mb <= ledger.max_ssd_mb else NEVER, <double> used_ssd_mb,
+             <double> ledger.max_ssd_mb, request.ssd_mb)
     if ledger.concurrent >= ledger.max_concurrent:
-        note(verdict, CONCURRENCY, NEVER, 0 if ledger.max_concurrent else NEVER, <double> ledger.concurrent,
+        record_violation(verdict, CONCURRENCY, NEVER, 0 if ledger.max_concurrent else NEVER, <double> ledger.concurrent,
              <double> ledger.max_concurrent, 1)
-    note_rate(row, ledger, False, 1, verdict)
-    note_rate(row, ledger, True, ask.tokens, verdict)
+    record_rate(row, ledger, False, 1, verdict)
+    record_rate(row, ledger, True, request.tokens, verdict)
     for window in range(SECOND + 1, WINDOWS):
-        note_window(row, ledger, window, True, ask.tokens, verdict)
-        note_window(row, ledger, window, False, 1, verdict)
-    if is_behind(head, ask):
-        verdict.held_up = True
+        record_window(row, ledger, window, True, request.tokens, verdict)
+        record_window(row, ledger, window, False, 1, verdict)
+    if is_behind(head, request):
+        verdict.others_may_free = True
         verdict.limit = QUEUE_PLACE
         verdict.cause = head.limit
         verdict.used = <double> ledger.waiting
@@ -355,7 +355,7 @@ cdef inline void start_verdict(Verdict* verdict) noexcept nogil:
     verdict.limit = 0
     verdict.action = NO_ACTION
     verdict.retry_after_ms = NEVER
-    verdict.held_up = verdict.aside = verdict.worth_a_look = False
+    verdict.others_may_free = verdict.aside = verdict.worth_a_look = False
 
 
 cdef inline bint tokens_fit(const Row* row, int64_t tokens, Fit* fit) noexcept nogil:
@@ -364,23 +364,23 @@ cdef inline bint tokens_fit(const Row* row, int64_t tokens, Fit* fit) noexcept n
     return tokens == 0 or (tokens <= row.token_room and fit.token_level <= load(&row.token_cap))
 
 
-cdef inline bint fits(const Row* row, const Ledger* ledger, const Ask* ask, Fit* fit) noexcept nogil:
+cdef inline bint fits(const Row* row, const Ledger* ledger, const Request* request, Fit* fit) noexcept nogil:
     """The fast path: True if the request fits without a look at each limit; False leaves that to judge().
 
     Requires advance() and the row's lock.
     """
     if not (
         row.request_room >= 1
-        and not exceeds(ask.ram_mb, in_use(ledger.ram_mb, ledger.reserved_ram_mb), ledger.max_ram_mb)
-        and not exceeds(ask.ssd_mb, in_use(ledger.ssd_mb, ledger.reserved_ssd_mb), ledger.max_ssd_mb)
+        and not exceeds(request.ram_mb, in_use(ledger.ram_mb, ledger.reserved_ram_mb), ledger.max_ram_mb)
+        and not exceeds(request.ssd_mb, in_use(ledger.ssd_mb, ledger.reserved_ssd_mb), ledger.max_ssd_mb)
     ):
         return False
     fit.request_level = load(&row.request_level) + level_cost(1, row.request_shift)
-    return fit.request_level <= load(&row.request_cap) and tokens_fit(row, ask.tokens, fit)
+    return fit.request_level <= load(&row.request_cap) and tokens_fit(row, request.tokens, fit)
 
 
 cdef inline void judge(
-    const Row* row, const Ledger* ledger, QueueEntry* entries, const Ask* ask, uint32_t limits, bint enforcing,
+    const Row* row, const Ledger* ledger, QueueEntry* entries, const Request* request, uint32_t limits, bint enforcing,
     Verdict* verdict
 ) noexcept nogil:
     """Decide what does not plainly fit, by those of `limits` that deny and then by those in shadow. Counts nothing.
@@ -392,16 +392,16 @@ cdef inline void judge(
         return
     if ledger.waiting != 0 and ledger.action == QUEUE and limits == ALL_LIMITS:
         head = first_in_turn(ledger, entries)
-    find_violations(row, ledger, head, ask, limits & ~<uint32_t> row.shadow, verdict)
+    find_violations(row, ledger, head, request, limits & ~<uint32_t> row.shadow, verdict)
     if verdict.limit != 0:
         verdict.action = ledger.action
         verdict.allowed = ledger.action == WARN
         verdict.aside = ledger.action != QUEUE
         # what was charged for open grants may be in the way too
-        verdict.worth_a_look = verdict.held_up or ledger.concurrent != 0
+        verdict.worth_a_look = verdict.others_may_free or ledger.concurrent != 0
         return
     if row.shadow & limits:
-        find_violations(row, ledger, NULL, ask, row.shadow & limits, verdict)
+        find_violations(row, ledger, NULL, request, row.shadow & limits, verdict)
         if verdict.limit != 0:
             verdict.action = WARN
             return
@@ -409,35 +409,35 @@ cdef inline void judge(
 
 
 cdef inline void assess_closely(
-    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Fit* fit, Verdict* verdict
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Fit* fit, Verdict* verdict
 ) noexcept nogil:
     """The rest of assess(), for a request that does not plainly fit. Apart, so that the compiler puts the common case at
     the place of the call."""
     # those in the queue whose time is over may be all that is in the way
-    fit.fits = ledger.waiting != 0 and drop_expired(row, ledger, entries, now_ns, False) and fits(row, ledger, ask, fit)
+    fit.fits = ledger.waiting != 0 and drop_expired(row, ledger, entries, now_ns, False) and fits(row, ledger, request, fit)
     if not fit.fits:
-        judge(row, ledger, entries, ask, ALL_LIMITS, enforcing, verdict)
+        judge(row, ledger, entries, request, ALL_LIMITS, enforcing, verdict)
 
 
 cdef inline bint fits_at_once(
-    Row* row, Ledger* ledger, int64_t now_ns, const Ask* ask, Fit* fit, Verdict* verdict
+    Row* row, Ledger* ledger, int64_t now_ns, const Request* request, Fit* fit, Verdict* verdict
 ) noexcept nogil:
     """The first half of assess(): all that most requests need."""
-    pass_time(row, ledger, now_ns)
+    advance(row, ledger, now_ns)
     start_verdict(verdict)
-    return fits(row, ledger, ask, fit)
+    return fits(row, ledger, request, fit)
 
 
 cdef inline void assess(
-    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Fit* fit, Verdict* verdict
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Fit* fit, Verdict* verdict
 ) noexcept nogil:
     """Admit or deny a request at one row: sets `fit`, and everything of `verdict` but its usage and log_held.
 
     Charges and counts nothing; what changes is what time changes by itself. Requires the row's lock.
     """
-    fit.fits = fits_at_once(row, ledger, now_ns, ask, fit, verdict)
+    fit.fits = fits_at_once(row, ledger, now_ns, request, fit, verdict)
     if not fit.fits:
-        assess_closely(row, ledger, entries, now_ns, ask, enforcing, fit, verdict)
+        assess_closely(row, ledger, entries, now_ns, request, enforcing, fit, verdict)
 
 
 cdef inline void count_violation(Row* row, Ledger* ledger, Verdict* verdict) noexcept nogil:
@@ -457,56 +457,56 @@ cdef inline void count_violation(Row* row, Ledger* ledger, Verdict* verdict) noe
         ledger.log_held = 0
 
 
-cdef inline void charge_beyond(Row* row, Ledger* ledger, const Ask* ask, Charge* charged) noexcept nogil:
+cdef inline void charge_beyond(Row* row, Ledger* ledger, const Request* request, Charge* charged) noexcept nogil:
     """charge_admitted() for a request that does not fit and is admitted all the same: it raises no level above its cap."""
     row.request_room -= 1
-    charge_tokens(row, ledger, ask.tokens, True, charged)
+    charge_tokens(row, ledger, request.tokens, True, charged)
     charged.raised_request = <uint8_t> raise_noted(&row.request_level, 1, row.request_shift, &row.request_cap, True, ledger)
     charged.epoch = ledger.level_epoch
 
 
-cdef inline void charge_fitting(Row* row, const Ask* ask, const Fit* fit) noexcept nogil:
+cdef inline void charge_fitting(Row* row, const Request* request, const Fit* fit) noexcept nogil:
     """charge_admitted() for a request that plainly fits."""
     row.request_room -= 1
-    row.token_room -= ask.tokens
+    row.token_room -= request.tokens
     store(&row.request_level, fit.request_level)
     store(&row.token_level, fit.token_level)
 
 
-cdef inline void charge_admitted(Row* row, Ledger* ledger, const Ask* ask, const Fit* fit, Charge* charged) noexcept nogil:
+cdef inline void charge_admitted(Row* row, Ledger* ledger, const Request* request, const Fit* fit, Charge* charged) noexcept nogil:
     """Charge a request that assess() admitted, and note what was charged. Requires the row's lock since then."""
     if not fit.fits:
-        charge_beyond(row, ledger, ask, charged)
+        charge_beyond(row, ledger, request, charged)
         return
     charged.at_ns = row.level_ns
     charged.epoch = ledger.level_epoch
-    charged.tokens = charged.raised = ask.tokens
+    charged.tokens = charged.raised = request.tokens
     charged.raised_request = 1
-    charge_fitting(row, ask, fit)
+    charge_fitting(row, request, fit)
 
 
 cdef inline void decide_closely(
-    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Verdict* verdict
 ) noexcept nogil:
     """The rest of decide(), apart as is assess_closely(), and with a Fit of its own: that of decide() stays in registers."""
     cdef Fit fit
     cdef Charge charged
-    assess_closely(row, ledger, entries, now_ns, ask, enforcing, &fit, verdict)
+    assess_closely(row, ledger, entries, now_ns, request, enforcing, &fit, verdict)
     if verdict.limit:
         count_violation(row, ledger, verdict)
     if verdict.allowed:
-        charge_admitted(row, ledger, ask, &fit, &charged)
+        charge_admitted(row, ledger, request, &fit, &charged)
 
 
 cdef inline void decide(
-    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Ask* ask, bint enforcing, Verdict* verdict
+    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Verdict* verdict
 ) noexcept nogil:
     """assess() at one row, and charge what it admits, or count what it denies. Requires the row's lock."""
     cdef Fit fit
-    if unlikely(not fits_at_once(row, ledger, now_ns, ask, &fit, verdict)):
-        decide_closely(row, ledger, entries, now_ns, ask, enforcing, verdict)
+    if unlikely(not fits_at_once(row, ledger, now_ns, request, &fit, verdict)):
+        decide_closely(row, ledger, entries, now_ns, request, enforcing, verdict)
         return
-    charge_fitting(row, ask, &fit)
+    charge_fitting(row, request, &fit)
 
 
 cdef inline uint32_t token_limits() noexcept nogil:
@@ -523,12 +523,12 @@ cdef inline bint admits_tokens(Row* row, Ledger* ledger, int64_t tokens, bint en
 
     Requires advance() and the row's lock.
     """
-    cdef Ask ask
+    cdef Request request
     cdef Fit fit
     cdef Verdict verdict
     start_verdict(&verdict)
     if not tokens_fit(row, tokens, &fit):
-        memset(&ask, 0, sizeof(ask))
-        ask.tokens = tokens
-        judge(row, ledger, NULL, &ask, token_limits(), enforcing, &verdict)
+        memset(&request, 0, sizeof(request))
+        request.tokens = tokens
+        judge(row, ledger, NULL, &request, token_limits(), enforcing, &verdict)
     return verdict.allowed

@@ -136,7 +136,7 @@ cdef inline void change_rate(
 # is kept, as a bound from below, for the current 60 s slot and for the one before; older charges have only what of
 # themselves cannot have drained yet. So a level never takes back too much, and all of it while the model is busy.
 
-cdef inline int64_t coarse(const Wide* level, uint8_t shift) noexcept nogil:
+cdef inline int64_t coarse_level(const Wide* level, uint8_t shift) noexcept nogil:
     """A level rounded down to COARSE_BITS fewer bits, which fits 64."""
     cdef wide value
     if shift == NO_RATE:
@@ -145,7 +145,7 @@ cdef inline int64_t coarse(const Wide* level, uint8_t shift) noexcept nogil:
     return <int64_t> value if value < INT64_MAX else INT64_MAX
 
 
-cdef inline void note_low(int64_t* low, int64_t level, int64_t steps) noexcept nogil:
+cdef inline void update_minimum(int64_t* low, int64_t level, int64_t steps) noexcept nogil:
     """Note the level at a slot's beginning, `steps` 60 s slots after the one before."""
     if steps == 0:
         low[0] = min(low[0], level)
@@ -208,7 +208,7 @@ cdef inline bint empty_burst(Wide* level, int64_t* low, int64_t drain, uint8_t s
     if load(level) <= base:
         return False
     store(level, base)
-    note_low(low, coarse(level, shift), 0)
+    update_minimum(low, coarse_level(level, shift), 0)
     return True
 
 

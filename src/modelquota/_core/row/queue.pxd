@@ -5,7 +5,7 @@
 # blocks nobody while it steps aside: a request for several models that one of them throttles does not queue for the others.
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.layout cimport CHUNK, Ledger, QueueEntry, RECORDS, Row, Shared
-from modelquota._core.row.window cimport in_order, measure_room
+from modelquota._core.row.window cimport compiler_barrier, measure_room
 
 cdef extern from *:
     int64_t read_deadline "__atomic_load_n"(const int64_t* word, int order) noexcept nogil
@@ -54,7 +54,7 @@ cdef inline void put_entry(Ledger* ledger, QueueEntry* entries, QueueEntry* entr
 cdef inline void link_entry(Row* row, Ledger* ledger, QueueEntry* entries, QueueEntry* entry) noexcept nogil:
     """Put a request into the queue."""
     entry.linked = 1
-    in_order()
+    compiler_barrier()
     put_entry(ledger, entries, entry)
     measure_room(row, ledger)
 
@@ -62,7 +62,7 @@ cdef inline void link_entry(Row* row, Ledger* ledger, QueueEntry* entries, Queue
 cdef inline void unlink_entry(Row* row, Ledger* ledger, QueueEntry* entries, QueueEntry* entry) noexcept nogil:
     """Take a request out of the queue."""
     entry.linked = 0
-    in_order()
+    compiler_barrier()
     if entry.previous:
         entries[entry.previous - 1].next = entry.next
     else:

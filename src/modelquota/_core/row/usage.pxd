@@ -2,7 +2,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy
 from modelquota._core.row.decision cimport (
-    CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB, in_use, neat, pass_time, percent, rate_in_use
+    CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB, in_use, round_to_50_bits, advance, percent, rate_in_use
 )
 from modelquota._core.layout cimport Ledger, LIMIT_CODES, Limits, LIMITS, Row, SECOND, UNLIMITED, Wide, WINDOWS
 from modelquota._core.row.level cimport NO_RATE, NS_PER_SECOND, as_double, burst_used, change_rate, load, wide
@@ -54,7 +54,7 @@ cdef inline void read_limit(Usage* usage, int code, int64_t limit, uint64_t used
     """State what is left of one limit, and how full it is."""
     if limit != UNLIMITED:
         usage.left[code] = limit - <int64_t> used if used < <uint64_t> limit else 0
-        usage.percent[code] = neat(percent(<double> used, <double> limit))
+        usage.percent[code] = round_to_50_bits(percent(<double> used, <double> limit))
 
 
 cdef inline void read_rate(const Row* row, const Ledger* ledger, bint of_tokens, Usage* usage) noexcept nogil:
@@ -72,13 +72,13 @@ cdef inline void read_rate(const Row* row, const Ledger* ledger, bint of_tokens,
     if usage.left[code] > room // NS_PER_SECOND:
         usage.left[code] = <int64_t> (room // NS_PER_SECOND)
     rate_in_use(row, ledger, of_tokens, &used, &bound)
-    usage.percent[code] = neat(percent(used, bound))
+    usage.percent[code] = round_to_50_bits(percent(used, bound))
 
 
 cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usage) noexcept nogil:
     """State the row's use at `now_ns`; time passes first, so that an idle model shows an empty second."""
     cdef int i
-    pass_time(row, ledger, now_ns)
+    advance(row, ledger, now_ns)
     for i in range(LIMITS):
         usage.left[i] = NO_LIMIT
         usage.percent[i] = 0.0
@@ -131,7 +131,7 @@ cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noex
     if (limits.requests_per_second != ledger.requests_per_second or limits.tokens_per_second != ledger.tokens_per_second
             or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
         ledger.level_epoch += 1
-        ledger.request_low[0] = ledger.request_low[1] = ledger.token_low[0] = ledger.token_low[1] = 0
+        ledger.request_minimum[0] = ledger.request_minimum[1] = ledger.token_minimum[0] = ledger.token_minimum[1] = 0
     change_rate(&row.request_level, &row.request_cap, &row.request_drain, &row.request_shift,
                 &row.dormant_request_shift,
                 &limits.request_cap, limits.request_drain, limits.request_shift,

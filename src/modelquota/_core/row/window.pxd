@@ -16,7 +16,7 @@ cdef extern from *:
     #define MQ_IN_ORDER() __atomic_signal_fence(__ATOMIC_SEQ_CST)
     """
     const uint32_t UINT32_MAX
-    void in_order "MQ_IN_ORDER"() noexcept nogil    # a process dies between two instructions: keep the compiler's order
+    void compiler_barrier "MQ_IN_ORDER"() noexcept nogil    # a process dies between two instructions: keep the compiler's order
 
 cdef enum:  # Ledger.stage
     SETTLED = 0
@@ -76,13 +76,13 @@ cdef inline void begin_change(const Row* row, Ledger* ledger) noexcept nogil:
     """What follows cannot be done in one instruction: note what is charged, from which all else can be found again."""
     ledger.journal_requests = requests_charged(row, ledger)
     ledger.journal_tokens = tokens_charged(row, ledger)
-    in_order()
+    compiler_barrier()
     ledger.stage = CHANGING
-    in_order()
+    compiler_barrier()
 
 
 cdef inline void end_change(Ledger* ledger) noexcept nogil:
-    in_order()
+    compiler_barrier()
     ledger.stage = SETTLED
 
 
@@ -97,13 +97,13 @@ cdef inline void roll(
     ledger.journal_requests_start = ledger.requests_start[window]
     ledger.journal_tokens_start = ledger.tokens_start[window]
     ledger.journal_filled = ledger.filled[window]
-    in_order()
+    compiler_barrier()
     ledger.stage = <uint8_t> (ROLLING + 2 * window)
-    in_order()
+    compiler_barrier()
     turn_ring(ledger, window, requests, tokens, slot, steps)
-    in_order()
+    compiler_barrier()
     ledger.stage = <uint8_t> (ROLLED + 2 * window)
-    in_order()
+    compiler_barrier()
 
 
 cdef inline void turn_ring(
@@ -134,7 +134,7 @@ cdef inline void turn_ring(
         steps -= 1
 
 
-cdef inline void take_back(
+cdef inline void refund_window(
     Row* row, Ledger* ledger, int64_t requests, int64_t tokens, int64_t charged_ns
 ) noexcept nogil:
     """Refund what was charged at `charged_ns` to the slots that were charged; nothing where they have left a window.
@@ -208,9 +208,9 @@ cdef inline int64_t turn_slots(Row* row, Ledger* ledger, int64_t now_ns) noexcep
         if steps == 0:      # a slot of a longer window ends with one of the shorter window
             break
         roll(ledger, window, requests, tokens, first, steps)
-    in_order()
+    compiler_barrier()
     row.slot_end_ns = slot_start_ns(after + 1)
-    in_order()
+    compiler_barrier()
     measure_room(row, ledger)
     return after // SLOTS_PER_SPAN - before // SLOTS_PER_SPAN
 

@@ -14,7 +14,7 @@ from modelquota._core.state.beside import (
     remove_draft,
 )
 from modelquota._core.state.state import new_header, regions_for
-from modelquota._core.state.validate import MAX_MODELS_LIMIT, faults
+from modelquota._core.state.validate import MAX_MODELS_LIMIT, validate
 from modelquota.errors import StateFileError
 
 DEFAULT_MAX_MODELS = 65_536
@@ -61,7 +61,7 @@ def open_existing(path: str, max_models: int | None, mode: int, *, trust_file: b
         distrust = None if trust_file else distrust_of_state(found)
         if distrust is not None:
             raise StateFileError(path, distrust)
-        actual = faults(descriptor, path)
+        actual = validate(descriptor, path)
         if max_models is not None and actual != max_models:
             raise StateFileError(path, f"it was made for max_models={actual}, not {max_models}; leave max_models out")
     except BaseException:

@@ -5,9 +5,9 @@
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.layout cimport Charge, QueueEntry, Row, Shared
 from modelquota._core.row.decision cimport (
-    Ask, Fit, NEVER, QUEUE_PLACE, Verdict, assess, charge_admitted, count_violation, highest_usage, start_verdict
+    Request, Fit, NEVER, QUEUE_PLACE, Verdict, assess, charge_admitted, count_violation, highest_usage, start_verdict
 )
-from modelquota._core.row.grant cimport Hold, take_hold
+from modelquota._core.row.grant cimport Holding, take_holding
 from modelquota._core.row.queue cimport unlink_entry
 from modelquota._core.state.lock cimport unlock, wait_clock_ns
 from modelquota._core.state.repair cimport lock_row, try_row
@@ -29,56 +29,56 @@ cdef struct Places:
     QueueEntry* entries[16]
 
 
-cdef struct Joint:
+cdef struct JointRequest:
     int count
-    Hold parties[16]        # in the order in which the caller names them; no two have the same row
-    int by_row[16]          # indices of parties, in the order of their rows
+    Holding members[16]        # in the order in which the caller names them; no two have the same row
+    int by_row[16]          # indices of members, in the order of their rows
     Charge charges[16]      # out: what was charged to each
     int64_t unclaimed_until_ns      # in, for one that holds: when others may let go what is admitted now; 0 = never
-    int named               # out: index of the party that the verdict names, or NOBODY
+    int violating               # out: index of the member that the verdict names, or NOBODY
     bint adopted            # whether one of them was registered on sight for this decision
-    int gone                # out: index of a party whose model has left its row
+    int gone                # out: index of a member whose model has left its row
 
 
-cdef inline void put_in_order(Joint* joint) noexcept nogil:
+cdef inline void put_in_order(JointRequest* joint) noexcept nogil:
     """Sort by_row; there are few."""
     cdef int i, at
     for i in range(joint.count):
         at = i
-        while at > 0 and joint.parties[joint.by_row[at - 1]].row > joint.parties[i].row:
+        while at > 0 and joint.members[joint.by_row[at - 1]].row > joint.members[i].row:
             joint.by_row[at] = joint.by_row[at - 1]
             at -= 1
         joint.by_row[at] = i
 
 
-cdef inline int same_row(const Joint* joint) noexcept nogil:
-    """Index of a party that has the same row as another one, or NOBODY. One of the two has left it."""
+cdef inline int same_row(const JointRequest* joint) noexcept nogil:
+    """Index of a member that has the same row as another one, or NOBODY. One of the two has left it."""
     cdef int i
     for i in range(1, joint.count):
-        if joint.parties[joint.by_row[i]].row == joint.parties[joint.by_row[i - 1]].row:
+        if joint.members[joint.by_row[i]].row == joint.members[joint.by_row[i - 1]].row:
             return joint.by_row[i]
     return NOBODY
 
 
-cdef inline void unlock_rows(Joint* joint, int count) noexcept nogil:
+cdef inline void unlock_rows(JointRequest* joint, int count) noexcept nogil:
     cdef int i
     for i in range(count):
-        unlock(&joint.parties[joint.by_row[i]].row.lock)
+        unlock(&joint.members[joint.by_row[i]].row.lock)
 
 
-cdef inline Row* try_lock_rows(Joint* joint, const Shared* shared) noexcept nogil:
+cdef inline Row* try_lock_rows(JointRequest* joint, const Shared* shared) noexcept nogil:
     """Take all locks: NULL; or none, and the row that is locked."""
     cdef int i
     cdef Row* row
     for i in range(joint.count):
-        row = joint.parties[joint.by_row[i]].row
+        row = joint.members[joint.by_row[i]].row
         if not try_row(row, shared):
             unlock_rows(joint, i)
             return row
     return NULL
 
 
-cdef inline bint lock_rows(Joint* joint, const Shared* shared, int64_t patience_ns) noexcept nogil:
+cdef inline bint lock_rows(JointRequest* joint, const Shared* shared, int64_t patience_ns) noexcept nogil:
     """Take all locks; False, and none is taken, if that was in vain for so long."""
     cdef Row* locked = try_lock_rows(joint, shared)
     cdef int64_t give_up_ns = 0
@@ -94,18 +94,18 @@ cdef inline bint lock_rows(Joint* joint, const Shared* shared, int64_t patience_
     return True
 
 
-cdef inline int first_gone(const Joint* joint) noexcept nogil:
+cdef inline int first_gone(const JointRequest* joint) noexcept nogil:
     """Index of the first whose model has left its row, or NOBODY. Requires the rows' locks."""
     cdef int i
     for i in range(joint.count):
-        if joint.parties[i].row.generation != joint.parties[i].generation:
+        if joint.members[i].row.generation != joint.members[i].generation:
             return i
     return NOBODY
 
 
 cdef inline void add_wait(Verdict* verdict, const Verdict* other) noexcept nogil:
     """The longer of two waits, each way of reckoning."""
-    verdict.held_up = verdict.held_up or other.held_up
+    verdict.others_may_free = verdict.others_may_free or other.others_may_free
     verdict.worth_a_look = verdict.worth_a_look or other.worth_a_look
     verdict.aside = verdict.aside or other.aside
     if verdict.wait_ns != NEVER and (other.wait_ns == NEVER or other.wait_ns > verdict.wait_ns):
@@ -115,27 +115,27 @@ cdef inline void add_wait(Verdict* verdict, const Verdict* other) noexcept nogil
         verdict.soonest_ns = other.soonest_ns
 
 
-cdef inline bint is_in_queue(const Hold* party) noexcept nogil:
-    """Whether the request has a place in the party's queue. Requires the row's lock."""
-    return party.entry != NULL and party.entry.linked and party.entry.generation == party.generation
+cdef inline bint is_in_queue(const Holding* member) noexcept nogil:
+    """Whether the request has a place in the member's queue. Requires the row's lock."""
+    return member.entry != NULL and member.entry.linked and member.entry.generation == member.generation
 
 
 cdef inline int assess_all(
-    Joint* joint, int64_t now_ns, const Ask* ask, bint enforcing, QueueEntry* entries, Fit* fits, Verdict* verdict
+    JointRequest* joint, int64_t now_ns, const Request* request, bint enforcing, QueueEntry* entries, Fit* fits, Verdict* verdict
 ) noexcept nogil:
-    """assess() at each party. Charges and counts nothing. Requires the rows' locks.
+    """assess() at each member. Charges and counts nothing. Requires the rows' locks.
 
     Returns the index of the one that is named, or NOBODY: the first that denies, or else the first whose violation is only
     warned of. The wait is the longest of those that deny.
     """
     cdef Verdict one
     cdef int named = NOBODY
-    cdef Hold* party
+    cdef Holding* member
     cdef int i
     start_verdict(verdict)
     for i in range(joint.count):
-        party = &joint.parties[i]
-        assess(party.row, party.ledger, entries, now_ns, ask, enforcing, &fits[i], &one)
+        member = &joint.members[i]
+        assess(member.row, member.ledger, entries, now_ns, request, enforcing, &fits[i], &one)
         if one.limit == 0:
             continue
         if named == NOBODY or (verdict.allowed and not one.allowed):
@@ -146,61 +146,61 @@ cdef inline int assess_all(
     return named
 
 
-cdef inline void tell_queues(Joint* joint, const Verdict* verdict) noexcept nogil:
+cdef inline void tell_queues(JointRequest* joint, const Verdict* verdict) noexcept nogil:
     """In the request's queues, say what it waits for: those behind it are told so."""
-    cdef Hold* party
+    cdef Holding* member
     cdef int i
     for i in range(joint.count):
-        party = &joint.parties[i]
-        if is_in_queue(party):
-            party.entry.aside = verdict.aside
-            party.entry.limit = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
-            party.entry.ready_ns = NEVER if verdict.wait_ns == NEVER else party.row.level_ns + verdict.wait_ns
+        member = &joint.members[i]
+        if is_in_queue(member):
+            member.entry.aside = verdict.aside
+            member.entry.limit = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
+            member.entry.ready_ns = NEVER if verdict.wait_ns == NEVER else member.row.level_ns + verdict.wait_ns
 
 
 cdef inline void decide_jointly(
-    Joint* joint, int64_t now_ns, const Ask* ask, bint holding, const Shared* shared, Verdict* verdict
+    JointRequest* joint, int64_t now_ns, const Request* request, bint holding, const Shared* shared, Verdict* verdict
 ) noexcept nogil:
-    """As decide(), over all parties; with `holding`, what is admitted is held too. Requires the rows' locks.
+    """As decide(), over all members; with `holding`, what is admitted is held too. Requires the rows' locks.
 
-    A violation counts once, for the party that is named. A request that is admitted leaves the queues.
+    A violation counts once, for the member that is named. A request that is admitted leaves the queues.
     """
     cdef Fit fits[MOST_MODELS]
-    cdef Hold* party
+    cdef Holding* member
     cdef int i
-    joint.named = assess_all(joint, now_ns, ask, shared.header.enforcing, shared.entries, fits, verdict)
-    if joint.named != NOBODY and ask.counted == NULL:
-        count_violation(joint.parties[joint.named].row, joint.parties[joint.named].ledger, verdict)
+    joint.violating = assess_all(joint, now_ns, request, shared.header.enforcing, shared.entries, fits, verdict)
+    if joint.violating != NOBODY and request.counted == NULL:
+        count_violation(joint.members[joint.violating].row, joint.members[joint.violating].ledger, verdict)
     if not verdict.allowed:
         tell_queues(joint, verdict)
         return
     verdict.usage = 0.0
     for i in range(joint.count):
-        party = &joint.parties[i]
-        if party.ledger == ask.counted and party.generation == ask.counted_generation:
-            party.ledger.waited += 1
-        charge_admitted(party.row, party.ledger, ask, &fits[i], &joint.charges[i])
-        if is_in_queue(party):
-            unlink_entry(party.row, party.ledger, shared.entries, party.entry)
+        member = &joint.members[i]
+        if member.ledger == request.counted and member.generation == request.counted_generation:
+            member.ledger.waited += 1
+        charge_admitted(member.row, member.ledger, request, &fits[i], &joint.charges[i])
+        if is_in_queue(member):
+            unlink_entry(member.row, member.ledger, shared.entries, member.entry)
         if holding:
-            take_hold(party, ask, joint.charges[i].tokens, shared.me)
+            take_holding(member, request, joint.charges[i].tokens, shared.me)
             if joint.unclaimed_until_ns:
-                set_unclaimed(party.record, <uint32_t> (joint.parties[0].record - shared.grants) + 1,
+                set_unclaimed(member.record, <uint32_t> (joint.members[0].record - shared.grants) + 1,
                               joint.unclaimed_until_ns, &joint.charges[i])
         else:
-            verdict.usage = max(verdict.usage, highest_usage(party.row, party.ledger, ask))
+            verdict.usage = max(verdict.usage, highest_usage(member.row, member.ledger, request))
     if holding and joint.unclaimed_until_ns:
         count_made(&shared.header.unclaimed_made)
 
 
 cdef inline int decide_rows(
-    Joint* joint, int64_t now_ns, const Ask* ask, bint holding, const Shared* shared, int64_t patience_ns, Verdict* verdict
+    JointRequest* joint, int64_t now_ns, const Request* request, bint holding, const Shared* shared, int64_t patience_ns, Verdict* verdict
 ) noexcept nogil:
     """One joint decision from lock to unlock. Takes the rows' locks."""
     if not lock_rows(joint, shared, patience_ns):
         return BUSY_ROW
     joint.gone = first_gone(joint)
     if joint.gone == NOBODY:
-        decide_jointly(joint, now_ns, ask, holding, shared, verdict)
+        decide_jointly(joint, now_ns, request, holding, shared, verdict)
     unlock_rows(joint, joint.count)
     return DECIDED if joint.gone == NOBODY else GONE

@@ -16,4 +16,4 @@ cdef class Pools:
     cdef int sweep(self) except -1
     cdef int let_overdue_go(self) except -1
     cdef int sweep_if_due(self) except -1
-    cdef int look_for_dead(self) except -1
+    cdef int reclaim_if_due(self) except -1

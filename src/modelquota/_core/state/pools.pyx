@@ -95,11 +95,13 @@ cdef class Pools:
             return 0
         return self.sweep() + self.let_overdue_go()
 
-    cdef int look_for_dead(self) except -1:
+    cdef int reclaim_if_due(self) except -1:
         """Somebody is held up by what others hold, or wants to know: see whether those are still alive."""
         cdef State state = self.state
+        cdef Watcher watcher
         if state.watcher != NULL:
-            (<Watcher> state.watcher).look()
+            watcher = <Watcher> state.watcher   # a reference, as in State.wake()
+            watcher.look()
         if self.sweep_if_due():
             state.wake(None)
         return 0

@@ -3,10 +3,10 @@
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from modelquota._core.layout cimport CHANGES, Header, Ledger, Limits, Row, Shared, UNLIMITED, VIOLATION_TYPES, WINDOWS
-from modelquota._core.row.decision cimport pass_time
+from modelquota._core.row.decision cimport advance
 from modelquota._core.row.level cimport NO_RATE, load
 from modelquota._core.row.usage cimport limits_digest, put_limits, read_limits, same_limits, start_row
-from modelquota._core.row.window cimport in_order, requests_charged, requests_used, tokens_charged, tokens_used
+from modelquota._core.row.window cimport compiler_barrier, requests_charged, requests_used, tokens_charged, tokens_used
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, unlock, wait_clock_ns
 from modelquota._core.state.repair cimport clear, count_atomically, lock_row
 
@@ -65,13 +65,13 @@ cdef inline bint finish_changes(const Shared* shared) noexcept nogil:
     row = header.leaving_row
     if 0 <= row < header.max_models and shared.rows[row].generation == header.leaving_generation:
         memcpy(&header.retired_allowed, header.staged_retired, sizeof(header.staged_retired))   # it has stayed
-    in_order()
+    compiler_barrier()
     header.leaving_row = -1
     while header.row_count < header.max_models and shared.rows[header.row_count].generation != 0:
         header.row_count += 1
     header.lowest_free = 0
     log_change(shared, ANY_ROW)
-    in_order()
+    compiler_barrier()
     header.registry_broken = 0
     return True
 
@@ -117,17 +117,17 @@ cdef inline int replace_limits(
         read_limits(row, ledger, &current)
         fits = same_limits(&current, expected)
     if fits:
-        pass_time(row, ledger, now_ns)
+        advance(row, ledger, now_ns)
         header.staged = limits[0]
         # but for the lock, which others try
         memcpy(&header.staged_row_before.slot_end_ns, &row.slot_end_ns,
                sizeof(Row) - (<char*> &row.slot_end_ns - <char*> row))
         header.staged_generation = generation
-        in_order()
+        compiler_barrier()
         header.staged_row = row - shared.rows
-        in_order()
+        compiler_barrier()
         put_limits(row, ledger, limits)
-        in_order()
+        compiler_barrier()
         header.staged_row = -1
         if named:
             ledger.on_sight = 0
@@ -148,9 +148,9 @@ cdef inline bint write_name(const Shared* shared, Ledger* ledger, const char* na
         if offset + capacity > shared.names_size:
             return False
         header.names_used = offset + capacity       # first: a process that dies here leaves a gap, not two owners
-        in_order()
+        compiler_barrier()
         ledger.name_offset = <uint32_t> (offset // NAME_UNIT)
-        in_order()
+        compiler_barrier()
         ledger.name_capacity = <uint16_t> capacity
     memcpy(shared.names + <int64_t> ledger.name_offset * NAME_UNIT, name, size)
     ledger.name_size = <uint16_t> size
@@ -163,9 +163,9 @@ cdef inline void take_out(Row* row, Ledger* ledger, const Shared* shared) noexce
     cdef int kind
     memcpy(header.staged_retired, &header.retired_allowed, sizeof(header.staged_retired))
     header.leaving_generation = row.generation
-    in_order()
+    compiler_barrier()
     header.leaving_row = row - shared.rows
-    in_order()
+    compiler_barrier()
     header.retired_allowed += requests_charged(row, ledger)
     header.retired_rejected += ledger.rejected
     header.retired_throttled += ledger.throttled
@@ -175,11 +175,11 @@ cdef inline void take_out(Row* row, Ledger* ledger, const Shared* shared) noexce
     header.retired_refunded += ledger.tokens_refunded
     for kind in range(VIOLATION_TYPES):
         header.retired_violations[kind] += ledger.violations[kind]
-    in_order()
+    compiler_barrier()
     publish_generation(&row.generation, row.generation + 1, RELEASE)
-    in_order()
+    compiler_barrier()
     header.leaving_row = -1
-    in_order()
+    compiler_barrier()
     clear(row, ledger)
 
 
@@ -193,7 +193,7 @@ cdef inline bint is_as_new(Row* row, Ledger* ledger, int64_t now_ns) noexcept no
     cdef int i
     if not ledger.on_sight or ledger.handles or ledger.concurrent or ledger.waiting or ledger.ram_mb or ledger.ssd_mb:
         return False
-    pass_time(row, ledger, now_ns)
+    advance(row, ledger, now_ns)
     for i in range(WINDOWS):
         if ledger.request_limit[i] != UNLIMITED and requests_used(row, ledger, i) != 0:
             return False
@@ -237,7 +237,7 @@ cdef inline int64_t forget_one(const Shared* shared, int64_t now_ns) noexcept no
     return TABLE_FULL
 
 
-cdef inline int64_t enter(
+cdef inline int64_t add_model(
     const char* name, int64_t size, const Limits* limits, bint on_sight, int64_t now_ns, uint64_t version,
     uint32_t* generation, const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
@@ -283,7 +283,7 @@ cdef inline int64_t enter(
         if on_sight:
             ledger.sight_digest = <uint32_t> limits_digest(limits)
             ledger.on_sight = 1
-        in_order()
+        compiler_barrier()
         generation[0] = row.generation + 1
         publish_generation(&row.generation, generation[0], RELEASE)
         if index == header.row_count:
@@ -298,7 +298,7 @@ cdef inline int64_t enter(
     return index
 
 
-cdef inline int leave(Row* row, uint32_t generation, const Shared* shared, int64_t patience_ns) noexcept nogil:
+cdef inline int remove_model(Row* row, uint32_t generation, const Shared* shared, int64_t patience_ns) noexcept nogil:
     """Take a model out of its row; NOT_DONE if it was not there. Takes the registry's lock and the row's."""
     cdef Header* header = shared.header
     cdef int64_t index = row - shared.rows

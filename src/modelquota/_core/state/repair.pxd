@@ -11,7 +11,7 @@ from modelquota._core.row.level cimport LEVEL_MAX, load, store
 from modelquota._core.row.queue cimport rebuild_queue
 from modelquota._core.row.usage cimport put_limits
 from modelquota._core.row.window cimport (
-    ROLLED, ROLLING, SETTLED, current_slot, in_order, measure_room, roll, slot_start_ns, slots_per_slot, turn_ring
+    ROLLED, ROLLING, SETTLED, current_slot, compiler_barrier, measure_room, roll, slot_start_ns, slots_per_slot, turn_ring
 )
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, spin_lock, try_lock
 
@@ -66,9 +66,9 @@ cdef inline void finish_rolling(Row* row, Ledger* ledger) noexcept nogil:
         ledger.tokens_start[window] = ledger.journal_tokens_start
         ledger.filled[window] = ledger.journal_filled
         turn_ring(ledger, window, ledger.journal_requests, ledger.journal_tokens, first, steps)
-        in_order()
+        compiler_barrier()
         ledger.stage = <uint8_t> (ROLLED + 2 * window)
-        in_order()
+        compiler_barrier()
     if ledger.journal_slot > before:
         row.slot_end_ns = slot_start_ns(ledger.journal_slot + 1)
 
@@ -134,7 +134,7 @@ cdef inline void put_right(Row* row, Ledger* ledger, uint32_t index, const Share
     if header.staged_row == index and header.staged_generation == row.generation:
         repair_limits(row, ledger, header)
     # what levels may take back is a bound from below: 0 is always one
-    ledger.request_low[0] = ledger.request_low[1] = ledger.token_low[0] = ledger.token_low[1] = 0
+    ledger.request_minimum[0] = ledger.request_minimum[1] = ledger.token_minimum[0] = ledger.token_minimum[1] = 0
     if load(&row.request_level) > LEVEL_MAX:
         store(&row.request_level, LEVEL_MAX)
     if load(&row.token_level) > LEVEL_MAX:
@@ -155,5 +155,5 @@ cdef inline void repair_row(Row* row, const Shared* shared) noexcept nogil:
     rebuild_queue(row, ledger, shared)
     put_right(row, ledger, <uint32_t> index, shared)
     if header.staged_row == index and header.staged_generation == row.generation:
-        in_order()
+        compiler_barrier()
         header.staged_row = -1

@@ -3,7 +3,7 @@ from numpy.typing import NDArray
 
 from modelquota._core.state.mapping import Regions
 
-FACTS: dict[str, int]
+CONSTANTS: dict[str, int]
 
 def regions_for(max_models: int) -> Regions: ...
 def layout_fingerprint() -> int: ...

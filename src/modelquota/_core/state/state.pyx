@@ -24,7 +24,7 @@ from modelquota._core.layout cimport (
     CHANGES, CHUNK, CHUNKS, GrantRecord, Header, LAYOUT_VERSION, Ledger, MAX_TIME_NS, Pool, QueueEntry, RECORDS, Row,
     SEATS, Seat, Shared
 )
-from modelquota._core.row.window cimport in_order
+from modelquota._core.row.window cimport compiler_barrier
 from modelquota._core.state.clock cimport ManualClock, Watcher, monotonic_ns
 from modelquota._core.state.lock cimport (
     NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, has_seat, hold_by_lock, is_file, is_left, is_sitting, load_long, load_word,
@@ -60,7 +60,7 @@ cdef int64_t LOOK_NS = 1_000_000_000                # how often it looks what ha
 cdef int64_t VERIFY_NS = 1_000_000                  # how often it looks whether its seat is its own before it gives a grant
 cdef int forks = 0                                  # between the first process and this one
 cdef PyObject* newest = NULL                        # the states of this process, linked by `older`; under the GIL
-FACTS = {"magic": MAGIC, "version": LAYOUT_VERSION, "name_unit": NAME_UNIT}
+CONSTANTS = {"magic": MAGIC, "version": LAYOUT_VERSION, "name_unit": NAME_UNIT}
 
 cdef enum:  # what comes of anchor_time()
     ANCHORED = 0
@@ -485,12 +485,14 @@ cdef class State:
 
     cdef int retake_seat(self) except -1:
         """In a forked child: take a seat of its own, or refuse every verb from now on."""
+        cdef Watcher watcher
         if not self.forked:
             return 0                    # the parent had none either, or had closed
         self.forked = False
         try:
             if self.watcher != NULL:
-                (<Watcher> self.watcher).forget_parent()
+                watcher = <Watcher> self.watcher    # a reference, as in wake()
+                watcher.forget_parent()
             self.shared.fd = open_again(self.shared.spare_fd, self.path)
             if not is_file(self.shared.fd, self.shared.device, self.shared.inode):
                 raise OSError(0, "its descriptors were closed underneath")
@@ -513,8 +515,10 @@ cdef class State:
 
     cdef int wake(self, object ref) except -1:
         """Tell those who wait in this process that something has changed: for the model of a RowRef, or (None) for all."""
+        cdef Watcher watcher
         if self.watcher != NULL:
-            (<Watcher> self.watcher).wake(ref)
+            watcher = <Watcher> self.watcher    # a reference: what it does may let go of the last other one
+            watcher.wake(ref)
         return 0
 
     # -- time
@@ -642,9 +646,9 @@ cdef int anchor_time(
             now_ns = min(now_ns, <int64_t> MAX_TIME_NS)
             header.clock_offset_ns = now_ns - mono_ns
         header.anchor_wall_ns = wall_ns
-        in_order()
+        compiler_barrier()
         header.anchor_ns = mono_ns + header.clock_offset_ns
-        in_order()
+        compiler_barrier()
         memcpy(header.boot_id, boot, 16)
     unlock_registry(shared)
     return ANCHORED

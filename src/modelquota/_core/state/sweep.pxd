@@ -2,7 +2,7 @@
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 from modelquota._core.layout cimport CHUNK, GrantRecord, Pool, QueueEntry, Row, SEAT_BITS, SEATS, Shared
-from modelquota._core.row.grant cimport free_handle, let_go
+from modelquota._core.row.grant cimport free_handle, release_holding
 from modelquota._core.row.queue cimport unlink_entry
 from modelquota._core.state.lock cimport epoch_of, is_gone, load_word, swap_word, unlock
 from modelquota._core.state.pool cimport record_at
@@ -50,7 +50,7 @@ cdef inline bint sweep_grant(GrantRecord* record, uint32_t owner, const Shared* 
         if record.generation == row.generation and record.is_handle:
             free_handle(&shared.ledgers[record.row], record)
         elif record.generation == row.generation:
-            let_go(row, &shared.ledgers[record.row], record)
+            release_holding(row, &shared.ledgers[record.row], record)
         else:
             record.seat = 0
     unlock(&row.lock)

@@ -11,8 +11,8 @@
 # was read there, and then the reference to it once more, in a record whose row is locked, that record's grant has lapsed.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from modelquota._core.layout cimport CHUNK, Charge, GrantRecord, Ledger, RECORDS, Row, Shared
-from modelquota._core.row.decision cimport pass_time
-from modelquota._core.row.grant cimport let_go, refund
+from modelquota._core.row.decision cimport advance
+from modelquota._core.row.grant cimport release_holding, refund
 from modelquota._core.state.lock cimport load_word, unlock
 from modelquota._core.state.repair cimport lock_row
 
@@ -87,8 +87,8 @@ cdef inline void undo_hold(Row* row, Ledger* ledger, GrantRecord* record, int64_
 
     A process that dies in the middle has refunded too little rather than too much.
     """
-    let_go(row, ledger, record)
-    pass_time(row, ledger, now_ns)
+    release_holding(row, ledger, record)
+    advance(row, ledger, now_ns)
     refund(row, ledger, 1, record.charge.tokens, &record.charge)
 
 

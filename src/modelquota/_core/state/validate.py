@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelquota._core.state.state import FACTS, count_processes, layout_fingerprint, regions_for
+from modelquota._core.state.state import CONSTANTS, count_processes, layout_fingerprint, regions_for
 from modelquota._core.table.packing import core_limits, dtypes, encode_rate
 from modelquota.errors import StateFileError
 from modelquota.quota.limits import DENYING
 
 MAX_MODELS_LIMIT = 2**24
-MAGIC = FACTS["magic"]
-LAYOUT_VERSION = FACTS["version"]
-NAME_UNIT = FACTS["name_unit"]
+MAGIC = CONSTANTS["magic"]
+LAYOUT_VERSION = CONSTANTS["version"]
+NAME_UNIT = CONSTANTS["name_unit"]
 _MAX_COUNT = 2**62
 _UNLIMITED = 2**63 - 1
 _ENCODED = np.dtype(
@@ -68,7 +68,7 @@ _SHADOWS = sum(1 << record.limit for record in DENYING)
 
 
 @dataclass
-class Part:
+class RowBlock:
     """Some rows and their ledgers, copied; `steady` says of which the copy is of one moment.
 
     The header was read after them: nothing in them is newer than what it says.
@@ -80,7 +80,7 @@ class Part:
     steady: NDArray[np.bool_] = field(repr=False)
     header: Any = field(repr=False)
 
-    def is_like(self, other: Part) -> NDArray[np.bool_]:
+    def is_like(self, other: RowBlock) -> NDArray[np.bool_]:
         """Which rows are the same, byte for byte, in a copy that was made at another time."""
         return _alike((self.rows, self.ledgers), (other.rows, other.ledgers))
 
@@ -161,7 +161,7 @@ class Reader:
         used = min(int(self.read_header()["entry_chunks_used"]), _CHUNKS)
         return self._read(self.layout["entry"], used * _CHUNK, self.regions.entries)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[RowBlock]:
         """All rows that were ever used, some at a time, those too that are used by the time the last part is read."""
         most = int(self.header["max_models"])
         first, header = 0, self.read_header()
@@ -170,7 +170,7 @@ class Reader:
             yield part
             first, header = first + len(part.rows), part.header
 
-    def part(self, first: int, count: int) -> Part:
+    def part(self, first: int, count: int) -> RowBlock:
         """Copies of some rows, each of one moment if that can be had."""
         copies, again = self._copy(first, count), self._copy(first, count)
         steady = _same(copies, again)
@@ -187,7 +187,7 @@ class Reader:
                 for copy, fresh in zip(again, same_one, strict=True):
                     _bytes(copy)[span][unsteady] = _bytes(fresh)[unsteady]  # numpy would leave out what pads the fields
                 steady[span] |= _same(one, same_one)
-        return Part(first, *again, steady, self.read_header())
+        return RowBlock(first, *again, steady, self.read_header())
 
     def _copy(self, first: int, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
         row_type, ledger_type = self.layout["row"], self.layout["ledger"]
@@ -196,7 +196,7 @@ class Reader:
             self._read(ledger_type, count, self.regions.ledgers + first * ledger_type.itemsize),
         )
 
-    def names(self, part: Part) -> list[bytes | None]:
+    def names(self, part: RowBlock) -> list[bytes | None]:
         """The names of a part's models; what lies outside the names is empty.
 
         None for a row that is free, or whose model is not the one any more that it was copied with. A name does not
@@ -256,7 +256,7 @@ def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     return array.view(np.uint8).reshape(len(array), array.dtype.itemsize)
 
 
-def faults(descriptor: int, path: str) -> int:
+def validate(descriptor: int, path: str) -> int:
     """Raise StateFileError for the first thing that makes no sense; ``max_models`` of the file if all does."""
     reader = Reader(descriptor, path)
     reader.check_header()
@@ -332,15 +332,15 @@ def _judge_entries(reader: Reader) -> Iterator[str]:
         yield f"queue entry {record}: it waits for an unknown limit, or since before all time"
 
 
-def _judge_part(part: Part) -> Iterator[str]:
+def _judge_part(part: RowBlock) -> Iterator[str]:
     return part_faults(part, int(part.header["names_used"]), int(part.header["staged_row"]))
 
 
-def _judge_again(reader: Reader, part: Part) -> Iterator[str]:
+def _judge_again(reader: Reader, part: RowBlock) -> Iterator[str]:
     return _judge_part(reader.part(part.first, len(part.rows)))
 
 
-def _judge_names(reader: Reader, part: Part, holders: dict[bytes, int]) -> Iterator[str]:
+def _judge_names(reader: Reader, part: RowBlock, holders: dict[bytes, int]) -> Iterator[str]:
     """Say which models have no name, or that of another; `holders` is who has which of those seen so far."""
     for row, name in enumerate(reader.names(part), part.first):
         if name is None:
@@ -359,7 +359,7 @@ def _is_name(name: bytes) -> bool:
         return False
 
 
-def part_faults(part: Part, names_used: int, staged_row: int = -1) -> Iterator[str]:
+def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterator[str]:
     """Say what makes no sense in some rows, in words with numbers."""
     rows, ledgers = part.rows, part.ledgers
     outside = ledgers["name_offset"].astype(np.int64) * NAME_UNIT + ledgers["name_capacity"] > names_used
@@ -425,7 +425,7 @@ def staged_faults(header: Any) -> Iterator[str]:
         yield "the grace period that is being changed is no time"
 
 
-def limit_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
+def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
     """Say which limits no configuration gives, in rows that are alive and nobody is changing."""
     rows, ledgers = part.rows, part.ledgers
     for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent"):
@@ -444,7 +444,7 @@ def limit_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
         for window in range(1, len(_PER_SLOT)):
             wrong = ~_is_limit(ledgers[f"{what}_limit"][:, window])
             yield from _each(part, alive & wrong, f"its limit of {what}s in window {window} is none")
-        lowest = ledgers[f"{what}_low"]
+        lowest = ledgers[f"{what}_minimum"]
         widest = np.ldexp(1.0, 95 - np.minimum(rows[f"{what}_shift"].astype(np.int64), 95))
         wrong = np.asarray(((lowest < 0) | (lowest > widest[:, None])).any(1), np.bool_)
         # Not of a locked row: whoever repairs it forgets them.
@@ -488,7 +488,7 @@ def _is_encoded(one: Any) -> bool:
     return bool(figures == [limit, drain, shift, cap & (2**64 - 1), cap >> 64])
 
 
-def sum_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
+def sum_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
     """Compare sums with what they are the sums of, in rows that are alive and nobody is changing."""
     rows, ledgers = part.rows, part.ledgers
     yield from _each(part, alive & (ledgers["stage"] != 0), "a change was left half done")
@@ -519,6 +519,6 @@ def sum_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
         yield from _each(part, alive & unlike, f"the {what} that are left are not what the limits leave")
 
 
-def _each(part: Part, wrong: Any, what: str) -> Iterator[str]:
+def _each(part: RowBlock, wrong: Any, what: str) -> Iterator[str]:
     for index in np.flatnonzero(wrong):
         yield f"row {part.first + int(index)}: {what}"

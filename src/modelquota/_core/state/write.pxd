@@ -1,7 +1,7 @@
 # Small changes to one row, from lock to unlock: nothing here touches a Python object.
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.layout cimport Ledger, Row, Shared
-from modelquota._core.row.decision cimport pass_time
+from modelquota._core.row.decision cimport advance
 from modelquota._core.row.level cimport empty_burst
 from modelquota._core.state.lock cimport unlock
 from modelquota._core.state.repair cimport lock_row
@@ -38,9 +38,9 @@ cdef inline int forgive_burst(
         return ROW_BUSY
     alive = row.generation == generation
     if alive:
-        pass_time(row, ledger, now_ns)
-        forgiven = empty_burst(&row.request_level, ledger.request_low, row.request_drain, row.request_shift)
-        forgiven |= empty_burst(&row.token_level, ledger.token_low, row.token_drain, row.token_shift)
+        advance(row, ledger, now_ns)
+        forgiven = empty_burst(&row.request_level, ledger.request_minimum, row.request_drain, row.request_shift)
+        forgiven |= empty_burst(&row.token_level, ledger.token_minimum, row.token_drain, row.token_shift)
         if forgiven:
             ledger.level_epoch += 1
     unlock(&row.lock)

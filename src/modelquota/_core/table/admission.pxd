@@ -1,6 +1,6 @@
 from libc.stdint cimport int64_t
-from modelquota._core.row.decision cimport Ask, Verdict
-from modelquota._core.state.joint cimport Joint, Places
+from modelquota._core.row.decision cimport Request, Verdict
+from modelquota._core.state.joint cimport JointRequest, Places
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.state cimport State
 from modelquota._core.table.grant cimport Grant
@@ -21,14 +21,14 @@ cdef class Admission:
     cdef Interned interned
     cdef object events              # what the facade wants to know: template_of, on_unknown_model, on_violation
 
-    cdef object check_several(self, object model_ids, const Ask* ask, bint peek)
-    cdef Grant reserve(self, tuple ids, const Ask* ask)
+    cdef object check_several(self, object model_ids, const Request* request, bint peek)
+    cdef Grant reserve(self, tuple ids, const Request* request)
     cdef int count_unknown(self, int ids) except -1
     cdef bint adopt(self, str model_id) except -1
     cdef RowRef find_or_adopt(self, str model_id)
-    cdef int parties_of(self, tuple ids, Joint* joint, list refs, list templates) except -1
-    cdef int take_records(self, Joint* joint) except -1
-    cdef int give_records(self, Joint* joint) except -1
-    cdef int decide_all(self, tuple ids, const Ask* ask, bint holding, int64_t patience_ns, list refs, Joint* joint,
+    cdef int members_of(self, tuple ids, JointRequest* joint, list refs, list templates) except -1
+    cdef int take_records(self, JointRequest* joint) except -1
+    cdef int give_records(self, JointRequest* joint) except -1
+    cdef int decide_all(self, tuple ids, const Request* request, bint holding, int64_t patience_ns, list refs, JointRequest* joint,
                         Verdict* verdict, const Places* places) except -3
-    cdef object peek_all(self, tuple ids, const Ask* ask)
+    cdef object peek_all(self, tuple ids, const Request* request)

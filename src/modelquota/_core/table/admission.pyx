@@ -7,12 +7,12 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from modelquota._core.layout cimport Charge, Ledger, Limits, QueueEntry, Row, Shared
-from modelquota._core.row.decision cimport Ask, Fit, Verdict, charge_admitted, highest_usage
-from modelquota._core.row.grant cimport Hold
+from modelquota._core.row.decision cimport Request, Fit, Verdict, charge_admitted, highest_usage
+from modelquota._core.row.grant cimport Holding
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
 from modelquota._core.row.usage cimport put_limits, start_row
 from modelquota._core.state.joint cimport (
-    BUSY_ROW, DECIDED, GONE, Joint, MOST_MODELS, NOBODY, Places, assess_all, decide_rows, first_gone, lock_rows, put_in_order,
+    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NOBODY, Places, assess_all, decide_rows, first_gone, lock_rows, put_in_order,
     same_row, unlock_rows
 )
 from modelquota._core.state.lock cimport SLICE_NS
@@ -26,11 +26,11 @@ from modelquota._core.table.result cimport result_of
 from modelquota.errors import CapacityError, QuotaExceededError
 
 
-cdef inline bint is_counted_here(const Joint* joint, const Ask* ask) noexcept:
+cdef inline bint is_counted_here(const JointRequest* joint, const Request* request) noexcept:
     """Whether the model where the violation was counted takes part; it may have been removed during the wait."""
     cdef int i
     for i in range(joint.count):
-        if joint.parties[i].ledger == ask.counted and joint.parties[i].generation == ask.counted_generation:
+        if joint.members[i].ledger == request.counted and joint.members[i].generation == request.counted_generation:
             return True
     return False
 
@@ -44,30 +44,30 @@ cdef class Admission:
         self.pools = pools
         self.interned = interned
 
-    cdef object check_several(self, object model_ids, const Ask* ask, bint peek):
+    cdef object check_several(self, object model_ids, const Request* request, bint peek):
         """check_quota for a sequence of ids, or peek_quota for one or more."""
-        cdef Joint joint
+        cdef JointRequest joint
         cdef Verdict verdict
         cdef list refs = []
         cdef tuple ids = ids_of(model_ids)
         if peek:
-            return self.peek_all(ids, ask)
-        self.decide_all(ids, ask, False, MAY_WAIT, refs, &joint, &verdict, NULL)
-        result = result_of(&verdict, None if joint.named == NOBODY else (<RowRef> refs[joint.named]).model_id)
+            return self.peek_all(ids, request)
+        self.decide_all(ids, request, False, MAY_WAIT, refs, &joint, &verdict, NULL)
+        result = result_of(&verdict, None if joint.violating == NOBODY else (<RowRef> refs[joint.violating]).model_id)
         if verdict.log_held:
             self.events.on_violation(result.model_id, result, verdict.log_held)
         return result
 
-    cdef Grant reserve(self, tuple ids, const Ask* ask):
+    cdef Grant reserve(self, tuple ids, const Request* request):
         """A grant; raises QuotaExceededError if the request is denied."""
-        cdef Joint joint
+        cdef JointRequest joint
         cdef Verdict verdict
         cdef list refs = []
         cdef Grant grant
-        self.decide_all(ids, ask, True, MAY_WAIT, refs, &joint, &verdict, NULL)
-        grant = make_grant(self.pools, &joint, refs, ask) if verdict.allowed else None
-        if joint.named != NOBODY:
-            result = result_of(&verdict, (<RowRef> refs[joint.named]).model_id)
+        self.decide_all(ids, request, True, MAY_WAIT, refs, &joint, &verdict, NULL)
+        grant = make_grant(self.pools, &joint, refs, request) if verdict.allowed else None
+        if joint.violating != NOBODY:
+            result = result_of(&verdict, (<RowRef> refs[joint.violating]).model_id)
             if verdict.log_held:
                 self.events.on_violation(result.model_id, result, verdict.log_held)
             if grant is None:
@@ -99,13 +99,13 @@ cdef class Admission:
 
     # -- the decision
 
-    cdef int parties_of(self, tuple ids, Joint* joint, list refs, list templates) except -1:
+    cdef int members_of(self, tuple ids, JointRequest* joint, list refs, list templates) except -1:
         """Look up the models of a request; ids without a quota are left out. Returns how many those are.
 
         With `templates`, what `default_quota` says of them is put there, and they are not registered.
         """
         cdef RowRef ref
-        cdef Hold* party
+        cdef Holding* member
         cdef int shared_row = 0
         cdef int rounds = 0
         cdef uint32_t index
@@ -128,28 +128,28 @@ cdef class Admission:
                 if ref is None:
                     continue
                 refs.append(ref)
-                party = &joint.parties[joint.count]
-                party.row = ref.row
-                party.ledger = ref.ledger
-                party.generation = ref.generation
-                party.index = <uint32_t> (ref.row - self.state.shared.rows)
-                party.record = NULL
-                party.entry = NULL
+                member = &joint.members[joint.count]
+                member.row = ref.row
+                member.ledger = ref.ledger
+                member.generation = ref.generation
+                member.index = <uint32_t> (ref.row - self.state.shared.rows)
+                member.record = NULL
+                member.entry = NULL
                 joint.count += 1
             put_in_order(joint)
             shared_row = same_row(joint)
             if shared_row != NOBODY:    # one left it, and the other came, while this looked them up
-                index = joint.parties[shared_row].index
+                index = joint.members[shared_row].index
                 for ref in list(refs):
                     if ref.row == &self.state.shared.rows[index]:
-                        self.interned.drop(ref)
-                self.interned.look_at(index)
+                        self.interned.unintern(ref)
+                self.interned.refresh_row(index)
                 rounds += 1
                 if rounds > MOST_ROUNDS:    # they make room for one another: they do not fit into the table together
                     raise CapacityError(self.state.shared.header.max_models)
         return len(ids) - joint.count
 
-    cdef int decide_all(self, tuple ids, const Ask* ask, bint holding, int64_t patience_ns, list refs, Joint* joint,
+    cdef int decide_all(self, tuple ids, const Request* request, bint holding, int64_t patience_ns, list refs, JointRequest* joint,
                         Verdict* verdict, const Places* places) except -3:
         """One decision over all models. How many ids have no quota; BUSY if a row stays locked for `patience_ns`.
 
@@ -163,24 +163,24 @@ cdef class Admission:
             now_ns = self.state.now_ns()
             if now_ns >= self.state.shared.fine_until_ns:
                 self.state.look(now_ns)
-            unknown = self.parties_of(ids, joint, refs, None)
+            unknown = self.members_of(ids, joint, refs, None)
             if places != NULL:
                 find_places(joint, places)
             if holding:
                 self.state.verify_seat_if_due()
                 self.take_records(joint)
-            outcome = decide_rows(joint, now_ns, ask, holding, shared, 0, verdict)
+            outcome = decide_rows(joint, now_ns, request, holding, shared, 0, verdict)
             if outcome == BUSY_ROW and patience_ns != 0:
                 self.state.inside += 1
                 with nogil:
-                    outcome = decide_rows(joint, now_ns, ask, holding, shared,
+                    outcome = decide_rows(joint, now_ns, request, holding, shared,
                                           SLICE_NS if patience_ns < 0 else patience_ns, verdict)
                 self.state.exit()
             if outcome == DECIDED:
                 break
             self.give_records(joint)
             if outcome == GONE:
-                self.interned.drop(<RowRef> refs[joint.gone])
+                self.interned.unintern(<RowRef> refs[joint.gone])
                 rounds += joint.adopted
                 if rounds > MOST_ROUNDS:    # as new as they are, they make room for one another: they do not fit together
                     raise CapacityError(shared.header.max_models)
@@ -191,35 +191,35 @@ cdef class Admission:
         if not verdict.allowed:
             self.give_records(joint)
             if verdict.worth_a_look:
-                self.pools.look_for_dead()
+                self.pools.reclaim_if_due()
         elif unknown:
             self.count_unknown(unknown)
-        if verdict.allowed and ask.counted != NULL and not is_counted_here(joint, ask):
+        if verdict.allowed and request.counted != NULL and not is_counted_here(joint, request):
             count_atomically(&self.state.shared.header.retired_waited, 1, RELAXED)
         return unknown
 
-    cdef int take_records(self, Joint* joint) except -1:
-        """A free record for each party."""
+    cdef int take_records(self, JointRequest* joint) except -1:
+        """A free record for each member."""
         cdef int i
         try:
             for i in range(joint.count):
-                joint.parties[i].record = self.pools.take_grant_record()
+                joint.members[i].record = self.pools.take_grant_record()
         except BaseException:
             self.give_records(joint)
             raise
         return 0
 
-    cdef int give_records(self, Joint* joint) except -1:
+    cdef int give_records(self, JointRequest* joint) except -1:
         cdef int i
         for i in range(joint.count):
-            if joint.parties[i].record != NULL:
-                give_record(&self.state.shared.grant_pool, joint.parties[i].record - self.state.shared.grants, self.state.shared.me)
-                joint.parties[i].record = NULL
+            if joint.members[i].record != NULL:
+                give_record(&self.state.shared.grant_pool, joint.members[i].record - self.state.shared.grants, self.state.shared.me)
+                joint.members[i].record = NULL
         return 0
 
-    cdef object peek_all(self, tuple ids, const Ask* ask):
+    cdef object peek_all(self, tuple ids, const Request* request):
         """peek_quota: the decision on private copies of the rows."""
-        cdef Joint joint
+        cdef JointRequest joint
         cdef Verdict verdict
         cdef list refs = []
         cdef list templates = []
@@ -238,7 +238,7 @@ cdef class Admission:
                 now_ns = self.state.now_ns()
                 if now_ns >= self.state.shared.fine_until_ns:
                     self.state.look(now_ns)
-                self.parties_of(ids, &joint, refs, templates)
+                self.members_of(ids, &joint, refs, templates)
                 known = joint.count
                 outcome = copy_rows(&joint, now_ns, rows, ledgers, heads, &self.state.shared, 0)
                 if outcome == BUSY_ROW:
@@ -247,7 +247,7 @@ cdef class Admission:
                         outcome = copy_rows(&joint, now_ns, rows, ledgers, heads, &self.state.shared, SLICE_NS)
                     self.state.exit()
                 if outcome == GONE:
-                    self.interned.drop(<RowRef> refs[joint.gone])
+                    self.interned.unintern(<RowRef> refs[joint.gone])
                 elif outcome == BUSY_ROW:
                     self.state.pause()
             for _, template in templates:   # as it would be if the id were registered now
@@ -257,18 +257,18 @@ cdef class Admission:
                 memset(&ledgers[i], 0, sizeof(Ledger))
                 start_row(&rows[i], &ledgers[i], now_ns)
                 put_limits(&rows[i], &ledgers[i], &limits)
-                joint.parties[i].entry = NULL
+                joint.members[i].entry = NULL
                 joint.count += 1
             for i in range(joint.count):
-                joint.parties[i].row = &rows[i]
-                joint.parties[i].ledger = &ledgers[i]
-            peek(&joint, now_ns, ask, self.state.shared.header.enforcing, heads, &verdict)
+                joint.members[i].row = &rows[i]
+                joint.members[i].ledger = &ledgers[i]
+            peek(&joint, now_ns, request, self.state.shared.header.enforcing, heads, &verdict)
         finally:
             free(ledgers)
-        if joint.named == NOBODY:
+        if joint.violating == NOBODY:
             return result_of(&verdict, None)
-        return result_of(&verdict, (<RowRef> refs[joint.named]).model_id if joint.named < known
-                         else templates[joint.named - known][0])
+        return result_of(&verdict, (<RowRef> refs[joint.violating]).model_id if joint.violating < known
+                         else templates[joint.violating - known][0])
 
 
 cdef tuple ids_of(object model_id):
@@ -302,32 +302,32 @@ cdef tuple ids_of(object model_id):
     return ids
 
 
-cdef inline void find_places(Joint* joint, const Places* places) noexcept nogil:
-    """Which of the queue entries is in which party's queue."""
+cdef inline void find_places(JointRequest* joint, const Places* places) noexcept nogil:
+    """Which of the queue entries is in which member's queue."""
     cdef int i, k
     for i in range(joint.count):
         for k in range(places.count):
-            if places.entries[k].row == joint.parties[i].index and \
-                    places.entries[k].generation == joint.parties[i].generation:
-                joint.parties[i].entry = places.entries[k]
+            if places.entries[k].row == joint.members[i].index and \
+                    places.entries[k].generation == joint.members[i].generation:
+                joint.members[i].entry = places.entries[k]
 
 
 cdef int copy_rows(
-    Joint* joint, int64_t now_ns, Row* rows, Ledger* ledgers, QueueEntry* heads, const Shared* shared, int64_t patience_ns
+    JointRequest* joint, int64_t now_ns, Row* rows, Ledger* ledgers, QueueEntry* heads, const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
     """Copy rows, ledgers and the first of each queue, all at one moment. Takes the rows' locks."""
     cdef int i
-    cdef Hold* party
+    cdef Holding* member
     cdef const QueueEntry* head
     if not lock_rows(joint, shared, patience_ns):
         return BUSY_ROW
     joint.gone = first_gone(joint)
     for i in range(joint.count if joint.gone == NOBODY else 0):
-        party = &joint.parties[i]
-        drop_expired(party.row, party.ledger, shared.entries, now_ns, False)
-        rows[i] = party.row[0]
-        memcpy(&ledgers[i], party.ledger, sizeof(Ledger))
-        head = first_in_turn(party.ledger, shared.entries)
+        member = &joint.members[i]
+        drop_expired(member.row, member.ledger, shared.entries, now_ns, False)
+        rows[i] = member.row[0]
+        memcpy(&ledgers[i], member.ledger, sizeof(Ledger))
+        head = first_in_turn(member.ledger, shared.entries)
         ledgers[i].first_entry = 0
         if head != NULL:
             heads[i] = head[0]
@@ -338,19 +338,19 @@ cdef int copy_rows(
 
 
 cdef void peek(
-    Joint* joint, int64_t now_ns, const Ask* ask, bint enforcing, QueueEntry* heads, Verdict* verdict
+    JointRequest* joint, int64_t now_ns, const Request* request, bint enforcing, QueueEntry* heads, Verdict* verdict
 ) noexcept nogil:
     """decide_jointly() on copies."""
     cdef Fit fits[MOST_MODELS]
     cdef Charge charged
     cdef int i
-    cdef Hold* party
-    joint.named = assess_all(joint, now_ns, ask, enforcing, heads, fits, verdict)
+    cdef Holding* member
+    joint.violating = assess_all(joint, now_ns, request, enforcing, heads, fits, verdict)
     verdict.log_held = 0
     if not verdict.allowed:
         return
     verdict.usage = 0.0
     for i in range(joint.count):
-        party = &joint.parties[i]
-        charge_admitted(party.row, party.ledger, ask, &fits[i], &charged)
-        verdict.usage = max(verdict.usage, highest_usage(party.row, party.ledger, ask))
+        member = &joint.members[i]
+        charge_admitted(member.row, member.ledger, request, &fits[i], &charged)
+        verdict.usage = max(verdict.usage, highest_usage(member.row, member.ledger, request))

@@ -3,7 +3,7 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.number cimport PyIndex_Check, PyNumber_Index
 from libc.stdint cimport int64_t
 from modelquota._core.layout cimport MAX_COUNT
-from modelquota._core.row.decision cimport Ask, LAST_TICKET, LOWEST_PRIORITY
+from modelquota._core.row.decision cimport Request, LAST_TICKET, LOWEST_PRIORITY
 
 cdef extern from *:
     """
@@ -39,14 +39,14 @@ cdef inline int64_t as_count(object value, str name) except -1:
     return count if count >= 0 else any_count(value, name)
 
 
-cdef inline int start_ask(Ask* ask, object tokens, object ram_mb, object ssd_mb) except -1:
+cdef inline int parse_request(Request* request, object tokens, object ram_mb, object ssd_mb) except -1:
     """What a request that does not wait asks."""
-    ask.tokens = as_count(tokens, "estimated_tokens")
-    ask.ram_mb = as_count(ram_mb, "ram_needed_mb")
-    ask.ssd_mb = as_count(ssd_mb, "ssd_needed_mb")
-    ask.ticket = LAST_TICKET
-    ask.priority = LOWEST_PRIORITY
-    ask.counted = NULL
+    request.tokens = as_count(tokens, "estimated_tokens")
+    request.ram_mb = as_count(ram_mb, "ram_needed_mb")
+    request.ssd_mb = as_count(ssd_mb, "ssd_needed_mb")
+    request.ticket = LAST_TICKET
+    request.priority = LOWEST_PRIORITY
+    request.counted = NULL
     return 0
 
 

@@ -2,7 +2,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from modelquota._core.layout cimport Charge, Header, MAX_COUNT, Ledger, Row, Shared, SECOND, SLOTS
 from modelquota._core.row.decision cimport (
-    Ask, LAST_TICKET, LOWEST_PRIORITY, Verdict, charge_tokens, decide, is_trial, pass_time, unlikely
+    Request, LAST_TICKET, LOWEST_PRIORITY, Verdict, charge_tokens, decide, is_trial, advance, unlikely
 )
 from modelquota._core.row.window cimport slot_at
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
@@ -28,7 +28,7 @@ cdef struct Batch:
     int64_t now_ns
     uint8_t* limits             # out
     int64_t* waits_ms           # out, or NULL
-    bint held_up                # out: something was denied for what others hold
+    bint others_may_free                # out: something was denied for what others hold
     bint waits                  # out: the next element's row is locked by a process that does not run
 
 
@@ -109,13 +109,13 @@ cdef inline Py_ssize_t check_batch(
     """
     cdef Row* rows = shared.rows
     cdef Ledger* ledgers = shared.ledgers
-    cdef Ask ask
+    cdef Request request
     cdef Row* row
     cdef int64_t now_ns
-    ask.ram_mb = ask.ssd_mb = 0
-    ask.ticket = LAST_TICKET
-    ask.priority = LOWEST_PRIORITY
-    ask.counted = NULL
+    request.ram_mb = request.ssd_mb = 0
+    request.ticket = LAST_TICKET
+    request.priority = LOWEST_PRIORITY
+    request.counted = NULL
     verdict.log_held = 0
     batch.waits = False
     while i < batch.count:
@@ -123,19 +123,19 @@ cdef inline Py_ssize_t check_batch(
         if i % BLOCK == 0:
             fetch_block(batch, rows, ledgers, i, now_ns, False)
         row = &rows[index_of(batch.codes[i])]
-        ask.tokens = batch.tokens[i]
+        request.tokens = batch.tokens[i]
         verdict.allowed = True
         if unlikely(not try_lock(&row.lock, shared.me)) and not lock_row(row, shared, SLICE_NS):
             batch.waits = True
             break
         if row.generation == generation_of(batch.codes[i]):
-            decide(row, &ledgers[index_of(batch.codes[i])], shared.entries, now_ns, &ask, shared.header.enforcing, verdict)
+            decide(row, &ledgers[index_of(batch.codes[i])], shared.entries, now_ns, &request, shared.header.enforcing, verdict)
         unlock(&row.lock)
         if verdict.allowed:
             batch.limits[i] = 0
         else:
             batch.limits[i] = verdict.limit
-            batch.held_up = batch.held_up or verdict.worth_a_look
+            batch.others_may_free = batch.others_may_free or verdict.worth_a_look
         if batch.waits_ms:
             batch.waits_ms[i] = 0 if verdict.allowed else verdict.retry_after_ms
         i += 1
@@ -161,7 +161,7 @@ cdef inline Py_ssize_t charge_batch(Batch* batch, const Shared* shared, Py_ssize
             break
         if row.generation == generation_of(batch.codes[i]):
             ledger = &ledgers[index_of(batch.codes[i])]
-            pass_time(row, ledger, batch.now_ns)
+            advance(row, ledger, batch.now_ns)
             charge_tokens(row, ledger, batch.tokens[i], is_trial(row, ledger, shared.header.enforcing), &charged)
         unlock(&row.lock)
         i += 1

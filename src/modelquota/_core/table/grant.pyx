@@ -9,9 +9,9 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
 from modelquota._core.layout cimport Charge, Ledger, MAX_COUNT, Row, Shared
-from modelquota._core.row.decision cimport Ask, admits_tokens, charge_tokens, is_trial, pass_time
-from modelquota._core.row.grant cimport Hold, let_go, refund, reserve_tokens, settle_tokens
-from modelquota._core.state.joint cimport Joint, lock_rows, put_in_order, unlock_rows
+from modelquota._core.row.decision cimport Request, admits_tokens, charge_tokens, is_trial, advance
+from modelquota._core.row.grant cimport Holding, release_holding, refund, reserve_tokens, settle_tokens
+from modelquota._core.state.joint cimport JointRequest, lock_rows, put_in_order, unlock_rows
 from modelquota._core.state.lock cimport SLICE_NS, unlock
 from modelquota._core.state.pool cimport give_record
 from modelquota._core.state.pools cimport Pools
@@ -72,14 +72,14 @@ cdef class Grant:
 
     # -- the parts
 
-    cdef inline Hold* hold(self, int party) noexcept nogil:
-        return &self.first if party == 0 else &self.more[party - 1]
+    cdef inline Holding* hold(self, int member) noexcept nogil:
+        return &self.first if member == 0 else &self.more[member - 1]
 
-    cdef inline Charge* charge_of(self, int time, int party) noexcept nogil:
-        return &self.charges[time * self.parties + party]
+    cdef inline Charge* charge_of(self, int time, int member) noexcept nogil:
+        return &self.charges[time * self.members + member]
 
-    cdef RowRef ref_of(self, int party):
-        return self.ref if party == 0 else <RowRef> self.others[party - 1]
+    cdef RowRef ref_of(self, int member):
+        return self.ref if member == 0 else <RowRef> self.others[member - 1]
 
     cdef inline bint ours(self) noexcept:
         return self.forks == fork_count()
@@ -91,7 +91,7 @@ cdef class Grant:
             self.unclaimed = False
             self.lapsed = not claim_record(self.first.record)
             if not self.lapsed:
-                for i in range(self.parties):
+                for i in range(self.members):
                     put_decider(&self.hold(i).record.decider, 0)
         return not self.lapsed
 
@@ -106,7 +106,7 @@ cdef class Grant:
     @property
     def model_ids(self):
         """The models that granted, in the order in which they were named."""
-        return tuple([self.ref_of(i).model_id for i in range(self.parties)])
+        return tuple([self.ref_of(i).model_id for i in range(self.members)])
 
     @property
     def tokens(self):
@@ -150,17 +150,17 @@ cdef class Grant:
 
         If a row stays locked, what is over is charged at the next call, or at the end.
         """
-        cdef Joint joint
+        cdef JointRequest joint
         cdef int64_t over = self.used - self.charged - self.claimed    # the rest is seen to by other threads
         cdef int64_t chunk, now_ns
         cdef bint fits = True
         cdef int i, outcome
-        if not self.ours() or self.parties == 0 or over <= 0:
+        if not self.ours() or self.members == 0 or over <= 0:
             return True
         self.reserve_charges()
-        joint.count = self.parties
-        for i in range(self.parties):
-            joint.parties[i] = self.hold(i)[0]
+        joint.count = self.members
+        for i in range(self.members):
+            joint.members[i] = self.hold(i)[0]
         put_in_order(&joint)
         chunk = min(max(over, max(<int64_t> LEAST_CHUNK, self.charged // CHUNK_SHARE)), MAX_COUNT - self.charged)
         self.adding += 1
@@ -178,9 +178,9 @@ cdef class Grant:
         if outcome != DONE:
             return True
         if self.stage != OPEN:      # another thread has closed it without knowing of this
-            self.take_back(&joint, now_ns)
+            self.refund_joint(&joint, now_ns)
             return fits
-        for i in range(self.parties):
+        for i in range(self.members):
             self.charge_of(self.times, i)[0] = joint.charges[i]
         self.times += 1
         self.charged += chunk
@@ -188,7 +188,7 @@ cdef class Grant:
             self.limit_reached = True
         return fits
 
-    cdef int take_back(self, Joint* joint, int64_t now_ns) except -1:
+    cdef int refund_joint(self, JointRequest* joint, int64_t now_ns) except -1:
         """Refund what charge_rows() charged."""
         cdef bint done = refund_rows(joint, now_ns, &self.state.shared, 0)
         while not done:
@@ -206,7 +206,7 @@ cdef class Grant:
         cdef int needed = self.times + self.adding + 1
         if needed <= self.capacity:
             return 0
-        grown = <Charge*> realloc(self.charges if self.capacity else NULL, 2 * needed * self.parties * sizeof(Charge))
+        grown = <Charge*> realloc(self.charges if self.capacity else NULL, 2 * needed * self.members * sizeof(Charge))
         if grown == NULL:
             raise MemoryError()
         if self.capacity == 0:
@@ -272,7 +272,7 @@ cdef class Grant:
         stays locked, the rest is put off: an event loop must not be held up by a process that is stopped.
         """
         cdef Ending ending
-        cdef uint32_t waited_for = 0    # bits of parties
+        cdef uint32_t waited_for = 0    # bits of members
         cdef int i
         ending.surplus = self.charged - tokens
         ending.undo = undo
@@ -285,8 +285,8 @@ cdef class Grant:
         ending.lapsed = self.lapsed
         if self.pools.deferred:
             finish_deferred(self.pools)
-        for i in range(self.parties):
-            ending.party = i
+        for i in range(self.members):
+            ending.member = i
             if self.finish_or_defer(&ending):
                 waited_for |= <uint32_t> 1 << i
         if waited_for:
@@ -297,30 +297,30 @@ cdef class Grant:
         """See to one model; whether requests wait for it."""
         cdef State state = self.state
         cdef Pools pools = self.pools
-        cdef const Hold* party = self.hold(ending.party)
-        cdef const Charge* charges = self.charge_of(0, ending.party)
+        cdef const Holding* member = self.hold(ending.member)
+        cdef const Charge* charges = self.charge_of(0, ending.member)
         cdef int64_t now_ns = state.now_ns() if ending.surplus != 0 or ending.undo else 0
         cdef int outcome = LOCKED_OUT
-        if not (pools.deferred and is_deferred(pools, party.row)):      # what was put off before comes first
-            outcome = finish_party(party, charges, self.parties, self.times, ending, now_ns, &state.shared, 0)
+        if not (pools.deferred and is_deferred(pools, member.row)):      # what was put off before comes first
+            outcome = finish_member(member, charges, self.members, self.times, ending, now_ns, &state.shared, 0)
             if outcome == LOCKED_OUT:
                 state.inside += 1
                 with nogil:
-                    outcome = finish_party(party, charges, self.parties, self.times, ending, now_ns, &state.shared,
+                    outcome = finish_member(member, charges, self.members, self.times, ending, now_ns, &state.shared,
                                            END_PATIENCE_NS)
                 state.exit()
         if outcome == LOCKED_OUT:
             pools.deferred.append(defer(self, ending))
         elif ending.close:
-            give_record(&state.shared.grant_pool, party.record - state.shared.grants, state.shared.me)
+            give_record(&state.shared.grant_pool, member.record - state.shared.grants, state.shared.me)
         return outcome == WAITED_FOR
 
-    cdef int tell(self, uint32_t parties) except -1:
+    cdef int tell(self, uint32_t members) except -1:
         """Let those try again who wait for these; whatever that raises, all are told, and then it is raised."""
         cdef int i
         error = None
-        for i in range(self.parties):
-            if parties >> i & 1:
+        for i in range(self.members):
+            if members >> i & 1:
                 try:
                     self.state.wake(self.ref_of(i))
                 except BaseException as raised:
@@ -346,14 +346,14 @@ cdef class Grant:
 
 
 cdef int charge_rows(
-    Joint* joint, int64_t now_ns, int64_t over, int64_t* chunk, bint* fits, const Stage* stage, const Shared* shared,
+    JointRequest* joint, int64_t now_ns, int64_t over, int64_t* chunk, bint* fits, const Stage* stage, const Shared* shared,
     int64_t patience_ns
 ) noexcept nogil:
     """Charge `chunk` tokens to all models if that fits, or else `over`. Takes the rows' locks.
 
     Sets `chunk` to what was charged, `fits` to whether it was within all limits, and the charges of `joint`.
     """
-    cdef Hold* party
+    cdef Holding* member
     cdef bint enforcing = shared.header.enforcing
     cdef int i
     if not lock_rows(joint, shared, patience_ns):
@@ -363,47 +363,47 @@ cdef int charge_rows(
         return TOO_LATE
     fits[0] = True
     for i in range(joint.count):
-        party = &joint.parties[i]
-        if party.row.generation == party.generation:
-            pass_time(party.row, party.ledger, now_ns)
-            if not admits_tokens(party.row, party.ledger, chunk[0], enforcing):
+        member = &joint.members[i]
+        if member.row.generation == member.generation:
+            advance(member.row, member.ledger, now_ns)
+            if not admits_tokens(member.row, member.ledger, chunk[0], enforcing):
                 chunk[0] = over
-                fits[0] = fits[0] and admits_tokens(party.row, party.ledger, over, enforcing)
+                fits[0] = fits[0] and admits_tokens(member.row, member.ledger, over, enforcing)
     for i in range(joint.count):
-        party = &joint.parties[i]
+        member = &joint.members[i]
         joint.charges[i].tokens = 0
-        if party.row.generation == party.generation:
-            charge_tokens(party.row, party.ledger, chunk[0], is_trial(party.row, party.ledger, enforcing), &joint.charges[i])
-            reserve_tokens(party.ledger, party.record, joint.charges[i].tokens)
+        if member.row.generation == member.generation:
+            charge_tokens(member.row, member.ledger, chunk[0], is_trial(member.row, member.ledger, enforcing), &joint.charges[i])
+            reserve_tokens(member.ledger, member.record, joint.charges[i].tokens)
     unlock_rows(joint, joint.count)
     return DONE
 
 
-cdef bint refund_rows(Joint* joint, int64_t now_ns, const Shared* shared, int64_t patience_ns) noexcept nogil:
+cdef bint refund_rows(JointRequest* joint, int64_t now_ns, const Shared* shared, int64_t patience_ns) noexcept nogil:
     """Refund the charges of `joint`; False if a row stays locked. Takes the rows' locks."""
-    cdef Hold* party
+    cdef Holding* member
     cdef int i
     if not lock_rows(joint, shared, patience_ns):
         return False
     for i in range(joint.count):
-        party = &joint.parties[i]
-        if party.row.generation == party.generation and joint.charges[i].tokens:
-            pass_time(party.row, party.ledger, now_ns)
-            refund(party.row, party.ledger, 0, joint.charges[i].tokens, &joint.charges[i])
+        member = &joint.members[i]
+        if member.row.generation == member.generation and joint.charges[i].tokens:
+            advance(member.row, member.ledger, now_ns)
+            refund(member.row, member.ledger, 0, joint.charges[i].tokens, &joint.charges[i])
     unlock_rows(joint, joint.count)
     return True
 
 
-cdef int finish_party(
-    const Hold* party, const Charge* charges, int stride, int times, const Ending* ending, int64_t now_ns,
+cdef int finish_member(
+    const Holding* member, const Charge* charges, int stride, int times, const Ending* ending, int64_t now_ns,
     const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
     """The end of a grant at one model, from lock to unlock. Takes the row's lock.
 
     `charges` are `times`, every `stride`th of which is this model's.
     """
-    cdef Row* row = party.row
-    cdef Ledger* ledger = party.ledger
+    cdef Row* row = member.row
+    cdef Ledger* ledger = member.ledger
     cdef int64_t left = ending.surplus
     cdef int64_t part
     cdef int time
@@ -412,11 +412,11 @@ cdef int finish_party(
     cdef Charge charged
     if not lock_row(row, shared, patience_ns):
         return LOCKED_OUT
-    alive = row.generation == party.generation
-    if ending.lapsed and party.record.seat != shared.me:    # others have refunded it too
+    alive = row.generation == member.generation
+    if ending.lapsed and member.record.seat != shared.me:    # others have refunded it too
         alive = False
     if alive and (left != 0 or ending.undo):
-        pass_time(row, ledger, now_ns)
+        advance(row, ledger, now_ns)
         if left < 0:
             charge_tokens(row, ledger, -left, is_trial(row, ledger, shared.header.enforcing), &charged)
         for time in range(times - 1, -1, -1):
@@ -426,13 +426,13 @@ cdef int finish_party(
             part = min(max(left, <int64_t> 0), charge.tokens)
             refund(row, ledger, 1 if ending.undo and time == 0 else 0, part, charge)
             left -= part
-    if party.record.seat == shared.me:      # otherwise others took this process for dead, and gave it back
+    if member.record.seat == shared.me:      # otherwise others took this process for dead, and gave it back
         if ending.close and alive:
-            let_go(row, ledger, party.record)
+            release_holding(row, ledger, member.record)
         elif ending.close:
-            party.record.seat = 0
+            member.record.seat = 0
         elif alive:
-            settle_tokens(ledger, party.record)
+            settle_tokens(ledger, member.record)
     waiting = alive and ledger.waiting != 0
     if shared.header.full_until_ns != 0:    # the model may be as good as new now
         shared.header.full_until_ns = 0
@@ -451,14 +451,14 @@ cdef Deferred defer(Grant grant, const Ending* ending):
     """What is to be done later, without a reference to the grant, which may be on its way out."""
     cdef Deferred later = Deferred.__new__(Deferred)
     cdef int time
-    later.ref = grant.ref_of(ending.party)
-    later.party = grant.hold(ending.party)[0]
+    later.ref = grant.ref_of(ending.member)
+    later.member = grant.hold(ending.member)[0]
     later.ending = ending[0]
     later.charges = <Charge*> malloc(grant.times * sizeof(Charge))
     if later.charges == NULL:
         raise MemoryError()
     for time in range(grant.times):
-        later.charges[time] = grant.charge_of(time, ending.party)[0]
+        later.charges[time] = grant.charge_of(time, ending.member)[0]
     later.times = grant.times
     return later
 
@@ -467,7 +467,7 @@ cdef bint is_deferred(Pools pools, const Row* row) noexcept:
     """Whether the end of a grant of this row's was put off."""
     cdef Deferred later
     for later in pools.deferred:
-        if later.party.row == row:
+        if later.member.row == row:
             return True
     return False
 
@@ -485,13 +485,13 @@ cdef int finish_deferred(Pools pools) except -1:
     pools.deferred = []
     for later in todo:
         outcome = LOCKED_OUT
-        if <size_t> later.party.row not in locked:
-            outcome = finish_party(&later.party, later.charges, 1, later.times, &later.ending, now_ns, &state.shared, 0)
+        if <size_t> later.member.row not in locked:
+            outcome = finish_member(&later.member, later.charges, 1, later.times, &later.ending, now_ns, &state.shared, 0)
         if outcome == LOCKED_OUT:
-            locked.add(<size_t> later.party.row)
+            locked.add(<size_t> later.member.row)
             left.append(later)
         elif later.ending.close:
-            give_record(&state.shared.grant_pool, later.party.record - state.shared.grants, state.shared.me)
+            give_record(&state.shared.grant_pool, later.member.record - state.shared.grants, state.shared.me)
         if outcome == WAITED_FOR:
             waited_for.add(later.ref)
     pools.deferred = left + pools.deferred
@@ -500,27 +500,27 @@ cdef int finish_deferred(Pools pools) except -1:
     return 0
 
 
-cdef Grant make_grant(Pools pools, Joint* joint, list refs, const Ask* ask):
+cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request):
     """The grant of what decide_all has just taken. Here, where the type's freelist is."""
     cdef Grant grant = Grant.__new__(Grant)
     cdef int i
     grant.state = pools.state
     grant.pools = pools
     grant.forks = fork_count()
-    grant.estimated_tokens = grant.charged = ask.tokens
-    grant.parties = joint.count
+    grant.estimated_tokens = grant.charged = request.tokens
+    grant.members = joint.count
     grant.unclaimed = joint.unclaimed_until_ns != 0 and joint.count != 0
     for i in range(joint.count):
-        joint.parties[i].entry = NULL
+        joint.members[i].entry = NULL
     grant.times = 1
     grant.charges = &grant.charge
     if joint.count:
         grant.ref = refs[0]
-        grant.first = joint.parties[0]
+        grant.first = joint.members[0]
         grant.charge = joint.charges[0]
     if joint.count > 1:
         grant.others = tuple(refs[1:])
-        grant.more = <Hold*> malloc((joint.count - 1) * sizeof(Hold))
+        grant.more = <Holding*> malloc((joint.count - 1) * sizeof(Holding))
         grant.charges = <Charge*> malloc(2 * joint.count * sizeof(Charge))
         grant.capacity = 2
         if grant.more == NULL or grant.charges == NULL:
@@ -528,6 +528,6 @@ cdef Grant make_grant(Pools pools, Joint* joint, list refs, const Ask* ask):
         for i in range(joint.count):
             grant.charges[i] = joint.charges[i]
             if i:
-                grant.more[i - 1] = joint.parties[i]
+                grant.more[i - 1] = joint.members[i]
     grant.stage = OPEN
     return grant

@@ -3,13 +3,13 @@ cimport cython
 from libc.stdint cimport int64_t, uint32_t
 
 from modelquota._core.layout cimport GrantRecord, Ledger, Row, Shared
-from modelquota._core.row.decision cimport Ask
+from modelquota._core.row.decision cimport Request
 from modelquota._core.row.grant cimport bind_handle, free_handle
 from modelquota._core.state.lock cimport SLICE_NS, unlock
 from modelquota._core.state.pool cimport give_record
 from modelquota._core.state.repair cimport lock_row
 from modelquota._core.state.state cimport fork_count
-from modelquota._core.table.arguments cimport start_ask
+from modelquota._core.table.arguments cimport parse_request
 from modelquota._core.table.intern cimport RowRef, plain_id
 from modelquota._core.table.table cimport QuotaTable
 
@@ -48,7 +48,7 @@ cdef class RowHandle:
         self.forks = fork_count()
         self.record = manager.pools.take_grant_record()
         while self.ref is None:
-            ref = manager.interned.known(self.model_id)
+            ref = manager.interned.require(self.model_id)
             if self.change(ref, True):      # otherwise it has just gone
                 self.ref = ref
 
@@ -84,9 +84,9 @@ cdef class RowHandle:
 
     def check(self, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
         """As `QuotaTable.check_quota`, for this model; UnknownModelError once it has been removed."""
-        cdef Ask ask
-        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-        return self.manager.answer(self.ref, self.model_id, &ask, self)
+        cdef Request request
+        parse_request(&request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+        return self.manager.answer(self.ref, self.model_id, &request, self)
 
     def _require_alive(self):
         self.manager.state.require_open()

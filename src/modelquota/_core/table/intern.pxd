@@ -32,13 +32,13 @@ cdef class Interned:
     cdef Limits packed              # and its limits
 
     cdef int open(self) except -1
-    cdef int look_around(self) except -1
-    cdef int look_at(self, int64_t index) except -1
-    cdef int look_at_all(self) except -1
-    cdef int learn(self, object model_id, int64_t index, uint32_t generation) except -1
-    cdef int drop(self, RowRef ref) except -1
+    cdef int refresh(self) except -1
+    cdef int refresh_row(self, int64_t index) except -1
+    cdef int refresh_all(self) except -1
+    cdef int intern(self, object model_id, int64_t index, uint32_t generation) except -1
+    cdef int unintern(self, RowRef ref) except -1
     cdef RowRef find(self, str model_id)
-    cdef RowRef known(self, object model_id)
+    cdef RowRef require(self, object model_id)
     cdef int put(self, str model_id, object config, bint on_sight) except -1
     cdef bint swap(self, object old, object new, bint named) except -1
     cdef bint remove(self, object model_id) except -1

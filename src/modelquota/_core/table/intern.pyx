@@ -13,7 +13,7 @@ from modelquota._core.row.usage cimport Usage
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.read cimport READ_PATIENCE_NS, read_and_unlock, read_locked
 from modelquota._core.state.registry cimport (
-    ANY_ROW, DONE, NAME_UNIT, REGISTRY_BUSY, TABLE_FULL, enter, leave, replace_limits
+    ANY_ROW, DONE, NAME_UNIT, REGISTRY_BUSY, TABLE_FULL, add_model, remove_model, replace_limits
 )
 from modelquota._core.state.repair cimport lock_row, try_row
 from modelquota._core.state.state cimport State
@@ -45,7 +45,7 @@ cdef class Interned:
         self.refs = <PyObject**> calloc(self.state.shared.header.max_models, sizeof(PyObject*))
         if self.refs == NULL:
             raise MemoryError()
-        self.look_around()
+        self.refresh()
         return 0
 
     def __dealloc__(self):
@@ -63,11 +63,11 @@ cdef class Interned:
         self.state.require_open()
         ref = self.ids.get(model_id)
         if ref is None or ref.row.generation != ref.generation:
-            self.look_around()
+            self.refresh()
             ref = self.ids.get(model_id)
         return ref
 
-    cdef RowRef known(self, object model_id):
+    cdef RowRef require(self, object model_id):
         cdef RowRef ref = self.find(plain_id(model_id))
         if ref is None:
             raise UnknownModelError(model_id)
@@ -81,7 +81,7 @@ cdef class Interned:
 
     # -- rows come and go
 
-    cdef int look_around(self) except -1:
+    cdef int refresh(self) except -1:
         """Learn which models have entered and left since the last look, whichever process they came by.
 
         The change log says which rows to look at; if more has changed than it holds, all are.
@@ -94,26 +94,26 @@ cdef class Interned:
         if version - self.seen_version <= CHANGES // 2:
             for change in range(self.seen_version, version):
                 index = self.state.shared.changes[change % CHANGES]
-                if index == ANY_ROW or not self.look_at(index):
+                if index == ANY_ROW or not self.refresh_row(index):
                     break
             else:
                 # what was read has not been overwritten meanwhile
                 if read_version(&self.state.shared.header.registry_version, ACQUIRE) - self.seen_version <= CHANGES:
                     self.seen_version = version
                     return 0
-        if self.look_at_all():
+        if self.refresh_all():
             self.seen_version = version
         return 0
 
-    cdef int look_at_all(self) except -1:
-        """look_at() each row."""
+    cdef int refresh_all(self) except -1:
+        """refresh_row() each row."""
         cdef int64_t index
         for index in range(self.state.shared.header.row_count):
-            if not self.look_at(index):
+            if not self.refresh_row(index):
                 return False
         return True
 
-    cdef int look_at(self, int64_t index) except -1:
+    cdef int refresh_row(self, int64_t index) except -1:
         """See who lives in a row now; False if that is changing just now."""
         cdef uint32_t generation
         cdef RowRef ref = None
@@ -124,28 +124,28 @@ cdef class Interned:
             ref = <RowRef> self.refs[index]
             if ref.generation == generation:
                 return True
-            self.drop(ref)
+            self.unintern(ref)
         if generation % 2 == 0:
             return True
         name = self.name_of(index)
         if read_generation(&self.state.shared.rows[index].generation, ACQUIRE) != generation:
             return False                # the next look sees it
-        self.learn(name, index, generation)
+        self.intern(name, index, generation)
         return True
 
-    cdef int learn(self, object model_id, int64_t index, uint32_t generation) except -1:
+    cdef int intern(self, object model_id, int64_t index, uint32_t generation) except -1:
         """Intern a model."""
         cdef RowRef ref, other
         if self.refs[index] != NULL:
             ref = <RowRef> self.refs[index]
             if ref.generation == generation:
                 return 0
-            self.drop(ref)
+            self.unintern(ref)
         other = self.ids.get(model_id)
         if other is not None:
             if other.row.generation == other.generation:
                 return 0                # a name that was just read is a mixture of two
-            self.drop(other)
+            self.unintern(other)
         ref = RowRef.__new__(RowRef)
         ref.model_id = model_id
         ref.row = &self.state.shared.rows[index]
@@ -157,7 +157,7 @@ cdef class Interned:
         self.refs_used = max(self.refs_used, index + 1)
         return 0
 
-    cdef int drop(self, RowRef ref) except -1:
+    cdef int unintern(self, RowRef ref) except -1:
         """Forget a row that the model has left."""
         cdef int64_t index = ref.row - self.state.shared.rows
         if self.ids.get(ref.model_id) is ref:
@@ -184,22 +184,22 @@ cdef class Interned:
             version = read_version(&self.state.shared.header.registry_version, ACQUIRE)
             ref = self.find(model_id)
             if ref is not None and ref.row.generation != ref.generation:
-                self.drop(ref)
+                self.unintern(ref)
                 continue
             if ref is not None:
                 if on_sight or self.change_limits(ref, &limits, NULL, True) == DONE:
                     return 0
                 continue
             if version != self.seen_version:
-                self.look_around()
+                self.refresh()
                 continue
             self.state.reserve_next_model()       # before another model comes, `version` is another one
             now_ns = self.state.now_ns()
-            index = enter(text, size, &limits, on_sight, now_ns, version, &generation, &self.state.shared, 0)
+            index = add_model(text, size, &limits, on_sight, now_ns, version, &generation, &self.state.shared, 0)
             if index == REGISTRY_BUSY:
                 self.state.inside += 1
                 with nogil:
-                    index = enter(text, size, &limits, on_sight, now_ns, version, &generation, &self.state.shared, SLICE_NS)
+                    index = add_model(text, size, &limits, on_sight, now_ns, version, &generation, &self.state.shared, SLICE_NS)
                 self.state.exit()
             if index == TABLE_FULL:
                 raise CapacityError(self.state.shared.header.max_models)
@@ -207,7 +207,7 @@ cdef class Interned:
                 self.state.pause()
             if index >= 0:
                 self.state.require_open()
-                self.learn(model_id, index, generation)
+                self.intern(model_id, index, generation)
                 if self.seen_version == version:
                     self.seen_version = version + 1     # nobody else came or went
                 return 0
@@ -262,16 +262,16 @@ cdef class Interned:
             ref = self.find(plain_id(model_id))
             if ref is None:
                 return False
-            outcome = leave(ref.row, ref.generation, &self.state.shared, 0)
+            outcome = remove_model(ref.row, ref.generation, &self.state.shared, 0)
             if outcome == REGISTRY_BUSY:
                 self.state.inside += 1
                 with nogil:
-                    outcome = leave(ref.row, ref.generation, &self.state.shared, SLICE_NS)
+                    outcome = remove_model(ref.row, ref.generation, &self.state.shared, SLICE_NS)
                 self.state.exit()
             if outcome == REGISTRY_BUSY:
                 self.state.pause()
                 continue
-            self.drop(ref)
+            self.unintern(ref)
             self.state.wake(ref)
             return outcome == DONE
 

@@ -1,7 +1,7 @@
 from libc.stdint cimport int64_t
-from modelquota._core.row.decision cimport Ask
+from modelquota._core.row.decision cimport Request
 from modelquota._core.state.clock cimport Watcher
-from modelquota._core.state.joint cimport Joint, Places
+from modelquota._core.state.joint cimport JointRequest, Places
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.state cimport State
 from modelquota._core.table.admission cimport Admission
@@ -11,9 +11,9 @@ from modelquota._core.table.intern cimport RowRef
 
 cdef class Waiter:
     cdef Queues queues              # None before it waits
-    cdef Ask ask
+    cdef Request request
     cdef tuple ids
-    cdef list lines                 # those in which it is; empty before and after
+    cdef list waits_in              # the WaitQueues in which it is; empty before and after
     cdef Places places              # its entries in the queues of the state
     cdef int64_t started_ns         # in the rows' time, as are the others
     cdef int64_t timeout_ns         # FAR without one
@@ -27,11 +27,11 @@ cdef class Waiter:
 
     cdef int finish(self, Grant grant, object error) except -1
     cdef bint set_deadline(self) noexcept
-    cdef int stand(self, Joint* joint, list refs, int64_t patience_ns) except -1
+    cdef int stand(self, JointRequest* joint, list refs, int64_t patience_ns) except -1
     cdef int give_places(self) except -1
 
 
-cdef class Line:
+cdef class WaitQueue:
     cdef Queues queues
     cdef RowRef ref
     cdef list order                 # Waiters, the first to be served first
@@ -57,11 +57,11 @@ cdef class Queues(Watcher):
     cdef State state
     cdef Pools pools
     cdef Admission admission
-    cdef dict lines                 # RowRef -> Line in which somebody of this process is
+    cdef dict by_ref                # RowRef -> WaitQueue in which somebody of this process is
     cdef set unclaimed              # Waiters that were admitted and have not taken their grants
     cdef list buried                # Waiters that have left while a row was locked
 
-    cdef Line line_of(self, RowRef ref)
+    cdef WaitQueue queue_of(self, RowRef ref)
     cdef object admit_or_queue(self, Waiter waiter, object model_id, object estimated_tokens, object ram_needed_mb,
                                object ssd_needed_mb, object timeout, object priority, bint nowait)
     cdef object try_again(self, Waiter waiter)

@@ -1,31 +1,31 @@
-"""Lines: requests that wait for models, one line a model and process, for threads and asyncio tasks alike.
+"""Wait queues: requests that wait for models, one queue a model and process, for threads and asyncio tasks alike.
 
-A request that waits for several models is in the line of each of them, and has an entry in the queue of each of them in
+A request that waits for several models is in the queue of each of them, and has an entry in the queue of each of them in
 the shared state, from the start: nobody who comes later overtakes it at any of them. Of all requests that wait, the one
 that comes first by priority and ticket is the first in all of its queues, so no two wait for each other.
 
 Nothing here sleeps, and no thread is started. Whatever may have made room (a release, a refund, a live change, a timer)
-calls `Line.pump`, which admits from the front what fits, tells those it concerns, and leaves word when to try again. One
+calls `WaitQueue.pump`, which admits from the front what fits, tells those it concerns, and leaves word when to try again. One
 waiter of each context watches the clock: one thread for all if a thread waits, or else one task of each event loop, since
 a loop may be busy or not run any more. Nothing here waits for a lock: a row that is locked is tried again later.
 
-The lines of a process are guarded by the GIL: between two lines of this file no other thread runs, and no signal handler.
-Only finalizers may, wherever an object is made, and what wakes a waiter; both find the lines in order.
+The queues of a process are guarded by the GIL: between two lines of this file no other thread runs, and no signal handler.
+Only finalizers may, wherever an object is made, and what wakes a waiter; both find the queues in order.
 """
 cimport cython
 from cpython.object cimport PyObject
 from libc.stdint cimport int32_t, int64_t
 
 from modelquota._core.layout cimport MAX_TIME_NS
-from modelquota._core.row.decision cimport Ask, NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, Verdict
+from modelquota._core.row.decision cimport Request, NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, Verdict
 from modelquota._core.state.clock cimport Watcher
-from modelquota._core.state.joint cimport BUSY_ROW, DECIDED, GONE, Joint, NOBODY, Places
+from modelquota._core.state.joint cimport BUSY_ROW, DECIDED, GONE, JointRequest, NOBODY, Places
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
 from modelquota._core.state.queueing cimport QUEUE_FULL, leave_queue, stand_in_queues, write_deadline
 from modelquota._core.state.state cimport REFUSES, fork_count
 from modelquota._core.table.admission cimport Admission, BUSY, MOST_ROUNDS, ids_of
-from modelquota._core.table.arguments cimport FAR, as_priority, as_wait_ns, start_ask
+from modelquota._core.table.arguments cimport FAR, as_priority, as_wait_ns, parse_request
 from modelquota._core.table.grant cimport Grant, finish_deferred, make_grant
 from modelquota._core.table.intern cimport RowRef
 from modelquota._core.table.result cimport QuotaCheckResult, result_of
@@ -34,8 +34,8 @@ from modelquota.errors import CapacityError, ManagerClosedError, ModelLockedErro
 
 cdef list abandoned = []            # Waiters whose owners are gone
 cdef bint burying = False           # somebody sees to them
-cdef int64_t LOOK_NS = 10_000_000   # how often a line looks what other processes have given back,
-cdef int64_t LINES_AT_ONCE = 16     # while the process has no more lines than these; more take turns
+cdef int64_t LOOK_NS = 10_000_000   # how often a queue looks what other processes have given back,
+cdef int64_t LINES_AT_ONCE = 16     # while the process has no more queues than these; more take turns
 cdef int64_t BUSY_NS = 50_000       # a row was locked longer than a look: its owner was preempted,
 cdef int64_t LONGEST_BUSY_NS = 10_000_000   # or does not run at all
 
@@ -44,14 +44,14 @@ cdef extern from *:
     const int RELAXED "__ATOMIC_RELAXED"
 
 
-cdef inline bint precedes(const Ask* ask, const Ask* other) noexcept:
+cdef inline bint precedes(const Request* request, const Request* other) noexcept:
     """Higher priority first, first come first served within one."""
-    return ask.priority > other.priority or (ask.priority == other.priority and ask.ticket < other.ticket)
+    return request.priority > other.priority or (request.priority == other.priority and request.ticket < other.ticket)
 
 
-cdef inline bint asks_as_much(const Ask* ask, const Ask* other) noexcept:
+cdef inline bint needs_as_much(const Request* request, const Request* other) noexcept:
     """Whether a request cannot fit if the other one does not."""
-    return ask.tokens >= other.tokens and ask.ram_mb >= other.ram_mb and ask.ssd_mb >= other.ssd_mb
+    return request.tokens >= other.tokens and request.ram_mb >= other.ram_mb and request.ssd_mb >= other.ssd_mb
 
 
 cdef inline bint can_wait(const Verdict* verdict, int64_t now_ns, int64_t deadline_ns) noexcept:
@@ -73,7 +73,7 @@ cdef inline int64_t grace_ns(RowRef ref) noexcept:
 cdef class Waiter:
     """A request that may have to wait. A subclass says how its owner sleeps.
 
-    ``prepare()`` is called once, before it is in a line; ``wake()``, from any thread, once it is done; ``arm()``, from
+    ``prepare()`` is called once, before it is in a queue; ``wake()``, from any thread, once it is done; ``arm()``, from
     any thread, when it became one that watches the clock, or has to look earlier.
     """
 
@@ -81,21 +81,21 @@ cdef class Waiter:
     def wake_at_ns(self):
         """When its owner should call `pump`, in ns of the manager's clock; None while only others can change anything."""
         cdef int64_t at_ns = self.deadline_ns
-        cdef Line line
-        if not self.lines or self.queues.state.manual is not None:
+        cdef WaitQueue queue
+        if not self.waits_in or self.queues.state.manual is not None:
             return None
-        for line in self.lines:
-            if self in line.watchers and line.next_ns < at_ns:
-                at_ns = line.next_ns
+        for queue in self.waits_in:
+            if self in queue.watchers and queue.next_ns < at_ns:
+                at_ns = queue.next_ns
         return None if at_ns == FAR else at_ns
 
     def sleep_seconds(self):
         """How long its owner should sleep unless woken: 0.0 = not at all; None while only others can change anything."""
-        cdef Line line
+        cdef WaitQueue queue
         cdef int64_t busy_ns = 0
-        for line in self.lines or ():
-            if line.busy_ns and self in line.watchers:
-                busy_ns = line.busy_ns if busy_ns == 0 else min(busy_ns, line.busy_ns)
+        for queue in self.waits_in or ():
+            if queue.busy_ns and self in queue.watchers:
+                busy_ns = queue.busy_ns if busy_ns == 0 else min(busy_ns, queue.busy_ns)
         if busy_ns:
             return busy_ns * 1e-9       # on a manual clock too
         at_ns = self.wake_at_ns
@@ -104,9 +104,9 @@ cdef class Waiter:
         return max(0, at_ns - self.queues.state.now_ns()) * 1e-9
 
     def pump(self):
-        """Let the lines that it is in try again."""
-        for line in tuple(self.lines or ()):
-            line.pump()
+        """Let the queues that it is in try again."""
+        for queue in tuple(self.waits_in or ()):
+            queue.pump()
 
     def take(self):
         """The grant; QuotaExceededError if it was refused, and what else kept it from being decided."""
@@ -126,16 +126,16 @@ cdef class Waiter:
     def leave(self):
         """Leave no trace, however far it has come."""
         cdef Grant grant = self.grant
-        cdef list lines = self.lines
-        cdef Line line
+        cdef list waits_in = self.waits_in
+        cdef WaitQueue queue
         if self.queues is None or not self.queues.state.usable():
             return
-        if lines and (<Line> lines[0]).forks == fork_count():
-            for line in tuple(lines):
-                line.remove(self)
+        if waits_in and (<WaitQueue> waits_in[0]).forks == fork_count():
+            for queue in tuple(waits_in):
+                queue.remove(self)
             self.queues.leave_queues(self)
-            for line in lines:
-                line.pump()
+            for queue in waits_in:
+                queue.pump()
         elif grant is not None:
             self.grant = None
             self.queues.unclaimed.discard(self)
@@ -157,7 +157,7 @@ cdef class Waiter:
     cdef int finish(self, Grant grant, object error) except -1:
         self.grant = grant
         self.error = error
-        self.lines = []
+        self.waits_in = []
         self.done = True
         return 0
 
@@ -184,32 +184,32 @@ cdef class Waiter:
         self.places.count = 0
         return 0
 
-    cdef int stand(self, Joint* joint, list refs, int64_t patience_ns) except -1:
-        """Have a place in the queue of each model, and be in each of their lines; what comes of it, as for a decision.
+    cdef int stand(self, JointRequest* joint, list refs, int64_t patience_ns) except -1:
+        """Have a place in the queue of each model, and be in each of their queues; what comes of it, as for a decision.
 
         Those that it has it keeps.
         """
         cdef Queues queues = self.queues
         cdef int i, k, first = self.places.count
         cdef int outcome
-        cdef Line line
+        cdef WaitQueue queue
         queues.bury()
         for i in range(joint.count):
             for k in range(first):
-                if joint.parties[i].entry == self.places.entries[k]:
+                if joint.members[i].entry == self.places.entries[k]:
                     break
             else:
-                joint.parties[i].entry = queues.pools.take_entry()
-                self.places.entries[self.places.count] = joint.parties[i].entry
+                joint.members[i].entry = queues.pools.take_entry()
+                self.places.entries[self.places.count] = joint.members[i].entry
                 self.places.count += 1
                 continue
-            joint.parties[i].entry = NULL       # it is there already
+            joint.members[i].entry = NULL       # it is there already
         now_ns = queues.state.now_ns()
-        outcome = stand_in_queues(joint, &self.ask, self.deadline_ns, now_ns, &queues.state.shared, 0)
+        outcome = stand_in_queues(joint, &self.request, self.deadline_ns, now_ns, &queues.state.shared, 0)
         if outcome == BUSY_ROW and patience_ns:
             queues.state.inside += 1
             with nogil:
-                outcome = stand_in_queues(joint, &self.ask, self.deadline_ns, now_ns, &queues.state.shared, patience_ns)
+                outcome = stand_in_queues(joint, &self.request, self.deadline_ns, now_ns, &queues.state.shared, patience_ns)
             queues.state.exit()
         if outcome != DECIDED:
             while self.places.count > first:
@@ -219,25 +219,25 @@ cdef class Waiter:
             return outcome
         queues.state.require_open()                  # closed while the rows were waited for
         for ref in refs:
-            line = queues.line_of(ref)
-            if line not in self.lines:
-                line.insert(self)
-                self.lines.append(line)
+            queue = queues.queue_of(ref)
+            if queue not in self.waits_in:
+                queue.insert(self)
+                self.waits_in.append(queue)
         return outcome
 
 
-cdef class Line:
+cdef class WaitQueue:
     """Those of this process who wait for one model."""
 
     cdef int insert(self, Waiter waiter) except -1:
         cdef Py_ssize_t at = len(self.order)
-        while at > 0 and precedes(&waiter.ask, &(<Waiter> self.order[at - 1]).ask):
+        while at > 0 and precedes(&waiter.request, &(<Waiter> self.order[at - 1]).request):
             at -= 1
         self.order.insert(at, waiter)
         return 0
 
     cdef int remove(self, Waiter waiter) except -1:
-        """Take it out; the last one ends the line."""
+        """Take it out; the last one ends the queue."""
         cdef Py_ssize_t i
         for i in range(len(self.order)):
             if self.order[i] is waiter:
@@ -248,10 +248,10 @@ cdef class Line:
         return 0
 
     cdef int end(self) except -1:
-        """Be no line of the manager's any more."""
-        if self.queues.lines.get(self.ref) is self:
-            del self.queues.lines[self.ref]
-        if self.queues.state.manual is not None and not self.queues.lines:
+        """Be no queue of the manager's any more."""
+        if self.queues.by_ref.get(self.ref) is self:
+            del self.queues.by_ref[self.ref]
+        if self.queues.state.manual is not None and not self.queues.by_ref:
             self.queues.state.manual.watchers.discard(self.queues)
         return 0
 
@@ -283,8 +283,8 @@ cdef class Line:
             notify_all(told, others, watchers)
 
     cdef int serve(self, list told, list others) except -1:
-        """One pass over the line: who is admitted, and who is refused."""
-        cdef Joint joint
+        """One pass over the queue: who is admitted, and who is refused."""
+        cdef JointRequest joint
         cdef Verdict verdict
         cdef list refs = []
         cdef Waiter waiter
@@ -302,12 +302,12 @@ cdef class Line:
         self.see_to_deadlines(told, others, now_ns)
         while i < len(self.order):
             waiter = self.order[i]
-            if blocked is not None and asks_as_much(&waiter.ask, &blocked.ask):
+            if blocked is not None and needs_as_much(&waiter.request, &blocked.request):
                 i += 1
                 continue
             joint.unclaimed_until_ns = waiter.deadline_ns if waiter.deadline_ns != FAR else 0
             try:
-                unknown = queues.admission.decide_all(waiter.ids, &waiter.ask, True, 0, refs, &joint, &verdict, &waiter.places)
+                unknown = queues.admission.decide_all(waiter.ids, &waiter.request, True, 0, refs, &joint, &verdict, &waiter.places)
             except Exception as error:      # no room for a record, or for a model that is registered on sight
                 self.settle(waiter, None, error, told, others)
                 continue
@@ -317,8 +317,8 @@ cdef class Line:
                     break
                 i += 1
                 continue
-            grant = make_grant(queues.pools, &joint, refs, &waiter.ask) if verdict.allowed else None
-            if waiter.done or self not in waiter.lines:     # a finalizer ran, and took it out of the line
+            grant = make_grant(queues.pools, &joint, refs, &waiter.request) if verdict.allowed else None
+            if waiter.done or self not in waiter.waits_in:     # a finalizer ran, and took it out of the queue
                 if grant is not None:
                     (<Grant> grant).cancel()
                 self.again = True
@@ -326,14 +326,14 @@ cdef class Line:
             if grant is not None:
                 self.settle(waiter, grant, None, told, others)
                 continue
-            waiter.result = result_of(&verdict, (<RowRef> refs[joint.named]).model_id)
-            waiter.held_up_by = refs[joint.named]
+            waiter.result = result_of(&verdict, (<RowRef> refs[joint.violating]).model_id)
+            waiter.held_up_by = refs[joint.violating]
             waiter.set_deadline()
             if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns):
                 self.settle(waiter, None, None, told, others)
                 continue
             for k in range(joint.count):
-                if joint.parties[k].entry == NULL:          # a model has come anew: it has no place there yet
+                if joint.members[k].entry == NULL:          # a model has come anew: it has no place there yet
                     try:
                         if waiter.stand(&joint, refs, 0) != DECIDED:
                             busy = True
@@ -342,7 +342,7 @@ cdef class Line:
                     break
             if waiter.done:
                 continue
-            if self not in waiter.lines or (i < len(self.order) and self.order[i] is not waiter):
+            if self not in waiter.waits_in or (i < len(self.order) and self.order[i] is not waiter):
                 self.again = True
                 break
             if verdict.wait_ns != NEVER:
@@ -360,7 +360,7 @@ cdef class Line:
         else:
             self.busy_ns = 0
         if not queues.state.alone():
-            next_ns = min(next_ns, now_ns + LOOK_NS * (1 + len(queues.lines) // LINES_AT_ONCE))
+            next_ns = min(next_ns, now_ns + LOOK_NS * (1 + len(queues.by_ref) // LINES_AT_ONCE))
         self.next_ns = next_ns
         return 0
 
@@ -382,12 +382,12 @@ cdef class Line:
         return 0
 
     cdef int settle(self, Waiter waiter, Grant grant, object error, list told, list others) except -1:
-        """A waiter's wait is over: it was admitted, or is refused. Its other lines may go on then."""
-        cdef Line line
-        for line in tuple(waiter.lines):
-            line.remove(waiter)
-            if line is not self and line not in others:
-                others.append(line)
+        """A waiter's wait is over: it was admitted, or is refused. Its other queues may go on then."""
+        cdef WaitQueue queue
+        for queue in tuple(waiter.waits_in):
+            queue.remove(waiter)
+            if queue is not self and queue not in others:
+                others.append(queue)
         waiter.finish(grant, error)
         self.queues.leave_queues(waiter)
         if grant is not None:
@@ -438,13 +438,13 @@ cdef object notify(Waiter waiter):
 cdef int notify_all(list told, list others, list watchers) except -1:
     """Tell everybody concerned. Whatever one of them raises, the others are told, and then it is raised."""
     cdef Waiter waiter
-    cdef Line line
+    cdef WaitQueue queue
     error = None
     for waiter in told:
         error = notify(waiter) or error
-    for line in others:
+    for queue in others:
         try:
-            line.pump()
+            queue.pump()
         except BaseException as raised:
             error = raised
     for waiter in watchers:
@@ -456,14 +456,14 @@ cdef int notify_all(list told, list others, list watchers) except -1:
 
 @cython.no_gc_clear     # whoever is finalized in the same cycle may still wait
 cdef class Queues(Watcher):
-    """The lines of one process: the core of `acquire` and `acquire_async`."""
+    """The queues of one process: the core of `acquire` and `acquire_async`."""
 
     def __cinit__(self, Admission admission not None):
         self.admission = admission
         self.pools = admission.pools
         self.state = admission.state
         self.state.watcher = <PyObject*> self
-        self.lines = {}
+        self.by_ref = {}
         self.unclaimed = set()
         self.buried = []
 
@@ -471,23 +471,23 @@ cdef class Queues(Watcher):
         if self.state.watcher == <PyObject*> self:
             self.state.watcher = NULL
 
-    cdef Line line_of(self, RowRef ref):
-        """The line for a row, made if there is none."""
-        cdef Line line = self.lines.get(ref)
-        if line is not None and line.forks == fork_count():
-            return line
-        line = Line.__new__(Line)
-        line.queues = self
-        line.ref = ref
-        line.order = []
-        line.watchers = []
-        line.next_ns = line.armed_ns = FAR
-        line.grace_sec = ref.ledger.grace_period_sec
-        line.forks = fork_count()
-        self.lines[ref] = line
+    cdef WaitQueue queue_of(self, RowRef ref):
+        """The queue for a row, made if there is none."""
+        cdef WaitQueue queue = self.by_ref.get(ref)
+        if queue is not None and queue.forks == fork_count():
+            return queue
+        queue = WaitQueue.__new__(WaitQueue)
+        queue.queues = self
+        queue.ref = ref
+        queue.order = []
+        queue.watchers = []
+        queue.next_ns = queue.armed_ns = FAR
+        queue.grace_sec = ref.ledger.grace_period_sec
+        queue.forks = fork_count()
+        self.by_ref[ref] = queue
         if self.state.manual is not None:
             self.state.manual.watchers.add(self)
-        return line
+        return queue
 
     cdef object admit_or_queue(self, Waiter waiter, object model_id, object estimated_tokens, object ram_needed_mb,
                                object ssd_needed_mb, object timeout, object priority, bint nowait):
@@ -495,7 +495,7 @@ cdef class Queues(Watcher):
 
         Raises QuotaExceededError if it is denied for good, ModelLockedError if nothing could be decided in time.
         """
-        cdef Joint joint
+        cdef JointRequest joint
         cdef Verdict verdict
         cdef list refs = []
         cdef RowRef ref
@@ -503,23 +503,23 @@ cdef class Queues(Watcher):
         cdef int64_t now_ns
         cdef int unknown, outcome, i
         if waiter.queues is None:
-            start_ask(&waiter.ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-            waiter.ask.priority = <int32_t> as_priority(priority)
+            parse_request(&waiter.request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+            waiter.request.priority = <int32_t> as_priority(priority)
             waiter.timeout_ns = as_wait_ns(timeout)
             waiter.ids = ids_of(model_id)
             self.state.require_open()
             waiter.started_ns = self.state.now_ns()
             waiter.queues = self
-            waiter.lines = []
-        if waiter.ask.counted == NULL:
+            waiter.waits_in = []
+        if waiter.request.counted == NULL:
             joint.unclaimed_until_ns = 0
-            unknown = self.admission.decide_all(waiter.ids, &waiter.ask, True, 0 if nowait else SLICE_NS, refs, &joint, &verdict, NULL)
+            unknown = self.admission.decide_all(waiter.ids, &waiter.request, True, 0 if nowait else SLICE_NS, refs, &joint, &verdict, NULL)
             if unknown == BUSY:
                 return self.try_again(waiter)
-            grant = make_grant(self.pools, &joint, refs, &waiter.ask) if verdict.allowed else None
-            if joint.named == NOBODY:
+            grant = make_grant(self.pools, &joint, refs, &waiter.request) if verdict.allowed else None
+            if joint.violating == NOBODY:
                 return grant
-            ref = refs[joint.named]
+            ref = refs[joint.violating]
             waiter.result = result_of(&verdict, ref.model_id)
             if verdict.log_held:
                 self.admission.events.on_violation(ref.model_id, waiter.result, verdict.log_held)
@@ -533,26 +533,26 @@ cdef class Queues(Watcher):
                 raise QuotaExceededError(waiter.result)
             waiter.prepare()        # other threads may come in between
             self.state.require_open()
-            waiter.ask.counted = ref.ledger
-            waiter.ask.counted_generation = ref.generation
-            waiter.ask.ticket = take_ticket(&self.state.shared.header.next_ticket, 1, RELAXED)
+            waiter.request.counted = ref.ledger
+            waiter.request.counted_generation = ref.generation
+            waiter.request.ticket = take_ticket(&self.state.shared.header.next_ticket, 1, RELAXED)
         outcome = GONE
         for _ in range(MOST_ROUNDS):
-            self.admission.parties_of(waiter.ids, &joint, refs, None)
+            self.admission.members_of(waiter.ids, &joint, refs, None)
             outcome = waiter.stand(&joint, refs, 0 if nowait else SLICE_NS)
             if outcome != GONE:
                 break
-            self.admission.interned.drop(<RowRef> refs[joint.gone])
+            self.admission.interned.unintern(<RowRef> refs[joint.gone])
         else:
             raise CapacityError(self.state.shared.header.max_models)
         if outcome == BUSY_ROW:
             return self.try_again(waiter)
         if outcome == QUEUE_FULL:
-            ref = refs[joint.named]
+            ref = refs[joint.violating]
             raise QuotaExceededError(self.full(ref, waiter.result))
-        for line in tuple(waiter.lines):
+        for queue in tuple(waiter.waits_in):
             if not waiter.done:
-                line.pump()
+                queue.pump()
         return waiter
 
     cdef object try_again(self, Waiter waiter):
@@ -590,7 +590,7 @@ cdef class Queues(Watcher):
         verdict.cause = first.cause_code
         verdict.action = first.action_code
         verdict.retry_after_ms = first.wait_ms
-        verdict.held_up = True
+        verdict.others_may_free = True
         verdict.soonest_ns = 0
         verdict.used = <double> ref.ledger.waiting
         verdict.bound = <double> ref.ledger.max_queued
@@ -646,21 +646,21 @@ cdef class Queues(Watcher):
         return 0
 
     cdef int wake(self, object ref) except -1:
-        """Let the line of a model try again, or (None) all lines."""
-        cdef Line line
-        if not self.lines:
+        """Let the queue of a model try again, or (None) all queues."""
+        cdef WaitQueue queue
+        if not self.by_ref:
             return 0
         if ref is None:
-            for line in tuple(self.lines.values()):
-                line.pump()
+            for queue in tuple(self.by_ref.values()):
+                queue.pump()
             return 0
-        line = self.lines.get(ref)
-        if line is not None:
-            line.pump()
+        queue = self.by_ref.get(ref)
+        if queue is not None:
+            queue.pump()
         return 0
 
     cdef int forget_parent(self) except -1:
-        self.lines = {}
+        self.by_ref = {}
         self.unclaimed = set()
         self.buried = []
         self.pools.deferred = []
@@ -668,7 +668,7 @@ cdef class Queues(Watcher):
 
     cdef int close(self) except -1:
         """End all waits, and let go of the state."""
-        cdef Line line
+        cdef WaitQueue queue
         cdef Waiter waiter
         cdef list told = []
         cdef bint was_usable = self.state.usable()
@@ -680,16 +680,16 @@ cdef class Queues(Watcher):
                 waiter.leave()
         self.state.closed = True
         self.state.shared.fine_until_ns = REFUSES
-        for line in tuple(self.lines.values()):
-            if line.forks == fork_count():
-                for waiter in tuple(line.order):
+        for queue in tuple(self.by_ref.values()):
+            if queue.forks == fork_count():
+                for waiter in tuple(queue.order):
                     if not waiter.done:
-                        for other in tuple(waiter.lines):
-                            (<Line> other).remove(waiter)
+                        for other in tuple(waiter.waits_in):
+                            (<WaitQueue> other).remove(waiter)
                         waiter.finish(None, ManagerClosedError())
                         self.leave_queues(waiter)
                         told.append(waiter)
-        self.lines.clear()
+        self.by_ref.clear()
         self.pools.deferred.clear()
         self.buried.clear()
         if self.state.shared.header != NULL:

@@ -98,7 +98,7 @@ cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id):
     result.wait_ms = verdict.retry_after_ms
     result.current_usage = verdict.usage
     if verdict.limit:
-        result.others_hold = verdict.held_up
+        result.others_hold = verdict.others_may_free
         result.never_fits = not verdict.allowed and verdict.soonest_ns == NEVER
         result.cause_code = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
         result.model_id = model_id

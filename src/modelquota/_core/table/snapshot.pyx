@@ -27,7 +27,7 @@ cdef object read_model(Interned interned, Pools pools, object model_id):
     cdef RowRef ref = interned.find(plain_id(model_id))
     if ref is None:
         return None
-    pools.look_for_dead()
+    pools.reclaim_if_due()
     return (unpack(&limits), usage) if interned.read(ref, interned.state.now_ns(), &usage, &limits) else None
 
 
@@ -37,8 +37,8 @@ cdef object read_models(Interned interned, Pools pools):
     cdef Py_ssize_t known = 0
     cdef RowRef ref
     interned.state.require_open()
-    interned.look_around()
-    pools.look_for_dead()
+    interned.refresh()
+    pools.reclaim_if_due()
     cdef dict found = interned.ids.copy()      # another thread may add to it where read() waits
     cdef Records records = Records(len(found))
     for model_id, ref in found.items():

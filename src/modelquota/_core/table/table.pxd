@@ -1,5 +1,5 @@
 from modelquota._core.layout cimport Shared
-from modelquota._core.row.decision cimport Ask
+from modelquota._core.row.decision cimport Request
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.state cimport State
 from modelquota._core.table.admission cimport Admission
@@ -16,6 +16,6 @@ cdef class QuotaTable:
     cdef Admission admission
     cdef Queues queues
 
-    cdef object answer(self, RowRef ref, object model_id, const Ask* ask, object handle)
-    cdef object answer_unknown(self, object model_id, const Ask* ask)
-    cdef object answer_late(self, RowRef ref, object model_id, const Ask* ask, object handle)
+    cdef object answer(self, RowRef ref, object model_id, const Request* request, object handle)
+    cdef object answer_unknown(self, object model_id, const Request* request)
+    cdef object answer_late(self, RowRef ref, object model_id, const Request* request, object handle)

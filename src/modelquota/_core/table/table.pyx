@@ -12,14 +12,14 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from modelquota._core.layout cimport Ledger, MAX_TIME_NS, Row, Shared
-from modelquota._core.row.decision cimport Ask, NEVER, Verdict, decide, highest_usage
+from modelquota._core.row.decision cimport Request, NEVER, Verdict, decide, highest_usage
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.repair cimport lock_row
 from modelquota._core.state.state cimport State, rows_now_ns
 from modelquota._core.state.write cimport LEFT, ROW_BUSY, forgive_burst, record_memory
 from modelquota._core.table.admission cimport Admission, ids_of
-from modelquota._core.table.arguments cimport as_count, start_ask
+from modelquota._core.table.arguments cimport as_count, parse_request
 from modelquota._core.table.arrays cimport int64_copy, require_length, require_target, token_counts
 from modelquota._core.table.batch cimport Batch, charge_batch, check_batch, first_bad_code, index_of
 from modelquota._core.table.grant cimport Grant, SETTLED
@@ -40,26 +40,26 @@ cdef extern from "Python.h":
 
 
 cdef inline bint decide_and_unlock(
-    Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Ask* ask, Verdict* verdict
+    Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request, Verdict* verdict
 ) noexcept nogil:
     """Requires the row's lock, and gives it back; False, and nothing is decided, if the model has left the row."""
     cdef bint alive = row.generation == generation
     if alive:
-        decide(row, ledger, shared.entries, now_ns, ask, shared.header.enforcing, verdict)
+        decide(row, ledger, shared.entries, now_ns, request, shared.header.enforcing, verdict)
         if verdict.allowed:
-            verdict.usage = highest_usage(row, ledger, ask)
+            verdict.usage = highest_usage(row, ledger, request)
     unlock(&row.lock)
     return alive
 
 
 cdef inline int wait_and_decide(
-    Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Ask* ask, Verdict* verdict,
+    Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request, Verdict* verdict,
     int64_t patience_ns
 ) noexcept nogil:
     """decide_and_unlock() for a lock that somebody else may hold; LOCKED_OUT if it stays so. Takes the row's lock."""
     if not lock_row(row, shared, patience_ns):
         return LOCKED_OUT
-    return decide_and_unlock(row, ledger, generation, shared, now_ns, ask, verdict)
+    return decide_and_unlock(row, ledger, generation, shared, now_ns, request, verdict)
 
 
 cdef int propagate() except -1:
@@ -152,7 +152,7 @@ cdef class QuotaTable:
     def list_models(self):
         """The ids of all models that have a quota."""
         self.state.require_open()
-        self.interned.look_around()
+        self.interned.refresh()
         return list(self.ids)
 
     def _set_quota(self, str model_id not None, config):
@@ -172,7 +172,7 @@ cdef class QuotaTable:
 
     def _record_memory(self, model_id, int64_t ram_mb, int64_t ssd_mb):
         """Record what the model uses now, in MB, and its peaks."""
-        cdef RowRef ref = self.interned.known(model_id)
+        cdef RowRef ref = self.interned.require(model_id)
         cdef int outcome = ROW_BUSY
         while outcome == ROW_BUSY:
             outcome = record_memory(ref.row, ref.ledger, ref.generation, ram_mb, ssd_mb, self.shared, 0)
@@ -189,7 +189,7 @@ cdef class QuotaTable:
 
     def _reset_burst(self, model_id):
         """Set both levels to at most max(rate, 1)."""
-        cdef RowRef ref = self.interned.known(model_id)
+        cdef RowRef ref = self.interned.require(model_id)
         cdef int64_t now_ns
         cdef int outcome = ROW_BUSY
         while outcome == ROW_BUSY:
@@ -246,13 +246,13 @@ cdef class QuotaTable:
         TypeError, ValueError
             A count that is no integer, or out of range; nothing is charged.
         """
-        cdef Ask ask
+        cdef Request request
         cdef PyObject* found
-        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+        parse_request(&request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
         found = look_up(self.ids, model_id)
         if found == NULL:
-            return self.answer_unknown(model_id, &ask)
-        return self.answer(<RowRef> found, model_id, &ask, None)
+            return self.answer_unknown(model_id, &request)
+        return self.answer(<RowRef> found, model_id, &request, None)
 
     def peek_quota(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
         """What `check_quota` would answer now; charges, counts and logs nothing.
@@ -260,27 +260,27 @@ cdef class QuotaTable:
         Parameters, result and errors are those of `check_quota`. An id that `default_quota` would register is answered as
         it would be then, and is not registered.
         """
-        cdef Ask ask
-        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-        return self.admission.check_several(model_id, &ask, True)
+        cdef Request request
+        parse_request(&request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+        return self.admission.check_several(model_id, &request, True)
 
-    cdef inline object answer(self, RowRef ref, object model_id, const Ask* ask, object handle):
+    cdef inline object answer(self, RowRef ref, object model_id, const Request* request, object handle):
         cdef Verdict verdict
         cdef Row* row = ref.row
         cdef int64_t now_ns = rows_now_ns(self.shared)
         if now_ns >= self.shared.fine_until_ns or not try_lock(&row.lock, self.shared.me):
-            return self.answer_late(ref, model_id, ask, handle)
-        if not decide_and_unlock(row, ref.ledger, ref.generation, self.shared, now_ns, ask, &verdict):
-            return self.answer_late(ref, model_id, ask, handle)
+            return self.answer_late(ref, model_id, request, handle)
+        if not decide_and_unlock(row, ref.ledger, ref.generation, self.shared, now_ns, request, &verdict):
+            return self.answer_late(ref, model_id, request, handle)
         if verdict.limit and verdict.worth_a_look:
-            self.pools.look_for_dead()
+            self.pools.reclaim_if_due()
         if verdict.log_held == 0:
             return result_of(&verdict, <str> model_id)
         result = result_of(&verdict, <str> model_id)
         self.admission.events.on_violation(model_id, result, verdict.log_held)
         return result
 
-    cdef object answer_late(self, RowRef ref, object model_id, const Ask* ask, object handle):
+    cdef object answer_late(self, RowRef ref, object model_id, const Request* request, object handle):
         """answer() with all that rarely comes in between: a locked row, a model that has left its row, a look at the
         file, a manager that is closed."""
         cdef Verdict verdict
@@ -291,27 +291,27 @@ cdef class QuotaTable:
             now_ns = rows_now_ns(self.shared)
             if now_ns >= self.shared.fine_until_ns:
                 self.state.look(now_ns)
-            outcome = wait_and_decide(row, ref.ledger, ref.generation, self.shared, now_ns, ask, &verdict, 0)
+            outcome = wait_and_decide(row, ref.ledger, ref.generation, self.shared, now_ns, request, &verdict, 0)
             if outcome == LOCKED_OUT:
                 self.state.inside += 1
                 with nogil:
-                    outcome = wait_and_decide(row, ref.ledger, ref.generation, self.shared, now_ns, ask, &verdict, SLICE_NS)
+                    outcome = wait_and_decide(row, ref.ledger, ref.generation, self.shared, now_ns, request, &verdict, SLICE_NS)
                 self.state.exit()
             if outcome == LOCKED_OUT:
                 self.state.pause()
         if outcome == 0:
             if handle is not None:
                 raise UnknownModelError(model_id)
-            self.interned.drop(ref)
-            return self.answer_unknown(model_id, ask)
+            self.interned.unintern(ref)
+            return self.answer_unknown(model_id, request)
         if verdict.limit and verdict.worth_a_look:
-            self.pools.look_for_dead()
+            self.pools.reclaim_if_due()
         result = result_of(&verdict, ref.model_id)
         if verdict.log_held:
             self.admission.events.on_violation(ref.model_id, result, verdict.log_held)
         return result
 
-    cdef object answer_unknown(self, object model_id, const Ask* ask):
+    cdef object answer_unknown(self, object model_id, const Request* request):
         cdef Verdict verdict
         cdef RowRef ref
         if PyErr_Occurred():
@@ -320,11 +320,11 @@ cdef class QuotaTable:
             PyErr_Clear()       # of a list, which is no key
         self.state.require_open()
         if not isinstance(model_id, str):
-            return self.admission.check_several(model_id, ask, False)
+            return self.admission.check_several(model_id, request, False)
         model_id = plain_id(model_id)
         ref = self.admission.find_or_adopt(<str> model_id)
         if ref is not None:
-            return self.answer(ref, model_id, ask, None)
+            return self.answer(ref, model_id, request, None)
         self.admission.count_unknown(1)
         verdict.allowed = True
         verdict.limit = 0
@@ -357,9 +357,9 @@ cdef class QuotaTable:
         TypeError, ValueError
             A count that is no integer or out of range, or ids that are none; nothing has been charged.
         """
-        cdef Ask ask
-        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-        return self.admission.reserve(ids_of(model_id), &ask)
+        cdef Request request
+        parse_request(&request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+        return self.admission.reserve(ids_of(model_id), &request)
 
     def settle_many(self, grants, actual_tokens):
         """Settle many grants at once, such as those that one step of continuous batching completed.
@@ -478,7 +478,7 @@ cdef class QuotaTable:
         batch.limits = <uint8_t*> cnp.PyArray_DATA(out)
         batch.waits_ms = NULL
         batch.times_ns = NULL
-        batch.held_up = False
+        batch.others_may_free = False
         if retry_after_ms is not None:
             require_target(retry_after_ms, "retry_after_ms", np.int64, batch.count)
             batch.waits_ms = <int64_t*> cnp.PyArray_DATA(retry_after_ms)
@@ -501,8 +501,8 @@ cdef class QuotaTable:
         if times_ns is not None and batch.count:
             if batch.times_ns[batch.count - 1] > self.state.manual.time_ns:
                 self.state.manual.move_to(batch.times_ns[batch.count - 1])
-        if batch.held_up:
-            self.pools.look_for_dead()
+        if batch.others_may_free:
+            self.pools.reclaim_if_due()
         for model_id, result, held in due:
             self.admission.events.on_violation(model_id, result, held)
         return out

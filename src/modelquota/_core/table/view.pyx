@@ -56,8 +56,8 @@ def read_table(QuotaTable table not None):
     cdef RowRef ref
     cdef Limits* bounds
     state.require_open()
-    interned.look_around()
-    table.pools.look_for_dead()
+    interned.refresh()
+    table.pools.reclaim_if_due()
     cdef dict found = interned.ids.copy()     # another thread may add to it where read() waits
     cdef Records records = Records(len(found))
     cdef cnp.ndarray limits = _zeros(limits_dtype(), len(found), sizeof(Limits))
