@@ -331,9 +331,9 @@ def test_codes_of_a_forgotten_id_are_refused(small, clock):
     codes = small.codes(["gone"])
     clock.advance(AGED_SECONDS)
     crowd(small, "new")
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ValueError, match="codes"):
         small.check_many(codes, 1)
-    with pytest.raises(ValueError, match="rows"):
+    with pytest.raises(ValueError, match="codes"):
         small.charge_many(codes, 1)
     assert small.get_usage("gone") is None
     with pytest.raises(UnknownModelError):

@@ -75,7 +75,7 @@ MANAGER: dict[str, Verb] = {
     "max_models": lambda m: m.max_models,
     "remove_quota": lambda m: m.remove_quota("m"),
 }
-# close may be called again, settle_many is a verb of grants, rows is the old name of codes, and the rest are values that
+# close may be called again, settle_many is a verb of grants, rows is the old name of codes, the rest are values that
 # were given at the start
 NO_VERBS_OF_A_MANAGER = {"close", "closed", "clock", "default_quota", "path", "open_readonly", "settle_many", "rows"}
 

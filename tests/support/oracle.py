@@ -376,7 +376,7 @@ class Oracle:
             self.clock.now_ns, estimated_tokens, ram_needed_mb, ssd_needed_mb, self.enforcement_enabled
         )
 
-    def rows(self, model_ids: Sequence[str]) -> list[str]:
+    def codes(self, model_ids: Sequence[str]) -> list[str]:
         """Row codes: here the ids themselves."""
         return list(model_ids)
 
