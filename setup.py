@@ -92,7 +92,7 @@ def core_module(source):
         depends=glob(f"{CORE}/**/*.pxd", recursive=True),
         include_dirs=[np.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-        extra_compile_args=[*compile_args, "-O1" if SANITIZE or path.stem in COLD else "-O2"],
+        extra_compile_args=[*compile_args, "-O1" if SANITIZE or path.stem in COLD else "-O3"],
         extra_link_args=link_args,
     )
 
