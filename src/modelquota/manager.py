@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from modelquota._core.state.clock import ManualClock
 from modelquota._core.state.mapping import MAX_MODELS_LIMIT
 from modelquota._core.table.grant import Grant
-from modelquota._core.table.queue import WaitTable
+from modelquota._core.table.handle import RowHandle
 from modelquota._core.table.result import QuotaCheckResult
-from modelquota._core.table.table import RowHandle
+from modelquota._core.table.table import QuotaTable
 from modelquota._log import log as _log
 from modelquota._log import logger
 from modelquota.errors import UnknownModelError
@@ -40,7 +40,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class ResourceQuotaManager(WaitTable, QuotaReader):
+class ResourceQuotaManager(QuotaTable, QuotaReader):
     """Quotas of many models, and the one question of an inference service: may this model take this request now?
 
     Every verb may be called from any thread. Processes forked after its creation share the state. Those that are
@@ -96,11 +96,14 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
     ) -> None:
         if max_models is not None:
             max_models = _integer("max_models", max_models, 1, MAX_MODELS_LIMIT, "1 .. 2**24")
+        self._events = _Events(clock)
         self.default_quota = default_quota
-        self._unknown_logged_second = -1
-        self._unknown_held = 0
         super().__init__(
-            path=None if path is None else os.fsdecode(path), max_models=max_models, clock=clock, trust_file=trust_file
+            path=None if path is None else os.fsdecode(path),
+            max_models=max_models,
+            clock=clock,
+            events=self._events,
+            trust_file=trust_file,
         )
         self._trust_file = trust_file
         if self.path is not None:  # an adjuster that was killed may have left its journal
@@ -171,12 +174,12 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
 
         Of a mapping it is a copy, which cannot be changed.
         """
-        templates = self._templates  # read once: another thread may set it to None
+        templates = self._events.templates  # read once: another thread may set it to None
         return None if templates is None else templates.source
 
     @default_quota.setter
     def default_quota(self, value: DefaultQuota | None) -> None:
-        self._templates = None if value is None else QuotaTemplates(value)
+        self._events.templates = None if value is None else QuotaTemplates(value)
 
     def set_quota(self, config: ResourceQuotaConfig | str, /, **fields: Any) -> None:
         """Give a model its limits: ``set_quota(config)``, or ``set_quota("llama", max_ram_mb=1024)``.
@@ -352,18 +355,28 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
         """
         self._empty_burst(model_id)
 
-    # -- called by the core
 
-    def _template(self, model_id: str) -> ResourceQuotaConfig | None:
-        templates = self._templates
+class _Events:
+    """What the core asks and tells the facade. It does not know the manager, which would keep both alive."""
+
+    def __init__(self, clock: ManualClock | None) -> None:
+        self.templates: QuotaTemplates | None = None
+        self._clock = clock
+        self._unknown_logged_second = -1
+        self._unknown_held = 0
+
+    def template_of(self, model_id: str) -> ResourceQuotaConfig | None:
+        """Return the config that stands in for that of an id without a quota, whatever id it names, or None."""
+        templates = self.templates
         template = None if templates is None else templates.template_of(model_id)
         if template is not None:
             plain_model_id("model_id", model_id)  # raises for what no quota could have
         return template
 
-    def _log_unknown(self, model_id: str) -> None:
+    def on_unknown_model(self, model_id: str) -> None:
+        """Log, once a second, that an id without a quota was checked."""
         self._unknown_held += 1
-        clock = self.clock
+        clock = self._clock
         second = (time.monotonic_ns() if clock is None else clock.now_ns) // _SECOND_NS
         if second != self._unknown_logged_second:
             self._unknown_logged_second = second
@@ -375,7 +388,8 @@ class ResourceQuotaManager(WaitTable, QuotaReader):
                 held,
             )
 
-    def _log_violation(self, model_id: str, result: QuotaCheckResult, stands_for: int) -> None:
+    def on_violation(self, model_id: str, result: QuotaCheckResult, stands_for: int) -> None:
+        """Log a violation, and those held back since the last one; called once per model and second of its time."""
         level = _INFO if result.action is ViolationAction.QUEUE else _WARNING
         if logger().isEnabledFor(level):
             _log(

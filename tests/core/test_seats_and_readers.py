@@ -21,7 +21,7 @@ from patience import until
 
 from modelquota import CapacityError, QuotaExceededError, ResourceQuotaManager
 from modelquota._core.state.mapping import process_space
-from modelquota._core.state.shared import regions_for
+from modelquota._core.state.state import regions_for
 from modelquota._core.table.packing import dtypes
 from modelquota.statefile.inspect import inspect_file, verify_file
 
@@ -396,7 +396,7 @@ def test_two_processes_that_open_at_once_never_share_a_seat(path, manager):
 
 def test_the_error_of_a_full_table_says_that_readers_are_in_the_way(path, manager, monkeypatch):
     with read_locked(path):
-        monkeypatch.setattr("modelquota._core.shared.process_space", lambda: 0)
+        monkeypatch.setattr("modelquota._core.state.state.process_space", lambda: 0)
         with pytest.raises(CapacityError) as caught:
             ResourceQuotaManager(path=path)
     assert str(caught.value) == (

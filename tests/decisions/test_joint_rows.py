@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import os
 import subprocess
 import sys
 import textwrap
@@ -123,12 +124,11 @@ def test_a_process_asks_for_models_that_another_one_moves(tmp_path, verb):
 def test_a_model_that_takes_the_row_of_another_one_in_the_same_request(manager):
     """The step by itself: one id leaves while the ids are looked up, and the other is registered in its row."""
 
-    class Registrar(ResourceQuotaManager):
-        def _template(self, model_id):
-            self.remove_quota("a")
-            return super()._template(model_id)
+    def remove_and_register(model_id):
+        manager.remove_quota("a")
+        return ON_SIGHT
 
-    manager = Registrar(max_models=4, default_quota=ON_SIGHT)
+    manager = ResourceQuotaManager(max_models=4, default_quota=remove_and_register)
     for verb in VERBS:
         manager.set_quota("a", **FREE)
         thread = threading.Thread(target=ask, args=(manager, verb, ("a", f"new/{verb}"), 7), daemon=True)
@@ -393,7 +393,9 @@ def test_lists_that_change_while_they_are_read():
         print("alive", sum(held), int(manager._arrays()[1]["lock"].sum()))
     """
     command = [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(program)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=SUPPORT)
+    path = os.pathsep.join([str(SUPPORT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
     assert ended.stdout == "alive 0 0\n", ended.stderr[-2000:]
 
 

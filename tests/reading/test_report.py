@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from modelquota import Limit, ManualClock, ResourceQuotaManager
 from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig
-from modelquota.reading.report import ModelReport, QuotaStats, ResourceUsage, model_report, percent, status_lines
+from modelquota.reading.report import ModelReport, QuotaStats, ResourceUsage, model_report, status_lines
 
 UNLIMITED = ResourceQuotaConfig(
     "free",
@@ -34,7 +35,18 @@ USAGE = ResourceUsage(
     requests_this_day=150_000,
     reserved_ram_mb=1024,
     reserved_ssd_mb=4096,
+    percent=(0.0, 75.0, 75.0, 0.0, 0.0, 0.0, 25.0, 75.0, 10.0, 150.0, 0.0),
 )
+
+
+def percent(used: int, limit: int | None) -> float:
+    """How full a model's RAM is that uses so much of so much."""
+    manager = ResourceQuotaManager(clock=ManualClock())
+    manager.set_quota("m", max_ram_mb=limit)
+    manager.update_memory_usage("m", used, 0)
+    usage = manager.get_usage("m")
+    assert usage is not None
+    return usage.percent[Limit.RAM]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +94,13 @@ def test_model_report() -> None:
 
 
 def test_a_model_without_limits_uses_nothing_of_them() -> None:
-    report = model_report("free", UNLIMITED, USAGE)
+    manager = ResourceQuotaManager(clock=ManualClock())
+    manager.set_quota(UNLIMITED)
+    manager.update_memory_usage("free", 512, 8192)
+    for tokens in (800, 100, *[0] * 5):
+        manager.check_quota("free", tokens)
+    report = manager.get_model_report("free")
+    assert report is not None
     percents = [value for name, value in dataclasses.asdict(report).items() if name.endswith(("_used", "_utilization"))]
     assert percents == [0.0] * 6
     assert (report.requests_per_second, report.tokens_per_second) == (7.0, 900.0)
@@ -97,7 +115,7 @@ def test_a_model_without_limits_uses_nothing_of_them() -> None:
             " tokens_this_hour tokens_this_day requests_this_hour requests_this_day burst_requests_used"
             " burst_tokens_used total_violations ram_violations ssd_violations rate_violations quota_violations"
             " concurrency_violations reserved_ram_mb reserved_ssd_mb concurrent_requests queued_requests"
-            " tokens_total tokens_refunded_total",
+            " tokens_total tokens_refunded_total left percent",
         ),
         (
             QuotaStats,
@@ -113,7 +131,8 @@ def test_snapshots_are_frozen_values_of_integers(snapshot: type[ResourceUsage | 
     assert dataclasses.asdict(value) == {name: number for number, name in enumerate(names)}
     assert list(dataclasses.asdict(value)) == names
     assert pickle.loads(pickle.dumps(value)) == value
-    assert set(dataclasses.asdict(snapshot()).values()) == {0}
+    fresh = dataclasses.asdict(snapshot())
+    assert {value for name, value in fresh.items() if name not in ("left", "percent")} == {0}
     assert not hasattr(value, "__dict__")
     with pytest.raises(dataclasses.FrozenInstanceError):
         value.total_violations = 0  # type: ignore[misc]

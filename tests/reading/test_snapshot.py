@@ -31,7 +31,7 @@ def test_snapshot_has_all_models_at_once(manager):
     assert array["rejected_total"].tolist() == [1, 0]
     assert array["warned_total"].tolist() == [0, 3]
     usage = manager.get_usage("w")
-    for name in usage.__dataclass_fields__:
+    for name in set(usage.__dataclass_fields__) - {"left", "percent"}:
         assert array[1][name] == getattr(usage, name)
     array["requests_this_hour"] = 0
     assert manager.get_usage("m").requests_this_hour == 3

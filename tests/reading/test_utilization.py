@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.reading.utilization import _USED, LIMITS, limits_of, read_utilization, window_limit
+from modelquota.quota.limits import CATALOGUE
+from modelquota.reading.utilization import LIMITS, limits_of, read_utilization
 
 
 @pytest.fixture
@@ -73,6 +74,7 @@ def test_no_model(manager):
 
 
 def test_every_limit_has_its_column():
-    assert tuple(_USED) == LIMITS == tuple(Limit)
+    assert tuple(CATALOGUE) == LIMITS == tuple(Limit)
     assert len(limits_of(ResourceQuotaConfig("m"))) == len(LIMITS)
-    assert window_limit(99.5, 0) == 100
+    quota = ResourceQuotaConfig("m", max_requests_per_second=99.5, burst_requests=0)
+    assert limits_of(quota)[LIMITS.index(Limit.REQUESTS_PER_SECOND)] == 100

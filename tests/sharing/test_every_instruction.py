@@ -84,7 +84,7 @@ class Case:
         if usage is None or quota is None:
             return None
         fields = dataclasses.asdict(usage) | {"quota": quota.to_dict()}
-        fields.pop("last_updated_ns", None)
+        del fields["left"], fields["percent"]  # they follow from the others, and from what is held
         return {name: value for name, value in fields.items() if name not in HELD}
 
 
@@ -148,7 +148,7 @@ def waiting(case: Case) -> Any:
     case.manager.update_quota("m", on_violation="queue")
     grants = twice_granted(case)
     waiter = ThreadWaiter()
-    assert case.manager._begin(waiter, ("y", "m"), 17, 5, 6, 30.0, 0, nowait=False) is waiter
+    assert case.manager._admit_or_queue(waiter, ("y", "m"), 17, 5, 6, 30.0, 0, nowait=False) is waiter
     return waiter, grants
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from modelquota import ResourceQuotaManager, StateFileError
-from modelquota._core.state.shared import regions_for
-from modelquota._core.state.validate import Reader
 from modelquota._core.state import validate
+from modelquota._core.state.state import regions_for
+from modelquota._core.state.validate import Reader
 from modelquota._core.table.packing import dtypes
 from modelquota.statefile.inspect import inspect_file, verify_file
 

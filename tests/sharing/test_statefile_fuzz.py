@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
-from modelquota._core.state.shared import FACTS, regions_for
 from modelquota._core.state import validate
+from modelquota._core.state.state import FACTS, regions_for
 from modelquota._core.table.packing import dtypes
 from modelquota.waiting.thread import ThreadWaiter
 
@@ -92,7 +92,7 @@ class Workshop:
         self.held = [manager.reserve("model-0", 2, 3, 4), *(manager.reserve("model-2", 0, 1) for _ in range(3))]
         waiters = [ThreadWaiter() for _ in range(2)]
         for waiter, ids in zip(waiters, ("model-2", ("model-0", "model-2")), strict=True):
-            assert manager._begin(waiter, ids, 1, 0, 0, None, 0, nowait=False) is waiter
+            assert manager._admit_or_queue(waiter, ids, 1, 0, 0, None, 0, nowait=False) is waiter
         manager.flush()
         self.extents = []
         with open(good, "rb") as file:

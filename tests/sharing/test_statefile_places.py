@@ -9,9 +9,9 @@ import textwrap
 import pytest
 
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager, StateFileError
+from modelquota._core.state import mapping
 from modelquota._core.state.beside import beside, journal_of
 from modelquota._core.state.file import loss_of
-from modelquota._core.state import mapping
 from modelquota.control.load import LoadAdjuster
 from modelquota.statefile.inspect import inspect_file, verify_file
 

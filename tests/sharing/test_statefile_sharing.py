@@ -205,7 +205,7 @@ class Bytes:
     """The header and the first row of a file, to be written to."""
 
     def __init__(self, path):
-        from modelquota._core.state.shared import regions_for
+        from modelquota._core.state.state import regions_for
 
         layout = dtypes()
         most = int(read_header(path)["max_models"])

@@ -27,7 +27,7 @@ from modelquota import (
     ResourceQuotaConfig,
     ResourceQuotaManager,
 )
-from modelquota.waiting import ThreadWaiter
+from modelquota.waiting.thread import ThreadWaiter
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -523,3 +523,22 @@ def test_grants_that_are_forgotten_while_their_row_is_locked_are_not_used_after_
     command = [sys.executable, "-c", textwrap.dedent(program)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=SUPPORT)
     assert ended.stdout == "0 0\n", ended.stderr[-1000:]
+
+
+def test_a_model_that_leaves_meanwhile_does_not_end_the_wait_for_another_ones_row(tmp_path):
+    """Its ledger is cleared; that is not a grace period of 0. It leaves while the core looks at signals."""
+    manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=64)
+    for name in ("c", "a"):
+        manager.set_quota(name, **FREE)
+    other = ResourceQuotaManager(path=manager.path)
+    previous = signal.signal(signal.SIGUSR1, lambda *_: other.remove_quota("a"))
+    manager.acquire(("a", "c"), 1).release()
+    try:
+        with stopped_inside(manager, "c"):
+            timer = threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGUSR1))
+            timer.start()
+            with takes(0.6), pytest.raises(ModelLockedError):
+                manager.acquire(("a", "c"), 1, timeout=0.6)
+            timer.join()
+    finally:
+        signal.signal(signal.SIGUSR1, previous)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from modelquota import ResourceQuotaManager
-from modelquota._core.state.shared import regions_for
+from modelquota._core.state.state import regions_for
 from modelquota._core.table.packing import dtypes
 
 SEATS = 1024

@@ -14,7 +14,7 @@ from neighbors import stopped_inside
 from patience import PATIENCE, until
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
-from modelquota.waiting_async import TaskWaiter
+from modelquota.waiting.task import TaskWaiter
 
 FORK = multiprocessing.get_context("fork")
 LINE = {

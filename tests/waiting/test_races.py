@@ -79,10 +79,10 @@ def test_a_line_whose_last_one_leaves_while_another_one_comes(manager):
             go_on.wait(PATIENCE)
 
     first, second = ThreadWaiter(), SlowWaiter()
-    manager._begin(first, "m", 1, 0, 0, None, 0, nowait=False)
+    manager._admit_or_queue(first, "m", 1, 0, 0, None, 0, nowait=False)
 
     def come():
-        while manager._begin(second, "m", 1, 0, 0, None, 0, nowait=False) is None:
+        while manager._admit_or_queue(second, "m", 1, 0, 0, None, 0, nowait=False) is None:
             pass  # the row is locked: as `acquire` does, it tries again
 
     comes = start(come)
@@ -260,7 +260,7 @@ def test_the_lines_of_a_parent_are_no_concern_of_a_forked_process():
             manager.update_quota("m", max_concurrent_requests=2)
             mine = manager.acquire("m", 1, priority=1)
             waiter = ThreadWaiter()
-            manager._begin(waiter, "m", 1, 0, 0, None, 1, nowait=False)
+            manager._admit_or_queue(waiter, "m", 1, 0, 0, None, 1, nowait=False)
             manager.enforcement_enabled = True  # something for all lines
             mine.release()
             code = 0 if waiter.done else 2

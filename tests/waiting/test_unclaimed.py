@@ -64,7 +64,7 @@ def neighbor(owner, path, clock):
 def begin_to_wait(manager, ids="line", timeout=TIME, tokens=TOKENS, ram_mb=RAM_MB):
     """A request in line whose owner does nothing."""
     waiter = ThreadWaiter()
-    assert manager._begin(waiter, ids, tokens, ram_mb, 0, timeout, 0, nowait=False) is waiter
+    assert manager._admit_or_queue(waiter, ids, tokens, ram_mb, 0, timeout, 0, nowait=False) is waiter
     assert not waiter.done
     return waiter
 

@@ -21,10 +21,10 @@ cdef extern from *:
 cdef enum:
     LAYOUT_VERSION = 4
     SLOTS = 60              # closed slots that a window counts beside the current one
-    WINDOWS = 3             # SECOND, HOUR, DAY
+    WINDOWS = 3             # SECOND, HOUR, DAY, the shortest first
     SECOND = 0
-    HOUR = 1
-    DAY = 2
+    LONGEST = WINDOWS - 1
+    LIMITS = 5 + 2 * WINDOWS    # Limit codes, from 0, which is none: memory, concurrency, two a window, the queue
     VIOLATION_TYPES = 5     # in the order of violations[] below
     SEAT_BITS = 10
     SEATS = 1024            # processes that share a state at once; seat 0 is nobody's
@@ -32,6 +32,16 @@ cdef enum:
     CHUNKS = 4096           # of each kind
     RECORDS = 262_144       # CHUNK * CHUNKS: grants open at once, and requests that wait at once, over all processes
     CHANGES = 4096          # comings and goings of models that the change log holds
+
+
+cdef extern from *:
+    """
+    /* of each window: how many 1/60 s slots make one of its slots, and the Limit codes of its requests and its tokens */
+    static const int64_t mq_slots_per_slot[] __attribute__((unused)) = {1, 3600, 86400};
+    static const uint8_t mq_limit_codes[][2] __attribute__((unused)) = {{4, 5}, {7, 6}, {9, 8}};
+    """
+    const int64_t SLOTS_PER_SLOT "mq_slots_per_slot"[WINDOWS]     # each a multiple of the one before
+    const uint8_t LIMIT_CODES "mq_limit_codes"[WINDOWS][2]        # [window][of_tokens]
 
 
 cdef struct Wide:
@@ -65,20 +75,20 @@ cdef struct Row:
 
 cdef struct Ledger:
     # The rest of a model: written when a slot ends, a limit changes or a request is denied. Guarded by Row.lock.
-    # -- rolling windows SECOND, HOUR, DAY. Charged ever = mark - Row's room; used = charged - base. All modulo 2**64.
+    # -- rolling windows. Charged ever = mark - Row's room; used = charged - base. All modulo 2**64.
     uint64_t requests_mark
     uint64_t tokens_mark
-    uint64_t requests_base[3]   # charged when the oldest counted slot began
-    uint64_t tokens_base[3]
-    double request_percent[3]   # of a window's limit, that one request or token is; 0 = no limit
-    double token_percent[3]
+    uint64_t requests_base[WINDOWS]   # charged when the oldest counted slot began
+    uint64_t tokens_base[WINDOWS]
+    double request_percent[WINDOWS]   # of a window's limit, that one request or token is; 0 = no limit
+    double token_percent[WINDOWS]
     double request_level_percent    # of the level's cap, that one of its units is; 0 = no level
     double token_level_percent
-    uint64_t requests_start[3]  # charged when the current slot began
-    uint64_t tokens_start[3]
-    int64_t request_limit[3]    # per window, or UNLIMITED; for SECOND ceil(rate) + burst
-    int64_t token_limit[3]
-    uint8_t filled[3]           # closed slots of each ring that hold a count, 0..SLOTS
+    uint64_t requests_start[WINDOWS]  # charged when the current slot began
+    uint64_t tokens_start[WINDOWS]
+    int64_t request_limit[WINDOWS]    # per window, or UNLIMITED; for SECOND ceil(rate) + burst
+    int64_t token_limit[WINDOWS]
+    uint8_t filled[WINDOWS]           # closed slots of each ring that hold a count, 0..SLOTS
     uint8_t action              # ViolationAction code, 0..3
     # -- name record: NAME_UNIT bytes * offset into the names; the record stays with the row and only grows
     uint32_t name_offset
@@ -136,8 +146,8 @@ cdef struct Ledger:
     double grace_period_sec
     # -- the closed slots of each window; slot s stands at s % SLOTS. A slot's requests beyond 2**32 - 1 are carried into
     # the next one.
-    int64_t tokens[3][60]
-    uint32_t requests[3][60]
+    int64_t tokens[WINDOWS][SLOTS]
+    uint32_t requests[WINDOWS][SLOTS]
 
 
 cdef struct QueueEntry:
@@ -194,8 +204,8 @@ cdef struct Limits:
     double requests_per_second
     double tokens_per_second
     double grace_period_sec
-    int64_t request_limits[3]
-    int64_t token_limits[3]
+    int64_t request_limits[WINDOWS]
+    int64_t token_limits[WINDOWS]
     Wide request_cap
     Wide token_cap
     int64_t request_drain
@@ -271,7 +281,10 @@ cdef struct Pool:
 
 
 cdef struct Shared:
-    # Where the parts of the mapping are in this process, and who it is there.
+    # Where the parts of the mapping are in this process, who it is there, and what time it is.
+    int64_t fine_until_ns     # until this time of the rows nothing has to be looked at before a decision; or REFUSES
+    int64_t offset_ns         # from the monotonic clock to the rows' time,
+    const int64_t* manual_ns  # or the time of a ManualClock; NULL = the monotonic clock
     Header* header
     Seat* seats
     uint32_t* changes         # row of each coming and going of a model, at registry_version % CHANGES; UINT32_MAX = any

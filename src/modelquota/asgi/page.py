@@ -8,21 +8,26 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from modelquota.asgi.request import Receive, Scope, Send
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.limits import DENYING, LimitRecord
 from modelquota.reading.counting import denied
-from modelquota.reading.utilization import Utilization, read_utilization
+from modelquota.reading.utilization import LIMITS, Utilization, read_utilization
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager
 
 MOST_SHOWN: Final = 100
 """Models on the page: those with most refusals, waiting requests and use."""
+
+_METERS: Final = sorted(DENYING, key=lambda record: record.unit == "MB")
+"""The limits that have a meter, those of memory last."""
 
 _COMMON: Final = [
     (b"cache-control", b"no-store"),
@@ -107,24 +112,7 @@ def page_state(manager: ResourceQuotaManager) -> dict[str, Any]:
 def _model_state(found: Utilization, index: int, refused: int) -> dict[str, Any]:
     quota = found.quotas[index]
     usage = dict(zip(found.counters.dtype.names or (), found.counters[index].tolist(), strict=True))
-    meters = (
-        ("Concurrent requests", usage["concurrent_requests"], quota.max_concurrent_requests, ""),
-        ("Requests per second", usage["requests_this_second"], quota.max_requests_per_second, ""),
-        (
-            "Request burst",
-            usage["burst_requests_used"],
-            _burst(quota.max_requests_per_second, quota.burst_requests),
-            "",
-        ),
-        ("Tokens per second", usage["tokens_this_second"], quota.max_tokens_per_second, ""),
-        ("Token burst", usage["burst_tokens_used"], _burst(quota.max_tokens_per_second, quota.burst_tokens), ""),
-        ("Tokens per hour", usage["tokens_this_hour"], quota.max_tokens_per_hour, ""),
-        ("Requests per hour", usage["requests_this_hour"], quota.max_requests_per_hour, ""),
-        ("Tokens per day", usage["tokens_this_day"], quota.max_tokens_per_day, ""),
-        ("Requests per day", usage["requests_this_day"], quota.max_requests_per_day, ""),
-        ("RAM", usage["current_ram_mb"] + usage["reserved_ram_mb"], quota.max_ram_mb, "MB"),
-        ("SSD", usage["current_ssd_mb"] + usage["reserved_ssd_mb"], quota.max_ssd_mb, "MB"),
-    )
+    percent = dict(zip(LIMITS, found.percent[index].tolist(), strict=True))
     return {
         "id": quota.model_id,
         "action": quota.on_violation.value,
@@ -139,17 +127,35 @@ def _model_state(found: Utilization, index: int, refused: int) -> dict[str, Any]
         "refused": refused,
         "tokens_charged": usage["tokens_total"],
         "tokens_refunded": usage["tokens_refunded_total"],
-        "meters": [
-            {"label": label, "used": used, "limit": limit, "unit": unit}
-            for label, used, limit, unit in meters
-            if limit is not None
-        ],
+        "meters": [meter for record in _METERS for meter in _meters(record, quota, usage, percent[record.limit])],
     }
 
 
-def _burst(rate: float | None, burst: int) -> int | None:
-    """A burst is a limit only where there are a rate and a burst."""
-    return None if rate is None else burst or None
+def _meters(
+    record: LimitRecord, quota: ResourceQuotaConfig, usage: dict[str, Any], percent: float
+) -> Iterator[dict[str, Any]]:
+    """Yield the meter of a limit, and of a rate that of its burst; what is not limited has none."""
+    limit = getattr(quota, record.quota_field)
+    if limit is None:
+        return
+    used = sum(usage[field] for field in record.usage_fields)
+    yield _meter(record.label[0].upper() + record.label[1:], used, limit, record, percent)
+    burst = getattr(quota, record.burst_field) if record.is_rate else 0
+    if burst:
+        ahead = usage[record.ahead_field]
+        label = f"{record.unit.removesuffix('s').capitalize()} burst"
+        yield _meter(label, ahead, burst, record, 100 * ahead / burst)
+
+
+def _meter(label: str, used: int, limit: float, record: LimitRecord, percent: float) -> dict[str, Any]:
+    unit = "MB" if record.unit == "MB" else ""
+    return {
+        "label": label,
+        "used": used,
+        "limit": limit,
+        "unit": unit,
+        "percent": round(percent, 3) if limit else 100.0,
+    }
 
 
 def _wants_json(scope: Scope) -> bool:

@@ -11,9 +11,10 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
+from modelquota._core.table.packing import bounds_of as core_bounds
 from modelquota._core.table.result import QuotaCheckResult
 from modelquota.quota.config import ResourceQuotaConfig
-from modelquota.quota.limits import Limit
+from modelquota.quota.limits import DENYING, Limit, LimitRecord
 from modelquota.reading.report import ModelReport, ResourceUsage
 
 Header = tuple[bytes, bytes]
@@ -21,20 +22,16 @@ Header = tuple[bytes, bytes]
 MOST: Final = 10**15 - 1
 """The largest integer of a structured field."""
 
-_HOUR_S = 3_600
-_DAY_S = 86_400
 _SLOTS = 60  # capacity of a window returns at most this part of it late
 _NAMES = {limit: limit.label.replace(" ", "-").lower() for limit in Limit}
 _LEFT = operator.itemgetter(1)
-_UNITS = (
-    (b"requests", (Limit.REQUESTS_PER_SECOND, Limit.REQUESTS_PER_HOUR, Limit.REQUESTS_PER_DAY)),
-    (b"tokens", (Limit.TOKENS_PER_SECOND, Limit.TOKENS_PER_HOUR, Limit.TOKENS_PER_DAY)),
+_TOLD = tuple(record for record in DENYING if record.unit != "MB")  # what a request is: RAM and SSD are the server's
+_UNITS = tuple(
+    (unit.encode(), tuple(record.limit for record in _TOLD if record.window is not None and record.unit == unit))
+    for unit in ("requests", "tokens")
 )
-_QUOTA_UNITS = {
-    Limit.CONCURRENCY: ';qu="concurrent-requests"',
-    Limit.TOKENS_PER_SECOND: ';qu="tokens"',
-    Limit.TOKENS_PER_HOUR: ';qu="tokens"',
-    Limit.TOKENS_PER_DAY: ';qu="tokens"',
+_QUOTA_UNITS = {Limit.CONCURRENCY: ';qu="concurrent-requests"'} | {
+    record.limit: ';qu="tokens"' for record in _TOLD if record.unit == "tokens"
 }
 
 
@@ -46,15 +43,13 @@ class Bound(NamedTuple):
     limit : Limit
         Which one.
     most : int
-        What may be used at once where nothing has been used.
+        What may be used at once if nothing has been used.
     window_s : int
-        In how many seconds `most` comes back; 0 where it comes back when requests end.
+        In how many seconds `most` comes back; 0 if it comes back when requests end.
     used : str
         The field of `ResourceUsage` that counts against it.
     ahead : str
         For a rate, the field that says how far the model has run ahead of it; empty otherwise.
-    ceiling : int
-        For a rate, what is admitted in any second at most; otherwise `most`.
     rate : float
         Per second; 0.0 for other limits.
     """
@@ -64,19 +59,7 @@ class Bound(NamedTuple):
     window_s: int
     used: str
     ahead: str = ""
-    ceiling: int = 0
     rate: float = 0.0
-
-    def left(self, usage: ResourceUsage) -> int:
-        """What may be used now."""
-        used: int = getattr(usage, self.used)
-        if not self.ahead:
-            return max(self.most - used, 0)
-        left = min(self.ceiling - used, self.most)
-        ahead: int = getattr(usage, self.ahead)
-        if ahead:  # the level is known only above one second's worth of the rate
-            left = min(left, self.most - math.floor(max(self.rate, 1.0)) - ahead)
-        return max(left, 0)
 
     def reset_ms(self, usage: ResourceUsage) -> int:
         """After how many milliseconds nothing of it is used any more, at the latest, if nothing else is admitted."""
@@ -103,34 +86,20 @@ Standing = tuple[Bound, int, ResourceUsage]
 """A limit, what is left of it, and the usage from which that was read."""
 
 
-def largest_burst(rate: float, burst: int) -> int:
-    """What a rate admits at once where nothing has been used: ``max(rate, 1) + burst``; nothing where the rate is 0."""
-    return math.floor(max(rate, 1.0)) + burst if rate else 0
-
-
 def bounds_of(quota: ResourceQuotaConfig) -> list[Bound]:
     """Return the limits of a model on requests and tokens, in the order in which they are judged."""
-    found = []
-    if quota.max_concurrent_requests is not None:
-        found.append(Bound(Limit.CONCURRENCY, quota.max_concurrent_requests, 0, "concurrent_requests"))
-    for limit, rate, burst, unit in (
-        (Limit.REQUESTS_PER_SECOND, quota.max_requests_per_second, quota.burst_requests, "requests"),
-        (Limit.TOKENS_PER_SECOND, quota.max_tokens_per_second, quota.burst_tokens, "tokens"),
-    ):
-        if rate is not None:
-            most = largest_burst(rate, burst)
-            window_s = max(_whole(most / rate), 1) if rate else 1
-            ceiling = math.ceil(rate) + burst if rate else 0
-            found.append(Bound(limit, most, window_s, f"{unit}_this_second", f"burst_{unit}_used", ceiling, rate))
-    for limit, most_or_none, window_s, used in (
-        (Limit.TOKENS_PER_HOUR, quota.max_tokens_per_hour, _HOUR_S, "tokens_this_hour"),
-        (Limit.REQUESTS_PER_HOUR, quota.max_requests_per_hour, _HOUR_S, "requests_this_hour"),
-        (Limit.TOKENS_PER_DAY, quota.max_tokens_per_day, _DAY_S, "tokens_this_day"),
-        (Limit.REQUESTS_PER_DAY, quota.max_requests_per_day, _DAY_S, "requests_this_day"),
-    ):
-        if most_or_none is not None:
-            found.append(Bound(limit, most_or_none, window_s, used))
-    return found
+    _, at_once = core_bounds(quota)
+    return [_bound(record, most, quota) for record in _TOLD if (most := at_once[record.limit]) is not None]
+
+
+def _bound(record: LimitRecord, most: int, quota: ResourceQuotaConfig) -> Bound:
+    window_s = 0 if record.window is None else record.window.seconds
+    (used,) = record.usage_fields
+    if not record.is_rate:
+        return Bound(record.limit, most, window_s, used)
+    rate: float = getattr(quota, record.quota_field)
+    window_s = max(_whole(most / rate), 1) if rate else 1
+    return Bound(record.limit, most, window_s, used, record.ahead_field, rate)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -166,7 +135,7 @@ def limit_headers(reports: Sequence[ModelReport], denial: QuotaCheckResult | Non
     if len(reports) == 1:
         usage = reports[0].usage
         plan = plan_of(reports[0].quota)
-        standings = [(bound, bound.left(usage), usage) for bound in plan.bounds]
+        standings = [(bound, usage.left[bound.limit] or 0, usage) for bound in plan.bounds]
     else:
         standings = _tightest(reports)
         plan = _plan(tuple(bound for bound, _, _ in standings))
@@ -186,7 +155,7 @@ def _tightest(reports: Iterable[ModelReport]) -> list[Standing]:
     found: dict[Limit, Standing] = {}
     for report in reports:
         for bound in plan_of(report.quota).bounds:
-            left = bound.left(report.usage)
+            left = report.usage.left[bound.limit] or 0
             known = found.get(bound.limit)
             if known is None or left < known[1]:
                 found[bound.limit] = bound, left, report.usage
@@ -237,23 +206,12 @@ def go_duration(ms: int) -> str:
     return f"{prefix}{seconds}{fraction}s"
 
 
-def never_fits(quota: ResourceQuotaConfig, tokens: int, ram_mb: int, ssd_mb: int) -> Limit | None:
-    """Return the first limit that a request exceeds by itself, so that no wait helps; None where it may fit later."""
-    rate = quota.max_requests_per_second
-    burst = None if rate is None else largest_burst(rate, quota.burst_requests)
-    token_rate = quota.max_tokens_per_second
-    token_burst = None if token_rate is None else largest_burst(token_rate, quota.burst_tokens)
-    for limit, asked, most in (
-        (Limit.RAM, ram_mb, quota.max_ram_mb),
-        (Limit.SSD, ssd_mb, quota.max_ssd_mb),
-        (Limit.CONCURRENCY, 1, quota.max_concurrent_requests),
-        (Limit.REQUESTS_PER_SECOND, 1, burst),
-        (Limit.TOKENS_PER_SECOND, tokens, token_burst),
-        (Limit.TOKENS_PER_HOUR, tokens, quota.max_tokens_per_hour),
-        (Limit.REQUESTS_PER_HOUR, 1, quota.max_requests_per_hour),
-        (Limit.TOKENS_PER_DAY, tokens, quota.max_tokens_per_day),
-        (Limit.REQUESTS_PER_DAY, 1, quota.max_requests_per_day),
-    ):
-        if most is not None and asked > most:
-            return limit
+def exceeded_by(quota: ResourceQuotaConfig, tokens: int, ram_mb: int, ssd_mb: int) -> Limit | None:
+    """Return the first limit that a request exceeds by itself; None if it exceeds none."""
+    asked = {Limit.RAM: ram_mb, Limit.SSD: ssd_mb}
+    _, at_once = core_bounds(quota)
+    for record in DENYING:
+        most = at_once[record.limit]
+        if most is not None and asked.get(record.limit, tokens if record.unit == "tokens" else 1) > most:
+            return record.limit
     return None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from modelquota._core.table.result import QuotaCheckResult
-from modelquota.asgi.ratelimit import Header, limit_headers, never_fits
+from modelquota.asgi.ratelimit import Header, exceeded_by, limit_headers
 from modelquota.asgi.request import Demand, RequestRefusedError, Send
 from modelquota.errors import CapacityError, QuotaExceededError
 from modelquota.quota.limits import ViolationType
@@ -73,15 +73,23 @@ def denial(
     wait_ms = result.retry_after_ms
     if wait_ms is not None:
         return _too_many(message, result, wait_ms, headers, busy_retry_seconds)
-    for report in reports:
-        limit = never_fits(report.quota, demand.tokens, demand.ram_mb, demand.ssd_mb)
-        if limit is not None:
-            if limit != result.limit or report.model_id != result.model_id:
-                message = f"Model {report.model_id}: more than its limit of {limit.label} ever admits at once."
-            headers.append((b"x-should-retry", b"false"))
-            return error_answer(400, message, "invalid_request_error", "request_exceeds_limit", None, headers)
+    if result.never_fits:
+        message = _exceeded(demand, reports, result) or message
+        headers.append((b"x-should-retry", b"false"))
+        return error_answer(400, message, "invalid_request_error", "request_exceeds_limit", None, headers)
     headers.append((b"retry-after", b"%d" % busy_retry_seconds))
     return error_answer(503, message, "server_error", "overloaded", None, headers)
+
+
+def _exceeded(demand: Demand, reports: Sequence[ModelReport], result: QuotaCheckResult) -> str | None:
+    """Say which limit a request exceeds by itself, if it is not the one that the result names."""
+    for report in reports:
+        limit = exceeded_by(report.quota, demand.tokens, demand.ram_mb, demand.ssd_mb)
+        if limit is not None:
+            if limit is result.limit and report.model_id == result.model_id:
+                return None
+            return f"Model {report.model_id}: more than its limit of {limit.label} ever admits at once."
+    return None
 
 
 def _too_many(

@@ -19,7 +19,7 @@ from modelquota.cli.format import duration
 from modelquota.demo.traffic import MODELS, NS_PER_MS, NS_PER_SECOND, Lane, Tally, total
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
-from modelquota.quota.limits import ViolationAction
+from modelquota.quota.limits import CATALOGUE, ViolationAction
 
 __all__ = ["run_demo"]
 
@@ -168,12 +168,7 @@ def _check_in_a_row_ns() -> float:
     manager = ResourceQuotaManager()
     manager.set_quota(
         "timed",
-        max_requests_per_second=1e9,
-        max_tokens_per_second=1e12,
-        max_requests_per_hour=10**12,
-        max_tokens_per_hour=10**15,
-        max_requests_per_day=10**12,
-        max_tokens_per_day=10**15,
+        **{limit.quota_field: 1e12 if limit.is_rate else 10**15 for limit in CATALOGUE.values() if limit.window},
     )
     check_quota = manager.check_quota
     best_ns = float("inf")

@@ -1,6 +1,5 @@
 """The table of `modelquota demo`: usage against limits, and what became of the requests."""
 
-import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
@@ -9,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from modelquota.cli.bars import ACTION_STYLES, UsageBar
-from modelquota.cli.format import duration, short
-from modelquota.demo.traffic import Tally, Traffic
+from modelquota.cli.format import duration, narrow_heading, short
+from modelquota.demo.traffic import SHOWN_LIMITS, Tally, Traffic
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
-from modelquota.quota.limits import ViolationAction
+from modelquota.quota.limits import CATALOGUE, ViolationAction
 from modelquota.reading.report import ResourceUsage
 
 __all__ = ["LINES_OF_A_MODEL", "demo_table"]
@@ -72,41 +71,17 @@ def _word(text: str, style: str) -> Text:
 
 
 def _limits(quota: ResourceQuotaConfig, usage: ResourceUsage, bars: bool) -> list[list[RenderableType]]:
-    """Name, bar and numbers of the three limits that the demo's quotas set; without bars the names are short too."""
-    names = ("requests/s", "tokens/s", "tokens/hour") if bars else ("req/s", "tok/s", "tok/h")
-    fractions_and_numbers = [
-        _rate(
-            usage.requests_this_second,
-            quota.max_requests_per_second,
-            quota.burst_requests,
-            usage.burst_requests_used,
-        ),
-        _rate(
-            usage.tokens_this_second,
-            quota.max_tokens_per_second,
-            quota.burst_tokens,
-            usage.burst_tokens_used,
-        ),
-        (
-            usage.tokens_this_hour / max(quota.max_tokens_per_hour or 0, 1),
-            f"{short(usage.tokens_this_hour)} of {short(quota.max_tokens_per_hour or 0)}",
-        ),
-    ]
-    return [
-        [_word(name, "dim"), *([UsageBar(fraction)] if bars else []), Text(numbers)]
-        for name, (fraction, numbers) in zip(names, fractions_and_numbers, strict=True)
-    ]
-
-
-def _rate(used: int, rate: float | None, burst: int, burst_used: int) -> tuple[float, str]:
-    """How much of a rate is used, from 0 to 1, and in numbers.
-
-    A rate is exhausted by what the last second admitted, or by a burst not yet repaid, whichever is nearer.
-    """
-    base = max(rate or 0.0, 1.0)
-    second = used / max(math.ceil(rate or 0.0) + burst, 1)
-    level = (base + burst_used) / (base + burst) if burst_used else 0.0
-    return max(second, level), f"{short(used)} of {short(rate or 0.0)}+{short(burst)}"
+    """Name, bar and numbers of the limits that the demo's quotas set; without bars the names are short too."""
+    lines: list[list[RenderableType]] = []
+    for limit in map(CATALOGUE.__getitem__, SHOWN_LIMITS):
+        used, most = sum(getattr(usage, field) for field in limit.usage_fields), getattr(quota, limit.quota_field) or 0
+        numbers = f"{short(used)} of {short(most)}"
+        if limit.is_rate:
+            numbers += f"+{short(getattr(quota, limit.burst_field))}"
+        name = limit.heading if limit.is_rate else limit.label.replace(" per ", "/")
+        bar = [UsageBar(usage.percent[limit.limit] / 100)] if bars else []
+        lines.append([_word(name if bars else narrow_heading(limit), "dim"), *bar, Text(numbers)])
+    return lines
 
 
 def _requests(quota: ResourceQuotaConfig, tally: Tally) -> list[Text]:

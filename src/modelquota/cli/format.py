@@ -1,6 +1,8 @@
-"""Numbers and names as both commands print them."""
+"""Numbers and names as the commands print them."""
 
-__all__ = ["duration", "escaped", "printable", "short"]
+from modelquota.quota.limits import LimitRecord
+
+__all__ = ["duration", "escaped", "narrow_heading", "printable", "short"]
 
 
 def duration(ms: float) -> str:
@@ -27,6 +29,12 @@ def short(count: float) -> str:
             return digits + unit
         value /= 1_000
     return f"{value:.0f}P"
+
+
+def narrow_heading(limit: LimitRecord) -> str:
+    """The heading of a limit in a window, cut as far as it can be: `tok/h`."""
+    unit, _, window = limit.heading.partition("/")
+    return f"{unit[:3]}/{window}"
 
 
 def printable(name: str) -> str:

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.text import Text
 
 from modelquota.cli.bars import ACTION_STYLES, bar_text
-from modelquota.cli.format import printable, short
+from modelquota.cli.format import narrow_heading, printable, short
 from modelquota.cli.lines import Column, Lines
 from modelquota.quota.config import ResourceQuotaConfig
-from modelquota.quota.limits import Limit
+from modelquota.quota.limits import CATALOGUE, DENYING
 from modelquota.reading.counting import denied
 from modelquota.reading.reader import QuotaReader
 from modelquota.reading.report import QuotaStats
@@ -26,17 +26,9 @@ WIDE_COLUMNS = 132
 _BAR_WIDTH = 10
 _WRITTEN_AT_ONCE = 256
 WIDE = {
-    "RAM": Limit.RAM,
-    "SSD": Limit.SSD,
-    "tok/h": Limit.TOKENS_PER_HOUR,
-    "req/h": Limit.REQUESTS_PER_HOUR,
-    "tok/day": Limit.TOKENS_PER_DAY,
-    "req/day": Limit.REQUESTS_PER_DAY,
-}
-_BURST_FIELDS = {Limit.REQUESTS_PER_SECOND: "burst_requests", Limit.TOKENS_PER_SECOND: "burst_tokens"}
-_RATE_FIELDS = {
-    Limit.REQUESTS_PER_SECOND: "max_requests_per_second",
-    Limit.TOKENS_PER_SECOND: "max_tokens_per_second",
+    limit.label if limit.window is None else narrow_heading(limit): limit.limit
+    for limit in DENYING
+    if limit.unit == "MB" or (limit.window is not None and not limit.is_rate)
 }
 
 
@@ -176,15 +168,15 @@ def _action_style(quota: ResourceQuotaConfig) -> str:
 def _nearest(found: Utilization, index: int, quota: ResourceQuotaConfig, limits: Sequence[int | None]) -> str:
     """Use and limit in words: `910 of 1000 MB RAM`, `40 of 50 tokens/hour`, `burst: 9 of 10 tokens/second`."""
     column = int(found.nearest_column[index])
-    limit, used, bound = LIMITS[column], int(found.uses[index, column]), limits[column] or 0
+    limit, used, bound = CATALOGUE[LIMITS[column]], int(found.uses[index, column]), limits[column] or 0
     words = f"{limit.unit} {limit.label}" if limit.unit == "MB" else limit.label.replace(" per ", "/")
-    burst = _BURST_FIELDS.get(limit)
-    if burst is not None and 100 * used < found.pressure[index] * (bound or 1) - 1e-6:
-        return f"burst: {short(int(found.counters[f'{burst}_used'][index]))} of {short(getattr(quota, burst))} {words}"
-    if burst is not None:
-        rate = getattr(quota, _RATE_FIELDS[limit])
-        return f"{short(used)} of {f'{rate:g}' if rate < 100 else short(rate)}+{short(getattr(quota, burst))} {words}"
-    return f"{short(used)} of {short(bound)} {words}"
+    if not limit.is_rate:
+        return f"{short(used)} of {short(bound)} {words}"
+    burst, ahead = getattr(quota, limit.burst_field), int(found.counters[limit.ahead_field][index])
+    if ahead and 100 * used < found.pressure[index] * (bound or 1) - 1e-6:
+        return f"burst: {short(ahead)} of {short(burst)} {words}"
+    rate = getattr(quota, limit.quota_field)
+    return f"{short(used)} of {f'{rate:g}' if rate < 100 else short(rate)}+{short(burst)} {words}"
 
 
 def _colour(percent: float) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from modelquota._extras import extra
 from modelquota._periodic import Periodic
 from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig
-from modelquota.quota.limits import ViolationAction
+from modelquota.quota.limits import CATALOGUE, Limit, ViolationAction
 from modelquota.statefile.journal import Entries, Journal
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ __all__ = ["DEFAULT_FIELDS", "Adjustment", "LoadAdjuster", "cpu_load"]
 
 logger = logging.getLogger("modelquota")
 
-DEFAULT_FIELDS: Final = ("max_ram_mb", "max_requests_per_second")
+DEFAULT_FIELDS: Final = (CATALOGUE[Limit.RAM].quota_field, CATALOGUE[Limit.REQUESTS_PER_SECOND].quota_field)
 """The limits that are adjusted unless said otherwise."""
 
-_ADJUSTABLE = tuple(field for field in ResourceQuotaConfig.__dataclass_fields__ if field.startswith(("max_", "burst_")))
+_LIMIT_FIELDS = {field for record in CATALOGUE.values() for field in (record.quota_field, record.burst_field)}
+_ADJUSTABLE = tuple(field for field in ResourceQuotaConfig.__dataclass_fields__ if field in _LIMIT_FIELDS)
 
 
 def cpu_load() -> Callable[[], float]:

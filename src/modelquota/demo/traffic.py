@@ -17,7 +17,7 @@ from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import Limit, ViolationAction
 
-__all__ = ["MODELS", "Lane", "Lengths", "Tally", "Traffic", "total"]
+__all__ = ["MODELS", "SHOWN_LIMITS", "Lane", "Lengths", "Tally", "Traffic", "total"]
 
 NS_PER_MS = 1_000_000
 NS_PER_SECOND = 1_000_000_000
@@ -109,6 +109,9 @@ MODELS = (
         lengths=CODE,
     ),
 )
+
+SHOWN_LIMITS = (Limit.REQUESTS_PER_SECOND, Limit.TOKENS_PER_SECOND, Limit.TOKENS_PER_HOUR)
+"""Those that these quotas set."""
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from modelquota._periodic import Periodic
-from modelquota.quota.limits import Limit
+from modelquota.quota.limits import CATALOGUE, Limit
 from modelquota.reading.utilization import LIMITS, Utilization, read_utilization
 
 if TYPE_CHECKING:
@@ -80,13 +80,14 @@ DEFAULT_RULES: Final = (
     AlertRule("violations", Severity.WARNING, 1000),
     AlertRule("ram", Severity.CRITICAL, 90, Limit.RAM),
     AlertRule("ssd", Severity.CRITICAL, 90, Limit.SSD),
-    AlertRule("hourly_tokens", Severity.WARNING, 80, Limit.TOKENS_PER_HOUR),
-    AlertRule("hourly_requests", Severity.WARNING, 80, Limit.REQUESTS_PER_HOUR),
-    AlertRule("daily_tokens", Severity.WARNING, 80, Limit.TOKENS_PER_DAY),
-    AlertRule("daily_requests", Severity.WARNING, 80, Limit.REQUESTS_PER_DAY),
+    *(
+        AlertRule(f"{limit.window.adjective}_{limit.unit}", Severity.WARNING, 80, limit.limit)
+        for limit in CATALOGUE.values()
+        if limit.window is not None and not limit.is_rate
+    ),
     AlertRule("queue", Severity.WARNING, 80, Limit.QUEUE),
 )
-"""More than 1,000 violations; memory above 90 %; an hour's or day's quota, or the queue, above 80 %."""
+"""More than 1,000 violations; memory above 90 %; a window longer than the second, or the queue, above 80 %."""
 
 
 @dataclass(frozen=True, slots=True)

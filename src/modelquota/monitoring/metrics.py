@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from modelquota.quota.config import ResourceQuotaConfig
-from modelquota.quota.limits import ViolationAction, ViolationType
+from modelquota.quota.limits import CATALOGUE, Limit, LimitRecord, ViolationAction, ViolationType
 from modelquota.reading.counting import DENIED, denied_by_action
-from modelquota.reading.utilization import Utilization, denying, read_utilization, window_limit
+from modelquota.reading.utilization import LIMITS, Utilization, denying, limits_of, read_utilization
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -84,8 +84,20 @@ def _one(*fields: str) -> dict[tuple[str, ...], tuple[str, ...]]:
     return {(): fields}
 
 
-def _windows(fields: str) -> dict[tuple[str, ...], tuple[str, ...]]:
-    return {(window,): (fields.format(window),) for window in ("second", "hour", "day")}
+def _windows(unit: str) -> dict[tuple[str, ...], tuple[str, ...]]:
+    return {(window,): limit.usage_fields for window, limit in _of_windows(unit)}
+
+
+def _window_limits(unit: str) -> dict[tuple[str, ...], tuple[str, ...]]:
+    return {(window,): (_name(limit.limit),) for window, limit in _of_windows(unit)}
+
+
+def _of_windows(unit: str) -> list[tuple[str, LimitRecord]]:
+    return [(limit.window.name, limit) for limit in CATALOGUE.values() if limit.window and limit.unit == unit]
+
+
+def _name(limit: Limit) -> str:
+    return limit.name.lower()
 
 
 _DENIED: dict[tuple[str, ...], str] = {
@@ -130,13 +142,13 @@ METRICS: Final = (
     Metric("modelquota.model.tokens.refunded", Kind.COUNTER, _TOKEN, "Tokens given back of those charged.",
            _one("tokens_refunded_total")),
     Metric("modelquota.model.window.requests", Kind.USE, _REQUEST, "Requests admitted in the rolling window.",
-           _windows("requests_this_{}"), ("window",)),
+           _windows("requests"), ("window",)),
     Metric("modelquota.model.window.requests.limit", Kind.LIMIT, _REQUEST,
-           "Most requests of the rolling window, burst included.", _windows("requests_{}"), ("window",)),
+           "Most requests of the rolling window, burst included.", _window_limits("requests"), ("window",)),
     Metric("modelquota.model.window.tokens", Kind.USE, _TOKEN, "Tokens admitted in the rolling window.",
-           _windows("tokens_this_{}"), ("window",)),
+           _windows("tokens"), ("window",)),
     Metric("modelquota.model.window.tokens.limit", Kind.LIMIT, _TOKEN,
-           "Most tokens of the rolling window, burst included.", _windows("tokens_{}"), ("window",)),
+           "Most tokens of the rolling window, burst included.", _window_limits("tokens"), ("window",)),
     Metric("modelquota.model.burst.requests", Kind.USE, _REQUEST, "Requests ahead of the rate, not yet repaid.",
            _one("burst_requests_used")),
     Metric("modelquota.model.burst.tokens", Kind.USE, _TOKEN, "Tokens ahead of the rate, not yet repaid.",
@@ -152,7 +164,7 @@ METRICS: Final = (
     Metric("modelquota.model.ssd.limit", Kind.LIMIT, _BYTE, "Most SSD space.", _one("ssd"), scale=_MB),
     Metric("modelquota.model.concurrent.requests", Kind.USE, _REQUEST, "Grants open.", _one("concurrent_requests")),
     Metric("modelquota.model.concurrent.requests.limit", Kind.LIMIT, _REQUEST, "Most grants open at once.",
-           _one("concurrent")),
+           _one("concurrency")),
     Metric("modelquota.model.queue.requests", Kind.USE, _REQUEST, "Requests that wait.", _one("queued_requests")),
     Metric("modelquota.model.queue.requests.limit", Kind.LIMIT, _REQUEST, "Most requests that may wait.",
            _one("queue")),
@@ -171,24 +183,10 @@ _STEADY: Final = ("allowed_total", "rejected_total", "throttled_total", "queued_
 _COUNTED: Final = (*_STEADY, "checks", *(f"{name}_denied" for name in DENIED))
 
 
-def _limit(quota: ResourceQuotaConfig, name: str) -> float | None:
-    """Return the limit that a series of kind LIMIT names; None where there is none."""
-    match name:
-        case "requests_second":
-            return window_limit(quota.max_requests_per_second, quota.burst_requests)
-        case "tokens_second":
-            return window_limit(quota.max_tokens_per_second, quota.burst_tokens)
-        case "requests_hour" | "requests_day" | "tokens_hour" | "tokens_day":
-            limit: float | None = getattr(quota, "max_{}_per_{}".format(*name.split("_")))
-        case "ram" | "ssd":
-            limit = getattr(quota, f"max_{name}_mb")
-        case "concurrent":
-            limit = quota.max_concurrent_requests
-        case "enforcing":
-            limit = int(any(denying(quota)))
-        case _:
-            limit = quota.max_queued_requests
-    return limit
+def _limits(quota: ResourceQuotaConfig) -> dict[str, float | None]:
+    """Return what the series of kind LIMIT name; None where there is none."""
+    limits: dict[str, float | None] = dict(zip(map(_name, LIMITS), limits_of(quota), strict=True))
+    return limits | {"enforcing": int(any(denying(quota)))}
 
 
 class Reading:
@@ -198,8 +196,9 @@ class Reading:
         self, found: Utilization, facts: dict[str, float], shown: "NDArray[np.intp]", own: dict[str, Any], others: bool
     ) -> None:
         self._facts = facts
-        self._quotas = [found.quotas[index] for index in shown]
-        self._models = [quota.model_id for quota in self._quotas]
+        quotas = [found.quotas[index] for index in shown]
+        self._models = [quota.model_id for quota in quotas]
+        self._limits = [_limits(quota) for quota in quotas]
         self._others = others
         rest = np.setdiff1d(np.arange(len(found)), shown)
         self._columns: dict[str, list[float]] = {name: values.tolist() for name, values in own.items()}
@@ -218,8 +217,8 @@ class Reading:
                 yield labels, sum(self._facts[field] for field in fields)
         elif metric.kind is Kind.LIMIT:
             for labels, (name,) in metric.series.items():
-                for model_id, quota in zip(self._models, self._quotas, strict=True):
-                    limit = _limit(quota, name)
+                for model_id, limits in zip(self._models, self._limits, strict=True):
+                    limit = limits[name]
                     if limit is not None:
                         yield (model_id, *labels), limit * metric.scale
         else:

@@ -31,8 +31,8 @@ rate(modelquota_model_tokens_refunded_total[5m])``. Gauges of each model, where 
 ==========================  ==============================================================================
 of `ResourceUsage`          metric
 ==========================  ==============================================================================
-requests_this_hour ...      ``modelquota_model_window_requests{window="second|hour|day"}``
-tokens_this_hour ...        ``modelquota_model_window_tokens{window="second|hour|day"}``
+requests_this_second ...    ``modelquota_model_window_requests{window="second"}``, and so on
+tokens_this_second ...      ``modelquota_model_window_tokens{window="second"}``, and so on
 their limits                ``..._limit`` of the same labels; that of the second includes the burst
 burst_requests_used ...     ``modelquota_model_burst_requests``, ``modelquota_model_burst_tokens``
 current_ram_mb + reserved   ``modelquota_model_ram_bytes``, ``..._ram_limit_bytes``

@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Final, SupportsFloat, SupportsIndex, TypedDict, Unpack, get_args
 
 from modelquota.errors import QuotaConfigError
-from modelquota.quota.limits import SHADOW_NAMES, Limit, ViolationAction
+from modelquota.quota.limits import CATALOGUE, SHADOW_NAMES, Limit, LimitRecord, ViolationAction
 
 MAX_COUNT: Final = 2**62
 """The largest count, in any unit, that a limit or a request may have."""
@@ -296,24 +296,25 @@ def _lower(name: Any) -> str | None:
     return str.lower(name) if isinstance(name, str) and name.isascii() else None
 
 
-_CONVERT: dict[str, _Convert] = {
+def _limit(record: LimitRecord) -> _Convert:
+    """Make the converter of the field that sets a limit."""
+    if record.is_rate:
+        return _number(record.label)
+    return _count(record.unit, may_be_none=record.limit is not Limit.QUEUE)
+
+
+_CONVERTERS: Final[dict[str, _Convert]] = {
     "model_id": plain_model_id,
-    "max_ram_mb": _count("MB"),
-    "max_ssd_mb": _count("MB"),
-    "max_requests_per_second": _number("requests per second"),
-    "max_tokens_per_second": _number("tokens per second"),
-    "max_tokens_per_hour": _count("tokens"),
-    "max_tokens_per_day": _count("tokens"),
-    "max_requests_per_hour": _count("requests"),
-    "max_requests_per_day": _count("requests"),
-    "burst_requests": _count("requests", may_be_none=False),
-    "burst_tokens": _count("tokens", may_be_none=False),
+    **{record.quota_field: _limit(record) for record in CATALOGUE.values()},
+    **{record.burst_field: _count(record.unit, may_be_none=False) for record in CATALOGUE.values() if record.is_rate},
     "on_violation": _action,
     "grace_period_sec": _number("seconds", may_be_none=False),
-    "max_concurrent_requests": _count("requests"),
-    "max_queued_requests": _count("requests", may_be_none=False),
     "shadow_limits": _limit_names,
 }
+_FIELDS: Final = ResourceQuotaConfig.__dataclass_fields__
+if not _CONVERTERS.keys() == _FIELDS.keys() == QuotaFields.__optional_keys__ | {"model_id"}:
+    raise AssertionError("the fields of a quota are not those of the catalogue of limits")
+_CONVERT: Final = {name: _CONVERTERS[name] for name in _FIELDS}
 
 _OPTIONAL_LIMITS: Final = tuple(
     field.name for field in dataclasses.fields(ResourceQuotaConfig) if type(None) in get_args(field.type)

@@ -38,7 +38,7 @@ class ViolationType(enum.StrEnum):
     RATE_LIMIT = "rate_limit"
     """Requests or tokens per second, burst included."""
     QUOTA_LIMIT = "quota_limit"
-    """Requests or tokens per hour or day."""
+    """Requests or tokens in a longer window."""
     CONCURRENCY_LIMIT = "concurrency_limit"
     """Grants open at once."""
 
@@ -69,34 +69,171 @@ class Limit(enum.IntEnum):
     @property
     def violation_type(self) -> ViolationType | None:
         """The class of this limit; None for `QUEUE`, whose violation is that of the request at the queue's head."""
-        return _FACTS[self][2]
+        return CATALOGUE[self].violation_type
 
     @property
     def label(self) -> str:
         """The name for people, such as ``"tokens per hour"``."""
-        return _FACTS[self][0]
+        return CATALOGUE[self].label
 
     @property
     def unit(self) -> str:
         """What is counted: ``"MB"`` (2**20 bytes), ``"requests"`` or ``"tokens"``."""
-        return _FACTS[self][1]
+        return CATALOGUE[self].unit
 
 
-_FACTS: dict[Limit, tuple[str, str, ViolationType | None]] = {
-    Limit.RAM: ("RAM", "MB", ViolationType.RAM_LIMIT),
-    Limit.SSD: ("SSD", "MB", ViolationType.SSD_LIMIT),
-    Limit.CONCURRENCY: ("concurrent requests", "requests", ViolationType.CONCURRENCY_LIMIT),
-    Limit.REQUESTS_PER_SECOND: ("requests per second", "requests", ViolationType.RATE_LIMIT),
-    Limit.TOKENS_PER_SECOND: ("tokens per second", "tokens", ViolationType.RATE_LIMIT),
-    Limit.TOKENS_PER_HOUR: ("tokens per hour", "tokens", ViolationType.QUOTA_LIMIT),
-    Limit.REQUESTS_PER_HOUR: ("requests per hour", "requests", ViolationType.QUOTA_LIMIT),
-    Limit.TOKENS_PER_DAY: ("tokens per day", "tokens", ViolationType.QUOTA_LIMIT),
-    Limit.REQUESTS_PER_DAY: ("requests per day", "requests", ViolationType.QUOTA_LIMIT),
-    Limit.QUEUE: ("queued requests", "requests", None),
+# Plain classes: to make a dataclass or a NamedTuple takes a hundredth of the time of `import modelquota`.
+
+
+class Window:
+    """A rolling window over which requests and tokens are counted.
+
+    Attributes
+    ----------
+    name : str
+    seconds : int
+        How long it is.
+    symbol : str
+        As in a heading: ``tokens/h``.
+    adjective : str
+        As in the name of an alert: ``hourly_tokens``; empty for the second.
+    """
+
+    __slots__ = ("adjective", "name", "seconds", "symbol")
+
+    def __init__(self, name: str, seconds: int, symbol: str, adjective: str) -> None:
+        self.name: Final = name
+        self.seconds: Final = seconds
+        self.symbol: Final = symbol
+        self.adjective: Final = adjective
+
+
+WINDOWS: Final = (
+    Window("second", 1, "s", ""),
+    Window("hour", 3_600, "h", "hourly"),
+    Window("day", 86_400, "day", "daily"),
+)
+"""All windows, the shortest first: the core has them in the same order."""
+
+
+class LimitRecord:
+    """All that there is to say of one limit: lists of limits, wherever they are, are made from these records.
+
+    Attributes
+    ----------
+    limit : Limit
+    label : str
+        The name for people.
+    unit : str
+        ``"MB"``, ``"requests"`` or ``"tokens"``.
+    violation_type : ViolationType or None
+    quota_field : str
+        The field of `ResourceQuotaConfig` that sets it; its value None is no limit.
+    usage_fields : tuple of str
+        The fields of `ResourceUsage` whose sum counts against it.
+    heading : str
+        The label if there is little room.
+    window : Window or None
+        None for what is held and not counted.
+    burst_field : str
+        The field of `ResourceQuotaConfig` that says how far a rate may be run ahead of; empty for other limits.
+    ahead_field : str
+        The field of `ResourceUsage` that says how far it has been; empty for other limits.
+    """
+
+    __slots__ = (
+        "ahead_field", "burst_field", "heading", "label", "limit", "quota_field", "unit", "usage_fields",
+        "violation_type", "window",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        limit: Limit,
+        label: str,
+        unit: str,
+        violation_type: ViolationType | None,
+        quota_field: str,
+        usage_fields: tuple[str, ...],
+        heading: str,
+        window: Window | None = None,
+    ) -> None:
+        is_rate = window is not None and window.seconds == 1
+        self.limit: Final = limit
+        self.label: Final = label
+        self.unit: Final = unit
+        self.violation_type: Final = violation_type
+        self.quota_field: Final = quota_field
+        self.usage_fields: Final = usage_fields
+        self.heading: Final = heading
+        self.window: Final = window
+        self.burst_field: Final = f"burst_{unit}" if is_rate else ""
+        self.ahead_field: Final = f"burst_{unit}_used" if is_rate else ""
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether it is a limit per second, which may have a fraction and has a burst."""
+        return bool(self.burst_field)
+
+
+def _counted(unit: str, window: Window) -> LimitRecord:
+    """Make the record of a limit on requests or tokens in a window."""
+    return LimitRecord(
+        Limit[f"{unit}_per_{window.name}".upper()],
+        f"{unit} per {window.name}",
+        unit,
+        ViolationType.RATE_LIMIT if window.seconds == 1 else ViolationType.QUOTA_LIMIT,
+        f"max_{unit}_per_{window.name}",
+        (f"{unit}_this_{window.name}",),
+        f"{unit}/{window.symbol}",
+        window,
+    )
+
+
+def _memory(limit: Limit, violation_type: ViolationType) -> LimitRecord:
+    name = limit.name
+    used = (f"current_{name.lower()}_mb", f"reserved_{name.lower()}_mb")
+    return LimitRecord(limit, name, "MB", violation_type, f"max_{name.lower()}_mb", used, f"{name} MB")
+
+
+CATALOGUE: Final[dict[Limit, LimitRecord]] = {
+    record.limit: record
+    for record in (
+        _memory(Limit.RAM, ViolationType.RAM_LIMIT),
+        _memory(Limit.SSD, ViolationType.SSD_LIMIT),
+        LimitRecord(
+            Limit.CONCURRENCY,
+            "concurrent requests",
+            "requests",
+            ViolationType.CONCURRENCY_LIMIT,
+            "max_concurrent_requests",
+            ("concurrent_requests",),
+            "open",
+        ),
+        _counted("requests", WINDOWS[0]),
+        _counted("tokens", WINDOWS[0]),
+        *(_counted(unit, window) for window in WINDOWS[1:] for unit in ("tokens", "requests")),
+        LimitRecord(
+            Limit.QUEUE,
+            "queued requests",
+            "requests",
+            None,
+            "max_queued_requests",
+            ("queued_requests",),
+            "waiting",
+        ),
+    )
 }
+"""The record of each limit, in the order in which a check judges them.
 
-SHADOW_NAMES: Final = tuple(limit.name.lower() for limit in Limit if limit is not Limit.QUEUE)
-"""What `shadow_limits` may name, in the order of `Limit`, all but `QUEUE`: it is a place in line, not a limit."""
+To add a window takes its line in `WINDOWS`, two members of `Limit`, the fields of `ResourceQuotaConfig` and
+`ResourceUsage`, and its constants in ``_core/layout.pxd``.
+"""
+
+DENYING: Final = tuple(record for record in CATALOGUE.values() if record.limit is not Limit.QUEUE)
+"""Those which a check can violate by itself: `QUEUE` is a place in the queue."""
+
+SHADOW_NAMES: Final = tuple(record.limit.name.lower() for record in DENYING)
+"""What `shadow_limits` may name, in the order of `Limit`."""
 
 
 def shadow_mask(config: "ResourceQuotaConfig") -> int:

@@ -7,12 +7,13 @@ import sys
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.limits import WINDOWS
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from modelquota._core.table.intern import QuotaState
+    from modelquota._core.table.table import QuotaTable
     from modelquota.reading.report import ModelReport, QuotaStats, ResourceUsage
 
 _NO_ID = "-"
@@ -31,7 +32,7 @@ class QuotaReader:
         @property
         def max_models(self) -> int: ...
         def list_models(self) -> list[str]: ...
-        def _read(self, model_id: str) -> tuple[dict[str, Any], dict[str, int]] | None: ...
+        def _read(self, model_id: str) -> tuple[dict[str, Any], dict[str, Any]] | None: ...
         def _read_all(self) -> NDArray[np.void]: ...
         def _totals(self) -> dict[str, Any]: ...
 
@@ -88,7 +89,7 @@ class QuotaReader:
     def snapshot(self) -> NDArray[np.void]:
         """Return the counters of all models at once: a structured array, a copy, one element a model.
 
-        Fields: ``model_id`` (object, a str), the fields of `ResourceUsage` (int64: MB, requests, tokens), and the
+        Fields: ``model_id`` (object, a str), the counters of `ResourceUsage` (int64: MB, requests, tokens), and the
         model's totals since it was registered: ``allowed_total``, ``rejected_total``, ``throttled_total``,
         ``queued_total``, ``warned_total``, ``waited_total`` (int64), ``tokens_total`` and ``tokens_refunded_total``
         (uint64, tokens charged, and of these given back). Each element is read under its model's lock, all of them at
@@ -100,13 +101,13 @@ class QuotaReader:
         """`snapshot`, and of the same models the limits as the core keeps them, and which life of its id each is."""
         from modelquota._core.table.view import read_table
 
-        return read_table(cast("QuotaState", self))  # a manager is one; a view reads in its own way
+        return read_table(cast("QuotaTable", self))  # a manager is one; a view reads in its own way
 
     def _read_retired(self) -> dict[str, int]:
         """What removed models had counted of requests that violated a limit."""
         from modelquota._core.table.view import read_retired
 
-        return read_retired(cast("QuotaState", self))
+        return read_retired(cast("QuotaTable", self))
 
     def print_status(self, file: TextIO | None = None) -> None:
         """Write use against limits of all models, and the totals, to `file` (standard output by default)."""
@@ -136,7 +137,19 @@ def quotas_of(limits: NDArray[np.void]) -> tuple[list[ResourceQuotaConfig], NDAr
     return [_quota_of(_NO_ID, tuple(fields.items())) for fields in unpack_limits(limits[first])], kind_of.reshape(-1)
 
 
-def _usage_of(record: dict[str, int]) -> ResourceUsage:
+def _usage_of(record: dict[str, Any]) -> ResourceUsage:
     from modelquota.reading.report import ResourceUsage
 
-    return ResourceUsage(**{name: record[name] for name in ResourceUsage.__dataclass_fields__})
+    fields = _with_names_of_windows(record)
+    fields["left"] = tuple([None if count < 0 else count for count in fields["left"]])
+    fields["percent"] = tuple(fields["percent"])
+    return ResourceUsage(**{name: fields[name] for name in ResourceUsage.__dataclass_fields__})
+
+
+def _with_names_of_windows(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with a field for each window: a manager has all windows of a unit in one."""
+    fields = record.copy()
+    for unit in ("requests", "tokens"):
+        counts = fields.pop(f"{unit}_this", ())
+        fields |= {f"{unit}_this_{window.name}": count for window, count in zip(WINDOWS, counts, strict=False)}
+    return fields

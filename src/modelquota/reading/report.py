@@ -4,6 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.limits import DENYING, Limit
+
+_NO_LIMIT: tuple[None, ...] = (None,) * (len(Limit) + 1)
+_NOTHING = (0.0,) * (len(Limit) + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +41,13 @@ class ResourceUsage:
     tokens_total, tokens_refunded_total : int
         Tokens charged, and of these given back, since the model was registered: what it has really used is their
         difference. Both only grow.
+    left : tuple of int or None
+        What each limit still admits now, indexed by `Limit`: ``usage.left[Limit.TOKENS_PER_HOUR]``. None if the limit
+        is not set; never negative. Of a rate it is what the second and the burst leave, whichever is less.
+    percent : tuple of float
+        How full each limit is, indexed likewise: ``usage.percent[Limit.RAM]``. 0.0 if it is not set; a limit of 0 is
+        taken as 1; may exceed 100. A rate is as full as the rolling second of ``ceil(rate) + burst``, or as what has
+        not drained yet of ``max(rate, 1) + burst``, whichever is fuller.
     """
 
     current_ram_mb: int = 0
@@ -63,13 +74,15 @@ class ResourceUsage:
     queued_requests: int = 0
     tokens_total: int = 0
     tokens_refunded_total: int = 0
+    left: tuple[int | None, ...] = _NO_LIMIT
+    percent: tuple[float, ...] = _NOTHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReport:
     """A model's quota and usage at one moment, and how the one compares with the other.
 
-    Every percentage is 0.0 where there is no limit and may exceed 100; see `percent`.
+    Every percentage is one of ``usage.percent``: 0.0 where there is no limit, and it may exceed 100.
 
     Attributes
     ----------
@@ -166,17 +179,6 @@ class QuotaStats:
     tokens_refunded: int = 0
 
 
-def percent(used: int, limit: int | None) -> float:
-    """Return ``100 * used / limit``: 0.0 where the limit is None, and a limit of 0 is taken as 1.
-
-    Examples
-    --------
-    >>> percent(300, 200), percent(3, 0), percent(3, None)
-    (150.0, 300.0, 0.0)
-    """
-    return 0.0 if limit is None else 100 * used / max(limit, 1)
-
-
 def model_report(
     model_id: str, quota: ResourceQuotaConfig, usage: ResourceUsage, counts: Mapping[str, int] | None = None
 ) -> ModelReport:
@@ -184,40 +186,31 @@ def model_report(
 
     Examples
     --------
-    >>> usage = ResourceUsage(current_ram_mb=512, tokens_this_second=40, tokens_this_hour=250_000)
-    >>> report = model_report("llama", ResourceQuotaConfig("llama"), usage)
+    >>> from modelquota import ManualClock, ResourceQuotaManager
+    >>> manager = ResourceQuotaManager(clock=ManualClock())
+    >>> manager.set_quota("llama", max_tokens_per_hour=1000)
+    >>> bool(manager.check_quota("llama", 250))
+    True
+    >>> report = model_report("llama", manager.get_quota("llama"), manager.get_usage("llama"))
     >>> report.ram_utilization, report.tokens_per_second, report.hourly_quota_used
-    (25.0, 40.0, 25.0)
+    (0.0, 250.0, 25.0)
     """
     return ModelReport(
         model_id=model_id,
         quota=quota,
         usage=usage,
-        ram_utilization=percent(usage.current_ram_mb + usage.reserved_ram_mb, quota.max_ram_mb),
-        ssd_utilization=percent(usage.current_ssd_mb + usage.reserved_ssd_mb, quota.max_ssd_mb),
+        ram_utilization=usage.percent[Limit.RAM],
+        ssd_utilization=usage.percent[Limit.SSD],
         requests_per_second=float(usage.requests_this_second),
         tokens_per_second=float(usage.tokens_this_second),
-        hourly_quota_used=percent(usage.tokens_this_hour, quota.max_tokens_per_hour),
-        daily_quota_used=percent(usage.tokens_this_day, quota.max_tokens_per_day),
-        hourly_requests_used=percent(usage.requests_this_hour, quota.max_requests_per_hour),
-        daily_requests_used=percent(usage.requests_this_day, quota.max_requests_per_day),
+        hourly_quota_used=usage.percent[Limit.TOKENS_PER_HOUR],
+        daily_quota_used=usage.percent[Limit.TOKENS_PER_DAY],
+        hourly_requests_used=usage.percent[Limit.REQUESTS_PER_HOUR],
+        daily_requests_used=usage.percent[Limit.REQUESTS_PER_DAY],
         tokens_charged=usage.tokens_total,
         tokens_refunded=usage.tokens_refunded_total,
         **(counts or {}),
     )
-
-
-_HEADINGS = (
-    "RAM MB",
-    "SSD MB",
-    "open",
-    "requests/s",
-    "tokens/s",
-    "tokens/h",
-    "requests/h",
-    "tokens/day",
-    "requests/day",
-)
 
 
 def status_lines(reports: Sequence[ModelReport], stats: QuotaStats) -> str:
@@ -240,7 +233,7 @@ def status_lines(reports: Sequence[ModelReport], stats: QuotaStats) -> str:
     violations = ["violations", *(_short(report.usage.total_violations) for report in reports)]
     columns = [
         [model.ljust(max(map(len, models))) for model in models],
-        *map(_column, _HEADINGS, zip(*map(_uses, reports), strict=True)),
+        *map(_column, [record.heading for record in DENYING], zip(*map(_uses, reports), strict=True)),
         [count.rjust(max(map(len, violations))) for count in violations],
     ]
     table = ["  ".join(cells) for cells in zip(*columns, strict=True)] if reports else ["no models"]
@@ -248,18 +241,14 @@ def status_lines(reports: Sequence[ModelReport], stats: QuotaStats) -> str:
 
 
 def _uses(report: ModelReport) -> list[tuple[str, str]]:
-    """Return use and limit of every column, in the order of `_HEADINGS`."""
+    """Return use and limit of every column."""
     quota, usage = report.quota, report.usage
     return [
-        (_short(usage.current_ram_mb + usage.reserved_ram_mb), _limit(quota.max_ram_mb)),
-        (_short(usage.current_ssd_mb + usage.reserved_ssd_mb), _limit(quota.max_ssd_mb)),
-        (_short(usage.concurrent_requests), _limit(quota.max_concurrent_requests)),
-        (_short(usage.requests_this_second), _limit(quota.max_requests_per_second, quota.burst_requests)),
-        (_short(usage.tokens_this_second), _limit(quota.max_tokens_per_second, quota.burst_tokens)),
-        (_short(usage.tokens_this_hour), _limit(quota.max_tokens_per_hour)),
-        (_short(usage.requests_this_hour), _limit(quota.max_requests_per_hour)),
-        (_short(usage.tokens_this_day), _limit(quota.max_tokens_per_day)),
-        (_short(usage.requests_this_day), _limit(quota.max_requests_per_day)),
+        (
+            _short(sum(getattr(usage, field) for field in record.usage_fields)),
+            _limit(getattr(quota, record.quota_field), getattr(quota, record.burst_field) if record.is_rate else 0),
+        )
+        for record in DENYING
     ]
 
 

@@ -1,15 +1,16 @@
 """How near every model is to each of its limits: one reading for metrics, alerts and the terminal."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 
+from modelquota._core.table.packing import bounds_of
+from modelquota._core.table.records import percents_of
 from modelquota.quota.config import ResourceQuotaConfig
-from modelquota.quota.limits import Limit, ViolationAction
+from modelquota.quota.limits import CATALOGUE, Limit, ViolationAction
 from modelquota.reading.reader import quotas_of
 
 if TYPE_CHECKING:
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
     from modelquota.reading.reader import QuotaReader
 
-__all__ = ["LIMITS", "Utilization", "denying", "limits_of", "read_utilization", "window_limit"]
+__all__ = ["LIMITS", "Utilization", "denying", "limits_of", "read_utilization"]
 
-LIMITS: Final = tuple(Limit)
+LIMITS: Final = tuple(CATALOGUE)
 """The columns of `Utilization.percent`, in their order."""
 
 
@@ -34,9 +35,7 @@ class Utilization:
     quotas : Quotas
         The limits as a sequence of ResourceQuotaConfig, one for each element of `counters`, read together with it.
     percent : numpy float64 array
-        A row for each model, a column for each of `LIMITS`: use in percent of the limit. 0 where there is no limit, and
-        a limit of 0 is taken as 1; may exceed 100. For a rate it is the fuller of the rolling second, of
-        ``ceil(rate) + burst``, and of the burst not yet repaid.
+        A row for each model, a column for each of `LIMITS`: use in percent of the limit, as ``ResourceUsage.percent``.
     denying : numpy bool array
         Of the same shape: whether a request that violates the limit is denied. It is not under the action ``warn``, nor
         by a limit that the quota names in its ``shadow_limits``.
@@ -105,8 +104,8 @@ class Utilization:
     def uses(self) -> "NDArray[np.int64]":
         """Use of each of `LIMITS` in its own unit, a row for each model."""
         uses = np.zeros((len(self), len(LIMITS)), np.int64)
-        for column, fields in enumerate(_USED.values()):
-            for field in fields:
+        for column, record in enumerate(CATALOGUE.values()):
+            for field in record.usage_fields:
                 uses[:, column] += self.counters[field]
         return uses
 
@@ -139,7 +138,7 @@ def read_utilization(manager: "QuotaReader") -> Utilization:
     counters, limits, lives = manager._read_table()
     quotas = Quotas(counters["model_id"].tolist(), *quotas_of(limits))
     denies = quotas.spread(denying, len(LIMITS)).astype(bool)
-    return Utilization(counters, quotas, _percent(counters, quotas), denies, lives)
+    return Utilization(counters, quotas, percents_of(counters), denies, lives)
 
 
 class Quotas(Sequence[ResourceQuotaConfig]):
@@ -170,81 +169,13 @@ class Quotas(Sequence[ResourceQuotaConfig]):
         return np.array([of(kind) for kind in self.kinds]).reshape(len(self.kinds), width)[self.kind_of]
 
 
-def window_limit(rate: float | None, burst: int) -> int | None:
-    """Return the most that any rolling second admits at this rate: ``ceil(rate) + burst``; None for no limit.
-
-    Examples
-    --------
-    >>> window_limit(0.5, 10), window_limit(0, 10), window_limit(None, 10)
-    (11, 0, None)
-    """
-    if rate is None:
-        return None
-    return math.ceil(rate) + burst if rate else 0
-
-
 def limits_of(quota: ResourceQuotaConfig) -> tuple[int | None, ...]:
     """Return a model's limits in the order of `LIMITS`, those of a second with the burst; None for no limit."""
-    return (
-        quota.max_ram_mb,
-        quota.max_ssd_mb,
-        quota.max_concurrent_requests,
-        window_limit(quota.max_requests_per_second, quota.burst_requests),
-        window_limit(quota.max_tokens_per_second, quota.burst_tokens),
-        quota.max_tokens_per_hour,
-        quota.max_requests_per_hour,
-        quota.max_tokens_per_day,
-        quota.max_requests_per_day,
-        quota.max_queued_requests,
-    )
+    most, _ = bounds_of(quota)
+    return most[1:]
 
 
 def denying(quota: ResourceQuotaConfig) -> list[bool]:
     """Return whether each of `LIMITS` denies under a quota."""
     shadows = [name.lower() for name in getattr(quota, "shadow_limits", ())]
     return [quota.on_violation is not ViolationAction.WARN and limit.name.lower() not in shadows for limit in LIMITS]
-
-
-def _bounds(quota: ResourceQuotaConfig) -> list[float]:
-    # a limit that is not set is infinite here: whatever is used of it is 0 percent
-    return [math.inf if limit is None else limit for limit in limits_of(quota)]
-
-
-def _levels(quota: ResourceQuotaConfig) -> list[float]:
-    """Rate and burst of each of `_BURSTS`, in turn."""
-    return [
-        figure for _, rate, burst, _ in _BURSTS for figure in (max(getattr(quota, rate) or 0, 1), getattr(quota, burst))
-    ]
-
-
-def _percent(counters: "NDArray[np.void]", quotas: Quotas) -> "NDArray[np.float64]":
-    used = np.zeros((len(quotas), len(LIMITS)))
-    for column, fields in enumerate(_USED.values()):
-        for field in fields:
-            used[:, column] += counters[field]
-    percent: NDArray[np.float64] = 100 * used / np.maximum(quotas.spread(_bounds, len(LIMITS)), 1)
-    levels = quotas.spread(_levels, 2 * len(_BURSTS)).astype(float)
-    for (limit, _, _, field), base, burst in zip(_BURSTS, levels[:, ::2].T, levels[:, 1::2].T, strict=True):
-        ahead = counters[field].astype(float)
-        level = 100 * (base + ahead) / (base + burst)
-        column = LIMITS.index(limit)
-        percent[:, column] = np.maximum(percent[:, column], np.where(ahead > 0, level, 0.0))
-    return percent
-
-
-_USED: dict[Limit, tuple[str, ...]] = {
-    Limit.RAM: ("current_ram_mb", "reserved_ram_mb"),
-    Limit.SSD: ("current_ssd_mb", "reserved_ssd_mb"),
-    Limit.CONCURRENCY: ("concurrent_requests",),
-    Limit.REQUESTS_PER_SECOND: ("requests_this_second",),
-    Limit.TOKENS_PER_SECOND: ("tokens_this_second",),
-    Limit.TOKENS_PER_HOUR: ("tokens_this_hour",),
-    Limit.REQUESTS_PER_HOUR: ("requests_this_hour",),
-    Limit.TOKENS_PER_DAY: ("tokens_this_day",),
-    Limit.REQUESTS_PER_DAY: ("requests_this_day",),
-    Limit.QUEUE: ("queued_requests",),
-}
-_BURSTS = (
-    (Limit.REQUESTS_PER_SECOND, "max_requests_per_second", "burst_requests", "burst_requests_used"),
-    (Limit.TOKENS_PER_SECOND, "max_tokens_per_second", "burst_tokens", "burst_tokens_used"),
-)

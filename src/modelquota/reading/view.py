@@ -195,13 +195,13 @@ class QuotaView(QuotaReader):
         return found
 
     def _now_ns(self, header: Any) -> int:
-        """The rows' time: after a reboot that nobody has opened the file since, as `SharedState` will reckon it."""
+        """The rows' time: after a reboot that nobody has opened the file since, as `State` will reckon it."""
         if header["boot_id"].tobytes() == boot_id():
             return time.monotonic_ns() + int(header["clock_offset_ns"])
         return int(header["anchor_ns"]) + max(time.time_ns() - int(header["anchor_wall_ns"]), 0)
 
     @_reads
-    def _read(self, model_id: str) -> tuple[dict[str, Any], dict[str, int]] | None:
+    def _read(self, model_id: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         for _ in range(_TRIES):
             reader = self._reader()
             row = self._index(reader).get(model_id)
@@ -214,7 +214,7 @@ class QuotaView(QuotaReader):
         else:
             return None  # it was removed at each look
         usage, limits = read_copies(part.rows, part.ledgers, self._now_ns(reader.header))
-        return limits[0], dict(zip(usage.dtype.names or (), usage[0].tolist(), strict=True))
+        return limits[0], {name: usage[name][0].tolist() for name in usage.dtype.names or ()}
 
     @_reads
     def _read_all(self) -> NDArray[np.void]:

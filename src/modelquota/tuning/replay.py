@@ -18,7 +18,7 @@ from modelquota.errors import UnknownModelError
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.file import Quotas
-from modelquota.quota.limits import Limit
+from modelquota.quota.limits import DENYING, Limit
 from modelquota.quota.patterns import QuotaTemplates
 from modelquota.tuning.cells import MAX_SPAN_NS, NS_PER_SECOND, Int64Array
 from modelquota.tuning.trace import Trace
@@ -28,7 +28,7 @@ __all__ = ["ModelReplay", "ReplayReport", "replay"]
 REQUESTS_PER_CALL = 65_536
 MAX_SPEED = 1e18
 # What `check_many` can answer here: nobody queues in a replay.
-DENYING_LIMITS = tuple(limit for limit in Limit if limit is not Limit.QUEUE)
+DENYING_LIMITS = tuple(record.limit for record in DENYING)
 MODELS_NAMED_IN_ERROR = 5
 
 

@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from modelquota._core.table.grant import Grant
-from modelquota._core.table.queue import Waiter, WaitTable
+from modelquota._core.table.queue import Waiter
+from modelquota._core.table.table import QuotaTable
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future, TimerHandle
@@ -86,7 +87,7 @@ def _running_loop() -> AbstractEventLoop:
 
 
 async def _acquire_in_task(
-    manager: WaitTable,
+    manager: QuotaTable,
     model_id: str | Sequence[str],
     estimated_tokens: SupportsIndex,
     ram_needed_mb: SupportsIndex,
@@ -99,7 +100,7 @@ async def _acquire_in_task(
         outcome = None
         nap = 0.0
         while outcome is None:
-            outcome = manager._begin(
+            outcome = manager._admit_or_queue(
                 waiter, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority, nowait=True
             )
             if isinstance(outcome, Grant):

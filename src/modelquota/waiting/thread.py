@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import SupportsIndex
 
 from modelquota._core.table.grant import Grant
-from modelquota._core.table.queue import Waiter, WaitTable
+from modelquota._core.table.queue import Waiter
+from modelquota._core.table.table import QuotaTable
 
 
 class ThreadWaiter(Waiter):
@@ -36,7 +37,7 @@ class ThreadWaiter(Waiter):
 
 
 def acquire(
-    manager: WaitTable,
+    manager: QuotaTable,
     model_id: str | Sequence[str],
     estimated_tokens: SupportsIndex,
     ram_needed_mb: SupportsIndex,
@@ -49,7 +50,7 @@ def acquire(
     try:
         outcome = None
         while outcome is None:  # a row is locked; the core waits a while at each try
-            outcome = manager._begin(
+            outcome = manager._admit_or_queue(
                 waiter, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority, nowait=False
             )
         if isinstance(outcome, Grant):

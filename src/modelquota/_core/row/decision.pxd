@@ -8,7 +8,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.layout cimport (
-    Charge, DAY, HOUR, Ledger, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
+    Charge, Ledger, LIMIT_CODES, LIMITS, LONGEST, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
 )
 from modelquota._core.row.level cimport (
     NO_RATE, NS_PER_SECOND, as_double, coarse, drain_levels, is_dormant, level_cost, level_wait_ns, load, note_low,
@@ -19,17 +19,13 @@ from modelquota._core.row.window cimport (
     NEVER, requests_in_slot, requests_used, tokens_in_slot, tokens_used, turn_slots, window_wait_ns
 )
 
-cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted
+cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted. Those of windows: LIMIT_CODES
     RAM_MB = 1
     SSD_MB = 2
     CONCURRENCY = 3
     REQUESTS_PER_SECOND = 4
     TOKENS_PER_SECOND = 5
-    TOKENS_PER_HOUR = 6
-    REQUESTS_PER_HOUR = 7
-    TOKENS_PER_DAY = 8
-    REQUESTS_PER_DAY = 9
-    QUEUE_PLACE = 10
+    QUEUE_PLACE = LIMITS - 1
 
 cdef enum:  # indices of Ledger.violations
     RAM_VIOLATION = 0
@@ -57,9 +53,8 @@ cdef extern from *:
     const int64_t LAST_TICKET "MQ_LAST_TICKET"          # of a request that does not stand in line
     const int32_t LOWEST_PRIORITY "MQ_LOWEST_PRIORITY"  # of a request that does not wait: it overtakes nobody
 
-cdef enum:  # a bit for each Limit code
-    ALL_LIMITS = 0xFFFF
-    TOKEN_LIMITS = 1 << TOKENS_PER_SECOND | 1 << TOKENS_PER_HOUR | 1 << TOKENS_PER_DAY
+cdef enum:
+    ALL_LIMITS = 0xFFFF     # a bit for each Limit code
 
 
 cdef struct Ask:
@@ -70,15 +65,6 @@ cdef struct Ask:
     int32_t priority
     const Ledger* counted   # of the model where its violation has been counted, or NULL
     uint32_t counted_generation
-
-
-cdef struct Charge:
-    # What was charged to a row at one time, for a refund of it.
-    int64_t tokens
-    int64_t at_ns           # the row's time
-    uint32_t epoch          # the ledger's level_epoch
-    int64_t raised          # tokens by which their level rose; fewer if it may not rise above its cap
-    uint8_t raised_request  # whether that of requests rose by one
 
 
 cdef struct Fit:
@@ -153,12 +139,19 @@ cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Ask
     return neat(share)
 
 
-cdef inline void pass_time(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
-    """Bring the row to `now_ns`; a time before the row's own changes nothing."""
+ctypedef void (*SlotEnd)(Row*, Ledger*, int64_t) noexcept nogil
+
+cdef extern from *:
+    """
+    /* the function itself, which the compiler cannot know any more: it calls it, and puts it nowhere else */
+    #define MQ_OUT_OF_LINE(f) __extension__ ({ __typeof__(&*(f)) mq_f = &*(f); __asm__("" : "+r"(mq_f)); mq_f; })
+    """
+    SlotEnd out_of_line "MQ_OUT_OF_LINE"(SlotEnd function) noexcept nogil
+
+
+cdef inline void end_slot(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+    """The rest of pass_time(), from the end of the current slot on."""
     cdef int64_t steps
-    if now_ns < row.slot_end_ns:
-        drain_levels(row, now_ns)
-        return
     if unlikely(is_dormant(row)):      # what this slot admitted drains from its end on
         drain_levels(row, row.slot_end_ns)
         raise_level(&row.request_level, requests_in_slot(row, ledger), row.dormant_request_shift, &row.request_cap, True)
@@ -167,6 +160,16 @@ cdef inline void pass_time(Row* row, Ledger* ledger, int64_t now_ns) noexcept no
     steps = turn_slots(row, ledger, now_ns)
     note_low(ledger.request_low, coarse(&row.request_level, row.request_shift), steps)
     note_low(ledger.token_low, coarse(&row.token_level, row.token_shift), steps)
+
+
+cdef inline void pass_time(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+    """Bring the row to `now_ns`; a time before the row's own changes nothing."""
+    cdef SlotEnd rare
+    if unlikely(now_ns >= row.slot_end_ns):
+        rare = out_of_line(end_slot)    # so that the common case is short enough to be compiled where it is called
+        rare(row, ledger, now_ns)
+    else:
+        drain_levels(row, now_ns)
 
 
 cdef inline bint is_shadow(const Row* row, uint8_t limit) noexcept nogil:
@@ -184,14 +187,14 @@ cdef inline int64_t raise_noted(
 ) noexcept nogil:
     """raise_level(). A level that met its cap forgets what was charged before: without that, this charge had raised it."""
     cdef int64_t raised = raise_level(level, count, shift, cap, capped)
-    if raised != count:
+    if capped and raised != count:      # at LEVEL_MAX, not at a cap, what came before can still be told apart
         ledger.level_epoch += 1
     return raised
 
 
 cdef inline void charge_tokens(Row* row, Ledger* ledger, int64_t tokens, bint trial, Charge* charged) noexcept nogil:
     """Charge without asking, and note what was: a counter that has reached MAX_COUNT stays there."""
-    cdef int64_t left = MAX_COUNT - tokens_used(row, ledger, DAY)
+    cdef int64_t left = MAX_COUNT - tokens_used(row, ledger, LONGEST)
     charged.at_ns = row.level_ns
     charged.tokens = tokens if tokens < left else left
     row.token_room -= charged.tokens
@@ -227,6 +230,26 @@ cdef inline void note(
         verdict.usage = percent(used, bound)
 
 
+cdef inline void rate_in_use(
+    const Row* row, const Ledger* ledger, bint of_tokens, double* used, double* bound
+) noexcept nogil:
+    """What of a rate is used, and of how much: of its ceiling or of its level, whichever is fuller."""
+    cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
+    cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
+    cdef double rate = ledger.tokens_per_second if of_tokens else ledger.requests_per_second
+    cdef double unit, level_used, level_bound
+    used[0] = <double> (tokens_used(row, ledger, SECOND) if of_tokens else requests_used(row, ledger, SECOND))
+    bound[0] = <double> (ledger.token_limit[SECOND] if of_tokens else ledger.request_limit[SECOND])
+    if (row.token_shift if of_tokens else row.request_shift) == NO_RATE:
+        return
+    unit = as_double(cap) / (larger(rate, 1.0) + <double> (ledger.burst_tokens if of_tokens else ledger.burst_requests))
+    level_used = as_double(level) / unit
+    level_bound = as_double(cap) / unit
+    if percent(level_used, level_bound) > percent(used[0], bound[0]):
+        used[0] = level_used
+        bound[0] = level_bound
+
+
 cdef inline void note_rate(
     const Row* row, const Ledger* ledger, bint of_tokens, int64_t cost, Verdict* verdict
 ) noexcept nogil:
@@ -237,35 +260,25 @@ cdef inline void note_rate(
     cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
     cdef int64_t drain = row.token_drain if of_tokens else row.request_drain
     cdef uint8_t shift = row.token_shift if of_tokens else row.request_shift
-    cdef uint8_t code = TOKENS_PER_SECOND if of_tokens else REQUESTS_PER_SECOND
     cdef int64_t level_ns = level_wait_ns(level, cap, drain, shift, cost, 0)
     cdef int64_t wait_ns, soonest_ns
-    cdef double used, bound, level_used, level_bound, unit
+    cdef double used, bound
     if ceiling_ns == 0 and level_ns == 0:
         return
     wait_ns = soonest_ns = NEVER if ceiling_ns == NEVER or level_ns == NEVER else max(ceiling_ns, level_ns)
     if credit and wait_ns != NEVER:
         soonest_ns = max(window_wait_ns(row, ledger, SECOND, of_tokens, cost, credit, row.level_ns),
                          level_wait_ns(level, cap, drain, shift, cost, credit))
-    used = <double> (tokens_used(row, ledger, SECOND) if of_tokens else requests_used(row, ledger, SECOND))
-    bound = <double> (ledger.token_limit[SECOND] if of_tokens else ledger.request_limit[SECOND])
-    if shift != NO_RATE:
-        unit = as_double(cap) / (
-            (ledger.tokens_per_second if ledger.tokens_per_second > 1.0 else 1.0) + <double> ledger.burst_tokens if of_tokens else
-            (ledger.requests_per_second if ledger.requests_per_second > 1.0 else 1.0) + <double> ledger.burst_requests)
-        level_used = as_double(level) / unit
-        level_bound = as_double(cap) / unit
-        if percent(level_used, level_bound) > percent(used, bound):
-            used = level_used
-            bound = level_bound
-    note(verdict, code, wait_ns, soonest_ns, used, bound, cost)
+    rate_in_use(row, ledger, of_tokens, &used, &bound)
+    note(verdict, LIMIT_CODES[SECOND][of_tokens], wait_ns, soonest_ns, used, bound, cost)
 
 
 cdef inline void note_window(
-    const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, uint8_t code, Verdict* verdict
+    const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, Verdict* verdict
 ) noexcept nogil:
     cdef int64_t wait_ns = window_wait_ns(row, ledger, window, of_tokens, cost, 0, row.level_ns)
     cdef int64_t soonest_ns = wait_ns
+    cdef uint8_t code = LIMIT_CODES[window][of_tokens]
     if wait_ns == 0:
         return
     if of_tokens:
@@ -306,6 +319,7 @@ cdef inline void find_violations(
     """
     cdef uint64_t used_ram_mb = in_use(ledger.ram_mb, ledger.reserved_ram_mb)
     cdef uint64_t used_ssd_mb = in_use(ledger.ssd_mb, ledger.reserved_ssd_mb)
+    cdef int window
     verdict.wait_ns = verdict.soonest_ns = 0
     verdict.judged = limits
     if exceeds(ask.ram_mb, used_ram_mb, ledger.max_ram_mb):
@@ -319,10 +333,9 @@ cdef inline void find_violations(
              <double> ledger.max_concurrent, 1)
     note_rate(row, ledger, False, 1, verdict)
     note_rate(row, ledger, True, ask.tokens, verdict)
-    note_window(row, ledger, HOUR, True, ask.tokens, TOKENS_PER_HOUR, verdict)
-    note_window(row, ledger, HOUR, False, 1, REQUESTS_PER_HOUR, verdict)
-    note_window(row, ledger, DAY, True, ask.tokens, TOKENS_PER_DAY, verdict)
-    note_window(row, ledger, DAY, False, 1, REQUESTS_PER_DAY, verdict)
+    for window in range(SECOND + 1, WINDOWS):
+        note_window(row, ledger, window, True, ask.tokens, verdict)
+        note_window(row, ledger, window, False, 1, verdict)
     if is_behind(head, ask):
         verdict.held_up = True
         verdict.limit = QUEUE_PLACE
@@ -496,6 +509,15 @@ cdef inline void decide(
     charge_fitting(row, ask, &fit)
 
 
+cdef inline uint32_t token_limits() noexcept nogil:
+    """A bit for each Limit code of tokens."""
+    cdef uint32_t limits = 0
+    cdef int window
+    for window in range(WINDOWS):
+        limits |= <uint32_t> 1 << LIMIT_CODES[window][True]
+    return limits
+
+
 cdef inline bint admits_tokens(Row* row, Ledger* ledger, int64_t tokens, bint enforcing) noexcept nogil:
     """Whether an open grant may have so many tokens more: assess() by the limits of tokens alone, whoever waits.
 
@@ -508,5 +530,5 @@ cdef inline bint admits_tokens(Row* row, Ledger* ledger, int64_t tokens, bint en
     if not tokens_fit(row, tokens, &fit):
         memset(&ask, 0, sizeof(ask))
         ask.tokens = tokens
-        judge(row, ledger, NULL, &ask, TOKEN_LIMITS, enforcing, &verdict)
+        judge(row, ledger, NULL, &ask, token_limits(), enforcing, &verdict)
     return verdict.allowed

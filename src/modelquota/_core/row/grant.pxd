@@ -1,9 +1,9 @@
 # What a grant holds of a row, and what it charged there: pure arithmetic on one row, whose lock is held.
 from libc.stdint cimport int64_t, uint32_t
-from modelquota._core.row.decision cimport Ask
 from modelquota._core.layout cimport Charge, GrantRecord, Ledger, MAX_COUNT, QueueEntry, Row
+from modelquota._core.row.decision cimport Ask
 from modelquota._core.row.level cimport lower_level
-from modelquota._core.row.window cimport SLOTS_PER_HOUR_SLOT, current_slot, in_order, measure_room, slot_at, take_back
+from modelquota._core.row.window cimport SLOTS_PER_SPAN, current_slot, in_order, measure_room, slot_at, take_back
 
 
 cdef struct Hold:
@@ -87,7 +87,7 @@ cdef inline void free_handle(Ledger* ledger, GrantRecord* record) noexcept nogil
 cdef inline void refund(Row* row, Ledger* ledger, int64_t requests, int64_t tokens, const Charge* charge) noexcept nogil:
     """Take back part of a charge, wherever it still counts. Time has passed for the row."""
     cdef int64_t elapsed_ns = row.level_ns - charge.at_ns
-    cdef int64_t steps = current_slot(row) // SLOTS_PER_HOUR_SLOT - slot_at(charge.at_ns) // SLOTS_PER_HOUR_SLOT
+    cdef int64_t steps = current_slot(row) // SLOTS_PER_SPAN - slot_at(charge.at_ns) // SLOTS_PER_SPAN
     take_back(row, ledger, requests, tokens, charge.at_ns)
     ledger.tokens_refunded += tokens
     if charge.epoch != ledger.level_epoch:

@@ -69,17 +69,16 @@ cdef inline wide any_cost(int64_t count, uint8_t shift) noexcept nogil:
 
 
 cdef inline int64_t raise_level(Wide* level, int64_t count, uint8_t shift, const Wide* cap, bint capped) noexcept nogil:
-    """Charge a count of any size, up to the cap at most if `capped`. How much of it was charged, rounded down."""
+    """Charge a count of any size, up to the cap at most if `capped`, or else up to LEVEL_MAX. How much of it was charged,
+    rounded down."""
     cdef wide before = load(level)
     cdef wide after
     cdef wide most = LEVEL_MAX
     if shift == NO_RATE:
         return count
     after = before + any_cost(count, shift)
-    if not capped:
-        store(level, after if after < most else most)
-        return count
-    most = load(cap) if load(cap) > before else before
+    if capped:
+        most = load(cap) if load(cap) > before else before
     if after <= most:
         store(level, after)
         return count

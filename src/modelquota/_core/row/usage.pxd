@@ -1,9 +1,11 @@
 # What can be read of a row, whose lock is held, and how limits are put into it.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy
-from modelquota._core.row.decision cimport pass_time, percent
-from modelquota._core.layout cimport DAY, HOUR, Ledger, Limits, Row, SECOND, UNLIMITED, Wide, WINDOWS
-from modelquota._core.row.level cimport NO_RATE, as_double, burst_used, change_rate
+from modelquota._core.row.decision cimport (
+    CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB, in_use, neat, pass_time, percent, rate_in_use
+)
+from modelquota._core.layout cimport Ledger, LIMIT_CODES, Limits, LIMITS, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.row.level cimport NO_RATE, NS_PER_SECOND, as_double, burst_used, change_rate, load, wide
 from modelquota._core.row.window cimport (
     measure_room, requests_charged, requests_in_slot, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_in_slot,
     tokens_used
@@ -16,12 +18,8 @@ cdef struct Usage:
     int64_t peak_ram_mb
     int64_t current_ssd_mb
     int64_t peak_ssd_mb
-    int64_t requests_this_second
-    int64_t tokens_this_second
-    int64_t tokens_this_hour
-    int64_t tokens_this_day
-    int64_t requests_this_hour
-    int64_t requests_this_day
+    int64_t requests_this[WINDOWS]
+    int64_t tokens_this[WINDOWS]
     int64_t burst_requests_used
     int64_t burst_tokens_used
     int64_t total_violations
@@ -43,21 +41,62 @@ cdef struct Usage:
     uint64_t tokens_total           # modulo 2**64; what was refunded is not subtracted
     uint64_t tokens_refunded_total
     int64_t waiting_requests        # those that wait now and whose violation was counted here; set by who can see the queue
+    # -- by Limit code; the first element, of no limit, is that of a limit that is not set
+    int64_t left[LIMITS]            # what the limit still admits now; NO_LIMIT if it is not set
+    double percent[LIMITS]          # how full it is, 0.0 if it is not set; a rate is the fuller of its ceiling and its level
+
+
+cdef enum:
+    NO_LIMIT = -1
+
+
+cdef inline void read_limit(Usage* usage, int code, int64_t limit, uint64_t used) noexcept nogil:
+    """State what is left of one limit, and how full it is."""
+    if limit != UNLIMITED:
+        usage.left[code] = limit - <int64_t> used if used < <uint64_t> limit else 0
+        usage.percent[code] = neat(percent(<double> used, <double> limit))
+
+
+cdef inline void read_rate(const Row* row, const Ledger* ledger, bint of_tokens, Usage* usage) noexcept nogil:
+    """After read_limit() of the ceiling of a rate: what of its level is left if that is less, and how full is the fuller."""
+    cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
+    cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
+    cdef uint8_t shift = row.token_shift if of_tokens else row.request_shift
+    cdef int code = LIMIT_CODES[SECOND][of_tokens]
+    cdef wide room
+    cdef double used, bound
+    if shift == NO_RATE:
+        return
+    room = load(cap) - load(level)
+    room = (room if room > 0 else <wide> 0) >> shift
+    if usage.left[code] > room // NS_PER_SECOND:
+        usage.left[code] = <int64_t> (room // NS_PER_SECOND)
+    rate_in_use(row, ledger, of_tokens, &used, &bound)
+    usage.percent[code] = neat(percent(used, bound))
 
 
 cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usage) noexcept nogil:
     """State the row's use at `now_ns`; time passes first, so that an idle model shows an empty second."""
+    cdef int i
     pass_time(row, ledger, now_ns)
+    for i in range(LIMITS):
+        usage.left[i] = NO_LIMIT
+        usage.percent[i] = 0.0
     usage.current_ram_mb = ledger.ram_mb
     usage.peak_ram_mb = ledger.peak_ram_mb
     usage.current_ssd_mb = ledger.ssd_mb
     usage.peak_ssd_mb = ledger.peak_ssd_mb
-    usage.requests_this_second = requests_used(row, ledger, SECOND)
-    usage.tokens_this_second = tokens_used(row, ledger, SECOND)
-    usage.tokens_this_hour = tokens_used(row, ledger, HOUR)
-    usage.tokens_this_day = tokens_used(row, ledger, DAY)
-    usage.requests_this_hour = requests_used(row, ledger, HOUR)
-    usage.requests_this_day = requests_used(row, ledger, DAY)
+    for i in range(WINDOWS):
+        usage.requests_this[i] = requests_used(row, ledger, i)
+        usage.tokens_this[i] = tokens_used(row, ledger, i)
+        read_limit(usage, LIMIT_CODES[i][False], ledger.request_limit[i], <uint64_t> usage.requests_this[i])
+        read_limit(usage, LIMIT_CODES[i][True], ledger.token_limit[i], <uint64_t> usage.tokens_this[i])
+    read_rate(row, ledger, False, usage)
+    read_rate(row, ledger, True, usage)
+    read_limit(usage, RAM_MB, ledger.max_ram_mb, in_use(ledger.ram_mb, ledger.reserved_ram_mb))
+    read_limit(usage, SSD_MB, ledger.max_ssd_mb, in_use(ledger.ssd_mb, ledger.reserved_ssd_mb))
+    read_limit(usage, CONCURRENCY, ledger.max_concurrent, <uint64_t> ledger.concurrent)
+    read_limit(usage, QUEUE_PLACE, ledger.max_queued, <uint64_t> ledger.waiting)
     usage.burst_requests_used = burst_used(&row.request_level, row.request_drain, row.request_shift)
     usage.burst_tokens_used = burst_used(&row.token_level, row.token_drain, row.token_shift)
     usage.ram_violations = <int64_t> ledger.violations[0]

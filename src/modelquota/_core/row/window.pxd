@@ -2,13 +2,12 @@
 #
 # A window of length T counts 60 closed slots of T/60 and the current one, so any interval of length T lies within what it
 # counts. Slot s begins at s * T / 60 exactly, since time 0: the slots of a second are no whole number of nanoseconds long,
-# hence the fractions below. 3,600 slots of the second make one of the hour, 86,400 one of the day.
+# hence the fractions below. SLOTS_PER_SLOT says how many slots of the second make one of each window.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from modelquota._core.layout cimport DAY, HOUR, Ledger, MAX_COUNT, Row, SECOND, SLOTS, UNLIMITED, WINDOWS
+from modelquota._core.layout cimport Ledger, MAX_COUNT, Row, SECOND, SLOTS, SLOTS_PER_SLOT, UNLIMITED, WINDOWS
 
 cdef enum:
-    SLOTS_PER_HOUR_SLOT = 3_600
-    SLOTS_PER_DAY_SLOT = 86_400
+    SLOTS_PER_SPAN = 3_600          # of the 60 s for which the lowest levels are kept, see level.pxd
     THREE_SLOTS_NS = 50_000_000     # three slots of the second, the least whole number of ns
     NEVER = -1                      # a wait that no time ends
 
@@ -43,9 +42,7 @@ cdef inline int64_t current_slot(const Row* row) noexcept nogil:
 
 cdef inline int64_t slots_per_slot(int window) noexcept nogil:
     """How many 1/60 s slots make one slot of the window."""
-    if window == SECOND:
-        return 1
-    return SLOTS_PER_HOUR_SLOT if window == HOUR else SLOTS_PER_DAY_SLOT
+    return SLOTS_PER_SLOT[window]
 
 
 cdef inline uint64_t requests_charged(const Row* row, const Ledger* ledger) noexcept nogil:
@@ -196,28 +193,26 @@ cdef inline void measure_room(Row* row, Ledger* ledger) noexcept nogil:
 
 
 cdef inline int64_t turn_slots(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
-    """Move all windows to `now_ns`, which is not before the end of the current slot; by how many slots of the hour."""
+    """Move all windows to `now_ns`, which is not before the end of the current slot; by how many spans of 60 s."""
     cdef uint64_t requests = requests_charged(row, ledger)
     cdef uint64_t tokens = tokens_charged(row, ledger)
     cdef int64_t before = current_slot(row)
     cdef int64_t after = slot_at(now_ns)
-    cdef int64_t first_hour = before // SLOTS_PER_HOUR_SLOT
-    cdef int64_t hours = after // SLOTS_PER_HOUR_SLOT - first_hour
-    cdef int64_t first_day, days
+    cdef int64_t first, steps
+    cdef int window
     begin_change(row, ledger)
     ledger.journal_slot = after
-    roll(ledger, SECOND, requests, tokens, before, after - before)
-    if hours:
-        roll(ledger, HOUR, requests, tokens, first_hour, hours)
-        first_day = before // SLOTS_PER_DAY_SLOT
-        days = after // SLOTS_PER_DAY_SLOT - first_day
-        if days:
-            roll(ledger, DAY, requests, tokens, first_day, days)
+    for window in range(WINDOWS):
+        first = before // slots_per_slot(window)
+        steps = after // slots_per_slot(window) - first
+        if steps == 0:      # a slot of a longer window ends with one of the shorter window
+            break
+        roll(ledger, window, requests, tokens, first, steps)
     in_order()
     row.slot_end_ns = slot_start_ns(after + 1)
     in_order()
     measure_room(row, ledger)
-    return hours
+    return after // SLOTS_PER_SPAN - before // SLOTS_PER_SPAN
 
 
 cdef inline int64_t window_wait_ns(

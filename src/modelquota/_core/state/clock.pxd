@@ -2,9 +2,15 @@ from libc.stdint cimport int64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 
+cdef class Watcher:
+    cdef int wake(self, object ref) except -1
+    cdef int look(self) except -1
+    cdef int forget_parent(self) except -1
+
+
 cdef class ManualClock:
     cdef int64_t time_ns    # under the GIL
-    cdef set watchers       # lines, to be pumped whenever time moves
+    cdef set watchers       # Watchers, to be woken whenever time moves
 
     cdef int move_to(self, int64_t time_ns) except -1
 

@@ -1,5 +1,7 @@
 from typing import SupportsIndex, final
 
+class Watcher: ...
+
 @final
 class ManualClock:
     def __init__(self, now_ns: SupportsIndex = 0) -> None: ...

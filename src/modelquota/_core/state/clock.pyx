@@ -5,6 +5,22 @@ import operator
 from modelquota._core.layout cimport MAX_TIME_NS
 
 
+cdef class Watcher:
+    """What the layers below tell of changes: the one call that goes up. The queues of a process are one."""
+
+    cdef int wake(self, object ref) except -1:
+        """Something has become free: of the model of a RowRef, or (None) of any; time has passed, or limits have changed."""
+        return 0
+
+    cdef int look(self) except -1:
+        """Somebody is denied for what others hold: see to what was put off."""
+        return 0
+
+    cdef int forget_parent(self) except -1:
+        """In a forked child: what the parent has begun is the parent's to finish."""
+        return 0
+
+
 @cython.final
 cdef class ManualClock:
     """ManualClock(now_ns=0)\n--\n
@@ -55,8 +71,8 @@ cdef class ManualClock:
                              f"{time_ns} ns is out of range")
         self.time_ns = time_ns
         if self.watchers:
-            for line in list(self.watchers):
-                line.pump()
+            for watcher in list(self.watchers):
+                (<Watcher> watcher).wake(None)
         return 0
 
     def __repr__(self):

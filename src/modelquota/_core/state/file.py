@@ -13,7 +13,7 @@ from modelquota._core.state.beside import (
     remove_dead_drafts,
     remove_draft,
 )
-from modelquota._core.state.shared import new_header, regions_for
+from modelquota._core.state.state import new_header, regions_for
 from modelquota._core.state.validate import MAX_MODELS_LIMIT, faults
 from modelquota.errors import StateFileError
 

@@ -3,13 +3,13 @@
 # Locks are taken in the order of the rows, whatever the order of the ids, so nobody waits in a circle; and none is kept
 # while another one is waited for, so that a process that is stopped in one row holds up nobody in the others.
 from libc.stdint cimport int64_t, uint32_t
+from modelquota._core.layout cimport Charge, QueueEntry, Row, Shared
 from modelquota._core.row.decision cimport (
     Ask, Fit, NEVER, QUEUE_PLACE, Verdict, assess, charge_admitted, count_violation, highest_usage, start_verdict
 )
 from modelquota._core.row.grant cimport Hold, take_hold
-from modelquota._core.layout cimport Charge, QueueEntry, Row, Shared
-from modelquota._core.state.lock cimport unlock, wait_clock_ns
 from modelquota._core.row.queue cimport unlink_entry
+from modelquota._core.state.lock cimport unlock, wait_clock_ns
 from modelquota._core.state.repair cimport lock_row, try_row
 from modelquota._core.state.unclaimed cimport count_made, set_unclaimed
 

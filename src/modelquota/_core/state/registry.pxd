@@ -2,13 +2,13 @@
 # have the row soon gives the registry back first, so that a process that is stopped in one row holds up only that model.
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
-from modelquota._core.row.decision cimport pass_time
 from modelquota._core.layout cimport CHANGES, Header, Ledger, Limits, Row, Shared, UNLIMITED, VIOLATION_TYPES, WINDOWS
+from modelquota._core.row.decision cimport pass_time
 from modelquota._core.row.level cimport NO_RATE, load
-from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, unlock, wait_clock_ns
-from modelquota._core.state.repair cimport clear, count_atomically, lock_row
 from modelquota._core.row.usage cimport limits_digest, put_limits, read_limits, same_limits, start_row
 from modelquota._core.row.window cimport in_order, requests_charged, requests_used, tokens_charged, tokens_used
+from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, unlock, wait_clock_ns
+from modelquota._core.state.repair cimport clear, count_atomically, lock_row
 
 cdef extern from *:
     """

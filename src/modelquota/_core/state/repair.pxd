@@ -8,12 +8,12 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.layout cimport CHUNK, GrantRecord, Header, Ledger, Row, Shared, SLOTS, WINDOWS
 from modelquota._core.row.level cimport LEVEL_MAX, load, store
-from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, spin_lock, try_lock
 from modelquota._core.row.queue cimport rebuild_queue
 from modelquota._core.row.usage cimport put_limits
 from modelquota._core.row.window cimport (
     ROLLED, ROLLING, SETTLED, current_slot, in_order, measure_room, roll, slot_start_ns, slots_per_slot, turn_ring
 )
+from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, spin_lock, try_lock
 
 cdef extern from *:
     uint64_t count_atomically "__atomic_fetch_add"(uint64_t* word, uint64_t more, int order) noexcept nogil

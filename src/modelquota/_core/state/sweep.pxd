@@ -1,11 +1,11 @@
 # What dead processes held is given back, and their places in the queues are cleared.
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
-from modelquota._core.row.grant cimport free_handle, let_go
 from modelquota._core.layout cimport CHUNK, GrantRecord, Pool, QueueEntry, Row, SEAT_BITS, SEATS, Shared
+from modelquota._core.row.grant cimport free_handle, let_go
+from modelquota._core.row.queue cimport unlink_entry
 from modelquota._core.state.lock cimport epoch_of, is_gone, load_word, swap_word, unlock
 from modelquota._core.state.pool cimport record_at
-from modelquota._core.row.queue cimport unlink_entry
 from modelquota._core.state.repair cimport RELAXED, count_atomically, lock_row
 
 cdef enum:

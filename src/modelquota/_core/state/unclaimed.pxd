@@ -10,9 +10,9 @@
 # A process that has claimed a grant clears the references to the deciding record before it gives that one back. So if LAPSED
 # was read there, and then the reference to it once more, in a record whose row is locked, that record's grant has lapsed.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from modelquota._core.layout cimport CHUNK, Charge, GrantRecord, Ledger, RECORDS, Row, Shared
 from modelquota._core.row.decision cimport pass_time
 from modelquota._core.row.grant cimport let_go, refund
-from modelquota._core.layout cimport CHUNK, Charge, GrantRecord, Ledger, RECORDS, Row, Shared
 from modelquota._core.state.lock cimport load_word, unlock
 from modelquota._core.state.repair cimport lock_row
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelquota._core.state.shared import FACTS, count_processes, layout_fingerprint, regions_for
-from modelquota._core.table.packing import dtypes, encode_rate
+from modelquota._core.state.state import FACTS, count_processes, layout_fingerprint, regions_for
+from modelquota._core.table.packing import core_limits, dtypes, encode_rate
 from modelquota.errors import StateFileError
-from modelquota.quota.limits import SHADOW_NAMES, Limit
+from modelquota.quota.limits import DENYING
 
 MAX_MODELS_LIMIT = 2**24
 MAGIC = FACTS["magic"]
@@ -51,7 +51,8 @@ _COUNTS = (
 _TALLIES = ("rejected", "throttled", "queued", "waited", "violations")
 _MAX_TALLY = 2**59  # a thousand million a second for 18 years, and the sum of some is still a count
 _SLOTS = 60
-_PER_SLOT = (1, 3600, 86_400)
+_CODES, _WINDOWS = core_limits()
+_PER_SLOT = tuple(per_slot for per_slot, *_ in _WINDOWS)
 _AT_A_TIME = 1024
 _LONGEST_NAME = 256  # bytes
 _TRIES = 20
@@ -63,7 +64,7 @@ _CHUNK = 64
 _RECORDS = _CHUNK * _CHUNKS
 _NO_RATE = 255
 _WIDEST_SHIFT = 95
-_SHADOWS = sum(1 << Limit[name.upper()] for name in SHADOW_NAMES)
+_SHADOWS = sum(1 << record.limit for record in DENYING)
 
 
 @dataclass
@@ -327,7 +328,7 @@ def _judge_entries(reader: Reader) -> Iterator[str]:
     for what in ("next", "previous"):
         for record in np.flatnonzero(entries[what] > _RECORDS):
             yield f"queue entry {record}: {what} is no entry"
-    for record in np.flatnonzero((entries["limit"] > 10) | (entries["ready_ns"] < -1)):
+    for record in np.flatnonzero((entries["limit"] >= _CODES["LIMITS"]) | (entries["ready_ns"] < -1)):
         yield f"queue entry {record}: it waits for an unknown limit, or since before all time"
 
 
@@ -369,7 +370,7 @@ def part_faults(part: Part, names_used: int, staged_row: int = -1) -> Iterator[s
     )
     yield from _each(part, ledgers["journal_filled"] > _SLOTS, "its journal has more slots than there are")
     yield from _each(part, ledgers["action"] > 3, "its action is unknown")
-    yield from _each(part, ledgers["stage"] > 7, "its stage is unknown")
+    yield from _each(part, ledgers["stage"] > 1 + 2 * len(_PER_SLOT), "its stage is unknown")
     for what in ("request", "token"):
         dormant = rows[f"dormant_{what}_shift"]
         wrong = (dormant > _WIDEST_SHIFT) & (dormant != _NO_RATE)
@@ -440,7 +441,7 @@ def limit_faults(part: Part, alive: NDArray[np.bool_]) -> Iterator[str]:
             rate = ledgers[f"{what}s_per_second"]
             yield from _each(part, alive & ~(rate >= 0), f"its {what} rate is no rate")
     for what in ("request", "token"):
-        for window in (1, 2):
+        for window in range(1, len(_PER_SLOT)):
             wrong = ~_is_limit(ledgers[f"{what}_limit"][:, window])
             yield from _each(part, alive & wrong, f"its limit of {what}s in window {window} is none")
         lowest = ledgers[f"{what}_low"]

@@ -1,7 +1,10 @@
 from libc.stdint cimport int64_t
 from modelquota._core.row.decision cimport Ask, Verdict
 from modelquota._core.state.joint cimport Joint, Places
-from modelquota._core.table.table cimport QuotaTable
+from modelquota._core.state.pools cimport Pools
+from modelquota._core.state.state cimport State
+from modelquota._core.table.grant cimport Grant
+from modelquota._core.table.intern cimport Interned, RowRef
 
 cdef enum:
     MAY_WAIT = -1       # decide_all: for a lock, as long as it takes
@@ -12,7 +15,17 @@ cdef enum:
 cdef tuple ids_of(object model_id)
 
 
-cdef class GrantTable(QuotaTable):
+cdef class Admission:
+    cdef State state
+    cdef Pools pools
+    cdef Interned interned
+    cdef object events              # what the facade wants to know: template_of, on_unknown_model, on_violation
+
+    cdef object check_several(self, object model_ids, const Ask* ask, bint peek)
+    cdef Grant reserve(self, tuple ids, const Ask* ask)
+    cdef int count_unknown(self, int ids) except -1
+    cdef bint adopt(self, str model_id) except -1
+    cdef RowRef find_or_adopt(self, str model_id)
     cdef int parties_of(self, tuple ids, Joint* joint, list refs, list templates) except -1
     cdef int take_records(self, Joint* joint) except -1
     cdef int give_records(self, Joint* joint) except -1

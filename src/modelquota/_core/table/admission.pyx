@@ -1,27 +1,27 @@
-"""Reservations: one decision over one or several models, whose outcome is held."""
+"""Admission: one decision over one or several models, and what it holds."""
+cimport cython
 from itertools import islice
 
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from modelquota._core.table.arguments cimport as_count
+from modelquota._core.layout cimport Charge, Ledger, Limits, QueueEntry, Row, Shared
 from modelquota._core.row.decision cimport Ask, Fit, Verdict, charge_admitted, highest_usage
-from modelquota._core.table.grant cimport Grant, SETTLED, make_grant
 from modelquota._core.row.grant cimport Hold
+from modelquota._core.row.queue cimport drop_expired, first_in_turn
+from modelquota._core.row.usage cimport put_limits, start_row
 from modelquota._core.state.joint cimport (
     BUSY_ROW, DECIDED, GONE, Joint, MOST_MODELS, NOBODY, Places, assess_all, decide_rows, first_gone, lock_rows, put_in_order,
     same_row, unlock_rows
 )
-from modelquota._core.layout cimport Charge, Ledger, Limits, QueueEntry, Row, Shared
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
-from modelquota._core.row.queue cimport drop_expired, first_in_turn
+from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.repair cimport RELAXED, count_atomically
+from modelquota._core.table.grant cimport Grant, make_grant
+from modelquota._core.table.intern cimport Interned, RowRef, plain_id
 from modelquota._core.table.result cimport result_of
-from modelquota._core.table.intern cimport RowRef, plain_id
-from modelquota._core.table.table cimport QuotaTable, start_ask
-from modelquota._core.row.usage cimport put_limits, start_row
 
 from modelquota.errors import CapacityError, QuotaExceededError
 
@@ -35,84 +35,17 @@ cdef inline bint is_counted_here(const Joint* joint, const Ask* ask) noexcept:
     return False
 
 
-cdef class GrantTable(QuotaTable):
-    """Reservations, and decisions over several models at once."""
+@cython.no_gc_clear     # whoever is finalized in the same cycle may still ask
+cdef class Admission:
+    """Decides over one or several models of one process, and takes what is held for what it admits."""
 
-    def reserve(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
-        """Check, and hold the outcome: memory, one unit of concurrency, and tokens that can be settled later.
-
-        Parameters
-        ----------
-        model_id : str or sequence of str
-            One model, or up to 16 that must all admit, such as ``("acme", "acme/bob", "llama-70b")``: one decision,
-            all or nothing. An id without a quota admits and holds nothing.
-        estimated_tokens : int
-            Tokens, 0 .. 2**62.
-        ram_needed_mb, ssd_needed_mb : int
-            MB (2**20 bytes), 0 .. 2**62, held beside the reported use until the grant is released.
-
-        Returns
-        -------
-        Grant
-
-        Raises
-        ------
-        QuotaExceededError
-            Denied; ``.result`` is the `QuotaCheckResult`. Nothing has been charged.
-        TypeError, ValueError
-            A count that is no integer or out of range, or ids that are none; nothing has been charged.
-        """
-        cdef Ask ask
-        cdef Joint joint
-        cdef Verdict verdict
-        cdef list refs = []
-        cdef Grant grant
-        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-        joint.unclaimed_until_ns = 0
-        self.decide_all(ids_of(model_id), &ask, True, MAY_WAIT, refs, &joint, &verdict, NULL)
-        grant = make_grant(self, &joint, refs, &ask) if verdict.allowed else None
-        if joint.named != NOBODY:
-            result = result_of(&verdict, (<RowRef> refs[joint.named]).model_id)
-            if verdict.log_held:
-                self._log_violation(result.model_id, result, verdict.log_held)
-            if grant is None:
-                raise QuotaExceededError(result)
-        return grant
-
-    def settle_many(self, grants, actual_tokens):
-        """Settle many grants at once, such as those that one step of continuous batching completed.
-
-        Parameters
-        ----------
-        grants : sequence of Grant
-            Open ones.
-        actual_tokens : sequence of int or int64 array, of the same length
-            Tokens of each, 0 .. 2**62.
-
-        Raises
-        ------
-        TypeError, ValueError, GrantClosedError
-            As `Grant.settle`; everything is validated before anything is settled.
-        """
-        cdef Grant grant
-        cdef list open_grants = list(grants)
-        cdef list counts = actual_tokens.tolist() if hasattr(actual_tokens, "tolist") else list(actual_tokens)
-        cdef Py_ssize_t i
-        if len(open_grants) != len(counts):
-            raise ValueError(f"actual_tokens has {len(counts)} elements and grants has {len(open_grants)}; give one each")
-        for i in range(len(counts)):
-            if type(open_grants[i]) is not Grant:
-                raise TypeError(f"grants[{i}] is {open_grants[i]!r}; give a Grant")
-            counts[i] = as_count(counts[i], f"actual_tokens[{i}]")
-            grant = open_grants[i]
-            if not (grant.stage == SETTLED and grant.used == counts[i]):
-                grant.require_open("settle")
-        if len(set(map(id, open_grants))) != len(open_grants):
-            raise ValueError("grants has one grant twice; give each once")
-        for i in range(len(counts)):
-            (<Grant> open_grants[i]).settle(counts[i])
+    def __cinit__(self, Pools pools not None, Interned interned not None):
+        self.state = pools.state
+        self.pools = pools
+        self.interned = interned
 
     cdef object check_several(self, object model_ids, const Ask* ask, bint peek):
+        """check_quota for a sequence of ids, or peek_quota for one or more."""
         cdef Joint joint
         cdef Verdict verdict
         cdef list refs = []
@@ -122,8 +55,49 @@ cdef class GrantTable(QuotaTable):
         self.decide_all(ids, ask, False, MAY_WAIT, refs, &joint, &verdict, NULL)
         result = result_of(&verdict, None if joint.named == NOBODY else (<RowRef> refs[joint.named]).model_id)
         if verdict.log_held:
-            self._log_violation(result.model_id, result, verdict.log_held)
+            self.events.on_violation(result.model_id, result, verdict.log_held)
         return result
+
+    cdef Grant reserve(self, tuple ids, const Ask* ask):
+        """A grant; raises QuotaExceededError if the request is denied."""
+        cdef Joint joint
+        cdef Verdict verdict
+        cdef list refs = []
+        cdef Grant grant
+        self.decide_all(ids, ask, True, MAY_WAIT, refs, &joint, &verdict, NULL)
+        grant = make_grant(self.pools, &joint, refs, ask) if verdict.allowed else None
+        if joint.named != NOBODY:
+            result = result_of(&verdict, (<RowRef> refs[joint.named]).model_id)
+            if verdict.log_held:
+                self.events.on_violation(result.model_id, result, verdict.log_held)
+            if grant is None:
+                raise QuotaExceededError(result)
+        return grant
+
+    # -- ids without a quota
+
+    cdef int count_unknown(self, int ids) except -1:
+        count_atomically(&self.state.shared.header.unknown_checks, ids, RELAXED)
+        return 0
+
+    cdef bint adopt(self, str model_id) except -1:
+        """Register an id that has no quota, as `default_quota` says; False if that says nothing of it."""
+        template = self.events.template_of(model_id)
+        if template is None:
+            self.events.on_unknown_model(model_id)
+            return False
+        self.interned.put(model_id, template, True)
+        return True
+
+    cdef RowRef find_or_adopt(self, str model_id):
+        """The row of a model, registered on sight if need be, or None. Again, if it is forgotten in between: it is as good
+        as new."""
+        cdef RowRef ref = self.interned.find(model_id)
+        while ref is None and self.adopt(model_id):
+            ref = self.interned.find(model_id)
+        return ref
+
+    # -- the decision
 
     cdef int parties_of(self, tuple ids, Joint* joint, list refs, list templates) except -1:
         """Look up the models of a request; ids without a quota are left out. Returns how many those are.
@@ -142,14 +116,14 @@ cdef class GrantTable(QuotaTable):
             joint.count = 0
             joint.adopted = False
             for model_id in ids:
-                ref = self.find(<str> model_id)
+                ref = self.interned.find(<str> model_id)
                 if ref is None and templates is not None:
-                    template = self._template(model_id)
+                    template = self.events.template_of(model_id)
                     if template is not None:
                         templates.append((model_id, template))
                 else:
                     while ref is None and self.adopt(<str> model_id):
-                        ref = self.find(<str> model_id)
+                        ref = self.interned.find(<str> model_id)
                         joint.adopted = True
                 if ref is None:
                     continue
@@ -158,7 +132,7 @@ cdef class GrantTable(QuotaTable):
                 party.row = ref.row
                 party.ledger = ref.ledger
                 party.generation = ref.generation
-                party.index = <uint32_t> (ref.row - self.shared.rows)
+                party.index = <uint32_t> (ref.row - self.state.shared.rows)
                 party.record = NULL
                 party.entry = NULL
                 joint.count += 1
@@ -167,12 +141,12 @@ cdef class GrantTable(QuotaTable):
             if shared_row != NOBODY:    # one left it, and the other came, while this looked them up
                 index = joint.parties[shared_row].index
                 for ref in list(refs):
-                    if ref.row == &self.shared.rows[index]:
-                        self.drop(ref)
-                self.look_at(index)
+                    if ref.row == &self.state.shared.rows[index]:
+                        self.interned.drop(ref)
+                self.interned.look_at(index)
                 rounds += 1
                 if rounds > MOST_ROUNDS:    # they make room for one another: they do not fit into the table together
-                    raise CapacityError(self.shared.header.max_models)
+                    raise CapacityError(self.state.shared.header.max_models)
         return len(ids) - joint.count
 
     cdef int decide_all(self, tuple ids, const Ask* ask, bint holding, int64_t patience_ns, list refs, Joint* joint,
@@ -184,44 +158,44 @@ cdef class GrantTable(QuotaTable):
         cdef int unknown, outcome = BUSY_ROW
         cdef int rounds = 0
         cdef int64_t now_ns
-        cdef const Shared* shared = &self.shared
+        cdef const Shared* shared = &self.state.shared
         while True:
-            now_ns = self.now_ns()
-            if now_ns >= self.fine_until_ns:
-                self.look(now_ns)
+            now_ns = self.state.now_ns()
+            if now_ns >= self.state.shared.fine_until_ns:
+                self.state.look(now_ns)
             unknown = self.parties_of(ids, joint, refs, None)
             if places != NULL:
                 find_places(joint, places)
             if holding:
-                self.verify_seat_if_due()
+                self.state.verify_seat_if_due()
                 self.take_records(joint)
             outcome = decide_rows(joint, now_ns, ask, holding, shared, 0, verdict)
             if outcome == BUSY_ROW and patience_ns != 0:
-                self.inside += 1
+                self.state.inside += 1
                 with nogil:
                     outcome = decide_rows(joint, now_ns, ask, holding, shared,
                                           SLICE_NS if patience_ns < 0 else patience_ns, verdict)
-                self.exit()
+                self.state.exit()
             if outcome == DECIDED:
                 break
             self.give_records(joint)
             if outcome == GONE:
-                self.drop(<RowRef> refs[joint.gone])
+                self.interned.drop(<RowRef> refs[joint.gone])
                 rounds += joint.adopted
                 if rounds > MOST_ROUNDS:    # as new as they are, they make room for one another: they do not fit together
                     raise CapacityError(shared.header.max_models)
             elif patience_ns == MAY_WAIT:
-                self.pause()
+                self.state.pause()
             else:
                 return BUSY
         if not verdict.allowed:
             self.give_records(joint)
             if verdict.worth_a_look:
-                self.look_for_dead()
+                self.pools.look_for_dead()
         elif unknown:
             self.count_unknown(unknown)
         if verdict.allowed and ask.counted != NULL and not is_counted_here(joint, ask):
-            count_atomically(&self.shared.header.retired_waited, 1, RELAXED)
+            count_atomically(&self.state.shared.header.retired_waited, 1, RELAXED)
         return unknown
 
     cdef int take_records(self, Joint* joint) except -1:
@@ -229,7 +203,7 @@ cdef class GrantTable(QuotaTable):
         cdef int i
         try:
             for i in range(joint.count):
-                joint.parties[i].record = self.take_grant_record()
+                joint.parties[i].record = self.pools.take_grant_record()
         except BaseException:
             self.give_records(joint)
             raise
@@ -239,7 +213,7 @@ cdef class GrantTable(QuotaTable):
         cdef int i
         for i in range(joint.count):
             if joint.parties[i].record != NULL:
-                give_record(&self.shared.grant_pool, joint.parties[i].record - self.shared.grants, self.shared.me)
+                give_record(&self.state.shared.grant_pool, joint.parties[i].record - self.state.shared.grants, self.state.shared.me)
                 joint.parties[i].record = NULL
         return 0
 
@@ -261,24 +235,24 @@ cdef class GrantTable(QuotaTable):
             raise MemoryError()
         try:
             while outcome != DECIDED:
-                now_ns = self.now_ns()
-                if now_ns >= self.fine_until_ns:
-                    self.look(now_ns)
+                now_ns = self.state.now_ns()
+                if now_ns >= self.state.shared.fine_until_ns:
+                    self.state.look(now_ns)
                 self.parties_of(ids, &joint, refs, templates)
                 known = joint.count
-                outcome = copy_rows(&joint, now_ns, rows, ledgers, heads, &self.shared, 0)
+                outcome = copy_rows(&joint, now_ns, rows, ledgers, heads, &self.state.shared, 0)
                 if outcome == BUSY_ROW:
-                    self.inside += 1
+                    self.state.inside += 1
                     with nogil:
-                        outcome = copy_rows(&joint, now_ns, rows, ledgers, heads, &self.shared, SLICE_NS)
-                    self.exit()
+                        outcome = copy_rows(&joint, now_ns, rows, ledgers, heads, &self.state.shared, SLICE_NS)
+                    self.state.exit()
                 if outcome == GONE:
-                    self.drop(<RowRef> refs[joint.gone])
+                    self.interned.drop(<RowRef> refs[joint.gone])
                 elif outcome == BUSY_ROW:
-                    self.pause()
+                    self.state.pause()
             for _, template in templates:   # as it would be if the id were registered now
                 i = joint.count
-                self.pack_limits(template, &limits)
+                self.interned.pack_limits(template, &limits)
                 memset(&rows[i], 0, sizeof(Row))
                 memset(&ledgers[i], 0, sizeof(Ledger))
                 start_row(&rows[i], &ledgers[i], now_ns)
@@ -288,7 +262,7 @@ cdef class GrantTable(QuotaTable):
             for i in range(joint.count):
                 joint.parties[i].row = &rows[i]
                 joint.parties[i].ledger = &ledgers[i]
-            peek(&joint, now_ns, ask, self.shared.header.enforcing, heads, &verdict)
+            peek(&joint, now_ns, ask, self.state.shared.header.enforcing, heads, &verdict)
         finally:
             free(ledgers)
         if joint.named == NOBODY:

@@ -3,6 +3,7 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.number cimport PyIndex_Check, PyNumber_Index
 from libc.stdint cimport int64_t
 from modelquota._core.layout cimport MAX_COUNT
+from modelquota._core.row.decision cimport Ask, LAST_TICKET, LOWEST_PRIORITY
 
 cdef extern from *:
     """
@@ -15,8 +16,10 @@ cdef extern from *:
         return Py_SIZE(value) == 1 ? (int64_t)((PyLongObject *)value)->ob_digit[0] : Py_SIZE(value) == 0 ? 0 : -1;
     #endif
     }
+    #define MQ_FAR INT64_MAX
     """
     int64_t small_count "mq_small_count"(object value) noexcept
+    const int64_t FAR "MQ_FAR"          # a time that never comes
 
 
 cdef inline int64_t any_count(object value, str name) except -1:
@@ -34,3 +37,34 @@ cdef inline int64_t as_count(object value, str name) except -1:
     """A count from anything with __index__, 0 .. MAX_COUNT. The way of a small int calls nothing."""
     cdef int64_t count = small_count(value)
     return count if count >= 0 else any_count(value, name)
+
+
+cdef inline int start_ask(Ask* ask, object tokens, object ram_mb, object ssd_mb) except -1:
+    """What a request that does not wait asks."""
+    ask.tokens = as_count(tokens, "estimated_tokens")
+    ask.ram_mb = as_count(ram_mb, "ram_needed_mb")
+    ask.ssd_mb = as_count(ssd_mb, "ssd_needed_mb")
+    ask.ticket = LAST_TICKET
+    ask.priority = LOWEST_PRIORITY
+    ask.counted = NULL
+    return 0
+
+
+cdef inline int64_t as_priority(object priority) except? -1:
+    cdef object number = priority.__index__() if hasattr(priority, "__index__") else None
+    if number is None:
+        raise TypeError(f"priority is {priority!r}; give an integer")
+    if not -(2**31) < number < 2**31:
+        raise ValueError(f"priority is {number}; give an integer, -(2**31) < priority < 2**31, the higher the sooner")
+    return number
+
+
+cdef inline int64_t as_wait_ns(object timeout) except -1:
+    """Nanoseconds of a timeout in seconds; FAR without one."""
+    cdef double seconds
+    if timeout is None:
+        return FAR
+    seconds = timeout
+    if not seconds >= 0:
+        raise ValueError(f"timeout is {timeout!r}; give seconds, 0 or more, or None")
+    return <int64_t> (seconds * 1e9) if seconds < 2e9 else FAR

@@ -1,12 +1,12 @@
 # Batches: the loops around one decision, wholly without the GIL. Codes are generation << 32 | row number.
 from libc.stdint cimport int64_t, uint8_t, uint32_t
+from modelquota._core.layout cimport Charge, Header, MAX_COUNT, Ledger, Row, Shared, SECOND, SLOTS
 from modelquota._core.row.decision cimport (
     Ask, LAST_TICKET, LOWEST_PRIORITY, Verdict, charge_tokens, decide, is_trial, pass_time, unlikely
 )
-from modelquota._core.layout cimport Charge, Header, MAX_COUNT, Ledger, Row, Shared, SECOND, SLOTS
+from modelquota._core.row.window cimport slot_at
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.repair cimport lock_row
-from modelquota._core.row.window cimport slot_at
 
 cdef extern from *:
     int64_t read_count "__atomic_load_n"(const int64_t* word, int order) noexcept nogil

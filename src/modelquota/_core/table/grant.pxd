@@ -1,10 +1,11 @@
 from libc.stdint cimport int64_t, uint32_t
+from modelquota._core.layout cimport Charge
 from modelquota._core.row.decision cimport Ask
 from modelquota._core.row.grant cimport Hold
 from modelquota._core.state.joint cimport Joint
-from modelquota._core.layout cimport Charge
+from modelquota._core.state.pools cimport Pools
+from modelquota._core.state.state cimport State
 from modelquota._core.table.intern cimport RowRef
-from modelquota._core.table.table cimport QuotaTable
 
 
 cdef enum Stage:
@@ -31,7 +32,8 @@ cdef class Deferred:
 
 
 cdef class Grant:
-    cdef QuotaTable manager
+    cdef State state
+    cdef Pools pools
     cdef RowRef ref             # of the first model
     cdef tuple others           # RowRefs of the rest, or None
     cdef Hold first
@@ -69,5 +71,5 @@ cdef class Grant:
     cdef int release_as(self, bint failed) except -1
 
 
-cdef int finish_deferred(QuotaTable manager) except -1
-cdef Grant make_grant(QuotaTable manager, Joint* joint, list refs, const Ask* ask)
+cdef int finish_deferred(Pools pools) except -1
+cdef Grant make_grant(Pools pools, Joint* joint, list refs, const Ask* ask)

@@ -8,18 +8,18 @@ from cpython.exc cimport PyErr_WarnEx, PyErr_WriteUnraisable
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
-from modelquota._core.table.arguments cimport as_count
+from modelquota._core.layout cimport Charge, Ledger, MAX_COUNT, Row, Shared
 from modelquota._core.row.decision cimport Ask, admits_tokens, charge_tokens, is_trial, pass_time
 from modelquota._core.row.grant cimport Hold, let_go, refund, reserve_tokens, settle_tokens
 from modelquota._core.state.joint cimport Joint, lock_rows, put_in_order, unlock_rows
-from modelquota._core.layout cimport Charge, Ledger, MAX_COUNT, Row, Shared
 from modelquota._core.state.lock cimport SLICE_NS, unlock
 from modelquota._core.state.pool cimport give_record
+from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.repair cimport lock_row
-from modelquota._core.state.shared cimport fork_count
-from modelquota._core.table.intern cimport RowRef
-from modelquota._core.table.table cimport QuotaTable
+from modelquota._core.state.state cimport State, fork_count
 from modelquota._core.state.unclaimed cimport claim_record, put_decider
+from modelquota._core.table.arguments cimport as_count
+from modelquota._core.table.intern cimport RowRef
 
 from modelquota.errors import GrantClosedError
 
@@ -60,7 +60,7 @@ cdef class Grant:
         raise TypeError("grants are made by reserve, acquire and acquire_async")
 
     def __dealloc__(self):
-        if self.manager is not None and self.stage != CLOSED and self.ours() and self.manager.usable():
+        if self.state is not None and self.stage != CLOSED and self.ours() and self.state.usable():
             try:
                 self.release_as(False)
                 PyErr_WarnEx(ResourceWarning, b"a grant was garbage-collected unreleased; use it in a with statement", 1)
@@ -87,7 +87,7 @@ cdef class Grant:
     cdef bint claim(self) noexcept:
         """Take it for a request that has waited; False if the time for that was over, and others have let it go."""
         cdef int i
-        if self.unclaimed and self.ours() and self.manager.usable():
+        if self.unclaimed and self.ours() and self.state.usable():
             self.unclaimed = False
             self.lapsed = not claim_record(self.first.record)
             if not self.lapsed:
@@ -96,8 +96,8 @@ cdef class Grant:
         return not self.lapsed
 
     cdef inline int require_open(self, str verb) except -1:
-        if self.ours() and not self.manager.usable():
-            self.manager.require_open()
+        if self.ours() and not self.state.usable():
+            self.state.require_open()
         if self.stage != OPEN:
             raise GrantClosedError(verb, "cancelled" if self.cancelled else
                                    "settled" if self.stage == SETTLED else "released")
@@ -116,7 +116,7 @@ cdef class Grant:
     @property
     def released(self):
         """Whether memory and concurrency have been given back."""
-        return self.stage == CLOSED or (self.manager.closed and self.ours())
+        return self.stage == CLOSED or (self.state.closed and self.ours())
 
     # -- tokens
 
@@ -135,7 +135,7 @@ cdef class Grant:
             The grant has been settled, cancelled or released.
         """
         cdef int64_t more = as_count(tokens, "tokens")
-        if self.stage != OPEN or not self.manager.usable():
+        if self.stage != OPEN or not self.state.usable():
             self.require_open("add")
         if more > MAX_COUNT - self.used:
             raise ValueError(f"tokens is {more}, and {self.used} were counted before; the sum may be 2**62 at most")
@@ -165,14 +165,14 @@ cdef class Grant:
         chunk = min(max(over, max(<int64_t> LEAST_CHUNK, self.charged // CHUNK_SHARE)), MAX_COUNT - self.charged)
         self.adding += 1
         self.claimed += over
-        now_ns = self.manager.now_ns()
-        outcome = charge_rows(&joint, now_ns, over, &chunk, &fits, &self.stage, &self.manager.shared, 0)
+        now_ns = self.state.now_ns()
+        outcome = charge_rows(&joint, now_ns, over, &chunk, &fits, &self.stage, &self.state.shared, 0)
         if outcome == LOCKED_OUT:
-            self.manager.inside += 1
+            self.state.inside += 1
             with nogil:
-                outcome = charge_rows(&joint, now_ns, over, &chunk, &fits, &self.stage, &self.manager.shared,
+                outcome = charge_rows(&joint, now_ns, over, &chunk, &fits, &self.stage, &self.state.shared,
                                       END_PATIENCE_NS)
-            self.manager.exit()
+            self.state.exit()
         self.adding -= 1
         self.claimed -= over
         if outcome != DONE:
@@ -190,14 +190,14 @@ cdef class Grant:
 
     cdef int take_back(self, Joint* joint, int64_t now_ns) except -1:
         """Refund what charge_rows() charged."""
-        cdef bint done = refund_rows(joint, now_ns, &self.manager.shared, 0)
+        cdef bint done = refund_rows(joint, now_ns, &self.state.shared, 0)
         while not done:
-            self.manager.inside += 1
+            self.state.inside += 1
             with nogil:
-                done = refund_rows(joint, now_ns, &self.manager.shared, SLICE_NS)
-            self.manager.exit()
+                done = refund_rows(joint, now_ns, &self.state.shared, SLICE_NS)
+            self.state.exit()
             if not done:
-                self.manager.pause()
+                self.state.pause()
         return 0
 
     cdef int reserve_charges(self) except -1:
@@ -231,7 +231,7 @@ cdef class Grant:
         cdef int64_t actual = as_count(actual_tokens, "actual_tokens")
         if self.stage == SETTLED and self.used == actual:
             return
-        if self.stage != OPEN or not self.manager.usable():
+        if self.stage != OPEN or not self.state.usable():
             self.require_open("settle")
         self.used = actual
         self.stage = SETTLED
@@ -278,13 +278,13 @@ cdef class Grant:
         ending.undo = undo
         ending.close = close
         self.charged = tokens
-        if not self.ours() or not self.manager.usable():
+        if not self.ours() or not self.state.usable():
             return 0
         if self.unclaimed:
             self.claim()
         ending.lapsed = self.lapsed
-        if self.manager.deferred:
-            finish_deferred(self.manager)
+        if self.pools.deferred:
+            finish_deferred(self.pools)
         for i in range(self.parties):
             ending.party = i
             if self.finish_or_defer(&ending):
@@ -295,23 +295,24 @@ cdef class Grant:
 
     cdef bint finish_or_defer(self, const Ending* ending) except -1:
         """See to one model; whether requests wait for it."""
-        cdef QuotaTable manager = self.manager
+        cdef State state = self.state
+        cdef Pools pools = self.pools
         cdef const Hold* party = self.hold(ending.party)
         cdef const Charge* charges = self.charge_of(0, ending.party)
-        cdef int64_t now_ns = manager.now_ns() if ending.surplus != 0 or ending.undo else 0
+        cdef int64_t now_ns = state.now_ns() if ending.surplus != 0 or ending.undo else 0
         cdef int outcome = LOCKED_OUT
-        if not (manager.deferred and is_deferred(manager, party.row)):      # what was put off before comes first
-            outcome = finish_party(party, charges, self.parties, self.times, ending, now_ns, &manager.shared, 0)
+        if not (pools.deferred and is_deferred(pools, party.row)):      # what was put off before comes first
+            outcome = finish_party(party, charges, self.parties, self.times, ending, now_ns, &state.shared, 0)
             if outcome == LOCKED_OUT:
-                manager.inside += 1
+                state.inside += 1
                 with nogil:
-                    outcome = finish_party(party, charges, self.parties, self.times, ending, now_ns, &manager.shared,
+                    outcome = finish_party(party, charges, self.parties, self.times, ending, now_ns, &state.shared,
                                            END_PATIENCE_NS)
-                manager.exit()
+                state.exit()
         if outcome == LOCKED_OUT:
-            manager.deferred.append(defer(self, ending))
+            pools.deferred.append(defer(self, ending))
         elif ending.close:
-            give_record(&manager.shared.grant_pool, party.record - manager.shared.grants, manager.shared.me)
+            give_record(&state.shared.grant_pool, party.record - state.shared.grants, state.shared.me)
         return outcome == WAITED_FOR
 
     cdef int tell(self, uint32_t parties) except -1:
@@ -321,7 +322,7 @@ cdef class Grant:
         for i in range(self.parties):
             if parties >> i & 1:
                 try:
-                    self.manager.freed(self.ref_of(i))
+                    self.state.wake(self.ref_of(i))
                 except BaseException as raised:
                     error = raised
         if error is not None:
@@ -462,47 +463,49 @@ cdef Deferred defer(Grant grant, const Ending* ending):
     return later
 
 
-cdef bint is_deferred(QuotaTable manager, const Row* row) noexcept:
+cdef bint is_deferred(Pools pools, const Row* row) noexcept:
     """Whether the end of a grant of this row's was put off."""
     cdef Deferred later
-    for later in manager.deferred:
+    for later in pools.deferred:
         if later.party.row == row:
             return True
     return False
 
 
-cdef int finish_deferred(QuotaTable manager) except -1:
+cdef int finish_deferred(Pools pools) except -1:
     """Try again what was put off; what cannot be done yet stays, in its order."""
-    cdef list todo = manager.deferred
+    cdef State state = pools.state
+    cdef list todo = pools.deferred
     cdef list left = []
     cdef Deferred later
-    cdef int64_t now_ns = manager.now_ns()
+    cdef int64_t now_ns = state.now_ns()
     cdef set waited_for = set()
     cdef set locked = set()
     cdef int outcome
-    manager.deferred = []
+    pools.deferred = []
     for later in todo:
         outcome = LOCKED_OUT
         if <size_t> later.party.row not in locked:
-            outcome = finish_party(&later.party, later.charges, 1, later.times, &later.ending, now_ns, &manager.shared, 0)
+            outcome = finish_party(&later.party, later.charges, 1, later.times, &later.ending, now_ns, &state.shared, 0)
         if outcome == LOCKED_OUT:
             locked.add(<size_t> later.party.row)
             left.append(later)
         elif later.ending.close:
-            give_record(&manager.shared.grant_pool, later.party.record - manager.shared.grants, manager.shared.me)
+            give_record(&state.shared.grant_pool, later.party.record - state.shared.grants, state.shared.me)
         if outcome == WAITED_FOR:
             waited_for.add(later.ref)
-    manager.deferred = left + manager.deferred
+    pools.deferred = left + pools.deferred
     for ref in waited_for:
-        manager.freed(ref)
+        state.wake(ref)
     return 0
 
 
-cdef Grant make_grant(QuotaTable manager, Joint* joint, list refs, const Ask* ask):
+cdef Grant make_grant(Pools pools, Joint* joint, list refs, const Ask* ask):
     """The grant of what decide_all has just taken. Here, where the type's freelist is."""
     cdef Grant grant = Grant.__new__(Grant)
     cdef int i
-    grant.manager = manager
+    grant.state = pools.state
+    grant.pools = pools
     grant.forks = fork_count()
     grant.estimated_tokens = grant.charged = ask.tokens
     grant.parties = joint.count

@@ -1,8 +1,8 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from modelquota._core.layout cimport Ledger, Limits, Row
-from modelquota._core.state.shared cimport SharedState
 from modelquota._core.row.usage cimport Usage
+from modelquota._core.state.state cimport State
 
 
 cdef inline str plain_id(object model_id):
@@ -22,24 +22,27 @@ cdef class RowRef:
     cdef str model_id
 
 
-cdef class QuotaState(SharedState):
-    cdef dict interned              # model id -> RowRef
-    cdef uint64_t seen_version      # of the registry, as far as `interned` goes
+cdef class Interned:
+    cdef State state
+    cdef dict ids                   # model id -> RowRef
+    cdef uint64_t seen_version      # of the registry, as far as `ids` goes
     cdef PyObject** refs            # the RowRef of each row, or NULL
     cdef int64_t refs_used          # no row at or above it ever had one
     cdef object packed_config       # the last config that was registered,
     cdef Limits packed              # and its limits
 
+    cdef int open(self) except -1
     cdef int look_around(self) except -1
     cdef int look_at(self, int64_t index) except -1
     cdef int look_at_all(self) except -1
     cdef int learn(self, object model_id, int64_t index, uint32_t generation) except -1
     cdef int drop(self, RowRef ref) except -1
     cdef RowRef find(self, str model_id)
-    cdef int pack_limits(self, object config, Limits* limits) except -1
     cdef RowRef known(self, object model_id)
+    cdef int put(self, str model_id, object config, bint on_sight) except -1
+    cdef bint swap(self, object old, object new, bint named) except -1
+    cdef bint remove(self, object model_id) except -1
+    cdef int pack_limits(self, object config, Limits* limits) except -1
     cdef int change_limits(self, RowRef ref, const Limits* limits, const Limits* expected, bint named) except -2
     cdef bint read(self, RowRef ref, int64_t now_ns, Usage* usage, Limits* limits) except -1
-    cdef int look_for_dead(self) except -1
-    cdef int freed(self, RowRef ref) except -1
     cdef str name_of(self, int64_t index)

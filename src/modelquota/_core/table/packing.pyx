@@ -5,15 +5,23 @@ import numpy as np
 from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 
-from modelquota._core.layout cimport (
-    DAY, HOUR, MAX_COUNT, SECOND, UNLIMITED, GrantRecord, Header, Ledger, Limits, QueueEntry, Row, Seat
-)
-from modelquota._core.row.level cimport NO_RATE
-from modelquota._core.row.usage cimport Usage
+from libc.string cimport memset
 
-from modelquota.quota.limits import ViolationAction, shadow_mask, shadow_names
+from modelquota._core.layout cimport (
+    LIMIT_CODES, LIMITS, MAX_COUNT, SECOND, SLOTS_PER_SLOT, UNLIMITED, WINDOWS, GrantRecord, Header, Ledger, Limits,
+    QueueEntry, Row, Seat
+)
+from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB
+from modelquota._core.row.level cimport NO_RATE
+from modelquota._core.row.usage cimport NO_LIMIT, Usage, put_limits, read_usage, start_row
+
+from modelquota.quota.limits import CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
 
 cdef tuple ACTIONS = tuple(ViolationAction)
+cdef tuple WINDOW_FIELDS = tuple(       # of a quota: the fields of each window, requests and tokens
+    tuple(CATALOGUE[Limit(LIMIT_CODES[window][of_tokens])].quota_field for of_tokens in range(2))
+    for window in range(WINDOWS)
+)
 
 
 @functools.cache
@@ -33,8 +41,28 @@ def dtypes():
         "grant": np.asarray(<GrantRecord[:1]> &grant).dtype,
         "row": np.asarray(<Row[:1]> &row).dtype,
         "ledger": np.asarray(<Ledger[:1]> &ledger).dtype,
-        "usage": np.asarray(<Usage[:1]> &usage).dtype,
+        "usage": _with_names_of_windows(np.asarray(<Usage[:1]> &usage).dtype),
     }
+
+
+def _with_names_of_windows(dtype):
+    """The same with a field for each element of ``requests_this`` and ``tokens_this``, named as in `ResourceUsage`."""
+    fields = {}
+    for name, (kind, offset) in dtype.fields.items():
+        if name.endswith("_this"):
+            for place, window in enumerate(NAMED_WINDOWS):
+                fields[f"{name}_{window.name}"] = kind.base, offset + place * kind.base.itemsize
+        else:
+            fields[name] = kind, offset
+    kinds, offsets = zip(*fields.values())
+    return np.dtype({"names": list(fields), "formats": kinds, "offsets": offsets, "itemsize": dtype.itemsize})
+
+
+def core_limits():
+    """The core's own account of limits: ``(codes, windows)``; of each window slots per slot, codes of requests and tokens."""
+    windows = [(SLOTS_PER_SLOT[i], LIMIT_CODES[i][False], LIMIT_CODES[i][True]) for i in range(WINDOWS)]
+    named = {"RAM": RAM_MB, "SSD": SSD_MB, "CONCURRENCY": CONCURRENCY, "QUEUE": QUEUE_PLACE, "LIMITS": LIMITS}
+    return named, windows
 
 
 def struct_sizes():
@@ -71,6 +99,7 @@ cdef inline object _count(int64_t limit):
 
 cdef int pack(object config, Limits* limits) except -1:
     """A ResourceQuotaConfig, valid by construction, as the row stores it."""
+    cdef int window
     limits.max_ram_mb = _limit(config.max_ram_mb)
     limits.max_ssd_mb = _limit(config.max_ssd_mb)
     limits.max_concurrent = _limit(config.max_concurrent_requests)
@@ -88,10 +117,10 @@ cdef int pack(object config, Limits* limits) except -1:
     limits.token_limits[SECOND], limits.token_drain, limits.token_shift, cap = encode_rate(rate, config.burst_tokens)
     limits.token_cap.low = cap & 0xFFFF_FFFF_FFFF_FFFF
     limits.token_cap.high = cap >> 64
-    limits.request_limits[HOUR] = _limit(config.max_requests_per_hour)
-    limits.request_limits[DAY] = _limit(config.max_requests_per_day)
-    limits.token_limits[HOUR] = _limit(config.max_tokens_per_hour)
-    limits.token_limits[DAY] = _limit(config.max_tokens_per_day)
+    for window in range(SECOND + 1, WINDOWS):
+        of_requests, of_tokens = WINDOW_FIELDS[window]
+        limits.request_limits[window] = _limit(getattr(config, of_requests))
+        limits.token_limits[window] = _limit(getattr(config, of_tokens))
     limits.grace_period_sec = config.grace_period_sec
     limits.action = ACTIONS.index(config.on_violation)
     limits.shadow = shadow_mask(config)
@@ -99,16 +128,13 @@ cdef int pack(object config, Limits* limits) except -1:
 
 
 cdef dict unpack(const Limits* limits):
-    """The keywords of the ResourceQuotaConfig that _pack was given."""
-    return {
+    """The keywords of the ResourceQuotaConfig that pack() was given."""
+    cdef int window
+    cdef dict fields = {
         "max_ram_mb": _count(limits.max_ram_mb),
         "max_ssd_mb": _count(limits.max_ssd_mb),
         "max_requests_per_second": None if limits.requests_per_second == INFINITY else limits.requests_per_second,
         "max_tokens_per_second": None if limits.tokens_per_second == INFINITY else limits.tokens_per_second,
-        "max_tokens_per_hour": _count(limits.token_limits[HOUR]),
-        "max_tokens_per_day": _count(limits.token_limits[DAY]),
-        "max_requests_per_hour": _count(limits.request_limits[HOUR]),
-        "max_requests_per_day": _count(limits.request_limits[DAY]),
         "burst_requests": limits.burst_requests,
         "burst_tokens": limits.burst_tokens,
         "on_violation": ACTIONS[limits.action],
@@ -117,3 +143,32 @@ cdef dict unpack(const Limits* limits):
         "max_queued_requests": limits.max_queued,
         "shadow_limits": shadow_names(limits.shadow),
     }
+    for window in range(SECOND + 1, WINDOWS):
+        of_requests, of_tokens = WINDOW_FIELDS[window]
+        fields[of_requests] = _count(limits.request_limits[window])
+        fields[of_tokens] = _count(limits.token_limits[window])
+    return fields
+
+
+def bounds_of(config):
+    """What the limits of a ResourceQuotaConfig admit: ``(most, at_once)``, both by `Limit`, None for no limit.
+
+    `most` is for the limit's whole window, ``ceil(rate) + burst`` for a rate; `at_once` is what a single request may have
+    while nothing is used, ``max(rate, 1) + burst`` for a rate.
+    """
+    cdef Row row
+    cdef Ledger ledger
+    cdef Limits limits
+    cdef Usage usage
+    cdef int window
+    memset(&row, 0, sizeof(row))
+    memset(&ledger, 0, sizeof(ledger))
+    pack(config, &limits)
+    start_row(&row, &ledger, 0)
+    put_limits(&row, &ledger, &limits)
+    read_usage(&row, &ledger, 0, &usage)
+    at_once = [None if usage.left[code] == NO_LIMIT else usage.left[code] for code in range(LIMITS)]
+    most = at_once.copy()
+    most[LIMIT_CODES[SECOND][False]] = _count(limits.request_limits[SECOND])
+    most[LIMIT_CODES[SECOND][True]] = _count(limits.token_limits[SECOND])
+    return tuple(most), tuple(at_once)

@@ -1,13 +1,16 @@
 from libc.stdint cimport int64_t
 from modelquota._core.row.decision cimport Ask
-from modelquota._core.table.grant cimport Grant
+from modelquota._core.state.clock cimport Watcher
 from modelquota._core.state.joint cimport Joint, Places
-from modelquota._core.table.admission cimport GrantTable
+from modelquota._core.state.pools cimport Pools
+from modelquota._core.state.state cimport State
+from modelquota._core.table.admission cimport Admission
+from modelquota._core.table.grant cimport Grant
 from modelquota._core.table.intern cimport RowRef
 
 
 cdef class Waiter:
-    cdef WaitTable manager          # None before it waits
+    cdef Queues queues              # None before it waits
     cdef Ask ask
     cdef tuple ids
     cdef list lines                 # those in which it is; empty before and after
@@ -29,7 +32,7 @@ cdef class Waiter:
 
 
 cdef class Line:
-    cdef WaitTable manager
+    cdef Queues queues
     cdef RowRef ref
     cdef list order                 # Waiters, the first to be served first
     cdef int64_t next_ns            # when to try again unless something becomes free; FAR
@@ -50,12 +53,20 @@ cdef class Line:
     cdef list watch(self)
 
 
-cdef class WaitTable(GrantTable):
+cdef class Queues(Watcher):
+    cdef State state
+    cdef Pools pools
+    cdef Admission admission
     cdef dict lines                 # RowRef -> Line in which somebody of this process is
     cdef set unclaimed              # Waiters that were admitted and have not taken their grants
-    cdef list buried                # Places of Waiters that have left while a row was locked
+    cdef list buried                # Waiters that have left while a row was locked
 
     cdef Line line_of(self, RowRef ref)
+    cdef object admit_or_queue(self, Waiter waiter, object model_id, object estimated_tokens, object ram_needed_mb,
+                               object ssd_needed_mb, object timeout, object priority, bint nowait)
+    cdef object try_again(self, Waiter waiter)
+    cdef object full(self, RowRef ref, object denial)
     cdef int leave_queues(self, Waiter waiter) except -1
     cdef int bury(self) except -1
     cdef int reclaim(self, int64_t now_ns) except -1
+    cdef int close(self) except -1

@@ -1,7 +1,4 @@
-from collections.abc import Sequence
-from typing import SupportsIndex
-
-from modelquota._core.table.admission import GrantTable
+from modelquota._core.state.clock import Watcher
 from modelquota._core.table.grant import Grant
 
 class Waiter:
@@ -19,18 +16,4 @@ class Waiter:
 class Line:
     def pump(self) -> None: ...
 
-class WaitTable(GrantTable):
-    def close(self) -> None: ...
-    def _begin(
-        self,
-        waiter: Waiter,
-        model_id: str | Sequence[str],
-        estimated_tokens: SupportsIndex,
-        ram_needed_mb: SupportsIndex,
-        ssd_needed_mb: SupportsIndex,
-        timeout: float | None,
-        priority: SupportsIndex,
-        *,
-        nowait: bool,
-    ) -> Grant | Waiter | None: ...
-    def _pump_all(self) -> None: ...
+class Queues(Watcher): ...

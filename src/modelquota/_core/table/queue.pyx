@@ -12,28 +12,26 @@ a loop may be busy or not run any more. Nothing here waits for a lock: a row tha
 The lines of a process are guarded by the GIL: between two lines of this file no other thread runs, and no signal handler.
 Only finalizers may, wherever an object is made, and what wakes a waiter; both find the lines in order.
 """
-from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t
+cimport cython
+from cpython.object cimport PyObject
+from libc.stdint cimport int32_t, int64_t
 
-from modelquota._core.row.decision cimport Ask, NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, THROTTLE, Verdict
-from modelquota._core.table.grant cimport Grant, finish_deferred, make_grant
-from modelquota._core.row.grant cimport Hold
-from modelquota._core.state.joint cimport (
-    BUSY_ROW, DECIDED, GONE, Joint, NOBODY, Places, first_gone, lock_rows, unlock_rows
-)
-from modelquota._core.layout cimport MAX_TIME_NS, QueueEntry, Row, Shared
-from modelquota._core.state.lock cimport SLICE_NS, unlock
+from modelquota._core.layout cimport MAX_TIME_NS
+from modelquota._core.row.decision cimport Ask, NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, Verdict
+from modelquota._core.state.clock cimport Watcher
+from modelquota._core.state.joint cimport BUSY_ROW, DECIDED, GONE, Joint, NOBODY, Places
+from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
-from modelquota._core.row.queue cimport drop_expired, link_entry, unlink_entry
-from modelquota._core.state.repair cimport lock_row
-from modelquota._core.table.admission cimport BUSY, GrantTable, MOST_ROUNDS, ids_of
-from modelquota._core.table.result cimport QuotaCheckResult, result_of
-from modelquota._core.state.shared cimport REFUSES, fork_count
+from modelquota._core.state.queueing cimport QUEUE_FULL, leave_queue, stand_in_queues, write_deadline
+from modelquota._core.state.state cimport REFUSES, fork_count
+from modelquota._core.table.admission cimport Admission, BUSY, MOST_ROUNDS, ids_of
+from modelquota._core.table.arguments cimport FAR, as_priority, as_wait_ns, start_ask
+from modelquota._core.table.grant cimport Grant, finish_deferred, make_grant
 from modelquota._core.table.intern cimport RowRef
-from modelquota._core.table.table cimport start_ask
+from modelquota._core.table.result cimport QuotaCheckResult, result_of
 
 from modelquota.errors import CapacityError, ManagerClosedError, ModelLockedError, QuotaExceededError
 
-cdef int64_t FAR = INT64_MAX
 cdef list abandoned = []            # Waiters whose owners are gone
 cdef bint burying = False           # somebody sees to them
 cdef int64_t LOOK_NS = 10_000_000   # how often a line looks what other processes have given back,
@@ -41,15 +39,9 @@ cdef int64_t LINES_AT_ONCE = 16     # while the process has no more lines than t
 cdef int64_t BUSY_NS = 50_000       # a row was locked longer than a look: its owner was preempted,
 cdef int64_t LONGEST_BUSY_NS = 10_000_000   # or does not run at all
 
-cdef enum:
-    QUEUE_FULL = 3                  # beside what comes of a joint decision
-
 cdef extern from *:
     int64_t take_ticket "__atomic_fetch_add"(int64_t* word, int64_t more, int order) noexcept nogil
-    void write_deadline "__atomic_store_n"(int64_t* word, int64_t value, int order) noexcept nogil
-    uint8_t read_flag "__atomic_load_n"(const uint8_t* word, int order) noexcept nogil
     const int RELAXED "__ATOMIC_RELAXED"
-    const int ACQUIRE "__ATOMIC_ACQUIRE"
 
 
 cdef inline bint precedes(const Ask* ask, const Ask* other) noexcept:
@@ -68,26 +60,6 @@ cdef inline bint can_wait(const Verdict* verdict, int64_t now_ns, int64_t deadli
         verdict.soonest_ns <= deadline_ns - now_ns if deadline_ns != FAR else True)
 
 
-cdef int64_t as_priority(object priority) except? -1:
-    cdef object number = priority.__index__() if hasattr(priority, "__index__") else None
-    if number is None:
-        raise TypeError(f"priority is {priority!r}; give an integer")
-    if not -(2**31) < number < 2**31:
-        raise ValueError(f"priority is {number}; give an integer, -(2**31) < priority < 2**31, the higher the sooner")
-    return number
-
-
-cdef int64_t as_wait_ns(object timeout) except -1:
-    """Nanoseconds of a timeout in seconds; FAR without one."""
-    cdef double seconds
-    if timeout is None:
-        return FAR
-    seconds = timeout
-    if not seconds >= 0:
-        raise ValueError(f"timeout is {timeout!r}; give seconds, 0 or more, or None")
-    return <int64_t> (seconds * 1e9) if seconds < 2e9 else FAR
-
-
 cdef inline bint is_alive(RowRef ref) noexcept:
     return ref.row.generation == ref.generation
 
@@ -96,66 +68,6 @@ cdef inline int64_t grace_ns(RowRef ref) noexcept:
     """The model's grace period; FAR if it is longer than anybody waits."""
     cdef double nanoseconds = ref.ledger.grace_period_sec * 1e9
     return <int64_t> nanoseconds if nanoseconds < 2e18 else FAR
-
-
-cdef int stand_in_queues(
-    Joint* joint, const Ask* ask, int64_t deadline_ns, int64_t now_ns, const Shared* shared, int64_t patience_ns
-) noexcept nogil:
-    """Give a request its places in the queues of all parties, at once. Takes the rows' locks.
-
-    QUEUE_FULL, and nothing is done, if one of them has no room; `joint.named` is that one.
-    """
-    cdef Hold* party
-    cdef QueueEntry* entry
-    cdef int i
-    if not lock_rows(joint, shared, patience_ns):
-        return BUSY_ROW
-    joint.gone = first_gone(joint)
-    joint.named = NOBODY
-    for i in range(joint.count):
-        party = &joint.parties[i]
-        if party.entry == NULL or joint.gone != NOBODY or joint.named != NOBODY:
-            continue
-        if party.ledger.action != QUEUE and party.ledger.action != THROTTLE:
-            continue                    # nobody waits for this one; it is only kept from being overtaken
-        if party.ledger.waiting >= party.ledger.max_queued and not (
-                drop_expired(party.row, party.ledger, shared.entries, now_ns, True)
-                and party.ledger.waiting < party.ledger.max_queued):
-            joint.named = i
-    if joint.gone == NOBODY and joint.named == NOBODY:
-        for i in range(joint.count):
-            party = &joint.parties[i]
-            entry = party.entry
-            if entry == NULL:
-                continue
-            entry.row = party.index
-            entry.generation = party.generation
-            entry.priority = ask.priority
-            entry.ticket = ask.ticket
-            write_deadline(&entry.deadline_ns, deadline_ns, RELAXED)
-            entry.ready_ns = NEVER
-            entry.limit = entry.aside = 0
-            entry.counted = party.ledger == ask.counted and party.generation == ask.counted_generation
-            entry.seat = shared.me
-            link_entry(party.row, party.ledger, shared.entries, entry)
-    unlock_rows(joint, joint.count)
-    if joint.gone != NOBODY:
-        return GONE
-    return DECIDED if joint.named == NOBODY else QUEUE_FULL
-
-
-cdef bint leave_queue(QueueEntry* entry, const Shared* shared, int64_t patience_ns) noexcept nogil:
-    """Take an entry out of its queue; False if the row stays locked. Takes the row's lock."""
-    cdef Row* row = &shared.rows[entry.row]
-    if not read_flag(&entry.linked, ACQUIRE):
-        return True
-    if not lock_row(row, shared, patience_ns):
-        return False
-    if entry.linked and row.generation == entry.generation:
-        unlink_entry(row, &shared.ledgers[entry.row], shared.entries, entry)
-    entry.linked = 0
-    unlock(&row.lock)
-    return True
 
 
 cdef class Waiter:
@@ -170,7 +82,7 @@ cdef class Waiter:
         """When its owner should call `pump`, in ns of the manager's clock; None while only others can change anything."""
         cdef int64_t at_ns = self.deadline_ns
         cdef Line line
-        if not self.lines or self.manager.manual is not None:
+        if not self.lines or self.queues.state.manual is not None:
             return None
         for line in self.lines:
             if self in line.watchers and line.next_ns < at_ns:
@@ -189,7 +101,7 @@ cdef class Waiter:
         at_ns = self.wake_at_ns
         if at_ns is None:
             return None
-        return max(0, at_ns - self.manager.now_ns()) * 1e-9
+        return max(0, at_ns - self.queues.state.now_ns()) * 1e-9
 
     def pump(self):
         """Let the lines that it is in try again."""
@@ -200,8 +112,8 @@ cdef class Waiter:
         """The grant; QuotaExceededError if it was refused, and what else kept it from being decided."""
         cdef Grant grant = self.grant
         self.grant = None
-        if self.manager is not None:
-            self.manager.unclaimed.discard(self)
+        if self.queues is not None:
+            self.queues.unclaimed.discard(self)
         if self.error is not None:
             raise self.error
         if grant is not None and not grant.claim():     # too late
@@ -216,17 +128,17 @@ cdef class Waiter:
         cdef Grant grant = self.grant
         cdef list lines = self.lines
         cdef Line line
-        if self.manager is None or not self.manager.usable():
+        if self.queues is None or not self.queues.state.usable():
             return
         if lines and (<Line> lines[0]).forks == fork_count():
             for line in tuple(lines):
                 line.remove(self)
-            self.manager.leave_queues(self)
+            self.queues.leave_queues(self)
             for line in lines:
                 line.pump()
         elif grant is not None:
             self.grant = None
-            self.manager.unclaimed.discard(self)
+            self.queues.unclaimed.discard(self)
             grant.cancel()
 
     def abandon(self):
@@ -254,9 +166,9 @@ cdef class Waiter:
         cdef int64_t before = self.deadline_ns
         cdef int64_t wait_ns
         cdef int i
-        if not is_alive(self.held_up_by):
-            return False            # the model has gone, and its grace period with it: what was found last stays
         wait_ns = min(self.timeout_ns, grace_ns(self.held_up_by))
+        if not is_alive(self.held_up_by):   # after the reading
+            return False            # the model has gone, and its grace period with it: what was found last stays
         self.deadline_ns = self.started_ns + wait_ns if wait_ns < MAX_TIME_NS else FAR
         for i in range(self.places.count):
             write_deadline(&self.places.entries[i].deadline_ns, self.deadline_ns, RELAXED)
@@ -267,8 +179,8 @@ cdef class Waiter:
         cdef int i
         for i in range(self.places.count):
             self.places.entries[i].seat = 0
-            give_record(&self.manager.shared.entry_pool, self.places.entries[i] - self.manager.shared.entries,
-                        self.manager.shared.me)
+            give_record(&self.queues.state.shared.entry_pool, self.places.entries[i] - self.queues.state.shared.entries,
+                        self.queues.state.shared.me)
         self.places.count = 0
         return 0
 
@@ -277,37 +189,37 @@ cdef class Waiter:
 
         Those that it has it keeps.
         """
-        cdef WaitTable manager = self.manager
+        cdef Queues queues = self.queues
         cdef int i, k, first = self.places.count
         cdef int outcome
         cdef Line line
-        manager.bury()
+        queues.bury()
         for i in range(joint.count):
             for k in range(first):
                 if joint.parties[i].entry == self.places.entries[k]:
                     break
             else:
-                joint.parties[i].entry = manager.take_entry()
+                joint.parties[i].entry = queues.pools.take_entry()
                 self.places.entries[self.places.count] = joint.parties[i].entry
                 self.places.count += 1
                 continue
             joint.parties[i].entry = NULL       # it is there already
-        now_ns = manager.now_ns()
-        outcome = stand_in_queues(joint, &self.ask, self.deadline_ns, now_ns, &manager.shared, 0)
+        now_ns = queues.state.now_ns()
+        outcome = stand_in_queues(joint, &self.ask, self.deadline_ns, now_ns, &queues.state.shared, 0)
         if outcome == BUSY_ROW and patience_ns:
-            manager.inside += 1
+            queues.state.inside += 1
             with nogil:
-                outcome = stand_in_queues(joint, &self.ask, self.deadline_ns, now_ns, &manager.shared, patience_ns)
-            manager.exit()
+                outcome = stand_in_queues(joint, &self.ask, self.deadline_ns, now_ns, &queues.state.shared, patience_ns)
+            queues.state.exit()
         if outcome != DECIDED:
             while self.places.count > first:
                 self.places.count -= 1
-                give_record(&manager.shared.entry_pool, self.places.entries[self.places.count] - manager.shared.entries,
-                            manager.shared.me)
+                give_record(&queues.state.shared.entry_pool, self.places.entries[self.places.count] - queues.state.shared.entries,
+                            queues.state.shared.me)
             return outcome
-        manager.require_open()                  # closed while the rows were waited for
+        queues.state.require_open()                  # closed while the rows were waited for
         for ref in refs:
-            line = manager.line_of(ref)
+            line = queues.line_of(ref)
             if line not in self.lines:
                 line.insert(self)
                 self.lines.append(line)
@@ -337,10 +249,10 @@ cdef class Line:
 
     cdef int end(self) except -1:
         """Be no line of the manager's any more."""
-        if self.manager.lines.get(self.ref) is self:
-            del self.manager.lines[self.ref]
-        if self.manager.manual is not None:
-            self.manager.manual.watchers.discard(self)
+        if self.queues.lines.get(self.ref) is self:
+            del self.queues.lines[self.ref]
+        if self.queues.state.manual is not None and not self.queues.lines:
+            self.queues.state.manual.watchers.discard(self.queues)
         return 0
 
     def pump(self):
@@ -351,7 +263,7 @@ cdef class Line:
         if self.forks != fork_count():
             self.end()
             return                      # those who are here are threads and tasks of the parent process
-        if not self.manager.usable():
+        if not self.queues.state.usable():
             return
         if self.pumping:
             self.again = True
@@ -363,7 +275,7 @@ cdef class Line:
                 self.again = False
                 self.serve(told, others)
         except BaseException:
-            self.next_ns = self.manager.now_ns() + LOOK_NS
+            self.next_ns = self.queues.state.now_ns() + LOOK_NS
             raise
         finally:
             self.pumping = False
@@ -377,16 +289,16 @@ cdef class Line:
         cdef list refs = []
         cdef Waiter waiter
         cdef Waiter blocked = None
-        cdef WaitTable manager = self.manager
+        cdef Queues queues = self.queues
         cdef Py_ssize_t i = 0
         cdef int unknown, k
         cdef bint busy = False
         cdef int64_t next_ns = FAR      # is told at the end: in between, another thread may look how long it is to sleep
-        cdef int64_t now_ns = manager.now_ns()
-        manager.bury()
-        if manager.deferred:
-            finish_deferred(manager)
-        manager.reclaim(now_ns)
+        cdef int64_t now_ns = queues.state.now_ns()
+        queues.bury()
+        if queues.pools.deferred:
+            finish_deferred(queues.pools)
+        queues.reclaim(now_ns)
         self.see_to_deadlines(told, others, now_ns)
         while i < len(self.order):
             waiter = self.order[i]
@@ -395,7 +307,7 @@ cdef class Line:
                 continue
             joint.unclaimed_until_ns = waiter.deadline_ns if waiter.deadline_ns != FAR else 0
             try:
-                unknown = manager.decide_all(waiter.ids, &waiter.ask, True, 0, refs, &joint, &verdict, &waiter.places)
+                unknown = queues.admission.decide_all(waiter.ids, &waiter.ask, True, 0, refs, &joint, &verdict, &waiter.places)
             except Exception as error:      # no room for a record, or for a model that is registered on sight
                 self.settle(waiter, None, error, told, others)
                 continue
@@ -405,7 +317,7 @@ cdef class Line:
                     break
                 i += 1
                 continue
-            grant = make_grant(manager, &joint, refs, &waiter.ask) if verdict.allowed else None
+            grant = make_grant(queues.pools, &joint, refs, &waiter.ask) if verdict.allowed else None
             if waiter.done or self not in waiter.lines:     # a finalizer ran, and took it out of the line
                 if grant is not None:
                     (<Grant> grant).cancel()
@@ -440,15 +352,15 @@ cdef class Line:
             if waiter.held_up_by is self.ref:
                 blocked = waiter
             i += 1
-        for waiter in manager.unclaimed:
+        for waiter in queues.unclaimed:
             next_ns = min(next_ns, waiter.deadline_ns)
         if busy:
             self.busy_ns = min(2 * self.busy_ns, LONGEST_BUSY_NS) if self.busy_ns else BUSY_NS
             next_ns = min(next_ns, now_ns + self.busy_ns)
         else:
             self.busy_ns = 0
-        if not manager.alone():
-            next_ns = min(next_ns, now_ns + LOOK_NS * (1 + len(manager.lines) // LINES_AT_ONCE))
+        if not queues.state.alone():
+            next_ns = min(next_ns, now_ns + LOOK_NS * (1 + len(queues.lines) // LINES_AT_ONCE))
         self.next_ns = next_ns
         return 0
 
@@ -477,9 +389,9 @@ cdef class Line:
             if line is not self and line not in others:
                 others.append(line)
         waiter.finish(grant, error)
-        self.manager.leave_queues(waiter)
+        self.queues.leave_queues(waiter)
         if grant is not None:
-            self.manager.unclaimed.add(waiter)
+            self.queues.unclaimed.add(waiter)
         told.append(waiter)
         return 0
 
@@ -542,13 +454,22 @@ cdef int notify_all(list told, list others, list watchers) except -1:
     return 0
 
 
-cdef class WaitTable(GrantTable):
-    """The core of `acquire` and `acquire_async`."""
+@cython.no_gc_clear     # whoever is finalized in the same cycle may still wait
+cdef class Queues(Watcher):
+    """The lines of one process: the core of `acquire` and `acquire_async`."""
 
-    def __cinit__(self, *args, **kwargs):
+    def __cinit__(self, Admission admission not None):
+        self.admission = admission
+        self.pools = admission.pools
+        self.state = admission.state
+        self.state.watcher = <PyObject*> self
         self.lines = {}
         self.unclaimed = set()
         self.buried = []
+
+    def __dealloc__(self):
+        if self.state.watcher == <PyObject*> self:
+            self.state.watcher = NULL
 
     cdef Line line_of(self, RowRef ref):
         """The line for a row, made if there is none."""
@@ -556,7 +477,7 @@ cdef class WaitTable(GrantTable):
         if line is not None and line.forks == fork_count():
             return line
         line = Line.__new__(Line)
-        line.manager = self
+        line.queues = self
         line.ref = ref
         line.order = []
         line.watchers = []
@@ -564,12 +485,12 @@ cdef class WaitTable(GrantTable):
         line.grace_sec = ref.ledger.grace_period_sec
         line.forks = fork_count()
         self.lines[ref] = line
-        if self.manual is not None:
-            self.manual.watchers.add(line)
+        if self.state.manual is not None:
+            self.state.manual.watchers.add(self)
         return line
 
-    def _begin(self, Waiter waiter not None, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority,
-               *, nowait):
+    cdef object admit_or_queue(self, Waiter waiter, object model_id, object estimated_tokens, object ram_needed_mb,
+                               object ssd_needed_mb, object timeout, object priority, bint nowait):
         """A Grant if the request is admitted at once, the waiter if it waits, None if a row is locked: try again.
 
         Raises QuotaExceededError if it is denied for good, ModelLockedError if nothing could be decided in time.
@@ -581,70 +502,74 @@ cdef class WaitTable(GrantTable):
         cdef Grant grant
         cdef int64_t now_ns
         cdef int unknown, outcome, i
-        if waiter.manager is None:
+        if waiter.queues is None:
             start_ask(&waiter.ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
             waiter.ask.priority = <int32_t> as_priority(priority)
             waiter.timeout_ns = as_wait_ns(timeout)
             waiter.ids = ids_of(model_id)
-            self.require_open()
-            waiter.started_ns = self.now_ns()
-            waiter.manager = self
+            self.state.require_open()
+            waiter.started_ns = self.state.now_ns()
+            waiter.queues = self
             waiter.lines = []
         if waiter.ask.counted == NULL:
             joint.unclaimed_until_ns = 0
-            unknown = self.decide_all(waiter.ids, &waiter.ask, True, 0 if nowait else SLICE_NS, refs, &joint, &verdict, NULL)
+            unknown = self.admission.decide_all(waiter.ids, &waiter.ask, True, 0 if nowait else SLICE_NS, refs, &joint, &verdict, NULL)
             if unknown == BUSY:
-                return self._try_again(waiter)
-            grant = make_grant(self, &joint, refs, &waiter.ask) if verdict.allowed else None
+                return self.try_again(waiter)
+            grant = make_grant(self.pools, &joint, refs, &waiter.ask) if verdict.allowed else None
             if joint.named == NOBODY:
                 return grant
             ref = refs[joint.named]
             waiter.result = result_of(&verdict, ref.model_id)
             if verdict.log_held:
-                self._log_violation(ref.model_id, waiter.result, verdict.log_held)
+                self.admission.events.on_violation(ref.model_id, waiter.result, verdict.log_held)
             if grant is not None:
                 return grant
-            now_ns = self.now_ns()
+            now_ns = self.state.now_ns()
             waiter.held_up_by = ref
             waiter.set_deadline()
             if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns) \
                     or waiter.deadline_ns <= waiter.started_ns:
                 raise QuotaExceededError(waiter.result)
             waiter.prepare()        # other threads may come in between
-            self.require_open()
+            self.state.require_open()
             waiter.ask.counted = ref.ledger
             waiter.ask.counted_generation = ref.generation
-            waiter.ask.ticket = take_ticket(&self.shared.header.next_ticket, 1, RELAXED)
+            waiter.ask.ticket = take_ticket(&self.state.shared.header.next_ticket, 1, RELAXED)
         outcome = GONE
         for _ in range(MOST_ROUNDS):
-            self.parties_of(waiter.ids, &joint, refs, None)
+            self.admission.parties_of(waiter.ids, &joint, refs, None)
             outcome = waiter.stand(&joint, refs, 0 if nowait else SLICE_NS)
             if outcome != GONE:
                 break
-            self.drop(<RowRef> refs[joint.gone])
+            self.admission.interned.drop(<RowRef> refs[joint.gone])
         else:
-            raise CapacityError(self.shared.header.max_models)
+            raise CapacityError(self.state.shared.header.max_models)
         if outcome == BUSY_ROW:
-            return self._try_again(waiter)
+            return self.try_again(waiter)
         if outcome == QUEUE_FULL:
             ref = refs[joint.named]
-            raise QuotaExceededError(self._full(ref, waiter.result))
+            raise QuotaExceededError(self.full(ref, waiter.result))
         for line in tuple(waiter.lines):
             if not waiter.done:
                 line.pump()
         return waiter
 
-    def _try_again(self, Waiter waiter):
+    cdef object try_again(self, Waiter waiter):
         """None: a row stays locked. Raises ModelLockedError once the time is over."""
         cdef Verdict verdict
-        cdef int64_t now_ns = self.now_ns()
+        cdef int64_t now_ns = self.state.now_ns()
         cdef RowRef ref
+        cdef int64_t model_ns
         cdef int64_t wait_ns = waiter.timeout_ns
-        self.pause()
+        self.state.pause()
         for model_id in waiter.ids:
-            ref = self.interned.get(model_id)
-            if ref is not None:
-                wait_ns = min(wait_ns, grace_ns(ref))
+            ref = self.admission.interned.ids.get(model_id)
+            if ref is None:
+                continue
+            model_ns = grace_ns(ref)
+            if is_alive(ref):       # after the reading: the ledger of a model that has left is cleared
+                wait_ns = min(wait_ns, model_ns)
         if wait_ns == FAR or now_ns - waiter.started_ns < wait_ns:
             return None
         if waiter.result is not None:
@@ -656,7 +581,7 @@ cdef class WaitTable(GrantTable):
         verdict.usage = 0.0
         raise ModelLockedError(result_of(&verdict, <str> waiter.ids[0]))
 
-    def _full(self, RowRef ref, denial):
+    cdef object full(self, RowRef ref, object denial):
         """The denial of a request for which a queue has no room."""
         cdef Verdict verdict
         cdef QuotaCheckResult first = denial
@@ -665,6 +590,8 @@ cdef class WaitTable(GrantTable):
         verdict.cause = first.cause_code
         verdict.action = first.action_code
         verdict.retry_after_ms = first.wait_ms
+        verdict.held_up = True
+        verdict.soonest_ns = 0
         verdict.used = <double> ref.ledger.waiting
         verdict.bound = <double> ref.ledger.max_queued
         verdict.asked = 1
@@ -679,7 +606,7 @@ cdef class WaitTable(GrantTable):
         cdef bint left = True
         for i in range(places.count):
             write_deadline(&places.entries[i].deadline_ns, 0, RELAXED)
-            left = leave_queue(places.entries[i], &self.shared, 0) and left
+            left = leave_queue(places.entries[i], &self.state.shared, 0) and left
         if left:
             waiter.give_places()
         elif waiter not in self.buried:
@@ -710,49 +637,49 @@ cdef class WaitTable(GrantTable):
                 grant.cancel()
         return 0
 
-    cdef int look_for_dead(self) except -1:
-        self.reclaim(self.now_ns())
+    cdef int look(self) except -1:
+        """See to what was put off, before somebody is told that others are in the way."""
+        self.reclaim(self.state.now_ns())
         self.bury()
-        if self.deferred:
-            finish_deferred(self)
-        return GrantTable.look_for_dead(self)
-
-    cdef int freed(self, RowRef ref) except -1:
-        if self.lines:
-            line = self.lines.get(ref)
-            if line is not None:
-                line.pump()
+        if self.pools.deferred:
+            finish_deferred(self.pools)
         return 0
 
-    def _pump_all(self):
-        """Something has changed for all models."""
-        for line in tuple(self.lines.values()):
+    cdef int wake(self, object ref) except -1:
+        """Let the line of a model try again, or (None) all lines."""
+        cdef Line line
+        if not self.lines:
+            return 0
+        if ref is None:
+            for line in tuple(self.lines.values()):
+                line.pump()
+            return 0
+        line = self.lines.get(ref)
+        if line is not None:
             line.pump()
+        return 0
 
-    def _forget_parent(self):
+    cdef int forget_parent(self) except -1:
         self.lines = {}
         self.unclaimed = set()
         self.buried = []
-        self.deferred = []
+        self.pools.deferred = []
+        return 0
 
-    def close(self):
-        """Release what this process holds, and let go of the state: other processes go on.
-
-        Open grants are released (their tokens stay charged), waits end with `ManagerClosedError`, the seat, the mapping
-        and the descriptors are given back. Afterwards every verb raises `ManagerClosedError`; closing again does nothing.
-        """
+    cdef int close(self) except -1:
+        """End all waits, and let go of the state."""
         cdef Line line
         cdef Waiter waiter
         cdef list told = []
-        cdef bint was_usable = self.usable()
-        if self.closed:
-            return
+        cdef bint was_usable = self.state.usable()
+        if self.state.closed:
+            return 0
         if was_usable:
             for waiter in tuple(self.unclaimed):    # before the verbs refuse: cancelling is one
                 waiter.error = ManagerClosedError()
                 waiter.leave()
-        self.closed = True
-        self.fine_until_ns = REFUSES
+        self.state.closed = True
+        self.state.shared.fine_until_ns = REFUSES
         for line in tuple(self.lines.values()):
             if line.forks == fork_count():
                 for waiter in tuple(line.order):
@@ -763,8 +690,9 @@ cdef class WaitTable(GrantTable):
                         self.leave_queues(waiter)
                         told.append(waiter)
         self.lines.clear()
-        self.deferred.clear()
+        self.pools.deferred.clear()
         self.buried.clear()
-        if self.shared.header != NULL:
-            self.end()
+        if self.state.shared.header != NULL:
+            self.state.end()
         notify_all(told, [], [])
+        return 0

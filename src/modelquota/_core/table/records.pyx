@@ -10,6 +10,9 @@ cimport numpy as cnp
 from cpython.object cimport PyTypeObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from modelquota._core.layout cimport LIMITS
 
 from modelquota._core.table.packing import dtypes
 
@@ -23,11 +26,32 @@ cdef extern from "numpy/arrayobject.h":
 
 @functools.cache
 def record_dtype():
-    """The dtype of a snapshot: the model's id, then `Usage`. Made at its first use, since that takes a millisecond."""
-    dtype = np.dtype([("model_id", object), *dtypes()["usage"].descr])
+    """The dtype of a snapshot: the model's id, then the counters of `Usage`. Made at its first use: it takes a millisecond.
+
+    What is an array in each element has no name in it; see `percents_of`.
+    """
+    usage = dtypes()["usage"]
+    fields = {"model_id": (np.dtype(object), 0)}
+    fields |= {name: (kind, sizeof(void*) + offset) for name, (kind, offset) in usage.fields.items() if not kind.shape}
+    kinds, offsets = zip(*fields.values())
+    dtype = np.dtype({"names": list(fields), "formats": kinds, "offsets": offsets,
+                      "itemsize": sizeof(void*) + usage.itemsize})
     if dtype.itemsize != sizeof(Record):
         raise AssertionError(f"{dtype} is not laid out as Record")
     return dtype
+
+
+def percents_of(cnp.ndarray records):
+    """How full each limit of each model of a snapshot is: a float64 array, in a row the limits in the order of `Limit`."""
+    cdef Py_ssize_t i, count = records.shape[0]
+    cdef const Record* record = <const Record*> cnp.PyArray_DATA(records)
+    cdef cnp.ndarray found = np.empty((count, LIMITS - 1))
+    cdef double* percent = <double*> cnp.PyArray_DATA(found)
+    if records.dtype is not record_dtype() or not cnp.PyArray_ISCARRAY(records):
+        raise ValueError("give the records of a snapshot as they were read")
+    for i in range(count):
+        memcpy(percent + i * (LIMITS - 1), &record[i].usage.percent[1], (LIMITS - 1) * sizeof(double))
+    return found
 
 
 cdef class Records:

@@ -5,6 +5,7 @@ from modelquota._core.row.decision cimport Verdict
 cdef class QuotaCheckResult:
     cdef readonly bint allowed
     cdef readonly bint others_hold
+    cdef readonly bint never_fits
     cdef uint8_t limit_code         # Limit code, 0 = nothing violated
     cdef uint8_t cause_code         # the limit that gives the violation its type; another one than limit for QUEUE only
     cdef signed char action_code    # ViolationAction code, -1 = none applied

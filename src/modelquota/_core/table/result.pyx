@@ -1,7 +1,7 @@
 """What a check answers: numbers only; words are made when somebody reads them."""
 cimport cython
 
-from modelquota._core.row.decision cimport QUEUE_PLACE, Verdict
+from modelquota._core.row.decision cimport NEVER, QUEUE_PLACE, Verdict
 
 from modelquota.quota.limits import Limit, ViolationAction
 
@@ -21,6 +21,9 @@ cdef class QuotaCheckResult:
     others_hold : bool
         Whether what others hold is in the way, which may come back any moment: memory, concurrency, tokens that open grants
         have reserved and not settled, or a place in the queue before this one.
+    never_fits : bool
+        Whether it was denied and no wait helps, even if others give back all that they hold: the request exceeds a limit by
+        itself, of any of its models.
     current_usage : float
         Percent. Denied: of the violated limit, without this request. Allowed: the highest of all limits, with it.
     model_id : str or None
@@ -96,6 +99,7 @@ cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id):
     result.current_usage = verdict.usage
     if verdict.limit:
         result.others_hold = verdict.held_up
+        result.never_fits = not verdict.allowed and verdict.soonest_ns == NEVER
         result.cause_code = verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit
         result.model_id = model_id
         result.used = verdict.used
@@ -106,16 +110,18 @@ cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id):
 
 cdef tuple _fields(QuotaCheckResult result):
     return (result.allowed, result.limit_code, result.cause_code, result.action_code, result.wait_ms, result.current_usage,
-            result.used, result.bound, result.asked, result.model_id, result.others_hold)
+            result.used, result.bound, result.asked, result.model_id, result.others_hold,
+            result.never_fits)
 
 
 def _restore(allowed, limit_code, cause_code, action_code, wait_ms, current_usage, used, bound, asked, model_id,
-             others_hold):
+             others_hold, never_fits=False):
     cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
     if not (0 <= limit_code < len(LIMITS) and 0 <= cause_code < len(LIMITS) and -1 <= action_code < len(ACTIONS)):
         raise ValueError("not the fields of a QuotaCheckResult")
     result.allowed = allowed
     result.others_hold = others_hold
+    result.never_fits = never_fits
     result.limit_code = limit_code
     result.cause_code = cause_code
     result.action_code = action_code

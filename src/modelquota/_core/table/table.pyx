@@ -11,17 +11,22 @@ from cpython.exc cimport PyErr_Clear, PyErr_ExceptionMatches, PyErr_Occurred
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from modelquota._core.table.batch cimport Batch, charge_batch, check_batch, first_bad_code, first_out_of_range, index_of
-from modelquota._core.table.arguments cimport as_count
+from modelquota._core.layout cimport Ledger, MAX_TIME_NS, Row, Shared
 from modelquota._core.row.decision cimport Ask, NEVER, Verdict, decide, highest_usage
-from modelquota._core.row.grant cimport bind_handle, free_handle
-from modelquota._core.layout cimport GrantRecord, Ledger, MAX_TIME_NS, Row, Shared
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
-from modelquota._core.state.pool cimport give_record
+from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.repair cimport lock_row
+from modelquota._core.state.state cimport State, rows_now_ns
+from modelquota._core.state.write cimport LEFT, ROW_BUSY, forgive_burst, record_memory
+from modelquota._core.table.admission cimport Admission, ids_of
+from modelquota._core.table.arguments cimport as_count, start_ask
+from modelquota._core.table.arrays cimport int64_copy, require_length, require_target, token_counts
+from modelquota._core.table.batch cimport Batch, charge_batch, check_batch, first_bad_code, index_of
+from modelquota._core.table.grant cimport Grant, SETTLED
+from modelquota._core.table.intern cimport Interned, RowRef, plain_id
+from modelquota._core.table.queue cimport Queues, Waiter
 from modelquota._core.table.result cimport result_of
-from modelquota._core.state.shared cimport fork_count
-from modelquota._core.table.intern cimport QuotaState, RowRef, plain_id
+from modelquota._core.table.snapshot cimport read_model, read_models, totals_of
 
 from modelquota.errors import UnknownModelError
 
@@ -32,10 +37,6 @@ cdef enum:
 
 cdef extern from "Python.h":
     PyObject* look_up "PyDict_GetItemWithError"(object mapping, object key)    # the caller sees to the error
-
-cdef extern from *:
-    uint64_t count_atomically "__atomic_fetch_add"(uint64_t* word, uint64_t more, int order) noexcept nogil
-    const int RELAXED "__ATOMIC_RELAXED"
 
 
 cdef inline bint decide_and_unlock(
@@ -61,35 +62,165 @@ cdef inline int wait_and_decide(
     return decide_and_unlock(row, ledger, generation, shared, now_ns, ask, verdict)
 
 
-cdef inline int change_handle(
-    Row* row, Ledger* ledger, uint32_t generation, GrantRecord* record, bint bind, const Shared* shared, int64_t patience_ns
-) noexcept nogil:
-    """Bind a handle, or give it up: a model that has one is not forgotten. False if the model has gone, LOCKED_OUT if the
-    row stays locked. Takes the row's lock."""
-    cdef bint alive
-    if not lock_row(row, shared, patience_ns):
-        return LOCKED_OUT
-    alive = row.generation == generation
-    if alive and bind:
-        bind_handle(ledger, record, <uint32_t> (row - shared.rows), generation, shared.me)
-    elif alive:
-        free_handle(ledger, record)
-    else:
-        record.seat = 0
-    unlock(&row.lock)
-    return alive
-
-
 cdef int propagate() except -1:
     """Have the caller raise the error that is set."""
     return -1
 
 
-cdef class QuotaTable(QuotaState):
-    """The verbs that stand in front of every request. `ResourceQuotaManager` inherits them as they are."""
+@cython.no_gc_clear     # whoever is finalized in the same cycle may still ask
+cdef class QuotaTable:
+    """The verbs of `ResourceQuotaManager` that are in the core: it inherits them as they are, and nothing runs before them.
+
+    It is composed of a state, the pools of this process's records in it, the models that it has interned, admission over
+    them, and the queues of those who wait.
+    """
 
     def __cinit__(self, *args, **kwargs):
-        self.deferred = []
+        self.state = State()
+        self.shared = &self.state.shared
+        self.pools = Pools(self.state)
+        self.interned = Interned(self.state)
+        self.ids = self.interned.ids
+        self.admission = Admission(self.pools, self.interned)
+        self.queues = Queues(self.admission)
+
+    def __init__(self, *, path, max_models, clock, events, trust_file=False):
+        self.admission.events = events
+        self.state.open(path, max_models, clock, trust_file)
+        self.pools.sweep()
+        self.interned.open()
+
+    # -- the state
+
+    @property
+    def path(self):
+        """The path of the state file, or None."""
+        return self.state.path
+
+    @property
+    def max_models(self):
+        """How many models the table holds at most."""
+        self.state.require_open()
+        return self.shared.header.max_models
+
+    @property
+    def clock(self):
+        """The `ManualClock` that was given, or None for the monotonic clock."""
+        return self.state.manual
+
+    @property
+    def closed(self):
+        """Whether `close` was called."""
+        return self.state.closed
+
+    @property
+    def enforcement_enabled(self):
+        """False: every request is admitted, and counted all the same. Holds for all who share the state."""
+        self.state.require_open()
+        return self.shared.header.enforcing != 0
+
+    @enforcement_enabled.setter
+    def enforcement_enabled(self, value):
+        self.state.require_open()
+        self.shared.header.enforcing = 1 if value else 0
+        self.queues.wake(None)
+
+    def flush(self):
+        """Write the state file to disk, against loss of power; without a file nothing is done.
+
+        Against the death of processes nothing is needed. Without `flush` the kernel writes what has changed within
+        some 30 s (``vm.dirty_expire_centisecs``).
+
+        Raises StateFileError if the file was deleted, replaced or cut off underneath.
+        """
+        self.state.flush()
+
+    def close(self):
+        """Release what this process holds, and let go of the state: other processes go on.
+
+        Open grants are released (their tokens stay charged), waits end with `ManagerClosedError`, the seat, the mapping
+        and the descriptors are given back. Afterwards every verb raises `ManagerClosedError`; closing again does nothing.
+        """
+        self.queues.close()
+
+    def _arrays(self):
+        """As `State.arrays`."""
+        return self.state.arrays()
+
+    # -- models
+
+    def list_models(self):
+        """The ids of all models that have a quota."""
+        self.state.require_open()
+        self.interned.look_around()
+        return list(self.ids)
+
+    def _put(self, str model_id not None, config):
+        """Register the model, or replace the limits of a known one and keep its use."""
+        self.interned.put(model_id, config, False)
+
+    def _swap(self, old, new, named=False):
+        """Put `new` in the place of `old`, a model's limits until now; False if it has others, or is gone.
+
+        `named`: somebody configured this very id, which keeps it from being forgotten.
+        """
+        return self.interned.swap(old, new, named)
+
+    def _forget(self, model_id):
+        """Remove a model; True if it was known."""
+        return self.interned.remove(model_id)
+
+    def _state_memory(self, model_id, int64_t ram_mb, int64_t ssd_mb):
+        """Record what the model uses now, in MB, and its peaks."""
+        cdef RowRef ref = self.interned.known(model_id)
+        cdef int outcome = ROW_BUSY
+        while outcome == ROW_BUSY:
+            outcome = record_memory(ref.row, ref.ledger, ref.generation, ram_mb, ssd_mb, self.shared, 0)
+            if outcome == ROW_BUSY:
+                self.state.inside += 1
+                with nogil:
+                    outcome = record_memory(ref.row, ref.ledger, ref.generation, ram_mb, ssd_mb, self.shared, SLICE_NS)
+                self.state.exit()
+            if outcome == ROW_BUSY:
+                self.state.pause()
+        if outcome == LEFT:
+            raise UnknownModelError(model_id)
+        self.state.wake(ref)
+
+    def _empty_burst(self, model_id):
+        """Set both levels to at most max(rate, 1)."""
+        cdef RowRef ref = self.interned.known(model_id)
+        cdef int64_t now_ns
+        cdef int outcome = ROW_BUSY
+        while outcome == ROW_BUSY:
+            now_ns = self.state.now_ns()
+            outcome = forgive_burst(ref.row, ref.ledger, ref.generation, now_ns, self.shared, 0)
+            if outcome == ROW_BUSY:
+                self.state.inside += 1
+                with nogil:
+                    outcome = forgive_burst(ref.row, ref.ledger, ref.generation, now_ns, self.shared, SLICE_NS)
+                self.state.exit()
+            if outcome == ROW_BUSY:
+                self.state.pause()
+        if outcome == LEFT:
+            raise UnknownModelError(model_id)
+        self.state.wake(ref)
+
+    # -- reading
+
+    def _read(self, model_id):
+        """``(limits, usage)`` as keyword dicts, one consistent view; None for an unknown model."""
+        return read_model(self.interned, self.pools, model_id)
+
+    def _read_all(self):
+        """A snapshot of all models, each read under its lock and all at one reading of the clock."""
+        return read_models(self.interned, self.pools)
+
+    def _totals(self):
+        """Sums over all models, living and removed, and over checks of unknown ones."""
+        return totals_of(self.state)
+
+    # -- requests
 
     def check_quota(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
         """May this model take this request now? Charges one request and its tokens, or nothing at all; never waits.
@@ -118,7 +249,7 @@ cdef class QuotaTable(QuotaState):
         cdef Ask ask
         cdef PyObject* found
         start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-        found = look_up(self.interned, model_id)
+        found = look_up(self.ids, model_id)
         if found == NULL:
             return self.answer_unknown(model_id, &ask)
         return self.answer(<RowRef> found, model_id, &ask, None)
@@ -131,22 +262,22 @@ cdef class QuotaTable(QuotaState):
         """
         cdef Ask ask
         start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-        return self.check_several(model_id, &ask, True)
+        return self.admission.check_several(model_id, &ask, True)
 
     cdef inline object answer(self, RowRef ref, object model_id, const Ask* ask, object handle):
         cdef Verdict verdict
         cdef Row* row = ref.row
-        cdef int64_t now_ns = self.now_ns()
-        if now_ns >= self.fine_until_ns or not try_lock(&row.lock, self.shared.me):
+        cdef int64_t now_ns = rows_now_ns(self.shared)
+        if now_ns >= self.shared.fine_until_ns or not try_lock(&row.lock, self.shared.me):
             return self.answer_late(ref, model_id, ask, handle)
-        if not decide_and_unlock(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict):
+        if not decide_and_unlock(row, ref.ledger, ref.generation, self.shared, now_ns, ask, &verdict):
             return self.answer_late(ref, model_id, ask, handle)
         if verdict.limit and verdict.worth_a_look:
-            self.look_for_dead()
+            self.pools.look_for_dead()
         if verdict.log_held == 0:
             return result_of(&verdict, <str> model_id)
         result = result_of(&verdict, <str> model_id)
-        self._log_violation(model_id, result, verdict.log_held)
+        self.admission.events.on_violation(model_id, result, verdict.log_held)
         return result
 
     cdef object answer_late(self, RowRef ref, object model_id, const Ask* ask, object handle):
@@ -157,45 +288,44 @@ cdef class QuotaTable(QuotaState):
         cdef int64_t now_ns
         cdef int outcome = LOCKED_OUT
         while outcome == LOCKED_OUT:
-            now_ns = self.now_ns()
-            if now_ns >= self.fine_until_ns:
-                self.look(now_ns)
-            outcome = wait_and_decide(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict, 0)
+            now_ns = rows_now_ns(self.shared)
+            if now_ns >= self.shared.fine_until_ns:
+                self.state.look(now_ns)
+            outcome = wait_and_decide(row, ref.ledger, ref.generation, self.shared, now_ns, ask, &verdict, 0)
             if outcome == LOCKED_OUT:
-                self.inside += 1
+                self.state.inside += 1
                 with nogil:
-                    outcome = wait_and_decide(row, ref.ledger, ref.generation, &self.shared, now_ns, ask, &verdict, SLICE_NS)
-                self.exit()
+                    outcome = wait_and_decide(row, ref.ledger, ref.generation, self.shared, now_ns, ask, &verdict, SLICE_NS)
+                self.state.exit()
             if outcome == LOCKED_OUT:
-                self.pause()
+                self.state.pause()
         if outcome == 0:
             if handle is not None:
                 raise UnknownModelError(model_id)
-            self.drop(ref)
+            self.interned.drop(ref)
             return self.answer_unknown(model_id, ask)
         if verdict.limit and verdict.worth_a_look:
-            self.look_for_dead()
+            self.pools.look_for_dead()
         result = result_of(&verdict, ref.model_id)
         if verdict.log_held:
-            self._log_violation(ref.model_id, result, verdict.log_held)
+            self.admission.events.on_violation(ref.model_id, result, verdict.log_held)
         return result
 
     cdef object answer_unknown(self, object model_id, const Ask* ask):
         cdef Verdict verdict
+        cdef RowRef ref
         if PyErr_Occurred():
             if not PyErr_ExceptionMatches(TypeError):
                 propagate()
             PyErr_Clear()       # of a list, which is no key
-        self.require_open()
+        self.state.require_open()
         if not isinstance(model_id, str):
-            return self.check_several(model_id, ask, False)
+            return self.admission.check_several(model_id, ask, False)
         model_id = plain_id(model_id)
-        ref = self.find(<str> model_id)
-        while ref is None and self.adopt(model_id):     # again, if it is forgotten in between: it is as good as new
-            ref = self.find(<str> model_id)
+        ref = self.admission.find_or_adopt(<str> model_id)
         if ref is not None:
-            return self.answer(<RowRef> ref, model_id, ask, None)
-        self.count_unknown(1)
+            return self.answer(ref, model_id, ask, None)
+        self.admission.count_unknown(1)
         verdict.allowed = True
         verdict.limit = 0
         verdict.action = -1
@@ -203,32 +333,75 @@ cdef class QuotaTable(QuotaState):
         verdict.usage = 0.0
         return result_of(&verdict, None)
 
-    cdef object check_several(self, object model_ids, const Ask* ask, bint peek):
-        """check_quota for a sequence of ids, or peek_quota."""
-        raise TypeError(f"model_id is {model_ids!r}; give a str")
+    def reserve(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
+        """Check, and hold the outcome: memory, one unit of concurrency, and tokens that can be settled later.
 
-    cdef int count_unknown(self, int ids) except -1:
-        count_atomically(&self.shared.header.unknown_checks, ids, RELAXED)
-        return 0
+        Parameters
+        ----------
+        model_id : str or sequence of str
+            One model, or up to 16 that must all admit, such as ``("acme", "acme/bob", "llama-70b")``: one decision,
+            all or nothing. An id without a quota admits and holds nothing.
+        estimated_tokens : int
+            Tokens, 0 .. 2**62.
+        ram_needed_mb, ssd_needed_mb : int
+            MB (2**20 bytes), 0 .. 2**62, held beside the reported use until the grant is released.
 
-    cdef bint adopt(self, str model_id) except -1:
-        """Register an id that has no quota, as `default_quota` says; False if that says nothing of it."""
-        template = self._template(model_id)
-        if template is None:
-            self._log_unknown(model_id)
-            return False
-        self._put(model_id, template, on_sight=True)
-        return True
+        Returns
+        -------
+        Grant
 
-    def _template(self, model_id):
-        """Called for an id without a quota: the config that stands in for its own, whatever id that names, or None."""
-        return None
+        Raises
+        ------
+        QuotaExceededError
+            Denied; ``.result`` is the `QuotaCheckResult`. Nothing has been charged.
+        TypeError, ValueError
+            A count that is no integer or out of range, or ids that are none; nothing has been charged.
+        """
+        cdef Ask ask
+        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+        return self.admission.reserve(ids_of(model_id), &ask)
 
-    def _log_unknown(self, model_id):
-        """Called for each check of an id without a quota."""
+    def settle_many(self, grants, actual_tokens):
+        """Settle many grants at once, such as those that one step of continuous batching completed.
 
-    def _log_violation(self, model_id, result, stands_for):
-        """Called at most once per model and second of its time, for the violation in `result` and those held back."""
+        Parameters
+        ----------
+        grants : sequence of Grant
+            Open ones.
+        actual_tokens : sequence of int or int64 array, of the same length
+            Tokens of each, 0 .. 2**62.
+
+        Raises
+        ------
+        TypeError, ValueError, GrantClosedError
+            As `Grant.settle`; everything is validated before anything is settled.
+        """
+        cdef Grant grant
+        cdef list open_grants = list(grants)
+        cdef list counts = actual_tokens.tolist() if hasattr(actual_tokens, "tolist") else list(actual_tokens)
+        cdef Py_ssize_t i
+        if len(open_grants) != len(counts):
+            raise ValueError(f"actual_tokens has {len(counts)} elements and grants has {len(open_grants)}; give one each")
+        for i in range(len(counts)):
+            if type(open_grants[i]) is not Grant:
+                raise TypeError(f"grants[{i}] is {open_grants[i]!r}; give a Grant")
+            counts[i] = as_count(counts[i], f"actual_tokens[{i}]")
+            grant = open_grants[i]
+            if not (grant.stage == SETTLED and grant.used == counts[i]):
+                grant.require_open("settle")
+        if len(set(map(id, open_grants))) != len(open_grants):
+            raise ValueError("grants has one grant twice; give each once")
+        for i in range(len(counts)):
+            (<Grant> open_grants[i]).settle(counts[i])
+
+    def _admit_or_queue(self, Waiter waiter not None, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout,
+                        priority, *, nowait):
+        """A Grant if the request is admitted at once, the waiter if it waits, None if a row is locked: try again.
+
+        Raises QuotaExceededError if it is denied for good, ModelLockedError if nothing could be decided in time.
+        """
+        return self.queues.admit_or_queue(waiter, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout,
+                                          priority, nowait)
 
     # -- batches
 
@@ -244,9 +417,7 @@ cdef class QuotaTable(QuotaState):
             raise TypeError(f"model_ids is {model_ids!r}; give a sequence of them")
         for model_id in model_ids:
             model_id = plain_id(model_id)
-            ref = self.find(model_id)
-            while ref is None and self.adopt(model_id):
-                ref = self.find(model_id)
+            ref = self.admission.find_or_adopt(model_id)
             if ref is None:
                 raise UnknownModelError(model_id)
             refs.append(ref)
@@ -292,16 +463,16 @@ cdef class QuotaTable(QuotaState):
         cdef Verdict verdict
         cdef Py_ssize_t i = 0
         cdef list due = []
-        self.require_open()
-        codes = _int64_copy(rows, "rows")
+        self.state.require_open()
+        codes = int64_copy(rows, "rows")
         batch.count = codes.shape[0]
-        tokens = _tokens(estimated_tokens, "estimated_tokens", batch.count)
+        tokens = token_counts(estimated_tokens, "estimated_tokens", batch.count)
         if times_ns is not None:    # before the targets: a conversion may run foreign code, which may resize them
             times_ns = self._times(times_ns, batch.count)
         if out is None:
             out = np.empty(batch.count, np.uint8)
         else:
-            _require_target(out, "out", np.uint8, batch.count)
+            require_target(out, "out", np.uint8, batch.count)
         batch.codes = <const int64_t*> cnp.PyArray_DATA(codes)
         batch.tokens = <const int64_t*> cnp.PyArray_DATA(tokens)
         batch.limits = <uint8_t*> cnp.PyArray_DATA(out)
@@ -309,31 +480,31 @@ cdef class QuotaTable(QuotaState):
         batch.times_ns = NULL
         batch.held_up = False
         if retry_after_ms is not None:
-            _require_target(retry_after_ms, "retry_after_ms", np.int64, batch.count)
+            require_target(retry_after_ms, "retry_after_ms", np.int64, batch.count)
             batch.waits_ms = <int64_t*> cnp.PyArray_DATA(retry_after_ms)
         if times_ns is not None:
             batch.times_ns = <const int64_t*> cnp.PyArray_DATA(times_ns)
         self._require_codes(codes)
-        batch.now_ns = self.now_ns()
-        if batch.now_ns >= self.fine_until_ns:
-            self.look(batch.now_ns)
+        batch.now_ns = rows_now_ns(self.shared)
+        if batch.now_ns >= self.shared.fine_until_ns:
+            self.state.look(batch.now_ns)
         while i < batch.count:
-            self.inside += 1
+            self.state.inside += 1
             with nogil:
-                i = check_batch(&batch, &self.shared, i, &verdict)
-            self.exit()
+                i = check_batch(&batch, self.shared, i, &verdict)
+            self.state.exit()
             if batch.waits:
-                self.pause()
+                self.state.pause()
             if verdict.log_held:
-                name = self.name_of(index_of(batch.codes[i - 1]))
+                name = self.interned.name_of(index_of(batch.codes[i - 1]))
                 due.append((name, result_of(&verdict, name), verdict.log_held))
         if times_ns is not None and batch.count:
-            if batch.times_ns[batch.count - 1] > self.manual.time_ns:
-                self.manual.move_to(batch.times_ns[batch.count - 1])
+            if batch.times_ns[batch.count - 1] > self.state.manual.time_ns:
+                self.state.manual.move_to(batch.times_ns[batch.count - 1])
         if batch.held_up:
-            self.look_for_dead()
+            self.pools.look_for_dead()
         for model_id, result, held in due:
-            self._log_violation(model_id, result, held)
+            self.admission.events.on_violation(model_id, result, held)
         return out
 
     def charge_many(self, rows, tokens):
@@ -344,160 +515,50 @@ cdef class QuotaTable(QuotaState):
         """
         cdef Batch batch
         cdef Py_ssize_t i = 0
-        self.require_open()
-        codes = _int64_copy(rows, "rows")
+        self.state.require_open()
+        codes = int64_copy(rows, "rows")
         batch.count = codes.shape[0]
-        counts = _tokens(tokens, "tokens", batch.count)
+        counts = token_counts(tokens, "tokens", batch.count)
         self._require_codes(codes)
         batch.codes = <const int64_t*> cnp.PyArray_DATA(codes)
         batch.tokens = <const int64_t*> cnp.PyArray_DATA(counts)
-        batch.now_ns = self.now_ns()
-        if batch.now_ns >= self.fine_until_ns:
-            self.look(batch.now_ns)
+        batch.now_ns = rows_now_ns(self.shared)
+        if batch.now_ns >= self.shared.fine_until_ns:
+            self.state.look(batch.now_ns)
         while i < batch.count:
-            self.inside += 1
+            self.state.inside += 1
             with nogil:
-                i = charge_batch(&batch, &self.shared, i)
-            self.exit()
+                i = charge_batch(&batch, self.shared, i)
+            self.state.exit()
             if batch.waits:
-                self.pause()
+                self.state.pause()
 
     def _require_codes(self, cnp.ndarray codes):
         cdef const int64_t* first = <const int64_t*> cnp.PyArray_DATA(codes)
         cdef Py_ssize_t count = codes.shape[0]
         cdef Py_ssize_t bad
-        self.inside += 1
+        self.state.inside += 1
         with nogil:
             bad = first_bad_code(first, count, self.shared.rows, self.shared.header)
-        self.exit()
-        self.require_open()
+        self.state.exit()
+        self.state.require_open()
         if bad < count:
             raise ValueError(f"rows[{bad}] is {first[bad]}, which is no model's code; codes come from rows(), and a code "
                              "ends when its model is removed")
 
     def _times(self, times_ns, Py_ssize_t count):
         cdef object times
-        if self.manual is None:
+        if self.state.manual is None:
             raise ValueError("times_ns needs a manager with a clock of its own: ResourceQuotaManager(clock=ManualClock())")
-        times = _int64_copy(times_ns, "times_ns")
-        _require_length(times, "times_ns", count)
+        times = int64_copy(times_ns, "times_ns")
+        require_length(times, "times_ns", count)
         if count:
-            if times[0] < self.manual.time_ns or times[count - 1] > MAX_TIME_NS:
+            if times[0] < self.state.manual.time_ns or times[count - 1] > MAX_TIME_NS:
                 raise ValueError(f"times_ns runs from {times[0]} to {times[count - 1]}; it must lie between the clock, "
-                                 f"{self.manual.time_ns}, and 2**61")
+                                 f"{self.state.manual.time_ns}, and 2**61")
             falls = np.flatnonzero(times[1:] < times[:count - 1])
             if falls.size:
                 at = falls[0] + 1
                 raise ValueError(f"times_ns[{at}] = {times[at]} is before times_ns[{at - 1}] = {times[at - 1]}; "
                                  "times must not fall: sort the requests by time")
         return times
-
-
-@cython.no_gc_clear     # to count itself no more, it needs what it refers to
-cdef class RowHandle:
-    """One model, bound: the checks of `QuotaTable` without the look-up. `ModelQuota` adds the cold verbs."""
-
-    def __cinit__(self, QuotaTable manager not None, model_id):
-        self.model_id = plain_id(model_id)
-        self.manager = manager
-        self.forks = fork_count()
-        self.record = manager.take_grant_record()
-        while self.ref is None:
-            ref = manager.known(self.model_id)
-            if self.change(ref, True):      # otherwise it has just gone
-                self.ref = ref
-
-    def __dealloc__(self):
-        cdef QuotaTable manager = self.manager
-        cdef RowRef ref = self.ref
-        cdef int outcome = 0
-        if self.record == NULL or self.forks != fork_count() or not manager.usable():
-            return
-        if ref is not None:
-            outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, False, &manager.shared, 0)
-        if outcome != LOCKED_OUT:       # otherwise the record stays, and with it the model's place: nobody is held up
-            give_record(&manager.shared.grant_pool, self.record - manager.shared.grants, manager.shared.me)
-
-    cdef int change(self, RowRef ref, bint bind) except -1:
-        """Count this handle, or count it no more; False if its model has gone."""
-        cdef QuotaTable manager = self.manager
-        cdef int outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, bind, &manager.shared, 0)
-        while outcome == LOCKED_OUT:
-            manager.inside += 1
-            with nogil:
-                outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, bind, &manager.shared, SLICE_NS)
-            manager.exit()
-            if outcome == LOCKED_OUT:
-                manager.pause()
-        return outcome
-
-    def __init__(self, manager, model_id):
-        pass
-
-    def __reduce__(self):
-        raise TypeError("a bound model cannot be pickled or copied; call manager.model(model_id)")
-
-    def check(self, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
-        """As `QuotaTable.check_quota`, for this model; UnknownModelError once it has been removed."""
-        cdef Ask ask
-        start_ask(&ask, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-        return self.manager.answer(self.ref, self.model_id, &ask, self)
-
-    def _require_alive(self):
-        self.manager.require_open()
-        if self.ref.row.generation != self.ref.generation:
-            raise UnknownModelError(self.model_id)
-
-
-cdef cnp.ndarray _int64_copy(object values, str name):
-    """A private, contiguous copy: what was validated is what is charged, whoever writes to the original meanwhile."""
-    cdef cnp.ndarray array
-    if cnp.PyArray_CheckExact(values) and cnp.PyArray_TYPE(values) == cnp.NPY_INT64 \
-            and cnp.PyArray_ISNOTSWAPPED(values) and cnp.PyArray_NDIM(values) == 1:
-        return cnp.PyArray_NewCopy(values, cnp.NPY_CORDER)
-    array = np.asarray(values)
-    if (<object> array).size and (<object> array).dtype.kind not in "iu":
-        raise TypeError(f"{name} has dtype {(<object> array).dtype}; give int64")
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {(<object> array).shape}; give one dimension")
-    if isinstance(values, np.ndarray) and np.ma.is_masked(values):
-        raise ValueError(f"{name} has masked elements; give only those that are to be decided")
-    return np.array(array, np.int64, order="C", copy=True)
-
-
-cdef cnp.ndarray _tokens(object values, str name, Py_ssize_t count):
-    cdef cnp.ndarray array
-    cdef const int64_t* first
-    cdef Py_ssize_t bad
-    if not isinstance(values, np.ndarray) and hasattr(values, "__index__"):
-        return np.full(count, as_count(values, name), np.int64)
-    array = _int64_copy(values, name)
-    _require_length(array, name, count)
-    first = <const int64_t*> cnp.PyArray_DATA(array)
-    with nogil:
-        bad = first_out_of_range(first, count)
-    if bad < count:
-        raise ValueError(f"{name}[{bad}] is {first[bad]}; give an integer, 0 .. 2**62")
-    return array
-
-
-cdef int _require_length(cnp.ndarray array, str name, Py_ssize_t count) except -1:
-    if array.shape[0] != count:
-        raise ValueError(f"{name} has {array.shape[0]} elements and rows has {count}; give one each")
-    return 0
-
-
-cdef int _require_target(object array, str name, object dtype, Py_ssize_t count) except -1:
-    """That `array` can be filled from C. Asks numpy itself: a subclass may say anything of its dtype, shape and flags."""
-    cdef cnp.ndarray target
-    if not isinstance(array, np.ndarray) or type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
-        raise TypeError(f"{name} is {type(array).__name__}; give a {np.dtype(dtype)} array")
-    target = array
-    actual = np.ndarray.dtype.__get__(target)
-    if actual != dtype:
-        raise TypeError(f"{name} is {actual}; give a {np.dtype(dtype)} array")
-    if cnp.PyArray_NDIM(target) != 1 or cnp.PyArray_DIM(target, 0) != count:
-        raise ValueError(f"{name} has shape {array.shape}; give ({count},)")
-    if not cnp.PyArray_ISCARRAY(target):
-        raise ValueError(f"{name} cannot be filled in place; give a contiguous, writeable array")
-    return 0

@@ -13,10 +13,12 @@ from posix.types cimport off_t
 from posix.unistd cimport usleep
 
 from modelquota._core.layout cimport Ledger, Limits, Row
+from modelquota._core.row.usage cimport Usage, read_limits, read_usage
+from modelquota._core.state.state cimport State
+from modelquota._core.table.intern cimport Interned, RowRef
 from modelquota._core.table.packing cimport unpack
 from modelquota._core.table.records cimport Records
-from modelquota._core.table.intern cimport QuotaState, RowRef
-from modelquota._core.row.usage cimport Usage, read_limits, read_usage
+from modelquota._core.table.table cimport QuotaTable
 
 from modelquota._core.table.packing import dtypes
 
@@ -36,7 +38,7 @@ def limits_dtype():
     return dtypes()["header"]["staged"]
 
 
-def read_table(QuotaState state not None):
+def read_table(QuotaTable table not None):
     """Use and limits of all models of a manager, each read under its lock, all at one reading of the clock.
 
     Returns
@@ -47,29 +49,32 @@ def read_table(QuotaState state not None):
     lives : uint64 array, of the same length
         Which life of an id it is: another one after the model was removed and registered again.
     """
+    cdef State state = table.state
+    cdef Interned interned = table.interned
     cdef int64_t now_ns = state.now_ns()
     cdef Py_ssize_t known = 0
     cdef RowRef ref
     cdef Limits* bounds
     state.require_open()
-    state.look_around()
-    state.look_for_dead()
-    cdef dict found = state.interned.copy()     # another thread may add to it where read() waits
+    interned.look_around()
+    table.pools.look_for_dead()
+    cdef dict found = interned.ids.copy()     # another thread may add to it where read() waits
     cdef Records records = Records(len(found))
     cdef cnp.ndarray limits = _zeros(limits_dtype(), len(found), sizeof(Limits))
     cdef cnp.ndarray lives = np.zeros(len(found), np.uint64)
     cdef uint64_t* life = <uint64_t*> cnp.PyArray_DATA(lives)
     bounds = <Limits*> cnp.PyArray_DATA(limits)
     for model_id, ref in found.items():
-        if state.read(ref, now_ns, &records.first[known].usage, &bounds[known]):
+        if interned.read(ref, now_ns, &records.first[known].usage, &bounds[known]):
             records.put_id(known, model_id)
             life[known] = <uint64_t> ref.generation << 32 | <uint64_t> (ref.row - state.shared.rows)
             known += 1
     return records.array(known), limits[:known], lives[:known]
 
 
-def read_retired(QuotaState state not None):
+def read_retired(QuotaTable table not None):
     """What models that have been removed had counted, by the names of a snapshot's fields."""
+    cdef State state = table.state
     state.require_open()
     return {
         "rejected_total": state.shared.header.retired_rejected,

@@ -139,3 +139,17 @@ def test_memory_that_open_grants_hold_stays_within_a_count(manager):
     usage = manager.get_usage("m")
     assert (usage.reserved_ram_mb, usage.reserved_ssd_mb) == (0, 0)
     assert manager.check_quota("m", 0, MOST)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 1e-5])
+def test_what_fills_a_level_to_its_end_and_comes_back_is_no_refill(manager, clock, rate):
+    """What others had charged before stays charged."""
+    manager.set_quota(open_quota("m", max_tokens_per_second=rate, burst_tokens=20, on_violation="reject"))
+    assert manager.check_quota("m", 10)
+    with manager.reserve("m", 1) as grant:
+        grant.add(MOST // 2)
+        grant.settle(1)
+    assert 11 <= level(manager) < 12
+    clock.advance(1.02)
+    assert not manager.check_quota("m", 11)
+    assert manager.check_quota("m", 9)

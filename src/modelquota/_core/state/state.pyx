@@ -1,4 +1,4 @@
-"""The memory that processes share: mapped, with a seat taken, its time anchored, and rid of what the dead left behind.
+"""The memory that processes share: its mapping, this process's seat in it, and the clock of its rows.
 
 After a fork the child takes a seat of its own; what the parent holds stays the parent's. A child that cannot have one
 refuses every verb: it never works on its parent's.
@@ -20,20 +20,19 @@ from posix.mman cimport (
 )
 from posix.unistd cimport close
 
-from modelquota._core.state.clock cimport ManualClock, monotonic_ns
 from modelquota._core.layout cimport (
     CHANGES, CHUNK, CHUNKS, GrantRecord, Header, LAYOUT_VERSION, Ledger, MAX_TIME_NS, Pool, QueueEntry, RECORDS, Row,
     SEATS, Seat, Shared
 )
+from modelquota._core.row.window cimport in_order
+from modelquota._core.state.clock cimport ManualClock, Watcher, monotonic_ns
 from modelquota._core.state.lock cimport (
     NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, has_seat, hold_by_lock, is_file, is_left, is_sitting, load_long, load_word,
     lock_seat, own_bits, sit_down, stand_up, swap_word
 )
-from modelquota._core.state.pool cimport claim_chunk, end_pool, open_chunk, record_at, start_pool, take_record
+from modelquota._core.state.pool cimport end_pool, record_at, start_pool
 from modelquota._core.state.registry cimport MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, unlock_registry
-from modelquota._core.state.sweep cimport is_anybody_gone, release_grants, sweep_pool
-from modelquota._core.state.unclaimed cimport is_anything_overdue, let_overdue_go, read_made
-from modelquota._core.row.window cimport in_order
+from modelquota._core.state.sweep cimport release_grants
 
 from modelquota._core.state.mapping import (
     boot_id, clock_shift_ns, create_anonymous, digest, fingerprint, open_again, plan, process_space
@@ -57,7 +56,6 @@ cdef extern from *:
 
 cdef uint64_t MAGIC = 0x31_61_74_6F_75_71_64_6D     # "mdquota1", as it stands in memory
 cdef int64_t LONGEST_NAME = 256                     # bytes of the largest name record
-cdef int64_t SWEEP_NS = 10_000_000                  # how often a process looks for dead ones while something is held up
 cdef int64_t LOOK_NS = 1_000_000_000                # how often it looks what has become of its file
 cdef int64_t VERIFY_NS = 1_000_000                  # how often it looks whether its seat is its own before it gives a grant
 cdef int forks = 0                                  # between the first process and this one
@@ -80,8 +78,8 @@ cdef list all_states():
     cdef list states = []
     cdef PyObject* state = newest
     while state != NULL:
-        states.append(<SharedState> state)
-        state = (<SharedState> state).older
+        states.append(<State> state)
+        state = (<State> state).older
     return states
 
 
@@ -95,11 +93,11 @@ def _after_fork():
     parent; only then it tries to become somebody."""
     global forks
     cdef PyObject* state = newest
-    cdef SharedState one
+    cdef State one
     forks += 1
     while state != NULL:
-        (<SharedState> state).leave_parent()
-        state = (<SharedState> state).older
+        (<State> state).leave_parent()
+        state = (<State> state).older
     interrupt = None
     for one in all_states():
         try:
@@ -170,19 +168,22 @@ cdef class Mapping:
 
 
 @cython.no_gc_clear     # the mapping stays until the last grant has been released, whatever the order of collection
-cdef class SharedState:
+cdef class State:
     """One mapping with everything in it, and this process's seat there."""
 
-    def __cinit__(self, *args, **kwargs):
+    def __cinit__(self):
         self.shared.fd = self.shared.spare_fd = -1
-        self.fine_until_ns = REFUSES
+        self.shared.fine_until_ns = REFUSES
 
-    def __init__(self, *, path, max_models, clock, trust_file=False):
+    cdef int open(self, object path, object max_models, object clock, object trust_file) except -1:
+        """Open the state at a path, or a new one in memory, and take a seat. Once."""
         if self.shared.header != NULL:
             raise RuntimeError("a manager is initialized once")
         if clock is not None and not isinstance(clock, ManualClock):
             raise TypeError(f"clock is {clock!r}; give a ManualClock, or None for the monotonic clock")
         self.manual = clock
+        if clock is not None:
+            self.shared.manual_ns = &self.manual.time_ns
         if path is None:
             max_models = 65_536 if max_models is None else max_models
             self.shared.spare_fd = create_anonymous(regions_for(max_models).size)
@@ -202,7 +203,7 @@ cdef class SharedState:
         self.take_seat()
         self._register()
         self.anchor()
-        self.sweep()
+        return 0
 
     def _map(self, max_models):
         """Map the file, and find its parts."""
@@ -245,7 +246,7 @@ cdef class SharedState:
         global newest
         self.older = newest
         if newest != NULL:
-            (<SharedState> newest).newer = <PyObject*> self
+            (<State> newest).newer = <PyObject*> self
         newest = <PyObject*> self
 
     def __dealloc__(self):
@@ -254,9 +255,9 @@ cdef class SharedState:
         if newest == <PyObject*> self:
             newest = self.older
         elif self.newer != NULL:
-            (<SharedState> self.newer).older = self.older
+            (<State> self.newer).older = self.older
         if self.older != NULL:
-            (<SharedState> self.older).newer = self.newer
+            (<State> self.older).newer = self.newer
         if self.usable():
             for chunk in range(CHUNKS):
                 give_chunk_back(&self.shared.grant_pool, chunk, self.shared.me)
@@ -279,19 +280,19 @@ cdef class SharedState:
     cdef int refuse(self, object refusal) except -1:
         """From now on every verb raises."""
         self.refusal = refusal
-        self.fine_until_ns = REFUSES
+        self.shared.fine_until_ns = REFUSES
         return 0
 
     cdef int look(self, int64_t now_ns) except -1:
         """Before a decision, once a second: whether this process may still take it, and what has become of the file."""
         self.require_open()
         if self.manual is not None or self.alone():
-            self.fine_until_ns = INT64_MAX
+            self.shared.fine_until_ns = INT64_MAX
             return 0
         self.verify_seat()
         self._check_file()
         self.require_open()     # another thread may have closed it in the meantime
-        self.fine_until_ns = now_ns + LOOK_NS
+        self.shared.fine_until_ns = now_ns + LOOK_NS
         return 0
 
     def _check_file(self):
@@ -365,7 +366,7 @@ cdef class SharedState:
             self.verify_seat()
         return 0
 
-    def _arrays(self):
+    def arrays(self):
         """The parts of the state as numpy structured arrays over the same memory: header, rows, ledgers.
 
         For inspection and tests: what is read without a row's lock may be in the middle of a change.
@@ -379,17 +380,6 @@ cdef class SharedState:
         return (np.frombuffer(self.mapping, layout["header"], 1, 0),
                 np.frombuffer(self.mapping, layout["row"], n, regions.rows),
                 np.frombuffer(self.mapping, layout["ledger"], n, regions.ledgers))
-
-    @property
-    def max_models(self):
-        """How many models the table holds at most."""
-        self.require_open()
-        return self.shared.header.max_models
-
-    @property
-    def clock(self):
-        """The `ManualClock` that was given, or None for the monotonic clock."""
-        return self.manual
 
     # -- space
 
@@ -471,7 +461,7 @@ cdef class SharedState:
             if used >= me & (SEATS - 1) or swap_word(&self.shared.header.seats_used, used, me & (SEATS - 1)):
                 break
         self.verified_ns = monotonic_ns()
-        self.fine_until_ns = 0
+        self.shared.fine_until_ns = 0
         return True
 
     cdef void leave_parent(self) noexcept:
@@ -480,7 +470,7 @@ cdef class SharedState:
         The parent's descriptor goes at once: as long as a child has it, the kernel takes the parent for alive.
         """
         cdef bint was_usable = self.usable()
-        self.fine_until_ns = REFUSES
+        self.shared.fine_until_ns = REFUSES
         self.shared.me = 0
         self.inside = 0
         if self.shared.fd >= 0:
@@ -499,13 +489,14 @@ cdef class SharedState:
             return 0                    # the parent had none either, or had closed
         self.forked = False
         try:
-            self._forget_parent()
+            if self.watcher != NULL:
+                (<Watcher> self.watcher).forget_parent()
             self.shared.fd = open_again(self.shared.spare_fd, self.path)
             if not is_file(self.shared.fd, self.shared.device, self.shared.inode):
                 raise OSError(0, "its descriptors were closed underneath")
             self.take_seat()
             if self.manual is None:
-                self.offset_ns = self.shared.header.clock_offset_ns - <int64_t> clock_shift_ns()
+                self.shared.offset_ns = self.shared.header.clock_offset_ns - <int64_t> clock_shift_ns()
         except BaseException as error:
             self.refuse(f"this process was forked and could not take a seat of its own ({error}); it has what its parent "
                         "had, and must not use it. Make room before the fork, or make a manager in the child")
@@ -517,14 +508,14 @@ cdef class SharedState:
         """In the parent of a new process: it is not alone any more, though the child may not have taken its seat yet."""
         self.forked = True
         if self.usable():
-            self.fine_until_ns = 0
-            self._pump_all()
+            self.shared.fine_until_ns = 0
+            self.wake(None)
 
-    def _pump_all(self):
-        """Something has changed for all models."""
-
-    def _forget_parent(self):
-        """In a forked child: what the parent has begun is the parent's to finish."""
+    cdef int wake(self, object ref) except -1:
+        """Tell those who wait in this process that something has changed: for the model of a RowRef, or (None) for all."""
+        if self.watcher != NULL:
+            (<Watcher> self.watcher).wake(ref)
+        return 0
 
     # -- time
 
@@ -554,102 +545,21 @@ cdef class SharedState:
             self.refuse("it is open with another kind of clock: a ManualClock, or the monotonic one")
             self.require_open()
         if self.manual is None:
-            self.offset_ns = self.shared.header.clock_offset_ns - shift_ns
+            self.shared.offset_ns = self.shared.header.clock_offset_ns - shift_ns
         return 0
 
-    def flush(self):
-        """Write the state file to disk, against loss of power; without a file nothing is done.
-
-        Against the death of processes nothing is needed. Without `flush` the kernel writes what has changed within
-        some 30 s (``vm.dirty_expire_centisecs``).
-
-        Raises StateFileError if the file was deleted, replaced or cut off underneath.
-        """
+    cdef int flush(self) except -1:
+        """Write the state file to disk."""
         self.require_open()
         if self.path is None:
-            return
+            return 0
         fault = self._check_file()
         if fault is not None:
             raise StateFileError(self.path, fault)
         self.anchor()
         if msync(self.mapping.memory, self.mapping.size, MS_SYNC) != 0:
             raise OSError(errno, os.strerror(errno), self.path)
-
-    # -- records
-
-    cdef int claim(self, Pool* pool, str what, str remedy) except -1:
-        """Make another chunk of records this process's."""
-        cdef int64_t chunk
-        self.verify_seat()
-        chunk = claim_chunk(pool, self.shared.me)
-        if chunk < 0 and self.sweep():
-            chunk = claim_chunk(pool, self.shared.me)
-        if chunk < 0:
-            raise CapacityError(RECORDS, what, remedy)
-        try:
-            self.reserve_space(record_at(pool, chunk * CHUNK), CHUNK * pool.record_size)
-        except StateFileError:
-            swap_word(&pool.owners[chunk], self.shared.me, 0)
-            raise
-        open_chunk(pool, chunk)
         return 0
-
-    cdef GrantRecord* take_grant_record(self) except NULL:
-        """A free grant record of this process."""
-        cdef int64_t number = take_record(&self.shared.grant_pool)
-        if number < 0:
-            self.claim(&self.shared.grant_pool, "open grants", "release some, in whichever process")
-            number = take_record(&self.shared.grant_pool)
-        return &self.shared.grants[number]
-
-    cdef QueueEntry* take_entry(self) except NULL:
-        """A free queue entry of this process."""
-        cdef int64_t number = take_record(&self.shared.entry_pool)
-        if number < 0:
-            self.claim(&self.shared.entry_pool, "waiting requests", "let fewer wait at once, over all processes")
-            number = take_record(&self.shared.entry_pool)
-        return &self.shared.entries[number]
-
-    # -- the dead
-
-    cdef int sweep(self) except -1:
-        """Give back what dead processes held, and take them out of the queues; how much was found."""
-        cdef const Shared* shared = &self.shared
-        cdef int found
-        self.swept_ns = monotonic_ns()
-        if not is_anybody_gone(shared):     # with the GIL: busy threads may keep it for 5 ms before they give it back
-            return 0
-        self.inside += 1
-        with nogil:
-            found = sweep_pool(&shared.grant_pool, True, shared) + sweep_pool(&shared.entry_pool, False, shared)
-        self.exit()
-        return found
-
-    cdef int let_overdue_go(self) except -1:
-        """Let go of what was admitted for requests of other processes that have not taken it in time; how much it was."""
-        cdef const Shared* shared = &self.shared
-        cdef int64_t now_ns = self.now_ns()
-        cdef int64_t soonest_ns = INT64_MAX
-        cdef uint64_t made = read_made(&shared.header.unclaimed_made)
-        cdef int found = 0
-        if made == self.seen_unclaimed and now_ns < self.overdue_ns:
-            return 0
-        if is_anything_overdue(now_ns, &soonest_ns, shared):    # with the GIL, as above
-            soonest_ns = INT64_MAX
-            self.inside += 1
-            with nogil:
-                found = let_overdue_go(now_ns, &soonest_ns, shared)
-            self.exit()
-        self.seen_unclaimed = made
-        self.overdue_ns = soonest_ns
-        return found
-
-    cdef int sweep_if_due(self) except -1:
-        """Look for dead processes, and for requests that do not come for their grants, unless this process is alone or
-        looked a moment ago; how much was found."""
-        if self.shared.header.seats_used <= 1 or monotonic_ns() - self.swept_ns < SWEEP_NS:
-            return 0
-        return self.sweep() + self.let_overdue_go()
 
 
 cdef void close_descriptors(Shared* shared) noexcept:
@@ -714,7 +624,7 @@ def count_processes(int descriptor, bytes seats, uint32_t used):
 cdef int anchor_time(
     const Shared* shared, const char* boot, int64_t wall_ns, int64_t mono_ns, uint32_t kind
 ) noexcept nogil:
-    """SharedState.anchor() from lock to unlock. Takes the registry's lock."""
+    """State.anchor() from lock to unlock. Takes the registry's lock."""
     cdef Header* header = shared.header
     cdef int64_t now_ns, i
     if not lock_registry(shared, SLICE_NS):

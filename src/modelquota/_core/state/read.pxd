@@ -1,0 +1,96 @@
+# Reading a row, and sums over all rows, from lock to unlock: nothing here touches a Python object.
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+from modelquota._core.layout cimport Header, Ledger, Limits, Row, Shared, VIOLATION_TYPES
+from modelquota._core.row.queue cimport count_counted, drop_expired
+from modelquota._core.row.usage cimport Usage, read_limits, read_usage
+from modelquota._core.row.window cimport requests_charged, tokens_charged
+from modelquota._core.state.lock cimport unlock
+from modelquota._core.state.repair cimport lock_row, put_right
+
+cdef enum:
+    READ_PATIENCE_NS = 20_000_000   # how long a reader waits for a row before it reads without its lock
+
+
+cdef struct Totals:
+    uint64_t allowed
+    uint64_t rejected
+    uint64_t throttled
+    uint64_t queued
+    uint64_t waited
+    uint64_t waiting
+    uint64_t tokens
+    uint64_t refunded
+    uint64_t violations[5]
+
+
+cdef inline bint read_and_unlock(
+    Row* row, Ledger* ledger, uint32_t generation, int64_t now_ns, const Shared* shared, Usage* usage, Limits* limits
+) noexcept nogil:
+    """Read a row that is locked; False if the model has left it."""
+    cdef bint alive = row.generation == generation
+    if alive:
+        if ledger.waiting != 0:
+            drop_expired(row, ledger, shared.entries, now_ns, True)
+        read_usage(row, ledger, now_ns, usage)
+        if ledger.waiting != 0:
+            usage.waiting_requests = count_counted(ledger, shared.entries)
+        if limits != NULL:
+            read_limits(row, ledger, limits)
+    unlock(&row.lock)
+    return alive
+
+
+cdef inline bint read_locked(
+    Row* row, uint32_t generation, int64_t now_ns, const Shared* shared, Usage* usage, Limits* limits
+) noexcept nogil:
+    """Read a row that a process which does not run has locked: a copy of it, put right as after a death."""
+    cdef int64_t index = row - shared.rows
+    cdef Row row_copy
+    cdef Ledger ledger_copy
+    row_copy = row[0]
+    memcpy(&ledger_copy, &shared.ledgers[index], sizeof(Ledger))
+    if row_copy.generation != generation:
+        return False
+    put_right(&row_copy, &ledger_copy, <uint32_t> index, shared)
+    read_usage(&row_copy, &ledger_copy, now_ns, usage)
+    if limits != NULL:
+        read_limits(&row_copy, &ledger_copy, limits)
+    return True
+
+
+cdef inline void sum_totals(const Shared* shared, Totals* totals) noexcept nogil:
+    """Sums over all models, living and removed. A row that stays locked is read as it is."""
+    cdef Header* header = shared.header
+    cdef Row* row
+    cdef Ledger* ledger
+    cdef int64_t i
+    cdef int kind
+    cdef bint locked
+    totals.allowed = header.retired_allowed + header.unknown_checks
+    totals.rejected = header.retired_rejected
+    totals.throttled = header.retired_throttled
+    totals.queued = header.retired_queued
+    totals.waited = header.retired_waited
+    totals.tokens = header.retired_tokens
+    totals.refunded = header.retired_refunded
+    totals.waiting = 0
+    for kind in range(VIOLATION_TYPES):
+        totals.violations[kind] = header.retired_violations[kind]
+    for i in range(header.row_count):
+        row = &shared.rows[i]
+        ledger = &shared.ledgers[i]
+        locked = lock_row(row, shared, READ_PATIENCE_NS)
+        totals.allowed += requests_charged(row, ledger)
+        totals.rejected += ledger.rejected
+        totals.throttled += ledger.throttled
+        totals.queued += ledger.queued
+        totals.waited += ledger.waited
+        totals.tokens += tokens_charged(row, ledger)
+        totals.refunded += ledger.tokens_refunded
+        if locked and ledger.waiting != 0:
+            totals.waiting += count_counted(ledger, shared.entries)
+        for kind in range(VIOLATION_TYPES):
+            totals.violations[kind] += ledger.violations[kind]
+        if locked:
+            unlock(&row.lock)
