@@ -34,6 +34,7 @@ DIRECTIVES = {
     "wraparound": False,
     "cdivision": True,
     "initializedcheck": False,
+    "autotestdict": False,
     "auto_pickle": False,  # nothing in the core can be pickled; object.__reduce__ says so
     "emit_code_comments": ANNOTATE or DEBUG,
 }

@@ -1,6 +1,13 @@
+from typing import Self, final
+
+from typing_extensions import disjoint_base
+
 from modelquota._core.state.state import State
 
+@final
+@disjoint_base
 class RowRef: ...
 
+@disjoint_base
 class Interned:
-    def __init__(self, state: State) -> None: ...
+    def __new__(cls, state: State) -> Self: ...
