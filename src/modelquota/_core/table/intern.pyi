@@ -5,7 +5,6 @@ from typing_extensions import disjoint_base
 from modelquota._core.state.state import State
 
 @final
-@disjoint_base
 class RowRef: ...
 
 @disjoint_base
