@@ -1,7 +1,7 @@
 """Builds the extension modules; everything else about the project is in pyproject.toml.
 
 MODELQUOTA_SANITIZE=1 builds with the address and undefined-behaviour sanitizers, MODELQUOTA_ANNOTATE=1 writes Cython's
-annotated HTML beside each source.
+annotated HTML beside each source, MODELQUOTA_DEBUG=1 keeps debug information for gdb and perf.
 """
 
 import os
@@ -13,19 +13,40 @@ from pathlib import Path
 import numpy as np
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
 if not sys.platform.startswith("linux") or sys.maxsize < 2**32:
     sys.exit(f"modelquota runs on 64-bit Linux; this is {platform.system()} ({platform.machine()}).")
 
+ANNOTATE = os.environ.get("MODELQUOTA_ANNOTATE") == "1"
+DEBUG = os.environ.get("MODELQUOTA_DEBUG") == "1"
 SANITIZE = os.environ.get("MODELQUOTA_SANITIZE") == "1"
 
-compile_args = ["-O3", "-g1", "-std=c11", "-fno-math-errno", "-D_GNU_SOURCE"]
+CORE = "src/modelquota/_core"
+COLD = {"arrays", "intern", "packing", "pools", "queue", "records", "snapshot", "state", "view"}
+DIRECTIVES = {
+    "language_level": 3,
+    "binding": False,  # a method descriptor is called some 10 ns faster than a bound Cython function
+    "embedsignature": True,
+    "embedsignature.format": "clinic",  # in which `inspect.signature` reads them
+    "boundscheck": False,
+    "wraparound": False,
+    "cdivision": True,
+    "initializedcheck": False,
+    "autotestdict": False,
+    "auto_pickle": False,  # nothing in the core can be pickled; object.__reduce__ says so
+    "emit_code_comments": ANNOTATE or DEBUG,
+}
+
+# A request that does not wait runs through no cold module; gcc takes half of the time for these at -O1. CPython's own
+# flags ask for debug information, which would take a tenth more.
+compile_args = ["-g" if DEBUG else "-g0", "-std=c11", "-fno-math-errno", "-D_GNU_SOURCE"]
 link_args = []
 if SANITIZE:
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
     # CPython's own flags carry -fwrapv, which would hide every signed overflow
-    compile_args = [*compile_args, *sanitizers, "-fno-wrapv", "-O1"]
+    compile_args = [*compile_args, *sanitizers, "-fno-wrapv", "-g1"]
     link_args = sanitizers
 
 
@@ -48,38 +69,38 @@ class SourceDistribution(sdist):
         super().make_distribution()
 
 
-CORE = "src/modelquota/_core"
-extensions = [
-    Extension(
-        ".".join(Path(source).relative_to("src").with_suffix("").parts),
+class TranslatingBuild(build_ext):
+    """Runs Cython when the extensions are built, and not when a build tool only asks for names and requirements."""
+
+    def run(self):
+        translated = cythonize(
+            self.extensions,
+            include_path=["src"],
+            build_dir="build/cython",
+            nthreads=os.cpu_count(),
+            annotate=ANNOTATE,
+            compiler_directives=DIRECTIVES,
+        )
+        for extension, by_cython in zip(self.extensions, translated, strict=True):
+            extension.sources = by_cython.sources
+        super().run()
+
+
+def core_module(source):
+    path = Path(source)
+    return Extension(
+        ".".join(path.relative_to("src").with_suffix("").parts),
         [source],
         depends=glob(f"{CORE}/**/*.pxd", recursive=True),
         include_dirs=[np.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-        extra_compile_args=compile_args,
+        extra_compile_args=[*compile_args, "-O1" if SANITIZE or path.stem in COLD else "-O3"],
         extra_link_args=link_args,
     )
-    for source in sorted(glob(f"{CORE}/**/*.pyx", recursive=True))
-]
+
 
 setup(
-    cmdclass={"sdist": SourceDistribution},
+    cmdclass={"build_ext": TranslatingBuild, "sdist": SourceDistribution},
     options={"build_ext": {"parallel": os.cpu_count()}},
-    ext_modules=cythonize(
-        extensions,
-        include_path=["src"],
-        build_dir="build/cython",
-        nthreads=os.cpu_count(),
-        annotate=os.environ.get("MODELQUOTA_ANNOTATE") == "1",
-        compiler_directives={
-            "language_level": 3,
-            "binding": False,  # a method descriptor is called some 10 ns faster than a bound Cython function
-            "embedsignature": True,
-            "embedsignature.format": "clinic",  # in which `inspect.signature` reads them
-            "boundscheck": False,
-            "wraparound": False,
-            "cdivision": True,
-            "initializedcheck": False,
-        },
-    ),
+    ext_modules=[core_module(source) for source in sorted(glob(f"{CORE}/**/*.pyx", recursive=True))],
 )

@@ -93,7 +93,6 @@ cdef inline void roll(
 
     `requests` and `tokens` are those charged ever.
     """
-    cdef int64_t position, closed
     ledger.journal_requests_start = ledger.requests_start[window]
     ledger.journal_tokens_start = ledger.tokens_start[window]
     ledger.journal_filled = ledger.filled[window]

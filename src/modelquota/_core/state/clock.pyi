@@ -1,5 +1,8 @@
 from typing import SupportsIndex, final
 
+from typing_extensions import disjoint_base
+
+@disjoint_base
 class Watcher: ...
 
 @final

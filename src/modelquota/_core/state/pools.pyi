@@ -1,4 +1,9 @@
+from typing import Self
+
+from typing_extensions import disjoint_base
+
 from modelquota._core.state.state import State
 
+@disjoint_base
 class Pools:
-    def __init__(self, state: State) -> None: ...
+    def __new__(cls, state: State) -> Self: ...

@@ -7,7 +7,7 @@ from modelquota._core.state.lock cimport swap_word
 from modelquota._core.state.pool cimport claim_chunk, open_chunk, record_at, take_record
 from modelquota._core.state.state cimport State
 from modelquota._core.state.sweep cimport is_anybody_gone, sweep_pool
-from modelquota._core.state.unclaimed cimport is_anything_overdue, let_overdue_go, read_made
+from modelquota._core.state.unclaimed cimport is_anything_overdue, let_overdue_go as let_rows_go, read_made
 
 from modelquota.errors import CapacityError, StateFileError
 
@@ -82,7 +82,7 @@ cdef class Pools:
             soonest_ns = INT64_MAX
             self.state.inside += 1
             with nogil:
-                found = let_overdue_go(now_ns, &soonest_ns, shared)
+                found = let_rows_go(now_ns, &soonest_ns, shared)
             self.state.exit()
         self.seen_unclaimed = made
         self.overdue_ns = soonest_ns

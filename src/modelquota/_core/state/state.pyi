@@ -1,5 +1,8 @@
+from typing import Self
+
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
 
 from modelquota._core.state.mapping import Regions
 
@@ -10,9 +13,11 @@ def layout_fingerprint() -> int: ...
 def new_header(max_models: int) -> bytes: ...
 def count_processes(descriptor: int, seats: bytes, used: int) -> int: ...
 
+@disjoint_base
 class Mapping:
-    def __init__(self, descriptor: int, size: int) -> None: ...
+    def __new__(cls, descriptor: int, size: int) -> Self: ...
 
+@disjoint_base
 class State:
     @property
     def path(self) -> str | None: ...

@@ -1,5 +1,10 @@
+from typing import Self
+
+from typing_extensions import disjoint_base
+
 from modelquota._core.state.pools import Pools
 from modelquota._core.table.intern import Interned
 
+@disjoint_base
 class Admission:
-    def __init__(self, pools: Pools, interned: Interned) -> None: ...
+    def __new__(cls, pools: Pools, interned: Interned) -> Self: ...

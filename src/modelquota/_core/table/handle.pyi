@@ -1,8 +1,11 @@
 from typing import SupportsIndex
 
+from typing_extensions import disjoint_base
+
 from modelquota._core.table.result import QuotaCheckResult
 from modelquota._core.table.table import QuotaTable
 
+@disjoint_base
 class RowHandle:
     @property
     def manager(self) -> QuotaTable: ...

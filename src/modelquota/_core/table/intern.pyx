@@ -26,6 +26,7 @@ cdef extern from *:
     uint32_t read_generation "__atomic_load_n"(const uint32_t* word, int order) noexcept nogil
     const int ACQUIRE "__ATOMIC_ACQUIRE"
 
+
 @cython.final
 @cython.no_gc
 cdef class RowRef:

@@ -160,7 +160,6 @@ def bounds_of(config):
     cdef Ledger ledger
     cdef Limits limits
     cdef Usage usage
-    cdef int window
     memset(&row, 0, sizeof(row))
     memset(&ledger, 0, sizeof(ledger))
     pack(config, &limits)

@@ -1,6 +1,9 @@
+from typing_extensions import disjoint_base
+
 from modelquota._core.state.clock import Watcher
 from modelquota._core.table.grant import Grant
 
+@disjoint_base
 class Waiter:
     context: object
     @property
@@ -13,7 +16,9 @@ class Waiter:
     def abandon(self) -> None: ...
     def leave(self) -> None: ...
 
+@disjoint_base
 class WaitQueue:
     def pump(self) -> None: ...
 
+@disjoint_base
 class Queues(Watcher): ...

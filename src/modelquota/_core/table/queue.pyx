@@ -501,7 +501,7 @@ cdef class Queues(Watcher):
         cdef RowRef ref
         cdef Grant grant
         cdef int64_t now_ns
-        cdef int unknown, outcome, i
+        cdef int unknown, outcome
         if waiter.queues is None:
             parse_request(&waiter.request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
             waiter.request.priority = <int32_t> as_priority(priority)

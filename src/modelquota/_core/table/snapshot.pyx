@@ -3,7 +3,6 @@ from libc.stdint cimport int64_t, uint64_t
 
 from modelquota._core.layout cimport Limits, VIOLATION_TYPES
 from modelquota._core.row.usage cimport Usage
-from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.read cimport READ_PATIENCE_NS, Totals, sum_totals
 from modelquota._core.state.registry cimport lock_registry, unlock_registry

@@ -4,6 +4,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import disjoint_base
 
 from modelquota._core.state.clock import ManualClock
 from modelquota._core.table.grant import Grant
@@ -11,6 +12,7 @@ from modelquota._core.table.queue import Waiter
 from modelquota._core.table.result import QuotaCheckResult
 from modelquota.quota.config import ResourceQuotaConfig
 
+@disjoint_base
 class QuotaTable:
     def __init__(
         self,

@@ -421,11 +421,11 @@ cdef class QuotaTable:
             if ref is None:
                 raise UnknownModelError(model_id)
             refs.append(ref)
-        codes = np.empty(len(refs), np.int64)
-        cdef int64_t[::1] view = codes
+        cdef cnp.ndarray codes = np.empty(len(refs), np.int64)
+        cdef int64_t* code = <int64_t*> cnp.PyArray_DATA(codes)
         cdef Py_ssize_t i = 0
         for ref in refs:
-            view[i] = <int64_t> (<uint64_t> ref.generation << 32 | <uint64_t> (ref.row - self.shared.rows))
+            code[i] = <int64_t> (<uint64_t> ref.generation << 32 | <uint64_t> (ref.row - self.shared.rows))
             i += 1
         return codes
 
