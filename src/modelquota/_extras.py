@@ -1,4 +1,4 @@
-"""What is said where an optional extra is missing."""
+"""The error raised when an optional extra is not installed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ __all__ = ["extra"]
 
 @contextmanager
 def extra(name: str, *packages: str) -> Iterator[None]:
-    """Import what the extra `name` brings, and say what to install where one of its packages is missing.
+    """Import the packages of the extra `name`; if one is missing, raise an error that names what to install.
 
     Parameters
     ----------
     name : str
         The extra, as in ``modelquota[name]``.
     *packages : str
-        Top-level names of the packages that it brings. Anything else that is missing is another error.
+        Top-level names of the packages that the extra installs. If any other module is missing, its error is passed on.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Logging that no handler can turn into a failure of a verb."""
+"""Logging that never raises: a handler that fails cannot make a method of a manager fail."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 @functools.cache
 def logger() -> logging.Logger:
-    """Return the logger `modelquota`, which is quiet unless the program says otherwise."""
-    import logging  # an eighth of the package's import, and most programs never meet a violation at start
+    """Return the logger `modelquota`, which is silent unless the program configures logging."""
+    import logging  # takes an eighth of the package's import time, and few programs log while they start
 
     found = logging.getLogger("modelquota")
     found.addHandler(logging.NullHandler())
@@ -20,7 +20,7 @@ def logger() -> logging.Logger:
 
 
 def log(level: int, message: str, *values: object) -> None:
-    """Log, come what may: the decision has been taken, and a handler that raises must not keep it from its caller."""
+    """Log without ever raising: the decision is made, and a handler that fails must not keep it from the caller."""
     try:
         logger().log(level, message, *values)
     except Exception:

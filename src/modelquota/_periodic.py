@@ -1,4 +1,4 @@
-"""A step that is repeated in the background; only where somebody has called `start`."""
+"""`Periodic`: a step that a background thread repeats, once the program has called `start`."""
 
 import logging
 import math
@@ -10,9 +10,9 @@ logger = logging.getLogger("modelquota")
 
 
 class Periodic:
-    """The base of what watches a manager: `poll` does one step, `start` repeats it in a daemon thread until `stop`.
+    """The base class of what watches a manager: `poll` does one step, `start` repeats it in a thread until `stop`.
 
-    As a context manager it stops at the end. A step that fails is logged, and the next one is tried.
+    As a context manager it stops on exit. A step that fails is logged, and the next one is tried.
     """
 
     _thread: threading.Thread | None = None
@@ -23,14 +23,14 @@ class Periodic:
         raise NotImplementedError
 
     def start(self, interval_sec: float) -> Self:
-        """Repeat `poll` in a daemon thread, at once and then every `interval_sec` seconds (above 0, finite).
+        """Call `poll` in a daemon thread, immediately and then every `interval_sec` seconds (above 0, finite).
 
         Raises
         ------
         ValueError
             The interval is not accepted.
         RuntimeError
-            It has been started already.
+            It is already running.
         """
         if not 0 < interval_sec < math.inf:
             raise ValueError(f"interval_sec is {interval_sec}; give a finite number of seconds above 0")
@@ -50,11 +50,11 @@ class Periodic:
         return self._thread is not None and self._thread.is_alive()
 
     def stop(self) -> None:
-        """End the thread and wait for its last step; does nothing where none runs."""
+        """End the thread and wait for its last step; does nothing if none is running."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._stop.set()
-            if thread is not threading.current_thread():  # a callback may stop what called it
+            if thread is not threading.current_thread():  # a callback may stop the thread that called it
                 thread.join()
 
     def __enter__(self) -> Self:
@@ -66,7 +66,7 @@ class Periodic:
         self.stop()
 
     def _begin(self) -> None:
-        """Do what `start` has to fail for, in the thread that calls it."""
+        """Called by `start` in the caller's thread, so that its errors reach the caller."""
 
     def _repeat(self, stop: threading.Event, interval_sec: float) -> None:
         while True:

@@ -1,6 +1,6 @@
-"""Every exception that modelquota raises on purpose, each with the figures of the case as attributes.
+"""Every exception that modelquota raises on purpose, each with the numbers of the case as attributes.
 
-Wrong types and figures in the arguments of a check are plain `TypeError` and `ValueError`, as for any Python function.
+Wrong types and values in the arguments of a check are plain `TypeError` and `ValueError`, as for any Python function.
 """
 
 import os
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
 
 class QuotaError(Exception):
-    """The base of all errors below: catch it to catch everything that is modelquota's own."""
+    """The base class of all errors below: catch it to catch every error that modelquota defines."""
 
 
 class QuotaConfigError(QuotaError, ValueError):
-    """A field of a quota has a value that is not accepted, or is no field at all.
+    """A field of a quota has a value that is not accepted, or the field is unknown.
 
-    Raised where a config is made or read, before anything has changed. Correct the field that is named.
+    Raised when a config is made or read, before anything has changed. Correct the field that is named.
 
     Parameters
     ----------
     field : str
         Name of the field.
     value : object
-        What was given.
+        The value that was given.
     accepted : str
         What is accepted instead, with its range and unit.
 
@@ -46,25 +46,25 @@ class QuotaConfigError(QuotaError, ValueError):
 
 
 class QuotaFileError(QuotaConfigError):
-    """A quota file says something that is not accepted.
+    """A quota file contains something that is not accepted.
 
-    Raised by `load_quotas`, which then loads nothing. Correct the file where the message points. A file that cannot be
-    opened or read at all is an `OSError`.
+    Raised by `load_quotas`, which then loads nothing. Correct the file at the place that the message names.
+    A file that cannot be opened or read at all is an `OSError`.
 
     Parameters
     ----------
     path : str or os.PathLike
         The file; kept as str.
     table : str
-        The table as its header names it, such as ``models."llama"``; empty for the top level.
+        The table as in its header, such as ``models."llama"``; empty for the top level.
     field : str
-        The key in that table; empty where the table itself is what is not accepted.
+        The key in that table; empty if the table itself is not accepted.
     value : object
-        What stands there; with neither table nor field, what the TOML parser said of the file, with line and column.
+        The value found there; with neither table nor field, the TOML parser's error message, with line and column.
     accepted : str
         What is accepted instead.
     line : int or None
-        Where it stands, from 1; None where it has no line of its own, or where the parser's words name it.
+        Its line, from 1; None if it has no line of its own, or if the parser's message names the line.
 
     Examples
     --------
@@ -96,16 +96,16 @@ class QuotaFileError(QuotaConfigError):
 
 
 class UnknownModelError(QuotaError, KeyError):
-    """A verb that needs a known model was given an id that has no quota.
+    """A method that needs a known model was given an id that has no quota.
 
-    The id was never set, or `remove_quota` has forgotten it. Call `set_quota` first.
+    The quota was never set, or `remove_quota` has removed it. Call `set_quota` first.
 
     Parameters
     ----------
     model_id : str
         The id that is not known.
     message : str, optional
-        A sentence that says more than the usual one.
+        Replaces the usual message.
 
     Examples
     --------
@@ -123,14 +123,14 @@ class UnknownModelError(QuotaError, KeyError):
 
 
 class QuotaExceededError(QuotaError):
-    """A request was denied, or waited as long as it may and was not admitted. Nothing has been charged.
+    """A request was denied, or waited as long as allowed and was not admitted. Nothing has been charged.
 
-    Wait for `retry_after_ms` where that is no None, free memory or ask for less where it is, or tell the client.
+    Wait for `retry_after_ms` if it is not None; otherwise free memory, request less, or report it to the client.
 
     Parameters
     ----------
     result : QuotaCheckResult
-        The denial: which limit of which model, with the numbers.
+        The denial: the model, the violated limit and the numbers.
     """
 
     def __init__(self, result: "QuotaCheckResult") -> None:
@@ -139,7 +139,7 @@ class QuotaExceededError(QuotaError):
 
     @property
     def retry_after_ms(self) -> int | None:
-        """Milliseconds after which the same request passes if nothing else is admitted meanwhile, or None."""
+        """Milliseconds after which the same request passes if nothing else is admitted in the meantime, or None."""
         return self.result.retry_after_ms
 
     def __str__(self) -> str:
@@ -147,15 +147,15 @@ class QuotaExceededError(QuotaError):
 
 
 class ModelLockedError(QuotaExceededError):
-    """Nothing could be decided in time: a process that does not run has locked the model.
+    """Nothing could be decided in time: a process that is not running holds the model's lock.
 
-    Raised by `acquire` and `acquire_async` at the end of the wait. A process was stopped (SIGSTOP, a debugger, a paused
-    container) within the few nanoseconds of a decision. Let it run, or end it: then its lock is taken over.
+    Raised by `acquire` and `acquire_async` at the end of the wait. The process was stopped (SIGSTOP, a debugger, a
+    paused container) within the few nanoseconds of a decision. Let it continue, or end it: then its lock is taken over.
 
     Parameters
     ----------
     result : QuotaCheckResult
-        A denial without a limit.
+        A denial that names no limit.
     """
 
     def __str__(self) -> str:
@@ -166,14 +166,14 @@ class ModelLockedError(QuotaExceededError):
 
 
 class ManagerClosedError(QuotaError, RuntimeError):
-    """A verb was called on a manager, a handle, a grant or a view that has been closed.
+    """A method was called on a manager, a handle, a grant or a view that has been closed.
 
-    Raised also by waits that `close` ends. Do not use them after ``close()``, or make another manager.
+    Also raised by waits that `close` ends. Do not use the object after ``close()``; make another one.
 
     Parameters
     ----------
     what : str
-        What is closed.
+        The kind of object that is closed.
 
     Examples
     --------
@@ -190,21 +190,21 @@ class ManagerClosedError(QuotaError, RuntimeError):
 
 
 class GrantClosedError(QuotaError, RuntimeError):
-    """A grant was to be changed after it had been settled, cancelled or released.
+    """An attempt to change a grant after it was settled, cancelled or released.
 
     Settle or cancel a grant once, while it is open, and count tokens before that.
 
     Parameters
     ----------
     verb : str
-        What was to be done.
+        The operation that was attempted.
     stage : str
-        What had been done before: ``"settled"``, ``"cancelled"`` or ``"released"``.
+        What was done to the grant before: ``"settled"``, ``"cancelled"`` or ``"released"``.
 
     Examples
     --------
     >>> print(GrantClosedError("add", "released"))
-    add comes too late: the grant has been released
+    cannot add: the grant has already been released
     """
 
     def __init__(self, verb: str, stage: str) -> None:
@@ -213,35 +213,35 @@ class GrantClosedError(QuotaError, RuntimeError):
         self.stage = stage
 
     def __str__(self) -> str:
-        return f"{self.verb} comes too late: the grant has been {self.stage}"
+        return f"cannot {self.verb}: the grant has already been {self.stage}"
 
 
 class CapacityError(QuotaError, RuntimeError):
-    """A table is full: of models, of processes that share a state, of open grants, or of lines.
+    """A table is full: of models, of processes that share a state, of open grants, or of queue entries.
 
-    Nothing is evicted to make room, since that would forgive what the evicted model has used. Remove models that are no
-    longer needed, or make the manager with a larger ``max_models``.
+    Nothing is evicted to make room, since that would forget what the evicted model has used. Remove models that are no
+    longer needed, or create the manager with a larger ``max_models``.
 
     Parameters
     ----------
     max_models : int
-        The bound.
+        The size of the table.
     what : str
-        What is bounded.
+        What the table holds.
     remedy : str
-        What to do.
+        What to do about it.
 
     Examples
     --------
     >>> print(CapacityError(2))
-    all 2 places for models are taken; remove_quota a model or make the manager with a larger max_models
+    the table is full (2 models): call remove_quota(), or create the manager with a larger max_models
     """
 
     def __init__(
         self,
         max_models: int,
         what: str = "models",
-        remedy: str = "remove_quota a model or make the manager with a larger max_models",
+        remedy: str = "call remove_quota(), or create the manager with a larger max_models",
     ) -> None:
         super().__init__(max_models, what, remedy)
         self.max_models = max_models
@@ -249,21 +249,22 @@ class CapacityError(QuotaError, RuntimeError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"all {self.max_models} places for {self.what} are taken; {self.remedy}"
+        return f"the table is full ({self.max_models} {self.what}): {self.remedy}"
 
 
 class StateFileError(QuotaError, OSError):
-    """A file is no state file that this version can use: damaged, cut off, foreign, or newer. It is left as it was.
+    """A file is not a state file that this version can read: it is damaged, truncated, foreign or newer.
 
-    Give another path, use the version that wrote the file, or move the file away to begin anew (which refills quotas).
-    If others can change the file, make it one's own, or open it with ``trust_file=True``.
+    The file is not modified. Give another path, use the version that wrote the file, or move the file away to start
+    over (which refills the quotas). If other users can change the file, take ownership of it and remove their write
+    permission, or open it with ``trust_file=True``.
 
     Parameters
     ----------
     path : str, bytes or os.PathLike
         The file; kept as str.
     message : str
-        What is wrong with it.
+        What is wrong with the file.
 
     Examples
     --------
@@ -281,21 +282,21 @@ class StateFileError(QuotaError, OSError):
 
 
 class TraceError(QuotaError, ValueError):
-    """A request trace cannot be read as one.
+    """A file is not a valid request trace.
 
-    Raised before anything is replayed. Correct the file where the message points. A file that cannot be opened or read
-    at all is an `OSError`.
+    Raised before anything is replayed. Correct the file at the place that the message names. A file that cannot be
+    opened or read at all is an `OSError`.
 
     Parameters
     ----------
     message : str
-        What stands there and what was expected.
+        What was found and what was expected.
     path : str or os.PathLike
         The file; kept as str.
     line : int or None
-        Line in the file, from 1, where the header is line 1; None where the whole file is meant.
+        Line in the file, from 1; the header is line 1. None if the whole file is meant.
     column : str or None
-        Name of the column; None where the whole line is meant.
+        Name of the column; None if the whole line is meant.
 
     Examples
     --------
@@ -322,7 +323,7 @@ _SHOWN_CHARS = 80
 
 
 def _shown(value: object) -> str:
-    """Return the repr of a value, shortened so that a wrong value of any size leaves a message of one line."""
+    """Return the repr of a value, shortened so that the message stays on one line however long the value is."""
     try:
         text = repr(value)
     except ValueError:  # an int with more digits than sys.get_int_max_str_digits() allows

@@ -89,7 +89,7 @@ def test_what_is_no_size_is_not_recorded(manager, figure, caplog):
         probe.update("a")
     assert probe.poll() == ["b"]
     assert occupied(manager, "a") == (0, 0)
-    assert "the cache of model 'a' does not say what it occupies" in caplog.text
+    assert "the size of the cache of model 'a' could not be read" in caplog.text
 
 
 def test_in_the_background(manager):

@@ -278,7 +278,7 @@ def test_a_damaged_journal_is_logged_and_left(path, content, caplog):
     assert f"{path}.adjusting is left as it is" in caplog.text
     manager.update_quota("m", max_ram_mb=800)
     assert ResourceQuotaManager(path=path).get_quota("m").max_ram_mb == 800
-    with pytest.raises(RuntimeError, match="is damaged .*: see that the limits are as they should be, and remove it"):
+    with pytest.raises(RuntimeError, match="is damaged .*: check that the limits are correct, then remove it"):
         adjuster_of(manager).poll()
     with open(path + ".adjusting", "rb") as file:
         assert file.read() == content
@@ -287,8 +287,8 @@ def test_a_damaged_journal_is_logged_and_left(path, content, caplog):
 def test_what_is_no_file_is_left_too(path, caplog):
     os.mkfifo(path + ".adjusting")
     manager = ResourceQuotaManager(path=path)
-    assert "it is no regular file" in caplog.text
-    with pytest.raises(RuntimeError, match="it is no regular file"):
+    assert "it is not a regular file" in caplog.text
+    with pytest.raises(RuntimeError, match="it is not a regular file"):
         adjuster_of(manager).poll()
 
 

@@ -164,7 +164,7 @@ def test_a_full_table_says_so_and_evicts_nobody():
     manager.set_quota("b")
     for refused in (lambda: manager.set_quota("c"), lambda: manager.check_quota("c", 1), lambda: manager.codes(["c"])):
         before = state_of(manager)
-        with pytest.raises(CapacityError, match="all 2 places"):
+        with pytest.raises(CapacityError, match="2 models"):
             refused()
         assert state_of(manager) == before
     manager.remove_quota("a")

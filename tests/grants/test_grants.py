@@ -311,13 +311,13 @@ def test_bad_use_is_a_clear_error(manager):
     grant.settle(7)
     grant.settle(7)
     for verb, figure in ((grant.settle, 8), (grant.add, 1)):
-        with pytest.raises(GrantClosedError, match="comes too late: the grant has been settled"):
+        with pytest.raises(GrantClosedError, match=": the grant has already been settled"):
             verb(figure)
-    with pytest.raises(GrantClosedError, match="cancel comes too late: the grant has been settled"):
+    with pytest.raises(GrantClosedError, match="cannot cancel: the grant has already been settled"):
         grant.cancel()
     grant.release()
     grant.release()
-    with pytest.raises(GrantClosedError, match="add comes too late: the grant has been released"):
+    with pytest.raises(GrantClosedError, match="cannot add: the grant has already been released"):
         grant.add(1)
     assert used(manager) == 7
     with pytest.raises(TypeError, match="grants are made by"):

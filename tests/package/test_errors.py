@@ -57,7 +57,7 @@ CASES = [
     (
         CapacityError(2),
         {"max_models": 2},
-        "all 2 places for models are taken; remove_quota a model or make the manager with a larger max_models",
+        "the table is full (2 models): call remove_quota(), or create the manager with a larger max_models",
     ),
     (
         TraceError("expected 3 columns, found 2", path=pathlib.Path("t.csv"), line=7, column=None),

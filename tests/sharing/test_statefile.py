@@ -87,7 +87,7 @@ def test_a_sum_that_is_wrong_is_found_and_refused(manager, path):
         ResourceQuotaManager(path=path)
     ledgers["tokens_base"][0, 1] -= 1
     ledgers["concurrent"][0] += 1
-    assert verify_file(path) == ["row 0: concurrent is 1, and the records say 0"]
+    assert verify_file(path) == ["row 0: concurrent is 1, but its records add up to 0"]
 
 
 def test_a_folder_that_is_not_there_is_named_as_it_was_given(tmp_path):

@@ -167,7 +167,7 @@ def test_what_does_not_agree_with_its_records_is_found_while_another_process_chu
     churn(1)
     overwrite(path, "ledger", 1, concurrent=7)
     for _ in range(3):
-        assert "row 1: concurrent is 7, and the records say 0" in verify_file(path)
+        assert "row 1: concurrent is 7, but its records add up to 0" in verify_file(path)
 
 
 @pytest.mark.parametrize("others", [0, 1])

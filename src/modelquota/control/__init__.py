@@ -1,1 +1,1 @@
-"""What changes limits by itself: load, quota files that are edited, and caches."""
+"""Automatic updates of a manager: limits that follow the load or a quota file, and memory use from caches."""

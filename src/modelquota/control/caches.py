@@ -1,4 +1,4 @@
-"""What caches occupy and what a registry knows, brought to a manager: two protocols, and what reads them."""
+"""Reports cache sizes to a manager and registers models with it: two protocols and their readers."""
 
 import logging
 import math
@@ -19,7 +19,7 @@ logger = logging.getLogger("modelquota")
 
 
 class ReportsMemory(Protocol):
-    """A cache of one model, or its statistics: how much it occupies, in MB (2**20 bytes), 0 or more."""
+    """A cache of one model, or its statistics, with the size of the cache in MB (2**20 bytes), 0 or more."""
 
     @property
     def ram_used_mb(self) -> float:
@@ -33,7 +33,7 @@ class ReportsMemory(Protocol):
 
 
 class ModelRegistry(Protocol):
-    """A registry of models that knows their limits."""
+    """A registry of models that lists their limits."""
 
     def list_quotas(self) -> Iterable[ResourceQuotaConfig]:
         """Return the limits of every model that is registered."""
@@ -41,7 +41,7 @@ class ModelRegistry(Protocol):
 
 
 def register_models(manager: "ResourceQuotaManager", registry: ModelRegistry) -> list[str]:
-    """Give every model of a registry its limits; models that the registry does not list stay as they are.
+    """Set the limits of every model of a registry; models that the registry does not list are not changed.
 
     Returns
     -------
@@ -51,7 +51,7 @@ def register_models(manager: "ResourceQuotaManager", registry: ModelRegistry) ->
     Raises
     ------
     CapacityError
-        The table is full; models listed before have their limits.
+        The table is full; the limits of the models listed before are set.
     """
     changed = []
     for quota in registry.list_quotas():
@@ -62,17 +62,17 @@ def register_models(manager: "ResourceQuotaManager", registry: ModelRegistry) ->
 
 
 class MemoryProbe(Periodic):
-    """Keeps what models occupy up to date: asks their caches, and calls ``update_memory_usage``.
+    """Keeps models' memory use up to date: reads the sizes of their caches, and calls ``update_memory_usage``.
 
-    Call `poll` from a loop of one's own, or `update` after each request, or `start` a thread that polls.
+    Call `poll` from your own loop, call `update` after each request, or `start` a thread that polls.
 
     Parameters
     ----------
     manager : ResourceQuotaManager
-        Who is told.
+        The manager to which memory use is reported.
     caches : mapping of str to ReportsMemory, or to a callable that returns one
-        By model id. It is looked at anew at each poll, so caches may come and go; a model whose cache has gone is told
-        to occupy nothing. Fractions of a MB are rounded up.
+        By model id. Read again at each poll, so caches may come and go; if a model's cache is gone, its memory use is
+        reported as 0. Fractions of a MB are rounded up.
 
     Examples
     --------
@@ -95,9 +95,9 @@ class MemoryProbe(Periodic):
         self._told: set[str] = set()
 
     def poll(self) -> list[str]:
-        """Ask all caches, and return the models that were brought up to date.
+        """Read all caches, and return the models that were updated.
 
-        A model without a quota is left out. A cache that fails is logged and keeps the others from nothing.
+        A model without a quota is skipped. A cache that fails is logged, and the others are still read.
         """
         updated = []
         for model_id in list(self._caches):
@@ -105,7 +105,7 @@ class MemoryProbe(Periodic):
                 if self.update(model_id):
                     updated.append(model_id)
             except Exception:
-                logger.exception("the cache of model %r does not say what it occupies", model_id)
+                logger.exception("the size of the cache of model %r could not be read", model_id)
         with self._lock:
             gone = self._told - set(self._caches)
             self._told -= gone
@@ -114,12 +114,12 @@ class MemoryProbe(Periodic):
         return updated
 
     def update(self, model_id: str) -> bool:
-        """Ask the cache of one model; False where it has no cache or no quota.
+        """Read the cache of one model; returns False if it has no cache or no quota.
 
         Raises
         ------
         ValueError
-            The cache reports a negative figure, or none; nothing is recorded. What the cache itself raises passes.
+            The cache reports a negative or non-finite size; nothing is recorded. What the cache raises is passed on.
         """
         cache = self._caches.get(model_id)
         if cache is None:

@@ -23,16 +23,16 @@ __all__ = ["DEFAULT_FIELDS", "Adjustment", "LoadAdjuster", "cpu_load"]
 logger = logging.getLogger("modelquota")
 
 DEFAULT_FIELDS: Final = (CATALOGUE[Limit.RAM].quota_field, CATALOGUE[Limit.REQUESTS_PER_SECOND].quota_field)
-"""The limits that are adjusted unless said otherwise."""
+"""The limits that are adjusted by default."""
 
 _LIMIT_FIELDS = {field for record in CATALOGUE.values() for field in (record.quota_field, record.burst_field)}
 _ADJUSTABLE = tuple(field for field in ResourceQuotaConfig.__dataclass_fields__ if field in _LIMIT_FIELDS)
 
 
 def cpu_load() -> Callable[[], float]:
-    """Return a function that tells the load of all processors together, 0.0 .. 1.0, since it was called last.
+    """Return a function that returns the load of all processors together, 0.0 .. 1.0, since it was last called.
 
-    It needs the extra ``modelquota[adjust]``. Let a tenth of a second or more pass between two calls.
+    Needs the extra ``modelquota[adjust]``. Let at least a tenth of a second pass between two calls.
 
     Raises
     ------
@@ -41,7 +41,7 @@ def cpu_load() -> Callable[[], float]:
     """
     with extra("adjust", "psutil"):
         import psutil
-    psutil.cpu_percent()  # the first call has nothing to compare with and says 0
+    psutil.cpu_percent()  # the first call has nothing to compare with and returns 0
     return lambda: psutil.cpu_percent() / 100
 
 
@@ -52,9 +52,9 @@ class Adjustment:
     Attributes
     ----------
     load : float or None
-        The load that led to it; None where it was undone.
+        The load that caused it; None if it undoes an adjustment.
     before, factor : float
-        What the limits were multiplied with until now, and what they are from now on; 1.0 is as configured.
+        What the limits were multiplied by before, and what they are multiplied by now; 1.0 is as configured.
     """
 
     load: float | None
@@ -68,49 +68,49 @@ class LoadAdjuster(Periodic):
     A limit is always its *configured* value times a factor, so that adjustments do not compound. Above `high` the
     factor falls by `step`, at most once in `min_interval_sec` and not below `floor`; below `low` it rises by `step`, up
     to `ceiling`. From tightened it returns to 1 below ``high - hysteresis``, from relaxed above ``low + hysteresis``.
-    Who changes a limit meanwhile changes the configured value: the factor is applied to it at the next poll. A limit
-    that is not set stays so, and one above 0 stays above 0. What was used stays used, as with any change of limits.
+    A limit that someone else changes becomes the configured value: the factor is applied to it at the next poll. A
+    limit that is not set stays unset, and one above 0 stays above 0. Usage is kept, as with any change of limits.
 
-    Call `poll` from a loop of one's own, or `start` a thread that does. `stop`, the end of a ``with``, and the end of
-    the interpreter undo what was adjusted. Where the manager has a state file, a journal beside it,
-    ``<path>.adjusting``, says what was configured: if the adjuster is killed, whoever next opens the file as a manager,
-    or adjusts it, puts that back; until then the others go on with the adjusted limits. A state file has one adjuster
-    at a time: to begin another, with `poll` or `start`, is a RuntimeError. So is a journal of another user, or one that
-    others may write to; whoever opens the file logs it and leaves the limits alone. Without a state file limits end
-    with their processes; but forked processes that outlive a killed adjuster keep its limits, so adjust in the one that
-    ends last, or give the manager a path.
+    Call `poll` from your own loop, or `start` a thread that does. `stop`, the end of a ``with``, and the end of the
+    interpreter undo what was adjusted. If the manager has a state file, a journal beside it, ``<path>.adjusting``,
+    records the configured limits: if the adjuster is killed, the next process that opens the file as a manager, or
+    adjusts it, restores them; until then the other processes continue with the adjusted limits. A state file has one
+    adjuster at a time: starting another, with `poll` or `start`, raises RuntimeError. So does a journal that belongs to
+    another user or that others may write to; a process that opens such a file logs it and does not change the limits.
+    Without a state file, limits end with their processes; but forked processes that outlive a killed adjuster keep its
+    limits, so adjust in the process that ends last, or give the manager a path.
 
     Parameters
     ----------
     manager : ResourceQuotaManager
-        Whose limits are adjusted.
+        The manager whose limits are adjusted.
     load : callable, optional
-        Returns the load now, where 0 is idle and 1 is busy; by default `cpu_load`, which needs the extra
-        ``modelquota[adjust]``. What is no finite number changes nothing.
+        Returns the current load: 0 is idle, 1 is busy. By default `cpu_load`, which needs the extra
+        ``modelquota[adjust]``. A non-finite load is ignored.
     models : iterable of str, optional
-        Only these; by default all, those too that are registered later.
+        The models to adjust; by default all, including those registered later.
     high, low : float
-        Tighten above the one, relax below the other.
+        Tighten above `high`, relax below `low`.
     hysteresis : float
-        How far the load must come back.
+        How far the load must return, below `high` or above `low`, before an adjustment is undone.
     step, floor, ceiling : float
-        The factor's step, its least and its largest value: 0 < floor <= 1 <= ceiling. By default one step either way.
+        The factor's step, smallest and largest value: 0 < floor <= 1 <= ceiling. By default one step either way.
     min_interval_sec : float
-        The least time between two changes of the factor, in seconds.
+        The shortest time between two changes of the factor, in seconds.
     fields : sequence of str
         The limits that are adjusted.
     tightened_action, relaxed_action : ViolationAction or str, optional
-        Replace ``on_violation`` while limits are tightened or relaxed. By default it stays as it is; mind that
+        Replace ``on_violation`` while limits are tightened or relaxed. By default it stays as it is. Note that
         ``"warn"`` admits everything.
     on_change : callable, optional
         Called with an `Adjustment` after each change, in the thread that polls.
     monotonic : callable, optional
-        Seconds that only grow, for tests; `time.monotonic` by default.
+        A clock that returns seconds and never goes back, for tests; `time.monotonic` by default.
 
     Raises
     ------
     ValueError
-        A parameter out of range, or a field that is no limit.
+        A parameter is out of range, or a field is not a limit.
     ImportError
         No `load` is given and `psutil` is not installed.
 
@@ -163,7 +163,7 @@ class LoadAdjuster(Periodic):
         self._load = cpu_load() if load is None else load
         self._models = None if models is None else frozenset(models)
         self._high, self._low = high, low
-        # rounded, since 0.8 - 0.1 is a little above 0.7
+        # rounded, since 0.8 - 0.1 is slightly above 0.7
         self._high_again, self._low_again = round(high - hysteresis, 9), round(low + hysteresis, 9)
         self._step, self._floor, self._ceiling = step, floor, ceiling
         self._min_interval_sec = min_interval_sec
@@ -182,11 +182,11 @@ class LoadAdjuster(Periodic):
 
     @property
     def factor(self) -> float:
-        """What the configured limits are multiplied with now."""
+        """What the configured limits are multiplied by now."""
         return self._factor
 
     def poll(self) -> Adjustment | None:
-        """Ask for the load, adjust all models to it, and return the change, or None where the factor stays."""
+        """Read the load, adjust all models to it, and return the change, or None if the factor does not change."""
         load = float(self._load())
         with self._lock:
             self._begin()
@@ -203,9 +203,9 @@ class LoadAdjuster(Periodic):
         return change
 
     def undo(self) -> Adjustment | None:
-        """Give all models their configured limits again; what somebody else has set meanwhile stays."""
+        """Restore the configured limits of all models; a limit that someone else has set in the meantime stays."""
         if self._journal is not None and not self._journal.held:
-            return None  # nothing is adjusted, or a parent process does it
+            return None  # nothing is adjusted, or a parent process is the adjuster
         with self._lock:
             change = self._change(None, 1.0)
             if self._journal is not None:
@@ -223,7 +223,7 @@ class LoadAdjuster(Periodic):
         self.undo()
 
     def _wanted(self, load: float) -> float:
-        """Return the factor for a load, from the present one."""
+        """Return the factor for a load, given the current factor."""
         if load > self._high:
             return max(self._floor, round(min(self._factor, 1.0) - self._step, 9))
         if load < self._low:
@@ -236,7 +236,7 @@ class LoadAdjuster(Periodic):
         with self._lock:
             if self._journal is not None and not self._journal.held:
                 self._journal.claim(self._manager)
-                self._configured.clear()  # of a parent process
+                self._configured.clear()  # inherited from a parent process
                 self._applied.clear()
                 self._factor, self._undo_at_exit = 1.0, False
                 self._undo_later()
@@ -258,7 +258,7 @@ class LoadAdjuster(Periodic):
         return None if factor == before else Adjustment(load, before, factor)
 
     def _adjust(self) -> None:
-        """Bring all models to the factor: what they were configured with is on the disk before the first is changed."""
+        """Apply the factor to all models; their configured limits are on the disk before the first model is changed."""
         models = [
             model_id for model_id in self._manager.list_models() if self._models is None or model_id in self._models
         ]
@@ -273,17 +273,17 @@ class LoadAdjuster(Periodic):
             for model_id, (old, new) in plans.items():
                 if new is old or self._manager.replace_quota(old, new):
                     self._applied[model_id] = {field: getattr(new, field) for field in self._configured[model_id]}
-                else:  # changed or removed just now: look at it anew
+                else:  # changed or removed in the meantime: try it again
                     models.append(model_id)
 
     def _plan(self, model_id: str) -> tuple[ResourceQuotaConfig, ResourceQuotaConfig] | None:
-        """Return a model's present quota and the one it should have; None where it has none."""
+        """Return a model's current quota and the one it should have; None if it has none."""
         quota = self._manager.get_quota(model_id)
         if quota is None:
             self._configured.pop(model_id, None)
             self._applied.pop(model_id, None)
             return None
-        # field by field: where somebody has changed one of them, the others are still ours
+        # field by field: if someone else has changed one of them, the others are still ours
         applied, configured = self._applied.setdefault(model_id, {}), self._configured.setdefault(model_id, {})
         for field in (*self._fields, "on_violation"):
             value = getattr(quota, field)
@@ -296,7 +296,7 @@ class LoadAdjuster(Periodic):
         return quota, quota.replace(**changes) if changes else quota
 
     def _entries(self, planned: dict[str, ResourceQuotaConfig]) -> Entries:
-        """Return what is to be restored now, and in the middle of a change."""
+        """Return the journal's entries: what to restore after a crash before, during or after the planned change."""
         entries: Entries = {}
         for model_id, configured in self._configured.items():
             for field, value in configured.items():

@@ -27,18 +27,18 @@ logger = logging.getLogger("modelquota")
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What a reload has done.
+    """The outcome of a reload.
 
     Attributes
     ----------
     changed : tuple of str
-        Models that are new or have other limits, in the order of the file.
+        Models that are new or whose limits differ, in the order of the file.
     missing : tuple of str
-        Models that the file had and has no longer.
+        Models that are no longer in the file.
     error : Exception or None
-        Why the file was refused; then nothing has been changed.
+        Why the file was refused, in which case nothing has been changed; None if it was not.
     changed_patterns, missing_patterns : tuple of str
-        The same of the file's patterns.
+        The same for the file's patterns.
     """
 
     changed: tuple[str, ...] = ()
@@ -49,31 +49,30 @@ class Reloaded:
 
 
 class QuotaReloader:
-    r"""Gives a manager the limits of a quota file, at once and whenever the file changes.
+    r"""Sets a manager's limits from a quota file, immediately and whenever the file changes.
 
-    A file with an error is refused whole: it is logged with line and field, and all limits stay as they are. What
-    models have used stays used. Limits that were set otherwise stay until the file's own for that model change.
-    A file that names no model and no pattern is refused too: it is most likely half written. That a longer file is
-    never read half written is up to its writer: write another beside it and rename it into its place, as most editors
-    do.
+    A file with an error is refused as a whole: the error is logged with line and field, and all limits stay as they
+    are. What models have used is kept. Limits that were set in another way stay until the file's limits for that model
+    change. A file that names no model and no pattern is refused too, since it is most likely half written. The writer
+    must make sure that a longer file is not read half written: write a new file beside it and rename it into place, as
+    most editors do.
 
-    A model that is no longer in the file keeps its last limits, with a warning in the log: to remove it would forget
-    what it has used, and admit it without any limit, because of a slip of the editor. With `remove_missing` it is
-    removed.
+    A model that is no longer in the file keeps its last limits, with a warning in the log: removing it because of an
+    editing mistake would forget what it has used and admit it without any limit. With `remove_missing` it is removed.
 
-    The file's patterns, such as ``[defaults."user:*"]``, become the manager's `default_quota`. What that was before
-    goes on for ids that no pattern of the file fits; of two patterns that fit, the longest wins, and the file's wins
-    over an equal one. Ids that were given a quota by a pattern keep it when the pattern changes. A pattern that is no
-    longer in the file is treated as a model is.
+    The file's patterns, such as ``[defaults."user:*"]``, become the manager's `default_quota`. The previous
+    `default_quota` still applies to ids that no pattern of the file matches. If several patterns match, the longest
+    wins, and of two equal ones the file's. Ids that were given a quota by a pattern keep it when the pattern changes. A
+    pattern that is no longer in the file is treated like a model that is no longer in it.
 
     Parameters
     ----------
     manager : ResourceQuotaManager
-        Who gets the limits.
+        The manager whose limits are set.
     path : str or os.PathLike
-        The file, for `load_quotas`. Editors may rewrite it in place or put another in its place.
+        The file, as for `load_quotas`. Editors may rewrite it in place or replace it with a new file.
     remove_missing : bool
-        Remove models and patterns that an earlier version of the file had; never one that it has not.
+        Remove models and patterns that an earlier version of the file had; others are never removed.
 
     Examples
     --------
@@ -106,7 +105,7 @@ class QuotaReloader:
         self._stop = threading.Event()
 
     def reload(self) -> Reloaded:
-        """Read the file and give the manager what has changed in it; an error is returned and logged, never raised."""
+        """Read the file and set the limits that have changed in it; an error is returned and logged, never raised."""
         with self._lock:
             try:
                 return self._apply(load_quotas(self._path))
@@ -115,16 +114,16 @@ class QuotaReloader:
                 return Reloaded(error=error)
 
     def start(self) -> Self:
-        """Load the file now, and from then on in a daemon thread whenever it changes.
+        """Load the file now, and then in a daemon thread whenever it changes.
 
         Raises
         ------
         QuotaError, OSError
-            The file cannot be used now. There are no old limits that could stay, as there are later.
+            The file cannot be used. Raised only here: a later reload keeps the old limits instead.
         ImportError
             `watchfiles` is not installed.
         RuntimeError
-            It has been started already.
+            It is already running.
         """
         with extra("reload", "watchfiles"):
             import watchfiles
@@ -134,7 +133,7 @@ class QuotaReloader:
         name = self._path.absolute().name
 
         def watch() -> None:
-            # the folder is watched: an editor that replaces the file leaves a watch on the file with the old one
+            # watch the folder: if an editor replaces the file, a watch on the file would stay with the old one
             changes = watchfiles.watch(
                 self._path.absolute().parent,
                 watch_filter=lambda change, path: os.path.basename(path) == name,
@@ -175,7 +174,7 @@ class QuotaReloader:
         self.stop()
 
     def _stamp(self) -> tuple[int, int, int] | None:
-        """What tells one version of the file from another; None where there is no file."""
+        """Time, size and inode, to distinguish versions of the file; None if there is no file."""
         try:
             found = os.stat(self._path)
         except OSError:
@@ -213,7 +212,7 @@ class QuotaReloader:
         return Reloaded(changed, missing, None, changed_patterns, missing_patterns)
 
     def _apply_patterns(self, patterns: dict[str, ResourceQuotaConfig]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Lay the file's patterns over the manager's `default_quota`; which have changed, and which are missing."""
+        """Add the file's patterns to the manager's `default_quota`; return the changed ones and the missing ones."""
         before = self._patterns
         changed = tuple(pattern for pattern, quota in patterns.items() if quota != before.get(pattern))
         missing = tuple(pattern for pattern in self._named if pattern not in patterns)
@@ -224,7 +223,7 @@ class QuotaReloader:
                 logger.warning("pattern %r is no longer in %s: it keeps its limits", pattern, self._path)
         if self._patterns != before:
             found = self._manager.default_quota
-            if found is not self._given:  # somebody else's, from before or since
+            if found is not self._given:  # set by someone else, before or after the last reload
                 self._base = found
             self._manager.default_quota = overlaid(self._base, self._patterns) if self._patterns else self._base
             self._given = self._manager.default_quota

@@ -1,1 +1,1 @@
-"""What a quota says: plain values, checked once."""
+"""The quotas: the limits of a model as plain values, validated once."""

@@ -1,4 +1,4 @@
-"""`ResourceQuotaConfig`: the limits of one model, checked when they are made."""
+"""`ResourceQuotaConfig`: the limits of one model, validated when they are created."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ MAX_MODEL_ID_BYTES: Final = 255
 
 
 class QuotaFields(TypedDict, total=False):
-    """The fields of a quota but its model id, with the types in which they may be given."""
+    """The fields of a quota except its model id, with the types that each accepts."""
 
     max_ram_mb: SupportsIndex | None
     max_ssd_mb: SupportsIndex | None
@@ -40,7 +40,7 @@ class QuotaFields(TypedDict, total=False):
 
 
 class QuotaChanges(QuotaFields, total=False):
-    """What `ResourceQuotaConfig.replace` takes: any field."""
+    """The keyword arguments of `ResourceQuotaConfig.replace`: any field."""
 
     model_id: str
 
@@ -49,8 +49,8 @@ class QuotaChanges(QuotaFields, total=False):
 class ResourceQuotaConfig:
     """The limits of one model: a frozen value, which compares, hashes and pickles by its fields.
 
-    A limit of None is no limit; a limit of 0 admits nothing. Counts are integers from 0 to 2**62 and may be given as
-    anything with ``__index__``, rates and times as any real number; a bool is neither.
+    A limit of None means unlimited; a limit of 0 admits nothing. Counts are integers from 0 to 2**62, given as anything
+    with ``__index__``; rates and times are given as any real number; a bool is neither.
 
     Parameters
     ----------
@@ -59,24 +59,24 @@ class ResourceQuotaConfig:
     max_ram_mb, max_ssd_mb : int or None
         Most RAM and SSD space, in MB (2**20 bytes).
     max_requests_per_second, max_tokens_per_second : float or None
-        Long-run rate, per second; 0.5 is one in two seconds, `math.inf` becomes None.
+        Long-run rate, per second; 0.5 is one every two seconds, `math.inf` becomes None.
     max_tokens_per_hour, max_tokens_per_day : int or None
-        Most tokens in any 3,600 s and in any 86,400 s, wherever they start.
+        Most tokens in any 3,600 s and in any 86,400 s, not just in windows aligned to the clock.
     max_requests_per_hour, max_requests_per_day : int or None
-        Most requests in any 3,600 s and in any 86,400 s, wherever they start.
+        Most requests in any 3,600 s and in any 86,400 s, not just in windows aligned to the clock.
     burst_requests, burst_tokens : int
-        How far above the rate the model may run ahead, in requests and tokens; repaid from unused rate.
+        How far the model may run ahead of its rate, in requests and tokens; repaid from unused rate.
         0 makes the rate a strict limit on any single second.
     on_violation : ViolationAction or str
-        What is done with a request that violates a limit; a name becomes its member.
+        What is done with a request that violates a limit; a name is converted to its member.
     grace_period_sec : float
-        The longest that a request is delayed or queued, in seconds; 0 or more, finite.
+        The longest that `acquire` delays or queues a request, in seconds; 0 or more, finite.
     max_concurrent_requests : int or None
-        Grants open at once.
+        Most grants open at the same time.
     max_queued_requests : int
-        Requests that may wait at once.
+        Most requests that wait at the same time.
     shadow_limits : sequence of Limit or str
-        Limits that are judged, counted and reported, and never deny: for introducing a limit in production. `Limit`
+        Limits that are checked, counted and reported but never deny: for introducing a limit in production. `Limit`
         members or their names in any case, or a single one; kept as names in lower case, in the order of `Limit`.
         `Limit.QUEUE` is not one of them.
 
@@ -117,18 +117,18 @@ or no limit (None; "unlimited" in a quota file)
     max_queued_requests: int = 1000
     shadow_limits: tuple[str, ...] = ()
 
-    if TYPE_CHECKING:  # a field may be given in more types than it is kept in
+    if TYPE_CHECKING:  # a field accepts more types than the one it is stored in
 
         def __init__(self, model_id: str, **fields: Unpack[QuotaFields]) -> None: ...
 
     def __post_init__(self) -> None:
         for field, convert in _CONVERT.items():
-            # The way round `frozen`, which is meant for those who hold the finished value.
+            # Bypasses `frozen`, which protects the finished value, not its construction.
             object.__setattr__(self, field, convert(field, getattr(self, field)))
 
     @classmethod
     def unlimited(cls, model_id: str, **limits: Unpack[QuotaFields]) -> "ResourceQuotaConfig":
-        """Make a config that limits nothing but what is named: every limit that may be None is None otherwise.
+        """Make a config that sets only the limits that are given: every other limit that may be None is None.
 
         Fields that are not limits, such as ``burst_tokens`` and ``on_violation``, have their usual defaults.
 
@@ -137,7 +137,7 @@ or no limit (None; "unlimited" in a quota file)
         QuotaConfigError
             A value is not accepted.
         TypeError
-            A keyword is not a field.
+            Unknown field.
 
         Examples
         --------
@@ -157,14 +157,14 @@ or no limit (None; "unlimited" in a quota file)
         QuotaConfigError
             A value is not accepted.
         TypeError
-            A keyword is no field.
+            Unknown field.
         """
         require_fields(changes)
         fields: dict[str, Any] = {**dataclasses.asdict(self), **changes}
         return ResourceQuotaConfig(**fields)
 
     def to_dict(self) -> dict[str, str | int | float | list[str] | None]:
-        """Return all fields as plain values that JSON knows; the action as its name, no limit as None, names as a list.
+        """Return all fields as JSON values: the action as its name, no limit as None, limit names as a list.
 
         Examples
         --------
@@ -176,14 +176,14 @@ or no limit (None; "unlimited" in a quota file)
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "ResourceQuotaConfig":
-        """Make a config of what `to_dict` returns; all keys but ``model_id`` may be missing.
+        """Make a config from a mapping as `to_dict` returns it; all keys except ``model_id`` may be missing.
 
         Raises
         ------
         QuotaConfigError
-            A value is not accepted, ``model_id`` is missing, or a key is no field; the field nearest to it is named.
+            A value is not accepted, ``model_id`` is missing, or a key is not a field; the closest field is suggested.
         TypeError
-            The argument is no mapping.
+            The argument is not a mapping.
 
         Examples
         --------
@@ -209,7 +209,8 @@ _Convert = Callable[[str, Any], object]
 def plain_model_id(field: str, value: Any) -> str:
     """Return the id as a plain str."""
     try:
-        plain = str.__str__(value) if isinstance(value, str) else ""  # a subclass may answer the questions below anyhow
+        # a plain str, since a subclass could override the methods that are called below
+        plain = str.__str__(value) if isinstance(value, str) else ""
         if 0 < len(plain.encode()) <= MAX_MODEL_ID_BYTES and "\0" not in plain:
             return plain
     except UnicodeEncodeError:  # half of a surrogate pair
@@ -244,14 +245,14 @@ def _count(unit: str, *, may_be_none: bool = True) -> _Convert:
 
 
 def _is_real(value: object) -> bool:
-    """Whether it is a real number; a Decimal is a Number and nothing closer, unless its module were imported."""
+    """True for real numbers, and for a Decimal, which is registered only as a Number; does not import `decimal`."""
     return isinstance(value, numbers.Real) or (
         isinstance(value, numbers.Number) and not isinstance(value, numbers.Complex)
     )
 
 
 def _number(unit: str, *, may_be_none: bool = True) -> _Convert:
-    """Make the converter of a field that may have a fraction."""
+    """Make the converter of a field that may have a fractional part."""
     accepted = f"a finite number of {unit}, 0 or more" + (
         f", or no limit (None or inf; {_NO_LIMIT})" if may_be_none else ""
     )
@@ -260,10 +261,10 @@ def _number(unit: str, *, may_be_none: bool = True) -> _Convert:
         if value is None and may_be_none:
             return None
         number = math.nan
-        if type(value) is float:  # what the core gives back, a thousand times for a scrape: spared the look at ABCs
+        if type(value) is float:  # the core's own values, read a thousand times per scrape: skip the slow ABC checks
             number = value
         elif _is_real(value) and not isinstance(value, bool):
-            # Not a number, or one beyond the range of a float.
+            # Not convertible, or beyond the range of a float.
             with contextlib.suppress(OverflowError, ValueError):
                 number = float(value)
         if number == math.inf and may_be_none:
@@ -277,7 +278,7 @@ def _number(unit: str, *, may_be_none: bool = True) -> _Convert:
 
 def _limit_names(field: str, value: Any) -> tuple[str, ...]:
     """Return the names of limits in lower case, each once, in the order of `Limit`."""
-    if isinstance(value, str):  # a `Limit` is not
+    if isinstance(value, str):  # a `Limit` is not a str
         given: Iterable[Any] = (value,)
     elif isinstance(value, Limit):
         given = (value,)
@@ -292,7 +293,7 @@ def _limit_names(field: str, value: Any) -> tuple[str, ...]:
 
 
 def _lower(name: Any) -> str | None:
-    """Return the name in lower case; None if it cannot be one (the Kelvin sign becomes a plain k)."""
+    """Return the name in lower case; None if it is not an ASCII str (lower() turns the Kelvin sign into a plain k)."""
     return str.lower(name) if isinstance(name, str) and name.isascii() else None
 
 
@@ -322,14 +323,14 @@ _OPTIONAL_LIMITS: Final = tuple(
 
 
 def require_fields(keywords: Iterable[str]) -> None:
-    """Raise TypeError, as for any keyword that nobody knows, but with the field that may have been meant."""
+    """Raise TypeError for a keyword that is not a field, as Python does, but suggest the closest field."""
     for keyword in keywords:
         if keyword not in _CONVERT:
             raise TypeError(f"unexpected keyword argument {keyword!r}; expected {_nearest_field(keyword)}")
 
 
 def _nearest_field(name: str) -> str:
-    """Say which field may have been meant."""
+    """Return the part of an error message that suggests the closest field."""
     import difflib  # only for this error
 
     near = difflib.get_close_matches(name, _CONVERT, n=1)

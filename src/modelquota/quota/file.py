@@ -27,12 +27,12 @@ has a table [models."<id>"]"""
 
 
 class Quotas(dict[str, ResourceQuotaConfig]):
-    """What `load_quotas` returns: the quotas of a file's models by id, and those of its patterns.
+    """What `load_quotas` returns: a dict of the quotas of a file's models by id, and those of its patterns.
 
     Attributes
     ----------
     patterns : dict of str to ResourceQuotaConfig
-        By pattern, in the order of the file, for `default_quota` of a manager; empty if the file has no pattern.
+        By pattern, in the order of the file, for a manager's `default_quota`; empty if the file has no patterns.
     """
 
     def __init__(self, models: Mapping[str, ResourceQuotaConfig], patterns: Mapping[str, ResourceQuotaConfig]) -> None:
@@ -47,9 +47,9 @@ def load_quotas(path: str | os.PathLike[str]) -> Quotas:
     """Read the quotas of many models from a TOML file.
 
     The file has a table ``[models."<id>"]`` for each model, with the fields of `ResourceQuotaConfig` in its units, and
-    a table ``[defaults."<pattern>"]``, such as ``[defaults."user:*"]``, for all ids that begin so and have no table.
-    A field that is missing in such a table is taken from the table ``[defaults]``, and failing that from
-    `ResourceQuotaConfig`. The string ``"unlimited"`` means None. An id that has a dot in it needs its quotation marks.
+    a table ``[defaults."<pattern>"]``, such as ``[defaults."user:*"]``, for all ids that begin with it and have
+    no table of their own. A field that is missing from such a table is taken from ``[defaults]``, or else from
+    `ResourceQuotaConfig`. The string ``"unlimited"`` means None. An id that contains a dot must be quoted.
 
     Parameters
     ----------
@@ -59,13 +59,13 @@ def load_quotas(path: str | os.PathLike[str]) -> Quotas:
     Returns
     -------
     Quotas
-        A dict by model id, in the order of the file, empty if the file names no model; its `patterns` is the like of
-        the file's patterns, for `default_quota` of a manager.
+        A dict by model id, in the order of the file, empty if the file names no model. Its `patterns` is a dict of the
+        file's patterns, for a manager's `default_quota`.
 
     Raises
     ------
     QuotaFileError
-        The file is not TOML, or something in it is not accepted: the error has file, line, table, field and value.
+        The file is not TOML, or something in it is not accepted; the error names file, line, table, field and value.
     OSError
         The file cannot be opened or read.
 
@@ -107,7 +107,7 @@ def _quotas(name: str, document: dict[str, Any]) -> Quotas:
         if "*" in key or (isinstance(value, dict) and key not in ResourceQuotaConfig.__dataclass_fields__)
     }
     defaults = {field: value for field, value in everything.items() if field not in patterns}
-    # Judged by itself, so that an error in it is not reported against the first model that inherits it.
+    # Validated separately, so that an error in it is not reported against the first model that inherits it.
     _config(name, "defaults", "defaults", defaults)
     return Quotas(
         {
@@ -124,7 +124,7 @@ def _quotas(name: str, document: dict[str, Any]) -> Quotas:
 
 
 def _pattern(name: str, pattern: str, value: Any) -> dict[str, Any]:
-    """Return the table of a pattern, if its name is one. An id of its own is a model, and belongs under [models]."""
+    """Return the table of a pattern; raises if its name is a plain id, which belongs under [models]."""
     fields = _table(name, "defaults", pattern, value)
     try:
         fits = pattern_of(pattern).endswith("*")
@@ -138,14 +138,14 @@ def _pattern(name: str, pattern: str, value: Any) -> dict[str, Any]:
 def _read(name: str) -> str:
     with open(name, "rb") as file:
         try:
-            # Editors of other systems begin a file with a byte order mark.
+            # Some editors put a byte order mark at the beginning of a file.
             return file.read().decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise QuotaFileError(name, "", "", str(error), "TOML in UTF-8") from None
 
 
 def _parse(name: str, text: str) -> dict[str, Any]:
-    import tomllib  # only where a file is read
+    import tomllib  # only when a file is read
 
     try:
         return tomllib.loads(text)
@@ -154,7 +154,7 @@ def _parse(name: str, text: str) -> dict[str, Any]:
 
 
 def _with_line(error: QuotaFileError, text: str) -> QuotaFileError:
-    """Say on which line stands what the error is about; of a key that is not there, on which its table."""
+    """Return the error with the line that it is about; if the key is missing, the line of its table."""
     from modelquota.quota.tomlline import find_line
 
     parent, dot, model = error.table.partition(".")
@@ -172,7 +172,7 @@ def _table(name: str, parent: str, key: str, value: Any) -> dict[str, Any]:
 def _config(
     name: str, table: str, model_id: str, fields: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> ResourceQuotaConfig:
-    """Make the config of one table; `defaults` have been judged before, so what is wrong stands in `fields`."""
+    """Make the config of one table; `defaults` were validated before, so an error is in `fields`."""
     for field, value in fields.items():
         if field == "model_id":
             raise QuotaFileError(name, table, field, value, "no model_id: the name of a table under [models] is the id")

@@ -1,4 +1,4 @@
-"""The words of the domain: what is limited, how a violation is classed, what is done about it."""
+"""The vocabulary of quotas: the limits, the classes of violations, and the actions taken on a violation."""
 
 import enum
 from typing import TYPE_CHECKING, Final
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 class ViolationAction(enum.StrEnum):
     """What is done with a request that violates a limit.
 
-    Every member equals its name in lower case, which is accepted wherever a member is.
+    Every member equals its name in lower case, which can be given instead of the member.
 
     Examples
     --------
@@ -21,32 +21,32 @@ class ViolationAction(enum.StrEnum):
     REJECT = "reject"
     """Denied."""
     THROTTLE = "throttle"
-    """Denied, with the time after which a retry succeeds. The default."""
+    """Denied, with the time after which a retry succeeds; `acquire` waits that long and tries again. The default."""
     WARN = "warn"
     """Allowed and charged; the violation is in the result, the counters and the log."""
     QUEUE = "queue"
-    """Denied, with the time after which a retry succeeds; meant for callers that queue."""
+    """Denied, with the time after which a retry succeeds; `acquire` waits in the model's queue."""
 
 
 class ViolationType(enum.StrEnum):
-    """The class of a violated limit; `Limit` says exactly which limit it was."""
+    """The class of a violated limit; `Limit` is the exact limit."""
 
     RAM_LIMIT = "ram_limit"
-    """More RAM asked than is free under ``max_ram_mb``."""
+    """More RAM requested than is free under ``max_ram_mb``."""
     SSD_LIMIT = "ssd_limit"
-    """More SSD space asked than is free under ``max_ssd_mb``."""
+    """More SSD space requested than is free under ``max_ssd_mb``."""
     RATE_LIMIT = "rate_limit"
     """Requests or tokens per second, burst included."""
     QUOTA_LIMIT = "quota_limit"
     """Requests or tokens in a longer window."""
     CONCURRENCY_LIMIT = "concurrency_limit"
-    """Grants open at once."""
+    """Grants open at the same time."""
 
 
 class Limit(enum.IntEnum):
     """One limit of a model, in the order in which a check judges them.
 
-    The values are the codes in the array that ``check_many`` returns, where 0, which is no member, says "admitted".
+    The values are the codes in the array that ``check_many`` returns, in which 0, not a member, means "admitted".
 
     Examples
     --------
@@ -68,12 +68,12 @@ class Limit(enum.IntEnum):
 
     @property
     def violation_type(self) -> ViolationType | None:
-        """The class of this limit; None for `QUEUE`, whose violation is that of the request at the queue's head."""
+        """The class of this limit; None for `QUEUE`, which takes the class of the violation at the queue's head."""
         return CATALOGUE[self].violation_type
 
     @property
     def label(self) -> str:
-        """The name for people, such as ``"tokens per hour"``."""
+        """The display name, such as ``"tokens per hour"``."""
         return CATALOGUE[self].label
 
     @property
@@ -82,7 +82,7 @@ class Limit(enum.IntEnum):
         return CATALOGUE[self].unit
 
 
-# Plain classes: to make a dataclass or a NamedTuple takes a hundredth of the time of `import modelquota`.
+# Plain classes: each dataclass or NamedTuple would add a hundredth to the time of `import modelquota`.
 
 
 class Window:
@@ -92,11 +92,11 @@ class Window:
     ----------
     name : str
     seconds : int
-        How long it is.
+        Its length.
     symbol : str
-        As in a heading: ``tokens/h``.
+        Its abbreviation in headings, as in ``tokens/h``.
     adjective : str
-        As in the name of an alert: ``hourly_tokens``; empty for the second.
+        Its name in the names of alerts, as in ``hourly_tokens``; empty for the second.
     """
 
     __slots__ = ("adjective", "name", "seconds", "symbol")
@@ -113,32 +113,32 @@ WINDOWS: Final = (
     Window("hour", 3_600, "h", "hourly"),
     Window("day", 86_400, "day", "daily"),
 )
-"""All windows, the shortest first: the core has them in the same order."""
+"""All windows, shortest first, in the same order as in the core."""
 
 
 class LimitRecord:
-    """All that there is to say of one limit: lists of limits, wherever they are, are made from these records.
+    """The description of one limit, from which every list of limits in the package is made.
 
     Attributes
     ----------
     limit : Limit
     label : str
-        The name for people.
+        The display name.
     unit : str
         ``"MB"``, ``"requests"`` or ``"tokens"``.
     violation_type : ViolationType or None
     quota_field : str
-        The field of `ResourceQuotaConfig` that sets it; its value None is no limit.
+        The field of `ResourceQuotaConfig` that sets it; None there means unlimited.
     usage_fields : tuple of str
         The fields of `ResourceUsage` whose sum counts against it.
     heading : str
-        The label if there is little room.
+        A short label, for table columns.
     window : Window or None
-        None for what is held and not counted.
+        None for a limit on what is held at one time, such as memory, rather than counted over a window.
     burst_field : str
-        The field of `ResourceQuotaConfig` that says how far a rate may be run ahead of; empty for other limits.
+        The field of `ResourceQuotaConfig` that sets how far the model may run ahead of a rate; empty for other limits.
     ahead_field : str
-        The field of `ResourceUsage` that says how far it has been; empty for other limits.
+        The field of `ResourceUsage` that reports how far it has run ahead; empty for other limits.
     """
 
     __slots__ = (
@@ -171,7 +171,7 @@ class LimitRecord:
 
     @property
     def is_rate(self) -> bool:
-        """Whether it is a limit per second, which may have a fraction and has a burst."""
+        """Whether it is a limit per second, which may be fractional and has a burst."""
         return bool(self.burst_field)
 
 
@@ -225,15 +225,15 @@ CATALOGUE: Final[dict[Limit, LimitRecord]] = {
 }
 """The record of each limit, in the order in which a check judges them.
 
-To add a window takes its line in `WINDOWS`, two members of `Limit`, the fields of `ResourceQuotaConfig` and
+Adding a window takes its line in `WINDOWS`, two members of `Limit`, the fields of `ResourceQuotaConfig` and
 `ResourceUsage`, and its constants in ``_core/layout.pxd``.
 """
 
 DENYING: Final = tuple(record for record in CATALOGUE.values() if record.limit is not Limit.QUEUE)
-"""Those which a check can violate by itself: `QUEUE` is a place in the queue."""
+"""The limits that a request can violate by itself: all but `QUEUE`, which depends on the requests ahead of it."""
 
 SHADOW_NAMES: Final = tuple(record.limit.name.lower() for record in DENYING)
-"""What `shadow_limits` may name, in the order of `Limit`."""
+"""The names that `shadow_limits` accepts, in the order of `Limit`."""
 
 
 def shadow_mask(config: "ResourceQuotaConfig") -> int:
@@ -252,7 +252,7 @@ def shadow_mask(config: "ResourceQuotaConfig") -> int:
 
 
 def shadow_names(mask: int) -> tuple[str, ...]:
-    """Return the ``shadow_limits`` of which `shadow_mask` made the mask; bits that are not a limit's are ignored.
+    """Return the ``shadow_limits`` of a mask, the inverse of `shadow_mask`; bits of unknown limits are ignored.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Quotas for ids that nobody configured: one for all, by patterns, or as a function of the program says."""
+"""Default quotas for ids without a quota of their own: one for all ids, by pattern, or from a callable."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ __all__ = ["DefaultQuota", "QuotaTemplates", "overlaid", "pattern_of"]
 DefaultQuota: TypeAlias = (
     ResourceQuotaConfig | Mapping[str, ResourceQuotaConfig] | Callable[[str], ResourceQuotaConfig | None]
 )
-"""What `default_quota` may be."""
+"""The types that `default_quota` accepts."""
 
 PATTERN_ACCEPTED = f"an id, or a pattern with * at its end and nowhere else, 1 to {MAX_MODEL_ID_BYTES} bytes of UTF-8"
 
 
 class QuotaTemplates:
-    """The quota of an id that has none: an exact id first, then the longest pattern that fits.
+    """Finds the default quota of an id: an exact id first, then the longest pattern that matches.
 
-    A template is found in as many look-ups as the patterns have different lengths, however many patterns there are.
+    Finding one takes one look-up for each different length of pattern, however many patterns there are.
 
     Parameters
     ----------
     source : ResourceQuotaConfig, mapping of str to ResourceQuotaConfig, or callable
         One config for all ids; or a mapping of ids and patterns, such as ``"user:*"``, to configs, which is copied; or
-        a callable from an id to its config, or to None if it has none. The configs' own ``model_id`` does not matter.
+        a callable from an id to its config, or to None if it has none. The configs' own ``model_id`` is ignored.
 
     Raises
     ------
     QuotaConfigError
         A pattern is empty, too long, or has a ``*`` before its end.
     TypeError
-        The source, a key or a value is of another type.
+        The source, a key or a value has another type.
 
     Attributes
     ----------
     source : ResourceQuotaConfig, mapping or callable
-        What was given; of a mapping, a copy that cannot be changed.
+        The source that was given; for a mapping, a read-only copy.
 
     Examples
     --------
@@ -61,7 +61,7 @@ class QuotaTemplates:
         if isinstance(source, ResourceQuotaConfig):
             self._by_length = [(0, {"": source})]
         elif isinstance(source, Mapping):
-            copy = dict(source)  # read once: what is judged is what is used
+            copy = dict(source)  # read once, so that what is validated is what is used
             self.source = MappingProxyType(copy)
             self._index(copy)
         elif callable(source):
@@ -85,14 +85,14 @@ class QuotaTemplates:
         self._by_length = sorted(prefixes.items(), reverse=True)
 
     def template_of(self, model_id: str) -> ResourceQuotaConfig | None:
-        """Return the config that an id is to be given, under the template's own ``model_id``; None if it has none.
+        """Return the config for an id, under the template's own ``model_id``; None if there is none.
 
-        A config or mapping gives the same object every time, so that what is made of it can be kept.
+        A config or mapping returns the same object every time, so that callers can cache what they make of it.
 
         Raises
         ------
         TypeError
-            The callable returned something else. What the callable raises is passed on, with a note that says where.
+            The callable returned something else. What the callable raises is passed on, with a note that names the id.
         """
         if self._ask is not None:
             return self._asked(self._ask, model_id)
@@ -106,7 +106,7 @@ class QuotaTemplates:
         return None
 
     def resolve(self, model_id: str) -> ResourceQuotaConfig | None:
-        """Return the config that an id is to be given, under that id; None if it has none. Raises as `template_of`."""
+        """Return the config for an id, under that id; None if there is none. Raises what `template_of` raises."""
         template = self.template_of(model_id)
         return None if template is None else template.replace(model_id=model_id)
 
@@ -120,7 +120,7 @@ class QuotaTemplates:
         if config is None or isinstance(config, ResourceQuotaConfig):
             return config
         if isinstance(config, Coroutine):
-            config.close()  # or Python would warn that it was never awaited
+            config.close()  # otherwise Python would warn that it was never awaited
         raise TypeError(f"default_quota({model_id!r}) returned {config!r}; return a ResourceQuotaConfig or None")
 
 
@@ -138,9 +138,10 @@ def pattern_of(given: Any) -> str:
 
 
 def overlaid(base: DefaultQuota | None, patterns: Mapping[str, ResourceQuotaConfig]) -> DefaultQuota:
-    """Return what gives the patterns' quotas first of all, and what `base` gives to ids that no pattern fits.
+    """Return a `default_quota` that uses the patterns first, and `base` for ids that no pattern matches.
 
-    A config as `base` is the pattern ``"*"``; of two mappings, both patterns of an id compete, and the longest wins.
+    A config as `base` is the pattern ``"*"``; if `base` is a mapping, its patterns compete with the others: the longest
+    one that matches wins.
 
     Examples
     --------

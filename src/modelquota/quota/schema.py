@@ -1,8 +1,8 @@
 """The JSON Schema of quota files, for editors that complete and check TOML as it is typed.
 
 The file ``quotas.schema.json`` ships inside the package, and is what `quota_file_schema` returns. It is written for
-draft 4, which the editors' TOML servers follow. `load_quotas` judges more sharply in two points: a model id is counted
-in bytes there and in characters here, and NaN is no number there.
+draft 4, which the editors' TOML servers follow. `load_quotas` is stricter in two points: it counts a model
+id in bytes, the schema in characters; and it does not accept NaN.
 """
 
 import json

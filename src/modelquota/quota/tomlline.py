@@ -1,4 +1,4 @@
-"""On which line of a TOML text a key stands, asked of the parser of the standard library, which keeps no lines."""
+"""Finds the line of a key in a TOML text, using the standard library's parser, which does not report line numbers."""
 
 import tomllib
 from bisect import bisect_left
@@ -7,10 +7,11 @@ from typing import Any
 
 
 def find_line(text: str, keys: Sequence[str]) -> int | None:
-    r"""Return the line, from 1, on which the value of a key path begins; None where it is not in the text.
+    r"""Return the line, from 1, on which the value of a key path begins; None if it is not in the text.
 
-    The parser is asked about beginnings of the text, so that there is no second opinion on what TOML is: a beginning
-    that ends within a string or an array of several lines is no TOML, and the one before it is taken.
+    The first lines of the text are parsed, more or fewer of them by bisection, so that only the standard parser defines
+    what TOML is. A part that ends within a string or an array of several lines is not valid TOML; the part one line
+    shorter is tried instead.
 
     Examples
     --------
@@ -21,7 +22,7 @@ def find_line(text: str, keys: Sequence[str]) -> int | None:
     parsed: dict[int, Any] = {0: {}}
 
     def beginning(count: int) -> tuple[int, Any]:
-        """The longest beginning of at most so many lines that is TOML, and what it says."""
+        """The largest number of first lines, up to `count`, that is valid TOML, and the document in them."""
         while count not in parsed or parsed[count] is None:
             if count not in parsed:
                 try:

@@ -1,1 +1,1 @@
-"""What can be read, of a manager or of a state file."""
+"""Reading a manager or a state file: usage, reports, snapshots and utilization."""

@@ -1,7 +1,7 @@
-"""How often a model has denied: one rule, for every place that shows it.
+"""How many requests a model has denied: one rule, for every place that shows the number.
 
-The core counts a request once, under the action that its first violation met. If it waits for its admission, it is
-neither denied nor admitted until that is over; if it is served in the end, it is *waited*, not denied.
+The core counts a request once, under the action applied to its first violation. While a request waits, it is neither
+denied nor admitted; if it is admitted in the end, it counts as *waited*, not as denied.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 __all__ = ["DENIED", "denied", "denied_by_action"]
 
 DENIED: Final = ("rejected", "throttled", "queued")
-"""The counters of requests that met an action which denies."""
+"""The counters of requests by the denying action that was applied to them."""
 
 
 def denied_by_action(counters: "Mapping[str, Any] | NDArray[np.void]") -> "dict[str, NDArray[np.int64]]":
-    """Return how many requests were denied for good, for each of `DENIED`: of a snapshot, or of one record of it.
+    """Return how many requests were denied for good, for each of `DENIED`: from a snapshot, or from one record of it.
 
-    Those that wait or have been served after a wait are left out, of those that were queued first: the core does not
-    say under which action each of them began to wait. A model that has had one of the two actions only is told exactly.
+    Requests that wait or were served after a wait are subtracted, from the queued ones first, since the core does not
+    record under which action each of them began to wait. The numbers are exact for a model that has used only one of
+    these two actions.
 
     Examples
     --------

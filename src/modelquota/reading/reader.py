@@ -1,4 +1,4 @@
-"""What can be read of a state, whoever holds it: a manager, or a view that only reads."""
+"""`QuotaReader`: the reading methods that a manager and a read-only view of a state file share."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from modelquota.reading.report import ModelReport, QuotaStats, ResourceUsage
 
 _NO_ID = "-"
-_MIX = 0x9E3779B97F4A7C15  # odd, and its bits are all over the place
+_MIX = 0x9E3779B97F4A7C15  # odd, with well mixed bits
 
-# `modelquota.reading.report` is imported where it is used: `import modelquota` would take a fifth longer.
+# `modelquota.reading.report` is imported in the functions that use it: `import modelquota` would take a fifth longer.
 
 
 class QuotaReader:
-    """The verbs that read. A subclass brings what is read; see `ResourceQuotaManager` and `QuotaView`."""
+    """The methods that read. A subclass provides the data; see `ResourceQuotaManager` and `QuotaView`."""
 
     if TYPE_CHECKING:
 
@@ -37,17 +37,17 @@ class QuotaReader:
         def _totals(self) -> dict[str, Any]: ...
 
     def get_quota(self, model_id: str) -> ResourceQuotaConfig | None:
-        """Return the model's quota, or None where it has none."""
+        """Return the model's quota, or None if it has none."""
         read = self._read(model_id)
         return None if read is None else _quota_of(model_id, tuple(read[0].items()))
 
     def get_usage(self, model_id: str) -> ResourceUsage | None:
-        """Return what the model uses now, under its lock; None where it has no quota."""
+        """Return what the model uses now, read under its lock; None if it has no quota."""
         read = self._read(model_id)
         return None if read is None else _usage_of(read[1])
 
     def get_model_report(self, model_id: str) -> ModelReport | None:
-        """Return quota, use and utilisation of a model, one consistent view; None where it has no quota."""
+        """Return quota, usage and utilization of a model, read at one moment; None if it has no quota."""
         read = self._read(model_id)
         if read is None:
             return None
@@ -60,7 +60,7 @@ class QuotaReader:
         return model_report(model_id, _quota_of(model_id, tuple(fields.items())), _usage_of(record), counts)
 
     def get_stats(self) -> QuotaStats:
-        """Return the totals over all models, those that have been removed too."""
+        """Return the totals over all models, including removed ones."""
         totals = self._totals()
         from modelquota.reading.report import QuotaStats
 
@@ -87,30 +87,30 @@ class QuotaReader:
         )
 
     def snapshot(self) -> NDArray[np.void]:
-        """Return the counters of all models at once: a structured array, a copy, one element a model.
+        """Return a copy of the counters of all models: a structured array with one element per model.
 
         Fields: ``model_id`` (object, a str), the counters of `ResourceUsage` (int64: MB, requests, tokens), and the
         model's totals since it was registered: ``allowed_total``, ``rejected_total``, ``throttled_total``,
         ``queued_total``, ``warned_total``, ``waited_total`` (int64), ``tokens_total`` and ``tokens_refunded_total``
-        (uint64, tokens charged, and of these given back). Each element is read under its model's lock, all of them at
-        one reading of the clock.
+        (uint64, tokens charged, and how many of these were given back). Each element is read under its model's lock,
+        all of them at one reading of the clock.
         """
         return self._read_all()
 
     def _read_table(self) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.uint64]]:
-        """`snapshot`, and of the same models the limits as the core keeps them, and which life of its id each is."""
+        """`snapshot`, the limits of the same models in the core's form, and which registration of its id each is."""
         from modelquota._core.table.view import read_table
 
-        return read_table(cast("QuotaTable", self))  # a manager is one; a view reads in its own way
+        return read_table(cast("QuotaTable", self))  # a manager is a QuotaTable; a view overrides this method
 
     def _read_retired(self) -> dict[str, int]:
-        """What removed models had counted of requests that violated a limit."""
+        """The counts of requests that violated a limit, over all removed models."""
         from modelquota._core.table.view import read_retired
 
         return read_retired(cast("QuotaTable", self))
 
     def print_status(self, file: TextIO | None = None) -> None:
-        """Write use against limits of all models, and the totals, to `file` (standard output by default)."""
+        """Write usage and limits of all models, and the totals, to `file` (standard output by default)."""
         reports = [report for model_id in self.list_models() if (report := self.get_model_report(model_id)) is not None]
         from modelquota.reading.report import status_lines
 
@@ -119,12 +119,12 @@ class QuotaReader:
 
 @functools.lru_cache(maxsize=4096)
 def _quota_of(model_id: str, fields: tuple[tuple[str, Any], ...]) -> ResourceQuotaConfig:
-    """The quota that a row states. It is validated when it is made, which takes longer than to look it up."""
+    """The quota that a row contains. Cached, since making one validates it, which takes longer than the look-up."""
     return ResourceQuotaConfig(model_id, **dict(fields))
 
 
 def quotas_of(limits: NDArray[np.void]) -> tuple[list[ResourceQuotaConfig], NDArray[np.intp]]:
-    """Return the different quotas among the limits of `QuotaReader._read_table`, without an id, and which each is."""
+    """Return the distinct quotas, without ids, in the limits of `QuotaReader._read_table`, and each model's index."""
     import numpy as np
 
     from modelquota._core.table.view import unpack_limits
@@ -132,7 +132,7 @@ def quotas_of(limits: NDArray[np.void]) -> tuple[list[ResourceQuotaConfig], NDAr
     words = limits.view(np.uint64).reshape(len(limits), limits.dtype.itemsize // 8)
     mixed = (words * (np.arange(1, words.shape[1] + 1, dtype=np.uint64) * np.uint64(_MIX))).sum(axis=1)
     _, first, kind_of = np.unique(mixed, return_index=True, return_inverse=True)
-    if not np.array_equal(words[first][kind_of], words):  # two kinds that mix to the same
+    if not np.array_equal(words[first][kind_of], words):  # two kinds have the same hash
         _, first, kind_of = np.unique(words, axis=0, return_index=True, return_inverse=True)
     return [_quota_of(_NO_ID, tuple(fields.items())) for fields in unpack_limits(limits[first])], kind_of.reshape(-1)
 
@@ -147,7 +147,7 @@ def _usage_of(record: dict[str, Any]) -> ResourceUsage:
 
 
 def _with_names_of_windows(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with a field for each window: a manager has all windows of a unit in one."""
+    """The record with one field per window; a manager's record has one array per unit, with all windows."""
     fields = record.copy()
     for unit in ("requests", "tokens"):
         counts = fields.pop(f"{unit}_this", ())

@@ -1,4 +1,4 @@
-"""What can be read about a model and about a manager: frozen snapshots, and the text of a status report."""
+"""The frozen records that reading returns for a model and for a manager, and the text of a status report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,37 +17,37 @@ class ResourceUsage:
     Attributes
     ----------
     current_ram_mb, current_ssd_mb : int
-        Memory last reported by `update_memory_usage`, in MB (2**20 bytes), outside grants; may exceed the cap.
+        Memory last reported by `update_memory_usage`, in MB (2**20 bytes), outside grants; may exceed the limit.
     peak_ram_mb, peak_ssd_mb : int
         Highest memory ever reported, in MB.
     requests_this_second, tokens_this_second : int
         Admitted in the rolling second.
     tokens_this_hour, requests_this_hour : int
-        Admitted in the rolling 3,600 s; what is partly expired counts in full.
+        Admitted in the rolling 3,600 s; a slot that is partly expired counts in full.
     tokens_this_day, requests_this_day : int
-        Admitted in the rolling 86,400 s; what is partly expired counts in full.
+        Admitted in the rolling 86,400 s; a slot that is partly expired counts in full.
     burst_requests_used, burst_tokens_used : int
-        How far the model has run ahead of its rate and not yet repaid.
+        How far the model has run ahead of its rate, as far as that is not yet repaid.
     total_violations : int
         Checks that violated a limit, each counted once; the sum of the next five.
     ram_violations, ssd_violations, rate_violations, quota_violations, concurrency_violations : int
         The same by type of the first violated limit.
     reserved_ram_mb, reserved_ssd_mb : int
-        Memory held by open grants, in MB, beside what is reported.
+        Memory held by open grants, in MB, in addition to what is reported.
     concurrent_requests : int
         Grants open now.
     queued_requests : int
-        Requests that wait now.
+        Requests waiting now.
     tokens_total, tokens_refunded_total : int
-        Tokens charged, and of these given back, since the model was registered: what it has really used is their
-        difference. Both only grow.
+        Tokens charged since the model was registered, and how many of these were given back; the difference is what it
+        has actually used. Both only grow.
     left : tuple of int or None
         What each limit still admits now, indexed by `Limit`: ``usage.left[Limit.TOKENS_PER_HOUR]``. None if the limit
-        is not set; never negative. Of a rate it is what the second and the burst leave, whichever is less.
+        is not set; never negative. For a rate, what the rolling second or the burst leaves, whichever is less.
     percent : tuple of float
-        How full each limit is, indexed likewise: ``usage.percent[Limit.RAM]``. 0.0 if it is not set; a limit of 0 is
-        taken as 1; may exceed 100. A rate is as full as the rolling second of ``ceil(rate) + burst``, or as what has
-        not drained yet of ``max(rate, 1) + burst``, whichever is fuller.
+        Usage in percent of each limit, indexed the same way: ``usage.percent[Limit.RAM]``. 0.0 if it is not set; a
+        limit of 0 is treated as 1; may exceed 100. For a rate, the larger of two: the rolling second in percent of
+        ``ceil(rate) + burst``, and what has not drained yet in percent of ``max(rate, 1) + burst``.
     """
 
     current_ram_mb: int = 0
@@ -80,9 +80,9 @@ class ResourceUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReport:
-    """A model's quota and usage at one moment, and how the one compares with the other.
+    """A model's quota and usage at one moment, and how the usage compares with the quota.
 
-    Every percentage is one of ``usage.percent``: 0.0 where there is no limit, and it may exceed 100.
+    Every percentage is one of ``usage.percent``: 0.0 if the limit is not set, and it may exceed 100.
 
     Attributes
     ----------
@@ -93,7 +93,7 @@ class ModelReport:
     usage : ResourceUsage
         What it has used of them.
     ram_utilization, ssd_utilization : float
-        Memory reported and reserved, in percent of its cap.
+        Memory reported and reserved, in percent of its limit.
     requests_per_second, tokens_per_second : float
         Admitted in the rolling second: a rate, not a percentage.
     hourly_quota_used, daily_quota_used : float
@@ -101,7 +101,7 @@ class ModelReport:
     hourly_requests_used, daily_requests_used : float
         Requests of the rolling 3,600 s and 86,400 s, in percent of their limit.
     allowed_requests, denied_requests, waited_requests, warned_requests : int
-        Since the model was registered: requests admitted; denied for good; of those admitted, how many waited for it
+        Since the model was registered: requests admitted; denied for good; and of those admitted, how many waited first
         and how many violated a limit.
     tokens_charged, tokens_refunded : int
         As ``usage.tokens_total`` and ``usage.tokens_refunded_total``.
@@ -128,36 +128,36 @@ class ModelReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuotaStats:
-    """Totals since a manager was made, over all its models, removed and unknown ones too.
+    """Totals since a manager was created, over all its models, including removed and unknown ones.
 
     A request counts once, however often it was tried: it is allowed, denied, or still waiting. One that waited and was
-    then served is allowed, and not denied. A violation that is only warned of is allowed.
+    then served is allowed, and not denied. A request whose violation only causes a warning is allowed.
 
     Attributes
     ----------
     total_checks : int
         Requests judged: the sum of allowed, rejected, throttled and queued, less those that waited and were served.
     total_violations : int
-        Requests that violated a limit: the sum of rejected, throttled, queued and warned, and that over all types.
+        Requests that violated a limit: the sum of rejected, throttled, queued and warned, and also that over all types.
     rejected_requests, throttled_requests, queued_requests : int
-        Requests that violated a limit, by the action that was applied. Under the latter two, some may have waited and
-        been served.
+        Requests that violated a limit, by the action that was applied. Some of the throttled and queued ones may
+        have waited and been served.
     ram_violations, ssd_violations, rate_violations, quota_violations : int
         Violations by type of the first violated limit.
     allowed_requests : int
         Requests admitted.
     warned_requests : int
-        Requests admitted in spite of a violation.
+        Requests admitted despite a violation.
     concurrency_violations : int
         Violations whose first violated limit is that of concurrent requests.
     recoveries : int
-        How often something was put right that a process had left behind by dying: a row, a grant, a place in a line.
+        How often something that a dead process had left behind was repaired: a row, a grant, a place in a queue.
     denied_requests : int
         Requests denied for good: those rejected, throttled and queued that were not served and do not wait.
     waited_requests : int
-        Requests admitted after a wait; each is one of the allowed.
+        Requests admitted after a wait; each is also counted as allowed.
     tokens_charged, tokens_refunded : int
-        Tokens charged, and of these given back by settling and cancelling. The difference is what was really used.
+        Tokens charged, and how many of these settling and cancelling gave back; the difference was actually used.
     """
 
     total_checks: int = 0
@@ -214,10 +214,11 @@ def model_report(
 
 
 def status_lines(reports: Sequence[ModelReport], stats: QuotaStats) -> str:
-    """Return a status report as plain text: a table with a row for each model, and below it the totals.
+    """Return a status report as plain text: a table with a row for each model, and the totals below it.
 
-    A cell is use / limit, where ``-`` is no limit and a limit per second is rate+burst. ``open`` is grants open at
-    once. A figure from 10,000 is cut, not rounded, to three digits, so that use never looks larger than it is.
+    A cell is usage / limit; ``-`` means no limit, and a limit per second is shown as rate+burst. ``open`` is the grants
+    open now. Numbers from 10,000 are cut, not rounded, to three digits, so that usage never looks larger than
+    it is.
 
     Examples
     --------
@@ -241,7 +242,7 @@ def status_lines(reports: Sequence[ModelReport], stats: QuotaStats) -> str:
 
 
 def _uses(report: ModelReport) -> list[tuple[str, str]]:
-    """Return use and limit of every column."""
+    """Return usage and limit for every column."""
     quota, usage = report.quota, report.usage
     return [
         (
@@ -253,7 +254,7 @@ def _uses(report: ModelReport) -> list[tuple[str, str]]:
 
 
 def _column(heading: str, uses: Sequence[tuple[str, str]]) -> list[str]:
-    """Return heading and cells in one width, with the strokes of the cells below one another."""
+    """Return heading and cells in one width, with the slashes of the cells aligned."""
     used_width, limit_width = (max(map(len, side)) for side in zip(*uses, strict=True))
     cells = [f"{used:>{used_width}} / {limit:>{limit_width}}" for used, limit in uses]
     return [cell.rjust(max(len(heading), len(cells[0]))) for cell in (heading, *cells)]
@@ -280,7 +281,7 @@ def _limit(limit: float | None, burst: int = 0) -> str:
 
 
 def _short(count: float) -> str:
-    """Return a count as people read it: ``950``, ``9999``, ``12.3k``, ``1.04M``; from 10,000 cut to three digits."""
+    """Return a count in short form: ``950``, ``9999``, ``12.3k``, ``1.04M``; from 10,000 cut to three digits."""
     if count < 10_000:
         return f"{count:g}"
     if count >= 1e21:
@@ -292,5 +293,5 @@ def _short(count: float) -> str:
 
 
 def _printable(model_id: str) -> str:
-    """Return the id with anything escaped that would break the table or that a terminal would obey."""
+    """Return the id with any character escaped that would break the table or control the terminal."""
     return model_id if model_id.isprintable() else model_id.encode("unicode_escape").decode()

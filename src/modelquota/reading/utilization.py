@@ -1,4 +1,4 @@
-"""How near every model is to each of its limits: one reading for metrics, alerts and the terminal."""
+"""How close every model is to each of its limits: one reading for metrics, alerts and the terminal."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 __all__ = ["LIMITS", "Utilization", "denying", "limits_of", "read_utilization"]
 
 LIMITS: Final = tuple(CATALOGUE)
-"""The columns of `Utilization.percent`, in their order."""
+"""The columns of `Utilization.percent`, in order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Utilization:
-    """All models of a manager at one moment, in the order of their registration.
+    """Usage and limits of all models of a manager at one moment, in the order of their registration.
 
     Attributes
     ----------
     counters : numpy structured array
-        What `ResourceQuotaManager.snapshot` returns.
+        As `ResourceQuotaManager.snapshot` returns it.
     quotas : Quotas
         The limits as a sequence of ResourceQuotaConfig, one for each element of `counters`, read together with it.
     percent : numpy float64 array
-        A row for each model, a column for each of `LIMITS`: use in percent of the limit, as ``ResourceUsage.percent``.
+        A row for each model, a column for each of `LIMITS`: percentage of the limit, as ``ResourceUsage.percent``.
     denying : numpy bool array
-        Of the same shape: whether a request that violates the limit is denied. It is not under the action ``warn``, nor
-        by a limit that the quota names in its ``shadow_limits``.
+        Of the same shape: whether a request that violates the limit is denied. It is not denied under the action
+        ``warn``, nor by a limit that the quota names in its ``shadow_limits``.
     lives : numpy uint64 array
-        A number for each model, which is another one after its id was removed and registered again.
+        A number for each model, which changes if its id is removed and registered again.
     """
 
     counters: "NDArray[np.void]"
@@ -65,7 +65,7 @@ class Utilization:
 
     @functools.cached_property
     def pressure(self) -> "NDArray[np.float64]":
-        """Highest percentage of each model, over the limits that deny; of a model without any, over all its limits."""
+        """Highest percentage of each model, over the limits that deny; if none of them denies, over all its limits."""
         highest: NDArray[np.float64] = self._pressing.max(axis=1, initial=0.0)
         return highest
 
@@ -82,7 +82,7 @@ class Utilization:
 
     @property
     def highest(self) -> float:
-        """The highest pressure of any model that denies, in percent; 0 if there is not one."""
+        """The highest pressure of any model that denies, in percent; 0 if no model denies."""
         return float(self.pressure[self.denies].max(initial=0.0))
 
     @functools.cached_property
@@ -90,19 +90,19 @@ class Utilization:
         return np.where(self.denying | ~self.denies[:, None], self.percent, 0.0)
 
     def by_pressure(self) -> "NDArray[np.intp]":
-        """Indices of the models, the one nearest to a limit first; equals stay in order.
+        """Indices of the models, the one closest to a limit first; equal ones stay in order.
 
-        Models that deny nothing come after all others: what is tried out hides nobody's pressure.
+        Models that deny nothing come last, so that a limit that is only being tried out does not hide a real one.
         """
         return np.lexsort((-self.pressure, ~self.denies))
 
     def used(self, limit: Limit) -> "NDArray[np.int64]":
-        """Use of one limit in its own unit, one figure for each model; of a rate, that of the rolling second."""
+        """Usage of one limit in its own unit, one number for each model; for a rate, that of the rolling second."""
         return self.uses[:, LIMITS.index(limit)]
 
     @functools.cached_property
     def uses(self) -> "NDArray[np.int64]":
-        """Use of each of `LIMITS` in its own unit, a row for each model."""
+        """Usage of each of `LIMITS` in its own unit, a row for each model."""
         uses = np.zeros((len(self), len(LIMITS)), np.int64)
         for column, record in enumerate(CATALOGUE.values()):
             for field in record.usage_fields:
@@ -115,7 +115,7 @@ class Utilization:
 
 
 def read_utilization(manager: "QuotaReader") -> Utilization:
-    """Read all models of a manager, and compare their use with their limits.
+    """Read all models of a manager, and compare their usage with their limits.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def read_utilization(manager: "QuotaReader") -> Utilization:
 
 
 class Quotas(Sequence[ResourceQuotaConfig]):
-    """The quotas of many models. Few differ in more than the id, so each is made from its kind when it is asked for."""
+    """The quotas of many models, made on access: most differ only in the id, so each distinct kind is stored once."""
 
     def __init__(self, model_ids: list[str], kinds: list[ResourceQuotaConfig], kind_of: "NDArray[np.intp]") -> None:
         self._model_ids = model_ids
@@ -160,17 +160,17 @@ class Quotas(Sequence[ResourceQuotaConfig]):
     def __getitem__(self, index: int | slice) -> ResourceQuotaConfig | list[ResourceQuotaConfig]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        quota = object.__new__(ResourceQuotaConfig)  # what is in the table has been accepted before
+        quota = object.__new__(ResourceQuotaConfig)  # the values in the table were validated before
         quota.__setstate__([self._model_ids[index], *self._fields[self.kind_of[index]]])  # type: ignore[attr-defined]
         return quota
 
     def spread(self, of: Callable[[ResourceQuotaConfig], Sequence[float | bool]], width: int) -> "NDArray[Any]":
-        """Return the `width` figures that `of` makes of a quota, whatever its id, as a row for each model."""
+        """Return an array with a row for each model: the `width` numbers that `of` returns for its kind of quota."""
         return np.array([of(kind) for kind in self.kinds]).reshape(len(self.kinds), width)[self.kind_of]
 
 
 def limits_of(quota: ResourceQuotaConfig) -> tuple[int | None, ...]:
-    """Return a model's limits in the order of `LIMITS`, those of a second with the burst; None for no limit."""
+    """Return a model's limits in the order of `LIMITS`, those per second with the burst added; None for no limit."""
     most, _ = bounds_of(quota)
     return most[1:]
 

@@ -1,4 +1,4 @@
-"""`QuotaView`: a state file, read only. Whoever writes to it is neither waited for nor held up."""
+"""`QuotaView`: reads a state file without changing it, and without waiting for writers or delaying them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NAMES_AT_A_TIME = 1024
 
 
 def _reads(method: Callable[Concatenate[QuotaView, _P], _T]) -> Callable[Concatenate[QuotaView, _P], _T]:
-    """Make a method that uses the descriptor: it raises if the view is closed, and keeps the file open till its end."""
+    """Wrap a method that uses the descriptor: raise if the view is closed, and hold the file open while it runs."""
 
     @functools.wraps(method)
     def reading(self: QuotaView, *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -50,9 +50,9 @@ def _reads(method: Callable[Concatenate[QuotaView, _P], _T]) -> Callable[Concate
 
 
 class QuotaView(QuotaReader):
-    """The reading verbs of a `ResourceQuotaManager` over a state file that others write; see ``open_readonly``.
+    """The reading methods of a `ResourceQuotaManager`, for a state file that others write; see ``open_readonly``.
 
-    Each model is read as it was at one moment. The view keeps the file open: `close` it, or use it in ``with``.
+    Each model is read as of one moment. The view keeps the file open: `close` it, or use it in a ``with``.
 
     Parameters
     ----------
@@ -66,26 +66,25 @@ class QuotaView(QuotaReader):
     OSError
         The file cannot be opened.
     StateFileError
-        It is no state file that this version can use, or another user can change it.
+        The file is not a state file this version can read, or another user can change it.
     """
 
     def __init__(self, path: str | bytes | os.PathLike[str] | os.PathLike[bytes], *, trust_file: bool = False) -> None:
-        self._guard = (
-            threading.RLock()
-        )  # guards the three below; a collection may close a view in the middle of another
+        # guards the three below; reentrant, since garbage collection may close a view at any point
+        self._guard = threading.RLock()
         self._descriptor = -1
         self._readers = 0
         self._closed = False
         self.path = os.path.abspath(os.fsdecode(path))
         self._descriptor, self._max_models = open_existing(self.path, None, os.O_RDONLY, trust_file=trust_file)
-        self._lock = threading.Lock()  # guards what has been read of names
+        self._lock = threading.Lock()  # guards the cached names
         self._generations = np.zeros(0, np.uint32)  # of each row when its id was read
         self._ids = np.zeros(0, object)
         self._rows: dict[str, int] = {}
         self._version = -1
 
     def close(self) -> None:
-        """Close the file, once the threads that read it just now have done so; again it does nothing."""
+        """Close the file, once the threads that are reading it have finished; a second call does nothing."""
         with self._guard:
             self._closed = True
             self._let_go()
@@ -107,12 +106,12 @@ class QuotaView(QuotaReader):
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path,)  # the number of a descriptor is good in this process and for this object only
+        return type(self), (self.path,)  # a descriptor's number is valid in this process and for this object only
 
     @property
     @_reads
     def max_models(self) -> int:
-        """How many models the table holds at most."""
+        """The largest number of models that the table can hold."""
         self._reader()
         return self._max_models
 
@@ -133,7 +132,7 @@ class QuotaView(QuotaReader):
         return reader
 
     def _index(self, reader: Reader) -> dict[str, int]:
-        """Row of each model, looked up again when any has come or gone."""
+        """Row of each model, read again after models were added or removed."""
         version = int(reader.header["registry_version"])
         if version != self._version:
             *_, places = self._rows_of(reader)
@@ -143,7 +142,7 @@ class QuotaView(QuotaReader):
         return self._rows
 
     def _rows_of(self, reader: Reader) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.uint32]]:
-        """Use, limits and places of all rows that were ever used, as `read_rows` has them."""
+        """Usage, limits and places of all rows that were ever used, as `read_rows` returns them."""
         count = int(reader.header["row_count"])
         regions, now_ns = reader.regions, self._now_ns(reader.header)
         try:
@@ -160,7 +159,7 @@ class QuotaView(QuotaReader):
     def _name_rows(self, reader: Reader, places: NDArray[np.uint32]) -> tuple[NDArray[np.intp], list[str]]:
         """Bring `_ids` up to date; return the rows in which the models of `places` live, in their order, and their ids.
 
-        An id is read once for each model: it stays with the row's generation.
+        The id of a model is read once: it cannot change as long as the row's generation is the same.
         """
         with self._lock:
             known = len(self._generations)
@@ -177,7 +176,7 @@ class QuotaView(QuotaReader):
                 offsets, sizes = places[rows, 1].astype(np.int64) * NAME_UNIT, places[rows, 2].astype(np.int64)
                 raw = reader.names_at(offsets, sizes, top)
                 names = np.array([name.decode("utf-8", "replace") for name in raw], object)
-                # a row that was given to another model in the meantime may have been read with that one's name
+                # a row that was given to another model in the meantime may have been read with the other model's name
                 same = self._generations_now(reader, rows) == generations[rows]
                 self._ids[rows[same]] = names[same]
                 self._generations[rows[same]] = generations[rows[same]]
@@ -195,7 +194,7 @@ class QuotaView(QuotaReader):
         return found
 
     def _now_ns(self, header: Any) -> int:
-        """The rows' time: after a reboot that nobody has opened the file since, as `State` will reckon it."""
+        """The rows' time; if no process has opened the file since a reboot, as `State` will compute it."""
         if header["boot_id"].tobytes() == boot_id():
             return time.monotonic_ns() + int(header["clock_offset_ns"])
         return int(header["anchor_ns"]) + max(time.time_ns() - int(header["anchor_wall_ns"]), 0)
@@ -210,9 +209,9 @@ class QuotaView(QuotaReader):
             part = reader.part(row, 1)
             if reader.names(part) == [model_id.encode()]:
                 break
-            self._version = -1  # another model lives there since
+            self._version = -1  # the row belongs to another model now
         else:
-            return None  # it was removed at each look
+            return None  # it was removed during every attempt
         usage, limits = read_copies(part.rows, part.ledgers, self._now_ns(reader.header))
         return limits[0], {name: usage[name][0].tolist() for name in usage.dtype.names or ()}
 

@@ -1,1 +1,1 @@
-"""Tools beside a state file: its inspection, and the journal of an adjuster."""
+"""Work on and beside a state file: inspecting and verifying it, and the journal of a load adjuster."""

@@ -1,4 +1,4 @@
-"""What a state file is, and whether all of it agrees: for `modelquota inspect` and `modelquota verify`."""
+"""Reports the facts of a state file and checks its consistency, for `modelquota inspect` and `modelquota verify`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class StateFileInfo:
     ----------
     path : str
     version : int
-        Of the layout.
+        Version of the layout.
     size_bytes, disk_bytes : int
-        Length, and what it takes of the disk: the file is sparse.
+        Length, and the space it takes on the disk, which is less since the file is sparse.
     max_models, models : int
-        Places in the table, and models that have a quota.
+        Size of the table, and number of models that have a quota.
     processes : int
-        Alive, and sharing the state now.
+        Live processes that share the state now.
     open_grants : int
-        One a grant and model.
+        Counted once for each model that a grant holds.
     waiting_requests : int
-        One a request that waits and model that it waits for.
+        Counted once for each model that a request waits for.
     recoveries : int
-        How often something was put right after a death.
+        How often something was repaired after a process had died.
     anchored_at : datetime.datetime
         When a process last tied the state's time to the wall clock.
     """
@@ -57,7 +57,7 @@ class StateFileInfo:
 def inspect_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> StateFileInfo:
     """Return the facts about a state file, without changing a byte.
 
-    Raises OSError where it cannot be opened, StateFileError where its header is not that of a state file.
+    Raises OSError if it cannot be opened, StateFileError if its header is not that of a state file.
     """
     path = os.fsdecode(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -83,12 +83,12 @@ def inspect_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> S
 
 
 def verify_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[str]:
-    """Return everything in a state file that does not agree, in words; empty where all does. Changes nothing.
+    """Return a sentence for each inconsistency in a state file; an empty list if there are none. Changes nothing.
 
-    Sums are compared with the slots of the windows, what is held with the records of open grants, the queues with
-    those of the waiting. What is being changed at the moment is left out.
+    Compares sums with the slots of their windows, what rows hold with the records of open grants, and queues with the
+    records of waiting requests. Skips what is being changed at the moment.
 
-    Raises OSError where it cannot be opened, StateFileError where its header is not that of a state file.
+    Raises OSError if it cannot be opened, StateFileError if its header is not that of a state file.
     """
     path = os.fsdecode(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -108,7 +108,7 @@ def verify_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> li
 
 
 def record_faults(reader: Reader, part: RowBlock) -> Iterator[str]:
-    """Compare what rows say is held and waits with the records of it."""
+    """Compare what rows count as held and waiting with the records of grants and queue entries."""
     totals = record_sums(reader, part)
     unlike = np.zeros(len(part.rows), np.bool_)
     for name, total in totals.items():
@@ -118,7 +118,7 @@ def record_faults(reader: Reader, part: RowBlock) -> Iterator[str]:
 
 
 def _compare_alone(reader: Reader, row: int) -> Iterator[str]:
-    """Compare one row with records that were read while it did not change; nothing if it changes all the time."""
+    """Compare one row with records that were read while it did not change; skip a row that keeps changing."""
     for _ in range(_TRIES):
         before = reader.part(row, 1)
         totals = record_sums(reader, before)
@@ -126,12 +126,12 @@ def _compare_alone(reader: Reader, row: int) -> Iterator[str]:
         if (before.steady & after.steady & before.is_like(after))[0]:
             for name, total in totals.items():
                 if before.rows["generation"][0] % 2 and before.ledgers[name][0] != total[0]:
-                    yield f"row {row}: {name} is {before.ledgers[name][0]}, and the records say {total[0]}"
+                    yield f"row {row}: {name} is {before.ledgers[name][0]}, but its records add up to {total[0]}"
             break
 
 
 def record_sums(reader: Reader, part: RowBlock) -> dict[str, NDArray[np.int64]]:
-    """What the records of open grants and of queues say of some rows, by the field of the ledger that has to agree."""
+    """Sum the records of open grants and of queues for some rows, by the field of the ledger that must agree."""
     count = len(part.rows)
     held, entries = reader.held(), reader.entries()
     entries = entries[entries["linked"] != 0]

@@ -1,7 +1,7 @@
-"""The journal of an adjuster beside a state file: what was configured, for whoever finds it after a crash.
+"""The journal of a load adjuster, a file beside the state file: the configured limits, to be restored after a crash.
 
-Its adjuster holds a lock on it, so a journal that nobody holds is that of a dead one. It can lift limits, so it is
-believed only if nobody else can have written it than those who can write the state file.
+A live adjuster holds a lock on its journal, so a journal without a lock belongs to a dead one. Since a journal can lift
+limits, it is trusted only if every user who can have written it can also write the state file.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager
 
 _VERSION: Final = 1
-_BYTES_PER_MODEL: Final = 8192  # an id in JSON takes 1,532 at most, and each of some 20 fields 130 with its values
+_BYTES_PER_MODEL: Final = 8192  # an id in JSON takes at most 1,532, and each of some 20 fields 130 with its values
 _TRIES: Final = 100
-_PATIENCE_SEC = 1.0  # who opens the state file holds the lock while it restores, which takes milliseconds
+_PATIENCE_SEC = 1.0  # a process that opens the state file locks the journal while it restores: milliseconds
 
 Entries = dict[str, dict[str, dict[str, Any]]]
 """By model and field: the value that was ``"configured"``, and those that the adjuster may have ``"set"`` instead."""
 
 
 class Journal:
-    """One adjuster's. It is never written in place: a crash leaves the version before or the one after."""
+    """The journal of one adjuster. It is never written in place: a crash leaves either the old or the new version."""
 
     def __init__(self, state_path: str | bytes) -> None:
         self._state_path = os.path.realpath(os.fsdecode(state_path))
@@ -48,11 +48,11 @@ class Journal:
 
     @property
     def held(self) -> bool:
-        """Whether this process has claimed it; false in a child, whose parent has."""
+        """Whether this process has claimed it; False in a forked child whose parent has."""
         return self._descriptor >= 0 and self._pid == os.getpid()
 
     def claim(self, manager: "ResourceQuotaManager") -> None:
-        """Begin it, after putting right what a dead adjuster has left. Raises RuntimeError where one is alive."""
+        """Create it, after restoring what a dead adjuster left. Raises RuntimeError if another one is alive."""
         remove_dead_drafts(self.path)
         give_up = time.monotonic() + _PATIENCE_SEC
         while True:
@@ -64,13 +64,13 @@ class Journal:
                 finally:
                     release(descriptor)
             except FileNotFoundError:
-                with contextlib.suppress(FileExistsError):  # somebody else was first
+                with contextlib.suppress(FileExistsError):  # another process was first
                     return self._put({}, os.link)
             except BlockingIOError:
                 pass
             except ValueError as error:
                 raise RuntimeError(
-                    f"{self.path} is damaged or not ours ({error}): see that the limits are as they should be, and "
+                    f"{self.path} is damaged or not trusted ({error}): check that the limits are correct, then "
                     "remove it"
                 ) from error
             if time.monotonic() >= give_up:
@@ -78,19 +78,19 @@ class Journal:
             time.sleep(0.01)
 
     def write(self, entries: Entries) -> None:
-        """State what is to be restored, on the disk before this returns."""
+        """Record what is to be restored; it is on the disk when this returns."""
         if entries != self._written:
             self._put(entries, os.replace)
 
     def remove(self) -> None:
-        """End it: all is as configured."""
+        """Remove the journal: all limits are as configured."""
         if self.held:
             os.unlink(self.path)
             release(self._descriptor)
             self._descriptor = -1
 
     def _put(self, entries: Entries, place: Callable[[str, str], None]) -> None:
-        """Write a draft, lock it, and only then give it the name: there is no moment at which nobody holds it."""
+        """Write a draft, lock it, and only then rename it, so that the journal is never without its lock."""
         draft, descriptor = create_draft(self.path)
         try:
             with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
@@ -100,7 +100,7 @@ class Journal:
         except BaseException:
             remove_draft(draft, descriptor)
             raise
-        with contextlib.suppress(FileNotFoundError):  # renamed
+        with contextlib.suppress(FileNotFoundError):  # it was renamed
             os.unlink(draft)
         if self.held:
             release(self._descriptor)
@@ -113,7 +113,7 @@ class Journal:
 
 
 def restore(manager: "ResourceQuotaManager", path: str) -> None:
-    """Put right what a dead adjuster has left, if it is dead, and remove its journal; errors are logged, not raised."""
+    """Restore what an adjuster has left, if it is dead, and remove its journal; errors are logged, not raised."""
     from modelquota._log import log as _log
 
     try:
@@ -125,15 +125,15 @@ def restore(manager: "ResourceQuotaManager", path: str) -> None:
             release(descriptor)
         _log(20, "%s: its adjuster has died; %d models have their configured limits again", path, count)
     except (FileNotFoundError, BlockingIOError):
-        pass  # somebody else was first; it is alive
+        pass  # another process was first, or the adjuster is alive
     except Exception as error:
-        _log(40, "%s is left as it is, and with it what an adjuster may have changed: %s", path, error)
+        _log(40, "%s is left as it is, and so are the limits that its adjuster may have changed: %s", path, error)
 
 
 def _restore(manager: "ResourceQuotaManager", descriptor: int) -> int:
-    """Restore from a journal, and return how many models had to be; ValueError where it is damaged."""
+    """Restore from a journal, and return how many models were changed; ValueError if it is damaged."""
     count = 0
-    rows_used = int(manager._arrays()[0]["row_count"][0])  # as many models as there ever were at once, or more
+    rows_used = int(manager._arrays()[0]["row_count"][0])  # at least the largest number of models at any time
     for model_id, fields in _read(descriptor, _BYTES_PER_MODEL * (1 + rows_used)).items():
         while (old := manager.get_quota(model_id)) is not None:
             changes = {
@@ -148,16 +148,16 @@ def _restore(manager: "ResourceQuotaManager", descriptor: int) -> int:
 
 
 def _read(descriptor: int, most_bytes: int) -> Entries:
-    """Return what a journal says, every value of it checked."""
+    """Return the entries of a journal, every value validated."""
     size = os.fstat(descriptor).st_size
     if size > most_bytes:
-        raise ValueError(f"it has {size} bytes, and {most_bytes} are the most that the models of the state file need")
+        raise ValueError(f"it has {size} bytes, more than the {most_bytes} that the models of the state file can need")
     try:
         document = json.loads(os.pread(descriptor, size, 0))
     except RecursionError as error:
         raise ValueError(str(error)) from None
     if not isinstance(document, dict) or document.get("version") != _VERSION:
-        raise ValueError(f"no journal of version {_VERSION}")
+        raise ValueError(f"it is not a journal of version {_VERSION}")
     models = _mapping(document.get("models"))
     for model_id, fields in models.items():
         for field, entry in _mapping(fields).items():
@@ -178,12 +178,12 @@ def _mapping(value: Any) -> dict[str, Any]:
 def _lock(path: str, state_path: str) -> int:
     """Open and lock a journal.
 
-    Raises FileNotFoundError if there is none, BlockingIOError if one holds it, ValueError if it is not to be believed.
+    Raises FileNotFoundError if there is none, BlockingIOError if it is locked, ValueError if it is not to be trusted.
     """
     state = os.stat(state_path)
     for _ in range(_TRIES):
         try:
-            # O_NONBLOCK: a pipe of that name is refused, not waited for
+            # O_NONBLOCK: opening a pipe of that name returns immediately, so that it can be refused
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         except OSError as error:
             if error.errno == errno.ELOOP:
@@ -193,7 +193,7 @@ def _lock(path: str, state_path: str) -> int:
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
-                raise ValueError("it is no regular file")
+                raise ValueError("it is not a regular file")
             distrust = distrust_of_journal(found, state)
             if distrust is not None:
                 raise ValueError(distrust)
@@ -205,5 +205,5 @@ def _lock(path: str, state_path: str) -> int:
         except BaseException:
             release(descriptor)
             raise
-        release(descriptor)  # replaced or removed between the opening and the locking: see what is there now
-    raise ValueError("it is replaced all the time")
+        release(descriptor)  # replaced or removed between opening and locking: open what is there now
+    raise ValueError("it keeps being replaced")

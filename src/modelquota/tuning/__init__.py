@@ -1,1 +1,1 @@
-"""Traces and their replay."""
+"""Tuning limits: traces of past requests, and their replay against quotas."""

@@ -1,4 +1,4 @@
-"""Cells of a request trace, turned into numbers: one at a time, and many at once where they look alike."""
+"""Parsing of a request trace's cells into numbers: one at a time, or many at once if they have the same form."""
 
 import datetime
 import re
@@ -12,7 +12,7 @@ Int64Array = npt.NDArray[np.int64]
 NS_PER_SECOND = 1_000_000_000
 # The end of the core's manual clock: a replay starts at 0 and cannot go beyond.
 MAX_SPAN_NS = 2**61
-# No request has a billion tokens; below this bound no sum over a trace that fits in memory leaves int64.
+# No request has a billion tokens; with this bound, no sum over a trace that fits in memory overflows int64.
 MAX_TOKENS = 1_000_000_000
 MAX_MODEL_ID_BYTES = 255
 
@@ -37,7 +37,7 @@ class BadRow(Exception):
 
 
 def parse_timestamp(index: int, cell: str) -> tuple[int, bool]:
-    """Ns since 1970-01-01 UTC, and whether the timestamp states its offset."""
+    """Return ns since 1970-01-01 UTC, and whether the timestamp has an offset."""
     match = _TIMESTAMP.fullmatch(cell.strip())
     if match is None:
         raise BadRow(index, "TIMESTAMP", f"expected {EXPECTED_TIMESTAMP}, found {shown(cell)}")
@@ -47,7 +47,7 @@ def parse_timestamp(index: int, cell: str) -> tuple[int, bool]:
         days = datetime.date(year, month, day).toordinal() - datetime.date(1970, 1, 1).toordinal()
         datetime.time(hour, minute, second)
     except ValueError as error:
-        raise BadRow(index, "TIMESTAMP", f"{shown(cell)} is no time: {error}") from None
+        raise BadRow(index, "TIMESTAMP", f"{shown(cell)} is not a time: {error}") from None
     seconds = ((days * 24 + hour) * 60 + minute) * 60 + second - _offset_seconds(offset)
     return seconds * NS_PER_SECOND + int((fraction or "0").ljust(9, "0")), offset is not None
 
@@ -61,9 +61,9 @@ def _offset_seconds(offset: str | None) -> int:
 
 
 def times_of_one_day(cells: Sequence[str], origin_ns: int, has_offset: bool) -> Int64Array | None:
-    """What `parse_timestamp` says of every cell, less `origin_ns`, for many at once.
+    """Return what `parse_timestamp` returns for every cell, minus `origin_ns`, for many cells at once.
 
-    None where it cannot tell: cells of different forms or days, or one that is malformed.
+    Returns None if the cells differ in form or day, or if one is malformed.
     """
     text = "".join(cells)
     if not text.isascii() or len(text) != len(cells) * len(cells[0]):
@@ -78,7 +78,7 @@ def times_of_one_day(cells: Sequence[str], origin_ns: int, has_offset: bool) -> 
     if abs(first_ns - origin_ns) > MAX_SPAN_NS:
         return None
     grid = np.frombuffer(text.encode("ascii"), np.uint8).reshape(len(cells), -1)
-    # Positions of hour, minute and second are fixed by the pattern; the fraction is whatever follows the dot.
+    # Positions of hour, minute and second are fixed by the pattern; the fraction is the rest after the dot.
     moving = [11, 12, 14, 15, 17, 18, *range(*match.span(7))]
     fixed = [position for position in range(grid.shape[1]) if position not in moving]
     digits = grid[:, moving] - np.uint8(ord("0"))
@@ -95,7 +95,7 @@ def times_of_one_day(cells: Sequence[str], origin_ns: int, has_offset: bool) -> 
 
 def token_counts(column: str, cells: Sequence[str]) -> Int64Array:
     text = "".join(cells)
-    # All digits, none empty, none so long that int64 could not hold it: the usual case, many at once.
+    # The usual case, converted at once: all are digits, none is empty or too long for int64.
     if text.isascii() and text.isdigit() and "" not in cells and max(map(len, cells)) <= 10:
         counts = np.fromiter(map(int, cells), np.int64, len(cells))
         if counts.max() <= MAX_TOKENS:

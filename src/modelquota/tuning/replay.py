@@ -1,4 +1,4 @@
-"""Replays: what a set of quotas would have done to a trace of past requests.
+"""Replays: what a set of quotas would have done with a trace of past requests.
 
 A replay runs on a `ManualClock`, so an hour of traffic is decided in milliseconds and every run gives the same
 report: change a limit, replay, compare.
@@ -27,37 +27,37 @@ __all__ = ["ModelReplay", "ReplayReport", "replay"]
 
 REQUESTS_PER_CALL = 65_536
 MAX_SPEED = 1e18
-# What `check_many` can answer here: nobody queues in a replay.
+# The limits that `check_many` can return here: nothing queues in a replay.
 DENYING_LIMITS = tuple(record.limit for record in DENYING)
 MODELS_NAMED_IN_ERROR = 5
 
 
 @dataclass(frozen=True, slots=True)
 class ModelReplay:
-    """What one model's quota did to its part of a trace.
+    """What one model's quota did with its part of a trace.
 
     Attributes
     ----------
     model_id : str
     requests, admitted : int
-        Requests in the trace, and those of them admitted. Each is tried once, at its own time.
+        Requests in the trace, and how many of them were admitted. Each is tried once, at its own time.
     warned : int
         Admitted over a limit, because the model's action is `warn`.
     denied : dict of Limit to int
-        Denied requests by the first limit each one violated, in the order in which limits are judged; every limit
-        is there, those that denied nothing with 0.
+        Denied requests by the first limit each one violated, in the order in which limits are judged; every
+        limit is a key, with 0 if it denied nothing.
     never : int
-        Denied requests that no wait would have helped: they cost more than a limit itself.
+        Denied requests that would not fit after any wait: they cost more than the limit itself.
     tokens, tokens_admitted : int
         Context and generated tokens, of all requests and of those admitted.
     longest_retry_after_ms : int or None
-        Longest wait that a denied request was told; None where none was told any.
+        Longest retry time that was reported to a denied request; None if none was reported.
     median_retry_after_ms : float or None
-        The median of the same waits.
+        The median of the same times.
     peak_requests, peak_tokens : int
-        The most that was admitted in any second, wherever it starts.
+        The most that was admitted in any second, not just in seconds aligned to the clock.
     peak_requests_asked, peak_tokens_asked : int
-        The most that was asked for in any second, admitted or not.
+        The most that was requested in any second, admitted or not.
     """
 
     model_id: str
@@ -88,19 +88,19 @@ class ReplayReport:
     Attributes
     ----------
     trace : str
-        Where the trace was read from.
+        Path of the trace's file.
     requests : int
-        Requests in all.
+        Total number of requests.
     duration_ns : int
         From the first request to the last, after `speed` was applied.
     speed : float
-        How many times faster than it happened the trace was played.
+        How many times faster than in reality the trace was replayed.
     out_of_order : int
         Rows that the trace's file had out of order; see `modelquota.tuning.trace.read_trace`.
     core_time_ns : int
         Wall time spent deciding, without reading the trace or making this report.
     models : tuple of ModelReplay
-        The models that were asked, in order of first appearance in the trace's file.
+        The models that the requests are for, in order of first appearance in the trace's file.
     """
 
     trace: str
@@ -130,24 +130,24 @@ def replay(
     speed: float | Fraction = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> ReplayReport:
-    """Drive a trace through quotas, each request at its own time, and report what they did to it.
+    """Check each request of a trace against quotas, at its own time, and report the outcome.
 
-    A request costs its context and generated tokens, and no RAM or SSD. What is denied is not tried again.
+    A request costs its context and generated tokens, and no RAM or SSD. Denied requests are not tried again.
 
     Parameters
     ----------
     trace : Trace
         From `read_trace`.
     quotas : mapping of str to ResourceQuotaConfig
-        The quota of every model in the trace, e.g. from `load_quotas`, of which the patterns count too. Models that the
-        trace does not name are left out of the report.
+        The quota of every model in the trace, e.g. from `load_quotas`, whose patterns apply too. Models that the trace
+        does not name are left out of the report.
     model : str, optional
-        Whom to charge for a trace without a Model column; the only model in `quotas` where there is just one.
+        The model to charge if the trace has no Model column; by default the only model in `quotas`.
     speed : float or Fraction
-        Above 0 and up to 1e18: 24 plays a day of traffic in an hour, 0.5 makes it last twice as long. Times are
-        divided exactly and rounded down to ns; a float stands for the decimal number it is written as.
+        Above 0 and up to 1e18: 24 replays a day of traffic in an hour, 0.5 makes it last twice as long. Times are
+        divided exactly and rounded down to ns; a float is taken as the decimal number it is written as.
     progress : callable, optional
-        Called as `progress(requests_done, requests_in_all)` now and then and at the end.
+        Called as `progress(requests_done, total_requests)` from time to time and at the end.
 
     Returns
     -------
@@ -157,9 +157,9 @@ def replay(
     ------
     UnknownModelError
         The trace, or `model`, names a model without a quota. A manager admits such requests; a replay is for
-        tuning, where a model left out is a slip, so nothing is replayed.
+        tuning, and there an omitted model is a mistake, so nothing is replayed.
     ValueError
-        `model` is missing although `quotas` has not exactly one, or given although the trace names its models;
+        `model` is missing although `quotas` does not have exactly one, or given although the trace names its models;
         `speed` is out of range, or so small that the trace would last beyond 2**61 ns (73 years).
     """
     ratio = _ratio(speed, trace)
@@ -218,7 +218,7 @@ def _divided(times_ns: Int64Array, ratio: Fraction) -> Int64Array:
     """Times divided by an exact ratio, rounded down."""
     numerator, denominator = ratio.as_integer_ratio()
     if numerator * denominator < 2**62:
-        # times * denominator could leave int64. The quotient is known to fit, and rest * denominator does by this test.
+        # times * denominator could overflow int64. The quotient is known to fit; rest * denominator fits by this test.
         whole, rest = np.divmod(times_ns, numerator)
         quotients: Int64Array = whole * denominator + rest * denominator // numerator
         return quotients
@@ -228,7 +228,7 @@ def _divided(times_ns: Int64Array, ratio: Fraction) -> Int64Array:
 def _with_patterns(
     quotas: Mapping[str, ResourceQuotaConfig], names: Sequence[str]
 ) -> Mapping[str, ResourceQuotaConfig]:
-    """Add what the patterns of a quota file give to those of the models that have no quota of their own."""
+    """Add quotas from the patterns of a quota file for the models that have none of their own."""
     if not isinstance(quotas, Quotas) or not quotas.patterns:
         return quotas
     templates = QuotaTemplates(quotas.patterns)
@@ -237,7 +237,7 @@ def _with_patterns(
 
 
 def _models(trace: Trace, quotas: Mapping[str, ResourceQuotaConfig], model: str | None) -> tuple[str, ...]:
-    """The models that the trace's requests are charged to."""
+    """Return the models that the trace's requests are charged to."""
     if trace.model_index is None:
         if model is None and len(quotas) == 1:
             return tuple(quotas)
@@ -248,7 +248,7 @@ def _models(trace: Trace, quotas: Mapping[str, ResourceQuotaConfig], model: str 
             )
         models: tuple[str, ...] = (model,)
     elif model is not None:
-        raise ValueError(f"the trace has a Model column, which says whom to charge; leave out model={model!r}")
+        raise ValueError(f"the trace has a Model column, which names the models to charge; leave out model={model!r}")
     else:
         models = trace.models
     unknown = [name for name in models if name not in quotas]
@@ -266,7 +266,7 @@ def _named(models: Mapping[str, object] | list[str]) -> str:
 
 
 def _selections(trace: Trace) -> list[npt.NDArray[np.intp] | slice]:
-    """For each model the places of its requests, in order."""
+    """Return, for each model, the indices of its requests, in order."""
     if trace.model_index is None:
         return [slice(None)]
     order = np.argsort(trace.model_index, kind="stable")
@@ -309,10 +309,10 @@ def _model_replay(
 
 
 def _peaks(times_ns: Int64Array, tokens: Int64Array) -> tuple[int, int]:
-    """The most requests and the most tokens in any half-open second. `times_ns` is in order."""
+    """Return the most requests and the most tokens in any half-open second. `times_ns` is in order."""
     if not len(times_ns):
         return 0, 0
-    # The busiest second can be taken to start with a request.
+    # The busiest second can be assumed to start with a request.
     first = np.arange(len(times_ns))
     end = np.searchsorted(times_ns, times_ns + NS_PER_SECOND, side="left")
     tokens_before = np.concatenate(([0], np.cumsum(tokens)))

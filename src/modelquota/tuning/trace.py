@@ -1,12 +1,12 @@
-"""Request traces: a CSV file of past requests, read into arrays that `replay` drives through quotas.
+"""Request traces: a CSV file of past requests, read into arrays that `replay` checks against quotas.
 
-The format is that of the public Azure LLM inference traces, one request a row:
+The format is that of the public Azure LLM inference traces, one request per row:
 
     TIMESTAMP,ContextTokens,GeneratedTokens
     2023-11-16 18:17:03.9799600,4808,10
 
-A fourth column, `Model`, may stand anywhere. Columns are converted a chunk at a time; whatever is wrong with a
-file, the outcome is a `TraceError` that names file, line and column.
+There may be a fourth column, `Model`, in any position. Columns are converted a chunk at a time; any error in a file
+raises a `TraceError` that names file, line and column.
 """
 
 import csv
@@ -57,24 +57,24 @@ _NOT_CSV = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """Requests in order of time, column by column; every array has one element per request.
+    """The requests of a trace in order of time, as columns; every array has one element per request.
 
     Attributes
     ----------
     path : str
-        Where the trace was read from.
+        Path of the trace's file.
     start_unix_ns : int
         Time of the first request, ns since 1970-01-01 UTC. A timestamp without an offset counts as UTC.
     times_ns : int64 array
         ns since the first request, never decreasing, at most 2**61.
     context_tokens, generated_tokens : int64 array
-        Tokens of the prompt and of the answer, each 0 to 1,000,000,000.
+        Tokens of the prompt and of the response, each 0 to 1,000,000,000.
     model_index : int32 array or None
-        Which of `models` was asked; None where the trace has no Model column.
+        Index in `models` of the requested model; None if the trace has no Model column.
     models : tuple of str
-        The models in order of first appearance in the file; empty where the trace has no Model column.
+        The models in order of first appearance in the file; empty if the trace has no Model column.
     out_of_order : int
-        How many rows of the file were earlier than one before them; see `read_trace`.
+        How many rows of the file have an earlier time than some row above them; see `read_trace`.
     """
 
     path: str
@@ -102,23 +102,23 @@ def read_trace(path: str | os.PathLike[str], *, progress: Callable[[int, int], N
     ----------
     path : str or path-like
         A UTF-8 CSV file with a header: TIMESTAMP, ContextTokens, GeneratedTokens and optionally Model, in any
-        order and case. Timestamps are `2023-11-16 18:17:03` with up to nine fractional digits, with a blank or a T
-        in the middle, and on every row or on none `Z` or an offset from UTC. Blank lines are skipped.
+        order and case. Timestamps are `2023-11-16 18:17:03` with up to nine fractional digits, with a space or a T
+        in the middle, and either all or none with `Z` or an offset from UTC. Blank lines are skipped.
     progress : callable, optional
-        Called as `progress(bytes_read, bytes_in_all)` after every megabyte and at the end;
-        `bytes_in_all` is 0 where it is not known (a pipe).
+        Called as `progress(bytes_read, total_bytes)` after every megabyte and at the end; `total_bytes` is 0 if it is
+        not known (a pipe).
 
     Returns
     -------
     Trace
-        Rows in order of time. Production logs are often written a little out of order, so rows that go backwards
-        are not an error: they are sorted, rows of the same time stay in file order, and `Trace.out_of_order`
-        says how many there were.
+        Rows in order of time. Production logs are often written a little out of order, so rows that go back in time
+        are not an error: they are sorted, rows of the same time stay in file order, and `Trace.out_of_order` is their
+        number.
 
     Raises
     ------
     TraceError
-        The file is not such a trace. Carries `path`, `line` (from 1) and `column` (its name, None where the whole
+        The file is not such a trace. The error has `path`, `line` (from 1) and `column` (its name, None if the whole
         line is meant). Correct that line and read again.
     OSError
         The file cannot be opened or read.
@@ -160,7 +160,7 @@ def read_trace(path: str | os.PathLike[str], *, progress: Callable[[int, int], N
 
 
 class _BadLine(Exception):
-    """The line after those already handed out cannot be text of a CSV file."""
+    """The line after those already yielded cannot be text of a CSV file."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -168,7 +168,7 @@ class _BadLine(Exception):
 
 
 def _lines(file: BinaryIO, progress: Callable[[int, int], None] | None) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file with their ends, holding one block; raise `_BadLine` where there is no line."""
+    """Yield the lines of a UTF-8 file with their ends, one block in memory; raise `_BadLine` at the first fault."""
     size = os.fstat(file.fileno()).st_size
     rest = b""
     bytes_read = 0
@@ -181,7 +181,7 @@ def _lines(file: BinaryIO, progress: Callable[[int, int], None] | None) -> Itera
                     raise _BadLine(advice)
             data = data.removeprefix(b"\xef\xbb\xbf")
         bytes_read += len(block)
-        # A \r at the very end may be half of \r\n, so only a file without any \n is cut after one.
+        # Cut after a \r only if there is no \n, and never after one at the very end, which may be half of \r\n.
         cut = (data.rfind(b"\n") + 1 or data.rfind(b"\r", 0, -1) + 1) if block else len(data)
         data, rest = data[:cut], data[cut:]
         text, problem = _decode(data)
@@ -197,7 +197,7 @@ def _lines(file: BinaryIO, progress: Callable[[int, int], None] | None) -> Itera
 
 
 def _decode(data: bytes) -> tuple[str, str | None]:
-    """Text of the whole lines before the first fault in `data`, and what that fault is."""
+    """Return the text of the whole lines before the first fault in `data`, and a description of that fault."""
     problem = None
     end = data.find(b"\0")
     if end >= 0:
@@ -215,12 +215,12 @@ def _whole_lines(data: bytes, end: int) -> bytes:
 
 
 def _line_of(rows: Sequence[Sequence[str]], first_line: int, index: int) -> int:
-    """Line on which `rows[index]` starts, when `rows[0]` starts on `first_line`; a quoted cell may span lines."""
+    """Return the line on which `rows[index]` starts, given that of `rows[0]`; a quoted cell may span lines."""
     return first_line + sum(1 + sum(len(_LINE_END.findall(cell)) for cell in row) for row in rows[:index])
 
 
 class _TraceBuilder:
-    """Collects the columns of a trace chunk by chunk. Nothing of a chunk with a bad row is kept."""
+    """Collects the columns of a trace chunk by chunk. A chunk with a bad row is discarded as a whole."""
 
     def __init__(self, header: Sequence[str]) -> None:
         self.times_ns = array("q")
@@ -231,7 +231,7 @@ class _TraceBuilder:
         self._columns = _column_positions(header)
         self._has_models = MODEL_COLUMN in self._columns
         self._models: dict[str, int] = {}
-        # Cells as they stand in the file, to their model: spares the checks on all but first sight.
+        # Maps a cell as written in the file to its model, so that each spelling is validated only once.
         self._model_cells: dict[str, int] = {}
         self._origin_ns: int | None = None
         self._has_offset = False
@@ -279,7 +279,7 @@ class _TraceBuilder:
         return times_ns, context_tokens, generated_tokens, model_index
 
     def _times(self, cells: Sequence[str]) -> Int64Array:
-        """Ns since the trace's first row."""
+        """Return ns since the trace's first row."""
         if self._origin_ns is None:
             self._origin_ns, self._has_offset = parse_timestamp(0, cells[0])
         times_ns = times_of_one_day(cells, self._origin_ns, self._has_offset)
@@ -318,7 +318,7 @@ class _TraceBuilder:
         return self._model_cells.setdefault(cell, self._models.setdefault(name, len(self._models)))
 
     def finish(self, path: str) -> Trace:
-        """The trace of all rows added, of which there is at least one, in order of time."""
+        """Return the trace of all rows added, at least one, in order of time."""
         times_ns: Int64Array = np.frombuffer(self.times_ns, np.int64)
         columns = [np.frombuffer(self._context_tokens, np.int64), np.frombuffer(self._generated_tokens, np.int64)]
         model_index = np.frombuffer(self._model_index, np.int32) if self._has_models else None
@@ -350,7 +350,7 @@ def _column_positions(header: Sequence[str]) -> dict[str, int]:
         if name is None:
             raise BadRow(0, None, f"unknown column {shown(cell)} in the header; expected {EXPECTED_HEADER}")
         if name in positions:
-            raise BadRow(0, name, "this column stands in the header twice")
+            raise BadRow(0, name, "this column is in the header twice")
         positions[name] = position
     for name in REQUIRED_COLUMNS:
         if name not in positions:
