@@ -296,7 +296,7 @@ def test_top_fills_the_screen_and_leaves_it_as_it_was(leave):
         )
         rows = [line.rstrip() for line in screen.display]
         assert rows[0].startswith("modelquota top  40 models  ")
-        assert rows[0].endswith("q ends it")
+        assert rows[0].endswith("q to quit")
         assert rows[2].split() == ["model", "pressure", "%", "nearest", "limit", "allowed", "denied"]
         assert [row.split()[0] for row in rows[3:18]] == [f"model-{i}" for i in range(39, 24, -1)]
         assert "78 of 100 MB RAM" in rows[3]
