@@ -1,4 +1,4 @@
-"""The commands over a manager that other processes use too: `status`, `top`, `set`, `remove`, `reset-burst` and `exporter`."""
+"""The commands on a manager that others share: `status`, `top`, `set`, `remove`, `reset-burst` and `exporter`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ OpenView = Callable[[Path, bool], AbstractContextManager[QuotaReader]]
 """The same for reading only."""
 
 TrustFile = Annotated[
-    bool, typer.Option("--trust-file", help="Use the file even if it belongs to another user, or others may write to it.")
+    bool, typer.Option("--trust-file", help="Use the file even if it is another user's, or others may write to it.")
 ]
 
 _Path = Annotated[

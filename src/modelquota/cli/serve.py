@@ -81,8 +81,8 @@ def _in_processes(count: int, run: Callable[[], None]) -> None:
             if child == 0:
                 for number, handler in before.items():
                     signal.signal(number, handler)
-                # A terminal sends Ctrl-C to the children too. With the signal from this process they would get it twice,
-                # and uvicorn would take the second as a forced exit: it would cut off its answers, with tracebacks.
+                # A terminal sends Ctrl-C to the children too. With this process's signal they would get it twice,
+                # and uvicorn would take the second as a forced exit: it would cut off answers, with tracebacks.
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask | {signal.SIGINT})
                 try:
                     run()
@@ -124,5 +124,5 @@ def _explain(console: Console, address: str, quotas: Sequence[ResourceQuotaConfi
         say("A key with ten requests an hour, decided together with the model:")
         say(f"  {ask('dev-7b', _FREE_KEY)}")
     say()
-    say(f'With the openai package: OpenAI(base_url="{address}/v1", api_key="none"); it retries after the time it is given.')
+    say(f'With the openai package: OpenAI(base_url="{address}/v1", api_key="none"); it retries after the given time.')
     say("Ctrl-C stops it.")
