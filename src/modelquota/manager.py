@@ -1,4 +1,4 @@
-"""The facade: words, units, validation, exceptions. The hot verbs are inherited from the core as they are."""
+"""`ResourceQuotaManager`, the public class: validates, converts units and raises; the hot verbs are the core's own."""
 
 from __future__ import annotations
 
@@ -51,32 +51,42 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     started otherwise (spawn, forkserver) share it if it has a `path`: it is pickled, and copied, as that path, with its
     `default_quota`. Without a path, or with a ManualClock, that is a TypeError.
 
+    Which verb to use:
+
+    - `check_quota` decides at once and charges what it admits: for rate and token limits when nothing is held
+      afterwards. It never waits, and the charge cannot be corrected.
+    - `reserve` decides at once too, and returns a `Grant` that holds memory and one unit of concurrency until it is
+      released, and whose tokens can be settled by what was really used.
+    - `acquire`, and `acquire_async` in asyncio, are `reserve` with a wait, as the action of the violated model says.
+    - `check_many` is `check_quota` for an array of requests, at a few nanoseconds each.
+    - `modelquota.asgi.QuotaMiddleware` acquires, settles and releases a grant for each request that comes over HTTP.
+
     Parameters
     ----------
     path : str, bytes or os.PathLike, optional
-        A state file, created with mode 0600 where there is none: all processes that open it share the limits, and it
-        outlives them. Keep it on a local file system. What a killed `LoadAdjuster` has left in it is put back as it is
-        opened. By default the state is in memory, shared with forked processes.
+        A state file, created with mode 0600 if it does not exist: all processes that open it share the limits, and it
+        outlives them. Keep it on a local file system. Limits that a killed `LoadAdjuster` left lowered are restored
+        when the file is opened. By default the state is in memory, shared with forked processes.
     clock : ManualClock, optional
-        Time as a parameter, for tests and replays. By default the time is that of ``CLOCK_MONOTONIC``.
+        A clock that the caller moves, for tests and replays. By default ``CLOCK_MONOTONIC``.
     default_quota : ResourceQuotaConfig, mapping of str to ResourceQuotaConfig, or callable, optional
-        A model that is checked and has no quota is registered with these limits. A mapping has ids and patterns with a
-        ``*`` at their end: an exact id wins, then the longest pattern. A callable is given the id and returns a config,
-        or None. An id for which there is no config is allowed and counted, as all such ids are by default.
+        A model that is checked and has no quota is registered with these limits. The keys of a mapping are ids, and
+        patterns that end in ``*``: an exact id wins, then the longest pattern. A callable is given the id and returns a
+        config, or None. An id that gets no config is allowed and counted, as every id without a quota is by default.
     max_models : int, optional
         Size of the table, 1 .. 2**24, by default that of the state file, or 65,536. Memory is taken only for models in
         use, some 3 KB each.
     trust_file : bool
-        Use the file at `path` even if it belongs to another user, or others may write to it. Who can write to it can
-        lift every limit and end every process that has it open.
+        Use the file at `path` even if it belongs to another user, or others may write to it. Anyone who can write to it
+        can lift every limit and crash every process that has it open.
 
     Raises
     ------
     TypeError, ValueError
-        A parameter of another kind or out of range.
+        A parameter has the wrong type or is out of range.
     StateFileError
-        The file at `path` is no state file that this version can use, or another user can change it; it is left as it
-        was.
+        The file at `path` is not a state file this version can read, or another user can change it. It is not
+        modified.
 
     Examples
     --------
@@ -145,14 +155,14 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         OSError
             The file cannot be opened; it is not created.
         StateFileError
-            It is no state file that this version can use, or another user can change it.
+            It is not a state file this version can read, or another user can change it.
         """
         from modelquota.reading.view import QuotaView
 
         return QuotaView(path, trust_file=trust_file)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle, or copy, a manager as its path: what is made of it shares the limits, with a seat of its own."""
+        """Pickle, or copy, a manager as its path: the copy shares the limits, and takes a seat of its own."""
         if self.path is None:
             raise TypeError(
                 "a manager without a path cannot be pickled or copied: only forked processes share its state; "
@@ -160,7 +170,7 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
             )
         if self.clock is not None:
             raise TypeError(
-                "a manager with a ManualClock cannot be pickled or copied: nobody else could move its clock; "
+                "a manager with a ManualClock cannot be pickled or copied: nothing else could move its clock; "
                 "make one for the same path with a clock of its own"
             )
         default = self.default_quota
@@ -174,9 +184,9 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
 
     @property
     def default_quota(self) -> DefaultQuota | None:
-        """What ids without a quota are given; assign to it to change that. Ids that have been given one keep it.
+        """The quota for ids that have none; assign to it to change it. Ids that were already given one keep it.
 
-        Of a mapping it is a copy, which cannot be changed.
+        A mapping is returned as a read-only copy.
         """
         templates = self._events.templates  # read once: another thread may set it to None
         return None if templates is None else templates.source
@@ -188,15 +198,15 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     def set_quota(self, config: ResourceQuotaConfig | str, /, **fields: Any) -> None:
         """Give a model its limits: ``set_quota(config)``, or ``set_quota("llama", max_ram_mb=1024)``.
 
-        A known model has its limits replaced at the next check and keeps what it has used: never a refill, never an
-        eviction.
+        The limits of a known model are replaced at its next check, and what it has used stays counted: it is never
+        refilled and never evicted.
 
         Raises
         ------
         QuotaConfigError
-            A value that is not accepted; nothing is changed.
+            A value is not accepted; nothing is changed.
         TypeError
-            A keyword is no field.
+            Unknown field.
         CapacityError
             The table is full.
         """
@@ -212,9 +222,9 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     def update_quota(self, model_id: str, /, **changes: Any) -> ResourceQuotaConfig:
         """Change the named fields of a model's quota and return the new one.
 
-        Raises UnknownModelError where the model has no quota, QuotaConfigError where a field is not accepted.
+        Raises UnknownModelError if the model has no quota, QuotaConfigError if a field is not accepted.
         """
-        while True:  # until nobody has changed it between the reading and the writing
+        while True:  # until no one else has changed it between the read and the write
             old = self.get_quota(model_id)
             if old is None:
                 raise UnknownModelError(model_id)
@@ -227,10 +237,10 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     def replace_quota(self, expected: ResourceQuotaConfig, new: ResourceQuotaConfig) -> bool:
         """Replace a model's quota if it is still `expected`: a compare-and-set, for programs that adjust limits.
 
-        Returns False, and changes nothing, if the model has another quota by now, or none. An id that came from
-        `default_quota` may be forgotten as before, unlike after `update_quota`.
+        Returns False, and changes nothing, if the model has a different quota by now, or none. An id that was
+        registered from `default_quota` can still be forgotten, unlike after `update_quota`.
 
-        Raises TypeError for anything but two configs, ValueError if they are of different models.
+        Raises TypeError for anything but two configs, ValueError if they belong to different models.
 
         Examples
         --------
@@ -254,12 +264,12 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         return self._remove(model_id)
 
     def rows(self, model_ids: Iterable[str]) -> NDArray[np.int64]:
-        """Return `codes`, by the name that it had in earlier versions; deprecated."""
+        """Deprecated name of `codes`."""
         warnings.warn("rows() is called codes() now", DeprecationWarning, stacklevel=2)
         return self.codes(model_ids)
 
     def model(self, model_id: str) -> ModelQuota:
-        """Bind a model: its verbs without the look-up. Raises UnknownModelError where it has no quota."""
+        """Bind a model: its verbs without the look-up. Raises UnknownModelError if it has no quota."""
         return ModelQuota(self, model_id)
 
     # -- waiting
@@ -274,10 +284,10 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         timeout: float | None = None,
         priority: SupportsIndex = 0,
     ) -> Grant:
-        """Reserve, and wait for it as the action of the violated model says.
+        """Reserve, and wait for admission as the action of the violated model says.
 
-        ``reject`` does not wait. ``throttle`` tries again when that may help; who comes meanwhile may be served first.
-        ``queue`` waits in line, and nobody who comes later is served before, large requests included.
+        ``reject`` does not wait. ``throttle`` retries when that may help; requests that arrive in the meantime may be
+        admitted first. ``queue`` waits in line: no later request overtakes a waiting one, however large it is.
 
         Parameters
         ----------
@@ -286,7 +296,7 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         timeout : float, optional
             The longest wait in seconds, 0 or more; never longer than ``grace_period_sec`` of the model.
         priority : int
-            The higher, the sooner; first come, first served within one.
+            Higher is served first; equal ones in order of arrival.
 
         Returns
         -------
@@ -295,7 +305,7 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         Raises
         ------
         QuotaExceededError
-            Denied: at once where no wait can help in time or where ``max_queued_requests`` wait already, otherwise at
+            Denied: at once if no wait can help in time or if ``max_queued_requests`` are waiting already, otherwise at
             the end of the wait. A request counts once, however often it was tried.
         TypeError, ValueError
             As for `reserve`, and for a timeout or priority out of range.
@@ -314,7 +324,7 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     ) -> Acquisition:
         """`acquire` for asyncio: ``await`` it, or ``async with`` it. The event loop is never blocked.
 
-        Threads and tasks stand in one line. A cancelled wait leaves no trace.
+        Threads and tasks wait in one queue. A canceled wait leaves nothing behind.
         """
         from modelquota.waiting.task import Acquisition
 
@@ -333,26 +343,26 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     ) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
         """Decorate a function or coroutine function: each call acquires first and releases at its end.
 
-        Objects whose ``__call__`` is one, and partial ones, are as good. What returns work that is still to be done (a
-        coroutine, a future, an iterator or stream) without being declared with ``async def`` is refused with a
-        TypeError, and what it returned is closed: the grant would not cover that work. For streams see `count_stream`.
+        Also decorates objects with a ``__call__`` method and `functools.partial` objects. A call that returns
+        unfinished work (a coroutine that the function does not declare with ``async def``, a future, an iterator or
+        stream) raises TypeError, and the work is closed: the grant would not cover it. For streams see `count_stream`.
 
         Parameters
         ----------
         model_id : str, sequence of str, or callable
             A callable is given the arguments of the call.
         estimated_tokens : int or callable
-            Tokens, or a callable that makes it of the arguments of the call.
+            Tokens, or a callable that computes them from the arguments of the call.
         ram_needed_mb, ssd_needed_mb, timeout, priority
             As for `acquire`.
         actual_tokens : callable, optional
-            Makes the true number of tokens of what the function returned, or what the coroutine did; without it the
-            estimate is kept.
+            Computes the tokens really used from what the function or coroutine returned; without it the estimate is
+            kept.
 
         Raises
         ------
         TypeError
-            When it decorates a generator function; when it is called and the result is work still to be done.
+            At decoration, of a generator function; at a call, if the result is unfinished work.
 
         Examples
         --------
@@ -369,29 +379,29 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     # -- what the model uses
 
     def update_memory_usage(self, model_id: str, ram_mb: int, ssd_mb: int) -> None:
-        """State what the model uses now, in MB (2**20 bytes), outside grants. Peaks are kept.
+        """Report the model's current memory use, outside grants, in MB (2**20 bytes). Peaks are tracked.
 
-        A figure above the cap is recorded as it is; then nothing that needs memory is admitted until it falls.
+        A value above the cap is recorded as it is; no request that needs memory is then admitted until it falls.
 
         Raises
         ------
         UnknownModelError
             The model has no quota.
         TypeError, ValueError
-            A figure that is no integer, or not in 0 .. 2**62; nothing is recorded.
+            A value is not an integer, or not in 0 .. 2**62; nothing is recorded.
         """
         self._record_memory(model_id, _megabytes("ram_mb", ram_mb), _megabytes("ssd_mb", ssd_mb))
 
     def reset_burst(self, model_id: str) -> None:
-        """Forgive the burst in use: both long-run levels fall to at most max(rate, 1). Windows are not touched.
+        """Clear the burst in use: both long-run levels fall to at most max(rate, 1). Windows are not touched.
 
-        Raises UnknownModelError where the model has no quota.
+        Raises UnknownModelError if the model has no quota.
         """
         self._reset_burst(model_id)
 
 
 class _Events:
-    """What the core asks and tells the facade. It does not know the manager, which would keep both alive."""
+    """Callbacks from the core. They hold no reference to the manager, which would be a cycle that keeps both alive."""
 
     def __init__(self, clock: ManualClock | None) -> None:
         self.templates: QuotaTemplates | None = None
@@ -400,11 +410,11 @@ class _Events:
         self._unknown_held = 0
 
     def template_of(self, model_id: str) -> ResourceQuotaConfig | None:
-        """Return the config that stands in for that of an id without a quota, whatever id it names, or None."""
+        """Return the config to register an id without a quota from, or None; the config may name another id."""
         templates = self.templates
         template = None if templates is None else templates.template_of(model_id)
         if template is not None:
-            plain_model_id("model_id", model_id)  # raises for what no quota could have
+            plain_model_id("model_id", model_id)  # raises if no quota can have this id
         return template
 
     def on_unknown_model(self, model_id: str) -> None:
@@ -423,7 +433,7 @@ class _Events:
             )
 
     def on_violation(self, model_id: str, result: QuotaCheckResult, stands_for: int) -> None:
-        """Log a violation, and those held back since the last one; called once per model and second of its time."""
+        """Log a violation and how many it includes since the last record; called at most once per model and second."""
         level = _INFO if result.action is ViolationAction.QUEUE else _WARNING
         if logger().isEnabledFor(level):
             _log(
@@ -434,7 +444,7 @@ class _Events:
 class ModelQuota(RowHandle):
     """One model, bound: the manager's verbs without the look-up. Made by `ResourceQuotaManager.model`.
 
-    After ``remove_quota`` every verb raises UnknownModelError, even where the id has been registered anew.
+    After ``remove_quota`` every verb raises UnknownModelError, even if the id has been registered again.
 
     Attributes
     ----------
@@ -470,7 +480,7 @@ class ModelQuota(RowHandle):
         return self._alive(self._manager().get_usage(self.model_id))
 
     def get_model_report(self) -> ModelReport:
-        """Return quota, use and utilisation."""
+        """Return quota, use and utilization."""
         return self._alive(self._manager().get_model_report(self.model_id))
 
     def update_quota(self, **changes: Any) -> ResourceQuotaConfig:
@@ -478,11 +488,11 @@ class ModelQuota(RowHandle):
         return self._manager().update_quota(self.model_id, **changes)
 
     def update_memory_usage(self, ram_mb: int, ssd_mb: int) -> None:
-        """State what the model uses now, in MB."""
+        """Report the model's current memory use, in MB."""
         self._manager().update_memory_usage(self.model_id, ram_mb, ssd_mb)
 
     def reset_burst(self) -> None:
-        """Forgive the burst in use."""
+        """Clear the burst in use."""
         self._manager().reset_burst(self.model_id)
 
     def __repr__(self) -> str:

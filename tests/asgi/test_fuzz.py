@@ -1,4 +1,4 @@
-"""Whatever comes over HTTP: never an error of ours, never more held than was allowed, nothing left over."""
+"""Any input over HTTP: never an error of ours, never more held than allowed, nothing left over."""
 
 import asyncio
 import json
@@ -83,7 +83,7 @@ KINDS = st.sampled_from([b"text/event-stream", b"application/json", b"text/plain
 
 
 class Fuzzed:
-    """A model server that answers with whatever it is given."""
+    """A model server that answers with what it is given."""
 
     def __init__(self, status, kind, pieces):
         self.status = status
@@ -94,7 +94,7 @@ class Fuzzed:
     async def __call__(self, scope, receive, send):
         self.called = True
         message = await receive()
-        if message["type"] != "http.request":  # the client has left a request that is none of the quotas'
+        if message["type"] != "http.request":  # the client has disconnected; this request needs no quota
             return
         self.body = message["body"]
         await send({"type": "http.response.start", "status": self.status, "headers": [(b"content-type", self.kind)]})
@@ -198,7 +198,7 @@ LINES = st.lists(st.tuples(TOKENS.map(str.encode), TEXTS), max_size=5)
     length=st.sampled_from(["right", "right", "chunked", "short", "long", "absurd"]),
 )
 def test_any_bytes_on_a_real_connection(server, method, path, lines, body, length):
-    """The server itself may refuse what is no HTTP (400), never fail."""
+    """The server itself may refuse what is not HTTP (400), never fail."""
     _, port = server
     framed = {
         "right": (b"content-length: %d" % len(body), body),
@@ -216,7 +216,7 @@ def test_any_bytes_on_a_real_connection(server, method, path, lines, body, lengt
         try:
             while part := connection.recv(1 << 16):
                 answer += part
-        except ConnectionResetError:  # what follows a body that was cut short is no request
+        except ConnectionResetError:  # what follows a body that was cut short is not a request
             pass
     if answer:
         status = int(answer.split(b" ", 2)[1])

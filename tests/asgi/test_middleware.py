@@ -1,4 +1,4 @@
-"""The middleware without streams: who is admitted, what is held meanwhile, what is settled and released at the end."""
+"""The middleware without streams: which requests are admitted, what they hold, what is settled and released."""
 
 import asyncio
 import contextlib
@@ -266,7 +266,7 @@ def test_the_application_hears_of_the_disconnect(manager):
 
 @pytest.mark.parametrize("swallow", [False, True])
 def test_a_disconnect_cancels_nothing_that_comes_after_the_request(manager, swallow):
-    """The task is the server's: it goes on, uncancelled, even where the application hides the cancellation."""
+    """The task is the server's: it goes on, uncanceled, even if the application hides the cancellation."""
 
     async def stubborn(scope, receive, send):
         await body_of(receive)

@@ -111,7 +111,7 @@ def test_its_own_retry_obeys_the_time_and_succeeds_at_once(manager, client):
         raw = chat(client.with_options(max_retries=4).with_raw_response)
         assert raw.parse().usage.total_tokens == PROMPT + 5
         taken.append(raw.retries_taken)
-    assert set(taken) <= {0, 1}, "a retry after the time that was told is admitted"
+    assert set(taken) <= {0, 1}, "a retry after the time that was given is admitted"
     assert 1 in taken
     assert manager.get_usage("m").total_violations == sum(taken)
     assert used(manager) == 8 * (PROMPT + 5)

@@ -1,4 +1,4 @@
-"""The page of the quotas: what it says, who may see it, and how it looks in a real browser."""
+"""The page of the quotas: what it shows, which requests may see it, and how it looks in a real browser."""
 
 import asyncio
 import base64
@@ -153,7 +153,7 @@ COLORS = """[...document.querySelectorAll("h1, h2, dt, dd, .action, .words span,
 
 @needs_chromium
 def test_the_page_in_a_real_browser(manager):
-    """In both themes, on a desk and on a phone; pictures are kept where MODELQUOTA_SCREENSHOTS names a folder."""
+    """In both themes, on a desk and on a phone; pictures are kept if MODELQUOTA_SCREENSHOTS names a folder."""
     folder = os.environ.get("MODELQUOTA_SCREENSHOTS")
     held = manager.reserve("chat-70b", 800, 60)
     assert not manager.check_quota("chat-70b", 300)
@@ -193,7 +193,7 @@ def test_the_page_in_a_real_browser(manager):
 @pytest.mark.parametrize("accept", [[], JSON])
 @pytest.mark.parametrize("sent", [0, 1])
 def test_a_client_that_leaves_is_no_error(manager, accept, sent):
-    """A server may say so by an OSError of `send`."""
+    """A server may report it by an OSError of `send`."""
     left = []
 
     async def send(message):

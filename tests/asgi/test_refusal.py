@@ -1,4 +1,4 @@
-"""What clients are told: errors in OpenAI's shape, when to come back, and how much is left."""
+"""What clients get: errors in OpenAI's format, the time to retry, and how much is left."""
 
 import asyncio
 import gc
@@ -382,7 +382,7 @@ def test_headers_of_any_quota_keep_the_grammar_and_the_promise(quota, before, as
     steps=st.lists(st.tuples(st.integers(0, 3_000), st.integers(0, 30)), max_size=12),
 )
 def test_what_is_told_to_be_left_is_admitted(rate, burst, steps):
-    """Of the tokens per second, exactly; one more may fit too, where the level is not known to the last token."""
+    """Of the tokens per second, exactly; one more may fit too, if the level is not known to the last token."""
     clock = ManualClock(10**12)
     manager = ResourceQuotaManager(clock=clock)
     limits = OPEN | {"max_tokens_per_hour": None, "max_tokens_per_second": rate, "burst_tokens": burst}

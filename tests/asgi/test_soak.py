@@ -76,7 +76,7 @@ class Client:
 
 
 async def soak(port, count, seed):
-    """Send so many requests, some at a time; what the clients have seen."""
+    """Send a number of requests, some at a time, and return what the clients have seen."""
     clients = [Client(port, random.Random(seed * 1000 + number)) for number in range(CLIENTS)]
     left = iter(range(count))
 
@@ -146,5 +146,5 @@ def test_nothing_is_left_of_clients_that_leave_at_any_phase(port):
     assert state["ended"]["complete"] >= seen[200] > 0
     for phase in PHASES:
         assert state["ended"][phase] > 0, phase
-    # The allocator grows to what so many requests at once take, and then no more.
+    # The allocator grows to what this many requests at once need, and then no more.
     assert rss_mb[-1] - rss_mb[SAMPLES // 2] < 4

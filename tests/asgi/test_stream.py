@@ -48,7 +48,7 @@ def final(total):
 
 
 class Stream:
-    """Streams what it is given, one chunk at a time, each after it is told to."""
+    """Streams what it is given, one chunk at a time, each when it is asked to."""
 
     def __init__(self, *chunks, headers=EVENT_STREAM, breaks=False, status=200):
         self.chunks = chunks
@@ -287,7 +287,7 @@ def test_whatever_a_response_says_little_of_it_is_held(kind, seed):
         meter.feed(b'\ndata: {"usage": {"total_tokens": 3}}')
         broken = kind == b"application/json" and not meter._cut
         meter.finish(complete=True)
-    assert used(manager)[0] == (5 if broken else 3)  # what is held in full is read in full, and this is no JSON
+    assert used(manager)[0] == (5 if broken else 3)  # what is held in full is read in full, and this is not JSON
 
 
 def test_a_last_event_of_any_length_is_settled(manager):

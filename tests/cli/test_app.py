@@ -1,4 +1,4 @@
-"""The command line: what it prints and where, its exit codes, and a message instead of a traceback for every slip."""
+"""The command line: what it prints and where, its exit codes, a message, not a traceback, for every mistake."""
 
 import io
 import json

@@ -16,7 +16,7 @@ from modelquota.cli.docs import read_topic, topics
 
 
 def run(*arguments, columns=None):
-    """Run the command: in a pipe, or on a terminal with so many columns."""
+    """Run the command: in a pipe, or on a terminal with this many columns."""
     terminal = {} if columns is None else {"FORCE_COLOR": "1", "COLUMNS": str(columns), "TERM": "xterm-256color"}
     return CliRunner().invoke(app, ["docs", *arguments], env=terminal)
 

@@ -296,13 +296,13 @@ def test_top_fills_the_screen_and_leaves_it_as_it_was(leave):
         )
         rows = [line.rstrip() for line in screen.display]
         assert rows[0].startswith("modelquota top  40 models  ")
-        assert rows[0].endswith("q ends it")
+        assert rows[0].endswith("q to quit")
         assert rows[2].split() == ["model", "pressure", "%", "nearest", "limit", "allowed", "denied"]
         assert [row.split()[0] for row in rows[3:18]] == [f"model-{i}" for i in range(39, 24, -1)]
         assert "78 of 100 MB RAM" in rows[3]
         assert rows[18] == "and 25 models with less pressure"
-        colours = {screen.buffer[y][x].fg for y in range(3, 18) for x in range(80)}
-        assert {"green", "brown"} <= colours, "yellow is what pyte calls brown"
+        colors = {screen.buffer[y][x].fg for y in range(3, 18) for x in range(80)}
+        assert {"green", "brown"} <= colors, "pyte calls yellow brown"
         assert b"\x1b[?1049h" in seen, "a screen of its own"
         if leave == "q":
             os.write(ours, b"xq")

@@ -1,4 +1,4 @@
-"""`modelquota serve-demo` as somebody starts it who has just read about it."""
+"""`modelquota serve-demo`, as a first-time user starts it."""
 
 import json
 import os

@@ -17,7 +17,7 @@ def manager():
 
 
 class Watch:
-    """A monitor with what it has said, on a clock of its own."""
+    """A monitor on a clock of its own, with the alerts that it has reported."""
 
     def __init__(self, manager, *rules, **settings):
         self.said, self.now = [], 0.0

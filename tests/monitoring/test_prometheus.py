@@ -38,7 +38,7 @@ def samples(text):
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             key = sample.name, *sorted(sample.labels.items())
-            assert key not in found, "a series is told once"
+            assert key not in found, "a series is exported once"
             found[key] = sample.value
     return found
 
@@ -125,7 +125,7 @@ def test_every_figure_of_a_scrape_over_http(manager, served):
     assert of("modelquota_model_queue_requests_limit", **llama) == 1000
     assert of("modelquota_model_pressure_ratio", **llama) == 1.0
     assert of("modelquota_model_pressure_ratio", model="qwen") == 1.6
-    assert not [key for key in found if ("model", OTHERS) in key], "everybody has a label"
+    assert not [key for key in found if ("model", OTHERS) in key], "every model has a label"
 
 
 def test_types_and_help_reach_prometheus(manager, served):
@@ -169,7 +169,7 @@ def test_a_model_of_the_common_name_is_among_the_others(manager):
 
 
 def test_counters_never_fall_and_lose_nothing_however_models_change_places(manager):
-    """Ranks change, models come, go and come back: every series only grows, and together they tell what was counted."""
+    """Ranks change, models come, go and come back: every series only grows, and together they are what was counted."""
     rng = random.Random(7)
     registry = registry_of(manager, max_models=3)
     names = [f"m{i}" for i in range(8)]
@@ -179,7 +179,7 @@ def test_counters_never_fall_and_lose_nothing_however_models_change_places(manag
     for round_ in range(200):
         name = rng.choice(names)
         if round_ % 10 == 9:
-            scraped = scrape(registry)  # what is removed unseen is told by the totals only
+            scraped = scrape(registry)  # a model removed between two scrapes is in the totals only
             assert scraped is not None
             manager.remove_quota(name)
             manager.set_quota(name, max_ram_mb=100)
@@ -295,7 +295,7 @@ def test_without_the_extra_it_says_what_to_install():
 
 
 def test_labels_are_bounded_over_the_life_of_a_process(manager):
-    """Users come, count and go: the label takes few values, no series falls, and together they tell all."""
+    """Users come, count and go: the label takes few values, no series falls, and together they count everything."""
     registry = registry_of(manager, max_models=5)
     rng = random.Random(11)
     labels, last, told, charged = set(), {}, 0.0, 0

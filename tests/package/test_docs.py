@@ -122,7 +122,7 @@ def test_commands_exist_and_so_do_their_options(block, folder, pytestconfig):
                 if name in RUN:
                     assert main([name, *arguments]) == 0
             case _:
-                pytest.fail(f"who checks {words}?")
+                pytest.fail(f"nothing checks {words}")
 
 
 def test_commands_that_the_text_names_exist():

@@ -93,7 +93,7 @@ def test_of_one_without_a_path_the_error_says_what_to_do(way):
 
 @ways
 def test_of_one_with_a_clock_of_its_own_too(path, way):
-    with pytest.raises(TypeError, match=r"^a manager with a ManualClock cannot be pickled or copied: nobody else"):
+    with pytest.raises(TypeError, match=r"^a manager with a ManualClock cannot be pickled or copied: nothing else"):
         way(ResourceQuotaManager(path=path, clock=ManualClock()))
 
 

@@ -1,4 +1,4 @@
-"""`manager.limit`: a call holds its grant until its work is done, whatever kind of callable does it, or is refused."""
+"""`manager.limit`: a call of any kind of callable holds its grant until its work is done, or is refused."""
 
 import asyncio
 import concurrent.futures
@@ -211,7 +211,7 @@ class Awaited:
 
 
 class Lines(io.StringIO):
-    """A file, which is an iterator: of a response that is still being received, say."""
+    """A file, which is an iterator: for example of a response that is still being received."""
 
 
 class Stream:

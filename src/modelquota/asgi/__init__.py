@@ -1,6 +1,6 @@
 """Quotas in front of a model server: ASGI middleware for OpenAI-compatible HTTP.
 
-`QuotaMiddleware` needs nothing but the standard library; `modelquota.demo.server` needs the extra ``modelquota[asgi]``.
+`QuotaMiddleware` needs only the standard library; `modelquota.demo.server` needs the extra ``modelquota[asgi]``.
 """
 
 from modelquota.asgi.middleware import QuotaMiddleware

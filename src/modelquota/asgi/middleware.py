@@ -1,4 +1,4 @@
-"""`QuotaMiddleware`: a grant for the life of each request. Plain ASGI, nothing but the standard library."""
+"""`QuotaMiddleware`: holds a grant for the life of each request. Plain ASGI; needs only the standard library."""
 
 from __future__ import annotations
 
@@ -35,49 +35,49 @@ if TYPE_CHECKING:
 Route: TypeAlias = Callable[[IncomingRequest], Demand | Awaitable[Demand | None] | None]
 Identity: TypeAlias = Callable[[IncomingRequest], str | Sequence[str] | Awaitable[str | Sequence[str]]]
 
-_CLIENT_CLOSED_REQUEST = 499  # not in the standard, but what access logs have for it
+_CLIENT_CLOSED_REQUEST = 499  # not in the standard, but usual in access logs
 _MOST_STRAY_MESSAGES = 8
 _WATCH_AFTER_SECONDS = 0.005
 _SENT_BY_THE_SERVER = ("http.response.pathsend", "http.response.zerocopysend")
 
 
 class QuotaMiddleware:
-    """ASGI middleware that acquires a grant for each request to a model, and settles it by what the response took.
+    """ASGI middleware that acquires a grant for each request to a model, and settles it by the tokens really used.
 
-    A request waits as the action of its model says (`ResourceQuotaManager.acquire_async`) without blocking the loop. It
-    is answered with 429, 503 or 400 where it is denied, in the shape of OpenAI's API, with the time after which a retry
-    is admitted. The grant is settled by the ``usage`` of the response, that of a stream of server-sent events too, and
-    released with its last byte, on an error, and when the client leaves.
+    A request waits as the action of its model says (`ResourceQuotaManager.acquire_async`) without blocking the loop. A
+    denied request is answered with 429, 503 or 400, in the format of OpenAI's API, with the time after which a retry is
+    admitted. The grant is settled by the ``usage`` of the response, also in a stream of server-sent events, and
+    released with the last byte, on an error, and when the client disconnects.
 
-    Paths that are in no route, and methods other than POST, pass through.
+    Paths without a route, and methods other than POST, pass through.
 
     Parameters
     ----------
     app : ASGI application
-        What to stand in front of. Responses have to pass uncompressed: put compression outside of this middleware.
+        The application to protect. Its responses must be uncompressed: add compression outside of this middleware.
     manager : ResourceQuotaManager
-        Decides. A model that it has no quota for is served, and counted.
+        The manager that decides. A model without a quota is served, and counted.
     routes : mapping of str to callable, optional
-        By path below the mount point, a callable that makes a `Demand` of an `IncomingRequest`, or None to let it pass;
-        it may be a coroutine function, and may raise `RequestRefusedError`. By default `openai_routes()`.
+        By path below the mount point, a callable that returns the `Demand` of an `IncomingRequest`, or None to let it
+        pass; it may be a coroutine function, and may raise `RequestRefusedError`. By default `openai_routes()`.
     identity : callable, optional
         Given the `IncomingRequest`, returns one or more ids, such as tenant and user, that must admit together with the
         model. It too may be a coroutine function and may raise `RequestRefusedError`. Clients choose the name of the
-        model: give identities a prefix that no model has. Error messages and the page show ids: use no secret, such as
-        an API key, as one.
+        model: give identities a prefix that no model has. Error messages and the page show ids: do not use a secret,
+        such as an API key, as one.
     page : str, optional
         A path, such as ``"/quota"``, at which to show `QuotaPage`. By default there is no page.
     allow_page : callable, optional
-        Who may see the page, as for `QuotaPage`. By default everybody who reaches the server.
+        Decides which requests may see the page, as for `QuotaPage`. By default anyone who can connect.
     max_body_bytes : int
-        A larger body is answered with 413, before any quota is touched, and never held.
+        A larger body is answered with 413, before any quota is touched, and is never kept in memory.
     chunk_tokens : callable
-        Given the data of a server-sent event, returns its tokens: counts where a stream has no final ``usage``.
+        Given the data of a server-sent event, returns its tokens: used if a stream has no final ``usage``.
     busy_retry_seconds : int
-        ``Retry-After`` where memory or concurrency is the obstacle, so that no time is known.
+        ``Retry-After`` if memory or concurrency is the obstacle, so that no time is known.
     cancel_on_disconnect : bool
-        Whether the application's task is cancelled when the client leaves; what it does in a thread goes on. Without
-        it the grant stays until the application ends, which may notice the disconnect or not.
+        Whether the application's task is canceled when the client disconnects; work that it does in a thread goes on.
+        If False, the grant stays open until the application ends, whether or not it notices the disconnect.
 
     Examples
     --------
@@ -114,7 +114,7 @@ class QuotaMiddleware:
         self.cancel_on_disconnect = cancel_on_disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """The ASGI entry point."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -159,13 +159,13 @@ class QuotaMiddleware:
         )
 
     def reports(self, demand: Demand) -> list[ModelReport]:
-        """The state of all models that decide, without those that have no quota."""
+        """Return a report on each model that decides; ids without a quota are left out."""
         found = [self.manager.get_model_report(model_id) for model_id in demand.model_ids]
         return [report for report in found if report is not None]
 
 
 async def close_unanswered(send: Send, *, started: bool) -> None:
-    """Leave word for what stands in front, such as an access log; the client, which has left, cannot hear it."""
+    """Send status 499 for access logs, if no response has started; the client has disconnected."""
     if not started:
         with contextlib.suppress(OSError):
             await send({"type": "http.response.start", "status": _CLIENT_CLOSED_REQUEST, "headers": []})
@@ -175,9 +175,9 @@ async def close_unanswered(send: Send, *, started: bool) -> None:
 class Exchange:
     """One request and its response.
 
-    A single task reads from the client while the request waits or is served, so that a disconnect is noticed at every
-    phase; it then cancels the task that serves the request. It is started only for a request that takes a while, since
-    starting and ending a task takes a third of the time that all the rest does.
+    A single task reads from the client while the request waits or is served, so that a disconnect is noticed in every
+    phase; it then cancels the task that serves the request. It is started only if the request takes a while, since
+    starting and ending a task costs a third of everything else together.
     """
 
     __slots__ = ("_body", "_complete", "_demand", "_gone", "_grant", "_host", "_left", "_meter", "_middleware",
@@ -209,7 +209,7 @@ class Exchange:
         timer = host.get_loop().call_later(_WATCH_AFTER_SECONDS, self._start_watch)
         try:
             await self._serve()
-            if self._left:  # the cancellation may not have been delivered yet, and must not hit what comes after this
+            if self._left:  # the cancellation may not have been delivered yet, and must not hit later code
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
             if not self._left or host.cancelling() > cancelling + 1:
@@ -253,9 +253,9 @@ class Exchange:
             self._watching = self._host.get_loop().create_task(self._watch())
 
     async def _watch(self) -> None:
-        """Wait for the client to leave, and cancel the task that serves it."""
+        """Wait for the client to disconnect, and cancel the task that serves it."""
         try:
-            for _ in range(_MOST_STRAY_MESSAGES):  # some servers go on with empty bodies for ever
+            for _ in range(_MOST_STRAY_MESSAGES):  # some servers send empty bodies forever
                 if (await self._receive())["type"] == "http.disconnect":
                     break
             else:
@@ -268,7 +268,7 @@ class Exchange:
             self._host.cancel("the client has left")
 
     async def receive(self) -> Message:
-        """For the application: the body, in one piece, and then the disconnect."""
+        """The application's `receive`: the body, in one piece, and then the disconnect."""
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
@@ -277,13 +277,13 @@ class Exchange:
         return {"type": "http.disconnect"}
 
     async def receive_unwatched(self) -> Message:
-        """The same for a request that needs no grant."""
+        """The same, for a request that needs no grant."""
         if self._body is not None:
             return await self.receive()
         return await self._receive()
 
     async def send(self, message: Message) -> None:
-        """For the application: read along, add headers, and let the grant go with the last piece."""
+        """The application's `send`: count tokens, add headers, and release the grant with the last piece."""
         kind = message["type"]
         if kind == "http.response.start":
             headers = list(message.get("headers", ()))
@@ -304,7 +304,7 @@ class Exchange:
         await self._send(message)
 
     def _finish(self) -> None:
-        """The response is complete: before its last piece is sent, so that whoever has it finds the quotas settled."""
+        """Settle and release before the last piece is sent: a client that has it finds the quotas settled."""
         self._complete = True
         self._settle(complete=True)
         self._grant.release()
@@ -315,6 +315,6 @@ class Exchange:
 
 
 def _replaced(headers: list[Header], ours: list[Header]) -> list[Header]:
-    """The headers with ours, in place of those of the same name: a server behind may have limits of its own."""
+    """The headers, with ours in place of any of the same name: the application may have limits of its own."""
     names = {name for name, _ in ours}
     return [header for header in headers if header[0].lower() not in names] + ours

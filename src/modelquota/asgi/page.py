@@ -1,4 +1,4 @@
-"""`QuotaPage`: use against limits, queue and refusals of every model, on one page that refreshes itself."""
+"""`QuotaPage`: use against limits, queue and denials of every model, on one page that refreshes itself."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager
 
 MOST_SHOWN: Final = 100
-"""Models on the page: those with most refusals, waiting requests and use."""
+"""Most models on the page: those with the most waiting requests, denials and use."""
 
 _METERS: Final = sorted(DENYING, key=lambda record: record.unit == "MB")
-"""The limits that have a meter, those of memory last."""
+"""The limits that have a meter, memory last."""
 
 _COMMON: Final = [
     (b"cache-control", b"no-store"),
@@ -45,10 +45,10 @@ class QuotaPage:
     Parameters
     ----------
     manager : ResourceQuotaManager
-        Whose quotas to show.
+        The manager whose quotas to show.
     allow : callable, optional
-        Given the ASGI scope, says whether the request may see the page; may be a coroutine function. Where it says no,
-        the answer is 401 and asks for a name and password (HTTP basic authentication).
+        Given the ASGI scope, returns whether the request may see the page; may be a coroutine function. If it returns
+        False, the answer is 401 and asks for a name and password (HTTP basic authentication).
 
     Examples
     --------
@@ -62,7 +62,7 @@ class QuotaPage:
         self.allow = allow
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
+        """The ASGI entry point."""
         if scope["type"] != "http":
             return
         if scope["method"] not in ("GET", "HEAD"):
@@ -89,8 +89,8 @@ def page_state(manager: ResourceQuotaManager) -> dict[str, Any]:
     """Return what the page shows, as plain values for JSON."""
     found, stats = read_utilization(manager), manager.get_stats()
     counters, refused = found.counters, np.maximum(denied(found.counters), 0)
-    # What needs attention comes into a selection first; what is shown stays in the order of the manager. Models that
-    # deny nothing come after all that do.
+    # Models that need attention are selected first, and models that deny nothing last. Those selected are shown in the
+    # order of the manager.
     order = np.lexsort((found.pressure, refused, counters["queued_requests"], found.denies))[::-1][:MOST_SHOWN]
     return {
         "models": [_model_state(found, index, int(refused[index])) for index in sorted(order.tolist())],
@@ -134,7 +134,7 @@ def _model_state(found: Utilization, index: int, refused: int) -> dict[str, Any]
 def _meters(
     record: LimitRecord, quota: ResourceQuotaConfig, usage: dict[str, Any], percent: float
 ) -> Iterator[dict[str, Any]]:
-    """Yield the meter of a limit, and of a rate that of its burst; what is not limited has none."""
+    """Yield the meter of a limit, and for a rate also that of its burst; nothing if it is not limited."""
     limit = getattr(quota, record.quota_field)
     if limit is None:
         return
@@ -167,7 +167,7 @@ def _wants_json(scope: Scope) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _page() -> tuple[bytes, bytes]:
-    """The page, and a policy under which a browser runs this script and no other, and loads nothing from elsewhere."""
+    """The page, and a policy that lets the browser run only this script and load nothing from elsewhere."""
     html = resources.files("modelquota.asgi").joinpath("page.html").read_bytes()
     sources = []
     for tag in (b"style", b"script"):
@@ -182,6 +182,6 @@ async def _answer(
     send: Send, status: int, kind: bytes, body: bytes, headers: list[tuple[bytes, bytes]], *, head: bool = False
 ) -> None:
     headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *_COMMON, *headers]
-    with contextlib.suppress(OSError):  # as a server may raise, by the protocol, once the client has left
+    with contextlib.suppress(OSError):  # ASGI lets a server raise it after the client has disconnected
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if head else body})

@@ -1,4 +1,4 @@
-"""Header fields that tell a client where it stands: OpenAI's ``x-ratelimit-*``, and ``RateLimit`` of the IETF.
+"""Header fields that report how much of each limit is left: OpenAI's ``x-ratelimit-*``, and IETF's ``RateLimit``.
 
 The latter follow draft-ietf-httpapi-ratelimit-headers: structured fields, lists of strings with parameters.
 """
@@ -22,10 +22,10 @@ Header = tuple[bytes, bytes]
 MOST: Final = 10**15 - 1
 """The largest integer of a structured field."""
 
-_SLOTS = 60  # capacity of a window returns at most this part of it late
+_SLOTS = 60  # the capacity of a window returns late by at most this part of it
 _NAMES = {limit: limit.label.replace(" ", "-").lower() for limit in Limit}
 _LEFT = operator.itemgetter(1)
-_TOLD = tuple(record for record in DENYING if record.unit != "MB")  # what a request is: RAM and SSD are the server's
+_TOLD = tuple(record for record in DENYING if record.unit != "MB")  # reported to clients: RAM and SSD are the server's
 _UNITS = tuple(
     (unit.encode(), tuple(record.limit for record in _TOLD if record.window is not None and record.unit == unit))
     for unit in ("requests", "tokens")
@@ -36,20 +36,20 @@ _QUOTA_UNITS = {Limit.CONCURRENCY: ';qu="concurrent-requests"'} | {
 
 
 class Bound(NamedTuple):
-    """One limit of a model, as far as it is the same for every request.
+    """What one limit of a model contributes to the headers, as far as it is the same for every request.
 
     Attributes
     ----------
     limit : Limit
-        Which one.
+        The limit.
     most : int
-        What may be used at once if nothing has been used.
+        The amount that can be used at once if nothing has been used.
     window_s : int
-        In how many seconds `most` comes back; 0 if it comes back when requests end.
+        The number of seconds in which `most` comes back; 0 if it comes back when requests end.
     used : str
         The field of `ResourceUsage` that counts against it.
     ahead : str
-        For a rate, the field that says how far the model has run ahead of it; empty otherwise.
+        For a rate, the field for how far the model has run ahead of it; empty otherwise.
     rate : float
         Per second; 0.0 for other limits.
     """
@@ -62,7 +62,7 @@ class Bound(NamedTuple):
     rate: float = 0.0
 
     def reset_ms(self, usage: ResourceUsage) -> int:
-        """After how many milliseconds nothing of it is used any more, at the latest, if nothing else is admitted."""
+        """Return the milliseconds until none of it is in use, at the latest, if nothing else is admitted."""
         used: int = getattr(usage, self.used)
         ahead: int = getattr(usage, self.ahead) if self.ahead else 0
         if not used and not ahead:
@@ -73,7 +73,7 @@ class Bound(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the headers of a model have in common, made once for each quota."""
+    """The part of a model's headers that depends on its quota only; made once for each quota."""
 
     bounds: tuple[Bound, ...]
     policy: bytes
@@ -87,7 +87,7 @@ Standing = tuple[Bound, int, ResourceUsage]
 
 
 def bounds_of(quota: ResourceQuotaConfig) -> list[Bound]:
-    """Return the limits of a model on requests and tokens, in the order in which they are judged."""
+    """Return the limits of a model on requests and tokens, in the order in which they are checked."""
     _, at_once = core_bounds(quota)
     return [_bound(record, most, quota) for record in _TOLD if (most := at_once[record.limit]) is not None]
 
@@ -104,7 +104,7 @@ def _bound(record: LimitRecord, most: int, quota: ResourceQuotaConfig) -> Bound:
 
 @functools.lru_cache(maxsize=4096)
 def plan_of(quota: ResourceQuotaConfig) -> Plan:
-    """Return the plan of a model by itself."""
+    """Return the plan for a single model."""
     return _plan(tuple(bounds_of(quota)))
 
 
@@ -118,17 +118,17 @@ def _plan(bounds: tuple[Bound, ...]) -> Plan:
 
 
 def _whole(value: float) -> int:
-    """Round up, and keep within what a field can say."""
+    """Round up, and limit to the largest integer that a field can hold."""
     return math.ceil(min(value, MOST))
 
 
 def limit_headers(reports: Sequence[ModelReport], denial: QuotaCheckResult | None = None) -> list[Header]:
-    """Return the header fields that say how much is left, of several models that decide together as of one.
+    """Return the header fields that report how much is left, for one model or several that decide together.
 
-    Of each kind of limit, the one with the least left is told. ``x-ratelimit-*`` have room for one on requests and one
-    on tokens: again the one with the least left, or the one that denied. ``RateLimit-Policy`` and ``RateLimit`` list
-    all. After a denial the time until it would be admitted stands in both; otherwise ``x-ratelimit-reset-*`` is the
-    time until nothing is used any more, at the latest.
+    For each kind of limit, the one with the least left is reported. ``x-ratelimit-*`` have room for one limit on
+    requests and one on tokens: the one that denied, or the one with the least left. ``RateLimit-Policy`` and
+    ``RateLimit`` list all. After a denial both report the time until the request would be admitted; otherwise
+    ``x-ratelimit-reset-*`` is the time until nothing is in use, at the latest.
     """
     if not reports:
         return []
@@ -189,7 +189,7 @@ def _state(plan: Plan, standings: Sequence[Standing], denial: QuotaCheckResult |
 
 
 def go_duration(ms: int) -> str:
-    """Return a time as OpenAI's headers have it, which is how Go writes durations.
+    """Format a time as in OpenAI's headers, which is how Go writes durations.
 
     Examples
     --------

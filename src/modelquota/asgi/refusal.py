@@ -1,4 +1,4 @@
-"""What the middleware answers by itself: errors in the shape that OpenAI's clients understand, and when to retry."""
+"""Responses that the middleware sends itself: errors in the format of OpenAI's API, with the time to retry."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from modelquota.quota.limits import ViolationType
 from modelquota.reading.report import ModelReport
 
 MOST_PATIENCE_MS: Final = 60_000
-"""The longest wait that older clients obey too; beyond it clients are told not to retry by themselves."""
+"""The longest wait that older clients respect too; for a longer one, clients are asked not to retry by themselves."""
 
 _JSON: Final[Header] = (b"content-type", b"application/json")
 
 
 class Answer(NamedTuple):
-    """A whole response."""
+    """A complete response."""
 
     status: int
     headers: list[Header]
     body: bytes
 
     async def send(self, send: Send) -> None:
-        """Send it; a client that has left is nobody's error."""
+        """Send it; a disconnected client is not an error."""
         headers = [_JSON, (b"content-length", b"%d" % len(self.body)), *self.headers]
         try:
             await send({"type": "http.response.start", "status": self.status, "headers": headers})
@@ -39,22 +39,22 @@ class Answer(NamedTuple):
 def error_answer(
     status: int, message: str, kind: str, code: str | None, param: str | None = None, headers: Sequence[Header] = ()
 ) -> Answer:
-    """Return an error in OpenAI's shape."""
+    """Return an error in the format of OpenAI's API."""
     error = {"message": message, "type": kind, "param": param, "code": code}
     # ASCII, since a message may quote half of a surrogate pair
     return Answer(status, list(headers), json.dumps({"error": error}).encode())
 
 
 def refusal(error: RequestRefusedError, http_version: str) -> Answer:
-    """Return the answer to a request that is not to be decided at all."""
+    """Return the answer to a request that the quotas are not asked about."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    # What is left of a body that was not read must not be taken for the next request; HTTP/2 has no such header.
+    # The unread rest of a body must not be parsed as the next request; HTTP/2 has no such header.
     headers = [(b"connection", b"close")] if error.status == 413 and http_version.startswith("1") else []
     return error_answer(error.status, error.message, kind, error.code, error.param, headers)
 
 
 def full_table(error: CapacityError, busy_retry_seconds: int) -> Answer:
-    """Return the answer where no place is left for a model that has not been seen before."""
+    """Return the answer if the table has no room for a model that has not been seen before."""
     headers = [(b"retry-after", b"%d" % busy_retry_seconds)]
     return error_answer(503, "no further model can be accounted for", "server_error", "too_many_models", None, headers)
 
@@ -64,8 +64,8 @@ def denial(
 ) -> Answer:
     """Return the answer to a request that the quotas do not admit.
 
-    429 where a wait helps, with the time; 400 where the request exceeds a limit by itself; 503 where memory or
-    concurrency is the obstacle, so that nobody knows how long.
+    429 if a wait helps, with the time; 400 if the request exceeds a limit by itself; 503 if memory or concurrency is
+    the obstacle, so that no time is known.
     """
     result = error.result
     message = f"Model {result.model_id}: {result.reason}." if result.reason else f"{error}."
@@ -82,7 +82,7 @@ def denial(
 
 
 def _exceeded(demand: Demand, reports: Sequence[ModelReport], result: QuotaCheckResult) -> str | None:
-    """Say which limit a request exceeds by itself, if it is not the one that the result names."""
+    """Name the limit that a request exceeds by itself, if it is not the one that the result names."""
     for report in reports:
         limit = exceeded_by(report.quota, demand.estimated_tokens, demand.ram_needed_mb, demand.ssd_needed_mb)
         if limit is not None:
@@ -96,7 +96,7 @@ def _too_many(
     message: str, result: QuotaCheckResult, wait_ms: int, headers: list[Header], busy_retry_seconds: int
 ) -> Answer:
     spent = result.violation_type is ViolationType.QUOTA_LIMIT
-    if spent and result.others_hold:  # tokens that are only reserved are not spent: they may come back any moment
+    if spent and result.others_hold:  # tokens that are only reserved are not spent: they may come back at any moment
         spent, wait_ms = False, min(wait_ms, busy_retry_seconds * 1000)
     headers += (
         (b"retry-after", b"%d" % max(-(-wait_ms // 1000), 1)),

@@ -1,4 +1,4 @@
-"""A request as the middleware sees it: its body, read within a bound, and what it asks of the quotas."""
+"""A request as the middleware sees it: its body, read up to a bound, and what it asks of the quotas."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_JSON = "the body is not valid JSON"
 
 
 class RequestRefusedError(QuotaError):
-    """A request is not to be decided at all, and is answered with an HTTP error instead. No quota is touched.
+    """The request is answered with an HTTP error instead of being checked. No quota is touched.
 
     Raise it in a callable given to `QuotaMiddleware`, for a body that is not accepted or a key that is not known.
 
@@ -29,11 +29,11 @@ class RequestRefusedError(QuotaError):
     status : int
         HTTP status, 400 .. 599.
     message : str
-        What is wrong, for the client.
+        What is wrong, to show to the client.
     code : str, optional
-        For programs.
+        A short identifier, for programs.
     param : str, optional
-        The field of the body that is meant.
+        The field of the body that is wrong.
 
     Examples
     --------
@@ -63,13 +63,13 @@ class Demand:
     estimated_tokens : int
         The prompt and the longest output.
     prompt_tokens : int
-        The part of it that the prompt is: it counts for a stream that ends without a final ``usage``.
+        The prompt's part of it: counted for a stream that ends without a final ``usage``.
     ram_needed_mb, ssd_needed_mb : int
         Memory that the request holds, in MB (2**20 bytes).
     timeout : float or None
         The longest wait in seconds; never longer than ``grace_period_sec`` of the model.
     priority : int
-        The higher, the sooner.
+        Higher is served first.
     """
 
     model_id: str | tuple[str, ...]
@@ -82,7 +82,7 @@ class Demand:
 
     @property
     def model_ids(self) -> tuple[str, ...]:
-        """All ids, the only one too."""
+        """The ids as a tuple, even if there is only one."""
         return (self.model_id,) if isinstance(self.model_id, str) else self.model_id
 
 
@@ -94,7 +94,7 @@ class IncomingRequest:
     scope : mapping
         The ASGI scope.
     body : bytes
-        All of it.
+        The whole body.
     """
 
     __slots__ = ("_json", "body", "scope")
@@ -105,7 +105,7 @@ class IncomingRequest:
         self._json: dict[str, Any] | None = None
 
     def header(self, name: str) -> str | None:
-        """Return the first header of this name, in whatever case, or None."""
+        """Return the first header of this name, ignoring case, or None."""
         wanted = name.lower().encode("latin-1")
         for key, value in self.scope.get("headers", ()):
             if key.lower() == wanted:
@@ -113,11 +113,11 @@ class IncomingRequest:
         return None
 
     def json(self) -> dict[str, Any]:
-        """Return the body as a JSON object; RequestRefusedError (400) where it is none."""
+        """Return the body as a JSON object; raises RequestRefusedError (400) if it is not one."""
         if self._json is None:
             try:
                 value = _DECODER.decode(self.body.decode())
-            except ValueError as error:  # of UTF-8, of JSON, of a number with too many digits
+            except ValueError as error:  # from UTF-8, JSON, or a number with too many digits
                 raise RequestRefusedError(400, f"{_NO_JSON}: {_first_line(error)}", "invalid_json") from None
             except RecursionError:
                 raise RequestRefusedError(400, f"{_NO_JSON}: too many brackets", "invalid_json") from None
@@ -128,9 +128,9 @@ class IncomingRequest:
 
 
 def whole_number(body: Mapping[str, Any], field: str, *, least: int = 0) -> int | None:
-    """Return a field that is an integer from `least` to 2**62; None where it is missing or null.
+    """Return a field that is an integer from `least` to 2**62; None if it is missing or null.
 
-    Raises RequestRefusedError (400) for anything else: what the server behind made of it could not be known.
+    Raises RequestRefusedError (400) for anything else: there is no telling how the application would read it.
     """
     value = body.get(field)
     if value is None:
@@ -141,7 +141,7 @@ def whole_number(body: Mapping[str, Any], field: str, *, least: int = 0) -> int 
 
 
 def model_name(body: Mapping[str, Any], field: str = "model") -> str:
-    """Return the field that names the model; RequestRefusedError (400) where it is no id that a quota may have."""
+    """Return the field that names the model; RequestRefusedError (400) if no quota can have it as an id."""
     value = body.get(field)
     if isinstance(value, str) and 0 < len(value) <= MAX_MODEL_ID_BYTES and "\0" not in value:
         try:
@@ -155,9 +155,9 @@ def model_name(body: Mapping[str, Any], field: str = "model") -> str:
 
 
 async def read_body(scope: Scope, receive: Receive, most: int) -> bytes | None:
-    """Read the body, holding at most `most` bytes; None where the client left before its end.
+    """Read the body, holding at most `most` bytes; None if the client disconnected before its end.
 
-    Raises RequestRefusedError (413) as soon as it is known to be longer: by what it says, or by what has come.
+    Raises RequestRefusedError (413) as soon as it is known to be longer: by its header, or by the bytes received.
     """
     for name, value in scope.get("headers", ()):
         if name.lower() == b"content-length" and len(value) < 20 and value.isdigit() and int(value) > most:
@@ -185,7 +185,7 @@ async def read_body(scope: Scope, receive: Receive, most: int) -> bytes | None:
 
 
 def route_path(scope: Scope) -> str:
-    """The path below the place where the application is mounted, without a slash at the end."""
+    """The path below the mount point of the application, without a slash at the end."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     if root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
@@ -194,7 +194,7 @@ def route_path(scope: Scope) -> str:
 
 
 def joined_ids(first: str | Sequence[str], then: str | tuple[str, ...]) -> str | tuple[str, ...]:
-    """Both lists of ids, each id once."""
+    """The ids of both, in order, each id once."""
     heads = (first,) if isinstance(first, str) else tuple(first)
     if not heads:
         return then
@@ -211,8 +211,8 @@ def _first_line(error: ValueError) -> str:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
-# One for all: json.loads would make one for each call that has an option.
+# Shared: json.loads would create one for each call that has an option.
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)

@@ -1,6 +1,6 @@
-"""How many tokens a response took: from its `usage` where it has one, else from what passed.
+"""How many tokens a response used: from its `usage` if it has one, otherwise from the events that passed.
 
-Nothing here holds more than `MOST_HELD` bytes of a response, however long it is.
+Nothing here keeps more than `MOST_HELD` bytes of a response, however long it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from modelquota._core.table.grant import Grant
 from modelquota.quota.config import MAX_COUNT
 
 MOST_HELD: Final = 1 << 16
-"""Bytes of a response that are kept at most, to find its usage: what comes last, where it is longer."""
+"""Most bytes of a response that are kept to find its usage: the last ones, if it is longer."""
 
 # Quotes inside a JSON string are escaped, so this can only be a key whose value is an object.
 _USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
@@ -26,7 +26,7 @@ _DECODER = json.JSONDecoder()
 
 
 def total_tokens(usage: Any) -> int | None:
-    """Return the tokens that a ``usage`` object states, prompt and output; None where it states none.
+    """Return the tokens that a ``usage`` object reports, prompt and output; None if it reports none.
 
     Examples
     --------
@@ -42,8 +42,8 @@ def total_tokens(usage: Any) -> int | None:
 
 
 def last_usage(text: bytes) -> int | None:
-    """Return the tokens of the last ``usage`` in JSON, which may lack its beginning; None where there is none."""
-    # A bound on both, since a response may consist of nothing else: a usage is some 300 bytes long.
+    """Return the tokens of the last ``usage`` in JSON, which may lack its beginning; None if it has none."""
+    # Both are bounded, since a response may consist of nothing else: a usage is some 300 bytes long.
     for match in list(_USAGE.finditer(text))[: -_MOST_TRIED - 1 : -1]:
         try:
             usage, _ = _DECODER.raw_decode(text[match.end() : match.end() + _USAGE_BYTES].decode("utf-8", "replace"))
@@ -58,8 +58,8 @@ def last_usage(text: bytes) -> int | None:
 def event_tokens(data: bytes) -> int:
     """Return how many tokens the data of one server-sent event has: the default of `QuotaMiddleware`.
 
-    An event with text counts one, since most servers send a token at a time, and one for four bytes where the text is
-    longer than 16. An event without text, such as one that only says why the stream ends, counts nothing.
+    An event with text counts one, since most servers send a token at a time, or one for every four bytes if the text is
+    longer than 16. An event without text, such as one that only has the finish reason, counts nothing.
 
     Examples
     --------
@@ -105,22 +105,22 @@ def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-_NO_WORK = (401, 403, 404, 405)  # statuses of requests that no model has seen
+_NO_WORK = (401, 403, 404, 405)  # statuses of requests that never reached a model
 
 
 class ResponseMeter:
-    """Reads along as a response passes, and settles its grant at the end.
+    """Counts the tokens of a response as it passes, and settles its grant at the end.
 
     Parameters
     ----------
     grant : Grant
-        Open.
+        An open grant.
     status : int
         HTTP status of the response.
     headers : iterable of (bytes, bytes)
-        Of the response.
+        Headers of the response.
     prompt_tokens : int
-        Counted with what passes where a stream has no usage.
+        Tokens of the prompt, counted when a stream begins.
     chunk_tokens : callable
         Given the data of an event, returns its tokens.
     """
@@ -176,10 +176,10 @@ class ResponseMeter:
             self._keep(body)
 
     def finish(self, *, complete: bool) -> None:
-        """Settle by what the response says; where it does not, leave what was counted, or the estimate.
+        """Settle by the usage that the response reports; without one, keep what was counted, or the estimate.
 
-        A response that reports an error took no tokens, and one for which no model did anything (a redirect, a request
-        that may not be made, a model that does not exist) not even the request. One that was broken off took what had
+        A response with an error status used no tokens. One for which no model did anything (a redirect, a request that
+        is not allowed, a model that does not exist) is not even charged the request. One that was cut off used what had
         passed.
         """
         if self._free:
@@ -205,7 +205,7 @@ class ResponseMeter:
             self._cut = True
 
     def _usage_of_json(self) -> int | None:
-        """The usage at the top of the body, or the last one in it where it is long or no JSON."""
+        """The usage at the top level of the body, or the last one in it if only its end was kept."""
         if not self._cut:
             try:
                 answer = json.loads(self._buffer)
@@ -215,7 +215,7 @@ class ResponseMeter:
         return last_usage(bytes(self._buffer))
 
     def _feed_events(self, body: bytes) -> None:
-        if b"\r" in body:  # three ways to end a line become one; an end cut in two only makes an empty line more
+        if b"\r" in body:  # normalize the three line endings; one split over two pieces only adds an empty line
             body = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *lines, rest = body.split(b"\n")
         for line in lines:
@@ -230,7 +230,7 @@ class ResponseMeter:
         self._keep(rest)
 
     def _line(self, line: bytes) -> None:
-        if self._cut or len(line) > MOST_HELD:  # too long to be kept or parsed: only its usage is of interest
+        if self._cut or len(line) > MOST_HELD:  # too long to keep or parse: only its usage matters
             self._cut = False
             self._note_usage(line[-MOST_HELD:])
         elif line.startswith(b"data:"):
@@ -239,7 +239,7 @@ class ResponseMeter:
                 self._dispatch()
 
     def _dispatch(self) -> None:
-        """An event has ended."""
+        """Count an event that has ended."""
         if not self._data:
             return
         data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)

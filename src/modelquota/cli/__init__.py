@@ -1,4 +1,4 @@
-"""The command `modelquota`. It needs the extra `modelquota[cli]`; nothing outside this folder does."""
+"""The command `modelquota`. Needs the extra `modelquota[cli]`, as nothing outside this folder does."""
 
 import sys
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ _OF_THE_EXTRA = ("typer", "rich")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done. 1: stopped before the end. 2: the arguments or a file cannot be used, or the extra `cli` is not
-    installed; what to do stands on stderr.
+    0: done. 1: the answer is no, or the command was stopped early. 2: the arguments or a file cannot be used, or the
+    extra `cli` is not installed; a message on stderr explains what to do.
     """
     try:
         from modelquota.cli.app import run

@@ -35,7 +35,7 @@ app = typer.Typer(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on `arguments` (those of the process by default) and return its exit code."""
     for stream in (sys.stdout, sys.stderr):
-        # A model id that the terminal's encoding does not have is no reason to fail.
+        # A model id that the terminal's encoding cannot show is not a reason to fail.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
@@ -78,11 +78,11 @@ def _replay(
             "--model",
             "-m",
             metavar="NAME",
-            help="Whom to charge for a trace without a Model column; by default the only model of the quotas.",
+            help="The model to charge if the trace has no Model column; by default the only one with a quota.",
         ),
     ] = None,
     speed: Annotated[
-        float, typer.Option("--speed", "-s", metavar="FACTOR", help="Play the trace faster: 24 makes a day an hour.")
+        float, typer.Option("--speed", "-s", metavar="FACTOR", help="Replay faster: 24 turns a day into an hour.")
     ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -94,7 +94,7 @@ def _replay(
     **--json** prints one object: trace, requests, duration_ns, speed, out_of_order, core_time_ns, and
     models, a list of objects with model_id, requests, admitted, warned, denied (a count for each limit),
     never (denied whatever the wait), tokens, tokens_admitted, longest_retry_after_ms and
-    median_retry_after_ms (null where nothing was to be waited for), peak_requests and peak_tokens
+    median_retry_after_ms (null if there was nothing to wait for), peak_requests and peak_tokens
     (admitted in any second), peak_requests_asked and peak_tokens_asked.
 
     **Exit code**: 0 when the trace was replayed, whatever was denied; 2 when an argument or a file
@@ -116,7 +116,7 @@ def _demo(
     seconds: Annotated[float, typer.Option(min=0.1, max=86_400, help="How long to run.")] = 10.0,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Threads that send requests.")] = 4,
     seed: Annotated[
-        int | None, typer.Option(help="Draw the same sizes and times of arrival as every run with this seed.")
+        int | None, typer.Option(help="Generate the same request sizes and arrival times in every run with this seed.")
     ] = None,
 ) -> None:
     """Watch quotas at work: a live inference loop with generated traffic, nothing to configure.
@@ -130,19 +130,19 @@ def _demo(
 
 @app.command("serve-demo")
 def _serve_demo(
-    host: Annotated[str, typer.Option(help="Address to listen at. Everybody who reaches it may use it.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on. Anyone who can connect can use it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 chooses a free one.")] = 8000,
     quotas: Annotated[
         Path | None,
-        typer.Option("--quotas", "-q", metavar="QUOTAS.toml", help="Models to serve, instead of those of the example."),
+        typer.Option("--quotas", "-q", metavar="QUOTAS.toml", help="Models to serve, instead of the example's."),
     ] = None,
     speed: Annotated[
-        float, typer.Option("--speed", "-s", min=0.1, max=100_000, help="Tokens that the mock model says a second.")
+        float, typer.Option("--speed", "-s", min=0.1, max=100_000, help="Tokens per second of the mock model.")
     ] = 20.0,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that serve, under one set of limits.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that serve, sharing one set of limits.")] = 1,
     path: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="State file, made where there is none: what was used outlasts a restart."),
+        typer.Option(metavar="FILE", help="State file, created if missing; usage survives restarts."),
     ] = None,
     trust_file: manage.TrustFile = False,
 ) -> None:
@@ -151,7 +151,7 @@ def _serve_demo(
     Prints commands to try with curl; the openai package works as well. The page is at /quota. Needs the
     extra **asgi**.
 
-    **Exit code**: 0 when it was ended; 2 when an argument or a file cannot be used, or the address is taken.
+    **Exit code**: 0 when it was stopped; 2 when an argument or a file cannot be used, or the address is taken.
     """
     errors = Console(stderr=True)
     try:
@@ -178,7 +178,7 @@ def _serve_demo(
 
 @contextmanager
 def _open_manager(path: Path, trust_file: bool) -> Iterator[ResourceQuotaManager]:
-    """Open the state file that is there: a mistyped path is no reason to make one."""
+    """Open an existing state file: a mistyped path must not create one."""
     os.stat(path)
     with _quiet_log():
         yield ResourceQuotaManager(path=path, trust_file=trust_file)

@@ -32,14 +32,14 @@ class UsageBar:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         text = bar_text(self._fraction, options.max_width, ascii_only=options.ascii_only)
-        colour = "green" if self._fraction < 0.75 else "yellow" if self._fraction < 0.95 else "red"
+        color = "green" if self._fraction < 0.75 else "yellow" if self._fraction < 0.95 else "red"
         ground = "bright_black" if console.color_system and not options.ascii_only else None
-        yield Segment(text, Style(color=colour, bgcolor=ground))
+        yield Segment(text, Style(color=color, bgcolor=ground))
         yield Segment.line()
 
 
 def bar_text(fraction: float, width: int, *, ascii_only: bool) -> str:
-    """A bar of so many columns, without its colours, filled to `fraction` (0 or more; from 1 on: full)."""
+    """A bar `width` columns wide, without colors, filled to `fraction` (0 or more; from 1 on: full)."""
     fraction = min(fraction, 1.0)
     if ascii_only:
         return ("#" * round(fraction * width)).ljust(width, ".")

@@ -24,7 +24,7 @@ from modelquota.quota.limits import CATALOGUE, ViolationAction
 __all__ = ["run_demo"]
 
 REFRESHES_PER_SECOND = 4
-# Headline, the heading of the table, and the footline.
+# Headline, the heading of the table, and the footer line.
 OTHER_LINES = 3
 CHECKS_IN_A_ROW = 10_000
 ROUNDS_IN_A_ROW = 20
@@ -33,13 +33,13 @@ ROUNDS_IN_A_ROW = 20
 def run_demo(console: Console, *, seconds: float, threads: int, seed: int | None) -> None:
     """Run the traffic of `MODELS` for some seconds on the real clock, show it live, and report.
 
-    On a terminal a table is redrawn in place; elsewhere only the last one is printed, without control codes.
-    Ctrl-C ends the traffic early and leads to the same report.
+    On a terminal a table is redrawn in place; otherwise only the last one is printed, without control codes.
+    Ctrl-C ends the traffic early, with the same report.
     """
     manager = ResourceQuotaManager()
     for traffic in MODELS:
         manager.set_quota(traffic.quota)
-    # A generator for each lane: one that they shared would be drawn from in an order of chance.
+    # A generator for each lane: lanes would draw from a shared one in random order.
     seeds = random.Random(seed)
     start_ns = monotonic_ns()
     end_ns = start_ns + round(seconds * NS_PER_SECOND)
@@ -52,7 +52,7 @@ def run_demo(console: Console, *, seconds: float, threads: int, seed: int | None
         elapsed_s = (min(monotonic_ns(), end_ns) - start_ns) / NS_PER_SECOND
         shown, spaced, over = len(MODELS), True, stop.is_set()
         if console.is_terminal and not over:
-            # What does not fit cannot be redrawn in place, and rich would leave out the end, which is the footline.
+            # A table that does not fit cannot be redrawn in place, and rich would cut off the end, the footer line.
             room = console.height - OTHER_LINES
             spaced = room >= shown * (LINES_OF_A_MODEL + 1)
             shown = min(shown, max(room // LINES_OF_A_MODEL, 0))
@@ -83,7 +83,7 @@ def run_demo(console: Console, *, seconds: float, threads: int, seed: int | None
 
 
 def _drive(lane: Lane, stop: threading.Event, end_ns: int) -> None:
-    """Step a lane whenever something is due, until `end_ns` or until told to stop."""
+    """Step a lane whenever something is due, until `end_ns` or until `stop` is set."""
     while not stop.is_set() and (now_ns := monotonic_ns()) < end_ns:
         lane.step()
         stop.wait(max(min(lane.next_ns, end_ns) - now_ns, 0) / NS_PER_SECOND)
@@ -99,14 +99,14 @@ def _headline(threads: int) -> Text:
 
 
 def _footline(lanes: Sequence[Lane], elapsed_s: float, seconds: float, over: bool) -> Text:
-    # How long they took is left to the closing report, which has room to say why: threads wake up to cold caches.
+    # How long they took is left to the closing report, which has room to explain it: threads wake up to cold caches.
     checks = sum(len(lane.check_ns) for lane in lanes)
     line = Text(f"{elapsed_s:.1f} of {seconds:g} s   {checks:,} checks", "dim", no_wrap=True, overflow="ellipsis")
     return line.append("" if over else "   Ctrl-C ends early")
 
 
 def _closing(lanes: Sequence[Lane], start_ns: int, ran_ms: float) -> Iterator[RenderableType]:
-    """What was seen, how fast it was, and what to do next."""
+    """Yield what was seen, how fast it was, and what to do next."""
     tallies = total(lanes)
     sent = sum(tally.sent for tally in tallies.values())
     yield Text.assemble(
@@ -138,7 +138,7 @@ def _closing(lanes: Sequence[Lane], start_ns: int, ran_ms: float) -> Iterator[Re
 
 
 def _seen(quota: ResourceQuotaConfig, tally: Tally, start_ns: int) -> str:
-    """What the limits of a model did, in one sentence."""
+    """Describe what the limits of a model did, in one sentence."""
     if not tally.denials or tally.first_violation_ns is None:
         return "stayed within its limits"
     limit = tally.denials.most_common(1)[0][0].label
@@ -158,13 +158,13 @@ def _seen(quota: ResourceQuotaConfig, tally: Tally, start_ns: int) -> str:
 
 
 def _timer_ns() -> float:
-    """What reading the timer adds to a single timed check."""
+    """Measure what reading the timer adds to a single timed check."""
     readings = [perf_counter_ns() for _ in range(2_001)]
     return median(after - before for before, after in pairwise(readings))
 
 
 def _check_in_a_row_ns() -> float:
-    """Average of many checks that are all admitted, loop included, on a manager of its own; the best of some rounds."""
+    """Time of a check, as the average of many that are all admitted, loop included; the best of several rounds."""
     manager = ResourceQuotaManager()
     manager.set_quota(
         "timed",
@@ -172,7 +172,7 @@ def _check_in_a_row_ns() -> float:
     )
     check_quota = manager.check_quota
     best_ns = float("inf")
-    for _ in range(ROUNDS_IN_A_ROW):  # whatever else the machine does befalls some of them
+    for _ in range(ROUNDS_IN_A_ROW):  # other work on the machine slows some of them down
         start_ns = perf_counter_ns()
         for _ in range(CHECKS_IN_A_ROW):
             check_quota("timed", 100)

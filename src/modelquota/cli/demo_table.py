@@ -32,13 +32,13 @@ def demo_table(
     width: int,
     spaced: bool = True,
 ) -> Table:
-    """Three lines for each model, with an empty one between them where it is `spaced`; as wide as there is room for.
+    """Three lines for each model, with an empty one between them if `spaced`; as wide as there is room for.
 
-    From 100 columns on, its waits are beside its requests.
+    From 100 columns on, waits are beside the requests.
     """
     limits, bars, wide = width >= LIMIT_COLUMNS, width >= BAR_COLUMNS, width >= WIDE_COLUMNS
     table = Table(box=None, expand=bars, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    # Where that is not enough, words are cut, not figures: columns that may wrap are narrowed.
+    # If that is not enough, words are cut, not numbers: columns that may wrap are narrowed.
     table.add_column("model")
     if limits:
         table.add_column("limit")
@@ -71,7 +71,7 @@ def _word(text: str, style: str) -> Text:
 
 
 def _limits(quota: ResourceQuotaConfig, usage: ResourceUsage, bars: bool) -> list[list[RenderableType]]:
-    """Name, bar and numbers of the limits that the demo's quotas set; without bars the names are short too."""
+    """Name, bar and numbers of each limit that the demo's quotas set; without bars the names are short too."""
     lines: list[list[RenderableType]] = []
     for limit in map(CATALOGUE.__getitem__, SHOWN_LIMITS):
         used, most = sum(getattr(usage, field) for field in limit.usage_fields), getattr(quota, limit.quota_field) or 0
@@ -95,7 +95,7 @@ def _requests(quota: ResourceQuotaConfig, tally: Tally) -> list[Text]:
 
 
 def _waits(quota: ResourceQuotaConfig, tally: Tally) -> list[Text]:
-    """What the last denial said, and how long those waited that came through."""
+    """The time to retry after the last denial, and how long the admitted requests waited."""
     told, waited, longest = Text(), Text(style="dim"), Text(style="dim")
     if tally.retry_after_ms is not None and quota.on_violation is not ViolationAction.WARN:
         told.append(f"retry in {duration(tally.retry_after_ms)}")

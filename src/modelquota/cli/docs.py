@@ -26,7 +26,7 @@ _LINK = re.compile(r"\[\w+\]\((\w+)\.md\)")
 
 
 def topics() -> dict[str, str]:
-    """Return what each topic is about, in one line, by the name of the topic in alphabetical order."""
+    """Return one line on what each topic is about, by the topic's name, in alphabetical order."""
     found = (item.name.removesuffix(".md") for item in files("modelquota.docs").iterdir() if item.name.endswith(".md"))
     return {topic: read_topic(topic).partition("\n")[0].partition(": ")[2] for topic in sorted(found)}
 
@@ -48,8 +48,8 @@ def add_commands(app: typer.Typer) -> None:
     ) -> None:
         """Read the documentation: list its topics, or show one.
 
-        A terminal shows a topic with colors, as wide as it is. Elsewhere it is Markdown as it was written, so that code
-        can be copied out of it.
+        On a terminal a topic is shown with colors, as wide as the terminal. Otherwise the original Markdown is printed,
+        so that code can be copied out of it.
 
         **Exit code**: 0; 2 if the topic does not exist.
         """
@@ -60,7 +60,7 @@ def add_commands(app: typer.Typer) -> None:
         elif topic not in known:
             raise unusable(Console(stderr=True), _unknown(topic, list(known)))
         elif console.is_terminal:
-            # the name of another topic is what a reader can use here, and not the name of its file
+            # a reader can use the name of another topic here, but not the name of its file
             text = _LINK.sub(r"`modelquota docs \1`", read_topic(topic))
             console.print(_Topic(text, hyperlinks=False), width=min(console.width, MAX_WIDTH))
         else:
@@ -68,7 +68,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def _complete(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Yield the topics that begin so, each with its line, for a shell's completion."""
+    """Yield the topics that begin with `incomplete`, each with its line, for shell completion."""
     return ((topic, about) for topic, about in topics().items() if topic.startswith(incomplete))
 
 

@@ -1,4 +1,4 @@
-"""How a command says no: one line on stderr, and an exit code that a script can tell from others."""
+"""Errors of the commands: one line on stderr, and an exit code that a script can distinguish."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from modelquota.errors import QuotaError, UnknownModelError
 __all__ = ["EXIT_NO", "EXIT_UNUSABLE_INPUT", "answering", "say", "unusable"]
 
 EXIT_NO = 1
-"""The answer is no: a model is not known, or a figure is above what was asked about."""
+"""The answer is no: a model is not known, or a value is above the one given."""
 
 EXIT_UNUSABLE_INPUT = 2
 """An argument or a file cannot be used, or an extra is missing."""
@@ -24,21 +24,19 @@ def say(errors: Console, message: str) -> None:
 
 
 def unusable(errors: Console, message: str, code: int = EXIT_UNUSABLE_INPUT) -> typer.Exit:
-    """Print an error, and return what is to be raised."""
+    """Print an error, and return the exception to raise."""
     say(errors, f"error: {message}")
     return typer.Exit(code)
 
 
 @contextmanager
 def answering(errors: Console, path: object, *, unknown_model: int = EXIT_UNUSABLE_INPUT) -> Iterator[None]:
-    """Turn what a command may run into about the file at `path` into a message and an exit code."""
+    """Turn an error about the file at `path` into a message and an exit code."""
     try:
         yield
     except UnknownModelError as error:
         raise unusable(errors, str(error), unknown_model) from None
-    except (
-        BrokenPipeError
-    ):  # that is about the output: click ends without a word, and with 1, as Python's manual has it
+    except BrokenPipeError:  # about the output: click exits silently with 1, as Python's manual recommends
         raise
     except OSError as error:
         raise unusable(errors, f"{error.filename or path}: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""Numbers and names as the commands print them."""
+"""Formatting of numbers, durations and names, shared by all commands."""
 
 from modelquota.quota.limits import LimitRecord
 
@@ -6,7 +6,7 @@ __all__ = ["duration", "escaped", "narrow_heading", "printable", "short"]
 
 
 def duration(ms: float) -> str:
-    """A length of time in its two largest units: `120 ms`, `1.2 s`, `59 min 48 s`, `23 h 10 min`."""
+    """Format a duration in its two largest units: `120 ms`, `1.2 s`, `59 min 48 s`, `23 h 10 min`."""
     if ms < 1_000:
         return f"{ms:.0f} ms"
     if ms < 59_950:
@@ -21,7 +21,7 @@ def duration(ms: float) -> str:
 
 
 def short(count: float) -> str:
-    """A count in at most five characters: `950`, `1.2k`, `40k`, `41.5k`, `415k`."""
+    """Format a count in at most five characters: `950`, `1.2k`, `40k`, `41.5k`, `415k`."""
     value = float(count)
     for unit in ("", "k", "M", "G", "T"):
         if value < 999.5:
@@ -32,16 +32,16 @@ def short(count: float) -> str:
 
 
 def narrow_heading(limit: LimitRecord) -> str:
-    """The heading of a limit in a window, cut as far as it can be: `tok/h`."""
+    """Return the shortest heading of a limit in a window: `tok/h`."""
     unit, _, window = limit.heading.partition("/")
     return f"{unit[:3]}/{window}"
 
 
 def printable(name: str) -> str:
-    """A model id or path without anything that a terminal would obey."""
+    """Return a model id or path with control characters replaced, which a terminal would obey."""
     return name if name.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def escaped(name: str) -> str:
-    """The same, and so that it is told apart from all others: what is not printable as Python writes it."""
+    """The same, but with Python's escapes, so that different names stay different."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

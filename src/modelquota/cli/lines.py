@@ -1,4 +1,4 @@
-"""A table of one line a row, drawn in time for tens of thousands of rows: rich's own takes a millisecond for each."""
+"""A table with one line for each row, fast for tens of thousands of rows: rich's own takes a millisecond for each."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ _GAP = "  "
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A heading and the texts below it, figures set to the right.
+    """A heading and the texts below it; numbers are aligned to the right.
 
-    Without room for all, those columns that may be cut give way, and their texts end in an ellipsis: a figure that is
-    cut would be another one. `style` returns the name of a text's style; the texts are as wide as `most` at the widest.
+    If there is not enough room, only columns with `cut` are narrowed, and their texts end in an ellipsis: a number that
+    is cut would read as another one. `style` returns the name of a text's style; `most` is the greatest width.
     """
 
     heading: str
@@ -53,9 +53,9 @@ class Lines:
             yield Segment.line()
 
     def _fitted(self, room: int) -> Iterator[Sequence[str]]:
-        """Yield heading and texts of each column in one width."""
+        """Yield the heading and texts of each column, all of one width."""
         columns = [[column.heading, *column.texts] for column in self._columns]
-        # of plain ASCII, as figures are, each character is a column
+        # in plain ASCII, such as numbers, each character is one column wide
         sizes = [len if "".join(texts).isascii() else cell_len for texts in columns]
         widest = [max(map(size, texts)) for size, texts in zip(sizes, columns, strict=True)]
         widths = [

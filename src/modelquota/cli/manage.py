@@ -1,4 +1,4 @@
-"""The commands over a manager that others use too: `status`, `top`, `set`, `remove`, `reset-burst` and `exporter`."""
+"""The commands on a manager that others share: `status`, `top`, `set`, `remove`, `reset-burst` and `exporter`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -21,9 +21,9 @@ from modelquota.reading.reader import QuotaReader
 __all__ = ["OpenManager", "OpenView", "TrustFile", "add_commands", "parse_fields", "set_model"]
 
 OpenManager = Callable[[Path, bool], AbstractContextManager[ResourceQuotaManager]]
-"""Opens the manager whose state is in a file, even one that others can change if so told.
+"""Opens the manager whose state is in a file; with True, even a file that other users can change.
 
-An OSError, QuotaError or ValueError is told in one line.
+An OSError, QuotaError or ValueError from it is printed in one line.
 """
 
 OpenView = Callable[[Path, bool], AbstractContextManager[QuotaReader]]
@@ -41,7 +41,7 @@ _Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Their id
 
 
 def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenView) -> None:
-    """Add the commands to an application. All of them end with 0 when done, 1 for "no", 2 for unusable input."""
+    """Add the commands to an application. All of them exit with 0 when done, 1 for "no", 2 for unusable input."""
 
     @app.command("status")
     def status(
@@ -50,7 +50,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         trust_file: TrustFile = False,
         above: Annotated[
             float | None,
-            typer.Option(min=0, metavar="PERCENT", help="End with 1 if a limit that denies is used more than this."),
+            typer.Option(min=0, metavar="PERCENT", help="Exit with 1 if a limit that denies is used more than this."),
         ] = None,
     ) -> None:
         """Print use against limits, the model nearest to a limit first.
@@ -69,7 +69,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
     @app.command("top")
     def top(
         path: _Path,
-        interval: Annotated[float, typer.Option(min=0.1, max=3600, metavar="SECONDS", help="Between two looks.")] = 1.0,
+        interval: Annotated[float, typer.Option(min=0.1, max=3600, metavar="SECONDS", help="Refresh interval.")] = 1.0,
         trust_file: TrustFile = False,
     ) -> None:
         """Watch use against limits, the model nearest to a limit first, until q or Ctrl-C."""
@@ -88,9 +88,9 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         as_json: _Json = False,
         trust_file: TrustFile = False,
     ) -> None:
-        """Change limits of a model, at its next check; what is not named stays. It prints all limits.
+        """Change limits of a model, from its next check on; other fields keep their values. Prints all limits.
 
-        **Exit code**: 0; 2 when a field, its value or the file cannot be used: then nothing is changed.
+        **Exit code**: 0; 2 when a field, its value or the file cannot be used; then nothing is changed.
         """
         errors = Console(stderr=True)
         with answering(errors, path), open_manager(path, trust_file) as manager:
@@ -108,16 +108,16 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
     def remove(models: _Models, path: _Path, trust_file: TrustFile = False) -> None:
         """Forget models and what they have used. Later requests for them are admitted without limits.
 
-        **Exit code**: 0; 1 when one is not known, then none is removed; 2 when the file cannot be used.
+        **Exit code**: 0; 1 when a model is not known, and then none is removed; 2 when the file cannot be used.
         """
         with answering(Console(stderr=True), path, unknown_model=EXIT_NO), open_manager(path, trust_file) as manager:
             remove_models(manager, models)
 
     @app.command("reset-burst")
     def reset_burst(models: _Models, path: _Path, trust_file: TrustFile = False) -> None:
-        """Forgive the bursts that models have in use; windows are not touched.
+        """Clear the bursts that models have in use; windows are not touched.
 
-        **Exit code**: 0; 1 when one is not known, then none is changed; 2 when the file cannot be used.
+        **Exit code**: 0; 1 when a model is not known, and then none is changed; 2 when the file cannot be used.
         """
         with answering(Console(stderr=True), path, unknown_model=EXIT_NO), open_manager(path, trust_file) as manager:
             reset_bursts(manager, models)
@@ -125,18 +125,18 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
     @app.command("exporter")
     def exporter(
         path: _Path,
-        port: Annotated[int, typer.Option(min=0, max=65_535, help="TCP port; 0 takes a free one.")] = 9185,
+        port: Annotated[int, typer.Option(min=0, max=65_535, help="TCP port; 0 chooses a free one.")] = 9185,
         addr: Annotated[str, typer.Option(help="Address to listen on; by default only this machine.")] = "127.0.0.1",
         max_models: Annotated[int, typer.Option(min=0, help="Models with a label of their own.")] = 100,
         trust_file: TrustFile = False,
     ) -> None:
-        """Serve metrics for Prometheus over HTTP until Ctrl-C. It needs the extra `prometheus`.
+        """Serve metrics for Prometheus over HTTP until Ctrl-C. Needs the extra `prometheus`.
 
-        **Exit code**: 0 when it was ended; 2 when the file cannot be used, or the address is taken.
+        **Exit code**: 0 when it was stopped; 2 when the file cannot be used, or the address is taken.
         """
         errors = Console(stderr=True)
         with answering(errors, path), open_view(path, trust_file) as manager:
-            from modelquota.monitoring.prometheus import start_exporter  # an extra of its own
+            from modelquota.monitoring.prometheus import start_exporter  # needs an extra
 
             try:
                 server, thread = start_exporter(manager, port, addr=addr, max_models=max_models)
@@ -150,7 +150,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
 
 def _word(value: object) -> str:
-    """A value as one word for a terminal: an id may hold anything."""
+    """Format a value for a terminal: an id may contain any character."""
     return "unlimited" if value is None else escaped(str(value))
 
 
@@ -160,7 +160,7 @@ def parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
     Raises
     ------
     QuotaConfigError
-        A word without ``=``; whether a field accepts its value is judged by `ResourceQuotaConfig`.
+        A word without ``=``; `ResourceQuotaConfig` checks whether a field accepts its value.
 
     Examples
     --------
@@ -195,12 +195,12 @@ def _value(word: str) -> Any:
 
 
 def set_model(manager: ResourceQuotaManager, model_id: str, fields: dict[str, Any]) -> ResourceQuotaConfig:
-    """Change the named limits of a known model, or give a new one these and the defaults; return its quota.
+    """Change the named limits of a known model, or register a new one with them and the defaults; return its quota.
 
     Raises
     ------
     QuotaConfigError
-        A field is not known or its value not accepted; nothing is changed.
+        A field is not known, or its value is not accepted; nothing is changed.
     CapacityError
         The table is full.
     """
@@ -214,14 +214,14 @@ def set_model(manager: ResourceQuotaManager, model_id: str, fields: dict[str, An
 
 
 def remove_models(manager: ResourceQuotaManager, model_ids: Sequence[str]) -> None:
-    """Forget models, and what they have used; none of them where one is not known, which is an UnknownModelError."""
+    """Forget models, and what they have used; if one is not known, raise UnknownModelError and remove none."""
     _require_known(manager, model_ids)
     for model_id in model_ids:
         manager.remove_quota(model_id)
 
 
 def reset_bursts(manager: ResourceQuotaManager, model_ids: Sequence[str]) -> None:
-    """Forgive the bursts of models; none of them where one is not known, which is an UnknownModelError."""
+    """Clear the bursts of models; if one is not known, raise UnknownModelError and change none."""
     _require_known(manager, model_ids)
     for model_id in model_ids:
         manager.reset_burst(model_id)

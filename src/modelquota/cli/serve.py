@@ -1,4 +1,4 @@
-"""What `modelquota serve-demo` runs and prints. It needs the extra `asgi`."""
+"""The command `modelquota serve-demo`: runs the example server, and prints what to try. Needs the extra `asgi`."""
 
 import contextlib
 import json
@@ -34,14 +34,14 @@ def serve_demo(
     tokens_per_second: float,
     workers: int,
 ) -> None:
-    """Serve the example until Ctrl-C. Raises OSError where the address cannot be listened at.
+    """Serve the example until Ctrl-C. Raises OSError if it cannot listen at the address.
 
     `quotas` are those to explain; None for those of the example.
     """
     app = create_app(manager, tokens_per_second=tokens_per_second)
     config = uvicorn.Config(app, log_level="info", ws="none", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named, since asyncio turns Nagle's algorithm off only where it is: no token is to be held back.
+    # The protocol is named, since asyncio turns Nagle's algorithm off only then: no token may be held back.
     with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
@@ -59,9 +59,9 @@ def serve_demo(
 
 
 def _in_processes(count: int, run: Callable[[], None]) -> None:
-    """Run something in so many forked processes, and wait for all of them; what ends this one ends them.
+    """Run a function in `count` forked processes, and wait for them; a signal that ends this process ends them.
 
-    The manager was made before, so that they share its limits, in a state file or in memory.
+    The manager must have been created before, so that they share its limits, in a state file or in memory.
     """
     children: list[int] = []
 
@@ -72,8 +72,8 @@ def _in_processes(count: int, run: Callable[[], None]) -> None:
 
     before = {number: signal.signal(number, end_all) for number in (signal.SIGINT, signal.SIGTERM)}
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()  # or each process would print what is still to be printed
-    # No signal meets a child that this process does not know yet, or one that has this process's handlers.
+        stream.flush()  # or each process would print what is still in the buffers
+    # Signals are blocked while a child is not yet in `children`, or still has this process's handlers.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, before)
     try:
         for _ in range(count):
@@ -81,8 +81,8 @@ def _in_processes(count: int, run: Callable[[], None]) -> None:
             if child == 0:
                 for number, handler in before.items():
                     signal.signal(number, handler)
-                # A terminal sends Ctrl-C to the children too. With that of this process they would have it twice, which
-                # uvicorn takes for impatience: it would cut off the answers that it is giving, with tracebacks.
+                # A terminal sends Ctrl-C to the children too. With this process's signal they would get it twice,
+                # and uvicorn would take the second as a forced exit: it would cut off answers, with tracebacks.
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask | {signal.SIGINT})
                 try:
                     run()
@@ -100,7 +100,7 @@ def _in_processes(count: int, run: Callable[[], None]) -> None:
 
 
 def _explain(console: Console, address: str, quotas: Sequence[ResourceQuotaConfig] | None) -> None:
-    """Say what to try."""
+    """Print what to try."""
 
     def say(text: str = "") -> None:
         console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
@@ -115,7 +115,7 @@ def _explain(console: Console, address: str, quotas: Sequence[ResourceQuotaConfi
         for quota in quotas[:1]:
             say(f"  {ask(quota.model_id)}")
     else:
-        say("A stream, with the headers that say what is left:")
+        say("A stream, with headers that show what is left:")
         say(f"  {ask('chat-70b', stream=True)}")
         say("429 and when to come back, from the fourth within a second on:")
         say(f"  for i in 1 2 3 4; do {ask('batch-13b', max_tokens=1)}; echo; done")
@@ -124,5 +124,5 @@ def _explain(console: Console, address: str, quotas: Sequence[ResourceQuotaConfi
         say("A key with ten requests an hour, decided together with the model:")
         say(f"  {ask('dev-7b', _FREE_KEY)}")
     say()
-    say(f'With the openai package: OpenAI(base_url="{address}/v1", api_key="none"); it retries when it is told to.')
-    say("Ctrl-C ends it.")
+    say(f'With the openai package: OpenAI(base_url="{address}/v1", api_key="none"); it retries after the given time.')
+    say("Ctrl-C stops it.")

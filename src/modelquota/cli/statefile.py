@@ -1,4 +1,4 @@
-"""`modelquota inspect` and `modelquota verify`: what a state file is, and whether all of it agrees."""
+"""`modelquota inspect` and `modelquota verify`: what a state file contains, and whether it is consistent."""
 
 import dataclasses
 import json
@@ -25,9 +25,9 @@ def add_commands(app: typer.Typer) -> None:
 
     @app.command("inspect")
     def inspect(file: _File, as_json: _Json = False) -> None:
-        """Print what a state file is: its models, the processes that share it now, grants, recoveries.
+        """Print what a state file contains: models, the processes that share it now, grants, recoveries.
 
-        **Exit code**: 0; 2 when the file cannot be used. It is only read.
+        **Exit code**: 0; 2 when the file cannot be used. The file is only read.
         """
         with answering(Console(stderr=True), file):
             info = inspect_file(file)
@@ -38,9 +38,9 @@ def add_commands(app: typer.Typer) -> None:
 
     @app.command("verify")
     def verify(file: _File, as_json: _Json = False) -> None:
-        """Check every sum in a state file against what it is the sum of. It is only read, whoever may use it.
+        """Check every sum in a state file against its parts. The file is only read, even while others use it.
 
-        **Exit code**: 0 when all agrees; 1 when not; 2 when the file cannot be used.
+        **Exit code**: 0 when all sums agree; 1 when not; 2 when the file cannot be used.
         """
         with answering(Console(stderr=True), file):
             info, faults = inspect_file(file), verify_file(file)

@@ -1,4 +1,4 @@
-"""What `modelquota status` prints of a manager: a table, the model nearest to a limit first, or JSON."""
+"""The output of `modelquota status`: a table, with the model nearest to a limit first, or JSON."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -48,9 +48,9 @@ def print_status(manager: QuotaReader, console: Console) -> float:
 
 
 def print_status_json(manager: QuotaReader) -> float:
-    """Print the same as one JSON object, everything that can be read in it; return the same.
+    """Print all values as one JSON object; return the same as `print_status`.
 
-    Each model is a line, and some are written as soon as they are made: a reader may take what it needs and leave.
+    Each model is a line, and lines are written in parts as they are made: a reader may stop when it has what it needs.
     """
     found = read_utilization(manager)
     stats = manager.get_stats()
@@ -69,7 +69,7 @@ def print_status_json(manager: QuotaReader) -> float:
 
 
 def _models_as_json(found: Utilization) -> Iterator[list[str]]:
-    # What is alike for many models is encoded once; an encoder of the whole would take longer than all the rest.
+    # Parts that are the same for many models are encoded once; encoding all at once would take longer than the rest.
     order = found.by_pressure()
     names = [name for name in found.counters.dtype.names or () if name != "model_id"]
     limits = [limit.name.lower() for limit in LIMITS]
@@ -106,7 +106,7 @@ def _models_as_json(found: Utilization) -> Iterator[list[str]]:
 
 def status_table(found: Utilization, indices: Sequence[int], *, console: Console) -> Lines:
     """A line for each of the models, in the order given; as wide as the console has room for."""
-    width, ascii_only = console.width, console.options.ascii_only  # each is a question to the terminal
+    width, ascii_only = console.width, console.options.ascii_only  # each asks the terminal
     shown = np.array(indices, np.intp)
     counters = found.counters[shown]
     kinds, kind_of = found.quotas.kinds, found.quotas.kind_of[shown].tolist()
@@ -119,9 +119,9 @@ def status_table(found: Utilization, indices: Sequence[int], *, console: Console
     if width >= BAR_COLUMNS:
         bars = [bar_text(percent / 100, _BAR_WIDTH, ascii_only=ascii_only) for percent in pressure]
         ground = "" if ascii_only else " on bright_black"
-        columns.append(Column("pressure", bars, lambda row: _colour(pressure[row]) + ground))
+        columns.append(Column("pressure", bars, lambda row: _color(pressure[row]) + ground))
     columns += [
-        Column("%", [f"{percent:.0f}" for percent in pressure], lambda row: _colour(pressure[row]), right=True),
+        Column("%", [f"{percent:.0f}" for percent in pressure], lambda row: _color(pressure[row]), right=True),
         Column(
             "nearest limit",
             [
@@ -156,7 +156,7 @@ def _share(heading: str, percents: list[float], limited: list[bool]) -> Column:
     return Column(
         f"{heading} %",
         [f"{percent:.0f}" if has_limit else "-" for percent, has_limit in zip(percents, limited, strict=True)],
-        lambda row: _colour(percents[row]) if limited[row] else "dim",
+        lambda row: _color(percents[row]) if limited[row] else "dim",
         right=True,
     )
 
@@ -179,12 +179,12 @@ def _nearest(found: Utilization, index: int, quota: ResourceQuotaConfig, limits:
     return f"{short(used)} of {f'{rate:g}' if rate < 100 else short(rate)}+{short(burst)} {words}"
 
 
-def _colour(percent: float) -> str:
+def _color(percent: float) -> str:
     return "green" if percent < 75 else "yellow" if percent < 95 else "red"
 
 
 def totals_line(stats: QuotaStats, enforcing: bool) -> Text:
-    """The totals over all models."""
+    """Return the totals over all models as one line."""
     after = f" ({stats.waited_requests:,} after a wait)" if stats.waited_requests else ""
     waiting = stats.total_checks - stats.allowed_requests - stats.denied_requests
     line = Text(

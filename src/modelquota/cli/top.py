@@ -1,4 +1,4 @@
-"""What `modelquota top` shows: all models, the one nearest to a limit first, redrawn in place until q or Ctrl-C."""
+"""The screen of `modelquota top`: the models, nearest to a limit first, redrawn in place until q or Ctrl-C."""
 
 import os
 import select
@@ -20,12 +20,12 @@ from modelquota.reading.utilization import read_utilization
 
 __all__ = ["Top", "run_top"]
 
-# Headline, an empty line, the heading of the table, the line of what is left out, and the totals.
+# Headline, an empty line, the heading of the table, the line on models left out, and the totals.
 OTHER_LINES = 5
 
 
 class Top:
-    """The screen at one moment; knows the one before it, and so how much there was per second."""
+    """Draws the screen; keeps the totals of the previous one, to show rates per second."""
 
     def __init__(self, manager: QuotaReader, console: Console) -> None:
         self._manager = manager
@@ -50,11 +50,11 @@ class Top:
         then, before = self._before
         seconds = max(now - then, 1e-3)
         checks = stats.total_checks - before.total_checks
-        denied = max(stats.denied_requests - before.denied_requests, 0)  # who waits is not yet
+        denied = max(stats.denied_requests - before.denied_requests, 0)  # a request that waits is not denied yet
         return Text.assemble(
             ("modelquota top", "bold"),
             (
-                f"  {models:,} models  {checks / seconds:,.0f} checks/s  {denied / seconds:,.0f} denied/s   q ends it",
+                f"  {models:,} models  {checks / seconds:,.0f} checks/s  {denied / seconds:,.0f} denied/s   q to quit",
                 "dim",
             ),
             no_wrap=True,
@@ -63,12 +63,12 @@ class Top:
 
 
 def run_top(manager: QuotaReader, console: Console, *, interval_sec: float = 1.0, seconds: float | None = None) -> None:
-    """Show a manager until q or Ctrl-C, or for so many seconds; needs a terminal.
+    """Show a manager until q or Ctrl-C, or for `seconds`; needs a terminal.
 
     Raises
     ------
     ValueError
-        The console is no terminal.
+        The console is not a terminal.
     """
     if not console.is_terminal:
         raise ValueError("top needs a terminal; `modelquota status` prints the same once")
@@ -83,7 +83,7 @@ def run_top(manager: QuotaReader, console: Console, *, interval_sec: float = 1.0
 
 
 class _Keys:
-    """Waits, and looks whether q is typed meanwhile."""
+    """Waits, and reports whether q was typed in the meantime."""
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
@@ -95,13 +95,13 @@ class _Keys:
         ready, _, _ = select.select([self._descriptor], [], [], wait_sec)
         if not ready:
             return False
-        typed = os.read(self._descriptor, 64)  # past sys.stdin, which would keep what it has read beyond one key
+        typed = os.read(self._descriptor, 64)  # not through sys.stdin, which would buffer more than one key
         return not typed or b"q" in typed.lower()
 
 
 @contextmanager
 def _keys() -> Iterator[_Keys]:
-    """Let keys through one by one, where there is a keyboard, and put the terminal back as it was."""
+    """Read keys one by one, if there is a keyboard, and restore the terminal at the end."""
     if not sys.stdin.isatty():
         yield _Keys(None)
         return

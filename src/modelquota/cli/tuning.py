@@ -1,4 +1,4 @@
-"""What `modelquota replay` prints."""
+"""The command `modelquota replay`: reads and replays a trace, and prints the report."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from modelquota.tuning.trace import read_trace
 
 __all__ = ["print_json", "print_report", "replay_file"]
 
-# Reading a megabyte takes some 25 ms: below this a bar would only flicker.
+# Reading a megabyte takes some 25 ms: below this size a bar would only flicker.
 PROGRESS_FROM_BYTES = 16 << 20
-# With fewer, the time of a request is that of getting started.
+# With fewer, the time for each request is mostly startup.
 TIMED_FROM_REQUESTS = 1_000
 NS_PER_MS = 1_000_000
 
@@ -29,7 +29,7 @@ NS_PER_MS = 1_000_000
 def replay_file(
     path: Path, quotas: Mapping[str, ResourceQuotaConfig], *, model: str | None, speed: float, errors: Console
 ) -> ReplayReport:
-    """Read a trace and replay it, with a bar on `errors` where that is a terminal and the trace long."""
+    """Read a trace and replay it, with a progress bar on `errors` if it is a terminal and the trace is long."""
     show = errors.is_terminal and os.stat(path).st_size >= PROGRESS_FROM_BYTES
     with Progress(
         TextColumn("{task.description}"),
@@ -54,7 +54,7 @@ def _task(progress: Progress, description: str) -> Iterator[Callable[[int, int],
 
 
 def print_json(report: ReplayReport) -> None:
-    """Print the report for machines, on stdout."""
+    """Print the report as JSON, on stdout."""
     print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
 
 
@@ -76,7 +76,7 @@ def print_report(report: ReplayReport, console: Console) -> None:
 
 
 def _table(model: ModelReplay) -> Table:
-    """Requests in the first line, tokens in the second; columns of all models stand under one another."""
+    """Requests in the first line, tokens in the second; columns are aligned over all models."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", style="dim", min_width=8)
     for heading, width in (("asked", 9), ("admitted", 14), ("busiest second", 14)):
@@ -107,7 +107,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _denials(model: ModelReplay) -> list[Text]:
-    """How many each limit denied, how many of them for good, and how long the others were told to wait."""
+    """How many requests each limit denied, how many could never fit, and how long the others had to wait."""
     denied = {limit.label.replace(" per ", "/"): count for limit, count in model.denied.items() if count}
     width = max((len(f"{count:,}") for count in denied.values()), default=0)
     lines = [Text(f"{count:{width},} {label}", "red") for label, count in denied.items()] or [Text("none", "green")]

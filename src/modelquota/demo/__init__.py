@@ -1,1 +1,1 @@
-"""Examples that can be run: made-up traffic, and a server that speaks to real clients."""
+"""Runnable examples: generated traffic, and a server for real clients."""

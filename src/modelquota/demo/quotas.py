@@ -1,4 +1,4 @@
-"""The quotas of the example server, and a manager that has them."""
+"""The quotas of the example server, and a manager with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 
 KEY_PREFIX: Final = "key:"
-"""What the ids of API keys begin with, and no model does."""
+"""The prefix of the ids of API keys, which no model has."""
 
 QUOTAS: Final = (
     ResourceQuotaConfig.unlimited(
@@ -39,7 +39,7 @@ QUOTAS: Final = (
     ResourceQuotaConfig.unlimited("dev-7b", max_tokens_per_hour=500, on_violation="warn"),
     ResourceQuotaConfig.unlimited("key:free", max_requests_per_hour=10, on_violation="reject"),
 )
-"""One model for each action on a violation, with limits that are reached by hand, and one key."""
+"""One model for each action on a violation, with limits low enough to reach by hand, and one key."""
 
 
 def demo_manager(
@@ -48,7 +48,7 @@ def demo_manager(
     path: str | os.PathLike[str] | None = None,
     trust_file: bool = False,
 ) -> ResourceQuotaManager:
-    """Return a manager with the quotas of the example; with a state file, what was used stays used."""
+    """Return a manager with the quotas of the example; with a state file, usage survives restarts."""
     manager = ResourceQuotaManager(path=path, trust_file=trust_file)
     for quota in quotas:
         manager.set_quota(quota)

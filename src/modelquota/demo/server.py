@@ -1,4 +1,4 @@
-"""A whole example: a mock model server behind the middleware, as ``modelquota serve-demo`` starts it.
+"""A complete example: the mock model server behind the middleware that ``modelquota serve-demo`` starts.
 
 Needs the extra ``modelquota[asgi]``.
 """
@@ -24,7 +24,7 @@ from modelquota.demo.quotas import KEY_PREFIX
 from modelquota.manager import ResourceQuotaManager
 
 DEFAULT_TOKENS: Final = 24
-"""Tokens that the mock model says where the request states no bound."""
+"""Tokens that the mock model generates if the request sets no bound."""
 
 _TEXT = (
     "limits that hold in every window keep a busy model polite and a patient client served "
@@ -39,9 +39,9 @@ def create_app(manager: ResourceQuotaManager, *, tokens_per_second: float = 20.0
     Parameters
     ----------
     manager : ResourceQuotaManager
-        Its models are those that the server lists.
+        The server lists its models.
     tokens_per_second : float
-        How fast the mock model generates; every output at this speed.
+        How fast the mock model generates each output.
     """
     model = MockModel(manager, 1 / tokens_per_second)
     app = Starlette(
@@ -58,9 +58,9 @@ def create_app(manager: ResourceQuotaManager, *, tokens_per_second: float = 20.0
     keys = frozenset(name for name in ids if name.startswith(KEY_PREFIX))
 
     def key(request: IncomingRequest) -> str | tuple[str, ...]:
-        """The API key decides together with the model, where it has a quota."""
+        """Return the id of the API key if it has a quota: it then decides together with the model."""
         name = request.json()["model"]
-        if name not in ids - keys:  # a client that names a key as its model would use up somebody else's quota
+        if name not in ids - keys:  # a client that names a key as its model would use up another client's quota
             raise RequestRefusedError(404, f"The model '{name}' does not exist", "model_not_found", "model")
         scheme, _, token = (request.header("authorization") or "").partition(" ")
         key_id = KEY_PREFIX + token
@@ -77,7 +77,7 @@ def create_app(manager: ResourceQuotaManager, *, tokens_per_second: float = 20.0
 
 
 def count_words(body: Mapping[str, Any]) -> int:
-    """Count the tokens of a prompt as the mock model does: a word is a token."""
+    """Count the tokens of a prompt as the mock model does: one for each word."""
     words = 0
     stack = [body.get("messages"), body.get("prompt"), body.get("input")]
     while stack:
@@ -92,7 +92,7 @@ def count_words(body: Mapping[str, Any]) -> int:
 
 
 class MockModel:
-    """Says the same words over and over, one token after the other."""
+    """Generates the same words over and over, one token at a time."""
 
     def __init__(self, manager: ResourceQuotaManager, seconds_per_token: float) -> None:
         self._manager = manager

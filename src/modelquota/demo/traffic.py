@@ -1,4 +1,4 @@
-"""Generated inference traffic: clients that ask for requests, and do about a denial what their model's action says.
+"""Generated inference traffic: clients that send requests, and react to a denial as their model's action says.
 
 The clock is an argument, so the same traffic runs in real time and in simulated time.
 """
@@ -25,7 +25,7 @@ NS_PER_SECOND = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How long requests are: log-normal tokens of prompt and answer, given by median, spread and maximum."""
+    """Lengths of requests: log-normal tokens of prompt and answer, each given by median, spread and maximum."""
 
     prompt: tuple[int, float, int]
     answer: tuple[int, float, int]
@@ -52,7 +52,7 @@ class Traffic:
     lengths: Lengths
 
 
-# One model for each action; each is asked for more than it may have, so that its limits bite within seconds.
+# One model for each action; each gets more traffic than its limits admit, so that they take effect within seconds.
 MODELS = (
     Traffic(
         ResourceQuotaConfig(
@@ -111,33 +111,33 @@ MODELS = (
 )
 
 SHOWN_LIMITS = (Limit.REQUESTS_PER_SECOND, Limit.TOKENS_PER_SECOND, Limit.TOKENS_PER_HOUR)
-"""Those that these quotas set."""
+"""The limits that these quotas set."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What became of one model's requests so far; written by one lane, read by anybody.
+    """Counts of the outcomes of one model's requests; written by one lane, may be read by any thread.
 
     Attributes
     ----------
     sent, admitted : int
         Requests that arrived, and those admitted, at once or after a wait.
     denied : int
-        Requests given up: rejected, or not to be admitted within the grace period.
+        Requests given up: rejected, or impossible to admit within the grace period.
     warned : int
         Requests admitted over a limit.
     waiting : int
         Requests that wait now.
     denials : Counter of Limit
-        Checks answered with a violation, by the first limit violated.
+        Checks with a violation, by the first limit violated.
     first_violation_ns : int or None
         When a limit was violated for the first time.
     last_violation_ns : int
-        When one was violated last; 0 for never.
+        When a limit was last violated; 0 for never.
     retry_after_ms : int or None
-        What the answer to that said.
+        The `retry_after_ms` of that check.
     waits_ms : list of float
-        How long each request waited that was then admitted.
+        How long each request that was admitted after a wait had waited.
     """
 
     sent: int = 0
@@ -166,23 +166,23 @@ class Lane:
     Parameters
     ----------
     manager : ResourceQuotaManager
-        Knows every model of `models`.
+        Has a quota for every model of `models`.
     models : sequence of Traffic
-        Whose clients to be.
+        The models whose clients to simulate.
     share : float
-        The part of the traffic that this lane sends, above 0 to 1.
+        The part of the traffic that this lane sends, above 0 and at most 1.
     rng : random.Random
-        Source of sizes and times of arrival.
+        Source of request sizes and arrival times.
     now : callable
-        The time in ns, on the manager's clock: `time.monotonic_ns`, or what reads its `ManualClock`.
+        The time in ns, on the manager's clock: `time.monotonic_ns`, or a function that reads its `ManualClock`.
 
     Attributes
     ----------
     tallies : dict of str to Tally
     check_ns : array of int
-        How long each check took, call and timer included.
+        The time of each check, call and timer included.
     next_ns : int
-        When there is something to do next.
+        When the next event is due.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class Lane:
         return self._due[0][0]
 
     def step(self) -> None:
-        """Do all that is due by now: arrivals send their request, those who waited try again."""
+        """Do all that is due by now: arrivals send their request, those that waited try again."""
         while self._due[0][0] <= self._now():
             _, _, event = heapq.heappop(self._due)
             if isinstance(event, Traffic):
@@ -235,7 +235,7 @@ class Lane:
         tally.sent += 1
         line = self._lines[traffic.quota.model_id]
         if line:
-            # First come, first served: behind somebody who waits there is nothing to ask for yet.
+            # First come, first served: a request behind a waiting one is not tried yet.
             line.append(request)
         elif (retry_ns := self._try(request)) is None:
             return
@@ -259,7 +259,7 @@ class Lane:
         self._push(retry_ns, request)
 
     def _try(self, request: _Request) -> int | None:
-        """Check a request. None: it is settled, admitted or denied for good; otherwise when to try it again."""
+        """Check a request; return None if it is admitted or finally denied, otherwise when to try it again."""
         quota = request.traffic.quota
         tally = self.tallies[quota.model_id]
         before_ns = perf_counter_ns()

@@ -1,1 +1,1 @@
-"""What others watch: metrics for Prometheus and OpenTelemetry, a dashboard, and alerts."""
+"""Metrics for Prometheus and OpenTelemetry, a Grafana dashboard, and alerts."""

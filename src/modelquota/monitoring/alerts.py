@@ -1,4 +1,4 @@
-"""Alerts: rules over what a manager's models use, judged once by `check_alerts`, or watched by `AlertMonitor`."""
+"""Alerts: rules over what a manager's models use, evaluated once by `check_alerts`, or watched by `AlertMonitor`."""
 
 import enum
 import logging
@@ -28,9 +28,9 @@ class Severity(enum.StrEnum):
     """How urgent an alert is."""
 
     WARNING = "warning"
-    """Look at it in time."""
+    """Needs attention, but not at once."""
     CRITICAL = "critical"
-    """Requests are being refused, or soon will be."""
+    """Requests are being denied, or soon will be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +40,17 @@ class AlertRule:
     Parameters
     ----------
     name : str
-        Names the rule in its alerts.
+        Name of the rule in its alerts.
     severity : Severity
-        That of its alerts. For a limit that denies nothing, as under the action ``warn``, it is at most a warning.
+        Severity of its alerts; at most a warning for a limit that denies nothing, as under the action ``warn``.
     threshold : float
-        Raised above it: percent of `limit`, or a number of violations.
+        An alert is raised above it: percent of `limit`, or a number of violations.
     limit : Limit, optional
-        The limit whose use is judged, model by model; None judges the violations of all models together, of which
-        those count that a request was denied for: neither warnings, nor requests that wait or were served after a wait.
+        The limit whose use is evaluated, model by model. None evaluates the violations of all models together, of
+        which only denials count: no warnings, and no requests that wait or were served after a wait.
     clear_at : float, optional
-        `AlertMonitor` clears at or below it; by default at 95 % of the threshold, so that a figure that sways about the
-        threshold raises one alert and not many.
+        `AlertMonitor` clears at or below it; by default at 95 % of the threshold, so that a value that
+        oscillates around the threshold raises one alert and not many.
 
     Raises
     ------
@@ -87,7 +87,7 @@ DEFAULT_RULES: Final = (
     ),
     AlertRule("queue", Severity.WARNING, 80, Limit.QUEUE),
 )
-"""More than 1,000 violations; memory above 90 %; a window longer than the second, or the queue, above 80 %."""
+"""More than 1,000 violations; memory above 90 %; a window longer than a second, or the queue, above 80 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +100,11 @@ class Alert:
         Name of the rule.
     severity : Severity
     model_id : str or None
-        None where the rule is about all models together.
+        None if the rule is about all models together.
     message : str
-        One sentence for people.
+        One sentence for a human reader.
     value, threshold : float
-        What was found, and above what it was raised: percent, or a number of violations.
+        The current value, and the threshold that it exceeds: percent, or a number of violations.
     """
 
     rule: str
@@ -116,13 +116,13 @@ class Alert:
 
 
 def check_alerts(manager: "QuotaReader", rules: Sequence[AlertRule] = DEFAULT_RULES) -> list[Alert]:
-    """Judge all rules now; violations are those since the manager was made.
+    """Evaluate all rules now; violations count from the manager's creation.
 
     Returns
     -------
     list of Alert
-        By rule; for each, the models whose limit denies before the others, in order of registration. Empty if all is
-        well.
+        By rule; for each, the models whose limit denies before the others, in order of registration. Empty if no rule
+        holds.
 
     Examples
     --------
@@ -143,29 +143,28 @@ def check_alerts(manager: "QuotaReader", rules: Sequence[AlertRule] = DEFAULT_RU
 
 
 class AlertMonitor(Periodic):
-    """Says once when a rule begins to hold and once when it no longer does.
+    """Reports once when a rule begins to hold and once when it no longer does.
 
-    A rule holds from when its figure is above the threshold until it is at or below ``rule.clears_at``. An alert of a
-    model that has been removed is cleared. Call `poll` from a loop of one's own, or `start` a thread that does.
+    A rule begins to hold when its value exceeds the threshold, and ends when it is at or below ``rule.clears_at``. An
+    alert for a model that has been removed is cleared. Call `poll` from your own loop, or `start` a thread that does.
 
     Parameters
     ----------
     manager : ResourceQuotaManager or QuotaView
-        What is watched.
+        The manager to watch.
     rules : sequence of AlertRule
-        Their names differ.
+        The rules, each with a different name.
     on_raise, on_clear : callable, optional
-        Called with the `Alert`, in the thread that polls; what they raise is logged and stops nothing.
+        Called with the `Alert`, in the thread that polls; an exception from one is logged and stops nothing.
     violations_window_sec : float
-        Violations are those of so many seconds before a poll, as far as polls have seen them: the total of all times
-        would never clear.
+        Violations count if they were seen within this many seconds before a poll: an all-time total would never clear.
     monotonic : callable, optional
-        Seconds that only grow, for tests; `time.monotonic` by default.
+        A clock in seconds that never goes back, for tests; `time.monotonic` by default.
 
     Raises
     ------
     ValueError
-        Two rules of one name, or a window that is not above 0.
+        Two rules have the same name, or the window is not above 0.
     """
 
     def __init__(
@@ -194,12 +193,12 @@ class AlertMonitor(Periodic):
 
     @property
     def active(self) -> list[Alert]:
-        """The alerts that hold, with the figures of the last poll, oldest first."""
+        """The alerts that hold, with the values of the last poll, oldest first."""
         with self._lock:
             return list(self._active.values())
 
     def poll(self) -> tuple[list[Alert], list[Alert]]:
-        """Judge all rules, call back, and return what was raised and what was cleared."""
+        """Evaluate all rules, call the callbacks, and return the alerts raised and the alerts cleared."""
         with self._lock:
             raised, cleared = self._judge()
         for alerts, callback in ((raised, self._on_raise), (cleared, self._on_clear)):
@@ -232,7 +231,7 @@ class AlertMonitor(Periodic):
 
     def _recent_violations(self) -> int:
         now, total = self._monotonic(), self._manager.get_stats().denied_requests
-        # the newest total that is as old as the window stays, to be subtracted
+        # keep the newest total that is at least as old as the window: it is subtracted
         while len(self._totals) > 1 and self._totals[1][0] <= now - self._window_sec:
             self._totals.popleft()
         recent = total - self._totals[0][1]
@@ -242,7 +241,7 @@ class AlertMonitor(Periodic):
 
 
 def _values(rule: AlertRule, found: Utilization, violations: int) -> Iterator[tuple[str | None, float, bool]]:
-    """Yield what a rule judges, and whether a violation of it is denied."""
+    """Yield each value that a rule evaluates, with its model, and whether a violation of it is denied."""
     if rule.limit is None:
         yield None, float(violations), True
         return

@@ -1,14 +1,13 @@
-"""What is measured of a manager, in one table for all metric systems, and how many models are told apart.
+"""The metrics of a manager, in one table for all metric systems, and a bound on how many models have a label.
 
-A label for each model is what people want to see, and what a metric store cannot bear for any number of models: it
-keeps every series that it was ever given. So the labels are bounded over the life of a source, not only at each
-reading: at most `max_models` models ever have one, those nearest to a limit of all that are there while labels are
-left. A label stays with its id, also if the model is removed and comes back. All others are summed under one label.
+People want a label for each model, but a metric store keeps every series that it was ever given, so it cannot take any
+number of models. The labels are therefore bounded over the life of a source, not only at each reading: at most
+`max_models` models ever get one, those nearest to a limit while labels are left. A label stays with its id, even if
+the model is removed and comes back. All other models are summed under one label.
 
-A model's counters then move at most once, from the common label to its own, and a plain sum over the others would fall
-when that happens, as it would when a model is removed. Hence each reading adds what every model has counted *since the
-reading before* to the label that the model has now: no counter ever falls, and nothing that a model counted is lost or
-told twice.
+A model's counters then move at most once, from the common label to its own. A plain sum over the others would fall when
+that happens, as it would when a model is removed. So each reading adds what every model has counted *since the previous
+reading* to the label that the model has now: no counter ever falls, and nothing is lost or counted twice.
 """
 
 import threading
@@ -32,38 +31,38 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_MAX_MODELS", "METRICS", "MODEL", "OTHERS", "Kind", "Metric", "MetricSource", "Reading"]
 
 DEFAULT_MAX_MODELS: Final = 100
-"""How many models have a label of their own unless said otherwise."""
+"""How many models have a label of their own by default."""
 
 OTHERS: Final = "(others)"
-"""The label of all models that have none of their own; a model of that very name is always among them."""
+"""The label of all models without a label of their own; a model with this exact name is always among them."""
 
 MODEL: Final = "model"
-"""Name of the label that names the model."""
+"""Name of the label that holds the model's id."""
 
 _MB = 2**20
 
 
 class Kind(Enum):
-    """Where a metric's figures come from, and so what may be done with them."""
+    """What a metric measures, which decides how its values are combined over models."""
 
     TOTAL = "counter over all models, removed and unknown ones too"
     STATE = "gauge of the manager"
     COUNTER = "counter of a model"
     USE = "gauge of a model; those of the others are summed"
     LIMIT = "gauge of a model; the others have none, since limits of different models do not add up"
-    PRESSURE = "gauge of a model; of the others the highest that denies"
+    PRESSURE = "gauge of a model; for the others, the highest of the models that deny"
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric: dots in its name as OpenTelemetry has them, underscores and the unit's suffix for Prometheus.
+    """One metric. Its name has dots, as in OpenTelemetry; Prometheus gets underscores and the unit as a suffix.
 
-    `series` maps the values of `labels` (beside the model) to the fields whose sum is the figure.
+    `series` maps the values of `labels` (besides the model) to the fields whose sum is the metric's value.
     """
 
     name: str
     kind: Kind
-    unit: str  # as UCUM has it: "By" for bytes, "1" for a ratio, "{request}" for things counted
+    unit: str  # in UCUM: "By" for bytes, "1" for a ratio, "{request}" for things counted
     help: str
     series: Mapping[tuple[str, ...], tuple[str, ...]]
     labels: tuple[str, ...] = ()
@@ -71,12 +70,12 @@ class Metric:
 
     @property
     def is_counter(self) -> bool:
-        """True where the figure never falls."""
+        """True if the value never falls."""
         return self.kind in (Kind.TOTAL, Kind.COUNTER)
 
     @property
     def of_model(self) -> bool:
-        """True where there is a figure for each model."""
+        """True if there is a value for each model."""
         return self.kind not in (Kind.TOTAL, Kind.STATE)
 
 
@@ -114,7 +113,7 @@ _REQUEST, _TOKEN, _BYTE, _MODEL_UNIT = "{request}", "{token}", "By", "{model}"
 
 # fmt: off
 METRICS: Final = (
-    Metric("modelquota.checks", Kind.TOTAL, _REQUEST, "Requests judged.", _one("total_checks")),
+    Metric("modelquota.checks", Kind.TOTAL, _REQUEST, "Requests checked.", _one("total_checks")),
     Metric("modelquota.admitted", Kind.TOTAL, _REQUEST, "Requests admitted.", _one("allowed_requests")),
     Metric("modelquota.warned", Kind.TOTAL, _REQUEST, "Requests admitted in spite of a violation.",
            _one("warned_requests")),
@@ -127,7 +126,7 @@ METRICS: Final = (
     Metric("modelquota.enforcing", Kind.STATE, "", "0 while everything is admitted, otherwise 1.", _one("enforcing")),
     Metric("modelquota.pressure", Kind.STATE, "1", "Highest use of a limit that denies, over all models; 1 is full.",
            _one("pressure")),
-    Metric("modelquota.model.checks", Kind.COUNTER, _REQUEST, "Requests of the model judged.", _one("checks")),
+    Metric("modelquota.model.checks", Kind.COUNTER, _REQUEST, "Requests of the model checked.", _one("checks")),
     Metric("modelquota.model.admitted", Kind.COUNTER, _REQUEST, "Requests of the model admitted.",
            _one("allowed_total")),
     Metric("modelquota.model.warned", Kind.COUNTER, _REQUEST, "Requests of the model admitted in spite of a violation.",
@@ -178,19 +177,19 @@ METRICS: Final = (
 
 _STEADY: Final = ("allowed_total", "rejected_total", "throttled_total", "queued_total", "waited_total", "warned_total",
                   *_VIOLATED.values(), "tokens_total", "tokens_refunded_total")  # fmt: skip
-"""Counters of the core, none of which falls while the model is there."""
+"""Counters of the core that never fall as long as the model is registered."""
 
 _COUNTED: Final = (*_STEADY, "checks", *(f"{name}_denied" for name in DENIED))
 
 
 def _limits(quota: ResourceQuotaConfig) -> dict[str, float | None]:
-    """Return what the series of kind LIMIT name; None where there is none."""
+    """Return the value of each series of kind LIMIT; None if the limit is not set."""
     limits: dict[str, float | None] = dict(zip(map(_name, LIMITS), limits_of(quota), strict=True))
     return limits | {"enforcing": int(any(denying(quota)))}
 
 
 class Reading:
-    """One reading of a manager, from which every metric's figures can be taken in any order."""
+    """One reading of a manager, from which the values of every metric can be taken in any order."""
 
     def __init__(
         self, found: Utilization, facts: dict[str, float], shown: "NDArray[np.intp]", own: dict[str, Any], others: bool
@@ -211,7 +210,7 @@ class Reading:
         self._columns["pressure"] = [*pressure[shown].tolist(), *([highest] if others else [])]
 
     def samples(self, metric: Metric) -> Iterator[tuple[tuple[str, ...], float]]:
-        """Yield the values of the labels (the model's first) and the figure, of every series that there is."""
+        """Yield the label values (the model's first) and the value of every series."""
         if metric.kind in (Kind.TOTAL, Kind.STATE):
             for labels, fields in metric.series.items():
                 yield labels, sum(self._facts[field] for field in fields)
@@ -229,12 +228,12 @@ class Reading:
 
 
 class MetricSource:
-    """Reads a manager, again and again, so that counters only grow; safe to call from several threads.
+    """Reads a manager repeatedly, so that counters only grow; safe to call from several threads.
 
     Parameters
     ----------
     manager : ResourceQuotaManager or QuotaView
-        What is measured.
+        The manager to measure.
     max_models : int
         How many models ever have a label of their own, 0 or more: those nearest to a limit while labels are left.
     """
@@ -245,11 +244,11 @@ class MetricSource:
         self.manager = manager
         self.max_models = max_models
         self._lock = threading.Lock()
-        self._labels: dict[str, int] = {}  # places in `_told`, one for each id that has ever had a label
+        self._labels: dict[str, int] = {}  # index in `_told` of each id that has ever had a label
         self._told = np.zeros((0, len(_COUNTED)), np.uint64)
         self._told_of_others = np.zeros(len(_COUNTED), np.uint64)
         self._told_denied = dict.fromkeys(DENIED, 0)
-        self._places: dict[str, int] = {}  # in `_seen`, of the models of the last reading
+        self._places: dict[str, int] = {}  # index in `_seen` of each model of the last reading
         self._seen = np.zeros((0, len(_COUNTED)), np.uint64)
         self._lives = np.zeros(0, np.uint64)
         self._had_others = False
@@ -257,7 +256,7 @@ class MetricSource:
     def read(self) -> Reading:
         """Read all models, and bring the counters up to date."""
         with self._lock:
-            retired = self.manager._read_retired()  # first: a model that leaves now is told at the next reading
+            retired = self.manager._read_retired()  # first: a model that is removed now is counted at the next reading
             found = read_utilization(self.manager)
             stats = self.manager.get_stats()
             facts: dict[str, float] = {name: getattr(stats, name) for name in stats.__dataclass_fields__}
@@ -266,14 +265,14 @@ class MetricSource:
             facts |= self._denied(found, retired)
             shown = self._choose(found)
             own = self._count(found, shown)
-            # once there, the common label stays: a counter that disappears is forgotten by whoever reads it
+            # once it exists, the common label stays: a metric system forgets a counter that disappears
             self._had_others = self._had_others or len(shown) < len(found)
             if self._had_others:
                 own = {name: np.append(values, self._told_of_others[i]) for i, (name, values) in enumerate(own.items())}
             return Reading(found, facts, shown, own, self._had_others)
 
     def _choose(self, found: Utilization) -> "NDArray[np.intp]":
-        """Give out labels that are left, and return the indices of the models that have one."""
+        """Assign the labels that are left, and return the indices of the models that have one."""
         ids = found.model_ids
         if len(self._labels) < self.max_models:
             for index in found.by_pressure().tolist():
@@ -284,10 +283,10 @@ class MetricSource:
         return np.array([index for index, model_id in enumerate(ids) if model_id in self._labels], np.intp)
 
     def _denied(self, found: Utilization, retired: dict[str, int]) -> dict[str, float]:
-        """Denials for good over all models, by action: of the living one by one, of the removed as a sum."""
+        """Final denials over all models, by action: registered models one by one, removed models as a sum."""
         living, removed = denied_by_action(found.counters), denied_by_action({**retired, "waiting_requests": 0})
         for name in DENIED:
-            # it is less now and then: for a moment between the start of a wait and its being published
+            # it can be lower for a moment, between the start of a wait and its publication
             now = int(living[name].sum()) + int(removed[name])
             self._told_denied[name] = max(self._told_denied[name], now)
         return {f"{name}_denied": count for name, count in self._told_denied.items()}
@@ -305,7 +304,7 @@ class MetricSource:
         places = np.array([self._places.get(model_id, -1) for model_id in ids], np.intp)
         known = places >= 0
         before[known] = self._seen[places[known]]
-        # a model that was removed and set again has begun at 0
+        # a model that was removed and registered again has begun at 0
         before[known] *= (self._lives[places[known]] == found.lives[known])[:, None]
         seen = np.maximum(seen, before)
         more = seen - before

@@ -1,8 +1,8 @@
-"""Metrics for OpenTelemetry: the same figures as for Prometheus, as observable instruments.
+"""Metrics for OpenTelemetry: the same values as for Prometheus, as observable instruments.
 
-Needs the extra ``modelquota[otel]``, which brings the API only; which SDK and exporter read the instruments is the
-application's choice. An instrument is named as in `modelquota.monitoring.prometheus`, with dots:
-``modelquota.model.tokens`` is what ``modelquota_model_tokens_total`` is there. The attributes are its labels, the units
+Needs the extra ``modelquota[otel]``, which installs the API only; the application chooses the SDK and the exporter that
+read the instruments. An instrument is named as in `modelquota.monitoring.prometheus`, with dots:
+``modelquota.model.tokens`` is ``modelquota_model_tokens_total`` there. The attributes are its labels, and the units are
 those of UCUM (``By`` for bytes).
 """
 
@@ -23,20 +23,20 @@ __all__ = ["instrument"]
 
 
 def instrument(manager: "QuotaReader", meter: Meter | None = None, *, max_models: int = DEFAULT_MAX_MODELS) -> None:
-    """Let a meter observe a manager: one observable counter or gauge for every metric.
+    """Register a manager with a meter: one observable counter or gauge for every metric.
 
-    The manager is read once for each collection, and lives as long as the meter.
+    The manager is read once for each collection, and the meter keeps it alive.
 
     Parameters
     ----------
     manager : ResourceQuotaManager or QuotaView
-        What is measured.
+        The manager to measure.
     meter : opentelemetry.metrics.Meter, optional
-        By default one named ``modelquota`` of the global meter provider.
+        By default the meter ``modelquota`` of the global meter provider.
     max_models : int
-        How many models ever have an attribute of their own, 0 or more: those nearest to a limit while some are left.
-        The others are summed under ``model="(others)"``, so that the attribute never takes more than
-        ``max_models + 1`` values, whatever ids come and go.
+        How many models ever get an attribute value of their own, 0 or more: those nearest to a limit while some are
+        left. The others are summed under ``model="(others)"``, so the attribute never takes more than
+        ``max_models + 1`` values, however many ids come and go.
 
     Raises
     ------
@@ -63,14 +63,14 @@ def instrument(manager: "QuotaReader", meter: Meter | None = None, *, max_models
             meter.create_observable_counter(metric.name, [callback], metric.unit, metric.help)
         elif metric.kind is Kind.USE:
             meter.create_observable_up_down_counter(metric.name, [callback], metric.unit, metric.help)
-        else:  # a limit, or what does not add up over models
+        else:  # a limit, or another value that does not add up over models
             meter.create_observable_gauge(metric.name, [callback], metric.unit, metric.help)
 
 
 class _SharedReading:
-    """One reading for all instruments of a collection: who asks a second time begins the next collection.
+    """One reading for all instruments of a collection: an instrument that asks again begins the next collection.
 
-    OpenTelemetry calls every instrument by itself and does not say when a collection begins.
+    OpenTelemetry calls every instrument separately and does not report when a collection begins.
     """
 
     def __init__(self, source: MetricSource) -> None:

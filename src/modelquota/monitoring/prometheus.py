@@ -25,8 +25,8 @@ tokens_refunded             ``sum(modelquota_model_tokens_refunded_total)``
 ==========================  ==============================================================================
 
 The same counters of each model are ``modelquota_model_checks_total{model="..."}`` and so on. Tokens charged and tokens
-given back are two counters: what was really used per second is ``rate(modelquota_model_tokens_total[5m]) -
-rate(modelquota_model_tokens_refunded_total[5m])``. Gauges of each model, where a limit that is not set has no series:
+refunded are two counters: the tokens really used per second are ``rate(modelquota_model_tokens_total[5m]) -
+rate(modelquota_model_tokens_refunded_total[5m])``. Gauges of each model; a limit that is not set has no series:
 
 ==========================  ==============================================================================
 of `ResourceUsage`          metric
@@ -44,16 +44,16 @@ the highest percentage      ``modelquota_model_pressure_ratio``, 1 is full
 whether any limit denies    ``modelquota_model_enforcing``, 0 for a model that only warns
 ==========================  ==============================================================================
 
-``modelquota_models`` and ``modelquota_enforcing`` tell of the manager, and ``modelquota_pressure_ratio`` is the highest
-pressure of any model that denies: one under the action ``warn`` shows its own and hides nobody's.
+``modelquota_models`` and ``modelquota_enforcing`` describe the manager. ``modelquota_pressure_ratio`` is the highest
+pressure of any model that denies: a model under the action ``warn`` has its own pressure but does not count here.
 
-At most `max_models` models have a label of their own, and that is a bound over the life of a collector: with
-``"(others)"``, the label ``model`` never takes more than ``max_models + 1`` values, whatever ids come and go. Labels
-are given at each scrape, while some are left, to those nearest to a limit of the models that deny, then to the others;
-a label stays with its id. All other models are summed under ``model="(others)"``, where pressure is the highest that
-denies and limits are left out. No counter ever falls: a model counts under its own label from the scrape on that gave
-it one, and what it counted before stays with the others. A model's series end with the model; if its id comes back,
-its counters go on from where they were. ``modelquota_*_total`` without a model go on.
+At most `max_models` models have a label of their own over the life of a collector: with ``"(others)"``, the label
+``model`` never takes more than ``max_models + 1`` values, however many ids come and go. While labels are left, each
+scrape assigns them to the models nearest to a limit: first to models that deny, then to the others; a label stays with
+its id. All other models are summed under ``model="(others)"``, whose pressure is the highest of those that deny, and
+which has no limits. No counter ever falls: a model counts under its own label from the scrape that assigned it, and
+what it counted before stays with the others. A model's series end when the model is removed; if its id comes back, its
+counters continue from their last values. The ``modelquota_*_total`` counters without a model never end.
 """
 
 import sys
@@ -86,9 +86,9 @@ class QuotaCollector(Collector):
     Parameters
     ----------
     manager : ResourceQuotaManager or QuotaView
-        What is measured, at each scrape.
+        The manager to read at each scrape.
     max_models : int
-        How many models ever have a label of their own, 0 or more: those nearest to a limit while labels are left.
+        How many models ever get a label of their own, 0 or more: those nearest to a limit while labels are left.
 
     Raises
     ------
@@ -112,12 +112,12 @@ class QuotaCollector(Collector):
         self._source = MetricSource(manager, max_models=max_models)
 
     def describe(self) -> Iterator[_Family]:
-        """Yield all metrics without a figure; called at registration."""
+        """Yield all metrics without values; called at registration."""
         for metric in METRICS:
             yield _family(metric)
 
     def collect(self) -> Iterator[_Family]:
-        """Read the manager and yield all metrics; called at each scrape, by several threads at once if need be."""
+        """Read the manager and yield all metrics; called at each scrape, possibly by several threads at once."""
         reading = self._source.read()
         for metric in METRICS:
             family = _family(metric)
@@ -129,28 +129,28 @@ class QuotaCollector(Collector):
 def start_exporter(
     manager: "QuotaReader", port: int, *, addr: str = "127.0.0.1", max_models: int = DEFAULT_MAX_MODELS
 ) -> tuple[WSGIServer, Thread]:
-    """Serve a manager's metrics over HTTP from a daemon thread, and nothing else.
+    """Serve only a manager's metrics over HTTP, from a daemon thread.
 
     Parameters
     ----------
     manager : ResourceQuotaManager or QuotaView
-        What is measured.
+        The manager to measure.
     port : int
-        TCP port; 0 takes a free one, which is then ``server.server_port``.
+        TCP port; 0 chooses a free one, which is then ``server.server_port``.
     addr : str
-        Address to listen on. By default only this machine is answered: there is no authentication.
+        Address to listen on. By default only this machine can connect: there is no authentication.
     max_models : int
         As for `QuotaCollector`.
 
     Returns
     -------
     (server, thread)
-        ``server.shutdown()`` and then ``server.server_close()`` ends it.
+        To stop it, call ``server.shutdown()`` and then ``server.server_close()``.
 
     Raises
     ------
     OSError
-        The port is taken, or the address is none of this machine; both are named.
+        The port is taken, or the address is not one of this machine; the message names both.
     """
     registry = _registry(manager, max_models)
     try:
@@ -161,7 +161,7 @@ def start_exporter(
     report_error = server.handle_error
 
     def handle_error(request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that leaves is not an error of this server
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a disconnected client is not an error of this server
             report_error(request, client_address)
 
     server.handle_error = handle_error  # type: ignore[method-assign]
@@ -169,12 +169,12 @@ def start_exporter(
 
 
 def make_exporter_app(manager: "QuotaReader", *, max_models: int = DEFAULT_MAX_MODELS) -> Any:
-    """Return a WSGI application that serves a manager's metrics, to mount in a server of one's own."""
+    """Return a WSGI application that serves a manager's metrics, to mount in another server."""
     return make_wsgi_app(_registry(manager, max_models))
 
 
 def grafana_dashboard() -> str:
-    """Return a Grafana dashboard over these metrics, as the JSON that Grafana imports."""
+    """Return a Grafana dashboard for these metrics, as the JSON that Grafana imports."""
     return files("modelquota.monitoring").joinpath("dashboard.json").read_text(encoding="utf-8")
 
 

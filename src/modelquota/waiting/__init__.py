@@ -1,1 +1,1 @@
-"""How a request sleeps while it waits: threads, tasks, and what is built on them."""
+"""Waiting for admission in threads and asyncio tasks, and the decorator and stream helper built on it."""

@@ -72,7 +72,7 @@ def limit(
 
 
 def _kinds(function: Any) -> tuple[Any, Any]:
-    """What tells the kind of a callable: it, or its ``__call__``, whatever `functools.partial` is around it."""
+    """The callable without any `functools.partial` around it, and its type's ``__call__``: what shows its kind."""
     while isinstance(function, functools.partial):
         function = function.func
     if not callable(function):
@@ -81,14 +81,14 @@ def _kinds(function: Any) -> tuple[Any, Any]:
 
 
 def _is_marked(function: Any) -> bool:
-    """Whether it is one for asyncio though not by its code, as an AsyncMock is before Python 3.12."""
-    asyncio = sys.modules.get("asyncio.coroutines")  # what marks has imported it
+    """True if asyncio has marked it as a coroutine function, though its code is not, as for AsyncMock before 3.12."""
+    asyncio = sys.modules.get("asyncio.coroutines")  # a marked function implies that this is imported
     mark = getattr(asyncio, "_is_coroutine", None)
     return mark is not None and getattr(function, "_is_coroutine", None) is mark
 
 
 def _if_unfinished(result: Any) -> str | None:
-    """What to do instead, if what a call returned has work still to come, which the grant would not cover."""
+    """The advice for a result that is unfinished work, which the grant would not cover; None if it is finished."""
     if isinstance(result, Awaitable):
         return "decorate a function that is declared with async def, and await it there"
     if hasattr(type(result), "add_done_callback"):  # as futures of executors have
@@ -99,7 +99,7 @@ def _if_unfinished(result: Any) -> str | None:
 
 
 def _end(result: Any) -> None:
-    """End what has been begun, as far as that is possible without waiting."""
+    """Cancel or close unfinished work, as far as that is possible without waiting."""
     if hasattr(result, "cancel"):
         result.cancel()
     elif not isinstance(result, AsyncIterable) and hasattr(result, "close"):
@@ -107,7 +107,7 @@ def _end(result: Any) -> None:
 
 
 async def _end_async(result: Any) -> None:
-    """End what has been begun."""
+    """Cancel or close unfinished work."""
     if isinstance(result, AsyncIterable):
         close = getattr(result, "aclose", None) or getattr(result, "close", None)
         closing = None if close is None else close()

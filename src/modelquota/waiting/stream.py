@@ -1,4 +1,4 @@
-"""`count_stream`: a stream whose tokens are counted in a grant as they pass."""
+"""`count_stream`: passes a stream on and counts its tokens in a grant."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ async def count_stream(
 ) -> AsyncIterator[T]:
     """Pass a stream on, accounting its tokens in a grant, and stop at the limit.
 
-    The item with which a limit is reached is still passed on, since it has been generated; then the stream is closed
-    and ``grant.limit_reached`` is True. The grant is released by whoever holds it: use both in one ``async with``.
+    The item that reaches a limit is still passed on, since it has been generated; then the stream is closed and
+    ``grant.limit_reached`` is True. The grant is not released: use this inside the grant's ``async with``.
 
     Parameters
     ----------
     grant : Grant
-        An open one.
+        An open grant.
     stream : async iterable
-        What the model generates; closed at the end, however that comes.
+        What the model generates; always closed: on success, error or cancellation.
     tokens : callable, optional
         How many tokens an item has; by default 1.
 

@@ -1,6 +1,6 @@
-"""Waiting for admission in an asyncio task: only how one sleeps is said here, all else is in `_core.table.queue`.
+"""Waiting for admission in an asyncio task: only how a task sleeps; the queue itself is in `_core.table.queue`.
 
-Imported with the first `acquire_async`, since asyncio takes longer to import than all of modelquota.
+Imported at the first `acquire_async`, since asyncio takes longer to import than all of modelquota.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class TaskWaiter(Waiter):
         self._timer: TimerHandle | None = None
 
     def prepare(self) -> None:
-        """Make what it sleeps on."""
+        """Create the future that it sleeps on."""
         self._future: Future[None] = self._loop.create_future()
 
     def wake(self) -> None:
-        """Finish the future, from whatever thread."""
+        """Finish the future; may be called from any thread."""
         self._in_loop(self._finish)
 
     def arm(self) -> None:
-        """Set the timer again, from whatever thread."""
+        """Set the timer again; may be called from any thread."""
         self._in_loop(self.set_timer)
 
     def _in_loop(self, call: Callable[[], None]) -> None:
@@ -46,7 +46,7 @@ class TaskWaiter(Waiter):
             return
         try:
             self._loop.call_soon_threadsafe(call)
-        except RuntimeError:  # the loop has been closed over it
+        except RuntimeError:  # the loop was closed while the task was waiting
             self.abandon()
 
     def _finish(self) -> None:
@@ -54,7 +54,7 @@ class TaskWaiter(Waiter):
             self._future.set_result(None)
 
     def set_timer(self) -> None:
-        """Look again when that is due."""
+        """Set a timer for the next time to check."""
         if self._timer is not None:
             self._timer.cancel()
         seconds = None if self.done else self.sleep_seconds()
@@ -65,19 +65,19 @@ class TaskWaiter(Waiter):
         self.set_timer()
 
     async def sleep(self) -> None:
-        """Sleep until it is done."""
+        """Sleep until admitted or denied."""
         self.set_timer()
         await self._future
 
     def retire(self) -> None:
-        """Leave without a trace, and without waiting for a lock."""
+        """Leave the queue without waiting for a lock."""
         if self._timer is not None:
             self._timer.cancel()
         self.leave()
 
 
 def _running_loop() -> AbstractEventLoop:
-    """Return the running event loop, before anything is decided or counted."""
+    """Return the running event loop; raises before anything is decided or counted."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -106,7 +106,7 @@ async def _acquire_in_task(
             if isinstance(outcome, Grant):
                 return outcome
             if outcome is None:
-                await asyncio.sleep(nap)  # a row is locked: the loop goes on instead of spinning
+                await asyncio.sleep(nap)  # a row is locked: yield to the loop instead of spinning
                 nap = min(max(2 * nap, _SHORTEST_NAP), _LONGEST_NAP)
         await waiter.sleep()
         return waiter.take()
@@ -115,22 +115,22 @@ async def _acquire_in_task(
 
 
 class Acquisition(Coroutine[Any, Any, Grant]):
-    """What `acquire_async` returns: ``await`` it for the grant, or ``async with`` it, which releases on leaving."""
+    """What `acquire_async` returns: ``await`` it for the grant, or use ``async with``, which releases it at the end."""
 
     def __init__(self, *args: Any) -> None:
         self._coroutine = _acquire_in_task(*args)
         self._grant: Grant | None = None
 
     def send(self, value: Any) -> Any:
-        """As a coroutine's."""
+        """See `collections.abc.Coroutine`."""
         return self._coroutine.send(value)
 
     def throw(self, *error: Any) -> Any:
-        """As a coroutine's."""
+        """See `collections.abc.Coroutine`."""
         return self._coroutine.throw(*error)
 
     def close(self) -> None:
-        """As a coroutine's."""
+        """See `collections.abc.Coroutine`."""
         self._coroutine.close()
 
     def __await__(self) -> Generator[Any, Any, Grant]:

@@ -1,4 +1,4 @@
-"""Waiting for admission in a thread: only how one sleeps is said here, all else is in `_core.table.queue`."""
+"""Waiting for admission in a thread: only how a thread sleeps; the queue itself is in `_core.table.queue`."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from modelquota._core.table.table import QuotaTable
 
 
 class ThreadWaiter(Waiter):
-    """Sleeps on a lock that whoever wakes it releases."""
+    """Sleeps on a lock, which is released to wake it."""
 
     def prepare(self) -> None:
-        """Make what it sleeps on."""
+        """Create the lock that it sleeps on, and take it."""
         self._bell = threading.Lock()
         self._bell.acquire()
 
     def wake(self) -> None:
-        """Ring, however often."""
-        with contextlib.suppress(RuntimeError):  # it has not heard the last time yet
+        """Release the lock; safe to call more than once."""
+        with contextlib.suppress(RuntimeError):  # it has not woken since the last call
             self._bell.release()
 
     arm = wake
 
     def sleep(self) -> None:
-        """Sleep until woken, or until it is to look again."""
+        """Sleep until woken, or until the next time to check."""
         seconds = self.sleep_seconds()
         if seconds is None:
             self._bell.acquire()
@@ -49,7 +49,7 @@ def acquire(
     waiter = ThreadWaiter()
     try:
         outcome = None
-        while outcome is None:  # a row is locked; the core waits a while at each try
+        while outcome is None:  # a row is locked; each try waits a while in the core
             outcome = manager._admit_or_queue(
                 waiter, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority, nowait=False
             )
@@ -60,4 +60,4 @@ def acquire(
             waiter.pump()
         return waiter.take()
     finally:
-        waiter.leave()  # a KeyboardInterrupt may come anywhere
+        waiter.leave()  # a KeyboardInterrupt may have come anywhere above

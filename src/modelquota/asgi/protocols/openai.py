@@ -1,4 +1,4 @@
-"""Requests in the shape of OpenAI's API: which model they name and how many tokens they may take."""
+"""Requests in the format of OpenAI's API: which model they name and how many tokens they may use."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from modelquota.asgi.request import Demand, IncomingRequest, model_name, whole_n
 from modelquota.quota.config import MAX_COUNT
 
 BYTES_PER_TOKEN: Final = 4
-"""Bytes of text that are taken for a token: the usual rule for English."""
+"""Bytes of text that count as one token: the usual rule for English."""
 
 MEDIA_TOKENS: Final = 1000
-"""Tokens that an image, a piece of audio or a file is taken for, whatever its size."""
+"""Tokens that an image, a piece of audio or a file counts as, regardless of its size."""
 
 _OUTPUT_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _TEXT_FIELDS = ("messages", "prompt", "input", "instructions", "tools", "functions")
@@ -20,9 +20,9 @@ _MEDIA_FIELDS = frozenset(("image_url", "input_audio", "file", "file_data", "ima
 
 
 def estimate_prompt(body: Mapping[str, Any]) -> int:
-    """Return about how many tokens the prompt of an OpenAI-style request has: cheap, and no tokenizer.
+    """Estimate the tokens in the prompt of an OpenAI-style request, cheaply and without a tokenizer.
 
-    Text counts a token for four bytes, a prompt of token ids counts these, and an image, audio or file counts 1,000.
+    Text counts one token for four bytes, a prompt of token ids counts one each, and an image, audio or file 1,000.
 
     Examples
     --------
@@ -32,7 +32,7 @@ def estimate_prompt(body: Mapping[str, Any]) -> int:
     3
     """
     text_bytes = tokens = 0
-    # A stack of its own: a body may be nested as deeply as its parser allows.
+    # An explicit stack instead of recursion: a body may be nested as deeply as its parser allows.
     stack = [body[field] for field in _TEXT_FIELDS if field in body]
     while stack:
         value = stack.pop()
@@ -67,7 +67,7 @@ def openai_routes(
     prompt_tokens : callable
         Given the parsed body, returns how many tokens its prompt has.
     default_output_tokens : int
-        Tokens of an output where the request states no bound.
+        Tokens of an output if the request sets no bound.
 
     Examples
     --------
