@@ -39,8 +39,8 @@ DIRECTIVES = {
     "emit_code_comments": ANNOTATE or DEBUG,
 }
 
-# A request that does not wait runs through no cold module; gcc takes half of the time for these at -O1. CPython's own
-# flags ask for debug information, which would take a tenth more.
+# gcc takes about half of the time at -O1. A check runs through no cold module that showed in a count of instructions;
+# a joint check and a grant take under 1 % more of them. CPython's own flags ask for debug information: -g0 takes it back.
 compile_args = ["-g" if DEBUG else "-g0", "-std=c11", "-fno-math-errno", "-D_GNU_SOURCE"]
 link_args = []
 if SANITIZE:
