@@ -17,10 +17,10 @@ CORE = Path(modelquota.__file__).parent / "_core"
 HOT = {
     ResourceQuotaManager.check_quota: "(model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0)",
     ResourceQuotaManager.reserve: "(model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0)",
-    ResourceQuotaManager.check_many: "(rows, estimated_tokens, out=None, *, times_ns=None, retry_after_ms=None)",
-    ResourceQuotaManager.charge_many: "(rows, tokens)",
+    ResourceQuotaManager.check_many: "(codes, estimated_tokens, out=None, *, times_ns=None, retry_after_ms=None)",
+    ResourceQuotaManager.charge_many: "(codes, tokens)",
     ResourceQuotaManager.settle_many: "(grants, actual_tokens)",
-    ResourceQuotaManager.rows: "(model_ids)",
+    ResourceQuotaManager.codes: "(model_ids)",
     ResourceQuotaManager.list_models: "()",
     ResourceQuotaManager.flush: "()",
     ModelQuota.check: "(estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0)",

@@ -51,7 +51,7 @@ class Soaked:
 
     def demand(self, request):
         request.scope["came_to"] = "waiting for admission"
-        return dataclasses.replace(self.read(request), ram_mb=RAM_MB)
+        return dataclasses.replace(self.read(request), ram_needed_mb=RAM_MB)
 
     async def serve(self, scope, receive, send):
         scope["came_to"] = "before the first byte"
