@@ -103,7 +103,7 @@ def stubbed():
                     for verb in node.body
                     if isinstance(verb, ast.FunctionDef)
                     and not verb.decorator_list
-                    and verb.name not in ("__init__", "__bool__")
+                    and verb.name not in ("__init__", "__new__", "__bool__")
                 )
 
 
