@@ -5,7 +5,7 @@ import pytest
 
 from modelquota import ManualClock, ResourceQuotaManager
 from modelquota._core.state.mapping import PAGE, fingerprint, plan
-from modelquota._core.table.packing import dtypes, encode_rate, struct_sizes
+from modelquota._core.state.packing import dtypes, encode_rate, struct_sizes
 
 CACHE_LINE = 64
 

@@ -14,8 +14,8 @@ import pytest
 from neighbors import EPOCHS, SEATS
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
+from modelquota._core.state.packing import dtypes
 from modelquota._core.state.state import regions_for
-from modelquota._core.table.packing import dtypes
 
 FORK = multiprocessing.get_context("fork")
 ONE = {

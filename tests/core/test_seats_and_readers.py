@@ -21,8 +21,8 @@ from patience import until
 
 from modelquota import CapacityError, QuotaExceededError, ResourceQuotaManager
 from modelquota._core.state.mapping import process_space
+from modelquota._core.state.packing import dtypes
 from modelquota._core.state.state import regions_for
-from modelquota._core.table.packing import dtypes
 from modelquota.statefile.inspect import inspect_file, verify_file
 
 FLOCK = struct.Struct("hhqqi4x")

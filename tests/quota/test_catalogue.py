@@ -12,7 +12,7 @@ from asgi_client import OPEN
 import modelquota
 from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota._core.state import validate
-from modelquota._core.table.packing import bounds_of, core_limits
+from modelquota._core.state.packing import bounds_of, core_limits
 from modelquota.asgi.page import page_state
 from modelquota.asgi.ratelimit import bounds_of as told_bounds
 from modelquota.asgi.ratelimit import limit_headers

@@ -13,9 +13,9 @@ import pytest
 
 from modelquota import ResourceQuotaManager, StateFileError
 from modelquota._core.state import validate
+from modelquota._core.state.packing import dtypes
 from modelquota._core.state.state import regions_for
 from modelquota._core.state.validate import Reader
-from modelquota._core.table.packing import dtypes
 from modelquota.statefile.inspect import inspect_file, verify_file
 
 MODELS = 64

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
 from modelquota._core.state import validate
+from modelquota._core.state.packing import dtypes
 from modelquota._core.state.state import CONSTANTS, regions_for
-from modelquota._core.table.packing import dtypes
 from modelquota.waiting.thread import ThreadWaiter
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from modelquota import ManualClock, ResourceQuotaManager, StateFileError
+from modelquota._core.state.packing import dtypes
 from modelquota._core.state.validate import validate
-from modelquota._core.table.packing import dtypes
 
 HOUR_NS = 3_600_000_000_000
 WIDE = {"max_requests_per_second": None, "max_tokens_per_second": None}

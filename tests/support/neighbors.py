@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from modelquota import ResourceQuotaManager
+from modelquota._core.state.packing import dtypes
 from modelquota._core.state.state import regions_for
-from modelquota._core.table.packing import dtypes
 
 SEATS = 1024
 EPOCHS = np.uint64(2**22 - 1)

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
-from modelquota._core.table.packing import bounds_of as core_bounds
+from modelquota._core.state.packing import bounds_of as core_bounds
 from modelquota._core.table.result import QuotaCheckResult
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import DENYING, Limit, LimitRecord

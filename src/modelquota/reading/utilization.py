@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 
-from modelquota._core.table.packing import bounds_of
+from modelquota._core.state.packing import bounds_of
 from modelquota._core.table.records import percents_of
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE, Limit, ViolationAction

@@ -1,10 +1,10 @@
 # What can be read of a row, whose lock is held, and how limits are put into it.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy
+from modelquota._core.layout cimport Ledger, LIMIT_CODES, Limits, LIMITS, Row, SECOND, UNLIMITED, Wide, WINDOWS
 from modelquota._core.row.decision cimport (
     CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB, in_use, round_to_50_bits, advance, percent, rate_in_use
 )
-from modelquota._core.layout cimport Ledger, LIMIT_CODES, Limits, LIMITS, Row, SECOND, UNLIMITED, Wide, WINDOWS
 from modelquota._core.row.level cimport NO_RATE, NS_PER_SECOND, as_double, burst_used, change_rate, load, wide
 from modelquota._core.row.window cimport (
     measure_room, requests_charged, requests_in_slot, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_in_slot,

@@ -37,7 +37,7 @@ from modelquota._core.state.sweep cimport release_grants
 from modelquota._core.state.mapping import (
     boot_id, clock_shift_ns, create_anonymous, digest, fingerprint, open_again, plan, process_space
 )
-from modelquota._core.table.packing import dtypes
+from modelquota._core.state.packing import dtypes
 from modelquota.errors import CapacityError, ManagerClosedError, StateFileError
 
 cdef extern from *:

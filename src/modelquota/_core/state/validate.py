@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelquota._core.state.packing import core_limits, dtypes, encode_rate
 from modelquota._core.state.state import CONSTANTS, count_processes, layout_fingerprint, regions_for
-from modelquota._core.table.packing import core_limits, dtypes, encode_rate
 from modelquota.errors import StateFileError
 from modelquota.quota.limits import DENYING
 

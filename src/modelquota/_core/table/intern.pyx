@@ -11,13 +11,13 @@ from libc.stdlib cimport calloc, free
 from modelquota._core.layout cimport CHANGES, Ledger, Limits
 from modelquota._core.row.usage cimport Usage
 from modelquota._core.state.lock cimport SLICE_NS
+from modelquota._core.state.packing cimport pack, unpack
 from modelquota._core.state.read cimport READ_PATIENCE_NS, read_and_unlock, read_locked
 from modelquota._core.state.registry cimport (
     ANY_ROW, DONE, NAME_UNIT, REGISTRY_BUSY, TABLE_FULL, add_model, remove_model, replace_limits
 )
 from modelquota._core.state.repair cimport lock_row, try_row
 from modelquota._core.state.state cimport State
-from modelquota._core.table.packing cimport pack, unpack
 
 from modelquota.errors import CapacityError, UnknownModelError
 

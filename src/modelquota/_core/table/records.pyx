@@ -14,7 +14,7 @@ from libc.string cimport memcpy
 
 from modelquota._core.layout cimport LIMITS
 
-from modelquota._core.table.packing import dtypes
+from modelquota._core.state.packing import dtypes
 
 cnp.import_array()
 

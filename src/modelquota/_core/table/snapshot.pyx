@@ -3,12 +3,12 @@ from libc.stdint cimport int64_t, uint64_t
 
 from modelquota._core.layout cimport Limits, VIOLATION_TYPES
 from modelquota._core.row.usage cimport Usage
+from modelquota._core.state.packing cimport unpack
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.read cimport READ_PATIENCE_NS, Totals, sum_totals
 from modelquota._core.state.registry cimport lock_registry, unlock_registry
 from modelquota._core.state.state cimport State
 from modelquota._core.table.intern cimport Interned, RowRef, plain_id
-from modelquota._core.table.packing cimport unpack
 from modelquota._core.table.records cimport Records
 
 cdef extern from *:

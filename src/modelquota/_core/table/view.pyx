@@ -14,13 +14,13 @@ from posix.unistd cimport usleep
 
 from modelquota._core.layout cimport Ledger, Limits, Row
 from modelquota._core.row.usage cimport Usage, read_limits, read_usage
+from modelquota._core.state.packing cimport unpack
 from modelquota._core.state.state cimport State
 from modelquota._core.table.intern cimport Interned, RowRef
-from modelquota._core.table.packing cimport unpack
 from modelquota._core.table.records cimport Records
 from modelquota._core.table.table cimport QuotaTable
 
-from modelquota._core.table.packing import dtypes
+from modelquota._core.state.packing import dtypes
 
 cnp.import_array()
 
