@@ -19,6 +19,6 @@ Rules
 3. Every wait for a lock has an end. Callers return to Python in between, for signals and timeouts.
 4. A check keeps the GIL. It is released to wait for a lock, and for a whole batch.
 5. One call goes up: `Watcher.wake`, to the requests that wait. What the facade wants to know is an object of its own.
-6. Process-local fields are guarded by the GIL, rows and their records by the row's lock, and generations and names by the
-   registry's lock too.
+6. Process-local fields are guarded by the GIL, rows and their records by the row's lock, generations and names also by
+   the registry's.
 """
