@@ -64,6 +64,7 @@ cdef class Admission:
         cdef Verdict verdict
         cdef list refs = []
         cdef Grant grant
+        joint.unclaimed_until_ns = 0
         self.decide_all(ids, request, True, MAY_WAIT, refs, &joint, &verdict, NULL)
         grant = make_grant(self.pools, &joint, refs, request) if verdict.allowed else None
         if joint.violating != NOBODY:
