@@ -54,7 +54,7 @@ cdef class Grant:
     cdef readonly bint limit_reached
     cdef readonly int64_t estimated_tokens
     cdef int64_t charged        # the estimate and what add() charged beyond it
-    cdef int64_t used           # what add() counted, or settle() reported
+    cdef int64_t used           # what add() counted, or settle() was given
 
     cdef Holding* hold(self, int member) noexcept nogil
     cdef Charge* charge_of(self, int time, int member) noexcept nogil

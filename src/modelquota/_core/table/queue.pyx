@@ -472,7 +472,7 @@ cdef object notify(Waiter waiter):
 
 
 cdef int notify_all(list told, list others, list watchers) except -1:
-    """Notify `told` and `watchers`, and pump `others`. An error is raised after the rest."""
+    """Notify `told` and `watchers`, and pump `others`: all of them, even if one raises; that is raised at the end."""
     cdef Waiter waiter
     cdef WaitQueue queue
     error = None

@@ -28,7 +28,7 @@ cdef extern from "numpy/arrayobject.h":
 def record_dtype():
     """The dtype of a snapshot: the model's id, then the counters of `Usage`. Created on first use: it takes 1 ms.
 
-    Fields that are arrays are not part of it; see `percents_of`.
+    Array fields of `Usage` are in its bytes, but have no name in it; see `percents_of`.
     """
     usage = dtypes()["usage"]
     fields = {"model_id": (np.dtype(object), 0)}

@@ -284,7 +284,8 @@ cdef class QuotaTable:
     cdef object answer_late(self, RowRef ref, object model_id, const Request* request, object handle):
         """answer() for rare cases: a locked row, a model that has left its row, a check of the file, a closed manager.
 
-        Takes the row's lock."""
+        Takes the row's lock.
+        """
         cdef Verdict verdict
         cdef Row* row = ref.row
         cdef int64_t now_ns
