@@ -7,9 +7,9 @@ from modelquota._core.table.grant cimport Grant
 from modelquota._core.table.intern cimport Interned, RowRef
 
 cdef enum:
-    MAY_WAIT = -1       # decide_all: for a lock, as long as it takes
-    BUSY = -2           # decide_all: a row stays locked
-    MOST_ROUNDS = 64    # of a decision for which ids are registered on sight and forgotten again at once
+    MAY_WAIT = -1       # decide_all: wait for a lock as long as it takes
+    BUSY = -2           # decide_all: a row stayed locked
+    MOST_ROUNDS = 64    # attempts at a decision whose ids are registered on sight and removed again at once
 
 
 cdef tuple ids_of(object model_id)
@@ -19,7 +19,7 @@ cdef class Admission:
     cdef State state
     cdef Pools pools
     cdef Interned interned
-    cdef object events              # what the facade wants to know: template_of, on_unknown_model, on_violation
+    cdef object events              # the callbacks of the facade: template_of, on_unknown_model, on_violation
 
     cdef object check_several(self, object model_ids, const Request* request, bint peek)
     cdef Grant reserve(self, tuple ids, const Request* request)

@@ -1,4 +1,4 @@
-"""Admission: one decision over one or several models, and what it holds."""
+"""Admission: one decision over one or several models, and the records of what it holds."""
 cimport cython
 from itertools import islice
 
@@ -27,7 +27,7 @@ from modelquota.errors import CapacityError, QuotaExceededError
 
 
 cdef inline bint is_counted_here(const JointRequest* joint, const Request* request) noexcept:
-    """Whether the model where the violation was counted takes part; it may have been removed during the wait."""
+    """Whether the model that counted the violation is a member; it may have been removed during the wait."""
     cdef int i
     for i in range(joint.count):
         if joint.members[i].ledger == request.counted and joint.members[i].generation == request.counted_generation:
@@ -35,9 +35,9 @@ cdef inline bint is_counted_here(const JointRequest* joint, const Request* reque
     return False
 
 
-@cython.no_gc_clear     # whoever is finalized in the same cycle may still ask
+@cython.no_gc_clear     # objects finalized in the same cycle may still use it
 cdef class Admission:
-    """Decides over one or several models of one process, and takes what is held for what it admits."""
+    """Decides requests for one or several models of one process, and takes the grant records for what it admits."""
 
     def __cinit__(self, Pools pools not None, Interned interned not None):
         self.state = pools.state
@@ -45,7 +45,7 @@ cdef class Admission:
         self.interned = interned
 
     cdef object check_several(self, object model_ids, const Request* request, bint peek):
-        """check_quota for a sequence of ids, or peek_quota for one or more."""
+        """check_quota for a sequence of ids, or peek_quota for one or more. Takes the rows' locks."""
         cdef JointRequest joint
         cdef Verdict verdict
         cdef list refs = []
@@ -59,7 +59,7 @@ cdef class Admission:
         return result
 
     cdef Grant reserve(self, tuple ids, const Request* request):
-        """A grant; raises QuotaExceededError if the request is denied."""
+        """A grant; raises QuotaExceededError if the request is denied. Takes the rows' locks."""
         cdef JointRequest joint
         cdef Verdict verdict
         cdef list refs = []
@@ -82,7 +82,7 @@ cdef class Admission:
         return 0
 
     cdef bint adopt(self, str model_id) except -1:
-        """Register an id that has no quota, as `default_quota` says; False if that says nothing of it."""
+        """Register an id without a quota from `default_quota`; False if that has no config for it."""
         template = self.events.template_of(model_id)
         if template is None:
             self.events.on_unknown_model(model_id)
@@ -91,8 +91,8 @@ cdef class Admission:
         return True
 
     cdef RowRef find_or_adopt(self, str model_id):
-        """The row of a model, registered on sight if need be, or None. Again, if it is forgotten in between: it is as good
-        as new."""
+        """The row of a model, registered on sight if need be, or None. Repeated if it is removed in between: a new row
+        starts with no use."""
         cdef RowRef ref = self.interned.find(model_id)
         while ref is None and self.adopt(model_id):
             ref = self.interned.find(model_id)
@@ -101,9 +101,9 @@ cdef class Admission:
     # -- the decision
 
     cdef int members_of(self, tuple ids, JointRequest* joint, list refs, list templates) except -1:
-        """Look up the models of a request; ids without a quota are left out. Returns how many those are.
+        """Look up the models of a request, except ids without a quota. Returns the number of those.
 
-        With `templates`, what `default_quota` says of them is put there, and they are not registered.
+        With `templates`, their configs from `default_quota` are put there, and they are not registered.
         """
         cdef RowRef ref
         cdef Holding* member
@@ -139,22 +139,23 @@ cdef class Admission:
                 joint.count += 1
             put_in_order(joint)
             shared_row = same_row(joint)
-            if shared_row != NOBODY:    # one left it, and the other came, while this looked them up
+            if shared_row != NOBODY:    # one model left the row and another came during the look-up
                 index = joint.members[shared_row].index
                 for ref in list(refs):
                     if ref.row == &self.state.shared.rows[index]:
                         self.interned.unintern(ref)
                 self.interned.refresh_row(index)
                 rounds += 1
-                if rounds > MOST_ROUNDS:    # they make room for one another: they do not fit into the table together
+                if rounds > MOST_ROUNDS:    # registering one evicts another: they do not fit together
                     raise CapacityError(self.state.shared.header.max_models)
         return len(ids) - joint.count
 
     cdef int decide_all(self, tuple ids, const Request* request, bint holding, int64_t patience_ns, list refs, JointRequest* joint,
                         Verdict* verdict, const Places* places) except -3:
-        """One decision over all models. How many ids have no quota; BUSY if a row stays locked for `patience_ns`.
+        """One decision over all models. The number of ids without a quota, or BUSY if a row stays locked.
 
-        With MAY_WAIT it waits as long as it takes. `places` are those that the request has in queues, or NULL.
+        Waits for a lock up to `patience_ns`, or with MAY_WAIT as long as it takes. `places` are the request's queue
+        entries, or NULL. Takes the rows' locks.
         """
         cdef int unknown, outcome = BUSY_ROW
         cdef int rounds = 0
@@ -183,7 +184,7 @@ cdef class Admission:
             if outcome == GONE:
                 self.interned.unintern(<RowRef> refs[joint.gone])
                 rounds += joint.adopted
-                if rounds > MOST_ROUNDS:    # as new as they are, they make room for one another: they do not fit together
+                if rounds > MOST_ROUNDS:    # registering one evicts another: they do not fit together
                     raise CapacityError(shared.header.max_models)
             elif patience_ns == MAY_WAIT:
                 self.state.pause()
@@ -200,7 +201,7 @@ cdef class Admission:
         return unknown
 
     cdef int take_records(self, JointRequest* joint) except -1:
-        """A free record for each member."""
+        """Take a free grant record for each member."""
         cdef int i
         try:
             for i in range(joint.count):
@@ -219,7 +220,7 @@ cdef class Admission:
         return 0
 
     cdef object peek_all(self, tuple ids, const Request* request):
-        """peek_quota: the decision on private copies of the rows."""
+        """peek_quota: the decision on private copies of the rows. Takes the rows' locks to copy them."""
         cdef JointRequest joint
         cdef Verdict verdict
         cdef list refs = []
@@ -251,7 +252,7 @@ cdef class Admission:
                     self.interned.unintern(<RowRef> refs[joint.gone])
                 elif outcome == BUSY_ROW:
                     self.state.pause()
-            for _, template in templates:   # as it would be if the id were registered now
+            for _, template in templates:   # as if the id were registered now
                 i = joint.count
                 self.interned.pack_limits(template, &limits)
                 memset(&rows[i], 0, sizeof(Row))
@@ -273,7 +274,7 @@ cdef class Admission:
 
 
 cdef tuple ids_of(object model_id):
-    """The ids of a request as exact strs, in a tuple that nobody else has: a caller's list may change while it is read."""
+    """The ids of a request as exact strs, in a private tuple: a caller's list may change while it is read."""
     cdef tuple ids
     cdef Py_ssize_t i, k, count
     cdef str one
@@ -304,7 +305,7 @@ cdef tuple ids_of(object model_id):
 
 
 cdef inline void find_places(JointRequest* joint, const Places* places) noexcept nogil:
-    """Which of the queue entries is in which member's queue."""
+    """Set the queue entry of each member that has one."""
     cdef int i, k
     for i in range(joint.count):
         for k in range(places.count):
@@ -316,7 +317,7 @@ cdef inline void find_places(JointRequest* joint, const Places* places) noexcept
 cdef int copy_rows(
     JointRequest* joint, int64_t now_ns, Row* rows, Ledger* ledgers, QueueEntry* heads, const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
-    """Copy rows, ledgers and the first of each queue, all at one moment. Takes the rows' locks."""
+    """Copy rows, ledgers and the first entry of each queue, all at one moment. Takes the rows' locks."""
     cdef int i
     cdef Holding* member
     cdef const QueueEntry* head
@@ -341,7 +342,7 @@ cdef int copy_rows(
 cdef void peek(
     JointRequest* joint, int64_t now_ns, const Request* request, bint enforcing, QueueEntry* heads, Verdict* verdict
 ) noexcept nogil:
-    """decide_jointly() on copies."""
+    """decide_jointly() on copies, which need no lock."""
     cdef Fit fits[MOST_MODELS]
     cdef Charge charged
     cdef int i

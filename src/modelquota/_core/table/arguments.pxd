@@ -1,4 +1,4 @@
-# Counts as callers give them: anything with __index__, 0 .. MAX_COUNT.
+# Conversion of arguments: counts (anything with __index__, 0 .. MAX_COUNT), priorities and timeouts.
 from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.number cimport PyIndex_Check, PyNumber_Index
 from libc.stdint cimport int64_t
@@ -19,12 +19,12 @@ cdef extern from *:
     #define MQ_FAR INT64_MAX
     """
     int64_t small_count "mq_small_count"(object value) noexcept
-    const int64_t FAR "MQ_FAR"          # a time that never comes
+    const int64_t FAR "MQ_FAR"          # a time that is never reached
 
 
 cdef inline int64_t any_count(object value, str name) except -1:
     cdef int overflow = 0
-    if not PyIndex_Check(value):        # as a float
+    if not PyIndex_Check(value):        # such as a float
         raise TypeError(f"{name} is {value!r}; give an integer, 0 .. 2**62")
     number = PyNumber_Index(value)
     cdef int64_t count = PyLong_AsLongLongAndOverflow(number, &overflow)
@@ -34,13 +34,13 @@ cdef inline int64_t any_count(object value, str name) except -1:
 
 
 cdef inline int64_t as_count(object value, str name) except -1:
-    """A count from anything with __index__, 0 .. MAX_COUNT. The way of a small int calls nothing."""
+    """A count from anything with __index__, 0 .. MAX_COUNT. A small int is converted without a call."""
     cdef int64_t count = small_count(value)
     return count if count >= 0 else any_count(value, name)
 
 
 cdef inline int parse_request(Request* request, object tokens, object ram_mb, object ssd_mb) except -1:
-    """What a request that does not wait asks."""
+    """Fill in a request that does not wait."""
     request.tokens = as_count(tokens, "estimated_tokens")
     request.ram_mb = as_count(ram_mb, "ram_needed_mb")
     request.ssd_mb = as_count(ssd_mb, "ssd_needed_mb")
@@ -60,7 +60,7 @@ cdef inline int64_t as_priority(object priority) except? -1:
 
 
 cdef inline int64_t as_wait_ns(object timeout) except -1:
-    """Nanoseconds of a timeout in seconds; FAR without one."""
+    """A timeout in seconds as nanoseconds; FAR for None."""
     cdef double seconds
     if timeout is None:
         return FAR

@@ -1,4 +1,4 @@
-"""The arrays of a batch, as callers give them: validated, and copied, so that nobody changes them while they are used."""
+"""The arrays of a batch: validated, and copied so that the caller cannot change them while they are used."""
 import numpy as np
 cimport numpy as cnp
 from libc.stdint cimport int64_t
@@ -10,7 +10,7 @@ cnp.import_array()
 
 
 cdef cnp.ndarray int64_copy(object values, str name):
-    """A private, contiguous copy: what was validated is what is charged, whoever writes to the original meanwhile."""
+    """A private, contiguous copy: what was validated is what is charged, even if the original has changed."""
     cdef cnp.ndarray array
     if cnp.PyArray_CheckExact(values) and cnp.PyArray_TYPE(values) == cnp.NPY_INT64 \
             and cnp.PyArray_ISNOTSWAPPED(values) and cnp.PyArray_NDIM(values) == 1:
@@ -48,7 +48,7 @@ cdef int require_length(cnp.ndarray array, str name, Py_ssize_t count) except -1
 
 
 cdef int require_target(object array, str name, object dtype, Py_ssize_t count) except -1:
-    """That `array` can be filled from C. Asks numpy itself: a subclass may say anything of its dtype, shape and flags."""
+    """Require that C can fill `array`. Uses numpy's own accessors: a subclass may override dtype, shape and flags."""
     cdef cnp.ndarray target
     if not isinstance(array, np.ndarray) or type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} is {type(array).__name__}; give a {np.dtype(dtype)} array")

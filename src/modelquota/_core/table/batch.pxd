@@ -1,4 +1,4 @@
-# Batches: the loops around one decision, wholly without the GIL. Codes are generation << 32 | row number.
+# Batches: the loops around one decision, entirely without the GIL. Codes are generation << 32 | row number.
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from modelquota._core.layout cimport Charge, Header, MAX_COUNT, Ledger, Row, Shared, SECOND, SLOTS
 from modelquota._core.row.decision cimport (
@@ -28,8 +28,8 @@ cdef struct Batch:
     int64_t now_ns
     uint8_t* limits             # out
     int64_t* waits_ms           # out, or NULL
-    bint others_may_free                # out: something was denied for what others hold
-    bint waits                  # out: the next element's row is locked by a process that does not run
+    bint others_may_free                # out: a request was denied because of what others hold
+    bint waits                  # out: the next element's row stayed locked; its owner is probably not running
 
 
 cdef inline uint32_t index_of(int64_t code) noexcept nogil:
@@ -41,17 +41,17 @@ cdef inline uint32_t generation_of(int64_t code) noexcept nogil:
 
 
 cdef inline void fetch(const void* address) noexcept nogil:
-    """Read a byte for nothing but to have its cache line."""
+    """Touch a byte to load its cache line."""
     read_byte(<const char*> address, RELAXED)
 
 
 cdef inline void fetch_block(
     const Batch* batch, Row* rows, Ledger* ledgers, Py_ssize_t first, int64_t now_ns, bint charging
 ) noexcept nogil:
-    """Fetch what BLOCK elements from `first` on will touch; for many models memory, not arithmetic, takes the time.
+    """Load what BLOCK elements from `first` on will touch; with many models memory, not arithmetic, takes the time.
 
-    In loops so tight that the processor has all these reads under way at once. They are reads, not prefetches, which
-    are dropped where the page is in no TLB.
+    The loops are tight enough for the processor to have all these reads in flight at once. They are reads because a
+    prefetch is dropped if its page is not in the TLB. Needs no lock.
     """
     cdef Py_ssize_t last = min(first + BLOCK, batch.count)
     cdef Py_ssize_t i
@@ -77,7 +77,7 @@ cdef inline void fetch_block(
 
 
 cdef inline Py_ssize_t first_out_of_range(const int64_t* counts, Py_ssize_t n) noexcept nogil:
-    """Index of the first count below 0 or above MAX_COUNT; n where there is none."""
+    """Index of the first count below 0 or above MAX_COUNT; n if there is none."""
     cdef Py_ssize_t i
     for i in range(n):
         if counts[i] < 0 or counts[i] > MAX_COUNT:
@@ -88,7 +88,7 @@ cdef inline Py_ssize_t first_out_of_range(const int64_t* counts, Py_ssize_t n) n
 cdef inline Py_ssize_t first_bad_code(
     const int64_t* codes, Py_ssize_t n, Row* rows, const Header* header
 ) noexcept nogil:
-    """Index of the first code that is no living model's; n where there is none."""
+    """Index of the first code that does not belong to a living model; n if there is none. Needs no lock."""
     cdef int64_t row_count = read_count(&header.row_count, ACQUIRE)
     cdef Py_ssize_t i
     for i in range(n):
@@ -102,10 +102,10 @@ cdef inline Py_ssize_t first_bad_code(
 cdef inline Py_ssize_t check_batch(
     Batch* batch, const Shared* shared, Py_ssize_t i, Verdict* verdict
 ) noexcept nogil:
-    """Decide from element `i` on; stop behind one whose violation is to be logged, or at one whose row stays locked.
-    Returns where to go on.
+    """Decide from element `i` on; stop after one whose violation is to be logged, or at one whose row stays locked.
+    Returns the index to continue from. Takes the rows' locks, one at a time.
 
-    A model that was removed after the codes were validated has no limits any more: its requests are admitted.
+    A model that was removed after the codes were validated no longer has limits: its requests are admitted.
     """
     cdef Row* rows = shared.rows
     cdef Ledger* ledgers = shared.ledgers
@@ -145,7 +145,10 @@ cdef inline Py_ssize_t check_batch(
 
 
 cdef inline Py_ssize_t charge_batch(Batch* batch, const Shared* shared, Py_ssize_t i) noexcept nogil:
-    """Charge from element `i` on; stop at one whose row stays locked. Returns where to go on."""
+    """Charge from element `i` on; stop at one whose row stays locked. Returns the index to continue from.
+
+    Takes the rows' locks, one at a time.
+    """
     cdef Row* rows = shared.rows
     cdef Ledger* ledgers = shared.ledgers
     cdef Row* row

@@ -11,16 +11,16 @@ from modelquota._core.table.intern cimport RowRef
 cdef enum Stage:
     CLOSED = 0
     OPEN = 1
-    SETTLED = 2         # the truth is known; memory and concurrency are still held
+    SETTLED = 2         # the actual tokens are known; memory and concurrency are still held
 
 
 cdef struct Ending:
-    # What is to be done to one model at the end of a grant.
+    # What the end of a grant does to one model.
     int member
     int64_t surplus         # tokens to refund; negative: to charge
     bint undo               # refund the request too
-    bint close              # give back what is held
-    bint lapsed             # others may have done all that by now
+    bint close              # release what is held
+    bint lapsed             # other processes may already have done all of this
 
 
 cdef class Deferred:
@@ -34,27 +34,27 @@ cdef class Deferred:
 cdef class Grant:
     cdef State state
     cdef Pools pools
-    cdef RowRef ref             # of the first model
+    cdef RowRef ref             # of the first model; None if no model has a quota
     cdef tuple others           # RowRefs of the rest, or None
     cdef Holding first
-    cdef Holding* more             # those of the others
-    cdef Charge charge          # of the first model, by the admission
-    cdef Charge* charges        # all: `members` a time, the admission's and then those of add()
+    cdef Holding* more             # of the others
+    cdef Charge charge          # of the first model, at admission
+    cdef Charge* charges        # all: `times` groups of `members`, the admission's first, then those of add()
     cdef int members
     cdef int times
-    cdef int capacity           # of `charges`, in times; 0 while it is `charge` itself
-    cdef int adding             # threads that are just charging more,
-    cdef int64_t claimed        # and what they see to
-    cdef int forks              # in which process it was made
+    cdef int capacity           # of `charges`, in groups; 0 while `charges` is `&charge`
+    cdef int adding             # threads inside charge_more(),
+    cdef int64_t claimed        # and the tokens that they are charging
+    cdef int forks              # fork_count() of the process that made it
     cdef Stage stage
     cdef bint cancelled
-    cdef bint unclaimed         # the request that waited for it has not taken it yet,
-    cdef bint lapsed            # and cannot any more: its time was over
+    cdef bint unclaimed         # the waiting request has not taken it yet,
+    cdef bint lapsed            # and cannot any more: its deadline has passed
     cdef bint counting          # add() was called
     cdef readonly bint limit_reached
     cdef readonly int64_t estimated_tokens
     cdef int64_t charged        # the estimate and what add() charged beyond it
-    cdef int64_t used           # what add() counted, or settle() said
+    cdef int64_t used           # what add() counted, or settle() was given
 
     cdef Holding* hold(self, int member) noexcept nogil
     cdef Charge* charge_of(self, int time, int member) noexcept nogil

@@ -1,7 +1,7 @@
-"""Grants: admissions whose outcome is held, and settled once the truth is known.
+"""Grants: admitted requests that hold memory and concurrency, and are settled when the actual tokens are known.
 
-A grant belongs to the process that made it. Its own fields are guarded by the GIL; what it changes of a row, by the
-row's lock. Whatever has closed once stays closed: nothing is given back twice.
+A grant belongs to the process that made it. Its own fields are guarded by the GIL, and what it changes in a row by the
+row's lock. A closed grant stays closed, so nothing is given back twice.
 """
 cimport cython
 from cpython.exc cimport PyErr_WarnEx, PyErr_WriteUnraisable
@@ -25,10 +25,10 @@ from modelquota.errors import GrantClosedError
 
 cdef enum:
     LEAST_CHUNK = 16        # tokens that add() charges at a time beyond the estimate, at least,
-    CHUNK_SHARE = 8         # and one part in so many of what has been charged
+    CHUNK_SHARE = 8         # and at least 1 / CHUNK_SHARE of what has been charged
     END_PATIENCE_NS = 1_000_000     # how long the end of a grant waits for a row before it is put off
 
-cdef enum:  # what comes of charging more, and of the end of a grant at one model
+cdef enum:  # the outcome of charging more, and of the end of a grant at one model
     LOCKED_OUT = 0          # the row stays locked
     DONE = 1
     WAITED_FOR = 2          # done, and requests wait for the model
@@ -37,23 +37,24 @@ cdef enum:  # what comes of charging more, and of the end of a grant at one mode
 
 @cython.final
 @cython.freelist(64)
-@cython.no_gc_clear     # a cycle around a grant is broken elsewhere: to release, it needs what it refers to
+@cython.no_gc_clear     # it needs its references to release; a cycle is broken elsewhere
 cdef class Grant:
     """An admitted request: it holds memory and one unit of concurrency until it is released. Made by `reserve`.
 
-    As a context manager it releases on leaving. Where the tokens were not settled by then, what `add` counted stands;
-    where `add` was not called either, the estimate stands after success, and no tokens after an exception.
+    As a context manager it is released at the end. If its tokens have not been settled by then, the tokens that `add`
+    counted stay charged; if `add` was not called either, the estimate stays charged after success, and no tokens after
+    an exception.
 
-    Refunds go to the very slots of the windows that were charged, and count nowhere once those have left a window. A
-    grant that is garbage-collected unreleased is released, with a ResourceWarning. In a process forked meanwhile the
-    copy of a grant does nothing.
+    Refunds go to the slots of the windows that were charged, and have no effect on a window that those have left. A
+    grant that is garbage-collected before it is released is released then, with a ResourceWarning. In a forked process
+    the copy of a grant does nothing.
 
     Attributes
     ----------
     estimated_tokens : int
-        What was asked.
+        The tokens that were requested.
     limit_reached : bool
-        Whether `add` has returned False: tokens beyond the estimate did not fit any more.
+        Whether `add` has returned False: tokens beyond the estimate no longer fit.
     """
 
     def __init__(self):
@@ -65,12 +66,12 @@ cdef class Grant:
                 self.release_as(False)
                 PyErr_WarnEx(ResourceWarning, b"a grant was garbage-collected unreleased; use it in a with statement", 1)
             except BaseException:
-                PyErr_WriteUnraisable(None)     # warnings may be errors, and nobody can catch one here
+                PyErr_WriteUnraisable(None)     # warnings may be errors, and an error here cannot be caught
         free(self.more)
         if self.capacity:
             free(self.charges)
 
-    # -- the parts
+    # -- its members
 
     cdef inline Holding* hold(self, int member) noexcept nogil:
         return &self.first if member == 0 else &self.more[member - 1]
@@ -85,7 +86,7 @@ cdef class Grant:
         return self.forks == fork_count()
 
     cdef bint claim(self) noexcept:
-        """Take it for a request that has waited; False if the time for that was over, and others have let it go."""
+        """Take it for a request that waited; False if its deadline has passed and another process has released it."""
         cdef int i
         if self.unclaimed and self.ours() and self.state.usable():
             self.unclaimed = False
@@ -105,12 +106,12 @@ cdef class Grant:
 
     @property
     def model_ids(self):
-        """The models that granted, in the order in which they were named."""
+        """The ids of the models that admitted the request, in the order of the request."""
         return tuple([self.ref_of(i).model_id for i in range(self.members)])
 
     @property
     def tokens(self):
-        """What stands for the request now: what was settled, or counted by `add`, or else the estimate."""
+        """The tokens of the request so far: those that were settled or counted by `add`, otherwise the estimate."""
         return self.used if self.counting or self.stage == SETTLED else self.charged
 
     @property
@@ -121,11 +122,11 @@ cdef class Grant:
     # -- tokens
 
     def add(self, tokens=1):
-        """Account tokens as they are generated; False where a limit has been reached and generation should stop.
+        """Count tokens as they are generated; False if a limit has been reached and generation should stop.
 
-        Within the estimate this touches no shared state. Beyond it tokens are charged in chunks, so that the next calls
-        are cheap again, and what is left of a chunk is refunded at the end. Tokens that do not fit exist all the same:
-        they are charged past the limit, and the answer is False.
+        Within the estimate this touches no shared state. Beyond it tokens are charged in chunks, which keeps most calls
+        cheap, and the rest of a chunk is refunded at the end. Tokens that do not fit have been generated nevertheless:
+        they are charged past the limit, and `add` returns False.
 
         Raises
         ------
@@ -146,12 +147,12 @@ cdef class Grant:
         return self.charge_more()
 
     cdef bint charge_more(self) except -1:
-        """Charge what has been used beyond what was charged, and a little ahead if that fits.
+        """Charge what has been used beyond what was charged, and a chunk ahead if that fits. Takes the rows' locks.
 
-        If a row stays locked, what is over is charged at the next call, or at the end.
+        If a row stays locked, the excess is charged at the next call, or at the end.
         """
         cdef JointRequest joint
-        cdef int64_t over = self.used - self.charged - self.claimed    # the rest is seen to by other threads
+        cdef int64_t over = self.used - self.charged - self.claimed    # other threads are charging the rest
         cdef int64_t chunk, now_ns
         cdef bint fits = True
         cdef int i, outcome
@@ -177,7 +178,7 @@ cdef class Grant:
         self.claimed -= over
         if outcome != DONE:
             return True
-        if self.stage != OPEN:      # another thread has closed it without knowing of this
+        if self.stage != OPEN:      # another thread has closed it, unaware of this charge
             self.refund_joint(&joint, now_ns)
             return fits
         for i in range(self.members):
@@ -189,7 +190,7 @@ cdef class Grant:
         return fits
 
     cdef int refund_joint(self, JointRequest* joint, int64_t now_ns) except -1:
-        """Refund what charge_rows() charged."""
+        """Refund what charge_rows() charged. Takes the rows' locks."""
         cdef bint done = refund_rows(joint, now_ns, &self.state.shared, 0)
         while not done:
             self.state.inside += 1
@@ -201,7 +202,7 @@ cdef class Grant:
         return 0
 
     cdef int reserve_charges(self) except -1:
-        """Make room for one more time of charges, beside those that other threads are just making."""
+        """Make room for one more group of charges, in addition to those that other threads are about to add."""
         cdef Charge* grown
         cdef int needed = self.times + self.adding + 1
         if needed <= self.capacity:
@@ -216,17 +217,17 @@ cdef class Grant:
         return 0
 
     def settle(self, actual_tokens):
-        """Replace the estimate, and what `add` counted, by the truth; memory and concurrency stay held.
+        """Replace the estimate, and what `add` counted, with the actual tokens; memory and concurrency stay held.
 
-        Less is refunded to the slots that were charged, more is charged to now, even past a limit: then nothing is
-        admitted until it has aged out. Settling again with the same figure does nothing.
+        A surplus is refunded to the slots that were charged. A deficit is charged at the current time, even past a
+        limit: then nothing is admitted until it has aged out. Settling again with the same number does nothing.
 
         Raises
         ------
         TypeError, ValueError
             Not an integer from 0 to 2**62; nothing is changed.
         GrantClosedError
-            The grant has been settled with another figure, or cancelled, or released.
+            The grant has been settled with another number, or cancelled, or released.
         """
         cdef int64_t actual = as_count(actual_tokens, "actual_tokens")
         if self.stage == SETTLED and self.used == actual:
@@ -238,9 +239,9 @@ cdef class Grant:
         self.finish(actual, False, False)
 
     def cancel(self):
-        """Undo the request: its tokens and the request itself are refunded, and all that is held is given back.
+        """Undo the request: refund its tokens and the request itself, and release all that is held.
 
-        Cancelling again does nothing. Raises GrantClosedError where the grant has been settled or released.
+        Cancelling again does nothing. Raises GrantClosedError if the grant has been settled or released.
         """
         if self.cancelled:
             return
@@ -251,14 +252,14 @@ cdef class Grant:
         self.finish(0, True, True)
 
     def release(self):
-        """Give back memory and concurrency; as on leaving ``with`` without an exception. Again it does nothing."""
+        """Release memory and concurrency, as at the end of ``with`` without an exception. Again, it does nothing."""
         if self.stage != CLOSED:
             self.release_as(False)
 
     cdef int release_as(self, bint failed) except -1:
         cdef int64_t tokens = self.used
         if self.stage == SETTLED:
-            tokens = self.charged       # nothing is left to change
+            tokens = self.charged       # nothing is left to refund
         elif not self.counting:
             tokens = 0 if failed else self.estimated_tokens
             self.used = tokens
@@ -266,10 +267,10 @@ cdef class Grant:
         return self.finish(tokens, False, True)
 
     cdef int finish(self, int64_t tokens, bint undo, bint close) except -1:
-        """Bring what is charged to `tokens`; `undo` refunds the request, `close` gives back what is held.
+        """Change the charge to `tokens`; `undo` refunds the request, `close` releases holdings. Takes the rows' locks.
 
-        Other threads run while a row is waited for, so the grant itself says by then that this has been done. If a row
-        stays locked, the rest is put off: an event loop must not be held up by a process that is stopped.
+        Other threads run during the wait for a row, so the grant's own fields are set before. If a row stays
+        locked, the rest is put off: a stopped process must not block an event loop.
         """
         cdef Ending ending
         cdef uint32_t waited_for = 0    # bits of members
@@ -294,14 +295,14 @@ cdef class Grant:
         return 0
 
     cdef bint finish_or_defer(self, const Ending* ending) except -1:
-        """See to one model; whether requests wait for it."""
+        """Finish one model, or put that off; whether requests wait for it. Takes the row's lock."""
         cdef State state = self.state
         cdef Pools pools = self.pools
         cdef const Holding* member = self.hold(ending.member)
         cdef const Charge* charges = self.charge_of(0, ending.member)
         cdef int64_t now_ns = state.now_ns() if ending.surplus != 0 or ending.undo else 0
         cdef int outcome = LOCKED_OUT
-        if not (pools.deferred and is_deferred(pools, member.row)):      # what was put off before comes first
+        if not (pools.deferred and is_deferred(pools, member.row)):      # what was put off earlier comes first
             outcome = finish_member(member, charges, self.members, self.times, ending, now_ns, &state.shared, 0)
             if outcome == LOCKED_OUT:
                 state.inside += 1
@@ -316,7 +317,7 @@ cdef class Grant:
         return outcome == WAITED_FOR
 
     cdef int tell(self, uint32_t members) except -1:
-        """Let those try again who wait for these; whatever that raises, all are told, and then it is raised."""
+        """Wake the queues of these members. If one raises, the rest are woken first, then it is raised."""
         cdef int i
         error = None
         for i in range(self.members):
@@ -351,7 +352,7 @@ cdef int charge_rows(
 ) noexcept nogil:
     """Charge `chunk` tokens to all models if that fits, or else `over`. Takes the rows' locks.
 
-    Sets `chunk` to what was charged, `fits` to whether it was within all limits, and the charges of `joint`.
+    Sets `chunk` to what was charged, `fits` to whether that was within all limits, and the charges of `joint`.
     """
     cdef Holding* member
     cdef bint enforcing = shared.header.enforcing
@@ -400,7 +401,7 @@ cdef int finish_member(
 ) noexcept nogil:
     """The end of a grant at one model, from lock to unlock. Takes the row's lock.
 
-    `charges` are `times`, every `stride`th of which is this model's.
+    `charges` has `times` charges of this model, `stride` apart.
     """
     cdef Row* row = member.row
     cdef Ledger* ledger = member.ledger
@@ -413,7 +414,7 @@ cdef int finish_member(
     if not lock_row(row, shared, patience_ns):
         return LOCKED_OUT
     alive = row.generation == member.generation
-    if ending.lapsed and member.record.seat != shared.me:    # others have refunded it too
+    if ending.lapsed and member.record.seat != shared.me:    # another process has refunded it too
         alive = False
     if alive and (left != 0 or ending.undo):
         advance(row, ledger, now_ns)
@@ -426,7 +427,7 @@ cdef int finish_member(
             part = min(max(left, <int64_t> 0), charge.tokens)
             refund(row, ledger, 1 if ending.undo and time == 0 else 0, part, charge)
             left -= part
-    if member.record.seat == shared.me:      # otherwise others took this process for dead, and gave it back
+    if member.record.seat == shared.me:      # otherwise another process took this one for dead, and released it
         if ending.close and alive:
             release_holding(row, ledger, member.record)
         elif ending.close:
@@ -434,21 +435,21 @@ cdef int finish_member(
         elif alive:
             settle_tokens(ledger, member.record)
     waiting = alive and ledger.waiting != 0
-    if shared.header.full_until_ns != 0:    # the model may be as good as new now
+    if shared.header.full_until_ns != 0:    # the model may be unused now, and can make room for another
         shared.header.full_until_ns = 0
     unlock(&row.lock)
     return WAITED_FOR if waiting else DONE
 
 
 cdef class Deferred:
-    """The end of a grant at one model, put off because the row stayed locked. It does not need the grant any more."""
+    """The end of a grant at one model, put off because the row stayed locked. Independent of the grant."""
 
     def __dealloc__(self):
         free(self.charges)
 
 
 cdef Deferred defer(Grant grant, const Ending* ending):
-    """What is to be done later, without a reference to the grant, which may be on its way out."""
+    """A record of what to do later, without a reference to the grant, which may be being deallocated."""
     cdef Deferred later = Deferred.__new__(Deferred)
     cdef int time
     later.ref = grant.ref_of(ending.member)
@@ -464,7 +465,7 @@ cdef Deferred defer(Grant grant, const Ending* ending):
 
 
 cdef bint is_deferred(Pools pools, const Row* row) noexcept:
-    """Whether the end of a grant of this row's was put off."""
+    """Whether the end of a grant was put off for this row."""
     cdef Deferred later
     for later in pools.deferred:
         if later.member.row == row:
@@ -473,7 +474,7 @@ cdef bint is_deferred(Pools pools, const Row* row) noexcept:
 
 
 cdef int finish_deferred(Pools pools) except -1:
-    """Try again what was put off; what cannot be done yet stays, in its order."""
+    """Retry what was put off; what still cannot be done stays, in order. Tries the rows' locks."""
     cdef State state = pools.state
     cdef list todo = pools.deferred
     cdef list left = []
@@ -501,7 +502,7 @@ cdef int finish_deferred(Pools pools) except -1:
 
 
 cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request):
-    """The grant of what decide_all has just taken. Here, where the type's freelist is."""
+    """The grant of what decide_all() has just taken. Defined in this file because the type's freelist is here."""
     cdef Grant grant = Grant.__new__(Grant)
     cdef int i
     grant.state = pools.state

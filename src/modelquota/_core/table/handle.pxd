@@ -7,7 +7,7 @@ cdef class RowHandle:
     cdef readonly QuotaTable manager
     cdef readonly str model_id
     cdef RowRef ref
-    cdef int forks                  # in which process it was bound
-    cdef GrantRecord* record        # keeps the model from being forgotten
+    cdef int forks                  # fork_count() of the process that bound it
+    cdef GrantRecord* record        # keeps the model from being removed to make room
 
     cdef int change(self, RowRef ref, bint bind) except -1

@@ -1,4 +1,4 @@
-"""A bound model: its checks without the look-up."""
+"""A bound model: checks without the look-up of its id."""
 cimport cython
 from libc.stdint cimport int64_t, uint32_t
 
@@ -16,14 +16,16 @@ from modelquota._core.table.table cimport QuotaTable
 from modelquota.errors import UnknownModelError
 
 cdef enum:
-    LOCKED_OUT = -1     # the row stays locked: its owner does not run
+    LOCKED_OUT = -1     # the row stays locked: its owner is not running
 
 
 cdef inline int change_handle(
     Row* row, Ledger* ledger, uint32_t generation, GrantRecord* record, bint bind, const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
-    """Bind a handle, or give it up: a model that has one is not forgotten. False if the model has gone, LOCKED_OUT if the
-    row stays locked. Takes the row's lock."""
+    """Bind a handle, or release it. False if the model has been removed, LOCKED_OUT if the row stays locked.
+
+    A model that has a handle is not removed to make room. Takes the row's lock.
+    """
     cdef bint alive
     if not lock_row(row, shared, patience_ns):
         return LOCKED_OUT
@@ -38,9 +40,9 @@ cdef inline int change_handle(
     return alive
 
 
-@cython.no_gc_clear     # to count itself no more, it needs what it refers to
+@cython.no_gc_clear     # it needs its references to release its record
 cdef class RowHandle:
-    """One model, bound: the checks of `QuotaTable` without the look-up. `ModelQuota` adds the cold verbs."""
+    """One bound model: the checks of `QuotaTable` without the look-up. `ModelQuota` adds the less frequent methods."""
 
     def __cinit__(self, QuotaTable manager not None, model_id):
         self.model_id = plain_id(model_id)
@@ -49,7 +51,7 @@ cdef class RowHandle:
         self.record = manager.pools.take_grant_record()
         while self.ref is None:
             ref = manager.interned.require(self.model_id)
-            if self.change(ref, True):      # otherwise it has just gone
+            if self.change(ref, True):      # otherwise it has just been removed
                 self.ref = ref
 
     def __dealloc__(self):
@@ -60,11 +62,11 @@ cdef class RowHandle:
             return
         if ref is not None:
             outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, False, manager.shared, 0)
-        if outcome != LOCKED_OUT:       # otherwise the record stays, and with it the model's place: nobody is held up
+        if outcome != LOCKED_OUT:       # otherwise the record stays, which only keeps the model's row
             give_record(&manager.shared.grant_pool, self.record - manager.shared.grants, manager.shared.me)
 
     cdef int change(self, RowRef ref, bint bind) except -1:
-        """Count this handle, or count it no more; False if its model has gone."""
+        """Bind this handle, or release it; False if its model has been removed. Takes the row's lock."""
         cdef QuotaTable manager = self.manager
         cdef int outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, bind, manager.shared, 0)
         while outcome == LOCKED_OUT:
@@ -83,7 +85,7 @@ cdef class RowHandle:
         raise TypeError("a bound model cannot be pickled or copied; call manager.model(model_id)")
 
     def check(self, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
-        """As `QuotaTable.check_quota`, for this model; UnknownModelError once it has been removed."""
+        """As `QuotaTable.check_quota`, for this model; raises UnknownModelError if it has been removed."""
         cdef Request request
         parse_request(&request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
         return self.manager.answer(self.ref, self.model_id, &request, self)

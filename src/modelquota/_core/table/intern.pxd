@@ -6,7 +6,7 @@ from modelquota._core.state.state cimport State
 
 
 cdef inline str plain_id(object model_id):
-    """An id as an exact str, whose hash and comparison run no foreign code."""
+    """An id as an exact str, whose hash and comparison do not run foreign code."""
     if type(model_id) is str:
         return <str> model_id
     if not isinstance(model_id, str):
@@ -15,7 +15,7 @@ cdef inline str plain_id(object model_id):
 
 
 cdef class RowRef:
-    # Where a model lives. It is good as long as the row's generation is this one.
+    # The row of a model. Valid as long as the row's generation is this one.
     cdef Row* row
     cdef Ledger* ledger
     cdef uint32_t generation
@@ -25,10 +25,10 @@ cdef class RowRef:
 cdef class Interned:
     cdef State state
     cdef dict ids                   # model id -> RowRef
-    cdef uint64_t seen_version      # of the registry, as far as `ids` goes
+    cdef uint64_t seen_version      # the registry version that `ids` reflects
     cdef PyObject** refs            # the RowRef of each row, or NULL
-    cdef int64_t refs_used          # no row at or above it ever had one
-    cdef object packed_config       # the last config that was registered,
+    cdef int64_t refs_used          # no row at or above this index has had one
+    cdef object packed_config       # the config that was packed last,
     cdef Limits packed              # and its limits
 
     cdef int open(self) except -1

@@ -1,6 +1,6 @@
-"""Which model lives in which row, as this process knows it, and how models are registered, changed and removed.
+"""The map from model ids to rows in this process, and how models are registered, changed and removed.
 
-Critical sections are ``noexcept nogil`` from lock to unlock; whatever may raise comes before or after.
+Critical sections are ``noexcept nogil`` from lock to unlock; code that may raise comes before or after.
 """
 cimport cython
 from cpython.object cimport PyObject
@@ -30,10 +30,10 @@ cdef extern from *:
 @cython.final
 @cython.no_gc
 cdef class RowRef:
-    """A row and the generation in which it was found."""
+    """A row, and its generation when it was found."""
 
 
-@cython.no_gc_clear     # whoever is finalized in the same cycle may still ask
+@cython.no_gc_clear     # objects finalized in the same cycle may still use it
 cdef class Interned:
     """The models of a state, as this process knows them: a dict from an id to its row, and the rows by number."""
 
@@ -42,7 +42,7 @@ cdef class Interned:
         self.ids = {}
 
     cdef int open(self) except -1:
-        """Learn the models that are there."""
+        """Intern the models that are in the state."""
         self.refs = <PyObject**> calloc(self.state.shared.header.max_models, sizeof(PyObject*))
         if self.refs == NULL:
             raise MemoryError()
@@ -75,17 +75,17 @@ cdef class Interned:
         return ref
 
     cdef str name_of(self, int64_t index):
-        """The name in a row; of one that is just being replaced perhaps a mixture, so for words only."""
+        """The name in a row. A mixture of two while it is being replaced: check the generation, or only display it."""
         cdef Ledger* ledger = &self.state.shared.ledgers[index]
         cdef char* name = self.state.shared.names + <int64_t> ledger.name_offset * NAME_UNIT
         return name[:ledger.name_size].decode("utf-8", "replace")
 
-    # -- rows come and go
+    # -- registering and removing
 
     cdef int refresh(self) except -1:
-        """Learn which models have entered and left since the last look, whichever process they came by.
+        """Update `ids` with the models that any process has added or removed since the last refresh.
 
-        The change log says which rows to look at; if more has changed than it holds, all are.
+        The change log lists the rows that changed; if more have changed than it holds, all rows are read.
         """
         cdef uint64_t version = read_version(&self.state.shared.header.registry_version, ACQUIRE)
         cdef uint64_t change
@@ -98,7 +98,7 @@ cdef class Interned:
                 if index == ANY_ROW or not self.refresh_row(index):
                     break
             else:
-                # what was read has not been overwritten meanwhile
+                # what was read has not been overwritten in the meantime
                 if read_version(&self.state.shared.header.registry_version, ACQUIRE) - self.seen_version <= CHANGES:
                     self.seen_version = version
                     return 0
@@ -107,7 +107,7 @@ cdef class Interned:
         return 0
 
     cdef int refresh_all(self) except -1:
-        """refresh_row() each row."""
+        """Refresh all rows; False if one is changing at this moment."""
         cdef int64_t index
         for index in range(self.state.shared.header.row_count):
             if not self.refresh_row(index):
@@ -115,7 +115,7 @@ cdef class Interned:
         return True
 
     cdef int refresh_row(self, int64_t index) except -1:
-        """See who lives in a row now; False if that is changing just now."""
+        """Update the model of one row; False if it is changing at this moment."""
         cdef uint32_t generation
         cdef RowRef ref = None
         if index >= self.state.shared.header.max_models:
@@ -130,12 +130,12 @@ cdef class Interned:
             return True
         name = self.name_of(index)
         if read_generation(&self.state.shared.rows[index].generation, ACQUIRE) != generation:
-            return False                # the next look sees it
+            return False                # the next refresh sees it
         self.intern(name, index, generation)
         return True
 
     cdef int intern(self, object model_id, int64_t index, uint32_t generation) except -1:
-        """Intern a model."""
+        """Map an id to a row."""
         cdef RowRef ref, other
         if self.refs[index] != NULL:
             ref = <RowRef> self.refs[index]
@@ -145,7 +145,7 @@ cdef class Interned:
         other = self.ids.get(model_id)
         if other is not None:
             if other.row.generation == other.generation:
-                return 0                # a name that was just read is a mixture of two
+                return 0                # the name that was read is a mixture of two
             self.unintern(other)
         ref = RowRef.__new__(RowRef)
         ref.model_id = model_id
@@ -159,7 +159,7 @@ cdef class Interned:
         return 0
 
     cdef int unintern(self, RowRef ref) except -1:
-        """Forget a row that the model has left."""
+        """Remove a row that the model has left from the map."""
         cdef int64_t index = ref.row - self.state.shared.rows
         if self.ids.get(ref.model_id) is ref:
             del self.ids[ref.model_id]
@@ -169,7 +169,10 @@ cdef class Interned:
         return 0
 
     cdef int put(self, str model_id, object config, bint on_sight) except -1:
-        """Register the model, or replace the limits of a known one and keep its use. `on_sight`: only if it is new."""
+        """Register a model, or replace the limits of a known one and keep its use; with `on_sight`, only register.
+
+        Takes the registry's and the row's locks.
+        """
         cdef Limits limits
         cdef RowRef ref
         cdef int64_t index = REGISTRY_BUSY
@@ -194,7 +197,7 @@ cdef class Interned:
             if version != self.seen_version:
                 self.refresh()
                 continue
-            self.state.reserve_next_model()       # before another model comes, `version` is another one
+            self.state.reserve_next_model()       # if another model is registered first, `version` differs
             now_ns = self.state.now_ns()
             index = add_model(text, size, &limits, on_sight, now_ns, version, &generation, &self.state.shared, 0)
             if index == REGISTRY_BUSY:
@@ -210,11 +213,11 @@ cdef class Interned:
                 self.state.require_open()
                 self.intern(model_id, index, generation)
                 if self.seen_version == version:
-                    self.seen_version = version + 1     # nobody else came or went
+                    self.seen_version = version + 1     # no other model was added or removed
                 return 0
 
     cdef int pack_limits(self, object config, Limits* limits) except -1:
-        """The limits of a config as a row stores them. Of a template that many ids share, they are kept."""
+        """The limits of a config as a row stores them. The last result is cached, for a shared template."""
         if config is not self.packed_config:
             pack(config, &self.packed)
             self.packed_config = config
@@ -222,7 +225,7 @@ cdef class Interned:
         return 0
 
     cdef int change_limits(self, RowRef ref, const Limits* limits, const Limits* expected, bint named) except -2:
-        """replace_limits(), however long the locks are held."""
+        """replace_limits(), waiting for the locks as long as it takes."""
         cdef int outcome
         cdef int64_t now_ns
         while True:
@@ -241,22 +244,23 @@ cdef class Interned:
             self.state.pause()
 
     cdef bint swap(self, object old, object new, bint named) except -1:
-        """Put `new` in the place of `old`, a model's limits until now; False if it has others, or is gone.
+        """Replace a model's limits with `new` if they are `old`; False if they are not, or the model has been removed.
 
-        `named`: somebody configured this very id, which keeps it from being forgotten.
+        `named`: this id was configured explicitly, so it is not removed to make room. Takes the registry's and the
+        row's locks.
         """
         cdef Limits before, expected, limits
         cdef Usage usage
         cdef RowRef ref = self.find(old.model_id)
         pack(old, &before)
         pack(new, &limits)
-        # As configs: callers try again with what get_quota() returns, which then cannot differ forever.
+        # Compared as configs: callers retry with what get_quota() returns, and limits that read the same must be equal.
         if ref is None or not self.read(ref, self.state.now_ns(), &usage, &expected) or unpack(&before) != unpack(&expected):
             return False
         return self.change_limits(ref, &limits, &expected, named) == DONE
 
     cdef bint remove(self, object model_id) except -1:
-        """Remove a model; True if it was known."""
+        """Remove a model; True if it was known. Takes the registry's and the row's locks."""
         cdef RowRef ref
         cdef int outcome
         while True:
@@ -276,13 +280,13 @@ cdef class Interned:
             self.state.wake(ref)
             return outcome == DONE
 
-    # -- reading and stating
+    # -- reading
 
     cdef bint read(self, RowRef ref, int64_t now_ns, Usage* usage, Limits* limits) except -1:
-        """Use, and limits unless they are NULL, under one lock; False if the model has been removed.
+        """Read use, and limits unless `limits` is NULL, under one lock; False if the model has been removed.
 
-        Keeps the GIL unless the lock is held for long: a thread that gives the GIL away for each of a thousand rows waits
-        a thousand times for busy threads to give it back. A row that stays locked is read as it is.
+        Takes the row's lock. Keeps the GIL unless the lock is taken: a thread that releases the GIL for each of a
+        thousand rows waits a thousand times for busy threads to return it. A row that stays locked is read as it is.
         """
         cdef bint alive
         if try_row(ref.row, &self.state.shared):

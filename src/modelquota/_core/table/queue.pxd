@@ -16,14 +16,14 @@ cdef class Waiter:
     cdef list waits_in              # the WaitQueues in which it is; empty before and after
     cdef Places places              # its entries in the queues of the state
     cdef int64_t started_ns         # in the rows' time, as are the others
-    cdef int64_t timeout_ns         # FAR without one
+    cdef int64_t timeout_ns         # FAR if there is none
     cdef int64_t deadline_ns
-    cdef RowRef held_up_by          # the model whose grace period counts: where it was denied last
+    cdef RowRef held_up_by          # the model that denied it last: its grace period counts
     cdef Grant grant                # what was admitted and has not been taken
     cdef object result              # the last denial
-    cdef object error               # what kept it from being decided
+    cdef object error               # the exception that ended the wait, or None
     cdef readonly bint done         # admitted or refused
-    cdef public object context      # who watches the clock: one of each context does; None: a thread, which always can
+    cdef public object context      # its event loop; None for a thread, which can watch the clock for all
 
     cdef int finish(self, Grant grant, object error) except -1
     cdef bint set_deadline(self) noexcept
@@ -34,15 +34,15 @@ cdef class Waiter:
 cdef class WaitQueue:
     cdef Queues queues
     cdef RowRef ref
-    cdef list order                 # Waiters, the first to be served first
-    cdef int64_t next_ns            # when to try again unless something becomes free; FAR
-    cdef int64_t armed_ns
-    cdef int64_t busy_ns            # a row was locked: how long until the next try; 0 = it was not
-    cdef double grace_sec           # of the model, as far as the deadlines have it
-    cdef list watchers              # who watches the clock, one of each context
-    cdef int forks
-    cdef bint pumping
-    cdef bint again
+    cdef list order                 # Waiters, in the order in which they are served
+    cdef int64_t next_ns            # when to try again unless something becomes free before; FAR: never
+    cdef int64_t armed_ns           # next_ns when the watchers were last armed
+    cdef int64_t busy_ns            # how long until the next try if a row was locked; 0 if none was
+    cdef double grace_sec           # the model's grace period that the deadlines were computed with
+    cdef list watchers              # the Waiters that watch the clock, one per context
+    cdef int forks                  # fork_count() of the process that made it
+    cdef bint pumping               # pump() makes its passes
+    cdef bint again                 # pump() was called in the meantime
 
     cdef int insert(self, Waiter waiter) except -1
     cdef int remove(self, Waiter waiter) except -1
@@ -57,9 +57,9 @@ cdef class Queues(Watcher):
     cdef State state
     cdef Pools pools
     cdef Admission admission
-    cdef dict by_ref                # RowRef -> WaitQueue in which somebody of this process is
+    cdef dict by_ref                # RowRef -> the WaitQueue of this process's waiters for it
     cdef set unclaimed              # Waiters that were admitted and have not taken their grants
-    cdef list buried                # Waiters that have left while a row was locked
+    cdef list buried                # Waiters that left while a row was locked; their entries are still to be unlinked
 
     cdef WaitQueue queue_of(self, RowRef ref)
     cdef object admit_or_queue(self, Waiter waiter, object model_id, object estimated_tokens, object ram_needed_mb,

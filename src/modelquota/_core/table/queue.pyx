@@ -1,16 +1,48 @@
-"""Wait queues: requests that wait for models, one queue a model and process, for threads and asyncio tasks alike.
+"""Wait queues: requests that wait for models, one queue per model and process, for threads and asyncio tasks alike.
 
 A request that waits for several models is in the queue of each of them, and has an entry in the queue of each of them in
-the shared state, from the start: nobody who comes later overtakes it at any of them. Of all requests that wait, the one
-that comes first by priority and ticket is the first in all of its queues, so no two wait for each other.
+the shared state, from the start: no later request overtakes it at any of them. Of all waiting requests, the one that is
+first by priority and ticket is first in all of its queues, so no two requests wait for each other.
 
-Nothing here sleeps, and no thread is started. Whatever may have made room (a release, a refund, a live change, a timer)
-calls `WaitQueue.pump`, which admits from the front what fits, tells those it concerns, and leaves word when to try again. One
-waiter of each context watches the clock: one thread for all if a thread waits, or else one task of each event loop, since
-a loop may be busy or not run any more. Nothing here waits for a lock: a row that is locked is tried again later.
+Nothing here sleeps or starts a thread. Every event of this process that may make room calls `WaitQueue.pump`, which
+admits from the front what fits, wakes the waiters that are done, and sets `next_ns`, the time of the next try. One
+waiter per context watches the clock: one thread for all if a thread waits, otherwise one task per event loop, because
+any loop may be busy or stopped. `pump` never waits for a lock: a locked row is tried again later. Only `admit_or_queue`
+waits for one, unless `nowait`.
+
+event                                 what the queues do                                 whom they wake or arm
+------------------------------------  -------------------------------------------------  -------------------------------
+a request has to wait                 enter the queue of each model, pump them           waiters that are done, watchers
+release, refund, new limits, memory   wake(ref): pump the model's queue                  waiters that are done, watchers
+clock, enforcement, fork, sweep       wake(None): pump all queues                        waiters that are done, watchers
+the clock reaches next_ns             its watchers call Waiter.pump()                    waiters that are done, watchers
+another process releases              no call: next_ns is at most LOOK_NS ahead,         waiters that are done, watchers
+                                      or longer if there are many queues
+a row is locked                       try again after busy_ns                            all watchers, to sleep less
+a deadline has passed                 deny the request; pump its other queues            the request
+the grace period has changed          recompute the deadlines that depend on it          waiters with an earlier one
+a request is admitted                 leave all its queues, pump the others              the request
+a waiter leaves (cancel, interrupt)   unlink it, or put that off; pump its queues        waiters that are done, watchers
+an admitted waiter does not take()    cancel its grant after the deadline                the queue of each freed model
+close()                               end all waits with ManagerClosedError              all waiters
+
+Invariants of a WaitQueue, whenever no line of this file is running:
+
+ref       `by_ref[ref]` is this queue as long as `order` is not empty, unless the process was forked.
+order     Sorted by `precedes`. A waiter in it is not done, and has this queue in its `waits_in`.
+next_ns   The earliest time at which a try may change anything without an event; FAR if there is none. Deadlines are not
+          in it: each waiter watches its own.
+armed_ns  The `next_ns` that the watchers were armed with. An earlier `next_ns` means that they are armed again.
+busy_ns   0 if the last pass met no locked row; otherwise BUSY_NS .. LONGEST_BUSY_NS, doubled at each pass that met one.
+grace_sec The grace period in the deadlines of the waiters that are held up by `ref`, as of the last pass.
+watchers  The waiters that the last pump() chose: one thread, or one waiter per context. Empty if nobody waited.
+forks     `fork_count()` of the process that made it. In another process the queue is dropped, not served.
+pumping   True while pump() makes its passes; a pump() in the meantime only sets `again`.
+again     Meaningful while `pumping`: one more pass is needed.
 
 The queues of a process are guarded by the GIL: between two lines of this file no other thread runs, and no signal handler.
-Only finalizers may, wherever an object is made, and what wakes a waiter; both find the queues in order.
+The exceptions are finalizers, which may run when an object is made, and the calls that wake a waiter; the queues are
+consistent at both.
 """
 cimport cython
 from cpython.object cimport PyObject
@@ -33,11 +65,11 @@ from modelquota._core.table.result cimport QuotaCheckResult, result_of
 from modelquota.errors import CapacityError, ManagerClosedError, ModelLockedError, QuotaExceededError
 
 cdef list abandoned = []            # Waiters whose owners are gone
-cdef bint burying = False           # somebody sees to them
-cdef int64_t LOOK_NS = 10_000_000   # how often a queue looks what other processes have given back,
-cdef int64_t LINES_AT_ONCE = 16     # while the process has no more queues than these; more take turns
-cdef int64_t BUSY_NS = 50_000       # a row was locked longer than a look: its owner was preempted,
-cdef int64_t LONGEST_BUSY_NS = 10_000_000   # or does not run at all
+cdef bint burying = False           # abandon() is on the stack
+cdef int64_t LOOK_NS = 10_000_000   # how often a queue checks what other processes have given back,
+cdef int64_t LINES_AT_ONCE = 16     # while the process has at most this many queues; more take turns
+cdef int64_t BUSY_NS = 50_000       # the first pause after a locked row, whose owner was preempted,
+cdef int64_t LONGEST_BUSY_NS = 10_000_000   # and the longest: it may not run at all
 
 cdef extern from *:
     int64_t take_ticket "__atomic_fetch_add"(int64_t* word, int64_t more, int order) noexcept nogil
@@ -65,21 +97,25 @@ cdef inline bint is_alive(RowRef ref) noexcept:
 
 
 cdef inline int64_t grace_ns(RowRef ref) noexcept:
-    """The model's grace period; FAR if it is longer than anybody waits."""
+    """The model's grace period; FAR if it is longer than 2e18 ns."""
     cdef double nanoseconds = ref.ledger.grace_period_sec * 1e9
     return <int64_t> nanoseconds if nanoseconds < 2e18 else FAR
 
 
 cdef class Waiter:
-    """A request that may have to wait. A subclass says how its owner sleeps.
+    """A request that may have to wait. A subclass implements how its owner, a thread or a task, sleeps.
 
-    ``prepare()`` is called once, before it is in a queue; ``wake()``, from any thread, once it is done; ``arm()``, from
-    any thread, when it became one that watches the clock, or has to look earlier.
+    The queue calls the subclass: ``prepare()`` once, in the owner's thread, before the waiter is in a queue, and only
+    if it has to wait, which keeps the path without a wait fast; ``wake()``, from any thread, when it is done;
+    ``arm()``, from any thread, when it has to watch the clock, or to check it earlier.
+
+    The owner calls the queue: ``sleep_seconds()`` and ``wake_at_ns`` before it sleeps, ``pump()`` when that time has
+    come, ``take()`` when it is done, and ``leave()`` at the end in every case. ``abandon()`` may come from any thread.
     """
 
     @property
     def wake_at_ns(self):
-        """When its owner should call `pump`, in ns of the manager's clock; None while only others can change anything."""
+        """When its owner should call `pump`, in ns of the manager's clock; None if it only waits for an event."""
         cdef int64_t at_ns = self.deadline_ns
         cdef WaitQueue queue
         if not self.waits_in or self.queues.state.manual is not None:
@@ -90,26 +126,26 @@ cdef class Waiter:
         return None if at_ns == FAR else at_ns
 
     def sleep_seconds(self):
-        """How long its owner should sleep unless woken: 0.0 = not at all; None while only others can change anything."""
+        """How long its owner should sleep unless woken: 0.0 = not at all; None = until woken."""
         cdef WaitQueue queue
         cdef int64_t busy_ns = 0
         for queue in self.waits_in or ():
             if queue.busy_ns and self in queue.watchers:
                 busy_ns = queue.busy_ns if busy_ns == 0 else min(busy_ns, queue.busy_ns)
         if busy_ns:
-            return busy_ns * 1e-9       # on a manual clock too
+            return busy_ns * 1e-9       # with a manual clock too
         at_ns = self.wake_at_ns
         if at_ns is None:
             return None
         return max(0, at_ns - self.queues.state.now_ns()) * 1e-9
 
     def pump(self):
-        """Let the queues that it is in try again."""
+        """Pump the queues that it is in."""
         for queue in tuple(self.waits_in or ()):
             queue.pump()
 
     def take(self):
-        """The grant; QuotaExceededError if it was refused, and what else kept it from being decided."""
+        """The grant. Raises QuotaExceededError if the request was denied, or the error that ended the wait."""
         cdef Grant grant = self.grant
         self.grant = None
         if self.queues is not None:
@@ -124,7 +160,7 @@ cdef class Waiter:
         return grant
 
     def leave(self):
-        """Leave no trace, however far it has come."""
+        """Leave all queues and give back an untaken grant. Safe at any stage, and more than once."""
         cdef Grant grant = self.grant
         cdef list waits_in = self.waits_in
         cdef WaitQueue queue
@@ -142,7 +178,7 @@ cdef class Waiter:
             grant.cancel()
 
     def abandon(self):
-        """Leave, for a thread that finds that its owner is gone; one after the other, if that wakes more of the kind."""
+        """Leave on behalf of an owner that is gone. Iterative: leaving one waiter may abandon others."""
         global burying
         abandoned.append(self)
         if burying:
@@ -162,20 +198,20 @@ cdef class Waiter:
         return 0
 
     cdef bint set_deadline(self) noexcept:
-        """Find the deadline from the timeout and the grace period; whether it is an earlier one now."""
+        """Recompute the deadline from the timeout and the grace period; whether it is earlier than before."""
         cdef int64_t before = self.deadline_ns
         cdef int64_t wait_ns
         cdef int i
         wait_ns = min(self.timeout_ns, grace_ns(self.held_up_by))
-        if not is_alive(self.held_up_by):   # after the reading
-            return False            # the model has gone, and its grace period with it: what was found last stays
+        if not is_alive(self.held_up_by):   # checked after the read
+            return False            # the model was removed, and its grace period with it: the last deadline stays
         self.deadline_ns = self.started_ns + wait_ns if wait_ns < MAX_TIME_NS else FAR
         for i in range(self.places.count):
             write_deadline(&self.places.entries[i].deadline_ns, self.deadline_ns, RELAXED)
         return self.deadline_ns < before
 
     cdef int give_places(self) except -1:
-        """Give back the entries; none is in a queue any more."""
+        """Give back the entries. Requires that none of them is in a queue."""
         cdef int i
         for i in range(self.places.count):
             self.places.entries[i].seat = 0
@@ -185,9 +221,9 @@ cdef class Waiter:
         return 0
 
     cdef int stand(self, JointRequest* joint, list refs, int64_t patience_ns) except -1:
-        """Have a place in the queue of each model, and be in each of their queues; what comes of it, as for a decision.
+        """Enter the queue of each model, in the shared state and in this process; the outcome, as of a joint decision.
 
-        Those that it has it keeps.
+        Entries that it already has are kept. Takes the rows' locks.
         """
         cdef Queues queues = self.queues
         cdef int i, k, first = self.places.count
@@ -203,7 +239,7 @@ cdef class Waiter:
                 self.places.entries[self.places.count] = joint.members[i].entry
                 self.places.count += 1
                 continue
-            joint.members[i].entry = NULL       # it is there already
+            joint.members[i].entry = NULL       # it is already in that queue
         now_ns = queues.state.now_ns()
         outcome = stand_in_queues(joint, &self.request, self.deadline_ns, now_ns, &queues.state.shared, 0)
         if outcome == BUSY_ROW and patience_ns:
@@ -217,7 +253,7 @@ cdef class Waiter:
                 give_record(&queues.state.shared.entry_pool, self.places.entries[self.places.count] - queues.state.shared.entries,
                             queues.state.shared.me)
             return outcome
-        queues.state.require_open()                  # closed while the rows were waited for
+        queues.state.require_open()                  # it may have been closed during the wait for the rows
         for ref in refs:
             queue = queues.queue_of(ref)
             if queue not in self.waits_in:
@@ -227,7 +263,7 @@ cdef class Waiter:
 
 
 cdef class WaitQueue:
-    """Those of this process who wait for one model."""
+    """The waiters of this process for one model. The invariants of its fields are at the top of this file."""
 
     cdef int insert(self, Waiter waiter) except -1:
         cdef Py_ssize_t at = len(self.order)
@@ -237,7 +273,7 @@ cdef class WaitQueue:
         return 0
 
     cdef int remove(self, Waiter waiter) except -1:
-        """Take it out; the last one ends the queue."""
+        """Remove a waiter; without waiters the queue ends."""
         cdef Py_ssize_t i
         for i in range(len(self.order)):
             if self.order[i] is waiter:
@@ -248,7 +284,7 @@ cdef class WaitQueue:
         return 0
 
     cdef int end(self) except -1:
-        """Be no queue of the manager's any more."""
+        """Remove this queue from the manager."""
         if self.queues.by_ref.get(self.ref) is self:
             del self.queues.by_ref[self.ref]
         if self.queues.state.manual is not None and not self.queues.by_ref:
@@ -256,13 +292,13 @@ cdef class WaitQueue:
         return 0
 
     def pump(self):
-        """Admit from the front what fits now. A locked row is tried again later, not waited for."""
+        """Admit from the front what fits now. Tries the rows' locks, and never waits for one."""
         cdef list told = []
         cdef list others = []
         cdef list watchers
         if self.forks != fork_count():
             self.end()
-            return                      # those who are here are threads and tasks of the parent process
+            return                      # its waiters are threads and tasks of the parent process
         if not self.queues.state.usable():
             return
         if self.pumping:
@@ -283,7 +319,7 @@ cdef class WaitQueue:
             notify_all(told, others, watchers)
 
     cdef int serve(self, list told, list others) except -1:
-        """One pass over the queue: who is admitted, and who is refused."""
+        """One pass over the queue: admit and deny what can be decided now. Tries the rows' locks."""
         cdef JointRequest joint
         cdef Verdict verdict
         cdef list refs = []
@@ -293,7 +329,7 @@ cdef class WaitQueue:
         cdef Py_ssize_t i = 0
         cdef int unknown, k
         cdef bint busy = False
-        cdef int64_t next_ns = FAR      # is told at the end: in between, another thread may look how long it is to sleep
+        cdef int64_t next_ns = FAR      # published at the end: until then another thread may read the field
         cdef int64_t now_ns = queues.state.now_ns()
         queues.bury()
         if queues.pools.deferred:
@@ -308,7 +344,7 @@ cdef class WaitQueue:
             joint.unclaimed_until_ns = waiter.deadline_ns if waiter.deadline_ns != FAR else 0
             try:
                 unknown = queues.admission.decide_all(waiter.ids, &waiter.request, True, 0, refs, &joint, &verdict, &waiter.places)
-            except Exception as error:      # no room for a record, or for a model that is registered on sight
+            except Exception as error:      # no room for a record, or for a model registered on sight
                 self.settle(waiter, None, error, told, others)
                 continue
             if unknown == BUSY:
@@ -333,7 +369,7 @@ cdef class WaitQueue:
                 self.settle(waiter, None, None, told, others)
                 continue
             for k in range(joint.count):
-                if joint.members[k].entry == NULL:          # a model has come anew: it has no place there yet
+                if joint.members[k].entry == NULL:          # a model was registered again: no entry there yet
                     try:
                         if waiter.stand(&joint, refs, 0) != DECIDED:
                             busy = True
@@ -365,7 +401,7 @@ cdef class WaitQueue:
         return 0
 
     cdef int see_to_deadlines(self, list told, list others, int64_t now_ns) except -1:
-        """Refuse those whose time is over, by the grace period that the model has now."""
+        """Deny the waiters whose deadline has passed, by the grace period that the model has now."""
         cdef Waiter waiter
         cdef Py_ssize_t i = 0
         cdef bint changed = is_alive(self.ref) and self.grace_sec != self.ref.ledger.grace_period_sec
@@ -374,7 +410,7 @@ cdef class WaitQueue:
         while i < len(self.order):
             waiter = self.order[i]
             if changed and waiter.held_up_by is self.ref and waiter.set_deadline():
-                told.append(waiter)             # it has to look at the clock earlier
+                told.append(waiter)             # it has to check the clock earlier
             if waiter.deadline_ns <= now_ns:
                 self.settle(waiter, None, None, told, others)
             else:
@@ -382,7 +418,7 @@ cdef class WaitQueue:
         return 0
 
     cdef int settle(self, Waiter waiter, Grant grant, object error, list told, list others) except -1:
-        """A waiter's wait is over: it was admitted, or is refused. Its other queues may go on then."""
+        """End a waiter's wait: it is admitted, or denied. Its other queues go to `others`, to be pumped."""
         cdef WaitQueue queue
         for queue in tuple(waiter.waits_in):
             queue.remove(waiter)
@@ -396,9 +432,9 @@ cdef class WaitQueue:
         return 0
 
     cdef list watch(self):
-        """Choose who watches the clock: a thread, if one waits, or else one waiter of each context.
+        """Choose the waiters that watch the clock: one thread if a thread waits, otherwise one waiter per context.
 
-        Returns those that have to be told.
+        Returns those that have to be armed.
         """
         cdef list chosen = []
         cdef list contexts = []
@@ -420,7 +456,7 @@ cdef class WaitQueue:
 
 
 cdef object notify(Waiter waiter):
-    """Wake it, or have it watch the clock; what that raised. A KeyboardInterrupt may come first: then once more."""
+    """Wake it if it is done, otherwise arm it; what that raised. Tried twice, because of KeyboardInterrupt."""
     cdef int i
     error = None
     for i in range(2):
@@ -436,7 +472,7 @@ cdef object notify(Waiter waiter):
 
 
 cdef int notify_all(list told, list others, list watchers) except -1:
-    """Tell everybody concerned. Whatever one of them raises, the others are told, and then it is raised."""
+    """Notify `told` and `watchers`, and pump `others`: all of them, even if one raises; that is raised at the end."""
     cdef Waiter waiter
     cdef WaitQueue queue
     error = None
@@ -454,7 +490,7 @@ cdef int notify_all(list told, list others, list watchers) except -1:
     return 0
 
 
-@cython.no_gc_clear     # whoever is finalized in the same cycle may still wait
+@cython.no_gc_clear     # objects finalized in the same cycle may still use it
 cdef class Queues(Watcher):
     """The queues of one process: the core of `acquire` and `acquire_async`."""
 
@@ -472,7 +508,7 @@ cdef class Queues(Watcher):
             self.state.watcher = NULL
 
     cdef WaitQueue queue_of(self, RowRef ref):
-        """The queue for a row, made if there is none."""
+        """The queue for a row, created if necessary."""
         cdef WaitQueue queue = self.by_ref.get(ref)
         if queue is not None and queue.forks == fork_count():
             return queue
@@ -493,7 +529,8 @@ cdef class Queues(Watcher):
                                object ssd_needed_mb, object timeout, object priority, bint nowait):
         """A Grant if the request is admitted at once, the waiter if it waits, None if a row is locked: try again.
 
-        Raises QuotaExceededError if it is denied for good, ModelLockedError if nothing could be decided in time.
+        Raises QuotaExceededError if it is denied for good, ModelLockedError if nothing could be decided in time. Takes
+        the rows' locks; with `nowait` it only tries them.
         """
         cdef JointRequest joint
         cdef Verdict verdict
@@ -531,7 +568,7 @@ cdef class Queues(Watcher):
             if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns) \
                     or waiter.deadline_ns <= waiter.started_ns:
                 raise QuotaExceededError(waiter.result)
-            waiter.prepare()        # other threads may come in between
+            waiter.prepare()        # other threads may run during this call
             self.state.require_open()
             waiter.request.counted = ref.ledger
             waiter.request.counted_generation = ref.generation
@@ -556,7 +593,7 @@ cdef class Queues(Watcher):
         return waiter
 
     cdef object try_again(self, Waiter waiter):
-        """None: a row stays locked. Raises ModelLockedError once the time is over."""
+        """None, for a locked row. Past the timeout or grace period, raises the last denial or ModelLockedError."""
         cdef Verdict verdict
         cdef int64_t now_ns = self.state.now_ns()
         cdef RowRef ref
@@ -568,7 +605,7 @@ cdef class Queues(Watcher):
             if ref is None:
                 continue
             model_ns = grace_ns(ref)
-            if is_alive(ref):       # after the reading: the ledger of a model that has left is cleared
+            if is_alive(ref):       # checked after the read: the ledger of a removed model is cleared
                 wait_ns = min(wait_ns, model_ns)
         if wait_ns == FAR or now_ns - waiter.started_ns < wait_ns:
             return None
@@ -582,7 +619,7 @@ cdef class Queues(Watcher):
         raise ModelLockedError(result_of(&verdict, <str> waiter.ids[0]))
 
     cdef object full(self, RowRef ref, object denial):
-        """The denial of a request for which a queue has no room."""
+        """The denial of a request for which a queue is full."""
         cdef Verdict verdict
         cdef QuotaCheckResult first = denial
         verdict.allowed = False
@@ -599,8 +636,11 @@ cdef class Queues(Watcher):
         return result_of(&verdict, ref.model_id)
 
     cdef int leave_queues(self, Waiter waiter) except -1:
-        """Take a waiter out of the queues in which it still is. If a row is locked that is put off; until then its entry
-        blocks nobody, since its deadline has passed."""
+        """Unlink a waiter's entries from the shared queues. Tries the rows' locks.
+
+        If a row is locked, this is put off; until then the entry does not block anything, because its deadline has
+        passed.
+        """
         cdef Places places = waiter.places
         cdef int i
         cdef bint left = True
@@ -614,7 +654,7 @@ cdef class Queues(Watcher):
         return 0
 
     cdef int bury(self) except -1:
-        """Try again what leave_queues() has put off."""
+        """Retry what leave_queues() has put off. Tries the rows' locks."""
         cdef list todo
         if self.buried:
             todo = self.buried
@@ -624,7 +664,7 @@ cdef class Queues(Watcher):
         return 0
 
     cdef int reclaim(self, int64_t now_ns) except -1:
-        """Take back what was admitted for waiters that have not come for it and whose time is over."""
+        """Cancel the grants of waiters that have not taken them by their deadline."""
         cdef Waiter waiter
         cdef Grant grant
         if not self.unclaimed:
@@ -638,7 +678,7 @@ cdef class Queues(Watcher):
         return 0
 
     cdef int look(self) except -1:
-        """See to what was put off, before somebody is told that others are in the way."""
+        """Do what was put off, before a request is denied because of what others hold."""
         self.reclaim(self.state.now_ns())
         self.bury()
         if self.pools.deferred:
@@ -646,7 +686,7 @@ cdef class Queues(Watcher):
         return 0
 
     cdef int wake(self, object ref) except -1:
-        """Let the queue of a model try again, or (None) all queues."""
+        """Pump the queue of a model, or (None) all queues."""
         cdef WaitQueue queue
         if not self.by_ref:
             return 0
@@ -667,7 +707,7 @@ cdef class Queues(Watcher):
         return 0
 
     cdef int close(self) except -1:
-        """End all waits, and let go of the state."""
+        """End all waits, and release the state."""
         cdef WaitQueue queue
         cdef Waiter waiter
         cdef list told = []
@@ -675,7 +715,7 @@ cdef class Queues(Watcher):
         if self.state.closed:
             return 0
         if was_usable:
-            for waiter in tuple(self.unclaimed):    # before the verbs refuse: cancelling is one
+            for waiter in tuple(self.unclaimed):    # before the verbs refuse: cancel() is one
                 waiter.error = ManagerClosedError()
                 waiter.leave()
         self.state.closed = True

@@ -9,7 +9,7 @@ cdef struct Record:
 
 cdef class Records:
     cdef Record* first
-    cdef Py_ssize_t count   # how many there is room for
+    cdef Py_ssize_t count   # how many records there is room for
 
     cdef int put_id(self, Py_ssize_t index, object model_id) except -1
     cdef object array(self, Py_ssize_t count)

@@ -1,7 +1,7 @@
-"""The records of a snapshot, made without giving the GIL away.
+"""The records of a snapshot, made without releasing the GIL.
 
-numpy gives it away while it asks for memory that is set to zero, as an array with object fields needs, and among busy
-threads whoever gives the GIL away has it back 5 ms later.
+numpy releases it while it allocates zeroed memory, which an array with object fields needs, and a thread that releases
+the GIL among busy threads gets it back 5 ms later.
 """
 import functools
 
@@ -26,9 +26,9 @@ cdef extern from "numpy/arrayobject.h":
 
 @functools.cache
 def record_dtype():
-    """The dtype of a snapshot: the model's id, then the counters of `Usage`. Made at its first use: it takes a millisecond.
+    """The dtype of a snapshot: the model's id, then the counters of `Usage`. Created on first use: it takes 1 ms.
 
-    What is an array in each element has no name in it; see `percents_of`.
+    Array fields of `Usage` are in its bytes, but have no name in it; see `percents_of`.
     """
     usage = dtypes()["usage"]
     fields = {"model_id": (np.dtype(object), 0)}
@@ -42,7 +42,7 @@ def record_dtype():
 
 
 def percents_of(cnp.ndarray records):
-    """How full each limit of each model of a snapshot is: a float64 array, in a row the limits in the order of `Limit`."""
+    """How full each limit is, in percent: a float64 array, one row per model, one column per `Limit`."""
     cdef Py_ssize_t i, count = records.shape[0]
     cdef const Record* record = <const Record*> cnp.PyArray_DATA(records)
     cdef cnp.ndarray found = np.empty((count, LIMITS - 1))
@@ -55,7 +55,7 @@ def percents_of(cnp.ndarray records):
 
 
 cdef class Records:
-    """Memory for records, which the array over it keeps alive. The references in it are this object's."""
+    """Memory for records, kept alive by the array over it. It owns the references in the records."""
 
     def __cinit__(self, Py_ssize_t count):
         self.first = <Record*> calloc(max(count, 1), sizeof(Record))
@@ -71,7 +71,7 @@ cdef class Records:
             free(self.first)
 
     cdef int put_id(self, Py_ssize_t index, object model_id) except -1:
-        """Name a record that has no name."""
+        """Set the id of a record that does not have one."""
         Py_INCREF(model_id)
         self.first[index].model_id = <void*> model_id
         return 0
@@ -80,7 +80,7 @@ cdef class Records:
         """The first `count` records as a numpy array."""
         cdef cnp.npy_intp shape = count
         cdef cnp.dtype dtype = record_dtype()
-        Py_INCREF(dtype)        # numpy takes this reference over
+        Py_INCREF(dtype)        # numpy takes ownership of this reference
         array = new_array(&ARRAY, dtype, 1, &shape, NULL, self.first, cnp.NPY_ARRAY_CARRAY, NULL)
         cnp.set_array_base(array, self)
         return array

@@ -7,11 +7,11 @@ cdef class QuotaCheckResult:
     cdef readonly bint others_hold
     cdef readonly bint never_fits
     cdef uint8_t limit_code         # Limit code, 0 = nothing violated
-    cdef uint8_t cause_code         # the limit that gives the violation its type; another one than limit for QUEUE only
+    cdef uint8_t cause_code         # the limit that determines the violation type; another than `limit` for QUEUE only
     cdef signed char action_code    # ViolationAction code, -1 = none applied
     cdef int64_t wait_ms            # -1 = no wait helps
     cdef readonly double current_usage
-    cdef double used                # these three of the violated limit, 0 without one
+    cdef double used                # these three belong to the violated limit; 0 if there is none
     cdef double bound
     cdef int64_t asked
     cdef readonly str model_id

@@ -1,4 +1,4 @@
-"""What a check answers: numbers only; words are made when somebody reads them."""
+"""The result of a check: numbers only; text is built on access."""
 cimport cython
 
 from modelquota._core.row.decision cimport NEVER, QUEUE_PLACE, Verdict
@@ -12,22 +12,23 @@ cdef tuple ACTIONS = tuple(ViolationAction)
 @cython.final
 @cython.freelist(64)
 cdef class QuotaCheckResult:
-    """The outcome of one check: immutable, true when the request was admitted. Made by checks, not by hand.
+    """The outcome of one check: immutable, and true if the request was admitted. Created by checks only.
 
     Attributes
     ----------
     allowed : bool
         Whether the request was admitted, and charged.
     others_hold : bool
-        Whether what others hold is in the way, which may come back any moment: memory, concurrency, tokens that open grants
-        have reserved and not settled, or a place in the queue before this one.
+        Whether it is blocked by what other requests hold and may give back at any moment: memory, concurrency, tokens
+        that open grants have reserved and not settled, or an earlier place in the queue.
     never_fits : bool
-        Whether it was denied and no wait helps, even if others give back all that they hold: the request exceeds a limit by
-        itself, of any of its models.
+        Whether it was denied and no wait helps, even if others give back all that they hold: the request by itself
+        exceeds a limit of one of its models.
     current_usage : float
-        Percent. Denied: of the violated limit, without this request. Allowed: the highest of all limits, with it.
+        Percent. If denied, the use of the violated limit without this request; if allowed, the highest use of all
+        limits with it.
     model_id : str or None
-        The model whose limit was violated, which tells where a request names several; None where nothing was violated.
+        The model whose limit was violated, one of several if the request names several; None if nothing was violated.
     """
 
     @property
@@ -39,27 +40,27 @@ cdef class QuotaCheckResult:
     def violation_type(self):
         """The `ViolationType` of `limit`, or None. Set under the action ``warn`` too.
 
-        For `Limit.QUEUE` it is that of the request that is first in line.
+        For `Limit.QUEUE` it is that of the request at the front of the queue.
         """
         return LIMITS[self.cause_code].violation_type if self.cause_code else None
 
     @property
     def action(self):
-        """The `ViolationAction` that was applied, or None where nothing was violated."""
+        """The `ViolationAction` that was applied, or None if nothing was violated."""
         return ACTIONS[self.action_code] if self.action_code >= 0 else None
 
     @property
     def retry_after_ms(self):
-        """Milliseconds after which the same request passes if nothing else is admitted meanwhile; exact, rounded up.
+        """Milliseconds until the same request passes if nothing else is admitted in the meantime; exact, rounded up.
 
-        None where nothing was violated, and where no wait helps: the request exceeds a limit itself, or memory or
-        concurrency is the obstacle.
+        None if nothing was violated, or if no wait is known to help: the request by itself exceeds a limit, or needs
+        memory or concurrency that is in use.
         """
         return self.wait_ms if self.wait_ms >= 0 else None
 
     @property
     def reason(self):
-        """The violation in words and numbers, or None. Made on access."""
+        """The violation in words and numbers, or None. Built on access."""
         if self.limit_code == 0:
             return None
         limit = LIMITS[self.limit_code]
@@ -90,7 +91,7 @@ cdef class QuotaCheckResult:
 
 
 cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id):
-    """A new result. It is zero where nothing is put: there is neither use nor bound without a violated limit."""
+    """A new result. Without a violated limit its use, bound and model stay zero or None."""
     cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
     result.allowed = verdict.allowed
     result.limit_code = verdict.limit
@@ -135,5 +136,5 @@ def _restore(allowed, limit_code, cause_code, action_code, wait_ms, current_usag
 
 
 cdef str _figure(double value):
-    """A count without a fraction where it has none."""
+    """A number as text, with two decimals only if it has a fraction."""
     return f"{value:,.0f}" if value >= 1e15 or value == <double> <long long> value else f"{value:,.2f}"

@@ -1,4 +1,4 @@
-"""What a manager reads of its own state: one model, all models, and sums over them."""
+"""Reads of a manager's own state: one model, all models, and sums over them."""
 from libc.stdint cimport int64_t, uint64_t
 
 from modelquota._core.layout cimport Limits, VIOLATION_TYPES
@@ -20,7 +20,7 @@ cdef enum:
 
 
 cdef object read_model(Interned interned, Pools pools, object model_id):
-    """``(limits, usage)`` as keyword dicts, one consistent view; None for an unknown model."""
+    """``(limits, usage)`` as keyword dicts, one consistent view; None for an unknown model. Takes the row's lock."""
     cdef Usage usage
     cdef Limits limits
     cdef RowRef ref = interned.find(plain_id(model_id))
@@ -31,14 +31,14 @@ cdef object read_model(Interned interned, Pools pools, object model_id):
 
 
 cdef object read_models(Interned interned, Pools pools):
-    """A snapshot of all models, each read under its lock and all at one reading of the clock."""
+    """A snapshot of all models, each read under its row's lock, all at one clock reading."""
     cdef int64_t now_ns = interned.state.now_ns()
     cdef Py_ssize_t known = 0
     cdef RowRef ref
     interned.state.require_open()
     interned.refresh()
     pools.reclaim_if_due()
-    cdef dict found = interned.ids.copy()      # another thread may add to it where read() waits
+    cdef dict found = interned.ids.copy()      # another thread may add to it while read() waits
     cdef Records records = Records(len(found))
     for model_id, ref in found.items():
         if interned.read(ref, now_ns, &records.first[known].usage, NULL):
@@ -48,7 +48,7 @@ cdef object read_models(Interned interned, Pools pools):
 
 
 cdef dict totals_of(State state):
-    """Sums over all models, living and removed, and over checks of unknown ones."""
+    """Sums over all models, living and removed, and over checks of unknown ones. May take the registry's lock."""
     cdef Totals totals
     cdef uint64_t version
     cdef int attempt
@@ -59,7 +59,7 @@ cdef dict totals_of(State state):
         last = attempt == TOTALS_TRIES - 1
         version = read_version(&state.shared.header.registry_version, ACQUIRE)
         with nogil:
-            if last:        # models come and go all the time: nobody may, while this sums up
+            if last:        # models are added and removed all the time: block that while summing
                 last = lock_registry(&state.shared, READ_PATIENCE_NS)
             sum_totals(&state.shared, &totals)
             if last:

@@ -8,8 +8,8 @@ from modelquota._core.table.queue cimport Queues
 
 
 cdef class QuotaTable:
-    cdef Shared* shared             # of `state`: every check asks it
-    cdef dict ids                   # of `interned`, likewise
+    cdef Shared* shared             # of `state`, held here because every check reads it
+    cdef dict ids                   # of `interned`, for the same reason
     cdef State state
     cdef Pools pools
     cdef Interned interned

@@ -1,8 +1,8 @@
-"""The hot half of the core: single checks, bound handles and batches. Everything here ends in `decide`.
+"""The public methods of the core: models, reads, single checks, reservations and batches.
 
-One check keeps the GIL: its critical section is a few tens of nanoseconds and touches no Python object, so it takes the
-row's lock with one compare-and-swap. Only where the lock is held does it spin, and then release the GIL to wait. A batch
-runs wholly without the GIL.
+One check keeps the GIL: its critical section takes a few tens of nanoseconds and does not touch Python objects, so it
+takes the row's lock with one compare-and-swap. Only if the lock is held does it spin, and then release the GIL to wait.
+A batch runs entirely without the GIL.
 """
 cimport cython
 import numpy as np
@@ -33,16 +33,16 @@ from modelquota.errors import UnknownModelError
 cnp.import_array()
 
 cdef enum:
-    LOCKED_OUT = -1     # a row stays locked: its owner does not run
+    LOCKED_OUT = -1     # a row stays locked: its owner is not running
 
 cdef extern from "Python.h":
-    PyObject* look_up "PyDict_GetItemWithError"(object mapping, object key)    # the caller sees to the error
+    PyObject* look_up "PyDict_GetItemWithError"(object mapping, object key)    # the caller handles the error
 
 
 cdef inline bint decide_and_unlock(
     Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request, Verdict* verdict
 ) noexcept nogil:
-    """Requires the row's lock, and gives it back; False, and nothing is decided, if the model has left the row."""
+    """Decide, and release the row's lock; False, undecided, if the model has left the row. Requires the row's lock."""
     cdef bint alive = row.generation == generation
     if alive:
         decide(row, ledger, shared.entries, now_ns, request, shared.header.enforcing, verdict)
@@ -56,23 +56,23 @@ cdef inline int wait_and_decide(
     Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request, Verdict* verdict,
     int64_t patience_ns
 ) noexcept nogil:
-    """decide_and_unlock() for a lock that somebody else may hold; LOCKED_OUT if it stays so. Takes the row's lock."""
+    """Lock the row, then decide_and_unlock(); LOCKED_OUT if the row stays locked. Takes the row's lock."""
     if not lock_row(row, shared, patience_ns):
         return LOCKED_OUT
     return decide_and_unlock(row, ledger, generation, shared, now_ns, request, verdict)
 
 
 cdef int propagate() except -1:
-    """Have the caller raise the error that is set."""
+    """Make the caller raise the exception that is set."""
     return -1
 
 
-@cython.no_gc_clear     # whoever is finalized in the same cycle may still ask
+@cython.no_gc_clear     # objects finalized in the same cycle may still use it
 cdef class QuotaTable:
-    """The verbs of `ResourceQuotaManager` that are in the core: it inherits them as they are, and nothing runs before them.
+    """The core's methods of `ResourceQuotaManager`, which inherits them directly, without a wrapper.
 
     It is composed of a state, the pools of this process's records in it, the models that it has interned, admission over
-    them, and the queues of those who wait.
+    them, and the queues of waiting requests.
     """
 
     def __cinit__(self, *args, **kwargs):
@@ -99,7 +99,7 @@ cdef class QuotaTable:
 
     @property
     def max_models(self):
-        """How many models the table holds at most."""
+        """The maximum number of models in the table."""
         self.state.require_open()
         return self.shared.header.max_models
 
@@ -115,7 +115,7 @@ cdef class QuotaTable:
 
     @property
     def enforcement_enabled(self):
-        """False: every request is admitted, and counted all the same. Holds for all who share the state."""
+        """If False, every request is admitted, and still counted. Applies to all processes that share the state."""
         self.state.require_open()
         return self.shared.header.enforcing != 0
 
@@ -126,25 +126,26 @@ cdef class QuotaTable:
         self.queues.wake(None)
 
     def flush(self):
-        """Write the state file to disk, against loss of power; without a file nothing is done.
+        """Write the state file to disk, to survive a loss of power; without a file, do nothing.
 
-        Against the death of processes nothing is needed. Without `flush` the kernel writes what has changed within
-        some 30 s (``vm.dirty_expire_centisecs``).
+        The state survives the death of processes without it. Without `flush` the kernel writes changes to disk within
+        about 30 s (``vm.dirty_expire_centisecs``).
 
-        Raises StateFileError if the file was deleted, replaced or cut off underneath.
+        Raises StateFileError if the file has been deleted, replaced or truncated.
         """
         self.state.flush()
 
     def close(self):
-        """Release what this process holds, and let go of the state: other processes go on.
+        """Release what this process holds in the state, and the state itself; other processes are not affected.
 
-        Open grants are released (their tokens stay charged), waits end with `ManagerClosedError`, the seat, the mapping
-        and the descriptors are given back. Afterwards every verb raises `ManagerClosedError`; closing again does nothing.
+        Open grants are released (their tokens stay charged), waits end with `ManagerClosedError`, and the seat, the
+        mapping and the descriptors are freed. Afterwards every method raises `ManagerClosedError`; closing again does
+        nothing.
         """
         self.queues.close()
 
     def _arrays(self):
-        """As `State.arrays`."""
+        """See `State.arrays`."""
         return self.state.arrays()
 
     # -- models
@@ -156,13 +157,13 @@ cdef class QuotaTable:
         return list(self.ids)
 
     def _set_quota(self, str model_id not None, config):
-        """Register the model, or replace the limits of a known one and keep its use."""
+        """Register a model, or replace the limits of a known one and keep its use."""
         self.interned.put(model_id, config, False)
 
     def _replace_quota(self, old, new, named=False):
-        """Put `new` in the place of `old`, a model's limits until now; False if it has others, or is gone.
+        """Replace a model's limits with `new` if they are `old`; False if they are not, or the model has been removed.
 
-        `named`: somebody configured this very id, which keeps it from being forgotten.
+        `named`: this id was configured explicitly, so it is not removed to make room.
         """
         return self.interned.swap(old, new, named)
 
@@ -171,7 +172,7 @@ cdef class QuotaTable:
         return self.interned.remove(model_id)
 
     def _record_memory(self, model_id, int64_t ram_mb, int64_t ssd_mb):
-        """Record what the model uses now, in MB, and its peaks."""
+        """Record the model's current memory use, in MB, and its peaks. Takes the row's lock."""
         cdef RowRef ref = self.interned.require(model_id)
         cdef int outcome = ROW_BUSY
         while outcome == ROW_BUSY:
@@ -188,7 +189,7 @@ cdef class QuotaTable:
         self.state.wake(ref)
 
     def _reset_burst(self, model_id):
-        """Set both levels to at most max(rate, 1)."""
+        """Lower both levels to at most max(rate, 1). Takes the row's lock."""
         cdef RowRef ref = self.interned.require(model_id)
         cdef int64_t now_ns
         cdef int outcome = ROW_BUSY
@@ -213,7 +214,7 @@ cdef class QuotaTable:
         return read_model(self.interned, self.pools, model_id)
 
     def _read_all(self):
-        """A snapshot of all models, each read under its lock and all at one reading of the clock."""
+        """A snapshot of all models, each read under its row's lock, all at one clock reading."""
         return read_models(self.interned, self.pools)
 
     def _totals(self):
@@ -223,28 +224,28 @@ cdef class QuotaTable:
     # -- requests
 
     def check_quota(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
-        """May this model take this request now? Charges one request and its tokens, or nothing at all; never waits.
+        """Decide whether a model admits a request now. Charges one request and its tokens, or nothing; never waits.
 
         Parameters
         ----------
         model_id : str or sequence of str
             An id without a quota is allowed and counted; with `default_quota` it is registered from that template.
-            Several, such as ``("acme", "acme/bob", "llama-70b")``, are one decision: all are charged, or none. Each
-            counts as a check of its own, a violation only for the model that the result names.
+            Several ids, such as ``("acme", "acme/bob", "llama-70b")``, are one decision: all are charged, or none. Each
+            counts a check; only the model that the result names counts a violation.
         estimated_tokens : int
             Tokens, 0 .. 2**62. 0 passes every token limit.
         ram_needed_mb, ssd_needed_mb : int
-            MB (2**20 bytes), 0 .. 2**62, compared with what the caps leave; not held. 0 passes, however full.
+            MB (2**20 bytes), 0 .. 2**62, compared with what the limits leave; not held. 0 always passes.
 
         Returns
         -------
         QuotaCheckResult
-            True when admitted.
+            True if admitted.
 
         Raises
         ------
         TypeError, ValueError
-            A count that is no integer, or out of range; nothing is charged.
+            A count is not an integer or is out of range; nothing is charged.
         """
         cdef Request request
         cdef PyObject* found
@@ -255,10 +256,10 @@ cdef class QuotaTable:
         return self.answer(<RowRef> found, model_id, &request, None)
 
     def peek_quota(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
-        """What `check_quota` would answer now; charges, counts and logs nothing.
+        """What `check_quota` would return now; charges, counts and logs nothing.
 
-        Parameters, result and errors are those of `check_quota`. An id that `default_quota` would register is answered as
-        it would be then, and is not registered.
+        Parameters, result and errors are those of `check_quota`. An id that `default_quota` would register is judged by
+        that config, and is not registered.
         """
         cdef Request request
         parse_request(&request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
@@ -281,8 +282,10 @@ cdef class QuotaTable:
         return result
 
     cdef object answer_late(self, RowRef ref, object model_id, const Request* request, object handle):
-        """answer() with all that rarely comes in between: a locked row, a model that has left its row, a look at the
-        file, a manager that is closed."""
+        """answer() for rare cases: a locked row, a model that has left its row, a check of the file, a closed manager.
+
+        Takes the row's lock.
+        """
         cdef Verdict verdict
         cdef Row* row = ref.row
         cdef int64_t now_ns
@@ -317,7 +320,7 @@ cdef class QuotaTable:
         if PyErr_Occurred():
             if not PyErr_ExceptionMatches(TypeError):
                 propagate()
-            PyErr_Clear()       # of a list, which is no key
+            PyErr_Clear()       # raised for a list, which is not a key
         self.state.require_open()
         if not isinstance(model_id, str):
             return self.admission.check_several(model_id, request, False)
@@ -334,17 +337,17 @@ cdef class QuotaTable:
         return result_of(&verdict, None)
 
     def reserve(self, model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0):
-        """Check, and hold the outcome: memory, one unit of concurrency, and tokens that can be settled later.
+        """Check, and if admitted hold memory, one unit of concurrency, and tokens that can be settled later.
 
         Parameters
         ----------
         model_id : str or sequence of str
             One model, or up to 16 that must all admit, such as ``("acme", "acme/bob", "llama-70b")``: one decision,
-            all or nothing. An id without a quota admits and holds nothing.
+            all or nothing. An id without a quota admits, and holds nothing.
         estimated_tokens : int
             Tokens, 0 .. 2**62.
         ram_needed_mb, ssd_needed_mb : int
-            MB (2**20 bytes), 0 .. 2**62, held beside the reported use until the grant is released.
+            MB (2**20 bytes), 0 .. 2**62, held in addition to the reported use until the grant is released.
 
         Returns
         -------
@@ -355,7 +358,16 @@ cdef class QuotaTable:
         QuotaExceededError
             Denied; ``.result`` is the `QuotaCheckResult`. Nothing has been charged.
         TypeError, ValueError
-            A count that is no integer or out of range, or ids that are none; nothing has been charged.
+            A count is not an integer or is out of range, or an id is not valid; nothing has been charged.
+
+        Examples
+        --------
+        >>> manager = ResourceQuotaManager(clock=ManualClock())
+        >>> manager.set_quota("llama", max_concurrent_requests=8, max_tokens_per_hour=100_000)
+        >>> with manager.reserve("llama", estimated_tokens=500) as grant:
+        ...     grant.settle(320)
+        >>> manager.get_usage("llama").tokens_this_hour
+        320
         """
         cdef Request request
         parse_request(&request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
@@ -367,14 +379,14 @@ cdef class QuotaTable:
         Parameters
         ----------
         grants : sequence of Grant
-            Open ones.
+            Open grants, each once.
         actual_tokens : sequence of int or int64 array, of the same length
             Tokens of each, 0 .. 2**62.
 
         Raises
         ------
         TypeError, ValueError, GrantClosedError
-            As `Grant.settle`; everything is validated before anything is settled.
+            As for `Grant.settle`; everything is validated before anything is settled.
         """
         cdef Grant grant
         cdef list open_grants = list(grants)
@@ -408,8 +420,8 @@ cdef class QuotaTable:
     def codes(self, model_ids):
         """Codes of models for `check_many` and `charge_many`, as an int64 array.
 
-        A code stays good until its model is removed, or forgotten if `default_quota` made it; with `default_quota` an
-        unknown id is registered. Raises UnknownModelError for an id that has no quota.
+        A code is valid until its model is removed, by `remove_quota` or, if `default_quota` registered it, to make
+        room. With `default_quota` an unknown id is registered. Raises UnknownModelError for an id without a quota.
         """
         cdef RowRef ref
         cdef list refs = []
@@ -432,7 +444,7 @@ cdef class QuotaTable:
     def check_many(self, codes, estimated_tokens, out=None, *, times_ns=None, retry_after_ms=None):
         """Decide many requests in order, with the GIL released; each as `check_quota` would.
 
-        Everything is validated before anything is charged. One reading of the clock serves the whole batch.
+        Everything is validated before anything is charged. The whole batch uses one clock reading.
 
         Parameters
         ----------
@@ -443,21 +455,29 @@ cdef class QuotaTable:
         out : uint8 array, shape (n,), optional
             Filled and returned instead of a new array.
         times_ns : int64 array, shape (n,), optional
-            The time of each request, on a manager with a `ManualClock` only: never falling, and not before the clock,
-            which stands at the last one afterwards.
+            The time of each request, only with a `ManualClock`: not decreasing, and not before the clock's time. The
+            clock is moved to the last one.
         retry_after_ms : int64 array, shape (n,), optional
-            Filled: 0 where admitted, -1 where no wait helps, otherwise milliseconds.
+            Filled: 0 if admitted, -1 if no wait is known to help, otherwise milliseconds.
 
         Returns
         -------
         uint8 array, shape (n,)
-            0 where admitted, otherwise the code of the violated `Limit`. Under the action ``warn`` all are admitted.
+            0 if admitted, otherwise the code of the violated `Limit`. Under the action ``warn`` all are admitted.
 
         Raises
         ------
         TypeError, ValueError
-            A wrong dtype, shape or figure, or a code that is no living model's; the message names the argument and the
-            first bad element.
+            A wrong dtype, shape or value, or a code that does not belong to a living model; the message names the
+            argument and the first bad element.
+
+        Examples
+        --------
+        >>> manager = ResourceQuotaManager(clock=ManualClock())
+        >>> manager.set_quota("llama", max_requests_per_second=2, burst_requests=0, on_violation="reject")
+        >>> codes = manager.codes(["llama", "llama", "llama"])
+        >>> [int(code) for code in manager.check_many(codes, estimated_tokens=100)]
+        [0, 0, 4]
         """
         cdef Batch batch
         cdef Verdict verdict
@@ -510,8 +530,8 @@ cdef class QuotaTable:
     def charge_many(self, codes, tokens):
         """Charge tokens unconditionally, such as those that one decode step produced; no request is counted.
 
-        Parameters are as for `check_many`; so are the errors, and nothing is charged where one is raised. Afterwards
-        nothing is admitted until what exceeds a limit has aged out.
+        Parameters and errors are those of `check_many`; nothing is charged if an error is raised. If a limit is
+        exceeded, nothing is admitted until the excess has aged out.
         """
         cdef Batch batch
         cdef Py_ssize_t i = 0

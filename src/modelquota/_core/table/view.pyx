@@ -1,7 +1,7 @@
-"""Reading in bulk: use and limits of all models, of a manager's own rows or of copies of a file's.
+"""Reading in bulk: use and limits of all models, from a manager's own rows or from copies of a file's rows.
 
-A manager's rows are read under their locks. Copies are read without a lock and without a trace: a row is taken once two
-copies in a row were the same with the lock free.
+A manager's rows are read under their locks. A file is copied without a lock and without writing to it: a row is
+accepted when two consecutive copies are equal and its lock is free.
 """
 import numpy as np
 cimport numpy as cnp
@@ -28,18 +28,18 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void* buffer, size_t size, off_t offset)
 
 cdef enum:
-    AT_A_TIME = 64          # rows and ledgers of as many stay in the processor's cache between two looks
+    AT_A_TIME = 64          # this many rows and ledgers stay in the processor's cache between two copies
     TRIES = 20
-    PAUSE_US = 200          # an owner that was preempted holds its lock for longer than a look
+    PAUSE_US = 200          # a preempted owner holds its lock for longer than one copy takes
 
 
 def limits_dtype():
-    """The dtype of `Limits`; what the core derives from a configuration is zero in what is read."""
+    """The dtype of `Limits`; fields that the core derives from a configuration are zero in what is read."""
     return dtypes()["header"]["staged"]
 
 
 def read_table(QuotaTable table not None):
-    """Use and limits of all models of a manager, each read under its lock, all at one reading of the clock.
+    """Use and limits of all models of a manager, each read under its row's lock, all at one clock reading.
 
     Returns
     -------
@@ -47,7 +47,7 @@ def read_table(QuotaTable table not None):
     limits : structured array of the dtype ``limits_dtype()``, of the same length
         Equal limits are equal bytes.
     lives : uint64 array, of the same length
-        Which life of an id it is: another one after the model was removed and registered again.
+        Identifies one registration of an id: changes when the model is removed and registered again.
     """
     cdef State state = table.state
     cdef Interned interned = table.interned
@@ -58,7 +58,7 @@ def read_table(QuotaTable table not None):
     state.require_open()
     interned.refresh()
     table.pools.reclaim_if_due()
-    cdef dict found = interned.ids.copy()     # another thread may add to it where read() waits
+    cdef dict found = interned.ids.copy()     # another thread may add to it while read() waits
     cdef Records records = Records(len(found))
     cdef cnp.ndarray limits = _zeros(limits_dtype(), len(found), sizeof(Limits))
     cdef cnp.ndarray lives = np.zeros(len(found), np.uint64)
@@ -73,7 +73,7 @@ def read_table(QuotaTable table not None):
 
 
 def read_retired(QuotaTable table not None):
-    """What models that have been removed had counted, by the names of a snapshot's fields."""
+    """The counts of removed models, by the names of a snapshot's fields."""
     cdef State state = table.state
     state.require_open()
     return {
@@ -85,12 +85,12 @@ def read_retired(QuotaTable table not None):
 
 
 def read_rows(int descriptor, int64_t rows_at, int64_t ledgers_at, Py_ssize_t count, int64_t now_ns):
-    """Use and limits that the first `count` rows of a file state at `now_ns`; time passes in copies.
+    """Use and limits of the first `count` rows of a file at `now_ns`; only copies are advanced to that time.
 
     Parameters
     ----------
     rows_at, ledgers_at : int
-        Where they begin in the file, in bytes.
+        Their offsets in the file, in bytes.
 
     Returns
     -------
@@ -104,7 +104,7 @@ def read_rows(int descriptor, int64_t rows_at, int64_t ledgers_at, Py_ssize_t co
     EOFError
         The file ends before the last row.
     OSError
-        It cannot be read.
+        The file cannot be read.
     """
     cdef cnp.ndarray usage = _zeros(dtypes()["usage"], count, sizeof(Usage))
     cdef cnp.ndarray limits = _zeros(limits_dtype(), count, sizeof(Limits))
@@ -140,7 +140,7 @@ def read_rows(int descriptor, int64_t rows_at, int64_t ledgers_at, Py_ssize_t co
 
 
 def records_of(cnp.ndarray usage, list model_ids, cnp.ndarray places):
-    """The records of a snapshot: use of the rows `places` (int64), whose models have the ids `model_ids`, in this order."""
+    """The records of a snapshot: use of the rows `places` (int64), whose models are `model_ids`, in this order."""
     cdef Py_ssize_t i, row, count = len(model_ids)
     cdef Records records = Records(count)
     cdef const Usage* used
@@ -170,7 +170,7 @@ def unpack_limits(cnp.ndarray limits):
 
 
 def read_copies(cnp.ndarray rows, cnp.ndarray ledgers, int64_t now_ns):
-    """Use and limits that copies of rows and their ledgers state at `now_ns`; time passes in the copies.
+    """Use and limits of copies of rows and their ledgers at `now_ns`; the copies are advanced to that time.
 
     Returns
     -------
@@ -200,7 +200,7 @@ def read_copies(cnp.ndarray rows, cnp.ndarray ledgers, int64_t now_ns):
 
 
 cdef struct Copies:
-    # Twice AT_A_TIME: what is read, and the second look at it.
+    # Each 2 * AT_A_TIME long: the copy that is read, and a second one to compare it with.
     Row* rows
     Ledger* ledgers
 
@@ -210,7 +210,7 @@ cdef enum:
 
 
 cdef int copy_bytes(int descriptor, void* target, size_t size, int64_t offset) noexcept nogil:
-    """Read so many bytes; 0, SHORT where the file ends before, otherwise an errno."""
+    """Read `size` bytes; 0, SHORT if the file ends before, otherwise an errno."""
     cdef size_t done = 0
     cdef ssize_t got
     while done < size:
@@ -227,7 +227,7 @@ cdef int copy_bytes(int descriptor, void* target, size_t size, int64_t offset) n
 cdef int copy_steadily(
     int descriptor, int64_t rows_at, int64_t ledgers_at, Py_ssize_t count, const Copies* copies
 ) noexcept nogil:
-    """Copy some rows, each as it was at one moment where that can be had in TRIES looks, otherwise as it was last."""
+    """Copy `count` rows, each as it was at one moment if TRIES copies suffice, otherwise as last copied."""
     cdef Row* again_rows = copies.rows + AT_A_TIME
     cdef Ledger* again_ledgers = copies.ledgers + AT_A_TIME
     cdef size_t before_rings = <char*> &copies.ledgers.tokens - <char*> copies.ledgers
@@ -248,7 +248,7 @@ cdef int copy_steadily(
         for i in range(count):
             if steady[i]:
                 continue
-            # a slot never changes without the sums before it, which were copied first
+            # a slot never changes without the sums, which precede it and were copied first
             if (copies.rows[i].lock == 0 and memcmp(&copies.rows[i], &again_rows[i], sizeof(Row)) == 0
                     and memcmp(&copies.ledgers[i], &again_ledgers[i], before_rings) == 0):
                 steady[i] = 1
@@ -282,7 +282,7 @@ cdef cnp.ndarray _zeros(object dtype, Py_ssize_t count, size_t size):
 
 
 cdef int _require(cnp.ndarray array, size_t size) except -1:
-    """That C may read and change the elements of `array`."""
+    """Require that C may read and change the elements of `array`."""
     if not (cnp.PyArray_ISCARRAY(array) and cnp.PyArray_NDIM(array) == 1 and <size_t> cnp.PyArray_ITEMSIZE(array) == size):
         raise ValueError(f"give a contiguous, writeable array of elements of {size} bytes")
     return 0
