@@ -16,7 +16,7 @@ from benchmarks.harness.subprocesses import PACKAGE_PARENT, run_python
 
 SOURCE = Path(__file__).with_name("floor.pyx")
 #: What `floor.pyx` takes from the package.
-SHARED = ("clock.pxd", "layout.pxd", "lock.pxd")
+SHARED = ("layout.pxd", "state/clock.pxd", "state/lock.pxd")
 #: Flags and directives of the package's own extensions: a floor is built as what stands on it.
 COMPILE_ARGS = ("-O3", "-std=c11", "-fno-math-errno", "-D_GNU_SOURCE")
 DIRECTIVES = {

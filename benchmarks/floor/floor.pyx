@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t
 
 from modelquota._core.state.clock cimport monotonic_ns
 from modelquota._core.layout cimport Shared
-from modelquota._core.state.lock cimport lock, try_lock, unlock
+from modelquota._core.state.lock cimport SLICE_NS, lock_within, try_lock, unlock
 
 cdef extern from *:
     void prefetch "__builtin_prefetch"(const void* address, int to_write, int locality) noexcept nogil
@@ -107,7 +107,7 @@ cdef class FloorTable:
         cdef int64_t now_ns = monotonic_ns()
         if not try_lock(&row.first.lock, 1):
             with nogil:
-                lock(&row.first.lock, &ALONE)
+                lock_within(&row.first.lock, &ALONE, SLICE_NS)
         touch(row, now_ns, estimated_tokens)
         unlock(&row.first.lock)
         return result_of(True, estimated_tokens)
@@ -138,7 +138,7 @@ cdef void touch_many(
             prefetch(&row.first, 1, 3)
             prefetch(&row.second, 1, 3)
         row = &rows[codes[i]]
-        lock(&row.first.lock, &ALONE)
+        lock_within(&row.first.lock, &ALONE, SLICE_NS)
         touch(row, now_ns, tokens[i])
         unlock(&row.first.lock)
         limits[i] = 0
@@ -176,6 +176,6 @@ def lock_ns(int64_t turns):
     cdef uint32_t word = 0
     cdef int64_t i, start_ns = monotonic_ns()
     for i in range(turns):
-        lock(&word, &ALONE)
+        lock_within(&word, &ALONE, SLICE_NS)
         unlock(&word)
     return (monotonic_ns() - start_ns) / <double> turns

@@ -360,8 +360,10 @@ cdef inline void start_verdict(Verdict* verdict) noexcept nogil:
 
 cdef inline bint tokens_fit(const Row* row, int64_t tokens, Fit* fit) noexcept nogil:
     """Whether the limits of tokens plainly admit so many. Requires advance() and the row's lock."""
+    if tokens > row.token_room and tokens != 0:     # first: what is within it has a cost that can be represented
+        return False
     fit.token_level = load(&row.token_level) + level_cost(tokens, row.token_shift)
-    return tokens == 0 or (tokens <= row.token_room and fit.token_level <= load(&row.token_cap))
+    return tokens == 0 or fit.token_level <= load(&row.token_cap)
 
 
 cdef inline bint fits(const Row* row, const Ledger* ledger, const Request* request, Fit* fit) noexcept nogil:
