@@ -92,7 +92,7 @@ def used_in_windows(row: dict[str, Any], ledger: dict[str, Any], what: str) -> l
 
 def assert_lows_are_low(row: dict[str, Any], ledger: dict[str, Any], what: str) -> None:
     """The lows bound the level from below, after every refund too."""
-    shift, (low, _) = row[f"{what}_shift"], ledger[f"{what}_low"]
+    shift, (low, _) = row[f"{what}_shift"], ledger[f"{what}_minimum"]
     if shift != NO_RATE:
         bound = (low << (COARSE_BITS + shift)) - row[f"{what}_drain"] * LOW_SLACK_NS
         assert bound <= level_of(row, what) * (10**9 << shift)
