@@ -15,7 +15,7 @@ def alignment(dtype):
     return max(alignment(base.fields[name][0]) for name in base.names) if base.names else base.itemsize
 
 
-@pytest.mark.parametrize("part", ["header", "seat", "entry", "grant", "row", "ledger", "usage"])
+@pytest.mark.parametrize("part", ["header", "seat", "entry", "grant", "row", "cold", "usage"])
 def test_dtype_matches_the_struct(part):
     dtype = dtypes()[part]
     assert dtype.itemsize == struct_sizes()[part]
@@ -29,11 +29,11 @@ def test_dtype_matches_the_struct(part):
     assert end <= dtype.itemsize
 
 
-def test_a_row_is_two_cache_lines_and_a_ledger_whole_ones():
+def test_a_row_is_two_cache_lines_and_a_cold_row_whole_ones():
     sizes = struct_sizes()
     assert sizes["row"] == 2 * CACHE_LINE
-    assert sizes["ledger"] % CACHE_LINE == 0
-    assert sizes["row"] + sizes["ledger"] <= 2_880
+    assert sizes["cold"] % CACHE_LINE == 0
+    assert sizes["row"] + sizes["cold"] <= 2_880
 
 
 def test_no_wide_integer_straddles_a_cache_line():
@@ -44,7 +44,7 @@ def test_no_wide_integer_straddles_a_cache_line():
 
 
 def test_counters_are_64_bits_wide():
-    for dtype in (dtypes()["row"], dtypes()["ledger"], dtypes()["usage"]):
+    for dtype in (dtypes()["row"], dtypes()["cold"], dtypes()["usage"]):
         for name in dtype.names:
             if any(word in name for word in ("requests", "tokens", "violations", "room", "mark", "base", "start")):
                 size = dtype.fields[name][0].base.itemsize
@@ -62,10 +62,10 @@ def test_regions_are_page_aligned_and_do_not_overlap():
 
 def test_the_arrays_are_views_of_the_live_state():
     manager = ResourceQuotaManager(clock=ManualClock(5_000_000_000), max_models=10)
-    header, rows, ledgers = manager._arrays()
+    header, rows, cold_rows = manager._arrays()
     assert bytes(header["magic"].tobytes()) == b"mdquota1"
     assert header["fingerprint"][0] == fingerprint(
-        *(dtypes()[part] for part in ("header", "seat", "entry", "grant", "row", "ledger"))
+        *(dtypes()[part] for part in ("header", "seat", "entry", "grant", "row", "cold"))
     )
     assert header["max_models"][0] == 10
     assert header["row_count"][0] == 0
@@ -74,10 +74,10 @@ def test_the_arrays_are_views_of_the_live_state():
     before = int(rows["token_room"][0])
     assert manager.check_quota("a", 7)
     assert rows["token_room"][0] == before - 7
-    assert ledgers["request_limit"][0].tolist() == [300, 50, 100_000]
+    assert cold_rows["request_limit"][0].tolist() == [300, 50, 100_000]
     assert rows["lock"][0] == 0
     assert rows["generation"][0] % 2 == 1
-    assert len(rows) == len(ledgers) == 10
+    assert len(rows) == len(cold_rows) == 10
 
 
 def test_the_fingerprint_sees_names_types_offsets_and_sizes():

@@ -17,8 +17,8 @@ def manager():
 
 
 def state_of(manager):
-    _, rows, ledgers = manager._arrays()
-    return rows.tobytes() + ledgers[:8].tobytes(), manager.get_stats(), manager.clock and manager.clock.now_ns
+    _, rows, cold_rows = manager._arrays()
+    return rows.tobytes() + cold_rows[:8].tobytes(), manager.get_stats(), manager.clock and manager.clock.now_ns
 
 
 def test_codes_and_outputs(manager):

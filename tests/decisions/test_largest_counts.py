@@ -28,12 +28,12 @@ def manager(clock: ManualClock) -> ResourceQuotaManager:
     return ResourceQuotaManager(clock=clock)
 
 
-def ledger_of(manager: ResourceQuotaManager) -> dict[str, Any]:
-    """The ledger of "m", none of whose counters has wrapped."""
-    _, ledger = record_of(manager, "m")
+def cold_row_of(manager: ResourceQuotaManager) -> dict[str, Any]:
+    """The cold row of "m", none of whose counters has wrapped."""
+    _, cold = record_of(manager, "m")
     modulo = ("journal_requests", "journal_tokens", "journal_requests_start", "journal_tokens_start", "tokens_refunded")
-    assert_not_negative({name: figure for name, figure in ledger.items() if name not in modulo})  # 2**64
-    return ledger
+    assert_not_negative({name: figure for name, figure in cold.items() if name not in modulo})  # 2**64
+    return cold
 
 
 def level(manager: ResourceQuotaManager) -> Fraction:
@@ -57,7 +57,7 @@ def test_what_was_added_in_error_comes_back_whatever_the_unit_of_the_level(manag
         assert level(manager) < 2  # one that stays, and what is rounded
     assert manager.check_quota("m", CAP - 2)
     assert manager.get_usage("m").tokens_this_day == CAP - 1
-    ledger_of(manager)
+    cold_row_of(manager)
 
 
 def test_a_refund_from_a_level_that_is_far_above_its_cap_is_all_of_it(manager, clock):
@@ -76,7 +76,7 @@ def test_a_refund_from_a_level_that_is_far_above_its_cap_is_all_of_it(manager, c
     late.settle(1)
     assert level(manager) == before - 10
     late.release()
-    ledger_of(manager)
+    cold_row_of(manager)
 
 
 @pytest.mark.parametrize("how", ["cancel", "settle"])
@@ -94,7 +94,7 @@ def test_a_request_for_everything_is_refunded_to_the_last_token(manager, how, es
         usage = manager.get_usage("m")
         assert (usage.tokens_this_second, usage.tokens_this_hour, usage.tokens_this_day) == (0, 0, 0)
         assert level(manager) == 0
-        ledger_of(manager)
+        cold_row_of(manager)
 
 
 def test_what_open_grants_have_reserved_stays_within_a_count(manager, clock):
@@ -104,7 +104,7 @@ def test_what_open_grants_have_reserved_stays_within_a_count(manager, clock):
     for _ in range(3):
         clock.advance(2 * DAY_SEC)
         grants.append(manager.reserve("m", MOST))
-        assert ledger_of(manager)["reserved_tokens"] == MOST
+        assert cold_row_of(manager)["reserved_tokens"] == MOST
     got: list[Any] = []
 
     def acquire() -> None:
@@ -122,8 +122,8 @@ def test_what_open_grants_have_reserved_stays_within_a_count(manager, clock):
     got.pop().release()
     for grant in grants:
         grant.release()
-    ledger = ledger_of(manager)
-    assert (ledger["reserved_tokens"], ledger["concurrent"]) == (0, 0)
+    cold = cold_row_of(manager)
+    assert (cold["reserved_tokens"], cold["concurrent"]) == (0, 0)
 
 
 def test_memory_that_open_grants_hold_stays_within_a_count(manager):
@@ -131,7 +131,7 @@ def test_memory_that_open_grants_hold_stays_within_a_count(manager):
     grants = [manager.reserve("m", 0, MOST, MOST) for _ in range(3)]
     usage = manager.get_usage("m")
     assert (usage.reserved_ram_mb, usage.reserved_ssd_mb) == (MOST, MOST)
-    ledger_of(manager)
+    cold_row_of(manager)
     manager.update_quota("m", max_ram_mb=MOST, on_violation="reject")
     assert not manager.check_quota("m", 0, 1)
     for grant in grants:

@@ -35,11 +35,11 @@ def manager():
 
 
 def state_of(manager):
-    header, rows, ledgers = manager._arrays()
+    header, rows, cold_rows = manager._arrays()
     header = header.copy()
     # where and when a full table is searched again, and how many records were ever in use at once
     header["forget_hand"] = header["full_until_ns"] = header["grant_chunks_used"] = 0
-    return header.tobytes(), rows.tobytes(), ledgers[:8].tobytes(), manager.list_models()
+    return header.tobytes(), rows.tobytes(), cold_rows[:8].tobytes(), manager.list_models()
 
 
 # -- quotas

@@ -120,7 +120,7 @@ def test_a_file_that_is_cut_off_is_told(path):
         regions = view._reader().regions
         with pytest.raises(EOFError, match="the file ends before row 300"):
             read_rows(descriptor, regions.rows, regions.size, 300, 0)
-        os.truncate(path, regions.ledgers + 1000)
+        os.truncate(path, regions.cold_rows + 1000)
         with pytest.raises(StateFileError, match="cut off"):
             view.snapshot()
     os.close(descriptor)
@@ -151,8 +151,8 @@ def test_arrays_of_other_kinds_are_refused(path):
         records_of(usage, ["m"], np.array([5]))
     with pytest.raises(ValueError, match="there are 2 places for 1 ids"):
         records_of(usage, ["m"], np.array([0, 0]))
-    with pytest.raises(ValueError, match="there are 2 ledgers for 1 rows"):
-        read_copies(part.rows, np.repeat(part.ledgers, 2), 0)
+    with pytest.raises(ValueError, match="there are 2 cold rows for 1 rows"):
+        read_copies(part.rows, np.repeat(part.cold_rows, 2), 0)
 
 
 def test_reading_all_through_a_view_is_a_small_multiple_of_the_managers(path):

@@ -137,11 +137,11 @@ def left_over(manager: ResourceQuotaManager) -> list[Any]:
         found += [record for record in (*reader.held(), *reader.entries()) if record["seat"]]
     finally:
         os.close(descriptor)
-    header, rows, ledgers = manager._arrays()
+    header, rows, cold_rows = manager._arrays()
     found += ["the registry is locked"] if header["registry_lock"][0] else []
     found += [("locked", int(row)) for row in np.flatnonzero(rows["lock"])]
-    found += [("tokens reserved", int(row)) for row in np.flatnonzero(ledgers["reserved_tokens"])]
-    found += [("handles", int(row)) for row in np.flatnonzero(ledgers["handles"])]
+    found += [("tokens reserved", int(row)) for row in np.flatnonzero(cold_rows["reserved_tokens"])]
+    found += [("handles", int(row)) for row in np.flatnonzero(cold_rows["handles"])]
     return found
 
 

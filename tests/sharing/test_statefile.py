@@ -80,13 +80,13 @@ def test_a_file_cut_off_is_refused(manager, path):
 def test_a_sum_that_is_wrong_is_found_and_refused(manager, path):
     assert manager.check_quota("m", 5)
     assert verify_file(path) == []
-    _, _, ledgers = manager._arrays()
-    ledgers["tokens_base"][0, 1] += 1
+    _, _, cold_rows = manager._arrays()
+    cold_rows["tokens_base"][0, 1] += 1
     assert any("the tokens of window 1 are not the sum of its slots" in fault for fault in verify_file(path))
     with pytest.raises(StateFileError, match="damaged: row 0: the tokens of window 1"):
         ResourceQuotaManager(path=path)
-    ledgers["tokens_base"][0, 1] -= 1
-    ledgers["concurrent"][0] += 1
+    cold_rows["tokens_base"][0, 1] -= 1
+    cold_rows["concurrent"][0] += 1
     assert verify_file(path) == ["row 0: concurrent is 1, but its records add up to 0"]
 
 

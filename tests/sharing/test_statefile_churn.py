@@ -119,9 +119,9 @@ def test_none_of_many_opens_is_refused_while_three_processes_churn(tmp_path, chu
 
 
 def overwrite(path, part, row, **fields):
-    """Write fields of a row, a ledger or the header as a fault of a disk would, while others go on."""
+    """Write fields of a row, a cold row or the header as a fault of a disk would, while others go on."""
     dtype, regions = dtypes()[part], regions_for(MODELS)
-    start = {"header": 0, "row": regions.rows, "ledger": regions.ledgers}[part] + row * dtype.itemsize
+    start = {"header": 0, "row": regions.rows, "cold": regions.cold_rows}[part] + row * dtype.itemsize
     with open(path, "r+b", buffering=0) as file:
         for name, value in fields.items():
             field, offset = dtype.fields[name][:2]
@@ -131,22 +131,22 @@ def overwrite(path, part, row, **fields):
 
 def rename(path, row, name):
     """Give a model another name behind everybody's back; no longer than the one it has."""
-    ledgers = regions_for(MODELS).ledgers + row * dtypes()["ledger"].itemsize
-    overwrite(path, "ledger", row, name_size=len(name))
+    cold_rows = regions_for(MODELS).cold_rows + row * dtypes()["cold"].itemsize
+    overwrite(path, "cold", row, name_size=len(name))
     with open(path, "r+b", buffering=0) as file:
-        file.seek(ledgers)
-        (ledger,) = np.frombuffer(file.read(dtypes()["ledger"].itemsize), dtypes()["ledger"])
-        file.seek(regions_for(MODELS).names + int(ledger["name_offset"]) * validate.NAME_UNIT)
+        file.seek(cold_rows)
+        (cold,) = np.frombuffer(file.read(dtypes()["cold"].itemsize), dtypes()["cold"])
+        file.seek(regions_for(MODELS).names + int(cold["name_offset"]) * validate.NAME_UNIT)
         file.write(name)
 
 
 DAMAGES = {
-    "name outside": ("ledger", {"name_capacity": 2**15}),
-    "unknown action": ("ledger", {"action": 9}),
-    "negative count": ("ledger", {"peak_ram_mb": -5}),
-    "too many slots": ("ledger", {"filled": [61, 61, 61]}),
-    "no limit": ("ledger", {"max_ram_mb": -1}),
-    "wrong sum": ("ledger", {"tokens_base": [0, 999, 0]}),
+    "name outside": ("cold", {"name_capacity": 2**15}),
+    "unknown action": ("cold", {"action": 9}),
+    "negative count": ("cold", {"peak_ram_mb": -5}),
+    "too many slots": ("cold", {"filled": [61, 61, 61]}),
+    "no limit": ("cold", {"max_ram_mb": -1}),
+    "wrong sum": ("cold", {"tokens_base": [0, 999, 0]}),
     "rate of nobody": ("row", {"request_drain": 12345}),
     "time beyond": ("row", {"level_ns": 2**62}),
 }
@@ -165,7 +165,7 @@ def test_a_fault_is_found_at_every_look_while_another_process_churns(path, churn
 
 def test_what_does_not_agree_with_its_records_is_found_while_another_process_churns(path, churn):
     churn(1)
-    overwrite(path, "ledger", 1, concurrent=7)
+    overwrite(path, "cold", 1, concurrent=7)
     for _ in range(3):
         assert "row 1: concurrent is 7, but its records add up to 0" in verify_file(path)
 
@@ -243,7 +243,7 @@ def test_rows_that_are_used_first_while_the_file_is_read_are_judged_too(path, mo
 
     def register():
         manager.set_quota("late")
-        overwrite(path, "ledger", 2, action=9)
+        overwrite(path, "cold", 2, action=9)
 
     assert look(path, register) == ["row 2: its action is unknown"]
 
@@ -288,7 +288,7 @@ def test_the_looks_at_a_fault_are_few(path):
             looks.append((first, count))
             return super().part(first, count)
 
-    overwrite(path, "ledger", 1, action=9)
+    overwrite(path, "cold", 1, action=9)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         reader = Counting(descriptor, path)

@@ -28,7 +28,7 @@ PARTS = {
     "entry": (REGIONS.entries, 3),
     "grant": (REGIONS.grants, 70),
     "row": (REGIONS.rows, MODELS),
-    "ledger": (REGIONS.ledgers, MODELS),
+    "cold": (REGIONS.cold_rows, MODELS),
 }
 HOSTILE = (0, 1, 2, 59, 60, 61, 127, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
@@ -254,9 +254,9 @@ def test_other_headers_are_refused(workshop, field, value, words):
 
 @pytest.mark.parametrize("field", [*validate._COUNTS, *validate._TALLIES])
 def test_a_counter_that_would_overflow_a_sum_is_refused(workshop, field):
-    dtype, at = LAYOUT["ledger"].fields[field][:2]
+    dtype, at = LAYOUT["cold"].fields[field][:2]
     for value in (2**63 - 1, 2**64 - 1):
-        workshop.write([(REGIONS.ledgers + at, value.to_bytes(8, "little"))], [])
+        workshop.write([(REGIONS.cold_rows + at, value.to_bytes(8, "little"))], [])
         with pytest.raises(StateFileError, match=field):
             ResourceQuotaManager(path=workshop.path)
     assert dtype.base.itemsize == 8

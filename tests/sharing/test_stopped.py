@@ -526,7 +526,7 @@ def test_grants_that_are_forgotten_while_their_row_is_locked_are_not_used_after_
 
 
 def test_a_model_that_leaves_meanwhile_does_not_end_the_wait_for_another_ones_row(tmp_path):
-    """Its ledger is cleared; that is not a grace period of 0. It leaves while the core looks at signals."""
+    """Its cold row is cleared; that is not a grace period of 0. It leaves while the core looks at signals."""
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=64)
     for name in ("c", "a"):
         manager.set_quota(name, **FREE)

@@ -2,7 +2,7 @@
 
 One process, so all threads have one seat; a lock is taken by compare-and-swap all the same, and whoever finds it taken
 waits. Every thread has a joint decision, grants, queue entries and handles of its own, and what threads share is what
-processes share: rows, ledgers, entries, records and the header.
+processes share: rows, cold rows, entries, records and the header.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -10,13 +10,14 @@ from libc.string cimport memset
 
 from modelquota._core.table.batch cimport Batch, charge_batch, check_batch, first_bad_code
 from modelquota._core.row.decision cimport (
-    LAST_TICKET, LOWEST_PRIORITY, NEVER, Request, Verdict, charge_tokens, is_trial, advance
+    LAST_TICKET, LOWEST_PRIORITY, NEVER, Request, Verdict, advance, charge_tokens, is_trial
 )
-from modelquota._core.row.grant cimport release_holding, refund, settle_tokens
-from modelquota._core.state.joint cimport DECIDED, JointRequest, decide_rows, first_gone, lock_rows, put_in_order, unlock_rows
+from modelquota._core.row.grant cimport refund, release_holding, settle_tokens
+from modelquota._core.state.joint cimport (
+    DECIDED, JointRequest, decide_rows, first_gone, lock_rows, put_in_order, unlock_rows
+)
 from modelquota._core.layout cimport (
-    CHANGES, CHUNK, Charge, GrantRecord, Header, Ledger, Limits, QueueEntry, Row, Seat, Shared, UNLIMITED,
-    WINDOWS
+    CHANGES, CHUNK, Charge, ColdRow, GrantRecord, Header, Limits, QueueEntry, Row, Seat, Shared, UNLIMITED, WINDOWS
 )
 from modelquota._core.row.level cimport NO_RATE
 from modelquota._core.state.lock cimport SLICE_NS, unlock, wait_clock_ns
@@ -110,7 +111,7 @@ cdef void choose(Actor* actor, JointRequest* joint) noexcept nogil:
     for i in range(PARTIES):
         joint.members[i].index = (first + <uint32_t> i * step) % ROWS
         joint.members[i].row = &shared.rows[joint.members[i].index]
-        joint.members[i].ledger = &shared.ledgers[joint.members[i].index]
+        joint.members[i].cold = &shared.cold_rows[joint.members[i].index]
         joint.members[i].generation = read_generation(&joint.members[i].row.generation, ACQUIRE)
     put_in_order(joint)
 
@@ -128,23 +129,23 @@ cdef void finish(Actor* actor, JointRequest* joint, bint undo) noexcept nogil:
     cdef Shared* shared = &actor.world.shared
     cdef int64_t now_ns = wait_clock_ns()
     cdef Row* row
-    cdef Ledger* ledger
+    cdef ColdRow* cold
     cdef Charge more
     cdef int i
     for i in range(joint.count):
         row = joint.members[i].row
-        ledger = joint.members[i].ledger
+        cold = joint.members[i].cold
         while not lock_row(row, shared, SLICE_NS):
             pass
         if row.generation != joint.members[i].generation:
             joint.members[i].record.seat = 0
         else:
-            advance(row, ledger, now_ns)
-            refund(row, ledger, undo, joint.charges[i].tokens if undo else joint.charges[i].tokens // 2, &joint.charges[i])
+            advance(row, cold, now_ns)
+            refund(row, cold, undo, joint.charges[i].tokens if undo else joint.charges[i].tokens // 2, &joint.charges[i])
             if not undo:
-                charge_tokens(row, ledger, 1, is_trial(row, ledger, shared.header.enforcing), &more)
-            settle_tokens(ledger, joint.members[i].record)
-            release_holding(row, ledger, joint.members[i].record)
+                charge_tokens(row, cold, 1, is_trial(row, cold, shared.header.enforcing), &more)
+            settle_tokens(cold, joint.members[i].record)
+            release_holding(row, cold, joint.members[i].record)
         unlock(&row.lock)
 
 
@@ -188,7 +189,7 @@ cdef int stand_in_line(Actor* actor) noexcept nogil:
         unlock_rows(&joint, joint.count)
         return False
     for i in range(PARTIES):
-        drop_expired(joint.members[i].row, joint.members[i].ledger, shared.entries, now_ns, draw(actor, 2))
+        drop_expired(joint.members[i].row, joint.members[i].cold, shared.entries, now_ns, draw(actor, 2))
         entry = joint.members[i].entry = &actor.entries[i]
         entry.row = joint.members[i].index
         entry.generation = joint.members[i].generation
@@ -198,7 +199,7 @@ cdef int stand_in_line(Actor* actor) noexcept nogil:
         entry.ready_ns = NEVER
         entry.limit = entry.aside = entry.counted = 0
         entry.seat = shared.me
-        link_entry(joint.members[i].row, joint.members[i].ledger, shared.entries, entry)
+        link_entry(joint.members[i].row, joint.members[i].cold, shared.entries, entry)
     unlock_rows(&joint, joint.count)
     for i in range(PARTIES):
         joint.members[i].record = &actor.records[i]
@@ -212,7 +213,7 @@ cdef int stand_in_line(Actor* actor) noexcept nogil:
         while not lock_row(row, shared, SLICE_NS):
             pass
         if entry.linked and row.generation == entry.generation:
-            unlink_entry(row, &shared.ledgers[entry.row], shared.entries, entry)
+            unlink_entry(row, &shared.cold_rows[entry.row], shared.entries, entry)
         entry.linked = 0
         unlock(&row.lock)
         entry.seat = 0
@@ -242,7 +243,7 @@ cdef int look(Actor* actor) noexcept nogil:
     cdef Shared* shared = &actor.world.shared
     cdef uint32_t index = draw(actor, ROWS)
     cdef Row* row = &shared.rows[index]
-    cdef Ledger* ledger = &shared.ledgers[index]
+    cdef ColdRow* cold = &shared.cold_rows[index]
     cdef Usage usage
     cdef Limits limits
     cdef bint alive
@@ -250,8 +251,8 @@ cdef int look(Actor* actor) noexcept nogil:
         return False
     alive = row.generation & 1
     if alive:
-        read_usage(row, ledger, wait_clock_ns(), &usage)
-        read_limits(row, ledger, &limits)
+        read_usage(row, cold, wait_clock_ns(), &usage)
+        read_limits(row, cold, &limits)
     unlock(&row.lock)
     return alive
 
@@ -310,7 +311,7 @@ def race(double seconds):
     shared.entries = <QueueEntry*> calloc(THREADS * CHUNK, sizeof(QueueEntry))
     shared.grants = <GrantRecord*> calloc(THREADS * CHUNK, sizeof(GrantRecord))
     shared.rows = <Row*> calloc(ROWS, sizeof(Row))
-    shared.ledgers = <Ledger*> calloc(ROWS, sizeof(Ledger))
+    shared.cold_rows = <ColdRow*> calloc(ROWS, sizeof(ColdRow))
     shared.names = <char*> calloc(ROWS, NAME_SHARE)
     shared.names_size = ROWS * NAME_SHARE
     shared.header.max_models = ROWS
@@ -338,10 +339,10 @@ def race(double seconds):
         for i in range(THREADS):
             pthread_join(threads[i], NULL)
     for i in range(ROWS):
-        left += shared.ledgers[i].waiting + shared.ledgers[i].concurrent + shared.ledgers[i].reserved_ram_mb
-        left += shared.ledgers[i].reserved_tokens
+        left += shared.cold_rows[i].waiting + shared.cold_rows[i].concurrent + shared.cold_rows[i].reserved_ram_mb
+        left += shared.cold_rows[i].reserved_tokens
     done = [sum([actors[i].done[k] for i in range(THREADS)]) for k in range(7)]
     for pointer in (<size_t> shared.header, <size_t> shared.seats, <size_t> shared.changes, <size_t> shared.entries,
-                    <size_t> shared.grants, <size_t> shared.rows, <size_t> shared.ledgers, <size_t> shared.names):
+                    <size_t> shared.grants, <size_t> shared.rows, <size_t> shared.cold_rows, <size_t> shared.names):
         free(<void*> <size_t> pointer)
     return done, left

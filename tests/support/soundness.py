@@ -1,4 +1,4 @@
-"""What must hold between the fields of a model's row and ledger after every step, whatever the events were."""
+"""What must hold between the fields of a model's row and cold row after every step, whatever the events were."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LOW_SLACK_NS = 16_666_667
 
 
 def record_of(manager: ResourceQuotaManager, model_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Row and ledger of a model as plain values."""
+    """Row and cold row of a model as plain values."""
     index = int(manager.codes([model_id])[0]) & 0xFFFF_FFFF
-    _, rows, ledgers = manager._arrays()
-    return plain(rows[index]), plain(ledgers[index])
+    _, rows, cold_rows = manager._arrays()
+    return plain(rows[index]), plain(cold_rows[index])
 
 
 def plain(record: Any) -> dict[str, Any]:
@@ -51,36 +51,36 @@ def level_now(row: dict[str, Any], what: str, now_ns: int, rate: float | None) -
 
 def assert_sound(manager: ResourceQuotaManager, model_id: str, holds: Iterable[tuple[int, int]]) -> None:
     """Check one model, whose open grants hold so much RAM and SSD."""
-    row, ledger = record_of(manager, model_id)
+    row, cold = record_of(manager, model_id)
     held = list(holds)
-    assert ledger["concurrent"] == len(held)
-    assert ledger["reserved_ram_mb"] == sum(ram_mb for ram_mb, _ in held)
-    assert ledger["reserved_ssd_mb"] == sum(ssd_mb for _, ssd_mb in held)
+    assert cold["concurrent"] == len(held)
+    assert cold["reserved_ram_mb"] == sum(ram_mb for ram_mb, _ in held)
+    assert cold["reserved_ssd_mb"] == sum(ssd_mb for _, ssd_mb in held)
     current = slot_of(row["level_ns"], SECOND_NS)
     assert row["slot_end_ns"] == slot_start_ns(current + 1, SECOND_NS)
     for what in ("request", "token"):
-        used = used_in_windows(row, ledger, what)
-        limits = ledger[f"{what}_limit"]
+        used = used_in_windows(row, cold, what)
+        limits = cold[f"{what}_limit"]
         left = min(COUNT_MAX, *(min(limit, COUNT_MAX) - count for limit, count in zip(limits, used, strict=True)))
         room = row[f"{what}_room"]
-        if what == "request" and (ledger["concurrent"] >= ledger["max_concurrent"] or ledger["waiting"]):
+        if what == "request" and (cold["concurrent"] >= cold["max_concurrent"] or cold["waiting"]):
             assert room <= min(0, left)
         else:
             assert room == left
-        assert_lows_are_low(row, ledger, what)
-    assert_not_negative(ledger)
+        assert_lows_are_low(row, cold, what)
+    assert_not_negative(cold)
 
 
-def used_in_windows(row: dict[str, Any], ledger: dict[str, Any], what: str) -> list[int]:
+def used_in_windows(row: dict[str, Any], cold: dict[str, Any], what: str) -> list[int]:
     """What each window counts: the sum of its closed slots and the current one."""
-    charged = (ledger[f"{what}s_mark"] - row[f"{what}_room"]) % WORD
+    charged = (cold[f"{what}s_mark"] - row[f"{what}_room"]) % WORD
     counts = []
     for window, length_ns in enumerate(LENGTHS_NS):
-        used = (charged - ledger[f"{what}s_base"][window]) % WORD
-        in_current = (charged - ledger[f"{what}s_start"][window]) % WORD
+        used = (charged - cold[f"{what}s_base"][window]) % WORD
+        in_current = (charged - cold[f"{what}s_start"][window]) % WORD
         current = slot_of(row["level_ns"], length_ns)
-        filled = ledger["filled"][window]
-        ring = [ledger[f"{what}s"][window][slot % SLOTS] for slot in range(current - filled, current)]
+        filled = cold["filled"][window]
+        ring = [cold[f"{what}s"][window][slot % SLOTS] for slot in range(current - filled, current)]
         assert 0 <= filled <= SLOTS
         assert min(ring, default=0) >= 0
         assert used == sum(ring) + in_current
@@ -90,17 +90,17 @@ def used_in_windows(row: dict[str, Any], ledger: dict[str, Any], what: str) -> l
     return counts
 
 
-def assert_lows_are_low(row: dict[str, Any], ledger: dict[str, Any], what: str) -> None:
+def assert_lows_are_low(row: dict[str, Any], cold: dict[str, Any], what: str) -> None:
     """The lows bound the level from below, after every refund too."""
-    shift, (low, _) = row[f"{what}_shift"], ledger[f"{what}_minimum"]
+    shift, (low, _) = row[f"{what}_shift"], cold[f"{what}_minimum"]
     if shift != NO_RATE:
         bound = (low << (COARSE_BITS + shift)) - row[f"{what}_drain"] * LOW_SLACK_NS
         assert bound <= level_of(row, what) * (10**9 << shift)
 
 
-def assert_not_negative(ledger: dict[str, Any]) -> None:
+def assert_not_negative(cold: dict[str, Any]) -> None:
     """No counter, of whatever kind, has gone below zero or wrapped."""
-    for name, value in ledger.items():
+    for name, value in cold.items():
         if name in ("requests_mark", "tokens_mark", "requests_base", "tokens_base", "requests_start", "tokens_start"):
             continue  # modulo 2**64
         for figure in flat(value):

@@ -30,8 +30,8 @@ def waiting(manager, model_id):
 
 def places(manager):
     """How many places there are in all queues together; one request may have several."""
-    header, _, ledgers = manager._arrays()
-    return int(ledgers["waiting"][: int(header["row_count"][0])].sum())
+    header, _, cold_rows = manager._arrays()
+    return int(cold_rows["waiting"][: int(header["row_count"][0])].sum())
 
 
 class Queue:

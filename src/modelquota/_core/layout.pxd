@@ -1,7 +1,7 @@
 # The layout of the shared state: structs only, nothing that computes.
 #
 # One mapping holds, in this order: Header, Seat[SEATS], the change log, owners of the chunks of queue entries,
-# QueueEntry[ENTRIES], owners of the chunks of grant records, GrantRecord[GRANTS], Row[max_models], Ledger[max_models],
+# QueueEntry[ENTRIES], owners of the chunks of grant records, GrantRecord[GRANTS], Row[max_models], ColdRow[max_models],
 # names. Rows never move. Every field names its unit.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -73,7 +73,7 @@ cdef struct Row:
     Wide token_cap
 
 
-cdef struct Ledger:
+cdef struct ColdRow:
     # The rest of a model: written when a slot ends, a limit changes or a request is denied. Guarded by Row.lock.
     # -- rolling windows. Charged ever = mark - Row's room; used = charged - base. All modulo 2**64.
     uint64_t requests_mark
@@ -172,7 +172,7 @@ cdef struct Charge:
     # What was charged to a row at one time, for a refund of it.
     int64_t tokens
     int64_t at_ns           # the row's time
-    uint32_t epoch          # the ledger's level_epoch
+    uint32_t epoch          # the cold row's level_epoch
     int64_t raised          # tokens by which their level rose; fewer if it may not rise above its cap
     uint8_t raised_request  # whether that of requests rose by one
 
@@ -291,7 +291,7 @@ cdef struct Shared:
     QueueEntry* entries
     GrantRecord* grants
     Row* rows
-    Ledger* ledgers
+    ColdRow* cold_rows
     char* names
     int64_t names_size        # bytes
     uint32_t me               # this process's seat word: epoch << SEAT_BITS | seat

@@ -112,7 +112,7 @@ def record_faults(reader: Reader, part: RowBlock) -> Iterator[str]:
     totals = record_sums(reader, part)
     unlike = np.zeros(len(part.rows), np.bool_)
     for name, total in totals.items():
-        unlike |= part.ledgers[name] != total
+        unlike |= part.cold_rows[name] != total
     for row in np.flatnonzero(unlike & part.steady & (part.rows["generation"] % 2 == 1)):
         yield from _compare_alone(reader, part.first + int(row))
 
@@ -125,13 +125,13 @@ def _compare_alone(reader: Reader, row: int) -> Iterator[str]:
         after = reader.part(row, 1)
         if (before.steady & after.steady & before.is_like(after))[0]:
             for name, total in totals.items():
-                if before.rows["generation"][0] % 2 and before.ledgers[name][0] != total[0]:
-                    yield f"row {row}: {name} is {before.ledgers[name][0]}, but its records add up to {total[0]}"
+                if before.rows["generation"][0] % 2 and before.cold_rows[name][0] != total[0]:
+                    yield f"row {row}: {name} is {before.cold_rows[name][0]}, but its records add up to {total[0]}"
             break
 
 
 def record_sums(reader: Reader, part: RowBlock) -> dict[str, NDArray[np.int64]]:
-    """Sum the records of open grants and of queues for some rows, by the field of the ledger that must agree."""
+    """Sum the records of open grants and of queues for some rows, by the field of the cold row that must agree."""
     count = len(part.rows)
     held, entries = reader.held(), reader.entries()
     entries = entries[entries["linked"] != 0]

@@ -8,11 +8,11 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.layout cimport (
-    Charge, Ledger, LIMIT_CODES, LIMITS, LONGEST, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, Wide, WINDOWS
+    Charge, ColdRow, LIMITS, LIMIT_CODES, LONGEST, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, WINDOWS, Wide
 )
 from modelquota._core.row.level cimport (
-    NO_RATE, NS_PER_SECOND, as_double, coarse_level, drain_levels, is_dormant, level_cost, level_wait_ns, load, update_minimum,
-    raise_level, store, wide
+    NO_RATE, NS_PER_SECOND, as_double, coarse_level, drain_levels, is_dormant, level_cost, level_wait_ns, load,
+    raise_level, store, update_minimum, wide
 )
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
 from modelquota._core.row.window cimport (
@@ -27,7 +27,7 @@ cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted
     TOKENS_PER_SECOND = 5
     QUEUE_PLACE = LIMITS - 1
 
-cdef enum:  # indices of Ledger.violations
+cdef enum:  # indices of ColdRow.violations
     RAM_VIOLATION = 0
     SSD_VIOLATION = 1
     RATE_VIOLATION = 2
@@ -63,7 +63,7 @@ cdef struct Request:
     int64_t ssd_mb
     int64_t ticket      # its place in a line, or LAST_TICKET
     int32_t priority
-    const Ledger* counted   # of the model where its violation has been counted, or NULL
+    const ColdRow* counted   # of the model where its violation has been counted, or NULL
     uint32_t counted_generation
 
 
@@ -122,24 +122,24 @@ cdef inline double total(int64_t reported, int64_t reserved, int64_t asked) noex
     return <double> reported + <double> reserved + <double> asked
 
 
-cdef inline double highest_usage(const Row* row, const Ledger* ledger, const Request* request) noexcept nogil:
+cdef inline double highest_usage(const Row* row, const ColdRow* cold, const Request* request) noexcept nogil:
     """Percent of the fullest limit, with the request: windows and levels are charged, memory and concurrency are not.
 
     Products with stored percents instead of quotients, and nothing to branch on: this stands in every check.
     """
-    cdef double share = as_double(&row.request_level) * ledger.request_level_percent
+    cdef double share = as_double(&row.request_level) * cold.request_level_percent
     cdef int i
-    share = larger(share, as_double(&row.token_level) * ledger.token_level_percent)
+    share = larger(share, as_double(&row.token_level) * cold.token_level_percent)
     for i in range(WINDOWS):
-        share = larger(share, <double> requests_used(row, ledger, i) * ledger.request_percent[i])
-        share = larger(share, <double> tokens_used(row, ledger, i) * ledger.token_percent[i])
-    share = larger(share, total(ledger.ram_mb, ledger.reserved_ram_mb, request.ram_mb) * ledger.ram_percent)
-    share = larger(share, total(ledger.ssd_mb, ledger.reserved_ssd_mb, request.ssd_mb) * ledger.ssd_percent)
-    share = larger(share, (<double> ledger.concurrent + 1.0) * ledger.concurrent_percent)
+        share = larger(share, <double> requests_used(row, cold, i) * cold.request_percent[i])
+        share = larger(share, <double> tokens_used(row, cold, i) * cold.token_percent[i])
+    share = larger(share, total(cold.ram_mb, cold.reserved_ram_mb, request.ram_mb) * cold.ram_percent)
+    share = larger(share, total(cold.ssd_mb, cold.reserved_ssd_mb, request.ssd_mb) * cold.ssd_percent)
+    share = larger(share, (<double> cold.concurrent + 1.0) * cold.concurrent_percent)
     return round_to_50_bits(share)
 
 
-ctypedef void (*SlotEnd)(Row*, Ledger*, int64_t) noexcept nogil
+ctypedef void (*SlotEnd)(Row*, ColdRow*, int64_t) noexcept nogil
 
 cdef extern from *:
     """
@@ -149,25 +149,25 @@ cdef extern from *:
     SlotEnd out_of_line "MQ_OUT_OF_LINE"(SlotEnd function) noexcept nogil
 
 
-cdef inline void end_slot(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+cdef inline void end_slot(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
     """The rest of advance(), from the end of the current slot on."""
     cdef int64_t steps
     if unlikely(is_dormant(row)):      # what this slot admitted drains from its end on
         drain_levels(row, row.slot_end_ns)
-        raise_level(&row.request_level, requests_in_slot(row, ledger), row.dormant_request_shift, &row.request_cap, True)
-        raise_level(&row.token_level, tokens_in_slot(row, ledger), row.dormant_token_shift, &row.token_cap, True)
+        raise_level(&row.request_level, requests_in_slot(row, cold), row.dormant_request_shift, &row.request_cap, True)
+        raise_level(&row.token_level, tokens_in_slot(row, cold), row.dormant_token_shift, &row.token_cap, True)
     drain_levels(row, now_ns)
-    steps = turn_slots(row, ledger, now_ns)
-    update_minimum(ledger.request_minimum, coarse_level(&row.request_level, row.request_shift), steps)
-    update_minimum(ledger.token_minimum, coarse_level(&row.token_level, row.token_shift), steps)
+    steps = turn_slots(row, cold, now_ns)
+    update_minimum(cold.request_minimum, coarse_level(&row.request_level, row.request_shift), steps)
+    update_minimum(cold.token_minimum, coarse_level(&row.token_level, row.token_shift), steps)
 
 
-cdef inline void advance(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+cdef inline void advance(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
     """Bring the row to `now_ns`; a time before the row's own changes nothing."""
     cdef SlotEnd rare
     if unlikely(now_ns >= row.slot_end_ns):
         rare = out_of_line(end_slot)    # so that the common case is short enough to be compiled where it is called
-        rare(row, ledger, now_ns)
+        rare(row, cold, now_ns)
     else:
         drain_levels(row, now_ns)
 
@@ -177,30 +177,30 @@ cdef inline bint is_shadow(const Row* row, uint8_t limit) noexcept nogil:
     return row.shadow >> limit & 1
 
 
-cdef inline bint is_trial(const Row* row, const Ledger* ledger, bint enforcing) noexcept nogil:
+cdef inline bint is_trial(const Row* row, const ColdRow* cold, bint enforcing) noexcept nogil:
     """Whether the rate of tokens denies nothing at the moment: then its level never rises above its cap."""
-    return not enforcing or ledger.action == WARN or is_shadow(row, TOKENS_PER_SECOND)
+    return not enforcing or cold.action == WARN or is_shadow(row, TOKENS_PER_SECOND)
 
 
 cdef inline int64_t raise_noted(
-    Wide* level, int64_t count, uint8_t shift, const Wide* cap, bint capped, Ledger* ledger
+    Wide* level, int64_t count, uint8_t shift, const Wide* cap, bint capped, ColdRow* cold
 ) noexcept nogil:
     """raise_level(). A level that met its cap forgets what was charged before: without that, this charge had raised it."""
     cdef int64_t raised = raise_level(level, count, shift, cap, capped)
     if capped and raised != count:      # at LEVEL_MAX, not at a cap, what came before can still be told apart
-        ledger.level_epoch += 1
+        cold.level_epoch += 1
     return raised
 
 
-cdef inline void charge_tokens(Row* row, Ledger* ledger, int64_t tokens, bint trial, Charge* charged) noexcept nogil:
+cdef inline void charge_tokens(Row* row, ColdRow* cold, int64_t tokens, bint trial, Charge* charged) noexcept nogil:
     """Charge without asking, and note what was: a counter that has reached MAX_COUNT stays there."""
-    cdef int64_t left = MAX_COUNT - tokens_used(row, ledger, LONGEST)
+    cdef int64_t left = MAX_COUNT - tokens_used(row, cold, LONGEST)
     charged.at_ns = row.level_ns
     charged.tokens = tokens if tokens < left else left
     row.token_room -= charged.tokens
-    charged.raised = raise_noted(&row.token_level, charged.tokens, row.token_shift, &row.token_cap, trial, ledger)
+    charged.raised = raise_noted(&row.token_level, charged.tokens, row.token_shift, &row.token_cap, trial, cold)
     charged.raised_request = 0
-    charged.epoch = ledger.level_epoch
+    charged.epoch = cold.level_epoch
 
 
 cdef inline void record_violation(
@@ -231,18 +231,18 @@ cdef inline void record_violation(
 
 
 cdef inline void rate_in_use(
-    const Row* row, const Ledger* ledger, bint of_tokens, double* used, double* bound
+    const Row* row, const ColdRow* cold, bint of_tokens, double* used, double* bound
 ) noexcept nogil:
     """What of a rate is used, and of how much: of its ceiling or of its level, whichever is fuller."""
     cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
     cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
-    cdef double rate = ledger.tokens_per_second if of_tokens else ledger.requests_per_second
+    cdef double rate = cold.tokens_per_second if of_tokens else cold.requests_per_second
     cdef double unit, level_used, level_bound
-    used[0] = <double> (tokens_used(row, ledger, SECOND) if of_tokens else requests_used(row, ledger, SECOND))
-    bound[0] = <double> (ledger.token_limit[SECOND] if of_tokens else ledger.request_limit[SECOND])
+    used[0] = <double> (tokens_used(row, cold, SECOND) if of_tokens else requests_used(row, cold, SECOND))
+    bound[0] = <double> (cold.token_limit[SECOND] if of_tokens else cold.request_limit[SECOND])
     if (row.token_shift if of_tokens else row.request_shift) == NO_RATE:
         return
-    unit = as_double(cap) / (larger(rate, 1.0) + <double> (ledger.burst_tokens if of_tokens else ledger.burst_requests))
+    unit = as_double(cap) / (larger(rate, 1.0) + <double> (cold.burst_tokens if of_tokens else cold.burst_requests))
     level_used = as_double(level) / unit
     level_bound = as_double(cap) / unit
     if percent(level_used, level_bound) > percent(used[0], bound[0]):
@@ -251,11 +251,11 @@ cdef inline void rate_in_use(
 
 
 cdef inline void record_rate(
-    const Row* row, const Ledger* ledger, bint of_tokens, int64_t cost, Verdict* verdict
+    const Row* row, const ColdRow* cold, bint of_tokens, int64_t cost, Verdict* verdict
 ) noexcept nogil:
     """A rate is two limits in one: the ceiling of the rolling second and the long-run level. The fuller is described."""
-    cdef int64_t credit = ledger.reserved_tokens if of_tokens else 0
-    cdef int64_t ceiling_ns = window_wait_ns(row, ledger, SECOND, of_tokens, cost, 0, row.level_ns)
+    cdef int64_t credit = cold.reserved_tokens if of_tokens else 0
+    cdef int64_t ceiling_ns = window_wait_ns(row, cold, SECOND, of_tokens, cost, 0, row.level_ns)
     cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
     cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
     cdef int64_t drain = row.token_drain if of_tokens else row.request_drain
@@ -267,32 +267,32 @@ cdef inline void record_rate(
         return
     wait_ns = soonest_ns = NEVER if ceiling_ns == NEVER or level_ns == NEVER else max(ceiling_ns, level_ns)
     if credit and wait_ns != NEVER:
-        soonest_ns = max(window_wait_ns(row, ledger, SECOND, of_tokens, cost, credit, row.level_ns),
+        soonest_ns = max(window_wait_ns(row, cold, SECOND, of_tokens, cost, credit, row.level_ns),
                          level_wait_ns(level, cap, drain, shift, cost, credit))
-    rate_in_use(row, ledger, of_tokens, &used, &bound)
+    rate_in_use(row, cold, of_tokens, &used, &bound)
     record_violation(verdict, LIMIT_CODES[SECOND][of_tokens], wait_ns, soonest_ns, used, bound, cost)
 
 
 cdef inline void record_window(
-    const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, Verdict* verdict
+    const Row* row, const ColdRow* cold, int window, bint of_tokens, int64_t cost, Verdict* verdict
 ) noexcept nogil:
-    cdef int64_t wait_ns = window_wait_ns(row, ledger, window, of_tokens, cost, 0, row.level_ns)
+    cdef int64_t wait_ns = window_wait_ns(row, cold, window, of_tokens, cost, 0, row.level_ns)
     cdef int64_t soonest_ns = wait_ns
     cdef uint8_t code = LIMIT_CODES[window][of_tokens]
     if wait_ns == 0:
         return
     if of_tokens:
-        if ledger.reserved_tokens and wait_ns != NEVER:
-            soonest_ns = window_wait_ns(row, ledger, window, True, cost, ledger.reserved_tokens, row.level_ns)
-        record_violation(verdict, code, wait_ns, soonest_ns, <double> tokens_used(row, ledger, window),
-             <double> ledger.token_limit[window], cost)
+        if cold.reserved_tokens and wait_ns != NEVER:
+            soonest_ns = window_wait_ns(row, cold, window, True, cost, cold.reserved_tokens, row.level_ns)
+        record_violation(verdict, code, wait_ns, soonest_ns, <double> tokens_used(row, cold, window),
+             <double> cold.token_limit[window], cost)
     else:
-        record_violation(verdict, code, wait_ns, soonest_ns, <double> requests_used(row, ledger, window),
-             <double> ledger.request_limit[window], cost)
+        record_violation(verdict, code, wait_ns, soonest_ns, <double> requests_used(row, cold, window),
+             <double> cold.request_limit[window], cost)
 
 
 cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
-    """Index into Ledger.violations of a Limit code."""
+    """Index into ColdRow.violations of a Limit code."""
     if limit == RAM_MB:
         return RAM_VIOLATION
     if limit == SSD_MB:
@@ -311,37 +311,37 @@ cdef inline bint is_behind(const QueueEntry* head, const Request* request) noexc
 
 
 cdef inline void find_violations(
-    const Row* row, const Ledger* ledger, const QueueEntry* head, const Request* request, uint32_t limits, Verdict* verdict
+    const Row* row, const ColdRow* cold, const QueueEntry* head, const Request* request, uint32_t limits, Verdict* verdict
 ) noexcept nogil:
     """Go through `limits` in their order; note the first that is violated and the longest wait of all that are.
 
     A request that is behind others in the queue is told to wait for them, whatever else is in the way.
     """
-    cdef uint64_t used_ram_mb = in_use(ledger.ram_mb, ledger.reserved_ram_mb)
-    cdef uint64_t used_ssd_mb = in_use(ledger.ssd_mb, ledger.reserved_ssd_mb)
+    cdef uint64_t used_ram_mb = in_use(cold.ram_mb, cold.reserved_ram_mb)
+    cdef uint64_t used_ssd_mb = in_use(cold.ssd_mb, cold.reserved_ssd_mb)
     cdef int window
     verdict.wait_ns = verdict.soonest_ns = 0
     verdict.judged = limits
-    if exceeds(request.ram_mb, used_ram_mb, ledger.max_ram_mb):
-        record_violation(verdict, RAM_MB, NEVER, 0 if request.ram_mb <= ledger.max_ram_mb else NEVER, <double> used_ram_mb,
-             <double> ledger.max_ram_mb, request.ram_mb)
-    if exceeds(request.ssd_mb, used_ssd_mb, ledger.max_ssd_mb):
-        record_violation(verdict, SSD_MB, NEVER, 0 if request.ssd_mb <= ledger.max_ssd_mb else NEVER, <double> used_ssd_mb,
-             <double> ledger.max_ssd_mb, request.ssd_mb)
-    if ledger.concurrent >= ledger.max_concurrent:
-        record_violation(verdict, CONCURRENCY, NEVER, 0 if ledger.max_concurrent else NEVER, <double> ledger.concurrent,
-             <double> ledger.max_concurrent, 1)
-    record_rate(row, ledger, False, 1, verdict)
-    record_rate(row, ledger, True, request.tokens, verdict)
+    if exceeds(request.ram_mb, used_ram_mb, cold.max_ram_mb):
+        record_violation(verdict, RAM_MB, NEVER, 0 if request.ram_mb <= cold.max_ram_mb else NEVER, <double> used_ram_mb,
+             <double> cold.max_ram_mb, request.ram_mb)
+    if exceeds(request.ssd_mb, used_ssd_mb, cold.max_ssd_mb):
+        record_violation(verdict, SSD_MB, NEVER, 0 if request.ssd_mb <= cold.max_ssd_mb else NEVER, <double> used_ssd_mb,
+             <double> cold.max_ssd_mb, request.ssd_mb)
+    if cold.concurrent >= cold.max_concurrent:
+        record_violation(verdict, CONCURRENCY, NEVER, 0 if cold.max_concurrent else NEVER, <double> cold.concurrent,
+             <double> cold.max_concurrent, 1)
+    record_rate(row, cold, False, 1, verdict)
+    record_rate(row, cold, True, request.tokens, verdict)
     for window in range(SECOND + 1, WINDOWS):
-        record_window(row, ledger, window, True, request.tokens, verdict)
-        record_window(row, ledger, window, False, 1, verdict)
+        record_window(row, cold, window, True, request.tokens, verdict)
+        record_window(row, cold, window, False, 1, verdict)
     if is_behind(head, request):
         verdict.others_may_free = True
         verdict.limit = QUEUE_PLACE
         verdict.cause = head.limit
-        verdict.used = <double> ledger.waiting
-        verdict.bound = <double> ledger.max_queued
+        verdict.used = <double> cold.waiting
+        verdict.bound = <double> cold.max_queued
         verdict.asked = 1
         verdict.usage = percent(verdict.used, verdict.bound)
         verdict.wait_ns = NEVER if head.ready_ns == NEVER else max(head.ready_ns - row.level_ns, 1)
@@ -366,15 +366,15 @@ cdef inline bint tokens_fit(const Row* row, int64_t tokens, Fit* fit) noexcept n
     return tokens == 0 or fit.token_level <= load(&row.token_cap)
 
 
-cdef inline bint fits(const Row* row, const Ledger* ledger, const Request* request, Fit* fit) noexcept nogil:
+cdef inline bint fits(const Row* row, const ColdRow* cold, const Request* request, Fit* fit) noexcept nogil:
     """The fast path: True if the request fits without a look at each limit; False leaves that to judge().
 
     Requires advance() and the row's lock.
     """
     if not (
         row.request_room >= 1
-        and not exceeds(request.ram_mb, in_use(ledger.ram_mb, ledger.reserved_ram_mb), ledger.max_ram_mb)
-        and not exceeds(request.ssd_mb, in_use(ledger.ssd_mb, ledger.reserved_ssd_mb), ledger.max_ssd_mb)
+        and not exceeds(request.ram_mb, in_use(cold.ram_mb, cold.reserved_ram_mb), cold.max_ram_mb)
+        and not exceeds(request.ssd_mb, in_use(cold.ssd_mb, cold.reserved_ssd_mb), cold.max_ssd_mb)
     ):
         return False
     fit.request_level = load(&row.request_level) + level_cost(1, row.request_shift)
@@ -382,7 +382,7 @@ cdef inline bint fits(const Row* row, const Ledger* ledger, const Request* reque
 
 
 cdef inline void judge(
-    const Row* row, const Ledger* ledger, QueueEntry* entries, const Request* request, uint32_t limits, bint enforcing,
+    const Row* row, const ColdRow* cold, QueueEntry* entries, const Request* request, uint32_t limits, bint enforcing,
     Verdict* verdict
 ) noexcept nogil:
     """Decide what does not plainly fit, by those of `limits` that deny and then by those in shadow. Counts nothing.
@@ -392,18 +392,18 @@ cdef inline void judge(
     cdef const QueueEntry* head = NULL
     if not enforcing:
         return
-    if ledger.waiting != 0 and ledger.action == QUEUE and limits == ALL_LIMITS:
-        head = first_in_turn(ledger, entries)
-    find_violations(row, ledger, head, request, limits & ~<uint32_t> row.shadow, verdict)
+    if cold.waiting != 0 and cold.action == QUEUE and limits == ALL_LIMITS:
+        head = first_in_turn(cold, entries)
+    find_violations(row, cold, head, request, limits & ~<uint32_t> row.shadow, verdict)
     if verdict.limit != 0:
-        verdict.action = ledger.action
-        verdict.allowed = ledger.action == WARN
-        verdict.aside = ledger.action != QUEUE
+        verdict.action = cold.action
+        verdict.allowed = cold.action == WARN
+        verdict.aside = cold.action != QUEUE
         # what was charged for open grants may be in the way too
-        verdict.worth_a_look = verdict.others_may_free or ledger.concurrent != 0
+        verdict.worth_a_look = verdict.others_may_free or cold.concurrent != 0
         return
     if row.shadow & limits:
-        find_violations(row, ledger, NULL, request, row.shadow & limits, verdict)
+        find_violations(row, cold, NULL, request, row.shadow & limits, verdict)
         if verdict.limit != 0:
             verdict.action = WARN
             return
@@ -411,60 +411,60 @@ cdef inline void judge(
 
 
 cdef inline void assess_closely(
-    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Fit* fit, Verdict* verdict
+    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Fit* fit, Verdict* verdict
 ) noexcept nogil:
     """The rest of assess(), for a request that does not plainly fit. Apart, so that the compiler puts the common case at
     the place of the call."""
     # those in the queue whose time is over may be all that is in the way
-    fit.fits = ledger.waiting != 0 and drop_expired(row, ledger, entries, now_ns, False) and fits(row, ledger, request, fit)
+    fit.fits = cold.waiting != 0 and drop_expired(row, cold, entries, now_ns, False) and fits(row, cold, request, fit)
     if not fit.fits:
-        judge(row, ledger, entries, request, ALL_LIMITS, enforcing, verdict)
+        judge(row, cold, entries, request, ALL_LIMITS, enforcing, verdict)
 
 
 cdef inline bint fits_at_once(
-    Row* row, Ledger* ledger, int64_t now_ns, const Request* request, Fit* fit, Verdict* verdict
+    Row* row, ColdRow* cold, int64_t now_ns, const Request* request, Fit* fit, Verdict* verdict
 ) noexcept nogil:
     """The first half of assess(): all that most requests need."""
-    advance(row, ledger, now_ns)
+    advance(row, cold, now_ns)
     start_verdict(verdict)
-    return fits(row, ledger, request, fit)
+    return fits(row, cold, request, fit)
 
 
 cdef inline void assess(
-    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Fit* fit, Verdict* verdict
+    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Fit* fit, Verdict* verdict
 ) noexcept nogil:
     """Admit or deny a request at one row: sets `fit`, and everything of `verdict` but its usage and log_held.
 
     Charges and counts nothing; what changes is what time changes by itself. Requires the row's lock.
     """
-    fit.fits = fits_at_once(row, ledger, now_ns, request, fit, verdict)
+    fit.fits = fits_at_once(row, cold, now_ns, request, fit, verdict)
     if not fit.fits:
-        assess_closely(row, ledger, entries, now_ns, request, enforcing, fit, verdict)
+        assess_closely(row, cold, entries, now_ns, request, enforcing, fit, verdict)
 
 
-cdef inline void count_violation(Row* row, Ledger* ledger, Verdict* verdict) noexcept nogil:
+cdef inline void count_violation(Row* row, ColdRow* cold, Verdict* verdict) noexcept nogil:
     """Count a violation under the action that it met, and say whether it is to be logged."""
     cdef uint32_t second = <uint32_t> (row.level_ns // NS_PER_SECOND) + 1     # 0 is "never"
-    ledger.violations[violation_of(verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit)] += 1
+    cold.violations[violation_of(verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit)] += 1
     if verdict.action == REJECT:
-        ledger.rejected += 1
+        cold.rejected += 1
     elif verdict.action == THROTTLE:
-        ledger.throttled += 1
+        cold.throttled += 1
     elif verdict.action == QUEUE:
-        ledger.queued += 1
-    ledger.log_held += 1
-    if ledger.log_second != second:        # the first of this second of the row's time: one record, for all held back
-        ledger.log_second = second
-        verdict.log_held = ledger.log_held
-        ledger.log_held = 0
+        cold.queued += 1
+    cold.log_held += 1
+    if cold.log_second != second:        # the first of this second of the row's time: one record, for all held back
+        cold.log_second = second
+        verdict.log_held = cold.log_held
+        cold.log_held = 0
 
 
-cdef inline void charge_beyond(Row* row, Ledger* ledger, const Request* request, Charge* charged) noexcept nogil:
+cdef inline void charge_beyond(Row* row, ColdRow* cold, const Request* request, Charge* charged) noexcept nogil:
     """charge_admitted() for a request that does not fit and is admitted all the same: it raises no level above its cap."""
     row.request_room -= 1
-    charge_tokens(row, ledger, request.tokens, True, charged)
-    charged.raised_request = <uint8_t> raise_noted(&row.request_level, 1, row.request_shift, &row.request_cap, True, ledger)
-    charged.epoch = ledger.level_epoch
+    charge_tokens(row, cold, request.tokens, True, charged)
+    charged.raised_request = <uint8_t> raise_noted(&row.request_level, 1, row.request_shift, &row.request_cap, True, cold)
+    charged.epoch = cold.level_epoch
 
 
 cdef inline void charge_fitting(Row* row, const Request* request, const Fit* fit) noexcept nogil:
@@ -475,38 +475,38 @@ cdef inline void charge_fitting(Row* row, const Request* request, const Fit* fit
     store(&row.token_level, fit.token_level)
 
 
-cdef inline void charge_admitted(Row* row, Ledger* ledger, const Request* request, const Fit* fit, Charge* charged) noexcept nogil:
+cdef inline void charge_admitted(Row* row, ColdRow* cold, const Request* request, const Fit* fit, Charge* charged) noexcept nogil:
     """Charge a request that assess() admitted, and note what was charged. Requires the row's lock since then."""
     if not fit.fits:
-        charge_beyond(row, ledger, request, charged)
+        charge_beyond(row, cold, request, charged)
         return
     charged.at_ns = row.level_ns
-    charged.epoch = ledger.level_epoch
+    charged.epoch = cold.level_epoch
     charged.tokens = charged.raised = request.tokens
     charged.raised_request = 1
     charge_fitting(row, request, fit)
 
 
 cdef inline void decide_closely(
-    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Verdict* verdict
+    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Verdict* verdict
 ) noexcept nogil:
     """The rest of decide(), apart as is assess_closely(), and with a Fit of its own: that of decide() stays in registers."""
     cdef Fit fit
     cdef Charge charged
-    assess_closely(row, ledger, entries, now_ns, request, enforcing, &fit, verdict)
+    assess_closely(row, cold, entries, now_ns, request, enforcing, &fit, verdict)
     if verdict.limit:
-        count_violation(row, ledger, verdict)
+        count_violation(row, cold, verdict)
     if verdict.allowed:
-        charge_admitted(row, ledger, request, &fit, &charged)
+        charge_admitted(row, cold, request, &fit, &charged)
 
 
 cdef inline void decide(
-    Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Verdict* verdict
+    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Verdict* verdict
 ) noexcept nogil:
     """assess() at one row, and charge what it admits, or count what it denies. Requires the row's lock."""
     cdef Fit fit
-    if unlikely(not fits_at_once(row, ledger, now_ns, request, &fit, verdict)):
-        decide_closely(row, ledger, entries, now_ns, request, enforcing, verdict)
+    if unlikely(not fits_at_once(row, cold, now_ns, request, &fit, verdict)):
+        decide_closely(row, cold, entries, now_ns, request, enforcing, verdict)
         return
     charge_fitting(row, request, &fit)
 
@@ -520,7 +520,7 @@ cdef inline uint32_t token_limits() noexcept nogil:
     return limits
 
 
-cdef inline bint admits_tokens(Row* row, Ledger* ledger, int64_t tokens, bint enforcing) noexcept nogil:
+cdef inline bint admits_tokens(Row* row, ColdRow* cold, int64_t tokens, bint enforcing) noexcept nogil:
     """Whether an open grant may have so many tokens more: assess() by the limits of tokens alone, whoever waits.
 
     Requires advance() and the row's lock.
@@ -532,5 +532,5 @@ cdef inline bint admits_tokens(Row* row, Ledger* ledger, int64_t tokens, bint en
     if not tokens_fit(row, tokens, &fit):
         memset(&request, 0, sizeof(request))
         request.tokens = tokens
-        judge(row, ledger, NULL, &request, token_limits(), enforcing, &verdict)
+        judge(row, cold, NULL, &request, token_limits(), enforcing, &verdict)
     return verdict.allowed

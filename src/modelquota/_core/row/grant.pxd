@@ -1,69 +1,71 @@
 # What a grant holds of a row, and what it charged there: pure arithmetic on one row, whose lock is held.
 from libc.stdint cimport int64_t, uint32_t
-from modelquota._core.layout cimport Charge, GrantRecord, Ledger, MAX_COUNT, QueueEntry, Row
+from modelquota._core.layout cimport Charge, ColdRow, GrantRecord, MAX_COUNT, QueueEntry, Row
 from modelquota._core.row.decision cimport Request
 from modelquota._core.row.level cimport lower_level
-from modelquota._core.row.window cimport SLOTS_PER_SPAN, current_slot, compiler_barrier, measure_room, slot_at, refund_window
+from modelquota._core.row.window cimport (
+    SLOTS_PER_SPAN, compiler_barrier, current_slot, measure_room, refund_window, slot_at
+)
 
 
 cdef struct Holding:
     Row* row
-    Ledger* ledger
+    ColdRow* cold
     uint32_t generation     # while the row has it, the model is the one that granted
     GrantRecord* record     # what is held, for others to see; NULL while nothing is
     QueueEntry* entry       # its place in the queue, or NULL
     uint32_t index          # of the row
 
 
-cdef inline void reserve_tokens(Ledger* ledger, GrantRecord* record, int64_t tokens) noexcept nogil:
+cdef inline void reserve_tokens(ColdRow* cold, GrantRecord* record, int64_t tokens) noexcept nogil:
     """Note tokens that are charged and may come back."""
-    cdef int64_t more = min(tokens, MAX_COUNT - ledger.reserved_tokens)
+    cdef int64_t more = min(tokens, MAX_COUNT - cold.reserved_tokens)
     record.tokens += more
-    ledger.reserved_tokens += more
+    cold.reserved_tokens += more
 
 
-cdef inline void settle_tokens(Ledger* ledger, GrantRecord* record) noexcept nogil:
+cdef inline void settle_tokens(ColdRow* cold, GrantRecord* record) noexcept nogil:
     """What was charged is now the truth."""
-    ledger.reserved_tokens -= record.tokens
+    cold.reserved_tokens -= record.tokens
     record.tokens = 0
 
 
 cdef inline void take_holding(Holding* hold, const Request* request, int64_t charged, uint32_t me) noexcept nogil:
     """Holding memory, one unit of concurrency and the tokens, in a free record. What would not fit a counter is not held."""
-    cdef Ledger* ledger = hold.ledger
+    cdef ColdRow* cold = hold.cold
     cdef GrantRecord* record = hold.record
     record.row = hold.index
     record.generation = hold.generation
-    record.ram_mb = min(request.ram_mb, MAX_COUNT - ledger.reserved_ram_mb)
-    record.ssd_mb = min(request.ssd_mb, MAX_COUNT - ledger.reserved_ssd_mb)
+    record.ram_mb = min(request.ram_mb, MAX_COUNT - cold.reserved_ram_mb)
+    record.ssd_mb = min(request.ssd_mb, MAX_COUNT - cold.reserved_ssd_mb)
     record.tokens = 0
     record.is_handle = 0
     record.decider = 0
     compiler_barrier()
     record.seat = me
     compiler_barrier()
-    reserve_tokens(ledger, record, charged)
-    ledger.reserved_ram_mb += record.ram_mb
-    ledger.reserved_ssd_mb += record.ssd_mb
-    ledger.concurrent += 1
-    if ledger.concurrent >= ledger.max_concurrent:
-        measure_room(hold.row, ledger)
+    reserve_tokens(cold, record, charged)
+    cold.reserved_ram_mb += record.ram_mb
+    cold.reserved_ssd_mb += record.ssd_mb
+    cold.concurrent += 1
+    if cold.concurrent >= cold.max_concurrent:
+        measure_room(hold.row, cold)
 
 
-cdef inline void release_holding(Row* row, Ledger* ledger, GrantRecord* record) noexcept nogil:
+cdef inline void release_holding(Row* row, ColdRow* cold, GrantRecord* record) noexcept nogil:
     """Give back what take_holding took, and free the record."""
     record.seat = 0
     compiler_barrier()
-    ledger.reserved_ram_mb -= record.ram_mb
-    ledger.reserved_ssd_mb -= record.ssd_mb
-    settle_tokens(ledger, record)
-    ledger.concurrent -= 1
-    if ledger.concurrent + 1 >= ledger.max_concurrent:
-        measure_room(row, ledger)
+    cold.reserved_ram_mb -= record.ram_mb
+    cold.reserved_ssd_mb -= record.ssd_mb
+    settle_tokens(cold, record)
+    cold.concurrent -= 1
+    if cold.concurrent + 1 >= cold.max_concurrent:
+        measure_room(row, cold)
 
 
 cdef inline void bind_handle(
-    Ledger* ledger, GrantRecord* record, uint32_t index, uint32_t generation, uint32_t me
+    ColdRow* cold, GrantRecord* record, uint32_t index, uint32_t generation, uint32_t me
 ) noexcept nogil:
     """Note that a handle is bound to the model: it is not forgotten while one is. Requires the row's lock."""
     record.row = index
@@ -74,28 +76,28 @@ cdef inline void bind_handle(
     compiler_barrier()
     record.seat = me
     compiler_barrier()
-    ledger.handles += 1
+    cold.handles += 1
 
 
-cdef inline void free_handle(Ledger* ledger, GrantRecord* record) noexcept nogil:
+cdef inline void free_handle(ColdRow* cold, GrantRecord* record) noexcept nogil:
     """Undo bind_handle(), and free the record. Requires the row's lock."""
     record.seat = 0
     compiler_barrier()
-    ledger.handles -= 1
+    cold.handles -= 1
 
 
-cdef inline void refund(Row* row, Ledger* ledger, int64_t requests, int64_t tokens, const Charge* charge) noexcept nogil:
+cdef inline void refund(Row* row, ColdRow* cold, int64_t requests, int64_t tokens, const Charge* charge) noexcept nogil:
     """Take back part of a charge, wherever it still counts. Time has passed for the row."""
     cdef int64_t elapsed_ns = row.level_ns - charge.at_ns
     cdef int64_t steps = current_slot(row) // SLOTS_PER_SPAN - slot_at(charge.at_ns) // SLOTS_PER_SPAN
-    refund_window(row, ledger, requests, tokens, charge.at_ns)
-    ledger.tokens_refunded += tokens
-    if charge.epoch != ledger.level_epoch:
+    refund_window(row, cold, requests, tokens, charge.at_ns)
+    cold.tokens_refunded += tokens
+    if charge.epoch != cold.level_epoch:
         return
     requests = min(requests, <int64_t> charge.raised_request)
-    lower_level(&row.request_level, ledger.request_minimum, row.request_drain, row.request_shift, requests, requests,
+    lower_level(&row.request_level, cold.request_minimum, row.request_drain, row.request_shift, requests, requests,
                 elapsed_ns, steps)
     # what is not taken back would have raised the level as far as it could
     tokens = max(charge.raised - (charge.tokens - tokens), <int64_t> 0)
-    lower_level(&row.token_level, ledger.token_minimum, row.token_drain, row.token_shift, tokens, charge.raised, elapsed_ns,
+    lower_level(&row.token_level, cold.token_minimum, row.token_drain, row.token_shift, tokens, charge.raised, elapsed_ns,
                 steps)

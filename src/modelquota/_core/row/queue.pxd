@@ -4,7 +4,7 @@
 # An entry blocks those behind it until its deadline and no longer, whatever its process does: who decides takes it out. It
 # blocks nobody while it steps aside: a request for several models that one of them throttles does not queue for the others.
 from libc.stdint cimport int64_t, uint32_t
-from modelquota._core.layout cimport CHUNK, Ledger, QueueEntry, RECORDS, Row, Shared
+from modelquota._core.layout cimport CHUNK, ColdRow, QueueEntry, RECORDS, Row, Shared
 from modelquota._core.row.window cimport compiler_barrier, measure_room
 
 cdef extern from *:
@@ -17,9 +17,9 @@ cdef inline QueueEntry* entry_at(QueueEntry* entries, uint32_t link) noexcept no
     return &entries[link - 1] if link else NULL
 
 
-cdef inline const QueueEntry* first_in_turn(const Ledger* ledger, QueueEntry* entries) noexcept nogil:
+cdef inline const QueueEntry* first_in_turn(const ColdRow* cold, QueueEntry* entries) noexcept nogil:
     """The first request that is to be served before those behind it, or NULL."""
-    cdef const QueueEntry* entry = entry_at(entries, ledger.first_entry)
+    cdef const QueueEntry* entry = entry_at(entries, cold.first_entry)
     cdef int64_t i
     for i in range(RECORDS):        # no damaged file makes it go round for ever; likewise below
         if entry == NULL or not entry.aside:
@@ -28,10 +28,10 @@ cdef inline const QueueEntry* first_in_turn(const Ledger* ledger, QueueEntry* en
     return NULL
 
 
-cdef inline void put_entry(Ledger* ledger, QueueEntry* entries, QueueEntry* entry) noexcept nogil:
+cdef inline void put_entry(ColdRow* cold, QueueEntry* entries, QueueEntry* entry) noexcept nogil:
     """Link an entry in its order, without measuring the row's room. Looks from the end: most come last."""
     cdef uint32_t link = <uint32_t> (entry - entries) + 1
-    cdef uint32_t before = ledger.last_entry
+    cdef uint32_t before = cold.last_entry
     cdef int64_t i
     for i in range(RECORDS):
         if before == 0 or entries[before - 1].priority > entry.priority or (
@@ -39,45 +39,45 @@ cdef inline void put_entry(Ledger* ledger, QueueEntry* entries, QueueEntry* entr
             break
         before = entries[before - 1].previous
     entry.previous = before
-    entry.next = entries[before - 1].next if before else ledger.first_entry
+    entry.next = entries[before - 1].next if before else cold.first_entry
     if entry.next:
         entries[entry.next - 1].previous = link
     else:
-        ledger.last_entry = link
+        cold.last_entry = link
     if before:
         entries[before - 1].next = link
     else:
-        ledger.first_entry = link
-    ledger.waiting += 1
+        cold.first_entry = link
+    cold.waiting += 1
 
 
-cdef inline void link_entry(Row* row, Ledger* ledger, QueueEntry* entries, QueueEntry* entry) noexcept nogil:
+cdef inline void link_entry(Row* row, ColdRow* cold, QueueEntry* entries, QueueEntry* entry) noexcept nogil:
     """Put a request into the queue."""
     entry.linked = 1
     compiler_barrier()
-    put_entry(ledger, entries, entry)
-    measure_room(row, ledger)
+    put_entry(cold, entries, entry)
+    measure_room(row, cold)
 
 
-cdef inline void unlink_entry(Row* row, Ledger* ledger, QueueEntry* entries, QueueEntry* entry) noexcept nogil:
+cdef inline void unlink_entry(Row* row, ColdRow* cold, QueueEntry* entries, QueueEntry* entry) noexcept nogil:
     """Take a request out of the queue."""
     entry.linked = 0
     compiler_barrier()
     if entry.previous:
         entries[entry.previous - 1].next = entry.next
     else:
-        ledger.first_entry = entry.next
+        cold.first_entry = entry.next
     if entry.next:
         entries[entry.next - 1].previous = entry.previous
     else:
-        ledger.last_entry = entry.previous
-    ledger.waiting -= 1
-    measure_room(row, ledger)
+        cold.last_entry = entry.previous
+    cold.waiting -= 1
+    measure_room(row, cold)
 
 
-cdef inline bint drop_expired(Row* row, Ledger* ledger, QueueEntry* entries, int64_t now_ns, bint all) noexcept nogil:
+cdef inline bint drop_expired(Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, bint all) noexcept nogil:
     """Take out those whose time is over, from the front or (`all`) anywhere; whether there were any."""
-    cdef QueueEntry* entry = entry_at(entries, ledger.first_entry)
+    cdef QueueEntry* entry = entry_at(entries, cold.first_entry)
     cdef QueueEntry* behind
     cdef bint dropped = False
     cdef int64_t i
@@ -86,7 +86,7 @@ cdef inline bint drop_expired(Row* row, Ledger* ledger, QueueEntry* entries, int
             break
         behind = entry_at(entries, entry.next)
         if read_deadline(&entry.deadline_ns, RELAXED) <= now_ns:
-            unlink_entry(row, ledger, entries, entry)
+            unlink_entry(row, cold, entries, entry)
             dropped = True
         elif not all:
             break
@@ -94,9 +94,9 @@ cdef inline bint drop_expired(Row* row, Ledger* ledger, QueueEntry* entries, int
     return dropped
 
 
-cdef inline int64_t count_counted(const Ledger* ledger, QueueEntry* entries) noexcept nogil:
+cdef inline int64_t count_counted(const ColdRow* cold, QueueEntry* entries) noexcept nogil:
     """How many wait here whose violation was counted here: one that waits for several models counts once."""
-    cdef const QueueEntry* entry = entry_at(entries, ledger.first_entry)
+    cdef const QueueEntry* entry = entry_at(entries, cold.first_entry)
     cdef int64_t i, found = 0
     for i in range(RECORDS):
         if entry == NULL:
@@ -106,14 +106,14 @@ cdef inline int64_t count_counted(const Ledger* ledger, QueueEntry* entries) noe
     return found
 
 
-cdef inline void rebuild_queue(Row* row, Ledger* ledger, const Shared* shared) noexcept nogil:
+cdef inline void rebuild_queue(Row* row, ColdRow* cold, const Shared* shared) noexcept nogil:
     """Link the row's entries again, after a process has died in the middle of a change. Leaves the room to be measured."""
     cdef QueueEntry* entry
     cdef uint32_t index = <uint32_t> (row - shared.rows)
     cdef int64_t i
-    ledger.waiting = 0
-    ledger.first_entry = ledger.last_entry = 0
+    cold.waiting = 0
+    cold.first_entry = cold.last_entry = 0
     for i in range(<int64_t> shared.header.entry_chunks_used * CHUNK):
         entry = &shared.entries[i]
         if entry.seat != 0 and entry.linked and entry.row == index and entry.generation == row.generation:
-            put_entry(ledger, shared.entries, entry)
+            put_entry(cold, shared.entries, entry)

@@ -1,14 +1,14 @@
 # What can be read of a row, whose lock is held, and how limits are put into it.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy
-from modelquota._core.layout cimport Ledger, LIMIT_CODES, Limits, LIMITS, Row, SECOND, UNLIMITED, Wide, WINDOWS
+from modelquota._core.layout cimport ColdRow, LIMITS, LIMIT_CODES, Limits, Row, SECOND, UNLIMITED, WINDOWS, Wide
 from modelquota._core.row.decision cimport (
-    CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB, in_use, round_to_50_bits, advance, percent, rate_in_use
+    CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB, advance, in_use, percent, rate_in_use, round_to_50_bits
 )
 from modelquota._core.row.level cimport NO_RATE, NS_PER_SECOND, as_double, burst_used, change_rate, load, wide
 from modelquota._core.row.window cimport (
-    measure_room, requests_charged, requests_in_slot, requests_used, slot_at, slot_start_ns, tokens_charged, tokens_in_slot,
-    tokens_used
+    measure_room, requests_charged, requests_in_slot, requests_used, slot_at, slot_start_ns, tokens_charged,
+    tokens_in_slot, tokens_used
 )
 
 
@@ -57,7 +57,7 @@ cdef inline void read_limit(Usage* usage, int code, int64_t limit, uint64_t used
         usage.percent[code] = round_to_50_bits(percent(<double> used, <double> limit))
 
 
-cdef inline void read_rate(const Row* row, const Ledger* ledger, bint of_tokens, Usage* usage) noexcept nogil:
+cdef inline void read_rate(const Row* row, const ColdRow* cold, bint of_tokens, Usage* usage) noexcept nogil:
     """After read_limit() of the ceiling of a rate: what of its level is left if that is less, and how full is the fuller."""
     cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
     cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
@@ -71,53 +71,53 @@ cdef inline void read_rate(const Row* row, const Ledger* ledger, bint of_tokens,
     room = (room if room > 0 else <wide> 0) >> shift
     if usage.left[code] > room // NS_PER_SECOND:
         usage.left[code] = <int64_t> (room // NS_PER_SECOND)
-    rate_in_use(row, ledger, of_tokens, &used, &bound)
+    rate_in_use(row, cold, of_tokens, &used, &bound)
     usage.percent[code] = round_to_50_bits(percent(used, bound))
 
 
-cdef inline void read_usage(Row* row, Ledger* ledger, int64_t now_ns, Usage* usage) noexcept nogil:
+cdef inline void read_usage(Row* row, ColdRow* cold, int64_t now_ns, Usage* usage) noexcept nogil:
     """State the row's use at `now_ns`; time passes first, so that an idle model shows an empty second."""
     cdef int i
-    advance(row, ledger, now_ns)
+    advance(row, cold, now_ns)
     for i in range(LIMITS):
         usage.left[i] = NO_LIMIT
         usage.percent[i] = 0.0
-    usage.current_ram_mb = ledger.ram_mb
-    usage.peak_ram_mb = ledger.peak_ram_mb
-    usage.current_ssd_mb = ledger.ssd_mb
-    usage.peak_ssd_mb = ledger.peak_ssd_mb
+    usage.current_ram_mb = cold.ram_mb
+    usage.peak_ram_mb = cold.peak_ram_mb
+    usage.current_ssd_mb = cold.ssd_mb
+    usage.peak_ssd_mb = cold.peak_ssd_mb
     for i in range(WINDOWS):
-        usage.requests_this[i] = requests_used(row, ledger, i)
-        usage.tokens_this[i] = tokens_used(row, ledger, i)
-        read_limit(usage, LIMIT_CODES[i][False], ledger.request_limit[i], <uint64_t> usage.requests_this[i])
-        read_limit(usage, LIMIT_CODES[i][True], ledger.token_limit[i], <uint64_t> usage.tokens_this[i])
-    read_rate(row, ledger, False, usage)
-    read_rate(row, ledger, True, usage)
-    read_limit(usage, RAM_MB, ledger.max_ram_mb, in_use(ledger.ram_mb, ledger.reserved_ram_mb))
-    read_limit(usage, SSD_MB, ledger.max_ssd_mb, in_use(ledger.ssd_mb, ledger.reserved_ssd_mb))
-    read_limit(usage, CONCURRENCY, ledger.max_concurrent, <uint64_t> ledger.concurrent)
-    read_limit(usage, QUEUE_PLACE, ledger.max_queued, <uint64_t> ledger.waiting)
+        usage.requests_this[i] = requests_used(row, cold, i)
+        usage.tokens_this[i] = tokens_used(row, cold, i)
+        read_limit(usage, LIMIT_CODES[i][False], cold.request_limit[i], <uint64_t> usage.requests_this[i])
+        read_limit(usage, LIMIT_CODES[i][True], cold.token_limit[i], <uint64_t> usage.tokens_this[i])
+    read_rate(row, cold, False, usage)
+    read_rate(row, cold, True, usage)
+    read_limit(usage, RAM_MB, cold.max_ram_mb, in_use(cold.ram_mb, cold.reserved_ram_mb))
+    read_limit(usage, SSD_MB, cold.max_ssd_mb, in_use(cold.ssd_mb, cold.reserved_ssd_mb))
+    read_limit(usage, CONCURRENCY, cold.max_concurrent, <uint64_t> cold.concurrent)
+    read_limit(usage, QUEUE_PLACE, cold.max_queued, <uint64_t> cold.waiting)
     usage.burst_requests_used = burst_used(&row.request_level, row.request_drain, row.request_shift)
     usage.burst_tokens_used = burst_used(&row.token_level, row.token_drain, row.token_shift)
-    usage.ram_violations = <int64_t> ledger.violations[0]
-    usage.ssd_violations = <int64_t> ledger.violations[1]
-    usage.rate_violations = <int64_t> ledger.violations[2]
-    usage.quota_violations = <int64_t> ledger.violations[3]
-    usage.concurrency_violations = <int64_t> ledger.violations[4]
+    usage.ram_violations = <int64_t> cold.violations[0]
+    usage.ssd_violations = <int64_t> cold.violations[1]
+    usage.rate_violations = <int64_t> cold.violations[2]
+    usage.quota_violations = <int64_t> cold.violations[3]
+    usage.concurrency_violations = <int64_t> cold.violations[4]
     usage.total_violations = (usage.ram_violations + usage.ssd_violations + usage.rate_violations
                               + usage.quota_violations + usage.concurrency_violations)
-    usage.reserved_ram_mb = ledger.reserved_ram_mb
-    usage.reserved_ssd_mb = ledger.reserved_ssd_mb
-    usage.concurrent_requests = ledger.concurrent
-    usage.queued_requests = ledger.waiting
-    usage.allowed_total = <int64_t> requests_charged(row, ledger)
-    usage.rejected_total = <int64_t> ledger.rejected
-    usage.throttled_total = <int64_t> ledger.throttled
-    usage.queued_total = <int64_t> ledger.queued
+    usage.reserved_ram_mb = cold.reserved_ram_mb
+    usage.reserved_ssd_mb = cold.reserved_ssd_mb
+    usage.concurrent_requests = cold.concurrent
+    usage.queued_requests = cold.waiting
+    usage.allowed_total = <int64_t> requests_charged(row, cold)
+    usage.rejected_total = <int64_t> cold.rejected
+    usage.throttled_total = <int64_t> cold.throttled
+    usage.queued_total = <int64_t> cold.queued
     usage.warned_total = (usage.total_violations - usage.rejected_total - usage.throttled_total - usage.queued_total)
-    usage.waited_total = <int64_t> ledger.waited
-    usage.tokens_total = tokens_charged(row, ledger)
-    usage.tokens_refunded_total = ledger.tokens_refunded
+    usage.waited_total = <int64_t> cold.waited
+    usage.tokens_total = tokens_charged(row, cold)
+    usage.tokens_refunded_total = cold.tokens_refunded
     usage.waiting_requests = 0
 
 
@@ -125,61 +125,61 @@ cdef inline double share_of_one(int64_t limit) noexcept nogil:
     return 0.0 if limit == UNLIMITED else percent(1.0, <double> limit)
 
 
-cdef inline void put_limits(Row* row, Ledger* ledger, const Limits* limits) noexcept nogil:
+cdef inline void put_limits(Row* row, ColdRow* cold, const Limits* limits) noexcept nogil:
     """Replace the row's limits; what was used stays used."""
     cdef int i
-    if (limits.requests_per_second != ledger.requests_per_second or limits.tokens_per_second != ledger.tokens_per_second
+    if (limits.requests_per_second != cold.requests_per_second or limits.tokens_per_second != cold.tokens_per_second
             or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
-        ledger.level_epoch += 1
-        ledger.request_minimum[0] = ledger.request_minimum[1] = ledger.token_minimum[0] = ledger.token_minimum[1] = 0
+        cold.level_epoch += 1
+        cold.request_minimum[0] = cold.request_minimum[1] = cold.token_minimum[0] = cold.token_minimum[1] = 0
     change_rate(&row.request_level, &row.request_cap, &row.request_drain, &row.request_shift,
                 &row.dormant_request_shift,
                 &limits.request_cap, limits.request_drain, limits.request_shift,
-                requests_in_slot(row, ledger))
+                requests_in_slot(row, cold))
     change_rate(&row.token_level, &row.token_cap, &row.token_drain, &row.token_shift,
                 &row.dormant_token_shift,
                 &limits.token_cap, limits.token_drain, limits.token_shift,
-                tokens_in_slot(row, ledger))
+                tokens_in_slot(row, cold))
     for i in range(WINDOWS):
-        ledger.request_limit[i] = limits.request_limits[i]
-        ledger.token_limit[i] = limits.token_limits[i]
-        ledger.request_percent[i] = share_of_one(limits.request_limits[i])
-        ledger.token_percent[i] = share_of_one(limits.token_limits[i])
-    ledger.request_level_percent = 0.0 if limits.request_shift == NO_RATE else 100.0 / as_double(&limits.request_cap)
-    ledger.token_level_percent = 0.0 if limits.token_shift == NO_RATE else 100.0 / as_double(&limits.token_cap)
-    ledger.max_ram_mb = limits.max_ram_mb
-    ledger.max_ssd_mb = limits.max_ssd_mb
-    ledger.max_concurrent = limits.max_concurrent
-    ledger.ram_percent = share_of_one(limits.max_ram_mb)
-    ledger.ssd_percent = share_of_one(limits.max_ssd_mb)
-    ledger.concurrent_percent = share_of_one(limits.max_concurrent)
-    ledger.max_queued = limits.max_queued
-    ledger.burst_requests = limits.burst_requests
-    ledger.burst_tokens = limits.burst_tokens
-    ledger.requests_per_second = limits.requests_per_second
-    ledger.tokens_per_second = limits.tokens_per_second
-    ledger.grace_period_sec = limits.grace_period_sec
-    ledger.action = limits.action
+        cold.request_limit[i] = limits.request_limits[i]
+        cold.token_limit[i] = limits.token_limits[i]
+        cold.request_percent[i] = share_of_one(limits.request_limits[i])
+        cold.token_percent[i] = share_of_one(limits.token_limits[i])
+    cold.request_level_percent = 0.0 if limits.request_shift == NO_RATE else 100.0 / as_double(&limits.request_cap)
+    cold.token_level_percent = 0.0 if limits.token_shift == NO_RATE else 100.0 / as_double(&limits.token_cap)
+    cold.max_ram_mb = limits.max_ram_mb
+    cold.max_ssd_mb = limits.max_ssd_mb
+    cold.max_concurrent = limits.max_concurrent
+    cold.ram_percent = share_of_one(limits.max_ram_mb)
+    cold.ssd_percent = share_of_one(limits.max_ssd_mb)
+    cold.concurrent_percent = share_of_one(limits.max_concurrent)
+    cold.max_queued = limits.max_queued
+    cold.burst_requests = limits.burst_requests
+    cold.burst_tokens = limits.burst_tokens
+    cold.requests_per_second = limits.requests_per_second
+    cold.tokens_per_second = limits.tokens_per_second
+    cold.grace_period_sec = limits.grace_period_sec
+    cold.action = limits.action
     row.shadow = limits.shadow
-    measure_room(row, ledger)
+    measure_room(row, cold)
 
 
-cdef inline void read_limits(const Row* row, const Ledger* ledger, Limits* limits) noexcept nogil:
+cdef inline void read_limits(const Row* row, const ColdRow* cold, Limits* limits) noexcept nogil:
     """The configured part of the limits; what put_limits derives for the core is left out."""
     cdef int i
     for i in range(WINDOWS):
-        limits.request_limits[i] = ledger.request_limit[i]
-        limits.token_limits[i] = ledger.token_limit[i]
-    limits.max_ram_mb = ledger.max_ram_mb
-    limits.max_ssd_mb = ledger.max_ssd_mb
-    limits.max_concurrent = ledger.max_concurrent
-    limits.max_queued = ledger.max_queued
-    limits.burst_requests = ledger.burst_requests
-    limits.burst_tokens = ledger.burst_tokens
-    limits.requests_per_second = ledger.requests_per_second
-    limits.tokens_per_second = ledger.tokens_per_second
-    limits.grace_period_sec = ledger.grace_period_sec
-    limits.action = ledger.action
+        limits.request_limits[i] = cold.request_limit[i]
+        limits.token_limits[i] = cold.token_limit[i]
+    limits.max_ram_mb = cold.max_ram_mb
+    limits.max_ssd_mb = cold.max_ssd_mb
+    limits.max_concurrent = cold.max_concurrent
+    limits.max_queued = cold.max_queued
+    limits.burst_requests = cold.burst_requests
+    limits.burst_tokens = cold.burst_tokens
+    limits.requests_per_second = cold.requests_per_second
+    limits.tokens_per_second = cold.tokens_per_second
+    limits.grace_period_sec = cold.grace_period_sec
+    limits.action = cold.action
     limits.shadow = row.shadow
 
 
@@ -239,8 +239,8 @@ cdef inline bint same_limits(const Limits* a, const Limits* b) noexcept nogil:
     )
 
 
-cdef inline void start_row(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
-    """Set the time of a model whose row and ledger are zero."""
+cdef inline void start_row(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
+    """Set the time of a model whose row and cold row are zero."""
     row.level_ns = now_ns
     row.slot_end_ns = slot_start_ns(slot_at(now_ns) + 1)
     row.request_shift = row.token_shift = NO_RATE

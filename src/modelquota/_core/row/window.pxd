@@ -4,7 +4,7 @@
 # counts. Slot s begins at s * T / 60 exactly, since time 0: the slots of a second are no whole number of nanoseconds long,
 # hence the fractions below. SLOTS_PER_SLOT says how many slots of the second make one of each window.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from modelquota._core.layout cimport Ledger, MAX_COUNT, Row, SECOND, SLOTS, SLOTS_PER_SLOT, UNLIMITED, WINDOWS
+from modelquota._core.layout cimport ColdRow, MAX_COUNT, Row, SECOND, SLOTS, SLOTS_PER_SLOT, UNLIMITED, WINDOWS
 
 cdef enum:
     SLOTS_PER_SPAN = 3_600          # of the 60 s for which the lowest levels are kept, see level.pxd
@@ -18,7 +18,7 @@ cdef extern from *:
     const uint32_t UINT32_MAX
     void compiler_barrier "MQ_IN_ORDER"() noexcept nogil    # a process dies between two instructions: keep the compiler's order
 
-cdef enum:  # Ledger.stage
+cdef enum:  # ColdRow.stage
     SETTLED = 0
     CHANGING = 1        # what was charged is in the journal; bases and room follow from it and the rings
     ROLLING = 2         # + 2 * window: that window's start and filled are in the journal too
@@ -45,96 +45,96 @@ cdef inline int64_t slots_per_slot(int window) noexcept nogil:
     return SLOTS_PER_SLOT[window]
 
 
-cdef inline uint64_t requests_charged(const Row* row, const Ledger* ledger) noexcept nogil:
+cdef inline uint64_t requests_charged(const Row* row, const ColdRow* cold) noexcept nogil:
     """Requests charged ever, modulo 2**64; differences are what counts."""
-    return ledger.requests_mark - <uint64_t> row.request_room
+    return cold.requests_mark - <uint64_t> row.request_room
 
 
-cdef inline uint64_t tokens_charged(const Row* row, const Ledger* ledger) noexcept nogil:
+cdef inline uint64_t tokens_charged(const Row* row, const ColdRow* cold) noexcept nogil:
     """Tokens charged ever, modulo 2**64."""
-    return ledger.tokens_mark - <uint64_t> row.token_room
+    return cold.tokens_mark - <uint64_t> row.token_room
 
 
-cdef inline int64_t requests_used(const Row* row, const Ledger* ledger, int window) noexcept nogil:
-    return <int64_t> (requests_charged(row, ledger) - ledger.requests_base[window])
+cdef inline int64_t requests_used(const Row* row, const ColdRow* cold, int window) noexcept nogil:
+    return <int64_t> (requests_charged(row, cold) - cold.requests_base[window])
 
 
-cdef inline int64_t tokens_used(const Row* row, const Ledger* ledger, int window) noexcept nogil:
-    return <int64_t> (tokens_charged(row, ledger) - ledger.tokens_base[window])
+cdef inline int64_t tokens_used(const Row* row, const ColdRow* cold, int window) noexcept nogil:
+    return <int64_t> (tokens_charged(row, cold) - cold.tokens_base[window])
 
 
-cdef inline int64_t requests_in_slot(const Row* row, const Ledger* ledger) noexcept nogil:
+cdef inline int64_t requests_in_slot(const Row* row, const ColdRow* cold) noexcept nogil:
     """Requests charged in the current 1/60 s slot."""
-    return <int64_t> (requests_charged(row, ledger) - ledger.requests_start[SECOND])
+    return <int64_t> (requests_charged(row, cold) - cold.requests_start[SECOND])
 
 
-cdef inline int64_t tokens_in_slot(const Row* row, const Ledger* ledger) noexcept nogil:
-    return <int64_t> (tokens_charged(row, ledger) - ledger.tokens_start[SECOND])
+cdef inline int64_t tokens_in_slot(const Row* row, const ColdRow* cold) noexcept nogil:
+    return <int64_t> (tokens_charged(row, cold) - cold.tokens_start[SECOND])
 
 
-cdef inline void begin_change(const Row* row, Ledger* ledger) noexcept nogil:
+cdef inline void begin_change(const Row* row, ColdRow* cold) noexcept nogil:
     """What follows cannot be done in one instruction: note what is charged, from which all else can be found again."""
-    ledger.journal_requests = requests_charged(row, ledger)
-    ledger.journal_tokens = tokens_charged(row, ledger)
+    cold.journal_requests = requests_charged(row, cold)
+    cold.journal_tokens = tokens_charged(row, cold)
     compiler_barrier()
-    ledger.stage = CHANGING
+    cold.stage = CHANGING
     compiler_barrier()
 
 
-cdef inline void end_change(Ledger* ledger) noexcept nogil:
+cdef inline void end_change(ColdRow* cold) noexcept nogil:
     compiler_barrier()
-    ledger.stage = SETTLED
+    cold.stage = SETTLED
 
 
 cdef inline void roll(
-    Ledger* ledger, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
+    ColdRow* cold, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
 ) noexcept nogil:
     """Close the window's slot `slot` and open `slot + steps`; what leaves the window no longer counts.
 
     `requests` and `tokens` are those charged ever.
     """
-    ledger.journal_requests_start = ledger.requests_start[window]
-    ledger.journal_tokens_start = ledger.tokens_start[window]
-    ledger.journal_filled = ledger.filled[window]
+    cold.journal_requests_start = cold.requests_start[window]
+    cold.journal_tokens_start = cold.tokens_start[window]
+    cold.journal_filled = cold.filled[window]
     compiler_barrier()
-    ledger.stage = <uint8_t> (ROLLING + 2 * window)
+    cold.stage = <uint8_t> (ROLLING + 2 * window)
     compiler_barrier()
-    turn_ring(ledger, window, requests, tokens, slot, steps)
+    turn_ring(cold, window, requests, tokens, slot, steps)
     compiler_barrier()
-    ledger.stage = <uint8_t> (ROLLED + 2 * window)
+    cold.stage = <uint8_t> (ROLLED + 2 * window)
     compiler_barrier()
 
 
 cdef inline void turn_ring(
-    Ledger* ledger, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
+    ColdRow* cold, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
 ) noexcept nogil:
     """The work of roll(). Done again from the same start and filled it comes out the same, but for the bases."""
     cdef int64_t position, closed
     if steps > SLOTS:
-        ledger.requests_base[window] = ledger.requests_start[window] = requests
-        ledger.tokens_base[window] = ledger.tokens_start[window] = tokens
-        ledger.filled[window] = 0
+        cold.requests_base[window] = cold.requests_start[window] = requests
+        cold.tokens_base[window] = cold.tokens_start[window] = tokens
+        cold.filled[window] = 0
         return
     position = slot % SLOTS
     while steps > 0:
-        if ledger.filled[window] == SLOTS:
-            ledger.requests_base[window] += ledger.requests[window][position]
-            ledger.tokens_base[window] += <uint64_t> ledger.tokens[window][position]
+        if cold.filled[window] == SLOTS:
+            cold.requests_base[window] += cold.requests[window][position]
+            cold.tokens_base[window] += <uint64_t> cold.tokens[window][position]
         else:
-            ledger.filled[window] += 1
-        closed = <int64_t> (requests - ledger.requests_start[window])
+            cold.filled[window] += 1
+        closed = <int64_t> (requests - cold.requests_start[window])
         if closed > UINT32_MAX:
             closed = UINT32_MAX
-        ledger.requests[window][position] = <uint32_t> closed
-        ledger.requests_start[window] += <uint64_t> closed
-        ledger.tokens[window][position] = <int64_t> (tokens - ledger.tokens_start[window])
-        ledger.tokens_start[window] = tokens
+        cold.requests[window][position] = <uint32_t> closed
+        cold.requests_start[window] += <uint64_t> closed
+        cold.tokens[window][position] = <int64_t> (tokens - cold.tokens_start[window])
+        cold.tokens_start[window] = tokens
         position = 0 if position == SLOTS - 1 else position + 1
         steps -= 1
 
 
 cdef inline void refund_window(
-    Row* row, Ledger* ledger, int64_t requests, int64_t tokens, int64_t charged_ns
+    Row* row, ColdRow* cold, int64_t requests, int64_t tokens, int64_t charged_ns
 ) noexcept nogil:
     """Refund what was charged at `charged_ns` to the slots that were charged; nothing where they have left a window.
 
@@ -144,85 +144,85 @@ cdef inline void refund_window(
     cdef int64_t here = current_slot(row)
     cdef int64_t slot, current, position, fewer_requests, fewer_tokens
     cdef int i
-    begin_change(row, ledger)
+    begin_change(row, cold)
     for i in range(WINDOWS):
         slot = charged // slots_per_slot(i)
         current = here // slots_per_slot(i)
-        if slot < current - ledger.filled[i]:
+        if slot < current - cold.filled[i]:
             continue
         fewer_requests = requests
         fewer_tokens = tokens
         if slot == current:
-            ledger.requests_start[i] += <uint64_t> fewer_requests
-            ledger.tokens_start[i] += <uint64_t> fewer_tokens
+            cold.requests_start[i] += <uint64_t> fewer_requests
+            cold.tokens_start[i] += <uint64_t> fewer_tokens
         else:
             position = slot % SLOTS
-            fewer_requests = min(fewer_requests, <int64_t> ledger.requests[i][position])
-            fewer_tokens = min(fewer_tokens, ledger.tokens[i][position])
-            ledger.requests[i][position] -= <uint32_t> fewer_requests
-            ledger.tokens[i][position] -= fewer_tokens
-        ledger.requests_base[i] += <uint64_t> fewer_requests
-        ledger.tokens_base[i] += <uint64_t> fewer_tokens
-    measure_room(row, ledger)
+            fewer_requests = min(fewer_requests, <int64_t> cold.requests[i][position])
+            fewer_tokens = min(fewer_tokens, cold.tokens[i][position])
+            cold.requests[i][position] -= <uint32_t> fewer_requests
+            cold.tokens[i][position] -= fewer_tokens
+        cold.requests_base[i] += <uint64_t> fewer_requests
+        cold.tokens_base[i] += <uint64_t> fewer_tokens
+    measure_room(row, cold)
 
 
-cdef inline void measure_room(Row* row, Ledger* ledger) noexcept nogil:
+cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
     """State anew what may still be admitted. To be called when a base, a limit, the concurrency or the line has changed."""
-    cdef uint64_t requests = requests_charged(row, ledger)
-    cdef uint64_t tokens = tokens_charged(row, ledger)
+    cdef uint64_t requests = requests_charged(row, cold)
+    cdef uint64_t tokens = tokens_charged(row, cold)
     cdef int64_t request_room = MAX_COUNT
     cdef int64_t token_room = MAX_COUNT
     cdef int64_t room
     cdef int i
-    begin_change(row, ledger)
+    begin_change(row, cold)
     for i in range(WINDOWS):
-        room = min(ledger.request_limit[i], MAX_COUNT) - <int64_t> (requests - ledger.requests_base[i])
+        room = min(cold.request_limit[i], MAX_COUNT) - <int64_t> (requests - cold.requests_base[i])
         if room < request_room:
             request_room = room
-        room = min(ledger.token_limit[i], MAX_COUNT) - <int64_t> (tokens - ledger.tokens_base[i])
+        room = min(cold.token_limit[i], MAX_COUNT) - <int64_t> (tokens - cold.tokens_base[i])
         if room < token_room:
             token_room = room
-    if request_room > 0 and (ledger.concurrent >= ledger.max_concurrent or ledger.waiting):
+    if request_room > 0 and (cold.concurrent >= cold.max_concurrent or cold.waiting):
         request_room = 0    # whoever comes now is judged one limit after the other
     row.request_room = request_room
     row.token_room = token_room
-    ledger.requests_mark = requests + <uint64_t> request_room
-    ledger.tokens_mark = tokens + <uint64_t> token_room
-    end_change(ledger)
+    cold.requests_mark = requests + <uint64_t> request_room
+    cold.tokens_mark = tokens + <uint64_t> token_room
+    end_change(cold)
 
 
-cdef inline int64_t turn_slots(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+cdef inline int64_t turn_slots(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
     """Move all windows to `now_ns`, which is not before the end of the current slot; by how many spans of 60 s."""
-    cdef uint64_t requests = requests_charged(row, ledger)
-    cdef uint64_t tokens = tokens_charged(row, ledger)
+    cdef uint64_t requests = requests_charged(row, cold)
+    cdef uint64_t tokens = tokens_charged(row, cold)
     cdef int64_t before = current_slot(row)
     cdef int64_t after = slot_at(now_ns)
     cdef int64_t first, steps
     cdef int window
-    begin_change(row, ledger)
-    ledger.journal_slot = after
+    begin_change(row, cold)
+    cold.journal_slot = after
     for window in range(WINDOWS):
         first = before // slots_per_slot(window)
         steps = after // slots_per_slot(window) - first
         if steps == 0:      # a slot of a longer window ends with one of the shorter window
             break
-        roll(ledger, window, requests, tokens, first, steps)
+        roll(cold, window, requests, tokens, first, steps)
     compiler_barrier()
     row.slot_end_ns = slot_start_ns(after + 1)
     compiler_barrier()
-    measure_room(row, ledger)
+    measure_room(row, cold)
     return after // SLOTS_PER_SPAN - before // SLOTS_PER_SPAN
 
 
 cdef inline int64_t window_wait_ns(
-    const Row* row, const Ledger* ledger, int window, bint of_tokens, int64_t cost, int64_t credit, int64_t now_ns
+    const Row* row, const ColdRow* cold, int window, bint of_tokens, int64_t cost, int64_t credit, int64_t now_ns
 ) noexcept nogil:
     """How long until the window admits `cost`: 0 = now, NEVER = no wait helps. Exact, if nothing else is admitted.
 
     With `credit` the shortest wait if so much of what is used comes back, wherever it was charged.
     """
-    cdef int64_t limit = ledger.token_limit[window] if of_tokens else ledger.request_limit[window]
-    cdef int64_t used = (tokens_used(row, ledger, window) if of_tokens else requests_used(row, ledger, window)) - credit
+    cdef int64_t limit = cold.token_limit[window] if of_tokens else cold.request_limit[window]
+    cdef int64_t used = (tokens_used(row, cold, window) if of_tokens else requests_used(row, cold, window)) - credit
     cdef int64_t per_slot, slot, excess, position, i
     if cost == 0 or limit == UNLIMITED or cost <= limit - used:
         return 0
@@ -230,10 +230,10 @@ cdef inline int64_t window_wait_ns(
         return NEVER
     excess = used - (limit - cost)
     per_slot = slots_per_slot(window)
-    slot = current_slot(row) // per_slot - ledger.filled[window]
+    slot = current_slot(row) // per_slot - cold.filled[window]
     position = slot % SLOTS
-    for i in range(ledger.filled[window]):
-        excess -= ledger.tokens[window][position] if of_tokens else <int64_t> ledger.requests[window][position]
+    for i in range(cold.filled[window]):
+        excess -= cold.tokens[window][position] if of_tokens else <int64_t> cold.requests[window][position]
         if excess <= 0:
             break
         slot += 1

@@ -5,7 +5,7 @@
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.layout cimport Charge, QueueEntry, Row, Shared
 from modelquota._core.row.decision cimport (
-    Request, Fit, NEVER, QUEUE_PLACE, Verdict, assess, charge_admitted, count_violation, highest_usage, start_verdict
+    Fit, NEVER, QUEUE_PLACE, Request, Verdict, assess, charge_admitted, count_violation, highest_usage, start_verdict
 )
 from modelquota._core.row.grant cimport Holding, take_holding
 from modelquota._core.row.queue cimport unlink_entry
@@ -135,7 +135,7 @@ cdef inline int assess_all(
     start_verdict(verdict)
     for i in range(joint.count):
         member = &joint.members[i]
-        assess(member.row, member.ledger, entries, now_ns, request, enforcing, &fits[i], &one)
+        assess(member.row, member.cold, entries, now_ns, request, enforcing, &fits[i], &one)
         if one.limit == 0:
             continue
         if named == NOBODY or (verdict.allowed and not one.allowed):
@@ -170,25 +170,25 @@ cdef inline void decide_jointly(
     cdef int i
     joint.violating = assess_all(joint, now_ns, request, shared.header.enforcing, shared.entries, fits, verdict)
     if joint.violating != NOBODY and request.counted == NULL:
-        count_violation(joint.members[joint.violating].row, joint.members[joint.violating].ledger, verdict)
+        count_violation(joint.members[joint.violating].row, joint.members[joint.violating].cold, verdict)
     if not verdict.allowed:
         tell_queues(joint, verdict)
         return
     verdict.usage = 0.0
     for i in range(joint.count):
         member = &joint.members[i]
-        if member.ledger == request.counted and member.generation == request.counted_generation:
-            member.ledger.waited += 1
-        charge_admitted(member.row, member.ledger, request, &fits[i], &joint.charges[i])
+        if member.cold == request.counted and member.generation == request.counted_generation:
+            member.cold.waited += 1
+        charge_admitted(member.row, member.cold, request, &fits[i], &joint.charges[i])
         if is_in_queue(member):
-            unlink_entry(member.row, member.ledger, shared.entries, member.entry)
+            unlink_entry(member.row, member.cold, shared.entries, member.entry)
         if holding:
             take_holding(member, request, joint.charges[i].tokens, shared.me)
             if joint.unclaimed_until_ns:
                 set_unclaimed(member.record, <uint32_t> (joint.members[0].record - shared.grants) + 1,
                               joint.unclaimed_until_ns, &joint.charges[i])
         else:
-            verdict.usage = max(verdict.usage, highest_usage(member.row, member.ledger, request))
+            verdict.usage = max(verdict.usage, highest_usage(member.row, member.cold, request))
     if holding and joint.unclaimed_until_ns:
         count_made(&shared.header.unclaimed_made)
 

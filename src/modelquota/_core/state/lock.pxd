@@ -27,7 +27,7 @@
 # zombie, or its id is another one's by now. Of another PID namespace that cannot be known: it is taken for alive, until no
 # reader has the byte locked. So is one that has called exec, which keeps the process id.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from modelquota._core.layout cimport SEAT_BITS, SEATS, Seat, Shared
+from modelquota._core.layout cimport SEATS, SEAT_BITS, Seat, Shared
 
 cdef extern from *:
     """

@@ -26,7 +26,7 @@ class Regions(NamedTuple):
     grant_owners: int
     grants: int
     rows: int
-    ledgers: int
+    cold_rows: int
     names: int
     size: int
 
@@ -35,12 +35,12 @@ def _pages(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def plan(header: int, fixed: Sequence[int], row: int, ledger: int, name_share: int, max_models: int) -> Regions:
+def plan(header: int, fixed: Sequence[int], row: int, cold: int, name_share: int, max_models: int) -> Regions:
     """Lay out the mapping for `max_models` models from the sizes of its parts, in bytes.
 
     `fixed` has the sizes of the parts that do not depend on the number of models, whole.
     """
-    sizes = (header, *fixed, row * max_models, ledger * max_models, name_share * max_models)
+    sizes = (header, *fixed, row * max_models, cold * max_models, name_share * max_models)
     return Regions(*itertools.accumulate(_pages(size) for size in sizes))
 
 

@@ -8,8 +8,8 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from modelquota._core.layout cimport (
-    LIMIT_CODES, LIMITS, MAX_COUNT, SECOND, SLOTS_PER_SLOT, UNLIMITED, WINDOWS, GrantRecord, Header, Ledger, Limits,
-    QueueEntry, Row, Seat
+    ColdRow, GrantRecord, Header, LIMITS, LIMIT_CODES, Limits, MAX_COUNT, QueueEntry, Row, SECOND, SLOTS_PER_SLOT, Seat,
+    UNLIMITED, WINDOWS
 )
 from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB
 from modelquota._core.row.level cimport NO_RATE
@@ -32,7 +32,7 @@ def dtypes():
     cdef QueueEntry entry
     cdef GrantRecord grant
     cdef Row row
-    cdef Ledger ledger
+    cdef ColdRow cold
     cdef Usage usage
     return {
         "header": np.asarray(<Header[:1]> &header).dtype,
@@ -40,7 +40,7 @@ def dtypes():
         "entry": np.asarray(<QueueEntry[:1]> &entry).dtype,
         "grant": np.asarray(<GrantRecord[:1]> &grant).dtype,
         "row": np.asarray(<Row[:1]> &row).dtype,
-        "ledger": np.asarray(<Ledger[:1]> &ledger).dtype,
+        "cold": np.asarray(<ColdRow[:1]> &cold).dtype,
         "usage": _with_names_of_windows(np.asarray(<Usage[:1]> &usage).dtype),
     }
 
@@ -68,7 +68,7 @@ def core_limits():
 def struct_sizes():
     """``sizeof`` of each struct of the layout, to compare the dtypes with."""
     return {"header": sizeof(Header), "seat": sizeof(Seat), "entry": sizeof(QueueEntry), "grant": sizeof(GrantRecord),
-            "row": sizeof(Row), "ledger": sizeof(Ledger), "usage": sizeof(Usage)}
+            "row": sizeof(Row), "cold": sizeof(ColdRow), "usage": sizeof(Usage)}
 
 
 def encode_rate(rate, burst):
@@ -157,15 +157,15 @@ def bounds_of(config):
     while nothing is used, ``max(rate, 1) + burst`` for a rate.
     """
     cdef Row row
-    cdef Ledger ledger
+    cdef ColdRow cold
     cdef Limits limits
     cdef Usage usage
     memset(&row, 0, sizeof(row))
-    memset(&ledger, 0, sizeof(ledger))
+    memset(&cold, 0, sizeof(cold))
     pack(config, &limits)
-    start_row(&row, &ledger, 0)
-    put_limits(&row, &ledger, &limits)
-    read_usage(&row, &ledger, 0, &usage)
+    start_row(&row, &cold, 0)
+    put_limits(&row, &cold, &limits)
+    read_usage(&row, &cold, 0, &usage)
     at_once = [None if usage.left[code] == NO_LIMIT else usage.left[code] for code in range(LIMITS)]
     most = at_once.copy()
     most[LIMIT_CODES[SECOND][False]] = _count(limits.request_limits[SECOND])

@@ -1,10 +1,12 @@
 # A request takes and leaves its places in the queues of its models, from lock to unlock.
 from libc.stdint cimport int64_t, uint8_t
 from modelquota._core.layout cimport QueueEntry, Row, Shared
-from modelquota._core.row.decision cimport Request, NEVER, QUEUE, THROTTLE
+from modelquota._core.row.decision cimport NEVER, QUEUE, Request, THROTTLE
 from modelquota._core.row.grant cimport Holding
 from modelquota._core.row.queue cimport drop_expired, link_entry, unlink_entry
-from modelquota._core.state.joint cimport BUSY_ROW, DECIDED, GONE, JointRequest, NOBODY, first_gone, lock_rows, unlock_rows
+from modelquota._core.state.joint cimport (
+    BUSY_ROW, DECIDED, GONE, JointRequest, NOBODY, first_gone, lock_rows, unlock_rows
+)
 from modelquota._core.state.lock cimport unlock
 from modelquota._core.state.repair cimport lock_row
 
@@ -36,11 +38,11 @@ cdef inline int stand_in_queues(
         member = &joint.members[i]
         if member.entry == NULL or joint.gone != NOBODY or joint.violating != NOBODY:
             continue
-        if member.ledger.action != QUEUE and member.ledger.action != THROTTLE:
+        if member.cold.action != QUEUE and member.cold.action != THROTTLE:
             continue                    # nobody waits for this one; it is only kept from being overtaken
-        if member.ledger.waiting >= member.ledger.max_queued and not (
-                drop_expired(member.row, member.ledger, shared.entries, now_ns, True)
-                and member.ledger.waiting < member.ledger.max_queued):
+        if member.cold.waiting >= member.cold.max_queued and not (
+                drop_expired(member.row, member.cold, shared.entries, now_ns, True)
+                and member.cold.waiting < member.cold.max_queued):
             joint.violating = i
     if joint.gone == NOBODY and joint.violating == NOBODY:
         for i in range(joint.count):
@@ -55,9 +57,9 @@ cdef inline int stand_in_queues(
             write_deadline(&entry.deadline_ns, deadline_ns, RELAXED)
             entry.ready_ns = NEVER
             entry.limit = entry.aside = 0
-            entry.counted = member.ledger == request.counted and member.generation == request.counted_generation
+            entry.counted = member.cold == request.counted and member.generation == request.counted_generation
             entry.seat = shared.me
-            link_entry(member.row, member.ledger, shared.entries, entry)
+            link_entry(member.row, member.cold, shared.entries, entry)
     unlock_rows(joint, joint.count)
     if joint.gone != NOBODY:
         return GONE
@@ -72,7 +74,7 @@ cdef inline bint leave_queue(QueueEntry* entry, const Shared* shared, int64_t pa
     if not lock_row(row, shared, patience_ns):
         return False
     if entry.linked and row.generation == entry.generation:
-        unlink_entry(row, &shared.ledgers[entry.row], shared.entries, entry)
+        unlink_entry(row, &shared.cold_rows[entry.row], shared.entries, entry)
     entry.linked = 0
     unlock(&row.lock)
     return True

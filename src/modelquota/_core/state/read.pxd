@@ -1,7 +1,7 @@
 # Reading a row, and sums over all rows, from lock to unlock: nothing here touches a Python object.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
-from modelquota._core.layout cimport Header, Ledger, Limits, Row, Shared, VIOLATION_TYPES
+from modelquota._core.layout cimport ColdRow, Header, Limits, Row, Shared, VIOLATION_TYPES
 from modelquota._core.row.queue cimport count_counted, drop_expired
 from modelquota._core.row.usage cimport Usage, read_limits, read_usage
 from modelquota._core.row.window cimport requests_charged, tokens_charged
@@ -25,18 +25,18 @@ cdef struct Totals:
 
 
 cdef inline bint read_and_unlock(
-    Row* row, Ledger* ledger, uint32_t generation, int64_t now_ns, const Shared* shared, Usage* usage, Limits* limits
+    Row* row, ColdRow* cold, uint32_t generation, int64_t now_ns, const Shared* shared, Usage* usage, Limits* limits
 ) noexcept nogil:
     """Read a row that is locked; False if the model has left it."""
     cdef bint alive = row.generation == generation
     if alive:
-        if ledger.waiting != 0:
-            drop_expired(row, ledger, shared.entries, now_ns, True)
-        read_usage(row, ledger, now_ns, usage)
-        if ledger.waiting != 0:
-            usage.waiting_requests = count_counted(ledger, shared.entries)
+        if cold.waiting != 0:
+            drop_expired(row, cold, shared.entries, now_ns, True)
+        read_usage(row, cold, now_ns, usage)
+        if cold.waiting != 0:
+            usage.waiting_requests = count_counted(cold, shared.entries)
         if limits != NULL:
-            read_limits(row, ledger, limits)
+            read_limits(row, cold, limits)
     unlock(&row.lock)
     return alive
 
@@ -47,15 +47,15 @@ cdef inline bint read_locked(
     """Read a row that a process which does not run has locked: a copy of it, put right as after a death."""
     cdef int64_t index = row - shared.rows
     cdef Row row_copy
-    cdef Ledger ledger_copy
+    cdef ColdRow cold_copy
     row_copy = row[0]
-    memcpy(&ledger_copy, &shared.ledgers[index], sizeof(Ledger))
+    memcpy(&cold_copy, &shared.cold_rows[index], sizeof(ColdRow))
     if row_copy.generation != generation:
         return False
-    put_right(&row_copy, &ledger_copy, <uint32_t> index, shared)
-    read_usage(&row_copy, &ledger_copy, now_ns, usage)
+    put_right(&row_copy, &cold_copy, <uint32_t> index, shared)
+    read_usage(&row_copy, &cold_copy, now_ns, usage)
     if limits != NULL:
-        read_limits(&row_copy, &ledger_copy, limits)
+        read_limits(&row_copy, &cold_copy, limits)
     return True
 
 
@@ -63,7 +63,7 @@ cdef inline void sum_totals(const Shared* shared, Totals* totals) noexcept nogil
     """Sums over all models, living and removed. A row that stays locked is read as it is."""
     cdef Header* header = shared.header
     cdef Row* row
-    cdef Ledger* ledger
+    cdef ColdRow* cold
     cdef int64_t i
     cdef int kind
     cdef bint locked
@@ -79,18 +79,18 @@ cdef inline void sum_totals(const Shared* shared, Totals* totals) noexcept nogil
         totals.violations[kind] = header.retired_violations[kind]
     for i in range(header.row_count):
         row = &shared.rows[i]
-        ledger = &shared.ledgers[i]
+        cold = &shared.cold_rows[i]
         locked = lock_row(row, shared, READ_PATIENCE_NS)
-        totals.allowed += requests_charged(row, ledger)
-        totals.rejected += ledger.rejected
-        totals.throttled += ledger.throttled
-        totals.queued += ledger.queued
-        totals.waited += ledger.waited
-        totals.tokens += tokens_charged(row, ledger)
-        totals.refunded += ledger.tokens_refunded
-        if locked and ledger.waiting != 0:
-            totals.waiting += count_counted(ledger, shared.entries)
+        totals.allowed += requests_charged(row, cold)
+        totals.rejected += cold.rejected
+        totals.throttled += cold.throttled
+        totals.queued += cold.queued
+        totals.waited += cold.waited
+        totals.tokens += tokens_charged(row, cold)
+        totals.refunded += cold.tokens_refunded
+        if locked and cold.waiting != 0:
+            totals.waiting += count_counted(cold, shared.entries)
         for kind in range(VIOLATION_TYPES):
-            totals.violations[kind] += ledger.violations[kind]
+            totals.violations[kind] += cold.violations[kind]
         if locked:
             unlock(&row.lock)

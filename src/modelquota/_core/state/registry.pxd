@@ -2,7 +2,7 @@
 # have the row soon gives the registry back first, so that a process that is stopped in one row holds up only that model.
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
-from modelquota._core.layout cimport CHANGES, Header, Ledger, Limits, Row, Shared, UNLIMITED, VIOLATION_TYPES, WINDOWS
+from modelquota._core.layout cimport CHANGES, ColdRow, Header, Limits, Row, Shared, UNLIMITED, VIOLATION_TYPES, WINDOWS
 from modelquota._core.row.decision cimport advance
 from modelquota._core.row.level cimport NO_RATE, load
 from modelquota._core.row.usage cimport limits_digest, put_limits, read_limits, same_limits, start_row
@@ -104,7 +104,7 @@ cdef inline int replace_limits(
     `expected` (NULL: any). `named` says that somebody configured this id: it is not forgotten any more.
     """
     cdef Header* header = shared.header
-    cdef Ledger* ledger = &shared.ledgers[row - shared.rows]
+    cdef ColdRow* cold = &shared.cold_rows[row - shared.rows]
     cdef Limits current
     cdef bint fits
     if not lock_registry(shared, patience_ns):
@@ -114,10 +114,10 @@ cdef inline int replace_limits(
         return REGISTRY_BUSY
     fits = row.generation == generation
     if fits and expected != NULL:
-        read_limits(row, ledger, &current)
+        read_limits(row, cold, &current)
         fits = same_limits(&current, expected)
     if fits:
-        advance(row, ledger, now_ns)
+        advance(row, cold, now_ns)
         header.staged = limits[0]
         # but for the lock, which others try
         memcpy(&header.staged_row_before.slot_end_ns, &row.slot_end_ns,
@@ -126,22 +126,22 @@ cdef inline int replace_limits(
         compiler_barrier()
         header.staged_row = row - shared.rows
         compiler_barrier()
-        put_limits(row, ledger, limits)
+        put_limits(row, cold, limits)
         compiler_barrier()
         header.staged_row = -1
         if named:
-            ledger.on_sight = 0
+            cold.on_sight = 0
     unlock(&row.lock)
     unlock_registry(shared)
     return DONE if fits else NOT_DONE
 
 
-cdef inline bint write_name(const Shared* shared, Ledger* ledger, const char* name, int64_t size) noexcept nogil:
+cdef inline bint write_name(const Shared* shared, ColdRow* cold, const char* name, int64_t size) noexcept nogil:
     """Put a name into the row's record, or into a larger one. False if none is left. Requires both locks."""
     cdef Header* header = shared.header
     cdef int64_t capacity = NAME_UNIT
     cdef int64_t offset
-    if ledger.name_capacity < size:
+    if cold.name_capacity < size:
         while capacity < size:
             capacity *= 2
         offset = header.names_used
@@ -149,15 +149,15 @@ cdef inline bint write_name(const Shared* shared, Ledger* ledger, const char* na
             return False
         header.names_used = offset + capacity       # first: a process that dies here leaves a gap, not two owners
         compiler_barrier()
-        ledger.name_offset = <uint32_t> (offset // NAME_UNIT)
+        cold.name_offset = <uint32_t> (offset // NAME_UNIT)
         compiler_barrier()
-        ledger.name_capacity = <uint16_t> capacity
-    memcpy(shared.names + <int64_t> ledger.name_offset * NAME_UNIT, name, size)
-    ledger.name_size = <uint16_t> size
+        cold.name_capacity = <uint16_t> capacity
+    memcpy(shared.names + <int64_t> cold.name_offset * NAME_UNIT, name, size)
+    cold.name_size = <uint16_t> size
     return True
 
 
-cdef inline void take_out(Row* row, Ledger* ledger, const Shared* shared) noexcept nogil:
+cdef inline void take_out(Row* row, ColdRow* cold, const Shared* shared) noexcept nogil:
     """Take a model out of its row; what it counted goes into the header's totals. Requires both locks."""
     cdef Header* header = shared.header
     cdef int kind
@@ -166,24 +166,24 @@ cdef inline void take_out(Row* row, Ledger* ledger, const Shared* shared) noexce
     compiler_barrier()
     header.leaving_row = row - shared.rows
     compiler_barrier()
-    header.retired_allowed += requests_charged(row, ledger)
-    header.retired_rejected += ledger.rejected
-    header.retired_throttled += ledger.throttled
-    header.retired_queued += ledger.queued
-    count_atomically(&header.retired_waited, ledger.waited, RELAXED)    # others add to it without the lock
-    header.retired_tokens += tokens_charged(row, ledger)
-    header.retired_refunded += ledger.tokens_refunded
+    header.retired_allowed += requests_charged(row, cold)
+    header.retired_rejected += cold.rejected
+    header.retired_throttled += cold.throttled
+    header.retired_queued += cold.queued
+    count_atomically(&header.retired_waited, cold.waited, RELAXED)    # others add to it without the lock
+    header.retired_tokens += tokens_charged(row, cold)
+    header.retired_refunded += cold.tokens_refunded
     for kind in range(VIOLATION_TYPES):
-        header.retired_violations[kind] += ledger.violations[kind]
+        header.retired_violations[kind] += cold.violations[kind]
     compiler_barrier()
     publish_generation(&row.generation, row.generation + 1, RELEASE)
     compiler_barrier()
     header.leaving_row = -1
     compiler_barrier()
-    clear(row, ledger)
+    clear(row, cold)
 
 
-cdef inline bint is_as_new(Row* row, Ledger* ledger, int64_t now_ns) noexcept nogil:
+cdef inline bint is_as_new(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
     """Whether a model that was registered on sight would be decided the same if it had just come. Requires its lock.
 
     Nothing is in any window that has a limit, its levels have drained, nobody holds anything of it, waits for it or has
@@ -191,20 +191,20 @@ cdef inline bint is_as_new(Row* row, Ledger* ledger, int64_t now_ns) noexcept no
     """
     cdef Limits limits
     cdef int i
-    if not ledger.on_sight or ledger.handles or ledger.concurrent or ledger.waiting or ledger.ram_mb or ledger.ssd_mb:
+    if not cold.on_sight or cold.handles or cold.concurrent or cold.waiting or cold.ram_mb or cold.ssd_mb:
         return False
-    advance(row, ledger, now_ns)
+    advance(row, cold, now_ns)
     for i in range(WINDOWS):
-        if ledger.request_limit[i] != UNLIMITED and requests_used(row, ledger, i) != 0:
+        if cold.request_limit[i] != UNLIMITED and requests_used(row, cold, i) != 0:
             return False
-        if ledger.token_limit[i] != UNLIMITED and tokens_used(row, ledger, i) != 0:
+        if cold.token_limit[i] != UNLIMITED and tokens_used(row, cold, i) != 0:
             return False
     if row.request_shift != NO_RATE and load(&row.request_level) != 0:
         return False
     if row.token_shift != NO_RATE and load(&row.token_level) != 0:
         return False
-    read_limits(row, ledger, &limits)
-    return <uint32_t> limits_digest(&limits) == ledger.sight_digest
+    read_limits(row, cold, &limits)
+    return <uint32_t> limits_digest(&limits) == cold.sight_digest
 
 
 cdef inline int64_t forget_one(const Shared* shared, int64_t now_ns) noexcept nogil:
@@ -225,10 +225,10 @@ cdef inline int64_t forget_one(const Shared* shared, int64_t now_ns) noexcept no
         index = header.forget_hand if header.forget_hand < header.row_count else 0
         header.forget_hand = index + 1
         row = &shared.rows[index]
-        if not shared.ledgers[index].on_sight or not lock_row(row, shared, 0):
+        if not shared.cold_rows[index].on_sight or not lock_row(row, shared, 0):
             continue
-        if row.generation & 1 and is_as_new(row, &shared.ledgers[index], now_ns):
-            take_out(row, &shared.ledgers[index], shared)
+        if row.generation & 1 and is_as_new(row, &shared.cold_rows[index], now_ns):
+            take_out(row, &shared.cold_rows[index], shared)
             return index
         unlock(&row.lock)
     if header.clock_kind != MANUAL:     # which stands still: whoever asks again at the same time is told the same
@@ -249,7 +249,7 @@ cdef inline int64_t add_model(
     """
     cdef Header* header = shared.header
     cdef Row* rows = shared.rows
-    cdef Ledger* ledger
+    cdef ColdRow* cold
     cdef int64_t index
     cdef Row* row
     if not lock_registry(shared, patience_ns):
@@ -266,7 +266,7 @@ cdef inline int64_t add_model(
             return REGISTRY_BUSY
         if index == header.row_count:       # never used; whatever a file may have there says nothing
             rows[index].generation = 0
-            shared.ledgers[index].name_offset = shared.ledgers[index].name_capacity = 0
+            shared.cold_rows[index].name_offset = shared.cold_rows[index].name_capacity = 0
         header.lowest_free = index + 1
     else:
         header.lowest_free = index
@@ -275,14 +275,14 @@ cdef inline int64_t add_model(
             unlock_registry(shared)
             return TABLE_FULL
     row = &rows[index]
-    ledger = &shared.ledgers[index]
-    clear(row, ledger)
-    if write_name(shared, ledger, name, size):
-        start_row(row, ledger, now_ns)
-        put_limits(row, ledger, limits)
+    cold = &shared.cold_rows[index]
+    clear(row, cold)
+    if write_name(shared, cold, name, size):
+        start_row(row, cold, now_ns)
+        put_limits(row, cold, limits)
         if on_sight:
-            ledger.sight_digest = <uint32_t> limits_digest(limits)
-            ledger.on_sight = 1
+            cold.sight_digest = <uint32_t> limits_digest(limits)
+            cold.on_sight = 1
         compiler_barrier()
         generation[0] = row.generation + 1
         publish_generation(&row.generation, generation[0], RELEASE)
@@ -310,7 +310,7 @@ cdef inline int remove_model(Row* row, uint32_t generation, const Shared* shared
         return REGISTRY_BUSY
     alive = row.generation == generation
     if alive:
-        take_out(row, &shared.ledgers[index], shared)
+        take_out(row, &shared.cold_rows[index], shared)
         if index < header.lowest_free:
             header.lowest_free = index
         header.full_until_ns = 0

@@ -2,16 +2,17 @@
 #
 # What is charged ever, the rings, and the records of grants and of the queue are what counts; the rest is found again from
 # them.
-# A change that takes several steps says so in the ledger's journal. Steps that are one store each need no entry: a process
+# A change that takes several steps says so in the cold row's journal. Steps that are one store each need no entry: a process
 # dies between them, and what it had not stored of its own request is lost, no more.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
-from modelquota._core.layout cimport CHUNK, GrantRecord, Header, Ledger, Row, Shared, SLOTS, WINDOWS
+from modelquota._core.layout cimport CHUNK, ColdRow, GrantRecord, Header, Row, SLOTS, Shared, WINDOWS
 from modelquota._core.row.level cimport LEVEL_MAX, load, store
 from modelquota._core.row.queue cimport rebuild_queue
 from modelquota._core.row.usage cimport put_limits
 from modelquota._core.row.window cimport (
-    ROLLED, ROLLING, SETTLED, current_slot, compiler_barrier, measure_room, roll, slot_start_ns, slots_per_slot, turn_ring
+    ROLLED, ROLLING, SETTLED, compiler_barrier, current_slot, measure_room, roll, slot_start_ns, slots_per_slot,
+    turn_ring
 )
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, spin_lock, try_lock
 
@@ -34,76 +35,76 @@ cdef inline bint try_row(Row* row, const Shared* shared) noexcept nogil:
     return try_lock(&row.lock, shared.me) or spin_lock(&row.lock, shared.me)
 
 
-cdef inline void clear(Row* row, Ledger* ledger) noexcept nogil:
+cdef inline void clear(Row* row, ColdRow* cold) noexcept nogil:
     """Zero a model but for its row's lock and generation and its name record."""
-    cdef uint32_t name_offset = ledger.name_offset
-    cdef uint16_t name_capacity = ledger.name_capacity
+    cdef uint32_t name_offset = cold.name_offset
+    cdef uint16_t name_capacity = cold.name_capacity
     cdef Py_ssize_t kept = <char*> &row.slot_end_ns - <char*> row
     memset(&row.slot_end_ns, 0, sizeof(Row) - kept)
-    memset(ledger, 0, sizeof(Ledger))
-    ledger.name_offset = name_offset
-    ledger.name_capacity = name_capacity
+    memset(cold, 0, sizeof(ColdRow))
+    cold.name_offset = name_offset
+    cold.name_capacity = name_capacity
 
 
-cdef inline void finish_rolling(Row* row, Ledger* ledger) noexcept nogil:
+cdef inline void finish_rolling(Row* row, ColdRow* cold) noexcept nogil:
     """Do what is left of moving all windows to the journal's slot."""
     cdef int64_t before = current_slot(row)
     cdef int64_t first, steps
     cdef int window
-    cdef int broken = (ledger.stage - ROLLING) // 2
-    cdef bint is_done = (ledger.stage - ROLLING) % 2
+    cdef int broken = (cold.stage - ROLLING) // 2
+    cdef bint is_done = (cold.stage - ROLLING) % 2
     for window in range(WINDOWS):
         first = before // slots_per_slot(window)
-        steps = ledger.journal_slot // slots_per_slot(window) - first
+        steps = cold.journal_slot // slots_per_slot(window) - first
         if steps <= 0:
             break
         if window < broken or (window == broken and is_done):
             continue
         if window > broken:
-            roll(ledger, window, ledger.journal_requests, ledger.journal_tokens, first, steps)
+            roll(cold, window, cold.journal_requests, cold.journal_tokens, first, steps)
             continue
-        ledger.requests_start[window] = ledger.journal_requests_start
-        ledger.tokens_start[window] = ledger.journal_tokens_start
-        ledger.filled[window] = ledger.journal_filled
-        turn_ring(ledger, window, ledger.journal_requests, ledger.journal_tokens, first, steps)
+        cold.requests_start[window] = cold.journal_requests_start
+        cold.tokens_start[window] = cold.journal_tokens_start
+        cold.filled[window] = cold.journal_filled
+        turn_ring(cold, window, cold.journal_requests, cold.journal_tokens, first, steps)
         compiler_barrier()
-        ledger.stage = <uint8_t> (ROLLED + 2 * window)
+        cold.stage = <uint8_t> (ROLLED + 2 * window)
         compiler_barrier()
-    if ledger.journal_slot > before:
-        row.slot_end_ns = slot_start_ns(ledger.journal_slot + 1)
+    if cold.journal_slot > before:
+        row.slot_end_ns = slot_start_ns(cold.journal_slot + 1)
 
 
-cdef inline uint64_t in_ring(const Row* row, const Ledger* ledger, int window, bint of_tokens) noexcept nogil:
+cdef inline uint64_t in_ring(const Row* row, const ColdRow* cold, int window, bint of_tokens) noexcept nogil:
     """Sum of the closed slots that a window counts."""
-    cdef int64_t slot = current_slot(row) // slots_per_slot(window) - ledger.filled[window]
+    cdef int64_t slot = current_slot(row) // slots_per_slot(window) - cold.filled[window]
     cdef int64_t position = slot % SLOTS
     cdef uint64_t total = 0
     cdef int i
-    for i in range(ledger.filled[window]):
-        total += <uint64_t> ledger.tokens[window][position] if of_tokens else ledger.requests[window][position]
+    for i in range(cold.filled[window]):
+        total += <uint64_t> cold.tokens[window][position] if of_tokens else cold.requests[window][position]
         position = 0 if position == SLOTS - 1 else position + 1
     return total
 
 
-cdef inline void count_held(const Row* row, Ledger* ledger, uint32_t index, const Shared* shared) noexcept nogil:
+cdef inline void count_held(const Row* row, ColdRow* cold, uint32_t index, const Shared* shared) noexcept nogil:
     """Sum up what open grants hold of the row. Requires its lock."""
     cdef const GrantRecord* held
     cdef int64_t i
-    ledger.reserved_ram_mb = ledger.reserved_ssd_mb = ledger.reserved_tokens = ledger.concurrent = 0
-    ledger.handles = 0
+    cold.reserved_ram_mb = cold.reserved_ssd_mb = cold.reserved_tokens = cold.concurrent = 0
+    cold.handles = 0
     for i in range(<int64_t> shared.header.grant_chunks_used * CHUNK):
         held = &shared.grants[i]
         if held.seat != 0 and held.row == index and held.generation == row.generation:
-            ledger.reserved_ram_mb += held.ram_mb
-            ledger.reserved_ssd_mb += held.ssd_mb
-            ledger.reserved_tokens += held.tokens
+            cold.reserved_ram_mb += held.ram_mb
+            cold.reserved_ssd_mb += held.ssd_mb
+            cold.reserved_tokens += held.tokens
             if held.is_handle:
-                ledger.handles += 1
+                cold.handles += 1
             else:
-                ledger.concurrent += 1
+                cold.concurrent += 1
 
 
-cdef inline void repair_limits(Row* row, Ledger* ledger, const Header* header) noexcept nogil:
+cdef inline void repair_limits(Row* row, ColdRow* cold, const Header* header) noexcept nogil:
     """Do a change of limits again from its beginning. Requires the row's lock."""
     row.request_level = header.staged_row_before.request_level
     row.token_level = header.staged_row_before.token_level
@@ -115,45 +116,45 @@ cdef inline void repair_limits(Row* row, Ledger* ledger, const Header* header) n
     row.token_shift = header.staged_row_before.token_shift
     row.dormant_request_shift = header.staged_row_before.dormant_request_shift
     row.dormant_token_shift = header.staged_row_before.dormant_token_shift
-    put_limits(row, ledger, &header.staged)
+    put_limits(row, cold, &header.staged)
 
 
-cdef inline void put_right(Row* row, Ledger* ledger, uint32_t index, const Shared* shared) noexcept nogil:
+cdef inline void put_right(Row* row, ColdRow* cold, uint32_t index, const Shared* shared) noexcept nogil:
     """Find all else again from what counts, in a row or a private copy of one."""
     cdef const Header* header = shared.header
     cdef int window
-    if ledger.stage != SETTLED:
-        if ledger.stage >= ROLLING:
-            finish_rolling(row, ledger)
+    if cold.stage != SETTLED:
+        if cold.stage >= ROLLING:
+            finish_rolling(row, cold)
         row.request_room = row.token_room = 0
-        ledger.requests_mark = ledger.journal_requests
-        ledger.tokens_mark = ledger.journal_tokens
+        cold.requests_mark = cold.journal_requests
+        cold.tokens_mark = cold.journal_tokens
     for window in range(WINDOWS):
-        ledger.requests_base[window] = ledger.requests_start[window] - in_ring(row, ledger, window, False)
-        ledger.tokens_base[window] = ledger.tokens_start[window] - in_ring(row, ledger, window, True)
+        cold.requests_base[window] = cold.requests_start[window] - in_ring(row, cold, window, False)
+        cold.tokens_base[window] = cold.tokens_start[window] - in_ring(row, cold, window, True)
     if header.staged_row == index and header.staged_generation == row.generation:
-        repair_limits(row, ledger, header)
+        repair_limits(row, cold, header)
     # what levels may take back is a bound from below: 0 is always one
-    ledger.request_minimum[0] = ledger.request_minimum[1] = ledger.token_minimum[0] = ledger.token_minimum[1] = 0
+    cold.request_minimum[0] = cold.request_minimum[1] = cold.token_minimum[0] = cold.token_minimum[1] = 0
     if load(&row.request_level) > LEVEL_MAX:
         store(&row.request_level, LEVEL_MAX)
     if load(&row.token_level) > LEVEL_MAX:
         store(&row.token_level, LEVEL_MAX)
-    count_held(row, ledger, index, shared)
-    measure_room(row, ledger)
+    count_held(row, cold, index, shared)
+    measure_room(row, cold)
 
 
 cdef inline void repair_row(Row* row, const Shared* shared) noexcept nogil:
     """Put a row right whose lock was taken over from a dead owner. Requires the row's lock."""
     cdef int64_t index = row - shared.rows
-    cdef Ledger* ledger = &shared.ledgers[index]
+    cdef ColdRow* cold = &shared.cold_rows[index]
     cdef Header* header = shared.header
     count_atomically(&header.recoveries, 1, RELAXED)
     if row.generation % 2 == 0:         # the model had not come in, or was already out
-        clear(row, ledger)
+        clear(row, cold)
         return
-    rebuild_queue(row, ledger, shared)
-    put_right(row, ledger, <uint32_t> index, shared)
+    rebuild_queue(row, cold, shared)
+    put_right(row, cold, <uint32_t> index, shared)
     if header.staged_row == index and header.staged_generation == row.generation:
         compiler_barrier()
         header.staged_row = -1

@@ -21,14 +21,14 @@ from posix.mman cimport (
 from posix.unistd cimport close
 
 from modelquota._core.layout cimport (
-    CHANGES, CHUNK, CHUNKS, GrantRecord, Header, LAYOUT_VERSION, Ledger, MAX_TIME_NS, Pool, QueueEntry, RECORDS, Row,
+    CHANGES, CHUNK, CHUNKS, ColdRow, GrantRecord, Header, LAYOUT_VERSION, MAX_TIME_NS, Pool, QueueEntry, RECORDS, Row,
     SEATS, Seat, Shared
 )
 from modelquota._core.row.window cimport compiler_barrier
 from modelquota._core.state.clock cimport ManualClock, Watcher, monotonic_ns
 from modelquota._core.state.lock cimport (
-    NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, has_seat, hold_by_lock, is_file, is_left, is_sitting, load_long, load_word,
-    lock_seat, own_bits, sit_down, stand_up, swap_word
+    NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, has_seat, hold_by_lock, is_file, is_left, is_sitting, load_long,
+    load_word, lock_seat, own_bits, sit_down, stand_up, swap_word
 )
 from modelquota._core.state.pool cimport end_pool, record_at, start_pool
 from modelquota._core.state.registry cimport MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, unlock_registry
@@ -115,14 +115,14 @@ def regions_for(max_models):
     """Where the parts of a mapping for so many models are."""
     fixed = (SEATS * sizeof(Seat), CHANGES * sizeof(uint32_t), CHUNKS * sizeof(uint32_t), RECORDS * sizeof(QueueEntry),
              CHUNKS * sizeof(uint32_t), RECORDS * sizeof(GrantRecord))
-    return plan(sizeof(Header), fixed, sizeof(Row), sizeof(Ledger), NAME_SHARE, max_models)
+    return plan(sizeof(Header), fixed, sizeof(Row), sizeof(ColdRow), NAME_SHARE, max_models)
 
 
 @functools.cache
 def layout_fingerprint():
     """The fingerprint of this version's layout."""
     layout = dtypes()
-    return fingerprint(*(layout[part] for part in ("header", "seat", "entry", "grant", "row", "ledger")))
+    return fingerprint(*(layout[part] for part in ("header", "seat", "entry", "grant", "row", "cold")))
 
 
 def new_header(max_models):
@@ -216,7 +216,7 @@ cdef class State:
         shared.entries = <QueueEntry*> (memory + <Py_ssize_t> regions.entries)
         shared.grants = <GrantRecord*> (memory + <Py_ssize_t> regions.grants)
         shared.rows = <Row*> (memory + <Py_ssize_t> regions.rows)
-        shared.ledgers = <Ledger*> (memory + <Py_ssize_t> regions.ledgers)
+        shared.cold_rows = <ColdRow*> (memory + <Py_ssize_t> regions.cold_rows)
         shared.names = memory + <Py_ssize_t> regions.names
         shared.names_size = regions.size - regions.names
         shared.header = <Header*> memory
@@ -367,7 +367,7 @@ cdef class State:
         return 0
 
     def arrays(self):
-        """The parts of the state as numpy structured arrays over the same memory: header, rows, ledgers.
+        """The parts of the state as numpy structured arrays over the same memory: header, rows, cold rows.
 
         For inspection and tests: what is read without a row's lock may be in the middle of a change.
         """
@@ -379,7 +379,7 @@ cdef class State:
         regions = regions_for(n)
         return (np.frombuffer(self.mapping, layout["header"], 1, 0),
                 np.frombuffer(self.mapping, layout["row"], n, regions.rows),
-                np.frombuffer(self.mapping, layout["ledger"], n, regions.ledgers))
+                np.frombuffer(self.mapping, layout["cold"], n, regions.cold_rows))
 
     # -- space
 
@@ -404,7 +404,7 @@ cdef class State:
         self.reserve_space(shared.grant_pool.owners, CHUNKS * sizeof(uint32_t))
         self.reserve_space(shared.grants, <Py_ssize_t> header.grant_chunks_used * CHUNK * sizeof(GrantRecord))
         self.reserve_space(shared.rows, header.row_count * sizeof(Row))
-        self.reserve_space(shared.ledgers, header.row_count * sizeof(Ledger))
+        self.reserve_space(shared.cold_rows, header.row_count * sizeof(ColdRow))
         self.reserve_space(shared.names, header.names_used)
         return 0
 
@@ -417,7 +417,7 @@ cdef class State:
             return 0
         if index < shared.header.max_models:
             self.reserve_space(&shared.rows[index], sizeof(Row))
-            self.reserve_space(&shared.ledgers[index], sizeof(Ledger))
+            self.reserve_space(&shared.cold_rows[index], sizeof(ColdRow))
         self.reserve_space(shared.names + name, min(LONGEST_NAME, shared.names_size - name))
         return 0
 

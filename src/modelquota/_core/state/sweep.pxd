@@ -1,7 +1,7 @@
 # What dead processes held is given back, and their places in the queues are cleared.
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
-from modelquota._core.layout cimport CHUNK, GrantRecord, Pool, QueueEntry, Row, SEAT_BITS, SEATS, Shared
+from modelquota._core.layout cimport CHUNK, GrantRecord, Pool, QueueEntry, Row, SEATS, SEAT_BITS, Shared
 from modelquota._core.row.grant cimport free_handle, release_holding
 from modelquota._core.row.queue cimport unlink_entry
 from modelquota._core.state.lock cimport epoch_of, is_gone, load_word, swap_word, unlock
@@ -48,9 +48,9 @@ cdef inline bint sweep_grant(GrantRecord* record, uint32_t owner, const Shared* 
     if record.seat == owner:
         found[0] += 1
         if record.generation == row.generation and record.is_handle:
-            free_handle(&shared.ledgers[record.row], record)
+            free_handle(&shared.cold_rows[record.row], record)
         elif record.generation == row.generation:
-            release_holding(row, &shared.ledgers[record.row], record)
+            release_holding(row, &shared.cold_rows[record.row], record)
         else:
             record.seat = 0
     unlock(&row.lock)
@@ -68,7 +68,7 @@ cdef inline bint sweep_entry(QueueEntry* entry, uint32_t owner, const Shared* sh
     if entry.seat == owner:
         found[0] += 1
         if entry.linked and entry.generation == row.generation:
-            unlink_entry(row, &shared.ledgers[entry.row], shared.entries, entry)
+            unlink_entry(row, &shared.cold_rows[entry.row], shared.entries, entry)
         entry.linked = 0
         entry.seat = 0
     unlock(&row.lock)

@@ -10,9 +10,9 @@
 # A process that has claimed a grant clears the references to the deciding record before it gives that one back. So if LAPSED
 # was read there, and then the reference to it once more, in a record whose row is locked, that record's grant has lapsed.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from modelquota._core.layout cimport CHUNK, Charge, GrantRecord, Ledger, RECORDS, Row, Shared
+from modelquota._core.layout cimport CHUNK, Charge, ColdRow, GrantRecord, RECORDS, Row, Shared
 from modelquota._core.row.decision cimport advance
-from modelquota._core.row.grant cimport release_holding, refund
+from modelquota._core.row.grant cimport refund, release_holding
 from modelquota._core.state.lock cimport load_word, unlock
 from modelquota._core.state.repair cimport lock_row
 
@@ -82,14 +82,14 @@ cdef inline bint is_lapsed(const GrantRecord* record, const Shared* shared) noex
     )
 
 
-cdef inline void undo_hold(Row* row, Ledger* ledger, GrantRecord* record, int64_t now_ns) noexcept nogil:
+cdef inline void undo_hold(Row* row, ColdRow* cold, GrantRecord* record, int64_t now_ns) noexcept nogil:
     """Give back what a record holds, and refund the request. Requires the row's lock, and that the model is in the row.
 
     A process that dies in the middle has refunded too little rather than too much.
     """
-    release_holding(row, ledger, record)
-    advance(row, ledger, now_ns)
-    refund(row, ledger, 1, record.charge.tokens, &record.charge)
+    release_holding(row, cold, record)
+    advance(row, cold, now_ns)
+    refund(row, cold, 1, record.charge.tokens, &record.charge)
 
 
 cdef inline int let_lapsed_go(GrantRecord* record, int64_t now_ns, const Shared* shared) noexcept nogil:
@@ -105,7 +105,7 @@ cdef inline int let_lapsed_go(GrantRecord* record, int64_t now_ns, const Shared*
     if record.seat != 0 and record.row == index and is_lapsed(record, shared):
         found = 1
         if record.generation == row.generation:
-            undo_hold(row, &shared.ledgers[index], record, now_ns)
+            undo_hold(row, &shared.cold_rows[index], record, now_ns)
         else:
             record.seat = 0
         if shared.header.full_until_ns != 0:    # the model may be as good as new now

@@ -69,20 +69,20 @@ _SHADOWS = sum(1 << record.limit for record in DENYING)
 
 @dataclass
 class RowBlock:
-    """Some rows and their ledgers, copied; `steady` says of which the copy is of one moment.
+    """Some rows and their cold rows, copied; `steady` says of which the copy is of one moment.
 
     The header was read after them: nothing in them is newer than what it says.
     """
 
     first: int
     rows: NDArray[Any]
-    ledgers: NDArray[Any]
+    cold_rows: NDArray[Any]
     steady: NDArray[np.bool_] = field(repr=False)
     header: Any = field(repr=False)
 
     def is_like(self, other: RowBlock) -> NDArray[np.bool_]:
         """Which rows are the same, byte for byte, in a copy that was made at another time."""
-        return _alike((self.rows, self.ledgers), (other.rows, other.ledgers))
+        return _alike((self.rows, self.cold_rows), (other.rows, other.cold_rows))
 
 
 class Reader:
@@ -190,10 +190,10 @@ class Reader:
         return RowBlock(first, *again, steady, self.read_header())
 
     def _copy(self, first: int, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        row_type, ledger_type = self.layout["row"], self.layout["ledger"]
+        row_type, cold_type = self.layout["row"], self.layout["cold"]
         return (
             self._read(row_type, count, self.regions.rows + first * row_type.itemsize),
-            self._read(ledger_type, count, self.regions.ledgers + first * ledger_type.itemsize),
+            self._read(cold_type, count, self.regions.cold_rows + first * cold_type.itemsize),
         )
 
     def names(self, part: RowBlock) -> list[bytes | None]:
@@ -202,8 +202,8 @@ class Reader:
         None for a row that is free, or whose model is not the one any more that it was copied with. A name does not
         change while its model stays.
         """
-        offsets = part.ledgers["name_offset"].astype(np.int64) * NAME_UNIT
-        sizes = part.ledgers["name_size"].astype(np.int64)
+        offsets = part.cold_rows["name_offset"].astype(np.int64) * NAME_UNIT
+        sizes = part.cold_rows["name_size"].astype(np.int64)
         alive = part.rows["generation"] % 2 == 1
         found = self.names_at(offsets, np.where(alive, sizes, 0), int(part.header["names_used"]))
         alive &= self.generations(part.first, len(part.rows)) == part.rows["generation"]
@@ -361,16 +361,16 @@ def _is_name(name: bytes) -> bool:
 
 def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterator[str]:
     """Say what makes no sense in some rows, in words with numbers."""
-    rows, ledgers = part.rows, part.ledgers
-    outside = ledgers["name_offset"].astype(np.int64) * NAME_UNIT + ledgers["name_capacity"] > names_used
-    outside |= (ledgers["name_size"] > ledgers["name_capacity"]) | (ledgers["name_capacity"] > 256)
+    rows, cold_rows = part.rows, part.cold_rows
+    outside = cold_rows["name_offset"].astype(np.int64) * NAME_UNIT + cold_rows["name_capacity"] > names_used
+    outside |= (cold_rows["name_size"] > cold_rows["name_capacity"]) | (cold_rows["name_capacity"] > 256)
     yield from _each(part, outside, "its name lies outside the names")
     yield from _each(
-        part, np.asarray((ledgers["filled"] > _SLOTS).any(1), np.bool_), "a window has more slots than there are"
+        part, np.asarray((cold_rows["filled"] > _SLOTS).any(1), np.bool_), "a window has more slots than there are"
     )
-    yield from _each(part, ledgers["journal_filled"] > _SLOTS, "its journal has more slots than there are")
-    yield from _each(part, ledgers["action"] > 3, "its action is unknown")
-    yield from _each(part, ledgers["stage"] > 1 + 2 * len(_PER_SLOT), "its stage is unknown")
+    yield from _each(part, cold_rows["journal_filled"] > _SLOTS, "its journal has more slots than there are")
+    yield from _each(part, cold_rows["action"] > 3, "its action is unknown")
+    yield from _each(part, cold_rows["stage"] > 1 + 2 * len(_PER_SLOT), "its stage is unknown")
     for what in ("request", "token"):
         dormant = rows[f"dormant_{what}_shift"]
         wrong = (dormant > _WIDEST_SHIFT) & (dormant != _NO_RATE)
@@ -383,15 +383,15 @@ def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterat
     for times in (rows["slot_end_ns"], rows["level_ns"]):
         yield from _each(part, (times < 0) | (times > _MAX_TIME_NS), "its time is beyond 2**61 ns")
     for name in ("first_entry", "last_entry"):
-        yield from _each(part, ledgers[name] > _RECORDS, f"its {name} is none")
-    yield from _each(part, ledgers["handles"] < 0, "its handles are fewer than none")
+        yield from _each(part, cold_rows[name] > _RECORDS, f"its {name} is none")
+    yield from _each(part, cold_rows["handles"] < 0, "its handles are fewer than none")
     for name in _COUNTS:
-        yield from _each(part, (ledgers[name] < 0) | (ledgers[name] > _MAX_COUNT), f"{name} is no count")
+        yield from _each(part, (cold_rows[name] < 0) | (cold_rows[name] > _MAX_COUNT), f"{name} is no count")
     for name in _TALLIES:
-        beyond = np.asarray(ledgers[name] > _MAX_TALLY).reshape(len(rows), -1).any(1)
+        beyond = np.asarray(cold_rows[name] > _MAX_TALLY).reshape(len(rows), -1).any(1)
         yield from _each(part, beyond, f"{name} is more than can be counted")
-    rolling = ledgers["stage"] >= 2
-    slot = ledgers["journal_slot"]
+    rolling = cold_rows["stage"] >= 2
+    slot = cold_rows["journal_slot"]
     yield from _each(
         part, rolling & ((slot < 0) | (slot > _MAX_TIME_NS // 10_000_000)), "its journal is beyond 2**61 ns"
     )
@@ -427,31 +427,31 @@ def staged_faults(header: Any) -> Iterator[str]:
 
 def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
     """Say which limits no configuration gives, in rows that are alive and nobody is changing."""
-    rows, ledgers = part.rows, part.ledgers
+    rows, cold_rows = part.rows, part.cold_rows
     for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent"):
-        yield from _each(part, alive & ~_is_limit(ledgers[name]), f"its {name} is no limit")
+        yield from _each(part, alive & ~_is_limit(cold_rows[name]), f"its {name} is no limit")
     for name in ("max_queued", "burst_requests", "burst_tokens"):
-        count = (ledgers[name] >= 0) & (ledgers[name] <= _MAX_COUNT)
+        count = (cold_rows[name] >= 0) & (cold_rows[name] <= _MAX_COUNT)
         yield from _each(part, alive & ~count, f"its {name} is no count")
     yield from _each(part, alive & (rows["shadow"] & ~np.uint16(_SHADOWS) != 0), "its shadow limits are unknown")
     with np.errstate(invalid="ignore"):
-        grace = ledgers["grace_period_sec"]
+        grace = cold_rows["grace_period_sec"]
         yield from _each(part, alive & ~((grace >= 0) & np.isfinite(grace)), "its grace period is no time")
         for what in ("request", "token"):
-            rate = ledgers[f"{what}s_per_second"]
+            rate = cold_rows[f"{what}s_per_second"]
             yield from _each(part, alive & ~(rate >= 0), f"its {what} rate is no rate")
     for what in ("request", "token"):
         for window in range(1, len(_PER_SLOT)):
-            wrong = ~_is_limit(ledgers[f"{what}_limit"][:, window])
+            wrong = ~_is_limit(cold_rows[f"{what}_limit"][:, window])
             yield from _each(part, alive & wrong, f"its limit of {what}s in window {window} is none")
-        lowest = ledgers[f"{what}_minimum"]
+        lowest = cold_rows[f"{what}_minimum"]
         widest = np.ldexp(1.0, 95 - np.minimum(rows[f"{what}_shift"].astype(np.int64), 95))
         wrong = np.asarray(((lowest < 0) | (lowest > widest[:, None])).any(1), np.bool_)
         # Not of a locked row: whoever repairs it forgets them.
         yield from _each(part, alive & part.steady & wrong, f"its lowest {what} level is beyond all bounds")
         encoded = np.empty(len(rows), _ENCODED)
-        encoded["rate"], encoded["burst"] = ledgers[f"{what}s_per_second"], ledgers[f"burst_{what}s"]
-        encoded["limit"], encoded["drain"] = ledgers[f"{what}_limit"][:, 0], rows[f"{what}_drain"]
+        encoded["rate"], encoded["burst"] = cold_rows[f"{what}s_per_second"], cold_rows[f"burst_{what}s"]
+        encoded["limit"], encoded["drain"] = cold_rows[f"{what}_limit"][:, 0], rows[f"{what}_drain"]
         encoded["shift"] = rows[f"{what}_shift"]
         encoded["low"], encoded["high"] = rows[f"{what}_cap"]["low"], rows[f"{what}_cap"]["high"]
         # without a rate, cap and drain are those of the rate before: any that are within bounds
@@ -490,21 +490,21 @@ def _is_encoded(one: Any) -> bool:
 
 def sum_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
     """Compare sums with what they are the sums of, in rows that are alive and nobody is changing."""
-    rows, ledgers = part.rows, part.ledgers
-    yield from _each(part, alive & (ledgers["stage"] != 0), "a change was left half done")
+    rows, cold_rows = part.rows, part.cold_rows
+    yield from _each(part, alive & (cold_rows["stage"] != 0), "a change was left half done")
     edge = (rows["slot_end_ns"] * 3 // 50_000_000 * 50_000_000 + 2) // 3
     yield from _each(part, alive & (edge != rows["slot_end_ns"]), "its slot ends where none does")
     current = rows["slot_end_ns"] * 3 // 50_000_000 - 1
     room = {"requests": rows["request_room"], "tokens": rows["token_room"]}
-    limit = {"requests": ledgers["request_limit"], "tokens": ledgers["token_limit"]}
+    limit = {"requests": cold_rows["request_limit"], "tokens": cold_rows["token_limit"]}
     for what in ("requests", "tokens"):
-        charged = ledgers[f"{what}_mark"] - room[what].view(np.uint64)
+        charged = cold_rows[f"{what}_mark"] - room[what].view(np.uint64)
         least = np.full(len(rows), _MAX_COUNT)
         for window, per_slot in enumerate(_PER_SLOT):
             age = ((current // per_slot - 1) % _SLOTS).astype(np.int8)[:, None] - np.arange(_SLOTS, dtype=np.int8)
             age[age < 0] += _SLOTS
-            ring = np.where(age < ledgers["filled"][:, window][:, None], ledgers[what][:, window], 0)
-            base, start = ledgers[f"{what}_base"][:, window], ledgers[f"{what}_start"][:, window]
+            ring = np.where(age < cold_rows["filled"][:, window][:, None], cold_rows[what][:, window], 0)
+            base, start = cold_rows[f"{what}_base"][:, window], cold_rows[f"{what}_start"][:, window]
             wrong = start - base != ring.astype(np.uint64).sum(1)
             yield from _each(part, alive & wrong, f"the {what} of window {window} are not the sum of its slots")
             used = (charged - base).view(np.int64)
@@ -514,7 +514,7 @@ def sum_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
             least = np.minimum(least, np.minimum(limit[what][:, window], _MAX_COUNT) - used)
         unlike = np.asarray(least != room[what], np.bool_)
         if what == "requests":  # no room is left while that holds, and what is admitted all the same takes more
-            held_up = (ledgers["concurrent"] >= ledgers["max_concurrent"]) | (ledgers["waiting"] != 0)
+            held_up = (cold_rows["concurrent"] >= cold_rows["max_concurrent"]) | (cold_rows["waiting"] != 0)
             unlike = np.where(held_up, room[what] > np.minimum(least, 0), unlike)
         yield from _each(part, alive & unlike, f"the {what} that are left are not what the limits leave")
 

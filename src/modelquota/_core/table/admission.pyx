@@ -6,14 +6,14 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from modelquota._core.layout cimport Charge, Ledger, Limits, QueueEntry, Row, Shared
-from modelquota._core.row.decision cimport Request, Fit, Verdict, charge_admitted, highest_usage
+from modelquota._core.layout cimport Charge, ColdRow, Limits, QueueEntry, Row, Shared
+from modelquota._core.row.decision cimport Fit, Request, Verdict, charge_admitted, highest_usage
 from modelquota._core.row.grant cimport Holding
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
 from modelquota._core.row.usage cimport put_limits, start_row
 from modelquota._core.state.joint cimport (
-    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NOBODY, Places, assess_all, decide_rows, first_gone, lock_rows, put_in_order,
-    same_row, unlock_rows
+    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NOBODY, Places, assess_all, decide_rows, first_gone, lock_rows,
+    put_in_order, same_row, unlock_rows
 )
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
@@ -30,7 +30,7 @@ cdef inline bint is_counted_here(const JointRequest* joint, const Request* reque
     """Whether the model that counted the violation is a member; it may have been removed during the wait."""
     cdef int i
     for i in range(joint.count):
-        if joint.members[i].ledger == request.counted and joint.members[i].generation == request.counted_generation:
+        if joint.members[i].cold == request.counted and joint.members[i].generation == request.counted_generation:
             return True
     return False
 
@@ -131,7 +131,7 @@ cdef class Admission:
                 refs.append(ref)
                 member = &joint.members[joint.count]
                 member.row = ref.row
-                member.ledger = ref.ledger
+                member.cold = ref.cold
                 member.generation = ref.generation
                 member.index = <uint32_t> (ref.row - self.state.shared.rows)
                 member.record = NULL
@@ -228,12 +228,12 @@ cdef class Admission:
         cdef int outcome = BUSY_ROW
         cdef int64_t now_ns = 0
         cdef Limits limits
-        cdef Ledger* ledgers = <Ledger*> malloc(MOST_MODELS * sizeof(Ledger))
+        cdef ColdRow* cold_rows = <ColdRow*> malloc(MOST_MODELS * sizeof(ColdRow))
         cdef Row rows[MOST_MODELS]
         cdef QueueEntry heads[MOST_MODELS]
         cdef int i
         cdef int known = 0
-        if ledgers == NULL:
+        if cold_rows == NULL:
             raise MemoryError()
         try:
             while outcome != DECIDED:
@@ -242,11 +242,11 @@ cdef class Admission:
                     self.state.look(now_ns)
                 self.members_of(ids, &joint, refs, templates)
                 known = joint.count
-                outcome = copy_rows(&joint, now_ns, rows, ledgers, heads, &self.state.shared, 0)
+                outcome = copy_rows(&joint, now_ns, rows, cold_rows, heads, &self.state.shared, 0)
                 if outcome == BUSY_ROW:
                     self.state.inside += 1
                     with nogil:
-                        outcome = copy_rows(&joint, now_ns, rows, ledgers, heads, &self.state.shared, SLICE_NS)
+                        outcome = copy_rows(&joint, now_ns, rows, cold_rows, heads, &self.state.shared, SLICE_NS)
                     self.state.exit()
                 if outcome == GONE:
                     self.interned.unintern(<RowRef> refs[joint.gone])
@@ -256,17 +256,17 @@ cdef class Admission:
                 i = joint.count
                 self.interned.pack_limits(template, &limits)
                 memset(&rows[i], 0, sizeof(Row))
-                memset(&ledgers[i], 0, sizeof(Ledger))
-                start_row(&rows[i], &ledgers[i], now_ns)
-                put_limits(&rows[i], &ledgers[i], &limits)
+                memset(&cold_rows[i], 0, sizeof(ColdRow))
+                start_row(&rows[i], &cold_rows[i], now_ns)
+                put_limits(&rows[i], &cold_rows[i], &limits)
                 joint.members[i].entry = NULL
                 joint.count += 1
             for i in range(joint.count):
                 joint.members[i].row = &rows[i]
-                joint.members[i].ledger = &ledgers[i]
+                joint.members[i].cold = &cold_rows[i]
             peek(&joint, now_ns, request, self.state.shared.header.enforcing, heads, &verdict)
         finally:
-            free(ledgers)
+            free(cold_rows)
         if joint.violating == NOBODY:
             return result_of(&verdict, None)
         return result_of(&verdict, (<RowRef> refs[joint.violating]).model_id if joint.violating < known
@@ -315,9 +315,9 @@ cdef inline void find_places(JointRequest* joint, const Places* places) noexcept
 
 
 cdef int copy_rows(
-    JointRequest* joint, int64_t now_ns, Row* rows, Ledger* ledgers, QueueEntry* heads, const Shared* shared, int64_t patience_ns
+    JointRequest* joint, int64_t now_ns, Row* rows, ColdRow* cold_rows, QueueEntry* heads, const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
-    """Copy rows, ledgers and the first entry of each queue, all at one moment. Takes the rows' locks."""
+    """Copy rows, cold rows and the first entry of each queue, all at one moment. Takes the rows' locks."""
     cdef int i
     cdef Holding* member
     cdef const QueueEntry* head
@@ -326,15 +326,15 @@ cdef int copy_rows(
     joint.gone = first_gone(joint)
     for i in range(joint.count if joint.gone == NOBODY else 0):
         member = &joint.members[i]
-        drop_expired(member.row, member.ledger, shared.entries, now_ns, False)
+        drop_expired(member.row, member.cold, shared.entries, now_ns, False)
         rows[i] = member.row[0]
-        memcpy(&ledgers[i], member.ledger, sizeof(Ledger))
-        head = first_in_turn(member.ledger, shared.entries)
-        ledgers[i].first_entry = 0
+        memcpy(&cold_rows[i], member.cold, sizeof(ColdRow))
+        head = first_in_turn(member.cold, shared.entries)
+        cold_rows[i].first_entry = 0
         if head != NULL:
             heads[i] = head[0]
             heads[i].deadline_ns = INT64_MAX
-            ledgers[i].first_entry = i + 1
+            cold_rows[i].first_entry = i + 1
     unlock_rows(joint, joint.count)
     return DECIDED if joint.gone == NOBODY else GONE
 
@@ -354,5 +354,5 @@ cdef void peek(
     verdict.usage = 0.0
     for i in range(joint.count):
         member = &joint.members[i]
-        charge_admitted(member.row, member.ledger, request, &fits[i], &charged)
-        verdict.usage = max(verdict.usage, highest_usage(member.row, member.ledger, request))
+        charge_admitted(member.row, member.cold, request, &fits[i], &charged)
+        verdict.usage = max(verdict.usage, highest_usage(member.row, member.cold, request))

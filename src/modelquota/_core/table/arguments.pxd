@@ -3,7 +3,7 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.number cimport PyIndex_Check, PyNumber_Index
 from libc.stdint cimport int64_t
 from modelquota._core.layout cimport MAX_COUNT
-from modelquota._core.row.decision cimport Request, LAST_TICKET, LOWEST_PRIORITY
+from modelquota._core.row.decision cimport LAST_TICKET, LOWEST_PRIORITY, Request
 
 cdef extern from *:
     """

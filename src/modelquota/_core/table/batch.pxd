@@ -1,8 +1,8 @@
 # Batches: the loops around one decision, entirely without the GIL. Codes are generation << 32 | row number.
 from libc.stdint cimport int64_t, uint8_t, uint32_t
-from modelquota._core.layout cimport Charge, Header, MAX_COUNT, Ledger, Row, Shared, SECOND, SLOTS
+from modelquota._core.layout cimport Charge, ColdRow, Header, MAX_COUNT, Row, SECOND, SLOTS, Shared
 from modelquota._core.row.decision cimport (
-    Request, LAST_TICKET, LOWEST_PRIORITY, Verdict, charge_tokens, decide, is_trial, advance, unlikely
+    LAST_TICKET, LOWEST_PRIORITY, Request, Verdict, advance, charge_tokens, decide, is_trial, unlikely
 )
 from modelquota._core.row.window cimport slot_at
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
@@ -46,7 +46,7 @@ cdef inline void fetch(const void* address) noexcept nogil:
 
 
 cdef inline void fetch_block(
-    const Batch* batch, Row* rows, Ledger* ledgers, Py_ssize_t first, int64_t now_ns, bint charging
+    const Batch* batch, Row* rows, ColdRow* cold_rows, Py_ssize_t first, int64_t now_ns, bint charging
 ) noexcept nogil:
     """Load what BLOCK elements from `first` on will touch; with many models memory, not arithmetic, takes the time.
 
@@ -56,24 +56,24 @@ cdef inline void fetch_block(
     cdef Py_ssize_t last = min(first + BLOCK, batch.count)
     cdef Py_ssize_t i
     cdef Row* row
-    cdef Ledger* ledger
+    cdef ColdRow* cold
     cdef int64_t position
     for i in range(first, last):
         row = &rows[index_of(batch.codes[i])]
         fetch(row)
         fetch(<char*> row + LINE)
         if charging:
-            fetch(&ledgers[index_of(batch.codes[i])])
+            fetch(&cold_rows[index_of(batch.codes[i])])
     for i in range(first, last):
         row = &rows[index_of(batch.codes[i])]
         if now_ns >= row.slot_end_ns:       # without the lock: a wrong guess costs a line too many or too few
-            ledger = &ledgers[index_of(batch.codes[i])]
+            cold = &cold_rows[index_of(batch.codes[i])]
             position = (slot_at(row.slot_end_ns) + SLOTS - 1) % SLOTS
-            fetch(ledger)
-            fetch(<char*> ledger + 2 * LINE)
-            fetch(<char*> ledger + 3 * LINE)
-            fetch(&ledger.tokens[SECOND][position])
-            fetch(&ledger.requests[SECOND][position])
+            fetch(cold)
+            fetch(<char*> cold + 2 * LINE)
+            fetch(<char*> cold + 3 * LINE)
+            fetch(&cold.tokens[SECOND][position])
+            fetch(&cold.requests[SECOND][position])
 
 
 cdef inline Py_ssize_t first_out_of_range(const int64_t* counts, Py_ssize_t n) noexcept nogil:
@@ -108,7 +108,7 @@ cdef inline Py_ssize_t check_batch(
     A model that was removed after the codes were validated no longer has limits: its requests are admitted.
     """
     cdef Row* rows = shared.rows
-    cdef Ledger* ledgers = shared.ledgers
+    cdef ColdRow* cold_rows = shared.cold_rows
     cdef Request request
     cdef Row* row
     cdef int64_t now_ns
@@ -121,7 +121,7 @@ cdef inline Py_ssize_t check_batch(
     while i < batch.count:
         now_ns = batch.times_ns[i] if batch.times_ns else batch.now_ns
         if i % BLOCK == 0:
-            fetch_block(batch, rows, ledgers, i, now_ns, False)
+            fetch_block(batch, rows, cold_rows, i, now_ns, False)
         row = &rows[index_of(batch.codes[i])]
         request.tokens = batch.tokens[i]
         verdict.allowed = True
@@ -129,7 +129,7 @@ cdef inline Py_ssize_t check_batch(
             batch.waits = True
             break
         if row.generation == generation_of(batch.codes[i]):
-            decide(row, &ledgers[index_of(batch.codes[i])], shared.entries, now_ns, &request, shared.header.enforcing, verdict)
+            decide(row, &cold_rows[index_of(batch.codes[i])], shared.entries, now_ns, &request, shared.header.enforcing, verdict)
         unlock(&row.lock)
         if verdict.allowed:
             batch.limits[i] = 0
@@ -150,22 +150,22 @@ cdef inline Py_ssize_t charge_batch(Batch* batch, const Shared* shared, Py_ssize
     Takes the rows' locks, one at a time.
     """
     cdef Row* rows = shared.rows
-    cdef Ledger* ledgers = shared.ledgers
+    cdef ColdRow* cold_rows = shared.cold_rows
     cdef Row* row
-    cdef Ledger* ledger
+    cdef ColdRow* cold
     cdef Charge charged
     batch.waits = False
     while i < batch.count:
         if i % BLOCK == 0:
-            fetch_block(batch, rows, ledgers, i, batch.now_ns, True)
+            fetch_block(batch, rows, cold_rows, i, batch.now_ns, True)
         row = &rows[index_of(batch.codes[i])]
         if unlikely(not try_lock(&row.lock, shared.me)) and not lock_row(row, shared, SLICE_NS):
             batch.waits = True
             break
         if row.generation == generation_of(batch.codes[i]):
-            ledger = &ledgers[index_of(batch.codes[i])]
-            advance(row, ledger, batch.now_ns)
-            charge_tokens(row, ledger, batch.tokens[i], is_trial(row, ledger, shared.header.enforcing), &charged)
+            cold = &cold_rows[index_of(batch.codes[i])]
+            advance(row, cold, batch.now_ns)
+            charge_tokens(row, cold, batch.tokens[i], is_trial(row, cold, shared.header.enforcing), &charged)
         unlock(&row.lock)
         i += 1
     return i

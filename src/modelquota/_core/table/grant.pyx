@@ -8,9 +8,9 @@ from cpython.exc cimport PyErr_WarnEx, PyErr_WriteUnraisable
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
-from modelquota._core.layout cimport Charge, Ledger, MAX_COUNT, Row, Shared
-from modelquota._core.row.decision cimport Request, admits_tokens, charge_tokens, is_trial, advance
-from modelquota._core.row.grant cimport Holding, release_holding, refund, reserve_tokens, settle_tokens
+from modelquota._core.layout cimport Charge, ColdRow, MAX_COUNT, Row, Shared
+from modelquota._core.row.decision cimport Request, admits_tokens, advance, charge_tokens, is_trial
+from modelquota._core.row.grant cimport Holding, refund, release_holding, reserve_tokens, settle_tokens
 from modelquota._core.state.joint cimport JointRequest, lock_rows, put_in_order, unlock_rows
 from modelquota._core.state.lock cimport SLICE_NS, unlock
 from modelquota._core.state.pool cimport give_record
@@ -366,16 +366,16 @@ cdef int charge_rows(
     for i in range(joint.count):
         member = &joint.members[i]
         if member.row.generation == member.generation:
-            advance(member.row, member.ledger, now_ns)
-            if not admits_tokens(member.row, member.ledger, chunk[0], enforcing):
+            advance(member.row, member.cold, now_ns)
+            if not admits_tokens(member.row, member.cold, chunk[0], enforcing):
                 chunk[0] = over
-                fits[0] = fits[0] and admits_tokens(member.row, member.ledger, over, enforcing)
+                fits[0] = fits[0] and admits_tokens(member.row, member.cold, over, enforcing)
     for i in range(joint.count):
         member = &joint.members[i]
         joint.charges[i].tokens = 0
         if member.row.generation == member.generation:
-            charge_tokens(member.row, member.ledger, chunk[0], is_trial(member.row, member.ledger, enforcing), &joint.charges[i])
-            reserve_tokens(member.ledger, member.record, joint.charges[i].tokens)
+            charge_tokens(member.row, member.cold, chunk[0], is_trial(member.row, member.cold, enforcing), &joint.charges[i])
+            reserve_tokens(member.cold, member.record, joint.charges[i].tokens)
     unlock_rows(joint, joint.count)
     return DONE
 
@@ -389,8 +389,8 @@ cdef bint refund_rows(JointRequest* joint, int64_t now_ns, const Shared* shared,
     for i in range(joint.count):
         member = &joint.members[i]
         if member.row.generation == member.generation and joint.charges[i].tokens:
-            advance(member.row, member.ledger, now_ns)
-            refund(member.row, member.ledger, 0, joint.charges[i].tokens, &joint.charges[i])
+            advance(member.row, member.cold, now_ns)
+            refund(member.row, member.cold, 0, joint.charges[i].tokens, &joint.charges[i])
     unlock_rows(joint, joint.count)
     return True
 
@@ -404,7 +404,7 @@ cdef int finish_member(
     `charges` has `times` charges of this model, `stride` apart.
     """
     cdef Row* row = member.row
-    cdef Ledger* ledger = member.ledger
+    cdef ColdRow* cold = member.cold
     cdef int64_t left = ending.surplus
     cdef int64_t part
     cdef int time
@@ -417,24 +417,24 @@ cdef int finish_member(
     if ending.lapsed and member.record.seat != shared.me:    # another process has refunded it too
         alive = False
     if alive and (left != 0 or ending.undo):
-        advance(row, ledger, now_ns)
+        advance(row, cold, now_ns)
         if left < 0:
-            charge_tokens(row, ledger, -left, is_trial(row, ledger, shared.header.enforcing), &charged)
+            charge_tokens(row, cold, -left, is_trial(row, cold, shared.header.enforcing), &charged)
         for time in range(times - 1, -1, -1):
             if left <= 0 and not (ending.undo and time == 0):
                 continue
             charge = &charges[time * stride]
             part = min(max(left, <int64_t> 0), charge.tokens)
-            refund(row, ledger, 1 if ending.undo and time == 0 else 0, part, charge)
+            refund(row, cold, 1 if ending.undo and time == 0 else 0, part, charge)
             left -= part
     if member.record.seat == shared.me:      # otherwise another process took this one for dead, and released it
         if ending.close and alive:
-            release_holding(row, ledger, member.record)
+            release_holding(row, cold, member.record)
         elif ending.close:
             member.record.seat = 0
         elif alive:
-            settle_tokens(ledger, member.record)
-    waiting = alive and ledger.waiting != 0
+            settle_tokens(cold, member.record)
+    waiting = alive and cold.waiting != 0
     if shared.header.full_until_ns != 0:    # the model may be unused now, and can make room for another
         shared.header.full_until_ns = 0
     unlock(&row.lock)

@@ -2,7 +2,7 @@
 cimport cython
 from libc.stdint cimport int64_t, uint32_t
 
-from modelquota._core.layout cimport GrantRecord, Ledger, Row, Shared
+from modelquota._core.layout cimport ColdRow, GrantRecord, Row, Shared
 from modelquota._core.row.decision cimport Request
 from modelquota._core.row.grant cimport bind_handle, free_handle
 from modelquota._core.state.lock cimport SLICE_NS, unlock
@@ -20,7 +20,7 @@ cdef enum:
 
 
 cdef inline int change_handle(
-    Row* row, Ledger* ledger, uint32_t generation, GrantRecord* record, bint bind, const Shared* shared, int64_t patience_ns
+    Row* row, ColdRow* cold, uint32_t generation, GrantRecord* record, bint bind, const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
     """Bind a handle, or release it. False if the model has been removed, LOCKED_OUT if the row stays locked.
 
@@ -31,9 +31,9 @@ cdef inline int change_handle(
         return LOCKED_OUT
     alive = row.generation == generation
     if alive and bind:
-        bind_handle(ledger, record, <uint32_t> (row - shared.rows), generation, shared.me)
+        bind_handle(cold, record, <uint32_t> (row - shared.rows), generation, shared.me)
     elif alive:
-        free_handle(ledger, record)
+        free_handle(cold, record)
     else:
         record.seat = 0
     unlock(&row.lock)
@@ -61,18 +61,18 @@ cdef class RowHandle:
         if self.record == NULL or self.forks != fork_count() or not manager.state.usable():
             return
         if ref is not None:
-            outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, False, manager.shared, 0)
+            outcome = change_handle(ref.row, ref.cold, ref.generation, self.record, False, manager.shared, 0)
         if outcome != LOCKED_OUT:       # otherwise the record stays, which only keeps the model's row
             give_record(&manager.shared.grant_pool, self.record - manager.shared.grants, manager.shared.me)
 
     cdef int change(self, RowRef ref, bint bind) except -1:
         """Bind this handle, or release it; False if its model has been removed. Takes the row's lock."""
         cdef QuotaTable manager = self.manager
-        cdef int outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, bind, manager.shared, 0)
+        cdef int outcome = change_handle(ref.row, ref.cold, ref.generation, self.record, bind, manager.shared, 0)
         while outcome == LOCKED_OUT:
             manager.state.inside += 1
             with nogil:
-                outcome = change_handle(ref.row, ref.ledger, ref.generation, self.record, bind, manager.shared, SLICE_NS)
+                outcome = change_handle(ref.row, ref.cold, ref.generation, self.record, bind, manager.shared, SLICE_NS)
             manager.state.exit()
             if outcome == LOCKED_OUT:
                 manager.state.pause()

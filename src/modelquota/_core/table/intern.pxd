@@ -1,6 +1,6 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from modelquota._core.layout cimport Ledger, Limits, Row
+from modelquota._core.layout cimport ColdRow, Limits, Row
 from modelquota._core.row.usage cimport Usage
 from modelquota._core.state.state cimport State
 
@@ -17,7 +17,7 @@ cdef inline str plain_id(object model_id):
 cdef class RowRef:
     # The row of a model. Valid as long as the row's generation is this one.
     cdef Row* row
-    cdef Ledger* ledger
+    cdef ColdRow* cold
     cdef uint32_t generation
     cdef str model_id
 

@@ -8,7 +8,7 @@ from cpython.ref cimport Py_INCREF, Py_XDECREF
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from modelquota._core.layout cimport CHANGES, Ledger, Limits
+from modelquota._core.layout cimport CHANGES, ColdRow, Limits
 from modelquota._core.row.usage cimport Usage
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.packing cimport pack, unpack
@@ -76,9 +76,9 @@ cdef class Interned:
 
     cdef str name_of(self, int64_t index):
         """The name in a row. A mixture of two while it is being replaced: check the generation, or only display it."""
-        cdef Ledger* ledger = &self.state.shared.ledgers[index]
-        cdef char* name = self.state.shared.names + <int64_t> ledger.name_offset * NAME_UNIT
-        return name[:ledger.name_size].decode("utf-8", "replace")
+        cdef ColdRow* cold = &self.state.shared.cold_rows[index]
+        cdef char* name = self.state.shared.names + <int64_t> cold.name_offset * NAME_UNIT
+        return name[:cold.name_size].decode("utf-8", "replace")
 
     # -- registering and removing
 
@@ -150,7 +150,7 @@ cdef class Interned:
         ref = RowRef.__new__(RowRef)
         ref.model_id = model_id
         ref.row = &self.state.shared.rows[index]
-        ref.ledger = &self.state.shared.ledgers[index]
+        ref.cold = &self.state.shared.cold_rows[index]
         ref.generation = generation
         self.ids[model_id] = ref
         Py_INCREF(ref)
@@ -290,11 +290,11 @@ cdef class Interned:
         """
         cdef bint alive
         if try_row(ref.row, &self.state.shared):
-            return read_and_unlock(ref.row, ref.ledger, ref.generation, now_ns, &self.state.shared, usage, limits)
+            return read_and_unlock(ref.row, ref.cold, ref.generation, now_ns, &self.state.shared, usage, limits)
         self.state.inside += 1
         with nogil:
             if lock_row(ref.row, &self.state.shared, READ_PATIENCE_NS):
-                alive = read_and_unlock(ref.row, ref.ledger, ref.generation, now_ns, &self.state.shared, usage, limits)
+                alive = read_and_unlock(ref.row, ref.cold, ref.generation, now_ns, &self.state.shared, usage, limits)
             else:
                 alive = read_locked(ref.row, ref.generation, now_ns, &self.state.shared, usage, limits)
         self.state.exit()

@@ -49,7 +49,7 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int32_t, int64_t
 
 from modelquota._core.layout cimport MAX_TIME_NS
-from modelquota._core.row.decision cimport Request, NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, Verdict
+from modelquota._core.row.decision cimport NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, Request, Verdict
 from modelquota._core.state.clock cimport Watcher
 from modelquota._core.state.joint cimport BUSY_ROW, DECIDED, GONE, JointRequest, NOBODY, Places
 from modelquota._core.state.lock cimport SLICE_NS
@@ -98,7 +98,7 @@ cdef inline bint is_alive(RowRef ref) noexcept:
 
 cdef inline int64_t grace_ns(RowRef ref) noexcept:
     """The model's grace period; FAR if it is longer than 2e18 ns."""
-    cdef double nanoseconds = ref.ledger.grace_period_sec * 1e9
+    cdef double nanoseconds = ref.cold.grace_period_sec * 1e9
     return <int64_t> nanoseconds if nanoseconds < 2e18 else FAR
 
 
@@ -349,7 +349,7 @@ cdef class WaitQueue:
                 continue
             if unknown == BUSY:
                 busy = True
-                if self.ref.ledger.action == QUEUE:
+                if self.ref.cold.action == QUEUE:
                     break
                 i += 1
                 continue
@@ -383,7 +383,7 @@ cdef class WaitQueue:
                 break
             if verdict.wait_ns != NEVER:
                 next_ns = min(next_ns, now_ns + verdict.wait_ns)
-            if self.ref.ledger.action == QUEUE and not verdict.aside:
+            if self.ref.cold.action == QUEUE and not verdict.aside:
                 break
             if waiter.held_up_by is self.ref:
                 blocked = waiter
@@ -404,9 +404,9 @@ cdef class WaitQueue:
         """Deny the waiters whose deadline has passed, by the grace period that the model has now."""
         cdef Waiter waiter
         cdef Py_ssize_t i = 0
-        cdef bint changed = is_alive(self.ref) and self.grace_sec != self.ref.ledger.grace_period_sec
+        cdef bint changed = is_alive(self.ref) and self.grace_sec != self.ref.cold.grace_period_sec
         if changed:
-            self.grace_sec = self.ref.ledger.grace_period_sec
+            self.grace_sec = self.ref.cold.grace_period_sec
         while i < len(self.order):
             waiter = self.order[i]
             if changed and waiter.held_up_by is self.ref and waiter.set_deadline():
@@ -518,7 +518,7 @@ cdef class Queues(Watcher):
         queue.order = []
         queue.watchers = []
         queue.next_ns = queue.armed_ns = FAR
-        queue.grace_sec = ref.ledger.grace_period_sec
+        queue.grace_sec = ref.cold.grace_period_sec
         queue.forks = fork_count()
         self.by_ref[ref] = queue
         if self.state.manual is not None:
@@ -570,7 +570,7 @@ cdef class Queues(Watcher):
                 raise QuotaExceededError(waiter.result)
             waiter.prepare()        # other threads may run during this call
             self.state.require_open()
-            waiter.request.counted = ref.ledger
+            waiter.request.counted = ref.cold
             waiter.request.counted_generation = ref.generation
             waiter.request.ticket = take_ticket(&self.state.shared.header.next_ticket, 1, RELAXED)
         outcome = GONE
@@ -605,7 +605,7 @@ cdef class Queues(Watcher):
             if ref is None:
                 continue
             model_ns = grace_ns(ref)
-            if is_alive(ref):       # checked after the read: the ledger of a removed model is cleared
+            if is_alive(ref):       # checked after the read: the cold row of a removed model is cleared
                 wait_ns = min(wait_ns, model_ns)
         if wait_ns == FAR or now_ns - waiter.started_ns < wait_ns:
             return None
@@ -629,8 +629,8 @@ cdef class Queues(Watcher):
         verdict.retry_after_ms = first.wait_ms
         verdict.others_may_free = True
         verdict.soonest_ns = 0
-        verdict.used = <double> ref.ledger.waiting
-        verdict.bound = <double> ref.ledger.max_queued
+        verdict.used = <double> ref.cold.waiting
+        verdict.bound = <double> ref.cold.max_queued
         verdict.asked = 1
         verdict.usage = 100.0 * verdict.used / max(verdict.bound, 1.0)
         return result_of(&verdict, ref.model_id)

@@ -11,8 +11,8 @@ from cpython.exc cimport PyErr_Clear, PyErr_ExceptionMatches, PyErr_Occurred
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from modelquota._core.layout cimport Ledger, MAX_TIME_NS, Row, Shared
-from modelquota._core.row.decision cimport Request, NEVER, Verdict, decide, highest_usage
+from modelquota._core.layout cimport ColdRow, MAX_TIME_NS, Row, Shared
+from modelquota._core.row.decision cimport NEVER, Request, Verdict, decide, highest_usage
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.repair cimport lock_row
@@ -40,26 +40,26 @@ cdef extern from "Python.h":
 
 
 cdef inline bint decide_and_unlock(
-    Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request, Verdict* verdict
+    Row* row, ColdRow* cold, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request, Verdict* verdict
 ) noexcept nogil:
     """Decide, and release the row's lock; False, undecided, if the model has left the row. Requires the row's lock."""
     cdef bint alive = row.generation == generation
     if alive:
-        decide(row, ledger, shared.entries, now_ns, request, shared.header.enforcing, verdict)
+        decide(row, cold, shared.entries, now_ns, request, shared.header.enforcing, verdict)
         if verdict.allowed:
-            verdict.usage = highest_usage(row, ledger, request)
+            verdict.usage = highest_usage(row, cold, request)
     unlock(&row.lock)
     return alive
 
 
 cdef inline int wait_and_decide(
-    Row* row, Ledger* ledger, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request, Verdict* verdict,
+    Row* row, ColdRow* cold, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request, Verdict* verdict,
     int64_t patience_ns
 ) noexcept nogil:
     """Lock the row, then decide_and_unlock(); LOCKED_OUT if the row stays locked. Takes the row's lock."""
     if not lock_row(row, shared, patience_ns):
         return LOCKED_OUT
-    return decide_and_unlock(row, ledger, generation, shared, now_ns, request, verdict)
+    return decide_and_unlock(row, cold, generation, shared, now_ns, request, verdict)
 
 
 cdef int propagate() except -1:
@@ -176,11 +176,11 @@ cdef class QuotaTable:
         cdef RowRef ref = self.interned.require(model_id)
         cdef int outcome = ROW_BUSY
         while outcome == ROW_BUSY:
-            outcome = record_memory(ref.row, ref.ledger, ref.generation, ram_mb, ssd_mb, self.shared, 0)
+            outcome = record_memory(ref.row, ref.cold, ref.generation, ram_mb, ssd_mb, self.shared, 0)
             if outcome == ROW_BUSY:
                 self.state.inside += 1
                 with nogil:
-                    outcome = record_memory(ref.row, ref.ledger, ref.generation, ram_mb, ssd_mb, self.shared, SLICE_NS)
+                    outcome = record_memory(ref.row, ref.cold, ref.generation, ram_mb, ssd_mb, self.shared, SLICE_NS)
                 self.state.exit()
             if outcome == ROW_BUSY:
                 self.state.pause()
@@ -195,11 +195,11 @@ cdef class QuotaTable:
         cdef int outcome = ROW_BUSY
         while outcome == ROW_BUSY:
             now_ns = self.state.now_ns()
-            outcome = forgive_burst(ref.row, ref.ledger, ref.generation, now_ns, self.shared, 0)
+            outcome = forgive_burst(ref.row, ref.cold, ref.generation, now_ns, self.shared, 0)
             if outcome == ROW_BUSY:
                 self.state.inside += 1
                 with nogil:
-                    outcome = forgive_burst(ref.row, ref.ledger, ref.generation, now_ns, self.shared, SLICE_NS)
+                    outcome = forgive_burst(ref.row, ref.cold, ref.generation, now_ns, self.shared, SLICE_NS)
                 self.state.exit()
             if outcome == ROW_BUSY:
                 self.state.pause()
@@ -271,7 +271,7 @@ cdef class QuotaTable:
         cdef int64_t now_ns = rows_now_ns(self.shared)
         if now_ns >= self.shared.fine_until_ns or not try_lock(&row.lock, self.shared.me):
             return self.answer_late(ref, model_id, request, handle)
-        if not decide_and_unlock(row, ref.ledger, ref.generation, self.shared, now_ns, request, &verdict):
+        if not decide_and_unlock(row, ref.cold, ref.generation, self.shared, now_ns, request, &verdict):
             return self.answer_late(ref, model_id, request, handle)
         if verdict.limit and verdict.worth_a_look:
             self.pools.reclaim_if_due()
@@ -294,11 +294,11 @@ cdef class QuotaTable:
             now_ns = rows_now_ns(self.shared)
             if now_ns >= self.shared.fine_until_ns:
                 self.state.look(now_ns)
-            outcome = wait_and_decide(row, ref.ledger, ref.generation, self.shared, now_ns, request, &verdict, 0)
+            outcome = wait_and_decide(row, ref.cold, ref.generation, self.shared, now_ns, request, &verdict, 0)
             if outcome == LOCKED_OUT:
                 self.state.inside += 1
                 with nogil:
-                    outcome = wait_and_decide(row, ref.ledger, ref.generation, self.shared, now_ns, request, &verdict, SLICE_NS)
+                    outcome = wait_and_decide(row, ref.cold, ref.generation, self.shared, now_ns, request, &verdict, SLICE_NS)
                 self.state.exit()
             if outcome == LOCKED_OUT:
                 self.state.pause()

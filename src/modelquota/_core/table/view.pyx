@@ -12,7 +12,7 @@ from libc.string cimport memcmp, memcpy, memset
 from posix.types cimport off_t
 from posix.unistd cimport usleep
 
-from modelquota._core.layout cimport Ledger, Limits, Row
+from modelquota._core.layout cimport ColdRow, Limits, Row
 from modelquota._core.row.usage cimport Usage, read_limits, read_usage
 from modelquota._core.state.packing cimport unpack
 from modelquota._core.state.state cimport State
@@ -28,7 +28,7 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void* buffer, size_t size, off_t offset)
 
 cdef enum:
-    AT_A_TIME = 64          # this many rows and ledgers stay in the processor's cache between two copies
+    AT_A_TIME = 64          # this many rows and cold rows stay in the processor's cache between two copies
     TRIES = 20
     PAUSE_US = 200          # a preempted owner holds its lock for longer than one copy takes
 
@@ -84,12 +84,12 @@ def read_retired(QuotaTable table not None):
     }
 
 
-def read_rows(int descriptor, int64_t rows_at, int64_t ledgers_at, Py_ssize_t count, int64_t now_ns):
+def read_rows(int descriptor, int64_t rows_at, int64_t cold_rows_at, Py_ssize_t count, int64_t now_ns):
     """Use and limits of the first `count` rows of a file at `now_ns`; only copies are advanced to that time.
 
     Parameters
     ----------
-    rows_at, ledgers_at : int
+    rows_at, cold_rows_at : int
         Their offsets in the file, in bytes.
 
     Returns
@@ -116,22 +116,22 @@ def read_rows(int descriptor, int64_t rows_at, int64_t ledgers_at, Py_ssize_t co
     cdef int failed = 0
     cdef Copies copies
     copies.rows = <Row*> malloc(2 * AT_A_TIME * sizeof(Row))
-    copies.ledgers = <Ledger*> malloc(2 * AT_A_TIME * sizeof(Ledger))
+    copies.cold_rows = <ColdRow*> malloc(2 * AT_A_TIME * sizeof(ColdRow))
     try:
-        if copies.rows == NULL or copies.ledgers == NULL:
+        if copies.rows == NULL or copies.cold_rows == NULL:
             raise MemoryError(f"no memory for copies of {AT_A_TIME} rows")
         with nogil:
             while first < count:
                 size = min(<Py_ssize_t> AT_A_TIME, count - first)
                 failed = copy_steadily(descriptor, rows_at + first * <int64_t> sizeof(Row),
-                                       ledgers_at + first * <int64_t> sizeof(Ledger), size, &copies)
+                                       cold_rows_at + first * <int64_t> sizeof(ColdRow), size, &copies)
                 if failed:
                     break
                 read_copied(&copies, size, now_ns, &used[first], &bounds[first], &place[3 * first])
                 first += size
     finally:
         free(copies.rows)
-        free(copies.ledgers)
+        free(copies.cold_rows)
     if failed == SHORT:
         raise EOFError(f"the file ends before row {count}")
     if failed:
@@ -169,8 +169,8 @@ def unpack_limits(cnp.ndarray limits):
     return [unpack(&bounds[i]) for i in range(limits.shape[0])]
 
 
-def read_copies(cnp.ndarray rows, cnp.ndarray ledgers, int64_t now_ns):
-    """Use and limits of copies of rows and their ledgers at `now_ns`; the copies are advanced to that time.
+def read_copies(cnp.ndarray rows, cnp.ndarray cold_rows, int64_t now_ns):
+    """Use and limits of copies of rows and their cold rows at `now_ns`; the copies are advanced to that time.
 
     Returns
     -------
@@ -181,20 +181,20 @@ def read_copies(cnp.ndarray rows, cnp.ndarray ledgers, int64_t now_ns):
     cdef Py_ssize_t i, count = rows.shape[0]
     cdef Limits limits
     cdef Row* row
-    cdef Ledger* ledger
+    cdef ColdRow* cold
     cdef Usage* records
     cdef list found = []
     _require(rows, sizeof(Row))
-    _require(ledgers, sizeof(Ledger))
-    if ledgers.shape[0] != count:
-        raise ValueError(f"there are {ledgers.shape[0]} ledgers for {count} rows; give one each")
+    _require(cold_rows, sizeof(ColdRow))
+    if cold_rows.shape[0] != count:
+        raise ValueError(f"there are {cold_rows.shape[0]} cold rows for {count} rows; give one each")
     usage = np.zeros(count, dtypes()["usage"])
     row = <Row*> cnp.PyArray_DATA(rows)
-    ledger = <Ledger*> cnp.PyArray_DATA(ledgers)
+    cold = <ColdRow*> cnp.PyArray_DATA(cold_rows)
     records = <Usage*> cnp.PyArray_DATA(usage)
     for i in range(count):
-        read_usage(&row[i], &ledger[i], now_ns, &records[i])
-        read_limits(&row[i], &ledger[i], &limits)
+        read_usage(&row[i], &cold[i], now_ns, &records[i])
+        read_limits(&row[i], &cold[i], &limits)
         found.append(unpack(&limits))
     return usage, found
 
@@ -202,7 +202,7 @@ def read_copies(cnp.ndarray rows, cnp.ndarray ledgers, int64_t now_ns):
 cdef struct Copies:
     # Each 2 * AT_A_TIME long: the copy that is read, and a second one to compare it with.
     Row* rows
-    Ledger* ledgers
+    ColdRow* cold_rows
 
 
 cdef enum:
@@ -225,23 +225,23 @@ cdef int copy_bytes(int descriptor, void* target, size_t size, int64_t offset) n
 
 
 cdef int copy_steadily(
-    int descriptor, int64_t rows_at, int64_t ledgers_at, Py_ssize_t count, const Copies* copies
+    int descriptor, int64_t rows_at, int64_t cold_rows_at, Py_ssize_t count, const Copies* copies
 ) noexcept nogil:
     """Copy `count` rows, each as it was at one moment if TRIES copies suffice, otherwise as last copied."""
     cdef Row* again_rows = copies.rows + AT_A_TIME
-    cdef Ledger* again_ledgers = copies.ledgers + AT_A_TIME
-    cdef size_t before_rings = <char*> &copies.ledgers.tokens - <char*> copies.ledgers
+    cdef ColdRow* again_cold_rows = copies.cold_rows + AT_A_TIME
+    cdef size_t before_rings = <char*> &copies.cold_rows.tokens - <char*> copies.cold_rows
     cdef uint8_t steady[AT_A_TIME]
     cdef Py_ssize_t i, left
     cdef int attempt
     cdef int failed = copy_bytes(descriptor, copies.rows, count * sizeof(Row), rows_at)
-    failed = failed or copy_bytes(descriptor, copies.ledgers, count * sizeof(Ledger), ledgers_at)
+    failed = failed or copy_bytes(descriptor, copies.cold_rows, count * sizeof(ColdRow), cold_rows_at)
     memset(steady, 0, sizeof(steady))
     for attempt in range(TRIES):
         if attempt:
             usleep(PAUSE_US)
         failed = failed or copy_bytes(descriptor, again_rows, count * sizeof(Row), rows_at)
-        failed = failed or copy_bytes(descriptor, again_ledgers, count * sizeof(Ledger), ledgers_at)
+        failed = failed or copy_bytes(descriptor, again_cold_rows, count * sizeof(ColdRow), cold_rows_at)
         if failed:
             return failed
         left = 0
@@ -250,11 +250,11 @@ cdef int copy_steadily(
                 continue
             # a slot never changes without the sums, which precede it and were copied first
             if (copies.rows[i].lock == 0 and memcmp(&copies.rows[i], &again_rows[i], sizeof(Row)) == 0
-                    and memcmp(&copies.ledgers[i], &again_ledgers[i], before_rings) == 0):
+                    and memcmp(&copies.cold_rows[i], &again_cold_rows[i], before_rings) == 0):
                 steady[i] = 1
             else:
                 memcpy(&copies.rows[i], &again_rows[i], sizeof(Row))
-                memcpy(&copies.ledgers[i], &again_ledgers[i], sizeof(Ledger))
+                memcpy(&copies.cold_rows[i], &again_cold_rows[i], sizeof(ColdRow))
                 left += 1
         if left == 0:
             break
@@ -264,15 +264,15 @@ cdef int copy_steadily(
 cdef void read_copied(
     const Copies* copies, Py_ssize_t count, int64_t now_ns, Usage* usage, Limits* limits, uint32_t* places
 ) noexcept nogil:
-    cdef Ledger* ledger
+    cdef ColdRow* cold
     cdef Py_ssize_t i
     for i in range(count):
-        ledger = &copies.ledgers[i]
+        cold = &copies.cold_rows[i]
         places[3 * i] = copies.rows[i].generation
-        places[3 * i + 1] = ledger.name_offset
-        places[3 * i + 2] = ledger.name_size
-        read_usage(&copies.rows[i], ledger, now_ns, &usage[i])
-        read_limits(&copies.rows[i], ledger, &limits[i])
+        places[3 * i + 1] = cold.name_offset
+        places[3 * i + 2] = cold.name_size
+        read_usage(&copies.rows[i], cold, now_ns, &usage[i])
+        read_limits(&copies.rows[i], cold, &limits[i])
 
 
 cdef cnp.ndarray _zeros(object dtype, Py_ssize_t count, size_t size):
