@@ -15,7 +15,7 @@ PACKAGE = Path(modelquota.__file__).parent
 LAYERS = (
     ("errors", "_extras", "_log", "_periodic"),
     ("quota",),
-    ("_core.layout",),
+    ("_core.layout", "_core.atomics"),
     ("_core.row",),
     ("_core.state",),
     ("_core.table",),

@@ -8,6 +8,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from modelquota._core.atomics cimport load_u32, load_u64, store_i64_relaxed
 from modelquota._core.table.batch cimport Batch, charge_batch, check_batch, first_bad_code
 from modelquota._core.row.decision cimport (
     LAST_TICKET, LOWEST_PRIORITY, NEVER, Request, Verdict, advance, charge_tokens, is_trial
@@ -30,13 +31,6 @@ cdef extern from "<pthread.h>" nogil:
     ctypedef unsigned long pthread_t
     int pthread_create(pthread_t* thread, void* attributes, void* (*start)(void*) noexcept nogil, void* argument)
     int pthread_join(pthread_t thread, void** result)
-
-cdef extern from *:
-    uint64_t read_version "__atomic_load_n"(const uint64_t* word, int order) noexcept nogil
-    uint32_t read_generation "__atomic_load_n"(const uint32_t* word, int order) noexcept nogil
-    void write_deadline "__atomic_store_n"(int64_t* word, int64_t value, int order) noexcept nogil
-    const int RELAXED "__ATOMIC_RELAXED"
-    const int ACQUIRE "__ATOMIC_ACQUIRE"
 
 cdef enum:
     ROWS = 6
@@ -71,7 +65,7 @@ cdef uint32_t draw(Actor* actor, uint32_t below) noexcept nogil:
 
 
 cdef int64_t code_of(const Shared* shared, int64_t row) noexcept nogil:
-    return <int64_t> (<uint64_t> read_generation(&shared.rows[row].generation, ACQUIRE) << 32 | <uint64_t> row)
+    return <int64_t> (<uint64_t> load_u32(&shared.rows[row].generation) << 32 | <uint64_t> row)
 
 
 cdef int work_off(Actor* actor, bint charging) noexcept nogil:
@@ -112,7 +106,7 @@ cdef void choose(Actor* actor, JointRequest* joint) noexcept nogil:
         joint.members[i].index = (first + <uint32_t> i * step) % ROWS
         joint.members[i].row = &shared.rows[joint.members[i].index]
         joint.members[i].cold = &shared.cold_rows[joint.members[i].index]
-        joint.members[i].generation = read_generation(&joint.members[i].row.generation, ACQUIRE)
+        joint.members[i].generation = load_u32(&joint.members[i].row.generation)
     put_in_order(joint)
 
 
@@ -195,7 +189,7 @@ cdef int stand_in_line(Actor* actor) noexcept nogil:
         entry.generation = joint.members[i].generation
         entry.priority = request.priority
         entry.ticket = request.ticket
-        write_deadline(&entry.deadline_ns, now_ns + WAIT_NS, RELAXED)
+        store_i64_relaxed(&entry.deadline_ns, now_ns + WAIT_NS)
         entry.ready_ns = NEVER
         entry.limit = entry.aside = entry.counted = 0
         entry.seat = shared.me
@@ -208,7 +202,7 @@ cdef int stand_in_line(Actor* actor) noexcept nogil:
         finish(actor, &joint, False)
     for i in range(PARTIES):
         entry = &actor.entries[i]
-        write_deadline(&entry.deadline_ns, 0, RELAXED)
+        store_i64_relaxed(&entry.deadline_ns, 0)
         row = &shared.rows[entry.row]
         while not lock_row(row, shared, SLICE_NS):
             pass
@@ -224,7 +218,7 @@ cdef int change(Actor* actor) noexcept nogil:
     """Other limits, or a model that goes, and one that comes."""
     cdef Shared* shared = &actor.world.shared
     cdef Row* row = &shared.rows[draw(actor, ROWS)]
-    cdef uint32_t generation = read_generation(&row.generation, ACQUIRE)
+    cdef uint32_t generation = load_u32(&row.generation)
     cdef Limits* limits = &actor.world.limits[draw(actor, 2)]
     cdef char name[20]
     cdef uint64_t version
@@ -233,7 +227,7 @@ cdef int change(Actor* actor) noexcept nogil:
     if generation & 1:
         remove_model(row, generation, shared, SLICE_NS)
     memset(name, c"a" + actor.number, sizeof(name))
-    version = read_version(&shared.header.registry_version, ACQUIRE)
+    version = load_u64(&shared.header.registry_version)
     return add_model(name, 1 + draw(actor, sizeof(name)), limits, draw(actor, 2), wait_clock_ns(), version, &generation,
                  shared, SLICE_NS) >= 0
 

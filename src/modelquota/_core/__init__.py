@@ -2,7 +2,8 @@
 
 Three floors on one layout. A floor imports those below it and knows nothing above it.
 
-- ``layout.pxd``: the structs of the shared memory, with the meaning, unit and writer of each field.
+- ``layout.pxd``: the structs of the shared memory, with the meaning, unit and writer of each field. Beside it
+  ``atomics.pxd``: atomic loads, stores, additions and swaps, and the compiler barrier.
 - ``row/``: arithmetic on rows whose locks are held: windows, levels, the decision, what a grant holds, the queue of a
   model. No clock, no lock, no Python object; time is a parameter.
 - ``state/``: the shared memory: its mapping and file, locks, seats of processes, the registry of models, records of

@@ -1,11 +1,10 @@
 # What a grant holds of a row, and what it charged there: pure arithmetic on one row, whose lock is held.
 from libc.stdint cimport int64_t, uint32_t
+from modelquota._core.atomics cimport compiler_barrier
 from modelquota._core.layout cimport Charge, ColdRow, GrantRecord, MAX_COUNT, QueueEntry, Row
 from modelquota._core.row.decision cimport Request
 from modelquota._core.row.level cimport lower_level
-from modelquota._core.row.window cimport (
-    SLOTS_PER_SPAN, compiler_barrier, current_slot, measure_room, refund_window, slot_at
-)
+from modelquota._core.row.window cimport SLOTS_PER_SPAN, current_slot, measure_room, refund_window, slot_at
 
 
 cdef struct Holding:

@@ -4,12 +4,9 @@
 # An entry blocks those behind it until its deadline and no longer, whatever its process does: who decides takes it out. It
 # blocks nobody while it steps aside: a request for several models that one of them throttles does not queue for the others.
 from libc.stdint cimport int64_t, uint32_t
+from modelquota._core.atomics cimport compiler_barrier, load_i64_relaxed
 from modelquota._core.layout cimport CHUNK, ColdRow, QueueEntry, RECORDS, Row, Shared
-from modelquota._core.row.window cimport compiler_barrier, measure_room
-
-cdef extern from *:
-    int64_t read_deadline "__atomic_load_n"(const int64_t* word, int order) noexcept nogil
-    const int RELAXED "__ATOMIC_RELAXED"
+from modelquota._core.row.window cimport measure_room
 
 
 cdef inline QueueEntry* entry_at(QueueEntry* entries, uint32_t link) noexcept nogil:
@@ -85,7 +82,7 @@ cdef inline bint drop_expired(Row* row, ColdRow* cold, QueueEntry* entries, int6
         if entry == NULL:
             break
         behind = entry_at(entries, entry.next)
-        if read_deadline(&entry.deadline_ns, RELAXED) <= now_ns:
+        if load_i64_relaxed(&entry.deadline_ns) <= now_ns:
             unlink_entry(row, cold, entries, entry)
             dropped = True
         elif not all:

@@ -4,6 +4,7 @@
 # counts. Slot s begins at s * T / 60 exactly, since time 0: the slots of a second are no whole number of nanoseconds long,
 # hence the fractions below. SLOTS_PER_SLOT says how many slots of the second make one of each window.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from modelquota._core.atomics cimport compiler_barrier
 from modelquota._core.layout cimport ColdRow, MAX_COUNT, Row, SECOND, SLOTS, SLOTS_PER_SLOT, UNLIMITED, WINDOWS
 
 cdef enum:
@@ -12,11 +13,7 @@ cdef enum:
     NEVER = -1                      # a wait that no time ends
 
 cdef extern from *:
-    """
-    #define MQ_IN_ORDER() __atomic_signal_fence(__ATOMIC_SEQ_CST)
-    """
     const uint32_t UINT32_MAX
-    void compiler_barrier "MQ_IN_ORDER"() noexcept nogil    # a process dies between two instructions: keep the compiler's order
 
 cdef enum:  # ColdRow.stage
     SETTLED = 0

@@ -3,6 +3,7 @@
 # Locks are taken in the order of the rows, whatever the order of the ids, so nobody waits in a circle; and none is kept
 # while another one is waited for, so that a process that is stopped in one row holds up nobody in the others.
 from libc.stdint cimport int64_t, uint32_t
+from modelquota._core.atomics cimport add_u64
 from modelquota._core.layout cimport Charge, QueueEntry, Row, Shared
 from modelquota._core.row.decision cimport (
     Fit, NEVER, QUEUE_PLACE, Request, Verdict, assess, charge_admitted, count_violation, highest_usage, start_verdict
@@ -11,7 +12,7 @@ from modelquota._core.row.grant cimport Holding, take_holding
 from modelquota._core.row.queue cimport unlink_entry
 from modelquota._core.state.lock cimport unlock, wait_clock_ns
 from modelquota._core.state.repair cimport lock_row, try_row
-from modelquota._core.state.unclaimed cimport count_made, set_unclaimed
+from modelquota._core.state.unclaimed cimport set_unclaimed
 
 cdef enum:
     MOST_MODELS = 16
@@ -190,7 +191,7 @@ cdef inline void decide_jointly(
         else:
             verdict.usage = max(verdict.usage, highest_usage(member.row, member.cold, request))
     if holding and joint.unclaimed_until_ns:
-        count_made(&shared.header.unclaimed_made)
+        add_u64(&shared.header.unclaimed_made, 1)
 
 
 cdef inline int decide_rows(

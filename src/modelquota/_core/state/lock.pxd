@@ -27,6 +27,9 @@
 # zombie, or its id is another one's by now. Of another PID namespace that cannot be known: it is taken for alive, until no
 # reader has the byte locked. So is one that has called exec, which keeps the process id.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from modelquota._core.atomics cimport (
+    load_u32, load_u32_relaxed, load_u64, store_u32, swap_u32, swap_u32_acquire, swap_u64
+)
 from modelquota._core.layout cimport SEATS, SEAT_BITS, Seat, Shared
 
 cdef extern from *:
@@ -43,12 +46,6 @@ cdef extern from *:
     #include <time.h>
     #include <unistd.h>
 
-    static inline int mq_try_lock(uint32_t *word, uint32_t seat) {
-        uint32_t expected = 0;
-        return __atomic_compare_exchange_n(word, &expected, seat, 0, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED);
-    }
-    static inline int mq_is_free(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED) == 0; }
-    static inline void mq_unlock(uint32_t *word) { __atomic_store_n(word, 0, __ATOMIC_RELEASE); }
     static inline void mq_relax(void) {
     #if defined(__x86_64__) || defined(__i386__)
         __builtin_ia32_pause();
@@ -142,14 +139,6 @@ cdef extern from *:
         return (threads <= 1 && (state == 'Z' || state == 'X')) ||
             mq_process_bits(pid, start, boot) != (holder & ~(MQ_EPOCHS | MQ_SURE));
     }
-    static inline uint64_t mq_load_long(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-    static inline int mq_swap_long(uint64_t *word, uint64_t from, uint64_t to) {
-        return __atomic_compare_exchange_n(word, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
-    }
-    static inline uint32_t mq_load(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-    static inline int mq_swap(uint32_t *word, uint32_t from, uint32_t to) {
-        return __atomic_compare_exchange_n(word, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
-    }
     """
     const int READ_LOCK "F_RDLCK"
     const int WRITE_LOCK "F_WRLCK"
@@ -161,14 +150,7 @@ cdef extern from *:
     bint names_process "MQ_PID"(uint64_t holder) noexcept nogil
     uint64_t own_bits "mq_own_bits"(uint64_t boot) noexcept nogil
     bint is_process_gone "mq_is_process_gone"(uint64_t holder, uint64_t boot) noexcept nogil
-    uint64_t load_long "mq_load_long"(const uint64_t* word) noexcept nogil
-    bint swap_long "mq_swap_long"(uint64_t* word, uint64_t before, uint64_t after) noexcept nogil
     bint is_file "mq_is_file"(int fd, uint64_t device, uint64_t inode) noexcept nogil
-    uint32_t load_word "mq_load"(const uint32_t* word) noexcept nogil
-    bint swap_word "mq_swap"(uint32_t* word, uint32_t before, uint32_t after) noexcept nogil
-    bint try_lock "mq_try_lock"(uint32_t* word, uint32_t seat) noexcept nogil
-    bint is_free "mq_is_free"(const uint32_t* word) noexcept nogil
-    void unlock "mq_unlock"(uint32_t* word) noexcept nogil
     void relax "mq_relax"() noexcept nogil
     void nap "mq_nap"(long ns) noexcept nogil
     void yield_processor "sched_yield"() noexcept nogil
@@ -187,6 +169,20 @@ cdef enum:  # what comes of a wait for a lock
     NOT_LOCKED = 2
 
 
+cdef inline bint try_lock(uint32_t* word, uint32_t seat) noexcept nogil:
+    """Take the lock if it is free."""
+    return swap_u32_acquire(word, 0, seat)
+
+
+cdef inline bint is_free(const uint32_t* word) noexcept nogil:
+    return load_u32_relaxed(word) == 0
+
+
+cdef inline void unlock(uint32_t* word) noexcept nogil:
+    """Release the lock. Requires that this process has it."""
+    store_u32(word, 0)
+
+
 cdef inline bint spin_lock(uint32_t* word, uint32_t seat) noexcept nogil:
     """Take the lock if its owner lets go within about a microsecond."""
     cdef int i
@@ -199,7 +195,7 @@ cdef inline bint spin_lock(uint32_t* word, uint32_t seat) noexcept nogil:
 
 cdef inline uint32_t epoch_of(uint32_t seat, const Shared* shared) noexcept nogil:
     """How often a seat has been taken."""
-    return <uint32_t> (load_long(&shared.seats[seat].holder) & EPOCHS)
+    return <uint32_t> (load_u64(&shared.seats[seat].holder) & EPOCHS)
 
 
 cdef inline bint has_seat(const Shared* shared) noexcept nogil:
@@ -213,7 +209,7 @@ cdef inline bint is_left(uint32_t seat, uint64_t holder, const Shared* shared) n
         return not is_locked(shared.fd, seat, READ_LOCK)    # locks of those that may only read the file do not count
     if not holder & SURE or not is_locked(shared.fd, seat, WRITE_LOCK):
         return True
-    return shared.space != 0 and load_long(&shared.seats[seat].space) == (shared.space | holder & EPOCHS) and \
+    return shared.space != 0 and load_u64(&shared.seats[seat].space) == (shared.space | holder & EPOCHS) and \
         is_process_gone(holder, shared.boot)
 
 
@@ -223,16 +219,16 @@ cdef inline uint32_t sit_down(uint32_t seat, uint32_t epochs, uint64_t process, 
     The epoch grows by `epochs`. `process` is own_bits().
     """
     cdef Seat* there = &shared.seats[seat]
-    cdef uint64_t space = load_long(&there.space)
-    cdef uint64_t holder = load_long(&there.holder)
+    cdef uint64_t space = load_u64(&there.space)
+    cdef uint64_t holder = load_u64(&there.holder)
     cdef uint64_t epoch = (holder + epochs) & EPOCHS
     cdef uint64_t claim = process | epoch
     if process != 0 and names_process(holder) and not is_left(seat, holder, shared):
         return 0
-    if not swap_long(&there.holder, holder, claim):
+    if not swap_u64(&there.holder, holder, claim):
         return 0
-    if process != 0 and not (swap_long(&there.space, space, shared.space | epoch) and
-                             swap_long(&there.holder, claim, claim | SURE)):
+    if process != 0 and not (swap_u64(&there.space, space, shared.space | epoch) and
+                             swap_u64(&there.holder, claim, claim | SURE)):
         return 0
     return <uint32_t> epoch << SEAT_BITS | seat
 
@@ -240,7 +236,7 @@ cdef inline uint32_t sit_down(uint32_t seat, uint32_t epochs, uint64_t process, 
 cdef inline bint is_sitting(const Shared* shared) noexcept nogil:
     """Whether this process still has its seat, as others see it."""
     cdef uint32_t seat = shared.me & (SEATS - 1)
-    cdef uint64_t holder = load_long(&shared.seats[seat].holder)
+    cdef uint64_t holder = load_u64(&shared.seats[seat].holder)
     return holder & EPOCHS == shared.me >> SEAT_BITS and \
         is_locked(shared.spare_fd, seat, WRITE_LOCK if names_process(holder) else READ_LOCK)
 
@@ -248,17 +244,17 @@ cdef inline bint is_sitting(const Shared* shared) noexcept nogil:
 cdef inline void hold_by_lock(const Shared* shared) noexcept nogil:
     """If this process has its seat by its process id, have it by the lock alone, unless readers are still in the way."""
     cdef uint32_t seat = shared.me & (SEATS - 1)
-    cdef uint64_t holder = load_long(&shared.seats[seat].holder)
+    cdef uint64_t holder = load_u64(&shared.seats[seat].holder)
     if names_process(holder) and has_seat(shared) and lock_seat(shared.fd, seat, WRITE_LOCK):
-        swap_long(&shared.seats[seat].holder, holder, holder & EPOCHS)
+        swap_u64(&shared.seats[seat].holder, holder, holder & EPOCHS)
 
 
 cdef inline void stand_up(const Shared* shared) noexcept nogil:
     """Take this process's id out of its seat, before it gives up its lock."""
     cdef Seat* there = &shared.seats[shared.me & (SEATS - 1)]
-    cdef uint64_t holder = load_long(&there.holder)
+    cdef uint64_t holder = load_u64(&there.holder)
     if names_process(holder) and holder & EPOCHS == shared.me >> SEAT_BITS:
-        swap_long(&there.holder, holder, holder & EPOCHS)
+        swap_u64(&there.holder, holder, holder & EPOCHS)
 
 
 cdef inline bint is_gone(uint32_t owner, const Shared* shared) noexcept nogil:
@@ -267,7 +263,7 @@ cdef inline bint is_gone(uint32_t owner, const Shared* shared) noexcept nogil:
     cdef uint64_t holder
     if owner == shared.me:
         return False
-    holder = load_long(&shared.seats[seat].holder)
+    holder = load_u64(&shared.seats[seat].holder)
     if seat == 0 or holder & EPOCHS != owner >> SEAT_BITS:
         return True
     # by a descriptor that was closed underneath and opened again for something else, everybody would be dead
@@ -276,8 +272,8 @@ cdef inline bint is_gone(uint32_t owner, const Shared* shared) noexcept nogil:
 
 cdef inline bint take_over(uint32_t* word, const Shared* shared) noexcept nogil:
     """Take a lock from an owner that has died; what it was doing is to be repaired."""
-    cdef uint32_t owner = load_word(word)
-    return owner != 0 and is_gone(owner, shared) and swap_word(word, owner, shared.me)
+    cdef uint32_t owner = load_u32(word)
+    return owner != 0 and is_gone(owner, shared) and swap_u32(word, owner, shared.me)
 
 
 cdef inline int lock_within(uint32_t* word, const Shared* shared, int64_t patience_ns) noexcept nogil:
@@ -301,7 +297,7 @@ cdef inline int lock_within(uint32_t* word, const Shared* shared, int64_t patien
     while True:
         if take_over(word, shared):
             return TAKEN_OVER
-        if load_word(&shared.closing) or wait_clock_ns() >= give_up_ns:
+        if load_u32(&shared.closing) or wait_clock_ns() >= give_up_ns:
             return NOT_LOCKED
         nap(nap_ns)
         nap_ns = min(2 * nap_ns, <long> LONGEST_NAP_NS)

@@ -5,8 +5,8 @@
 # free records: otherwise a process that once had everything would keep it.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from modelquota._core.atomics cimport load_u32, swap_u32
 from modelquota._core.layout cimport CHUNK, CHUNKS, Pool
-from modelquota._core.state.lock cimport load_word, swap_word
 
 cdef extern from *:
     """
@@ -40,16 +40,16 @@ cdef inline int64_t claim_chunk(Pool* pool, uint32_t me) noexcept:
     """A chunk that nobody owned and now this process does, or -1. Its records cannot be taken before open_chunk()."""
     cdef uint32_t chunk
     for chunk in range(CHUNKS):
-        if load_word(&pool.owners[chunk]) == 0 and swap_word(&pool.owners[chunk], 0, me):
+        if load_u32(&pool.owners[chunk]) == 0 and swap_u32(&pool.owners[chunk], 0, me):
             return chunk
     return -1
 
 
 cdef inline void open_chunk(Pool* pool, int64_t chunk) noexcept:
     """Let the records of a claimed chunk be taken, for which there is space."""
-    cdef uint32_t used = load_word(pool.chunks_used)
-    while used <= chunk and not swap_word(pool.chunks_used, used, <uint32_t> chunk + 1):
-        used = load_word(pool.chunks_used)
+    cdef uint32_t used = load_u32(pool.chunks_used)
+    while used <= chunk and not swap_u32(pool.chunks_used, used, <uint32_t> chunk + 1):
+        used = load_u32(pool.chunks_used)
     pool.free[chunk] = ALL_FREE
     pool.open[pool.open_count] = <uint32_t> chunk
     pool.open_count += 1
@@ -84,4 +84,4 @@ cdef inline void give_record(Pool* pool, int64_t number, uint32_t me) noexcept:
         pool.open_count -= 1
         pool.open[at] = pool.open[pool.open_count]
         pool.free[chunk] = 0
-        swap_word(&pool.owners[chunk], me, 0)
+        swap_u32(&pool.owners[chunk], me, 0)

@@ -1,13 +1,13 @@
 """The grant records and queue entries of this process, and what dead processes left in theirs."""
 from libc.stdint cimport INT64_MAX, int64_t, uint64_t
 
+from modelquota._core.atomics cimport load_u64, swap_u32
 from modelquota._core.layout cimport CHUNK, GrantRecord, Pool, QueueEntry, RECORDS, Shared
 from modelquota._core.state.clock cimport Watcher, monotonic_ns
-from modelquota._core.state.lock cimport swap_word
 from modelquota._core.state.pool cimport claim_chunk, open_chunk, record_at, take_record
 from modelquota._core.state.state cimport State
 from modelquota._core.state.sweep cimport is_anybody_gone, sweep_pool
-from modelquota._core.state.unclaimed cimport is_anything_overdue, let_overdue_go as let_rows_go, read_made
+from modelquota._core.state.unclaimed cimport is_anything_overdue, let_overdue_go as let_rows_go
 
 from modelquota.errors import CapacityError, StateFileError
 
@@ -33,7 +33,7 @@ cdef class Pools:
         try:
             self.state.reserve_space(record_at(pool, chunk * CHUNK), CHUNK * pool.record_size)
         except StateFileError:
-            swap_word(&pool.owners[chunk], self.state.shared.me, 0)
+            swap_u32(&pool.owners[chunk], self.state.shared.me, 0)
             raise
         open_chunk(pool, chunk)
         return 0
@@ -74,7 +74,7 @@ cdef class Pools:
         cdef const Shared* shared = &self.state.shared
         cdef int64_t now_ns = self.state.now_ns()
         cdef int64_t soonest_ns = INT64_MAX
-        cdef uint64_t made = read_made(&shared.header.unclaimed_made)
+        cdef uint64_t made = load_u64(&shared.header.unclaimed_made)
         cdef int found = 0
         if made == self.seen_unclaimed and now_ns < self.overdue_ns:
             return 0

@@ -1,5 +1,6 @@
 # A request takes and leaves its places in the queues of its models, from lock to unlock.
 from libc.stdint cimport int64_t, uint8_t
+from modelquota._core.atomics cimport load_u8, store_i64_relaxed
 from modelquota._core.layout cimport QueueEntry, Row, Shared
 from modelquota._core.row.decision cimport NEVER, QUEUE, Request, THROTTLE
 from modelquota._core.row.grant cimport Holding
@@ -12,12 +13,6 @@ from modelquota._core.state.repair cimport lock_row
 
 cdef enum:
     QUEUE_FULL = 3                  # beside what comes of a joint decision
-
-cdef extern from *:
-    void write_deadline "__atomic_store_n"(int64_t* word, int64_t value, int order) noexcept nogil
-    uint8_t read_flag "__atomic_load_n"(const uint8_t* word, int order) noexcept nogil
-    const int RELAXED "__ATOMIC_RELAXED"
-    const int ACQUIRE "__ATOMIC_ACQUIRE"
 
 
 cdef inline int stand_in_queues(
@@ -54,7 +49,7 @@ cdef inline int stand_in_queues(
             entry.generation = member.generation
             entry.priority = request.priority
             entry.ticket = request.ticket
-            write_deadline(&entry.deadline_ns, deadline_ns, RELAXED)
+            store_i64_relaxed(&entry.deadline_ns, deadline_ns)
             entry.ready_ns = NEVER
             entry.limit = entry.aside = 0
             entry.counted = member.cold == request.counted and member.generation == request.counted_generation
@@ -69,7 +64,7 @@ cdef inline int stand_in_queues(
 cdef inline bint leave_queue(QueueEntry* entry, const Shared* shared, int64_t patience_ns) noexcept nogil:
     """Take an entry out of its queue; False if the row stays locked. Takes the row's lock."""
     cdef Row* row = &shared.rows[entry.row]
-    if not read_flag(&entry.linked, ACQUIRE):
+    if not load_u8(&entry.linked):
         return True
     if not lock_row(row, shared, patience_ns):
         return False

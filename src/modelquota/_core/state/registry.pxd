@@ -2,26 +2,14 @@
 # have the row soon gives the registry back first, so that a process that is stopped in one row holds up only that model.
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
+from modelquota._core.atomics cimport add_u64_relaxed, compiler_barrier, store_i64, store_u32, store_u64, swap_i64
 from modelquota._core.layout cimport CHANGES, ColdRow, Header, Limits, Row, Shared, UNLIMITED, VIOLATION_TYPES, WINDOWS
 from modelquota._core.row.decision cimport advance
 from modelquota._core.row.level cimport NO_RATE, load
 from modelquota._core.row.usage cimport limits_digest, put_limits, read_limits, same_limits, start_row
-from modelquota._core.row.window cimport compiler_barrier, requests_charged, requests_used, tokens_charged, tokens_used
+from modelquota._core.row.window cimport requests_charged, requests_used, tokens_charged, tokens_used
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, unlock, wait_clock_ns
-from modelquota._core.state.repair cimport clear, count_atomically, lock_row
-
-cdef extern from *:
-    """
-    static inline int mq_swap_time(int64_t *word, int64_t from, int64_t to) {
-        return __atomic_compare_exchange_n(word, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
-    }
-    """
-    bint swap_time "mq_swap_time"(int64_t* word, int64_t before, int64_t after) noexcept nogil
-    void publish_version "__atomic_store_n"(uint64_t* word, uint64_t value, int order) noexcept nogil
-    void publish_generation "__atomic_store_n"(uint32_t* word, uint32_t value, int order) noexcept nogil
-    void publish_count "__atomic_store_n"(int64_t* word, int64_t value, int order) noexcept nogil
-    const int RELAXED "__ATOMIC_RELAXED"
-    const int RELEASE "__ATOMIC_RELEASE"
+from modelquota._core.state.repair cimport clear, lock_row
 
 cdef enum:
     NAME_UNIT = 16          # a name record has 16, 32, 64, 128 or 256 bytes
@@ -50,7 +38,7 @@ cdef inline void log_change(const Shared* shared, uint32_t row) noexcept nogil:
     """Say that a model has come or gone. Requires the registry's lock."""
     cdef Header* header = shared.header
     shared.changes[header.registry_version % CHANGES] = row
-    publish_version(&header.registry_version, header.registry_version + 1, RELEASE)
+    store_u64(&header.registry_version, header.registry_version + 1)
 
 
 cdef inline bint finish_changes(const Shared* shared) noexcept nogil:
@@ -170,13 +158,13 @@ cdef inline void take_out(Row* row, ColdRow* cold, const Shared* shared) noexcep
     header.retired_rejected += cold.rejected
     header.retired_throttled += cold.throttled
     header.retired_queued += cold.queued
-    count_atomically(&header.retired_waited, cold.waited, RELAXED)    # others add to it without the lock
+    add_u64_relaxed(&header.retired_waited, cold.waited)    # others add to it without the lock
     header.retired_tokens += tokens_charged(row, cold)
     header.retired_refunded += cold.tokens_refunded
     for kind in range(VIOLATION_TYPES):
         header.retired_violations[kind] += cold.violations[kind]
     compiler_barrier()
-    publish_generation(&row.generation, row.generation + 1, RELEASE)
+    store_u32(&row.generation, row.generation + 1)
     compiler_barrier()
     header.leaving_row = -1
     compiler_barrier()
@@ -232,7 +220,7 @@ cdef inline int64_t forget_one(const Shared* shared, int64_t now_ns) noexcept no
             return index
         unlock(&row.lock)
     if header.clock_kind != MANUAL:     # which stands still: whoever asks again at the same time is told the same
-        swap_time(&header.full_until_ns, searching,
+        swap_i64(&header.full_until_ns, searching,
                   now_ns + max(SEARCH_SHARE * (wait_clock_ns() - began_ns), <int64_t> LOOK_AGAIN_NS))
     return TABLE_FULL
 
@@ -285,9 +273,9 @@ cdef inline int64_t add_model(
             cold.on_sight = 1
         compiler_barrier()
         generation[0] = row.generation + 1
-        publish_generation(&row.generation, generation[0], RELEASE)
+        store_u32(&row.generation, generation[0])
         if index == header.row_count:
-            publish_count(&header.row_count, index + 1, RELEASE)
+            store_i64(&header.row_count, index + 1)
         log_change(shared, <uint32_t> index)
     else:
         header.lowest_free = min(header.lowest_free, index)

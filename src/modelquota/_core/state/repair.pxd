@@ -6,19 +6,15 @@
 # dies between them, and what it had not stored of its own request is lost, no more.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
+from modelquota._core.atomics cimport add_u64_relaxed, compiler_barrier
 from modelquota._core.layout cimport CHUNK, ColdRow, GrantRecord, Header, Row, SLOTS, Shared, WINDOWS
 from modelquota._core.row.level cimport LEVEL_MAX, load, store
 from modelquota._core.row.queue cimport rebuild_queue
 from modelquota._core.row.usage cimport put_limits
 from modelquota._core.row.window cimport (
-    ROLLED, ROLLING, SETTLED, compiler_barrier, current_slot, measure_room, roll, slot_start_ns, slots_per_slot,
-    turn_ring
+    ROLLED, ROLLING, SETTLED, current_slot, measure_room, roll, slot_start_ns, slots_per_slot, turn_ring
 )
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, spin_lock, try_lock
-
-cdef extern from *:
-    uint64_t count_atomically "__atomic_fetch_add"(uint64_t* word, uint64_t more, int order) noexcept nogil
-    const int RELAXED "__ATOMIC_RELAXED"
 
 
 cdef inline bint lock_row(Row* row, const Shared* shared, int64_t patience_ns) noexcept nogil:
@@ -149,7 +145,7 @@ cdef inline void repair_row(Row* row, const Shared* shared) noexcept nogil:
     cdef int64_t index = row - shared.rows
     cdef ColdRow* cold = &shared.cold_rows[index]
     cdef Header* header = shared.header
-    count_atomically(&header.recoveries, 1, RELAXED)
+    add_u64_relaxed(&header.recoveries, 1)
     if row.generation % 2 == 0:         # the model had not come in, or was already out
         clear(row, cold)
         return

@@ -20,15 +20,15 @@ from posix.mman cimport (
 )
 from posix.unistd cimport close
 
+from modelquota._core.atomics cimport compiler_barrier, load_u32, load_u64, swap_u32
 from modelquota._core.layout cimport (
     CHANGES, CHUNK, CHUNKS, ColdRow, GrantRecord, Header, LAYOUT_VERSION, MAX_TIME_NS, Pool, QueueEntry, RECORDS, Row,
     SEATS, Seat, Shared
 )
-from modelquota._core.row.window cimport compiler_barrier
 from modelquota._core.state.clock cimport ManualClock, Watcher, monotonic_ns
 from modelquota._core.state.lock cimport (
-    NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, has_seat, hold_by_lock, is_file, is_left, is_sitting, load_long,
-    load_word, lock_seat, own_bits, sit_down, stand_up, swap_word
+    NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, has_seat, hold_by_lock, is_file, is_left, is_sitting, lock_seat, own_bits,
+    sit_down, stand_up
 )
 from modelquota._core.state.pool cimport end_pool, record_at, start_pool
 from modelquota._core.state.registry cimport MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, unlock_registry
@@ -457,8 +457,8 @@ cdef class State:
             return False
         self.shared.me = me
         while True:
-            used = load_word(&self.shared.header.seats_used)
-            if used >= me & (SEATS - 1) or swap_word(&self.shared.header.seats_used, used, me & (SEATS - 1)):
+            used = load_u32(&self.shared.header.seats_used)
+            if used >= me & (SEATS - 1) or swap_u32(&self.shared.header.seats_used, used, me & (SEATS - 1)):
                 break
         self.verified_ns = monotonic_ns()
         self.shared.fine_until_ns = 0
@@ -584,19 +584,19 @@ cdef void close_descriptors(Shared* shared) noexcept:
 cdef void give_chunk_back(Pool* pool, uint32_t chunk, uint32_t me) noexcept:
     """Give back an own chunk of which nothing is in use."""
     cdef int64_t i
-    if pool.owners == NULL or load_word(&pool.owners[chunk]) != me:
+    if pool.owners == NULL or load_u32(&pool.owners[chunk]) != me:
         return
     for i in range(<int64_t> chunk * CHUNK, <int64_t> chunk * CHUNK + CHUNK):
         if (<uint32_t*> record_at(pool, i))[0] != 0:     # `seat` comes first in every record
             return
-    swap_word(&pool.owners[chunk], me, 0)
+    swap_u32(&pool.owners[chunk], me, 0)
 
 
 cdef bint is_anybody_else(const Shared* shared) noexcept nogil:
     """Whether another process or manager has a seat."""
     cdef uint32_t seat
     for seat in range(1, shared.header.seats_used + 1):
-        if seat != (shared.me & (SEATS - 1)) and not is_left(seat, load_long(&shared.seats[seat].holder), shared):
+        if seat != (shared.me & (SEATS - 1)) and not is_left(seat, load_u64(&shared.seats[seat].holder), shared):
             return True
     return False
 
@@ -621,7 +621,7 @@ def count_processes(int descriptor, bytes seats, uint32_t used):
     shared.seats = <Seat*> <char*> seats
     know_processes(&shared)
     for seat in range(1, used + 1):
-        found += not is_left(seat, load_long(&shared.seats[seat].holder), &shared)
+        found += not is_left(seat, load_u64(&shared.seats[seat].holder), &shared)
     return found
 
 

@@ -1,12 +1,13 @@
 # What dead processes held is given back, and their places in the queues are cleared.
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
+from modelquota._core.atomics cimport add_u64_relaxed, load_u32, swap_u32
 from modelquota._core.layout cimport CHUNK, GrantRecord, Pool, QueueEntry, Row, SEATS, SEAT_BITS, Shared
 from modelquota._core.row.grant cimport free_handle, release_holding
 from modelquota._core.row.queue cimport unlink_entry
-from modelquota._core.state.lock cimport epoch_of, is_gone, load_word, swap_word, unlock
+from modelquota._core.state.lock cimport epoch_of, is_gone, unlock
 from modelquota._core.state.pool cimport record_at
-from modelquota._core.state.repair cimport RELAXED, count_atomically, lock_row
+from modelquota._core.state.repair cimport lock_row
 
 cdef enum:
     SWEEP_PATIENCE_NS = 1_000_000   # a row that stays locked is left for the next time
@@ -29,10 +30,10 @@ cdef inline bint is_anybody_gone(const Shared* shared) noexcept nogil:
     cdef int64_t i
     memset(alive, 0, sizeof(alive))
     for i in range(shared.grant_pool.chunks_used[0]):
-        if is_newly_gone(load_word(&shared.grant_pool.owners[i]), alive, shared):
+        if is_newly_gone(load_u32(&shared.grant_pool.owners[i]), alive, shared):
             return True
     for i in range(shared.entry_pool.chunks_used[0]):
-        if is_newly_gone(load_word(&shared.entry_pool.owners[i]), alive, shared):
+        if is_newly_gone(load_u32(&shared.entry_pool.owners[i]), alive, shared):
             return True
     return False
 
@@ -83,7 +84,7 @@ cdef inline int sweep_pool(const Pool* pool, bint of_grants, const Shared* share
     cdef int found = 0
     cdef bint done
     for chunk in range(pool.chunks_used[0]):
-        owner = load_word(&pool.owners[chunk])
+        owner = load_u32(&pool.owners[chunk])
         if owner == 0 or owner == shared.me or owner == alive:
             continue
         if not is_gone(owner, shared):
@@ -96,8 +97,8 @@ cdef inline int sweep_pool(const Pool* pool, bint of_grants, const Shared* share
             else:
                 done = sweep_entry(<QueueEntry*> record_at(pool, i), owner, shared, &found) and done
         if done:
-            swap_word(&pool.owners[chunk], owner, 0)
-    count_atomically(&shared.header.recoveries, found, RELAXED)
+            swap_u32(&pool.owners[chunk], owner, 0)
+    add_u64_relaxed(&shared.header.recoveries, found)
     return found
 
 
@@ -107,7 +108,7 @@ cdef inline bint release_grants(const Shared* shared) noexcept nogil:
     cdef int found = 0
     cdef bint done = True
     for chunk in range(shared.grant_pool.chunks_used[0]):
-        if load_word(&shared.grant_pool.owners[chunk]) == shared.me:
+        if load_u32(&shared.grant_pool.owners[chunk]) == shared.me:
             for i in range(chunk * CHUNK, chunk * CHUNK + CHUNK):
                 done = sweep_grant(<GrantRecord*> record_at(&shared.grant_pool, i), shared.me, shared, &found) and done
     return done

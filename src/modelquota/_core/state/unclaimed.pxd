@@ -10,29 +10,12 @@
 # A process that has claimed a grant clears the references to the deciding record before it gives that one back. So if LAPSED
 # was read there, and then the reference to it once more, in a record whose row is locked, that record's grant has lapsed.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from modelquota._core.atomics cimport load_i64, load_u32, store_i64, store_u32, swap_i64
 from modelquota._core.layout cimport CHUNK, Charge, ColdRow, GrantRecord, RECORDS, Row, Shared
 from modelquota._core.row.decision cimport advance
 from modelquota._core.row.grant cimport refund, release_holding
-from modelquota._core.state.lock cimport load_word, unlock
+from modelquota._core.state.lock cimport unlock
 from modelquota._core.state.repair cimport lock_row
-
-cdef extern from *:
-    """
-    static inline int64_t mq_read_until(const int64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-    static inline void mq_put_until(int64_t *word, int64_t ns) { __atomic_store_n(word, ns, __ATOMIC_RELEASE); }
-    static inline int mq_swap_until(int64_t *word, int64_t from, int64_t to) {
-        return __atomic_compare_exchange_n(word, &from, to, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-    }
-    static inline void mq_put_decider(uint32_t *word, uint32_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
-    static inline uint64_t mq_read_made(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-    static inline void mq_count_made(uint64_t *word) { __atomic_fetch_add(word, 1, __ATOMIC_ACQ_REL); }
-    """
-    int64_t read_until "mq_read_until"(const int64_t* word) noexcept nogil
-    void put_until "mq_put_until"(int64_t* word, int64_t ns) noexcept nogil
-    bint swap_until "mq_swap_until"(int64_t* word, int64_t before, int64_t after) noexcept nogil
-    void put_decider "mq_put_decider"(uint32_t* word, uint32_t value) noexcept nogil
-    uint64_t read_made "mq_read_made"(const uint64_t* word) noexcept nogil
-    void count_made "mq_count_made"(uint64_t* word) noexcept nogil
 
 cdef enum:
     CLAIMED = 0
@@ -45,40 +28,40 @@ cdef inline void set_unclaimed(
 ) noexcept nogil:
     """Let anybody give this record back from its deadline on. The one that decides comes first. Requires the row's lock."""
     record.charge = charge[0]
-    put_until(&record.unclaimed_until_ns, until_ns)
-    put_decider(&record.decider, decider)
+    store_i64(&record.unclaimed_until_ns, until_ns)
+    store_u32(&record.decider, decider)
 
 
 cdef inline bint claim_record(GrantRecord* decider) noexcept nogil:
     """Take a grant for good, by the record that decides; False if it has lapsed. Without a lock."""
-    cdef int64_t until_ns = read_until(&decider.unclaimed_until_ns)
-    return until_ns != LAPSED and swap_until(&decider.unclaimed_until_ns, until_ns, CLAIMED)
+    cdef int64_t until_ns = load_i64(&decider.unclaimed_until_ns)
+    return until_ns != LAPSED and swap_i64(&decider.unclaimed_until_ns, until_ns, CLAIMED)
 
 
 cdef inline bint lapses(
     const GrantRecord* record, int64_t now_ns, int64_t* soonest_ns, const Shared* shared
 ) noexcept nogil:
     """Whether a record's grant has lapsed, or does now that its time is over; otherwise its time is noted."""
-    cdef uint32_t number = load_word(&record.decider)
+    cdef uint32_t number = load_u32(&record.decider)
     cdef GrantRecord* decider
     cdef int64_t until_ns
     if record.seat == 0 or number == 0 or number > <uint32_t> RECORDS:
         return False
     decider = &shared.grants[number - 1]
-    until_ns = read_until(&decider.unclaimed_until_ns)
+    until_ns = load_i64(&decider.unclaimed_until_ns)
     if until_ns > now_ns:
         soonest_ns[0] = min(soonest_ns[0], until_ns)
         return False
-    return until_ns == LAPSED or (until_ns != CLAIMED and swap_until(&decider.unclaimed_until_ns, until_ns, LAPSED))
+    return until_ns == LAPSED or (until_ns != CLAIMED and swap_i64(&decider.unclaimed_until_ns, until_ns, LAPSED))
 
 
 cdef inline bint is_lapsed(const GrantRecord* record, const Shared* shared) noexcept nogil:
     """Whether a record belongs to a grant that has lapsed. Requires its row's lock, while it is in use."""
-    cdef uint32_t number = load_word(&record.decider)
+    cdef uint32_t number = load_u32(&record.decider)
     return (
         0 < number <= <uint32_t> RECORDS
-        and read_until(&shared.grants[number - 1].unclaimed_until_ns) == LAPSED
-        and load_word(&record.decider) == number    # once more: it was so after that other word
+        and load_i64(&shared.grants[number - 1].unclaimed_until_ns) == LAPSED
+        and load_u32(&record.decider) == number    # once more: it was so after that other word
     )
 
 
@@ -119,7 +102,7 @@ cdef inline bint is_anything_overdue(int64_t now_ns, int64_t* soonest_ns, const 
     cdef int64_t chunk, i
     cdef uint32_t owner
     for chunk in range(shared.grant_pool.chunks_used[0]):
-        owner = load_word(&shared.grant_pool.owners[chunk])
+        owner = load_u32(&shared.grant_pool.owners[chunk])
         if owner == 0 or owner == shared.me:    # a process takes its own back by itself
             continue
         for i in range(chunk * CHUNK, chunk * CHUNK + CHUNK):
@@ -135,7 +118,7 @@ cdef inline int let_overdue_go(int64_t now_ns, int64_t* soonest_ns, const Shared
     cdef int outcome
     cdef int found = 0
     for chunk in range(shared.grant_pool.chunks_used[0]):
-        owner = load_word(&shared.grant_pool.owners[chunk])
+        owner = load_u32(&shared.grant_pool.owners[chunk])
         if owner == 0 or owner == shared.me:
             continue
         for i in range(chunk * CHUNK, chunk * CHUNK + CHUNK):

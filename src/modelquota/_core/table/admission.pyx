@@ -6,6 +6,7 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from modelquota._core.atomics cimport add_u64_relaxed
 from modelquota._core.layout cimport Charge, ColdRow, Limits, QueueEntry, Row, Shared
 from modelquota._core.row.decision cimport Fit, Request, Verdict, charge_admitted, highest_usage
 from modelquota._core.row.grant cimport Holding
@@ -18,7 +19,6 @@ from modelquota._core.state.joint cimport (
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
 from modelquota._core.state.pools cimport Pools
-from modelquota._core.state.repair cimport RELAXED, count_atomically
 from modelquota._core.table.grant cimport Grant, make_grant
 from modelquota._core.table.intern cimport Interned, RowRef, plain_id
 from modelquota._core.table.result cimport result_of
@@ -78,7 +78,7 @@ cdef class Admission:
     # -- ids without a quota
 
     cdef int count_unknown(self, int ids) except -1:
-        count_atomically(&self.state.shared.header.unknown_checks, ids, RELAXED)
+        add_u64_relaxed(&self.state.shared.header.unknown_checks, ids)
         return 0
 
     cdef bint adopt(self, str model_id) except -1:
@@ -197,7 +197,7 @@ cdef class Admission:
         elif unknown:
             self.count_unknown(unknown)
         if verdict.allowed and request.counted != NULL and not is_counted_here(joint, request):
-            count_atomically(&self.state.shared.header.retired_waited, 1, RELAXED)
+            add_u64_relaxed(&self.state.shared.header.retired_waited, 1)
         return unknown
 
     cdef int take_records(self, JointRequest* joint) except -1:

@@ -1,5 +1,6 @@
 # Batches: the loops around one decision, entirely without the GIL. Codes are generation << 32 | row number.
 from libc.stdint cimport int64_t, uint8_t, uint32_t
+from modelquota._core.atomics cimport load_char_relaxed, load_i64, load_u32_relaxed
 from modelquota._core.layout cimport Charge, ColdRow, Header, MAX_COUNT, Row, SECOND, SLOTS, Shared
 from modelquota._core.row.decision cimport (
     LAST_TICKET, LOWEST_PRIORITY, Request, Verdict, advance, charge_tokens, decide, is_trial, unlikely
@@ -7,13 +8,6 @@ from modelquota._core.row.decision cimport (
 from modelquota._core.row.window cimport slot_at
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.repair cimport lock_row
-
-cdef extern from *:
-    int64_t read_count "__atomic_load_n"(const int64_t* word, int order) noexcept nogil
-    uint32_t read_generation "__atomic_load_n"(const uint32_t* word, int order) noexcept nogil
-    char read_byte "__atomic_load_n"(const char* byte, int order) noexcept nogil
-    const int ACQUIRE "__ATOMIC_ACQUIRE"
-    const int RELAXED "__ATOMIC_RELAXED"
 
 cdef enum:
     BLOCK = 16              # elements whose memory is fetched together
@@ -42,7 +36,7 @@ cdef inline uint32_t generation_of(int64_t code) noexcept nogil:
 
 cdef inline void fetch(const void* address) noexcept nogil:
     """Touch a byte to load its cache line."""
-    read_byte(<const char*> address, RELAXED)
+    load_char_relaxed(<const char*> address)
 
 
 cdef inline void fetch_block(
@@ -89,12 +83,12 @@ cdef inline Py_ssize_t first_bad_code(
     const int64_t* codes, Py_ssize_t n, Row* rows, const Header* header
 ) noexcept nogil:
     """Index of the first code that does not belong to a living model; n if there is none. Needs no lock."""
-    cdef int64_t row_count = read_count(&header.row_count, ACQUIRE)
+    cdef int64_t row_count = load_i64(&header.row_count)
     cdef Py_ssize_t i
     for i in range(n):
         if <int64_t> index_of(codes[i]) >= row_count or not generation_of(codes[i]) & 1:
             return i
-        if read_generation(&rows[index_of(codes[i])].generation, RELAXED) != generation_of(codes[i]):
+        if load_u32_relaxed(&rows[index_of(codes[i])].generation) != generation_of(codes[i]):
             return i
     return n
 

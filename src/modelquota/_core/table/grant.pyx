@@ -8,6 +8,7 @@ from cpython.exc cimport PyErr_WarnEx, PyErr_WriteUnraisable
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
+from modelquota._core.atomics cimport store_u32
 from modelquota._core.layout cimport Charge, ColdRow, MAX_COUNT, Row, Shared
 from modelquota._core.row.decision cimport Request, admits_tokens, advance, charge_tokens, is_trial
 from modelquota._core.row.grant cimport Holding, refund, release_holding, reserve_tokens, settle_tokens
@@ -17,7 +18,7 @@ from modelquota._core.state.pool cimport give_record
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.repair cimport lock_row
 from modelquota._core.state.state cimport State, fork_count
-from modelquota._core.state.unclaimed cimport claim_record, put_decider
+from modelquota._core.state.unclaimed cimport claim_record
 from modelquota._core.table.arguments cimport as_count
 from modelquota._core.table.intern cimport RowRef
 
@@ -93,7 +94,7 @@ cdef class Grant:
             self.lapsed = not claim_record(self.first.record)
             if not self.lapsed:
                 for i in range(self.members):
-                    put_decider(&self.hold(i).record.decider, 0)
+                    store_u32(&self.hold(i).record.decider, 0)
         return not self.lapsed
 
     cdef inline int require_open(self, str verb) except -1:

@@ -8,6 +8,7 @@ from cpython.ref cimport Py_INCREF, Py_XDECREF
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from modelquota._core.atomics cimport load_u32, load_u64
 from modelquota._core.layout cimport CHANGES, ColdRow, Limits
 from modelquota._core.row.usage cimport Usage
 from modelquota._core.state.lock cimport SLICE_NS
@@ -20,11 +21,6 @@ from modelquota._core.state.repair cimport lock_row, try_row
 from modelquota._core.state.state cimport State
 
 from modelquota.errors import CapacityError, UnknownModelError
-
-cdef extern from *:
-    uint64_t read_version "__atomic_load_n"(const uint64_t* word, int order) noexcept nogil
-    uint32_t read_generation "__atomic_load_n"(const uint32_t* word, int order) noexcept nogil
-    const int ACQUIRE "__ATOMIC_ACQUIRE"
 
 
 @cython.final
@@ -87,7 +83,7 @@ cdef class Interned:
 
         The change log lists the rows that changed; if more have changed than it holds, all rows are read.
         """
-        cdef uint64_t version = read_version(&self.state.shared.header.registry_version, ACQUIRE)
+        cdef uint64_t version = load_u64(&self.state.shared.header.registry_version)
         cdef uint64_t change
         cdef uint32_t index
         if version == self.seen_version:
@@ -99,7 +95,7 @@ cdef class Interned:
                     break
             else:
                 # what was read has not been overwritten in the meantime
-                if read_version(&self.state.shared.header.registry_version, ACQUIRE) - self.seen_version <= CHANGES:
+                if load_u64(&self.state.shared.header.registry_version) - self.seen_version <= CHANGES:
                     self.seen_version = version
                     return 0
         if self.refresh_all():
@@ -120,7 +116,7 @@ cdef class Interned:
         cdef RowRef ref = None
         if index >= self.state.shared.header.max_models:
             return True
-        generation = read_generation(&self.state.shared.rows[index].generation, ACQUIRE)
+        generation = load_u32(&self.state.shared.rows[index].generation)
         if self.refs[index] != NULL:
             ref = <RowRef> self.refs[index]
             if ref.generation == generation:
@@ -129,7 +125,7 @@ cdef class Interned:
         if generation % 2 == 0:
             return True
         name = self.name_of(index)
-        if read_generation(&self.state.shared.rows[index].generation, ACQUIRE) != generation:
+        if load_u32(&self.state.shared.rows[index].generation) != generation:
             return False                # the next refresh sees it
         self.intern(name, index, generation)
         return True
@@ -185,7 +181,7 @@ cdef class Interned:
         self.state.require_open()
         self.pack_limits(config, &limits)
         while True:
-            version = read_version(&self.state.shared.header.registry_version, ACQUIRE)
+            version = load_u64(&self.state.shared.header.registry_version)
             ref = self.find(model_id)
             if ref is not None and ref.row.generation != ref.generation:
                 self.unintern(ref)

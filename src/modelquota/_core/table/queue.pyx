@@ -48,13 +48,14 @@ cimport cython
 from cpython.object cimport PyObject
 from libc.stdint cimport int32_t, int64_t
 
+from modelquota._core.atomics cimport add_i64_relaxed, store_i64_relaxed
 from modelquota._core.layout cimport MAX_TIME_NS
 from modelquota._core.row.decision cimport NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, Request, Verdict
 from modelquota._core.state.clock cimport Watcher
 from modelquota._core.state.joint cimport BUSY_ROW, DECIDED, GONE, JointRequest, NOBODY, Places
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
-from modelquota._core.state.queueing cimport QUEUE_FULL, leave_queue, stand_in_queues, write_deadline
+from modelquota._core.state.queueing cimport QUEUE_FULL, leave_queue, stand_in_queues
 from modelquota._core.state.state cimport REFUSES, fork_count
 from modelquota._core.table.admission cimport Admission, BUSY, MOST_ROUNDS, ids_of
 from modelquota._core.table.arguments cimport FAR, as_priority, as_wait_ns, parse_request
@@ -70,10 +71,6 @@ cdef int64_t LOOK_NS = 10_000_000   # how often a queue checks what other proces
 cdef int64_t LINES_AT_ONCE = 16     # while the process has at most this many queues; more take turns
 cdef int64_t BUSY_NS = 50_000       # the first pause after a locked row, whose owner was preempted,
 cdef int64_t LONGEST_BUSY_NS = 10_000_000   # and the longest: it may not run at all
-
-cdef extern from *:
-    int64_t take_ticket "__atomic_fetch_add"(int64_t* word, int64_t more, int order) noexcept nogil
-    const int RELAXED "__ATOMIC_RELAXED"
 
 
 cdef inline bint precedes(const Request* request, const Request* other) noexcept:
@@ -207,7 +204,7 @@ cdef class Waiter:
             return False            # the model was removed, and its grace period with it: the last deadline stays
         self.deadline_ns = self.started_ns + wait_ns if wait_ns < MAX_TIME_NS else FAR
         for i in range(self.places.count):
-            write_deadline(&self.places.entries[i].deadline_ns, self.deadline_ns, RELAXED)
+            store_i64_relaxed(&self.places.entries[i].deadline_ns, self.deadline_ns)
         return self.deadline_ns < before
 
     cdef int give_places(self) except -1:
@@ -572,7 +569,7 @@ cdef class Queues(Watcher):
             self.state.require_open()
             waiter.request.counted = ref.cold
             waiter.request.counted_generation = ref.generation
-            waiter.request.ticket = take_ticket(&self.state.shared.header.next_ticket, 1, RELAXED)
+            waiter.request.ticket = add_i64_relaxed(&self.state.shared.header.next_ticket, 1)
         outcome = GONE
         for _ in range(MOST_ROUNDS):
             self.admission.members_of(waiter.ids, &joint, refs, None)
@@ -645,7 +642,7 @@ cdef class Queues(Watcher):
         cdef int i
         cdef bint left = True
         for i in range(places.count):
-            write_deadline(&places.entries[i].deadline_ns, 0, RELAXED)
+            store_i64_relaxed(&places.entries[i].deadline_ns, 0)
             left = leave_queue(places.entries[i], &self.state.shared, 0) and left
         if left:
             waiter.give_places()

@@ -1,6 +1,7 @@
 """Reads of a manager's own state: one model, all models, and sums over them."""
 from libc.stdint cimport int64_t, uint64_t
 
+from modelquota._core.atomics cimport load_u64
 from modelquota._core.layout cimport Limits, VIOLATION_TYPES
 from modelquota._core.row.usage cimport Usage
 from modelquota._core.state.packing cimport unpack
@@ -10,10 +11,6 @@ from modelquota._core.state.registry cimport lock_registry, unlock_registry
 from modelquota._core.state.state cimport State
 from modelquota._core.table.intern cimport Interned, RowRef, plain_id
 from modelquota._core.table.records cimport Records
-
-cdef extern from *:
-    uint64_t read_version "__atomic_load_n"(const uint64_t* word, int order) noexcept nogil
-    const int ACQUIRE "__ATOMIC_ACQUIRE"
 
 cdef enum:
     TOTALS_TRIES = 4
@@ -57,7 +54,7 @@ cdef dict totals_of(State state):
     state.inside += 1
     for attempt in range(TOTALS_TRIES):
         last = attempt == TOTALS_TRIES - 1
-        version = read_version(&state.shared.header.registry_version, ACQUIRE)
+        version = load_u64(&state.shared.header.registry_version)
         with nogil:
             if last:        # models are added and removed all the time: block that while summing
                 last = lock_registry(&state.shared, READ_PATIENCE_NS)
@@ -65,7 +62,7 @@ cdef dict totals_of(State state):
             if last:
                 unlock_registry(&state.shared)
         if last or (state.shared.header.leaving_row < 0
-                    and read_version(&state.shared.header.registry_version, ACQUIRE) == version):
+                    and load_u64(&state.shared.header.registry_version) == version):
             break
     state.exit()
     return {"allowed": totals.allowed, "rejected": totals.rejected, "throttled": totals.throttled,
