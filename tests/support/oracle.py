@@ -18,12 +18,21 @@ from oracle_answers import COUNTERS, OUTCOMES, TYPES, Decision, Stats, Usage
 from modelquota import Limit, ResourceQuotaConfig, UnknownModelError, ViolationAction
 
 SECOND_NS = 10**9
+MINUTE_NS = 60 * SECOND_NS
 HOUR_NS = 3600 * SECOND_NS
 DAY_NS = 24 * HOUR_NS
+MONTH_NS = 30 * DAY_NS
+LENGTHS_NS = {"second": SECOND_NS, "minute": MINUTE_NS, "hour": HOUR_NS, "day": DAY_NS, "month": MONTH_NS}
+LONGER = ("minute", "hour", "day", "month")
+"""The windows whose limits are not rates."""
+OPTIONAL = ("minute", "month")
+"""The windows that are counted from the moment they first have a limit."""
 MS_NS = 10**6
 SLOTS = 60
 NEVER_NS = 2**62
+LAST_MOMENT_NS = 2**61
 COUNT_MAX = 2**62
+MOST_IN_SLOT = 2**32 - 1
 
 
 def slot_of(at_ns: int, length_ns: int) -> int:
@@ -44,16 +53,41 @@ class Clock(Protocol):
 
 
 class Window:
-    """Everything that was ever charged to one rolling window."""
+    """Everything that was ever charged to one rolling window.
+
+    A sub-interval of less than half an hour holds 2**32 - 1; what is more is carried into the next one.
+    """
 
     def __init__(self, length_ns: int) -> None:
         self.length_ns = length_ns
         self.log: list[tuple[int, int]] = []
+        self.carries = length_ns < DAY_NS
+        self.large = False  # whether anything may have been carried
 
     def used(self, now_ns: int) -> int:
         """Sum of what was charged in the current sub-interval and in the 60 before it."""
         current = slot_of(now_ns, self.length_ns)
+        if self.large and self.carries:
+            return self._used_with_carry(current)
         return sum(amount for slot, amount in self.log if current - SLOTS <= slot <= current)
+
+    def _used_with_carry(self, current: int) -> int:
+        amounts: dict[int, int] = {}
+        for slot, amount in self.log:
+            amounts[slot] = amounts.get(slot, 0) + amount
+        charged = sorted(slot for slot in amounts if slot < current)
+        used = carry = 0
+        for slot, following in zip(charged, [*charged[1:], current], strict=True):
+            # this sub-interval and those up to the next charge are filled with what is there, the first ones to the brim
+            rest = amounts[slot] + carry
+            full = min(rest // MOST_IN_SLOT, following - slot)
+            counted_from = max(slot, current - SLOTS)
+            used += MOST_IN_SLOT * max(0, slot + full - counted_from)
+            carry = rest - full * MOST_IN_SLOT
+            if full < following - slot:
+                used += carry if slot + full >= current - SLOTS else 0
+                carry = 0
+        return used + carry + amounts.get(current, 0)
 
     def in_slot(self, at_ns: int) -> int:
         """Sum of what was charged in the sub-interval of a moment."""
@@ -63,6 +97,7 @@ class Window:
     def charge(self, now_ns: int, amount: int) -> None:
         """Charge, up to the largest number that a window counts."""
         amount = min(amount, COUNT_MAX - self.used(now_ns))
+        self.large = self.large or amount + self.used(now_ns) > MOST_IN_SLOT
         self.log.append((slot_of(now_ns, self.length_ns), amount))
 
     def refund(self, charged_ns: int, amount: int) -> None:
@@ -71,11 +106,28 @@ class Window:
 
     def passes_at(self, now_ns: int, cost: int, limit: int) -> int | None:
         """First moment from now at which `cost` fits under `limit` if nothing else is charged; None: never."""
+        if self.used(now_ns) + cost <= limit:
+            return now_ns
+        if self.large and self.carries:
+            return self._passes_with_carry(now_ns, cost, limit)
         leaving = {slot_start_ns(slot + SLOTS + 1, self.length_ns) for slot, _ in self.log}
-        for moment in [now_ns, *sorted(moment for moment in leaving if moment > now_ns)]:
+        for moment in sorted(moment for moment in leaving if moment > now_ns):
             if self.used(moment) + cost <= limit:
                 return moment
         return None
+
+    def _passes_with_carry(self, now_ns: int, cost: int, limit: int) -> int | None:
+        fails = slot_of(now_ns, self.length_ns)
+        passes = slot_of(LAST_MOMENT_NS, self.length_ns)
+        if self.used(slot_start_ns(passes, self.length_ns)) + cost > limit:
+            return None
+        while passes - fails > 1:  # what is used only falls as long as nothing is charged
+            middle = (fails + passes) // 2
+            if self.used(slot_start_ns(middle, self.length_ns)) + cost <= limit:
+                passes = middle
+            else:
+                fails = middle
+        return slot_start_ns(passes, self.length_ns)
 
 
 class Level:
@@ -157,30 +209,44 @@ class Model:
 
     def __init__(self, config: ResourceQuotaConfig) -> None:
         self.config = config
-        self.requests = {length: Window(length) for length in (SECOND_NS, HOUR_NS, DAY_NS)}
-        self.tokens = {length: Window(length) for length in (SECOND_NS, HOUR_NS, DAY_NS)}
+        self.requests: dict[str, Window] = {}
+        self.tokens: dict[str, Window] = {}
+        self.count_windows()
         self.request_level = self.level_type()
         self.token_level = self.level_type()
         self.ram = self.peak_ram = self.ssd = self.peak_ssd = 0
         self.stats = Stats()
 
+    def count_windows(self) -> None:
+        """Begin to count the windows that now have a limit for the first time."""
+        for name, length_ns in LENGTHS_NS.items():
+            limited = [getattr(self.config, f"max_{what}_per_{name}") for what in ("requests", "tokens")]
+            if name not in self.requests and (name not in OPTIONAL or limited != [None, None]):
+                self.requests[name] = Window(length_ns)
+                self.tokens[name] = Window(length_ns)
+
+    def most_used(self, now_ns: int) -> int:
+        """Tokens in the longest window that is counted."""
+        return self.tokens["month" if "month" in self.tokens else "day"].used(now_ns)
+
     def pass_time(self, now_ns: int) -> None:
         """Drain both levels under the rates in force."""
-        self.request_level.pass_time(now_ns, self.config.max_requests_per_second, self.requests[SECOND_NS])
-        self.token_level.pass_time(now_ns, self.config.max_tokens_per_second, self.tokens[SECOND_NS])
+        self.request_level.pass_time(now_ns, self.config.max_requests_per_second, self.requests["second"])
+        self.token_level.pass_time(now_ns, self.config.max_tokens_per_second, self.tokens["second"])
 
     def change(self, config: ResourceQuotaConfig, now_ns: int) -> None:
         """Replace the limits."""
         self.pass_time(now_ns)
         for level, window, (old, cap), (new, _) in zip(
             (self.request_level, self.token_level),
-            (self.requests[SECOND_NS], self.tokens[SECOND_NS]),
+            (self.requests["second"], self.tokens["second"]),
             rates_of(self.config),
             rates_of(config),
             strict=True,
         ):
             level.change_rate(old, cap, new, now_ns, window)
         self.config = config
+        self.count_windows()
 
     def charge(self, now_ns: int, requests: int, tokens: int, *, capped: bool = True) -> None:
         """Add to every window and level, which `capped` keeps below its cap; `pass_time` has been called."""
@@ -202,15 +268,17 @@ class Model:
             Limit.SSD: _fixed(now_ns, self.ssd + self.held_ssd, ssd_mb, c.max_ssd_mb),
             Limit.CONCURRENCY: _fixed(now_ns, self.concurrent, 1, c.max_concurrent_requests),
             Limit.REQUESTS_PER_SECOND: _rate(
-                now_ns, req[SECOND_NS], self.request_level, 1, c.max_requests_per_second, c.burst_requests
+                now_ns, req["second"], self.request_level, 1, c.max_requests_per_second, c.burst_requests
             ),
             Limit.TOKENS_PER_SECOND: _rate(
-                now_ns, tok[SECOND_NS], self.token_level, tokens, c.max_tokens_per_second, c.burst_tokens
+                now_ns, tok["second"], self.token_level, tokens, c.max_tokens_per_second, c.burst_tokens
             ),
-            Limit.TOKENS_PER_HOUR: _quota(now_ns, tok[HOUR_NS], tokens, c.max_tokens_per_hour),
-            Limit.REQUESTS_PER_HOUR: _quota(now_ns, req[HOUR_NS], 1, c.max_requests_per_hour),
-            Limit.TOKENS_PER_DAY: _quota(now_ns, tok[DAY_NS], tokens, c.max_tokens_per_day),
-            Limit.REQUESTS_PER_DAY: _quota(now_ns, req[DAY_NS], 1, c.max_requests_per_day),
+            **{
+                limit: _quota(now_ns, windows.get(name), cost, getattr(c, f"max_{what}_per_{name}"))
+                for name in LONGER
+                for what, windows, cost in (("tokens", tok, tokens), ("requests", req, 1))
+                for limit in [Limit[f"{what}_per_{name}".upper()]]
+            },
         }
 
     def percents(self, now_ns: int, ram_mb: int = 0, ssd_mb: int = 0, grants: int = 0) -> dict[Limit, float]:
@@ -221,15 +289,19 @@ class Model:
             Limit.SSD: percent(self.ssd + self.held_ssd + ssd_mb, c.max_ssd_mb),
             Limit.CONCURRENCY: percent(self.concurrent + grants, c.max_concurrent_requests),
             Limit.REQUESTS_PER_SECOND: _rate_percent(
-                now_ns, req[SECOND_NS], self.request_level, c.max_requests_per_second, c.burst_requests
+                now_ns, req["second"], self.request_level, c.max_requests_per_second, c.burst_requests
             ),
             Limit.TOKENS_PER_SECOND: _rate_percent(
-                now_ns, tok[SECOND_NS], self.token_level, c.max_tokens_per_second, c.burst_tokens
+                now_ns, tok["second"], self.token_level, c.max_tokens_per_second, c.burst_tokens
             ),
-            Limit.TOKENS_PER_HOUR: percent(tok[HOUR_NS].used(now_ns), c.max_tokens_per_hour),
-            Limit.REQUESTS_PER_HOUR: percent(req[HOUR_NS].used(now_ns), c.max_requests_per_hour),
-            Limit.TOKENS_PER_DAY: percent(tok[DAY_NS].used(now_ns), c.max_tokens_per_day),
-            Limit.REQUESTS_PER_DAY: percent(req[DAY_NS].used(now_ns), c.max_requests_per_day),
+            **{
+                Limit[f"{what}_per_{name}".upper()]: percent(
+                    windows[name].used(now_ns), getattr(c, f"max_{what}_per_{name}")
+                )
+                for name in LONGER
+                for what, windows in (("tokens", tok), ("requests", req))
+                if name in windows
+            },
         }
 
     def violated(self, now_ns: int, tokens: int, ram_mb: int, ssd_mb: int, enforced: bool) -> dict[Limit, int | None]:
@@ -264,12 +336,11 @@ class Model:
             peak_ram_mb=self.peak_ram,
             current_ssd_mb=self.ssd,
             peak_ssd_mb=self.peak_ssd,
-            requests_this_second=self.requests[SECOND_NS].used(now_ns),
-            tokens_this_second=self.tokens[SECOND_NS].used(now_ns),
-            tokens_this_hour=self.tokens[HOUR_NS].used(now_ns),
-            tokens_this_day=self.tokens[DAY_NS].used(now_ns),
-            requests_this_hour=self.requests[HOUR_NS].used(now_ns),
-            requests_this_day=self.requests[DAY_NS].used(now_ns),
+            **{
+                f"{what}_this_{name}": windows[name].used(now_ns) if name in windows else None
+                for name in LENGTHS_NS
+                for what, windows in (("tokens", self.tokens), ("requests", self.requests))
+            },
             burst_requests_used=_burst_used(self.request_level, c.max_requests_per_second),
             burst_tokens_used=_burst_used(self.token_level, c.max_tokens_per_second),
             total_violations=stats.total_violations,
@@ -299,8 +370,8 @@ def _fixed(now_ns: int, used: int, cost: int, limit: int | None) -> int | None:
     return now_ns if limit is None or cost == 0 or used + cost <= limit else None
 
 
-def _quota(now_ns: int, window: Window, cost: int, limit: int | None) -> int | None:
-    return now_ns if limit is None or cost == 0 else window.passes_at(now_ns, cost, limit)
+def _quota(now_ns: int, window: Window | None, cost: int, limit: int | None) -> int | None:
+    return now_ns if window is None or limit is None or cost == 0 else window.passes_at(now_ns, cost, limit)
 
 
 def _rate(now_ns: int, window: Window, level: Level, cost: int, rate: float | None, burst: int) -> int | None:

@@ -36,6 +36,10 @@ class Usage:
     tokens_this_day: int
     requests_this_hour: int
     requests_this_day: int
+    requests_this_minute: int | None
+    tokens_this_minute: int | None
+    requests_this_month: int | None
+    tokens_this_month: int | None
     burst_requests_used: int
     burst_tokens_used: int
     total_violations: int
@@ -79,10 +83,14 @@ TYPES = {
     Limit.CONCURRENCY: ViolationType.CONCURRENCY_LIMIT,
     Limit.REQUESTS_PER_SECOND: ViolationType.RATE_LIMIT,
     Limit.TOKENS_PER_SECOND: ViolationType.RATE_LIMIT,
+    Limit.TOKENS_PER_MINUTE: ViolationType.RATE_LIMIT,
+    Limit.REQUESTS_PER_MINUTE: ViolationType.RATE_LIMIT,
     Limit.TOKENS_PER_HOUR: ViolationType.QUOTA_LIMIT,
     Limit.REQUESTS_PER_HOUR: ViolationType.QUOTA_LIMIT,
     Limit.TOKENS_PER_DAY: ViolationType.QUOTA_LIMIT,
     Limit.REQUESTS_PER_DAY: ViolationType.QUOTA_LIMIT,
+    Limit.TOKENS_PER_MONTH: ViolationType.QUOTA_LIMIT,
+    Limit.REQUESTS_PER_MONTH: ViolationType.QUOTA_LIMIT,
 }
 COUNTERS = {
     ViolationType.RAM_LIMIT: "ram_violations",

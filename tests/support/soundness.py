@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
-from oracle import COUNT_MAX, DAY_NS, HOUR_NS, SECOND_NS, SLOTS, slot_of, slot_start_ns
+from oracle import COUNT_MAX, LENGTHS_NS, SECOND_NS, SLOTS, slot_of, slot_start_ns
 
 from modelquota import ResourceQuotaManager
 
-LENGTHS_NS = (SECOND_NS, HOUR_NS, DAY_NS)
 WORD = 2**64
+UNLIMITED = 2**63 - 1
 NO_RATE = 255
 COARSE_BITS = 30
 """A low is kept in units of so many bits more than its level."""
@@ -21,10 +21,17 @@ LOW_SLACK_NS = 16_666_667
 
 
 def record_of(manager: ResourceQuotaManager, model_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Row and cold row of a model as plain values."""
+    """Row and cold row of a model as plain values; the cold row with the closed slots of its windows."""
     index = int(manager.codes([model_id])[0]) & 0xFFFF_FFFF
     _, rows, cold_rows = manager._arrays()
-    return plain(rows[index]), plain(cold_rows[index])
+    rings = [plain(ring[index]) for ring in manager._rings()]
+    closed = {
+        what: [
+            [pair[place] for pair in ring["slots"]] if "slots" in ring else ring[what] for ring in rings
+        ]
+        for place, what in enumerate(("requests", "tokens"))
+    }
+    return plain(rows[index]), {**plain(cold_rows[index]), **closed}
 
 
 def plain(record: Any) -> dict[str, Any]:
@@ -57,7 +64,10 @@ def assert_sound(manager: ResourceQuotaManager, model_id: str, holds: Iterable[t
     assert cold["reserved_ram_mb"] == sum(ram_mb for ram_mb, _ in held)
     assert cold["reserved_ssd_mb"] == sum(ssd_mb for _, ssd_mb in held)
     current = slot_of(row["level_ns"], SECOND_NS)
-    assert row["slot_end_ns"] == slot_start_ns(current + 1, SECOND_NS)
+    assert row["trail_end_ns"] == slot_start_ns(current + 1, SECOND_NS)
+    turned = current - (row["trail_slots"][row["trail"] - 1] if row["trail"] else 0)
+    assert row["slot_end_ns"] == slot_start_ns(turned + 1, SECOND_NS)
+    assert_trail(row, cold)
     for what in ("request", "token"):
         used = used_in_windows(row, cold, what)
         limits = cold[f"{what}_limit"]
@@ -71,14 +81,28 @@ def assert_sound(manager: ResourceQuotaManager, model_id: str, holds: Iterable[t
     assert_not_negative(cold)
 
 
+def assert_trail(row: dict[str, Any], cold: dict[str, Any]) -> None:
+    """The trail says in which slots everything was charged since the windows were turned."""
+    assert row["trail_slots"][: row["trail"]] == sorted(set(row["trail_slots"][: row["trail"]]) - {0})
+    for what in ("request", "token"):
+        charged = (cold[f"{what}s_mark"] - row[f"{what}_room"] - cold[f"{what}s_start"][0]) % WORD
+        ended = sum(row[f"trail_{what}s"][: row["trail"]])
+        assert ended + row[f"trail_{what}_room"] - row[f"{what}_room"] <= charged
+
+
 def used_in_windows(row: dict[str, Any], cold: dict[str, Any], what: str) -> list[int]:
     """What each window counts: the sum of its closed slots and the current one."""
     charged = (cold[f"{what}s_mark"] - row[f"{what}_room"]) % WORD
     counts = []
-    for window, length_ns in enumerate(LENGTHS_NS):
+    turned_ns = row["slot_end_ns"] - 1
+    for window, length_ns in enumerate(LENGTHS_NS.values()):
+        if not cold["counted"] >> window & 1:
+            assert (cold[f"{what}_limit"][window], cold["filled"][window]) == (UNLIMITED, 0)
+            counts.append(0)
+            continue
         used = (charged - cold[f"{what}s_base"][window]) % WORD
         in_current = (charged - cold[f"{what}s_start"][window]) % WORD
-        current = slot_of(row["level_ns"], length_ns)
+        current = slot_of(turned_ns, length_ns)
         filled = cold["filled"][window]
         ring = [cold[f"{what}s"][window][slot % SLOTS] for slot in range(current - filled, current)]
         assert 0 <= filled <= SLOTS
@@ -86,7 +110,8 @@ def used_in_windows(row: dict[str, Any], cold: dict[str, Any], what: str) -> lis
         assert used == sum(ring) + in_current
         assert used <= COUNT_MAX
         counts.append(used)
-    assert counts == sorted(counts)
+    always = [count for window, count in enumerate(counts) if window in (0, 2, 3)]
+    assert always == sorted(always)
     return counts
 
 
@@ -101,8 +126,8 @@ def assert_lows_are_low(row: dict[str, Any], cold: dict[str, Any], what: str) ->
 def assert_not_negative(cold: dict[str, Any]) -> None:
     """No counter, of whatever kind, has gone below zero or wrapped."""
     for name, value in cold.items():
-        if name in ("requests_mark", "tokens_mark", "requests_base", "tokens_base", "requests_start", "tokens_start"):
-            continue  # modulo 2**64
+        if name.endswith(("_mark", "_base", "_start", "_span", "_floor", "ring_offset", "held_percent")):
+            continue  # modulo 2**64, or not a count
         for figure in flat(value):
             assert 0 <= figure < 2**63 or figure == math.inf, name
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from oracle import DAY_NS, HOUR_NS, MS_NS, SECOND_NS, slot_of, slot_start_ns
+from oracle import DAY_NS, HOUR_NS, LENGTHS_NS, MS_NS, SECOND_NS, slot_of, slot_start_ns
 
 from modelquota import ResourceQuotaConfig, ViolationAction
 
@@ -33,7 +33,7 @@ UNLIMITED: dict[str, Any] = {
 # A ManualClock ends at 2**61; steps that would pass this moment are left out, so that retries still fit.
 LAST_NS = 2**61 - 400 * DAY_NS
 DENYING = (ViolationAction.REJECT, ViolationAction.THROTTLE, ViolationAction.QUEUE)
-WINDOWS_NS = (SECOND_NS, HOUR_NS, DAY_NS)
+WINDOWS_NS = tuple(LENGTHS_NS.values())
 
 
 Member = TypeVar("Member")
@@ -160,6 +160,10 @@ def limits(*, zero: bool = True, actions: tuple[ViolationAction, ...] = tuple(Vi
         "max_tokens_per_day": maybe(counts(90)),
         "max_requests_per_hour": maybe(counts(12)),
         "max_requests_per_day": maybe(counts(20)),
+        "max_tokens_per_minute": maybe(counts(40)),
+        "max_requests_per_minute": maybe(counts(10)),
+        "max_tokens_per_month": maybe(counts(120)),
+        "max_requests_per_month": maybe(counts(30)),
         "burst_requests": bursts(6),
         "burst_tokens": st.one_of(st.integers(6, 40), bursts(30)),
         "on_violation": st.sampled_from(actions),

@@ -2,7 +2,7 @@
 #
 # One mapping holds, in this order: Header, Seat[SEATS], the change log, owners of the chunks of queue entries,
 # QueueEntry[ENTRIES], owners of the chunks of grant records, GrantRecord[GRANTS], Row[max_models], ColdRow[max_models],
-# names. Rows never move. Every field names its unit.
+# the rings of each window, Ring[max_models] or LongRing[max_models], names. Rows never move. Every field names its unit.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from *:
@@ -19,11 +19,17 @@ cdef extern from *:
     const int64_t MAX_TIME_NS "MQ_MAX_TIME_NS"  # the latest time that slot arithmetic holds (73 years)
 
 cdef enum:
-    LAYOUT_VERSION = 4
+    LAYOUT_VERSION = 5
     SLOTS = 60              # closed slots that a window counts beside the current one
-    WINDOWS = 3             # SECOND, HOUR, DAY, the shortest first
+    WINDOWS = 5             # the shortest first
     SECOND = 0
-    LONGEST = WINDOWS - 1
+    MINUTE = 1
+    HOUR = 2
+    DAY = 3
+    MONTH = 4
+    ALWAYS_COUNTED = 1 << SECOND | 1 << HOUR | 1 << DAY     # the others from the moment they first have a limit
+    KINDS = 3               # of tokens: input, cached, output
+    TRAIL = 4               # slots that may end before the windows are turned
     LIMITS = 5 + 2 * WINDOWS    # Limit codes, from 0, which is none: memory, concurrency, two a window, the queue
     VIOLATION_TYPES = 5     # in the order of violations[] below
     SEAT_BITS = 10
@@ -37,8 +43,8 @@ cdef enum:
 cdef extern from *:
     """
     /* of each window: how many 1/60 s slots make one of its slots, and the Limit codes of its requests and its tokens */
-    static const int64_t mq_slots_per_slot[] __attribute__((unused)) = {1, 3600, 86400};
-    static const uint8_t mq_limit_codes[][2] __attribute__((unused)) = {{4, 5}, {7, 6}, {9, 8}};
+    static const int64_t mq_slots_per_slot[] __attribute__((unused)) = {1, 60, 3600, 86400, 2592000};
+    static const uint8_t mq_limit_codes[][2] __attribute__((unused)) = {{4, 5}, {7, 6}, {9, 8}, {11, 10}, {13, 12}};
     """
     const int64_t SLOTS_PER_SLOT "mq_slots_per_slot"[WINDOWS]     # each a multiple of the one before
     const uint8_t LIMIT_CODES "mq_limit_codes"[WINDOWS][2]        # [window][of_tokens]
@@ -51,14 +57,14 @@ cdef struct Wide:
 
 
 cdef struct Row:
-    # What every decision about one model reads and writes: two cache lines, apart from everything colder, so that the
-    # rows of many models stay in the cache. Guarded by `lock`.
+    # What every decision about one model reads and writes: two cache lines, and a third one for batches, apart from
+    # everything colder, so that the rows of many models stay in the cache. Guarded by `lock`.
     uint32_t lock            # 0 = free, otherwise the seat word of its owner
     uint32_t generation      # odd while a model lives here; grows when one enters or leaves, under the registry lock too
-    int64_t slot_end_ns      # first ns after the current 1/60 s slot; until then no window moves
+    int64_t slot_end_ns      # first ns after the 1/60 s slot that the windows are in
     int64_t level_ns         # the model's time: when the levels were drained last
     int64_t request_room     # requests that all windows and the concurrency still admit
-    int64_t token_room       # tokens that all windows still admit; negative where more was charged than the limit is
+    int64_t token_room       # tokens that all windows still admit; negative if more was charged than the limit is
     int64_t request_drain    # units per ns
     int64_t token_drain
     uint8_t request_shift    # a level's unit is 1 / (10**9 * 2**shift) of a request or token; NO_RATE = no level
@@ -66,36 +72,70 @@ cdef struct Row:
     uint8_t dormant_request_shift    # of a level whose rate is not set any more, see level.pxd; NO_RATE = there is none
     uint8_t dormant_token_shift
     uint16_t shadow          # 1 << Limit code: that limit is judged and never denies
-    uint16_t reserved
+    uint16_t meters          # how many rows are linked from ColdRow.first_meter
     Wide request_level
     Wide request_cap         # max(rate, 1) + burst
     Wide token_level
     Wide token_cap
+    # -- the trail, see trail.pxd: slots that have ended since the windows were turned
+    int64_t trail_end_ns     # first ns after the slot that the trail has reached; slot_end_ns if there is no trail
+    int64_t trail_request_room      # the rooms when that slot began
+    int64_t trail_token_room
+    int32_t trail_request_minimum   # the lowest coarse level at the beginning of a slot of the trail
+    int32_t trail_token_minimum
+    uint32_t trail_tokens[TRAIL]    # charged in each slot that has ended
+    uint16_t trail_requests[TRAIL]
+    uint8_t trail_slots[TRAIL]      # the slot that followed it, counted from the one that the windows are in
+    uint8_t trail            # slots that have ended, 0..TRAIL
 
 
 cdef struct ColdRow:
     # The rest of a model: written when a slot ends, a limit changes or a request is denied. Guarded by Row.lock.
-    # -- rolling windows. Charged ever = mark - Row's room; used = charged - base. All modulo 2**64.
-    uint64_t requests_mark
-    uint64_t tokens_mark
-    uint64_t requests_base[WINDOWS]   # charged when the oldest counted slot began
-    uint64_t tokens_base[WINDOWS]
-    double request_percent[WINDOWS]   # of a window's limit, that one request or token is; 0 = no limit
-    double token_percent[WINDOWS]
+    # -- how full the fullest limits are, so that a check does not ask each of them, see highest_usage()
+    int64_t request_span        # used in the fullest window = span - Row's room
+    double request_percent      # of its limit, that one request is; 0 = no window has a limit
+    int64_t request_floor       # the room down to which it is the fullest; above every room: that is not known
+    int64_t token_span
+    double token_percent
+    int64_t token_floor
     double request_level_percent    # of the level's cap, that one of its units is; 0 = no level
     double token_level_percent
-    uint64_t requests_start[WINDOWS]  # charged when the current slot began
-    uint64_t tokens_start[WINDOWS]
-    int64_t request_limit[WINDOWS]    # per window, or UNLIMITED; for SECOND ceil(rate) + burst
-    int64_t token_limit[WINDOWS]
-    uint8_t filled[WINDOWS]           # closed slots of each ring that hold a count, 0..SLOTS
+    double held_percent         # of the fullest of memory and concurrency, with one grant more; negative: not known
+    # -- what is charged, and the journal of a change in several steps for the process that takes the lock over from a dead
+    # owner, see repair.pxd
+    uint64_t requests_mark      # charged ever = mark - Row's room, modulo 2**64: one store charges a request. With limits
+    uint64_t tokens_mark        # of 5 and 3 charged, mark 5 and room 2; a slot with 1 of them leaves: mark 6 and room 3
+    uint64_t journal_requests   # charged ever
+    uint64_t journal_tokens
+    uint64_t journal_requests_start     # of the window that is being rolled
+    uint64_t journal_tokens_start
+    int64_t journal_slot        # the 1/60 s slot to which all windows are being turned
+    uint8_t stage               # 0 = no change under way
+    uint8_t journal_filled      # of the window that is being rolled
+    uint8_t counted             # 1 << window: it is counted
+    uint8_t filled[WINDOWS]     # closed slots of each ring that hold a count, 0..SLOTS
+    uint8_t on_sight            # registered from default_quota: it makes room once it is as good as new
     uint8_t action              # ViolationAction code, 0..3
+    uint8_t unit                # in which tokens are shown: 0 = tokens, 1 = millionths of a dollar
+    # -- what levels may take back, see level.pxd: the lowest level of the current 60 s slot and of the one before
+    int64_t request_minimum[2]
+    int64_t token_minimum[2]
+    # -- rolling windows. Used = charged - base. All counts modulo 2**64.
+    uint64_t requests_base[WINDOWS]     # charged ever when the oldest counted slot began
+    uint64_t tokens_base[WINDOWS]
+    uint64_t requests_start[WINDOWS]    # charged ever when the current slot began
+    uint64_t tokens_start[WINDOWS]
+    int64_t request_limit[WINDOWS]      # or UNLIMITED; for SECOND ceil(rate) + burst
+    int64_t token_limit[WINDOWS]
+    int64_t ring_offset[WINDOWS]        # bytes from this cold row to the ring
+    int64_t since_ns[WINDOWS]           # the model's time from which the window is counted
     # -- name record: NAME_UNIT bytes * offset into the names; the record stays with the row and only grows
     uint32_t name_offset
     uint16_t name_capacity      # bytes
     uint16_t name_size          # bytes in use
     uint32_t log_second         # 1 + the second of the model's time in which a violation was logged last
-    # -- memory, MB, and concurrency; first what only a request for memory asks for, then a line that every check reads
+    uint32_t log_held           # violations since log_second that were not logged
+    # -- memory, MB, and concurrency
     int64_t max_ram_mb          # or UNLIMITED
     int64_t max_ssd_mb
     int64_t ram_mb              # reported use
@@ -103,9 +143,6 @@ cdef struct ColdRow:
     int64_t reserved_ram_mb     # held by open grants
     int64_t reserved_ssd_mb
     int64_t concurrent          # open grants
-    double ram_percent          # of a cap, that 1 MB or one grant is; 0 = no cap
-    double ssd_percent
-    double concurrent_percent
     int64_t max_concurrent      # or UNLIMITED
     int64_t peak_ram_mb
     int64_t peak_ssd_mb
@@ -115,22 +152,15 @@ cdef struct ColdRow:
     int64_t max_queued
     uint32_t first_entry        # 1 + number of a QueueEntry, 0 = none
     uint32_t last_entry
-    # -- the journal of a change in several steps, for the process that takes the lock over from a dead owner, see repair.pxd
-    uint8_t stage               # 0 = no change under way
-    uint8_t journal_filled      # of the window that is being rolled
-    uint8_t on_sight            # registered from default_quota: it makes room once it is as good as new
     uint32_t sight_digest       # of the limits with which it came
     int32_t handles             # bound handles, in all processes
     uint32_t level_epoch        # how often a rate changed or a burst was forgiven: no level takes back what was charged before
-    uint32_t log_held           # violations since log_second that were not logged
-    uint64_t journal_requests   # charged ever
-    uint64_t journal_tokens
-    uint64_t journal_requests_start     # of the window that is being rolled
-    uint64_t journal_tokens_start
-    int64_t journal_slot        # the 1/60 s slot to which all windows are being rolled
-    # -- what levels may take back, see level.pxd: the lowest level of the current 60 s slot and of the one before
-    int64_t request_minimum[2]
-    int64_t token_minimum[2]
+    # -- meters: rows whose limits are decided together with those of a model. Changed under the registry's lock too.
+    uint32_t meter_of           # of a meter: 1 + the row of its model, 0 = that has none
+    uint32_t first_meter        # of a model: 1 + the row of a meter, 0 = none
+    uint32_t next_meter         # of a meter: the next one of the same model
+    uint32_t meters_epoch       # of a model: how often its list of meters has changed
+    int64_t weights[KINDS]      # what one token of each kind counts here, in millionths
     # -- counters since the model was registered
     uint64_t rejected           # denied checks, by the action applied
     uint64_t throttled
@@ -144,10 +174,19 @@ cdef struct ColdRow:
     double requests_per_second  # infinity = no limit
     double tokens_per_second
     double grace_period_sec
-    # -- the closed slots of each window; slot s stands at s % SLOTS. A slot's requests beyond 2**32 - 1 are carried into
-    # the next one.
-    int64_t tokens[WINDOWS][SLOTS]
-    uint32_t requests[WINDOWS][SLOTS]
+    int64_t padding[4]          # to whole cache lines
+
+
+cdef struct Ring:
+    # The closed slots of SECOND, MINUTE or HOUR; slot s is at s % SLOTS. What of a slot is beyond 2**32 - 1 is carried into
+    # the one that follows. A ring's pages are touched only if its window is counted.
+    uint32_t slots[SLOTS][2]    # requests, tokens
+
+
+cdef struct LongRing:
+    # The closed slots of DAY or MONTH. Tokens are not carried: with slots this long, they would not age out for years.
+    int64_t tokens[SLOTS]
+    uint32_t requests[SLOTS]
 
 
 cdef struct QueueEntry:
@@ -210,9 +249,11 @@ cdef struct Limits:
     Wide token_cap
     int64_t request_drain
     int64_t token_drain
+    int64_t weights[KINDS]
     uint8_t request_shift
     uint8_t token_shift
     uint8_t action
+    uint8_t unit
     uint16_t shadow
 
 
@@ -292,6 +333,7 @@ cdef struct Shared:
     GrantRecord* grants
     Row* rows
     ColdRow* cold_rows
+    char* rings[WINDOWS]      # a Ring or LongRing of each row
     char* names
     int64_t names_size        # bytes
     uint32_t me               # this process's seat word: epoch << SEAT_BITS | seat

@@ -19,6 +19,13 @@ MAX_MODEL_ID_BYTES: Final = 255
 """The longest model id, in bytes of UTF-8."""
 
 
+MAX_WEIGHT: Final = 1_000_000
+"""The largest weight of a kind of tokens."""
+
+UNITS: Final = ("tokens", "usd")
+"""How counts of tokens may be shown, in the order of their codes in the core."""
+
+
 class QuotaFields(TypedDict, total=False):
     """The fields of a quota except its model id, with the types that each accepts."""
 
@@ -30,6 +37,12 @@ class QuotaFields(TypedDict, total=False):
     max_tokens_per_day: SupportsIndex | None
     max_requests_per_hour: SupportsIndex | None
     max_requests_per_day: SupportsIndex | None
+    max_tokens_per_minute: SupportsIndex | None
+    max_requests_per_minute: SupportsIndex | None
+    max_tokens_per_month: SupportsIndex | None
+    max_requests_per_month: SupportsIndex | None
+    token_weights: Sequence[SupportsFloat]
+    unit: str
     burst_requests: SupportsIndex
     burst_tokens: SupportsIndex
     on_violation: ViolationAction | str
@@ -64,6 +77,15 @@ class ResourceQuotaConfig:
         Most tokens in any 3,600 s and in any 86,400 s, not just in windows aligned to the clock.
     max_requests_per_hour, max_requests_per_day : int or None
         Most requests in any 3,600 s and in any 86,400 s, not just in windows aligned to the clock.
+    max_tokens_per_minute, max_requests_per_minute : int or None
+        Most tokens and most requests in any 60 s: TPM and RPM.
+    max_tokens_per_month, max_requests_per_month : int or None
+        Most tokens and most requests in any 30 days.
+    token_weights : sequence of three numbers
+        What one input, one cached and one output token of a `Tokens` counts here; 0 or more, up to 6 decimals. A request
+        counts the weighted sum, rounded up.
+    unit : str
+        How counts of tokens are shown: ``"tokens"``, or ``"usd"`` if they are millionths of a dollar.
     burst_requests, burst_tokens : int
         How far the model may run ahead of its rate, in requests and tokens; repaid from unused rate.
         0 makes the rate a strict limit on any single second.
@@ -109,6 +131,12 @@ or no limit (None; "unlimited" in a quota file)
     max_tokens_per_day: int | None = 10_000_000
     max_requests_per_hour: int | None = 10_000
     max_requests_per_day: int | None = 100_000
+    max_tokens_per_minute: int | None = None
+    max_requests_per_minute: int | None = None
+    max_tokens_per_month: int | None = None
+    max_requests_per_month: int | None = None
+    token_weights: tuple[float, float, float] = (1, 1, 1)
+    unit: str = "tokens"
     burst_requests: int = 200
     burst_tokens: int = 10_000
     on_violation: ViolationAction = ViolationAction.THROTTLE
@@ -171,7 +199,11 @@ or no limit (None; "unlimited" in a quota file)
         >>> ResourceQuotaConfig("llama", max_ram_mb=None).to_dict()["max_ram_mb"] is None
         True
         """
-        plain = {"on_violation": self.on_violation.value, "shadow_limits": list(self.shadow_limits)}
+        plain = {
+            "on_violation": self.on_violation.value,
+            "shadow_limits": list(self.shadow_limits),
+            "token_weights": list(self.token_weights),
+        }
         return {**dataclasses.asdict(self), **plain}
 
     @classmethod
@@ -297,6 +329,29 @@ def _lower(name: Any) -> str | None:
     return str.lower(name) if isinstance(name, str) and name.isascii() else None
 
 
+def _weights(field: str, value: Any) -> tuple[float, ...]:
+    """Return three weights, each an int if it is whole, else a float."""
+    accepted = "three numbers from 0 to 1,000,000 with up to 6 decimals, for input, cached and output tokens"
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)) or len(value) != 3:
+        raise QuotaConfigError(field, value, accepted)
+    weights = []
+    for weight in value:
+        number = math.nan
+        if _is_real(weight) and not isinstance(weight, bool):
+            with contextlib.suppress(OverflowError, ValueError):
+                number = float(weight)
+        if not 0 <= number <= MAX_WEIGHT or round(number, 6) != number:
+            raise QuotaConfigError(field, value, accepted)
+        weights.append(int(number) if number.is_integer() else number)
+    return tuple(weights)
+
+
+def _unit(field: str, value: Any) -> str:
+    if isinstance(value, str) and value in UNITS:
+        return UNITS[UNITS.index(value)]
+    raise QuotaConfigError(field, value, f"one of {', '.join(map(repr, UNITS))}")
+
+
 def _limit(record: LimitRecord) -> _Convert:
     """Make the converter of the field that sets a limit."""
     if record.is_rate:
@@ -308,6 +363,8 @@ _CONVERTERS: Final[dict[str, _Convert]] = {
     "model_id": plain_model_id,
     **{record.quota_field: _limit(record) for record in CATALOGUE.values()},
     **{record.burst_field: _count(record.unit, may_be_none=False) for record in CATALOGUE.values() if record.is_rate},
+    "token_weights": _weights,
+    "unit": _unit,
     "on_violation": _action,
     "grace_period_sec": _number("seconds", may_be_none=False),
     "shadow_limits": _limit_names,

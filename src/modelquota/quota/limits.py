@@ -36,7 +36,7 @@ class ViolationType(enum.StrEnum):
     SSD_LIMIT = "ssd_limit"
     """More SSD space requested than is free under ``max_ssd_mb``."""
     RATE_LIMIT = "rate_limit"
-    """Requests or tokens per second, burst included."""
+    """Requests or tokens per second, burst included, or per minute."""
     QUOTA_LIMIT = "quota_limit"
     """Requests or tokens in a longer window."""
     CONCURRENCY_LIMIT = "concurrency_limit"
@@ -50,7 +50,7 @@ class Limit(enum.IntEnum):
 
     Examples
     --------
-    >>> limit = Limit(6)
+    >>> limit = Limit(8)
     >>> limit.name, limit.label, limit.unit, limit.violation_type.name
     ('TOKENS_PER_HOUR', 'tokens per hour', 'tokens', 'QUOTA_LIMIT')
     """
@@ -60,11 +60,15 @@ class Limit(enum.IntEnum):
     CONCURRENCY = 3
     REQUESTS_PER_SECOND = 4
     TOKENS_PER_SECOND = 5
-    TOKENS_PER_HOUR = 6
-    REQUESTS_PER_HOUR = 7
-    TOKENS_PER_DAY = 8
-    REQUESTS_PER_DAY = 9
-    QUEUE = 10
+    TOKENS_PER_MINUTE = 6
+    REQUESTS_PER_MINUTE = 7
+    TOKENS_PER_HOUR = 8
+    REQUESTS_PER_HOUR = 9
+    TOKENS_PER_DAY = 10
+    REQUESTS_PER_DAY = 11
+    TOKENS_PER_MONTH = 12
+    REQUESTS_PER_MONTH = 13
+    QUEUE = 14
 
     @property
     def violation_type(self) -> ViolationType | None:
@@ -97,21 +101,26 @@ class Window:
         Its abbreviation in headings, as in ``tokens/h``.
     adjective : str
         Its name in the names of alerts, as in ``hourly_tokens``; empty for the second.
+    optional : bool
+        Whether a model counts it only from the moment it first has a limit there.
     """
 
-    __slots__ = ("adjective", "name", "seconds", "symbol")
+    __slots__ = ("adjective", "name", "optional", "seconds", "symbol")
 
-    def __init__(self, name: str, seconds: int, symbol: str, adjective: str) -> None:
+    def __init__(self, name: str, seconds: int, symbol: str, adjective: str, *, optional: bool = False) -> None:
         self.name: Final = name
         self.seconds: Final = seconds
         self.symbol: Final = symbol
         self.adjective: Final = adjective
+        self.optional: Final = optional
 
 
 WINDOWS: Final = (
     Window("second", 1, "s", ""),
+    Window("minute", 60, "min", "minutely", optional=True),
     Window("hour", 3_600, "h", "hourly"),
     Window("day", 86_400, "day", "daily"),
+    Window("month", 2_592_000, "month", "monthly", optional=True),
 )
 """All windows, shortest first, in the same order as in the core."""
 
@@ -181,7 +190,7 @@ def _counted(unit: str, window: Window) -> LimitRecord:
         Limit[f"{unit}_per_{window.name}".upper()],
         f"{unit} per {window.name}",
         unit,
-        ViolationType.RATE_LIMIT if window.seconds == 1 else ViolationType.QUOTA_LIMIT,
+        ViolationType.RATE_LIMIT if window.seconds <= 60 else ViolationType.QUOTA_LIMIT,
         f"max_{unit}_per_{window.name}",
         (f"{unit}_this_{window.name}",),
         f"{unit}/{window.symbol}",

@@ -137,10 +137,17 @@ def quotas_of(limits: NDArray[np.void]) -> tuple[list[ResourceQuotaConfig], NDAr
     return [_quota_of(_NO_ID, tuple(fields.items())) for fields in unpack_limits(limits[first])], kind_of.reshape(-1)
 
 
+_COUNTED_WHEN_LIMITED = tuple(
+    f"{unit}_this_{window.name}" for window in WINDOWS if window.optional for unit in ("requests", "tokens")
+)
+
+
 def _usage_of(record: dict[str, Any]) -> ResourceUsage:
     from modelquota.reading.report import ResourceUsage
 
     fields = _with_names_of_windows(record)
+    for name in _COUNTED_WHEN_LIMITED:
+        fields[name] = None if fields[name] < 0 else fields[name]
     fields["left"] = tuple([None if count < 0 else count for count in fields["left"]])
     fields["percent"] = tuple(fields["percent"])
     return ResourceUsage(**{name: fields[name] for name in ResourceUsage.__dataclass_fields__})

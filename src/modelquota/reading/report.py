@@ -26,6 +26,9 @@ class ResourceUsage:
         Admitted in the rolling 3,600 s; a slot that is partly expired counts in full.
     tokens_this_day, requests_this_day : int
         Admitted in the rolling 86,400 s; a slot that is partly expired counts in full.
+    tokens_this_minute, requests_this_minute, tokens_this_month, requests_this_month : int or None
+        Admitted in the rolling 60 s and 30 days; None until the model first has a limit in that window, from when on it
+        is counted.
     burst_requests_used, burst_tokens_used : int
         How far the model has run ahead of its rate, as far as that is not yet repaid.
     total_violations : int
@@ -60,6 +63,10 @@ class ResourceUsage:
     tokens_this_day: int = 0
     requests_this_hour: int = 0
     requests_this_day: int = 0
+    requests_this_minute: int | None = None
+    tokens_this_minute: int | None = None
+    requests_this_month: int | None = None
+    tokens_this_month: int | None = None
     burst_requests_used: int = 0
     burst_tokens_used: int = 0
     total_violations: int = 0

@@ -146,7 +146,7 @@ class QuotaView(QuotaReader):
         count = int(reader.header["row_count"])
         regions, now_ns = reader.regions, self._now_ns(reader.header)
         try:
-            usage, limits, places = read_rows(self._descriptor, regions.rows, regions.cold_rows, count, now_ns)
+            usage, limits, places = read_rows(self._descriptor, regions, count, now_ns)
         except EOFError as error:
             raise StateFileError(self.path, f"{error}: it was cut off while it was read") from None
         entries = reader.entries()
@@ -212,7 +212,7 @@ class QuotaView(QuotaReader):
             self._version = -1  # the row belongs to another model now
         else:
             return None  # it was removed during every attempt
-        usage, limits = read_copies(part.rows, part.cold_rows, self._now_ns(reader.header))
+        usage, limits = read_copies(part.rows, part.cold_rows, part.rings, self._now_ns(reader.header))
         return limits[0], {name: usage[name][0].tolist() for name in usage.dtype.names or ()}
 
     @_reads

@@ -8,16 +8,15 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.layout cimport (
-    Charge, ColdRow, LIMITS, LIMIT_CODES, LONGEST, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, WINDOWS, Wide
+    Charge, ColdRow, LIMITS, LIMIT_CODES, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, WINDOWS, Wide
 )
+from modelquota._core.row.advance cimport advance, advance_levels, unlikely
+from modelquota._core.row.fullest cimport in_use, percent, rate_in_use
 from modelquota._core.row.level cimport (
-    NO_RATE, NS_PER_SECOND, as_double, coarse_level, drain_levels, is_dormant, level_cost, level_wait_ns, load,
-    raise_level, store, update_minimum, wide
+    NO_RATE, NS_PER_SECOND, level_cost, level_wait_ns, load, raise_level, store, wide
 )
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
-from modelquota._core.row.window cimport (
-    NEVER, requests_in_slot, requests_used, tokens_in_slot, tokens_used, turn_slots, window_wait_ns
-)
+from modelquota._core.row.window cimport NEVER, most_tokens_used, requests_used, tokens_used, window_wait_ns
 
 cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted. Those of windows: LIMIT_CODES
     RAM_MB = 1
@@ -25,6 +24,7 @@ cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted
     CONCURRENCY = 3
     REQUESTS_PER_SECOND = 4
     TOKENS_PER_SECOND = 5
+    REQUESTS_PER_MINUTE = 7
     QUEUE_PLACE = LIMITS - 1
 
 cdef enum:  # indices of ColdRow.violations
@@ -49,7 +49,6 @@ cdef extern from *:
     #define MQ_LAST_TICKET INT64_MAX
     #define MQ_LOWEST_PRIORITY INT32_MIN
     """
-    bint unlikely(bint condition) noexcept nogil        # of Cython's own: keeps rare code out of the way
     const int64_t LAST_TICKET "MQ_LAST_TICKET"          # of a request that does not stand in line
     const int32_t LOWEST_PRIORITY "MQ_LOWEST_PRIORITY"  # of a request that does not wait: it overtakes nobody
 
@@ -93,83 +92,9 @@ cdef struct Verdict:
     int64_t asked
 
 
-cdef inline double percent(double used, double limit) noexcept nogil:
-    """Share of a limit in use. A limit of 0 is reckoned as 1, so that the figure stays finite."""
-    return 100.0 * used / (limit if limit > 1.0 else 1.0)
-
-
-cdef inline uint64_t in_use(int64_t reported, int64_t reserved) noexcept nogil:
-    """Memory that counts against a cap: twice MAX_COUNT is one more than an int64 holds."""
-    return <uint64_t> reported + <uint64_t> reserved
-
-
-cdef inline double round_to_50_bits(double value) noexcept nogil:
-    """Round to 50 bits (Veltkamp): the last bits of a product with a stored quotient go, so that 7 of 7 reads 100.0."""
-    cdef double scaled = 9.0 * value
-    return scaled - (scaled - value)
-
-
 cdef inline bint exceeds(int64_t asked, uint64_t used, int64_t cap) noexcept nogil:
     """Whether memory asked for does not fit under a cap; asking for nothing always fits."""
     return asked != 0 and cap != UNLIMITED and <uint64_t> asked + used > <uint64_t> cap
-
-
-cdef inline double larger(double a, double b) noexcept nogil:
-    return a if a > b else b
-
-
-cdef inline double total(int64_t reported, int64_t reserved, int64_t asked) noexcept nogil:
-    return <double> reported + <double> reserved + <double> asked
-
-
-cdef inline double highest_usage(const Row* row, const ColdRow* cold, const Request* request) noexcept nogil:
-    """Percent of the fullest limit, with the request: windows and levels are charged, memory and concurrency are not.
-
-    Products with stored percents instead of quotients, and nothing to branch on: this stands in every check.
-    """
-    cdef double share = as_double(&row.request_level) * cold.request_level_percent
-    cdef int i
-    share = larger(share, as_double(&row.token_level) * cold.token_level_percent)
-    for i in range(WINDOWS):
-        share = larger(share, <double> requests_used(row, cold, i) * cold.request_percent[i])
-        share = larger(share, <double> tokens_used(row, cold, i) * cold.token_percent[i])
-    share = larger(share, total(cold.ram_mb, cold.reserved_ram_mb, request.ram_mb) * cold.ram_percent)
-    share = larger(share, total(cold.ssd_mb, cold.reserved_ssd_mb, request.ssd_mb) * cold.ssd_percent)
-    share = larger(share, (<double> cold.concurrent + 1.0) * cold.concurrent_percent)
-    return round_to_50_bits(share)
-
-
-ctypedef void (*SlotEnd)(Row*, ColdRow*, int64_t) noexcept nogil
-
-cdef extern from *:
-    """
-    /* the function itself, which the compiler cannot know any more: it calls it, and puts it nowhere else */
-    #define MQ_OUT_OF_LINE(f) __extension__ ({ __typeof__(&*(f)) mq_f = &*(f); __asm__("" : "+r"(mq_f)); mq_f; })
-    """
-    SlotEnd out_of_line "MQ_OUT_OF_LINE"(SlotEnd function) noexcept nogil
-
-
-cdef inline void end_slot(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
-    """The rest of advance(), from the end of the current slot on."""
-    cdef int64_t steps
-    if unlikely(is_dormant(row)):      # what this slot admitted drains from its end on
-        drain_levels(row, row.slot_end_ns)
-        raise_level(&row.request_level, requests_in_slot(row, cold), row.dormant_request_shift, &row.request_cap, True)
-        raise_level(&row.token_level, tokens_in_slot(row, cold), row.dormant_token_shift, &row.token_cap, True)
-    drain_levels(row, now_ns)
-    steps = turn_slots(row, cold, now_ns)
-    update_minimum(cold.request_minimum, coarse_level(&row.request_level, row.request_shift), steps)
-    update_minimum(cold.token_minimum, coarse_level(&row.token_level, row.token_shift), steps)
-
-
-cdef inline void advance(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
-    """Bring the row to `now_ns`; a time before the row's own changes nothing."""
-    cdef SlotEnd rare
-    if unlikely(now_ns >= row.slot_end_ns):
-        rare = out_of_line(end_slot)    # so that the common case is short enough to be compiled where it is called
-        rare(row, cold, now_ns)
-    else:
-        drain_levels(row, now_ns)
 
 
 cdef inline bint is_shadow(const Row* row, uint8_t limit) noexcept nogil:
@@ -194,7 +119,7 @@ cdef inline int64_t raise_noted(
 
 cdef inline void charge_tokens(Row* row, ColdRow* cold, int64_t tokens, bint trial, Charge* charged) noexcept nogil:
     """Charge without asking, and note what was: a counter that has reached MAX_COUNT stays there."""
-    cdef int64_t left = MAX_COUNT - tokens_used(row, cold, LONGEST)
+    cdef int64_t left = MAX_COUNT - most_tokens_used(row, cold)
     charged.at_ns = row.level_ns
     charged.tokens = tokens if tokens < left else left
     row.token_room -= charged.tokens
@@ -228,26 +153,6 @@ cdef inline void record_violation(
         verdict.bound = bound
         verdict.asked = asked
         verdict.usage = percent(used, bound)
-
-
-cdef inline void rate_in_use(
-    const Row* row, const ColdRow* cold, bint of_tokens, double* used, double* bound
-) noexcept nogil:
-    """What of a rate is used, and of how much: of its ceiling or of its level, whichever is fuller."""
-    cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
-    cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
-    cdef double rate = cold.tokens_per_second if of_tokens else cold.requests_per_second
-    cdef double unit, level_used, level_bound
-    used[0] = <double> (tokens_used(row, cold, SECOND) if of_tokens else requests_used(row, cold, SECOND))
-    bound[0] = <double> (cold.token_limit[SECOND] if of_tokens else cold.request_limit[SECOND])
-    if (row.token_shift if of_tokens else row.request_shift) == NO_RATE:
-        return
-    unit = as_double(cap) / (larger(rate, 1.0) + <double> (cold.burst_tokens if of_tokens else cold.burst_requests))
-    level_used = as_double(level) / unit
-    level_bound = as_double(cap) / unit
-    if percent(level_used, level_bound) > percent(used[0], bound[0]):
-        used[0] = level_used
-        bound[0] = level_bound
 
 
 cdef inline void record_rate(
@@ -299,7 +204,7 @@ cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
         return SSD_VIOLATION
     if limit == CONCURRENCY:
         return CONCURRENCY_VIOLATION
-    return RATE_VIOLATION if limit <= TOKENS_PER_SECOND else QUOTA_VIOLATION
+    return RATE_VIOLATION if limit <= REQUESTS_PER_MINUTE else QUOTA_VIOLATION
 
 
 cdef inline bint is_behind(const QueueEntry* head, const Request* request) noexcept nogil:
@@ -509,6 +414,30 @@ cdef inline void decide(
         decide_closely(row, cold, entries, now_ns, request, enforcing, verdict)
         return
     charge_fitting(row, request, &fit)
+
+
+cdef inline void decide_in_batch(
+    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Verdict* verdict
+) noexcept nogil:
+    """decide() that leaves the windows behind as long as the request fits. Requires the row's lock."""
+    cdef Fit fit
+    if advance_levels(row, now_ns) and fits(row, cold, request, &fit):
+        start_verdict(verdict)
+        charge_fitting(row, request, &fit)
+    else:
+        decide(row, cold, entries, now_ns, request, enforcing, verdict)
+
+
+cdef inline void charge_in_batch(Row* row, ColdRow* cold, int64_t now_ns, int64_t tokens, bint enforcing) noexcept nogil:
+    """charge_tokens() at `now_ns` that leaves the windows behind as long as the tokens fit. Requires the row's lock."""
+    cdef Fit fit
+    cdef Charge charged
+    if advance_levels(row, now_ns) and tokens_fit(row, tokens, &fit):
+        row.token_room -= tokens
+        store(&row.token_level, fit.token_level)
+    else:
+        advance(row, cold, now_ns)
+        charge_tokens(row, cold, tokens, is_trial(row, cold, enforcing), &charged)
 
 
 cdef inline uint32_t token_limits() noexcept nogil:

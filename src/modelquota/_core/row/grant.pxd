@@ -3,6 +3,7 @@ from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.atomics cimport compiler_barrier
 from modelquota._core.layout cimport Charge, ColdRow, GrantRecord, MAX_COUNT, QueueEntry, Row
 from modelquota._core.row.decision cimport Request
+from modelquota._core.row.fullest cimport NOT_KNOWN
 from modelquota._core.row.level cimport lower_level
 from modelquota._core.row.window cimport SLOTS_PER_SPAN, current_slot, measure_room, refund_window, slot_at
 
@@ -47,6 +48,7 @@ cdef inline void take_holding(Holding* hold, const Request* request, int64_t cha
     cold.reserved_ram_mb += record.ram_mb
     cold.reserved_ssd_mb += record.ssd_mb
     cold.concurrent += 1
+    cold.held_percent = NOT_KNOWN
     if cold.concurrent >= cold.max_concurrent:
         measure_room(hold.row, cold)
 
@@ -59,6 +61,7 @@ cdef inline void release_holding(Row* row, ColdRow* cold, GrantRecord* record) n
     cold.reserved_ssd_mb -= record.ssd_mb
     settle_tokens(cold, record)
     cold.concurrent -= 1
+    cold.held_percent = NOT_KNOWN
     if cold.concurrent + 1 >= cold.max_concurrent:
         measure_room(row, cold)
 

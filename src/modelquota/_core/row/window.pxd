@@ -1,11 +1,15 @@
-# Rolling windows: pure arithmetic on one row, whose lock is held. Time is an argument.
+# Rolling windows: arithmetic on one row. Time is an argument. Everything here requires the row's lock.
 #
 # A window of length T counts 60 closed slots of T/60 and the current one, so any interval of length T lies within what it
-# counts. Slot s begins at s * T / 60 exactly, since time 0: the slots of a second are no whole number of nanoseconds long,
-# hence the fractions below. SLOTS_PER_SLOT says how many slots of the second make one of each window.
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+# counts. Slot s begins at s * T / 60 exactly, since time 0: the slots of a second are not a whole number of nanoseconds
+# long, hence the fractions below. SLOTS_PER_SLOT says how many slots of the second make one of each window.
+#
+# A window that is not counted (see ColdRow.counted) has no limit, and its ring is not touched.
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from modelquota._core.atomics cimport compiler_barrier
-from modelquota._core.layout cimport ColdRow, MAX_COUNT, Row, SECOND, SLOTS, SLOTS_PER_SLOT, UNLIMITED, WINDOWS
+from modelquota._core.layout cimport (
+    ColdRow, DAY, LongRing, MAX_COUNT, MAX_TIME_NS, MONTH, Ring, Row, SECOND, SLOTS, SLOTS_PER_SLOT, TRAIL, UNLIMITED, WINDOWS
+)
 
 cdef enum:
     SLOTS_PER_SPAN = 3_600          # of the 60 s for which the lowest levels are kept, see level.pxd
@@ -18,8 +22,8 @@ cdef extern from *:
 cdef enum:  # ColdRow.stage
     SETTLED = 0
     CHANGING = 1        # what was charged is in the journal; bases and room follow from it and the rings
-    ROLLING = 2         # + 2 * window: that window's start and filled are in the journal too
-    ROLLED = 3          # + 2 * window: that window is done, and so are those before it
+    ROLLING = 2         # + 2 * (step * WINDOWS + window): that window's start and filled are in the journal too
+    ROLLED = 3          # + the same: that window is done, and so are those before it. A step closes one slot of the trail
 
 
 cdef inline int64_t slot_at(int64_t now_ns) noexcept nogil:
@@ -33,13 +37,17 @@ cdef inline int64_t slot_start_ns(int64_t slot) noexcept nogil:
 
 
 cdef inline int64_t current_slot(const Row* row) noexcept nogil:
-    """Number of the 1/60 s slot that the row is in."""
+    """Number of the 1/60 s slot that the windows are in."""
     return slot_at(row.slot_end_ns) - 1
 
 
 cdef inline int64_t slots_per_slot(int window) noexcept nogil:
     """How many 1/60 s slots make one slot of the window."""
     return SLOTS_PER_SLOT[window]
+
+
+cdef inline bint is_counted(const ColdRow* cold, int window) noexcept nogil:
+    return cold.counted >> window & 1
 
 
 cdef inline uint64_t requests_charged(const Row* row, const ColdRow* cold) noexcept nogil:
@@ -53,11 +61,18 @@ cdef inline uint64_t tokens_charged(const Row* row, const ColdRow* cold) noexcep
 
 
 cdef inline int64_t requests_used(const Row* row, const ColdRow* cold, int window) noexcept nogil:
+    """Requests in the window, which is counted."""
     return <int64_t> (requests_charged(row, cold) - cold.requests_base[window])
 
 
 cdef inline int64_t tokens_used(const Row* row, const ColdRow* cold, int window) noexcept nogil:
+    """Tokens in the window, which is counted."""
     return <int64_t> (tokens_charged(row, cold) - cold.tokens_base[window])
+
+
+cdef inline int64_t most_tokens_used(const Row* row, const ColdRow* cold) noexcept nogil:
+    """Tokens in the longest window that is counted; no other window has more."""
+    return tokens_used(row, cold, MONTH if is_counted(cold, MONTH) else DAY)
 
 
 cdef inline int64_t requests_in_slot(const Row* row, const ColdRow* cold) noexcept nogil:
@@ -66,8 +81,47 @@ cdef inline int64_t requests_in_slot(const Row* row, const ColdRow* cold) noexce
 
 
 cdef inline int64_t tokens_in_slot(const Row* row, const ColdRow* cold) noexcept nogil:
+    """Tokens charged in the current 1/60 s slot."""
     return <int64_t> (tokens_charged(row, cold) - cold.tokens_start[SECOND])
 
+
+# -- closed slots
+
+cdef inline char* ring_of(const ColdRow* cold, int window) noexcept nogil:
+    """The window's ring: a Ring, or from DAY on a LongRing."""
+    return <char*> cold + cold.ring_offset[window]
+
+
+cdef inline int64_t closed_requests(const ColdRow* cold, int window, int64_t position) noexcept nogil:
+    """Requests in the closed slot at this position of the ring."""
+    if window < DAY:
+        return (<Ring*> ring_of(cold, window)).slots[position][False]
+    return (<LongRing*> ring_of(cold, window)).requests[position]
+
+
+cdef inline int64_t closed_tokens(const ColdRow* cold, int window, int64_t position) noexcept nogil:
+    """Tokens in the closed slot at this position of the ring."""
+    if window < DAY:
+        return (<Ring*> ring_of(cold, window)).slots[position][True]
+    return (<LongRing*> ring_of(cold, window)).tokens[position]
+
+
+cdef inline void put_slot(ColdRow* cold, int window, int64_t position, int64_t requests, int64_t tokens) noexcept nogil:
+    """Write a closed slot. Neither count is more than most_in_slot()."""
+    if window < DAY:
+        (<Ring*> ring_of(cold, window)).slots[position][False] = <uint32_t> requests
+        (<Ring*> ring_of(cold, window)).slots[position][True] = <uint32_t> tokens
+    else:
+        (<LongRing*> ring_of(cold, window)).requests[position] = <uint32_t> requests
+        (<LongRing*> ring_of(cold, window)).tokens[position] = tokens
+
+
+cdef inline int64_t most_in_slot(int window, bint of_tokens) noexcept nogil:
+    """The largest count that a closed slot holds."""
+    return INT64_MAX if of_tokens and window >= DAY else UINT32_MAX
+
+
+# -- changes in several steps
 
 cdef inline void begin_change(const Row* row, ColdRow* cold) noexcept nogil:
     """What follows cannot be done in one instruction: note what is charged, from which all else can be found again."""
@@ -84,50 +138,70 @@ cdef inline void end_change(ColdRow* cold) noexcept nogil:
 
 
 cdef inline void roll(
-    ColdRow* cold, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
+    ColdRow* cold, int window, int step, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
 ) noexcept nogil:
     """Close the window's slot `slot` and open `slot + steps`; what leaves the window no longer counts.
 
-    `requests` and `tokens` are those charged ever.
+    `requests` and `tokens` are those charged ever when the slot ended.
     """
+    cdef uint8_t place = <uint8_t> (2 * (step * WINDOWS + window))
     cold.journal_requests_start = cold.requests_start[window]
     cold.journal_tokens_start = cold.tokens_start[window]
     cold.journal_filled = cold.filled[window]
     compiler_barrier()
-    cold.stage = <uint8_t> (ROLLING + 2 * window)
+    cold.stage = ROLLING + place
     compiler_barrier()
     turn_ring(cold, window, requests, tokens, slot, steps)
     compiler_barrier()
-    cold.stage = <uint8_t> (ROLLED + 2 * window)
+    cold.stage = ROLLED + place
     compiler_barrier()
+
+
+cdef inline int64_t carried(uint64_t charged, uint64_t start, int64_t most, int64_t steps) noexcept nogil:
+    """What of the charges since `start` fits into `steps` slots of `most` each."""
+    cdef int64_t count = <int64_t> (charged - start)
+    return count if count // most < steps else most * steps
 
 
 cdef inline void turn_ring(
     ColdRow* cold, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
 ) noexcept nogil:
     """The work of roll(). Done again from the same start and filled it comes out the same, but for the bases."""
-    cdef int64_t position, closed
-    if steps > SLOTS:
-        cold.requests_base[window] = cold.requests_start[window] = requests
-        cold.tokens_base[window] = cold.tokens_start[window] = tokens
+    cdef int64_t position, closed_r, closed_t
+    if steps > SLOTS:       # all closed slots leave, and so does what would be closed before the last SLOTS of them
+        cold.requests_start[window] += <uint64_t> carried(requests, cold.requests_start[window], UINT32_MAX, steps - SLOTS)
+        cold.tokens_start[window] += <uint64_t> carried(tokens, cold.tokens_start[window], most_in_slot(window, True), steps - SLOTS)
+        cold.requests_base[window] = cold.requests_start[window]
+        cold.tokens_base[window] = cold.tokens_start[window]
         cold.filled[window] = 0
-        return
+        if cold.requests_start[window] == requests and cold.tokens_start[window] == tokens:
+            return
+        slot += steps - SLOTS
+        steps = SLOTS
     position = slot % SLOTS
     while steps > 0:
         if cold.filled[window] == SLOTS:
-            cold.requests_base[window] += cold.requests[window][position]
-            cold.tokens_base[window] += <uint64_t> cold.tokens[window][position]
+            cold.requests_base[window] += <uint64_t> closed_requests(cold, window, position)
+            cold.tokens_base[window] += <uint64_t> closed_tokens(cold, window, position)
         else:
             cold.filled[window] += 1
-        closed = <int64_t> (requests - cold.requests_start[window])
-        if closed > UINT32_MAX:
-            closed = UINT32_MAX
-        cold.requests[window][position] = <uint32_t> closed
-        cold.requests_start[window] += <uint64_t> closed
-        cold.tokens[window][position] = <int64_t> (tokens - cold.tokens_start[window])
-        cold.tokens_start[window] = tokens
+        closed_r = carried(requests, cold.requests_start[window], UINT32_MAX, 1)
+        closed_t = carried(tokens, cold.tokens_start[window], most_in_slot(window, True), 1)
+        put_slot(cold, window, position, closed_r, closed_t)
+        cold.requests_start[window] += <uint64_t> closed_r
+        cold.tokens_start[window] += <uint64_t> closed_t
         position = 0 if position == SLOTS - 1 else position + 1
         steps -= 1
+
+
+cdef inline void begin_counting(const Row* row, ColdRow* cold, int window) noexcept nogil:
+    """Count a window from now on."""
+    cold.requests_base[window] = cold.requests_start[window] = requests_charged(row, cold)
+    cold.tokens_base[window] = cold.tokens_start[window] = tokens_charged(row, cold)
+    cold.since_ns[window] = row.level_ns
+    cold.filled[window] = 0
+    compiler_barrier()
+    cold.counted |= <uint8_t> (1 << window)
 
 
 cdef inline void refund_window(
@@ -135,7 +209,7 @@ cdef inline void refund_window(
 ) noexcept nogil:
     """Refund what was charged at `charged_ns` to the slots that were charged; nothing where they have left a window.
 
-    Room is measured anew. What a slot carried into the next one stays there until it ages out.
+    Recomputes the room. What a slot carried into the next one stays there until it ages out. Requires advance().
     """
     cdef int64_t charged = slot_at(charged_ns)
     cdef int64_t here = current_slot(row)
@@ -145,7 +219,7 @@ cdef inline void refund_window(
     for i in range(WINDOWS):
         slot = charged // slots_per_slot(i)
         current = here // slots_per_slot(i)
-        if slot < current - cold.filled[i]:
+        if not is_counted(cold, i) or slot < current - cold.filled[i] or charged_ns < cold.since_ns[i]:
             continue
         fewer_requests = requests
         fewer_tokens = tokens
@@ -154,17 +228,17 @@ cdef inline void refund_window(
             cold.tokens_start[i] += <uint64_t> fewer_tokens
         else:
             position = slot % SLOTS
-            fewer_requests = min(fewer_requests, <int64_t> cold.requests[i][position])
-            fewer_tokens = min(fewer_tokens, cold.tokens[i][position])
-            cold.requests[i][position] -= <uint32_t> fewer_requests
-            cold.tokens[i][position] -= fewer_tokens
+            fewer_requests = min(fewer_requests, closed_requests(cold, i, position))
+            fewer_tokens = min(fewer_tokens, closed_tokens(cold, i, position))
+            put_slot(cold, i, position, closed_requests(cold, i, position) - fewer_requests,
+                     closed_tokens(cold, i, position) - fewer_tokens)
         cold.requests_base[i] += <uint64_t> fewer_requests
         cold.tokens_base[i] += <uint64_t> fewer_tokens
     measure_room(row, cold)
 
 
 cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
-    """State anew what may still be admitted. To be called when a base, a limit, the concurrency or the line has changed."""
+    """Recompute what the windows still admit. Call it after a base, a limit, the concurrency or the queue has changed."""
     cdef uint64_t requests = requests_charged(row, cold)
     cdef uint64_t tokens = tokens_charged(row, cold)
     cdef int64_t request_room = MAX_COUNT
@@ -173,6 +247,8 @@ cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
     cdef int i
     begin_change(row, cold)
     for i in range(WINDOWS):
+        if not is_counted(cold, i):
+            continue
         room = min(cold.request_limit[i], MAX_COUNT) - <int64_t> (requests - cold.requests_base[i])
         if room < request_room:
             request_room = room
@@ -180,34 +256,83 @@ cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
         if room < token_room:
             token_room = room
     if request_room > 0 and (cold.concurrent >= cold.max_concurrent or cold.waiting):
-        request_room = 0    # whoever comes now is judged one limit after the other
+        request_room = 0    # each request is judged by one limit after the other
+    row.trail_request_room += request_room - row.request_room
+    row.trail_token_room += token_room - row.token_room
     row.request_room = request_room
     row.token_room = token_room
     cold.requests_mark = requests + <uint64_t> request_room
     cold.tokens_mark = tokens + <uint64_t> token_room
+    cold.request_floor = cold.token_floor = INT64_MAX
     end_change(cold)
 
 
+# -- the trail: slots that have ended, and the windows have not been turned
+#
+# A batch over many models meets a slot's end in nearly every one of them. What was charged in the slot is noted beside
+# the levels, and up to TRAIL slots later the windows are turned through all of them at once: what is counted comes out the
+# same, and the colder memory is touched a few times less. Meanwhile the room is as it was, less than it could be: a request
+# that does not fit turns the windows first.
+
+cdef inline int64_t trail_slot(const Row* row) noexcept nogil:
+    """Number of the 1/60 s slot that the trail has reached, or that the windows are in."""
+    return current_slot(row) + (row.trail_slots[row.trail - 1] if row.trail else 0)
+
+
+cdef inline uint64_t charged_before(const Row* row, int step, uint64_t charged, bint of_tokens) noexcept nogil:
+    """What was charged ever when the slot of a step ended, from what has been now."""
+    cdef int i
+    if step == row.trail:
+        return charged
+    charged -= <uint64_t> (row.trail_token_room - row.token_room if of_tokens else row.trail_request_room - row.request_room)
+    for i in range(step + 1, row.trail):
+        charged -= row.trail_tokens[i] if of_tokens else row.trail_requests[i]
+    return charged
+
+
+cdef inline int64_t slot_of_step(const Row* row, int step) noexcept nogil:
+    """Number of the 1/60 s slot that a step closes."""
+    return current_slot(row) + (row.trail_slots[step - 1] if step else 0)
+
+
+cdef inline void drop_trail(Row* row) noexcept nogil:
+    row.trail = 0
+    row.trail_request_minimum = row.trail_token_minimum = <int32_t> 0x7FFFFFFF
+
+
 cdef inline int64_t turn_slots(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
-    """Move all windows to `now_ns`, which is not before the end of the current slot; by how many spans of 60 s."""
+    """Move all windows to `now_ns`, or to the end of the trail if that is later; by how many spans of 60 s.
+
+    The current slot has ended.
+    """
     cdef uint64_t requests = requests_charged(row, cold)
     cdef uint64_t tokens = tokens_charged(row, cold)
     cdef int64_t before = current_slot(row)
-    cdef int64_t after = slot_at(now_ns)
-    cdef int64_t first, steps
-    cdef int window
+    cdef int64_t after = max(slot_at(now_ns), trail_slot(row))
+    cdef int64_t closing, opening, first, steps
+    cdef int step, window
     begin_change(row, cold)
     cold.journal_slot = after
-    for window in range(WINDOWS):
-        first = before // slots_per_slot(window)
-        steps = after // slots_per_slot(window) - first
-        if steps == 0:      # a slot of a longer window ends with one of the shorter window
-            break
-        roll(cold, window, requests, tokens, first, steps)
+    for step in range(row.trail + 1):
+        closing = slot_of_step(row, step)
+        opening = after if step == row.trail else slot_of_step(row, step + 1)
+        for window in range(WINDOWS):
+            first = closing // slots_per_slot(window)
+            steps = opening // slots_per_slot(window) - first
+            if steps == 0:      # a slot of a longer window ends with one of the shorter window
+                break
+            if is_counted(cold, window):
+                roll(cold, window, step, charged_before(row, step, requests, False), charged_before(row, step, tokens, True),
+                     first, steps)
+    compiler_barrier()
+    drop_trail(row)
     compiler_barrier()
     row.slot_end_ns = slot_start_ns(after + 1)
+    row.trail_end_ns = row.slot_end_ns
     compiler_barrier()
     measure_room(row, cold)
+    row.trail_request_room = row.request_room
+    row.trail_token_room = row.token_room
     return after // SLOTS_PER_SPAN - before // SLOTS_PER_SPAN
 
 
@@ -219,9 +344,11 @@ cdef inline int64_t window_wait_ns(
     With `credit` the shortest wait if so much of what is used comes back, wherever it was charged.
     """
     cdef int64_t limit = cold.token_limit[window] if of_tokens else cold.request_limit[window]
-    cdef int64_t used = (tokens_used(row, cold, window) if of_tokens else requests_used(row, cold, window)) - credit
-    cdef int64_t per_slot, slot, excess, position, i
-    if cost == 0 or limit == UNLIMITED or cost <= limit - used:
+    cdef int64_t used, per_slot, slot, excess, position, i
+    if cost == 0 or limit == UNLIMITED:
+        return 0
+    used = (tokens_used(row, cold, window) if of_tokens else requests_used(row, cold, window)) - credit
+    if cost <= limit - used:
         return 0
     if cost > limit:
         return NEVER
@@ -230,9 +357,13 @@ cdef inline int64_t window_wait_ns(
     slot = current_slot(row) // per_slot - cold.filled[window]
     position = slot % SLOTS
     for i in range(cold.filled[window]):
-        excess -= cold.tokens[window][position] if of_tokens else <int64_t> cold.requests[window][position]
+        excess -= closed_tokens(cold, window, position) if of_tokens else closed_requests(cold, window, position)
         if excess <= 0:
             break
         slot += 1
         position = 0 if position == SLOTS - 1 else position + 1
+    if excess > 0:      # of the current slot, which leaves what it cannot hold to those after it
+        slot += (excess - 1) // most_in_slot(window, of_tokens)
+    if slot >= slot_at(MAX_TIME_NS) // per_slot - SLOTS:
+        return NEVER
     return slot_start_ns((slot + SLOTS + 1) * per_slot) - now_ns

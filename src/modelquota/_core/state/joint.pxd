@@ -6,8 +6,9 @@ from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.atomics cimport add_u64
 from modelquota._core.layout cimport Charge, QueueEntry, Row, Shared
 from modelquota._core.row.decision cimport (
-    Fit, NEVER, QUEUE_PLACE, Request, Verdict, assess, charge_admitted, count_violation, highest_usage, start_verdict
+    Fit, NEVER, QUEUE_PLACE, Request, Verdict, assess, charge_admitted, count_violation, start_verdict
 )
+from modelquota._core.row.fullest cimport highest_usage
 from modelquota._core.row.grant cimport Holding, take_holding
 from modelquota._core.row.queue cimport unlink_entry
 from modelquota._core.state.lock cimport unlock, wait_clock_ns
@@ -189,7 +190,7 @@ cdef inline void decide_jointly(
                 set_unclaimed(member.record, <uint32_t> (joint.members[0].record - shared.grants) + 1,
                               joint.unclaimed_until_ns, &joint.charges[i])
         else:
-            verdict.usage = max(verdict.usage, highest_usage(member.row, member.cold, request))
+            verdict.usage = max(verdict.usage, highest_usage(member.row, member.cold, request.ram_mb, request.ssd_mb))
     if holding and joint.unclaimed_until_ns:
         add_u64(&shared.header.unclaimed_made, 1)
 

@@ -27,6 +27,7 @@ class Regions(NamedTuple):
     grants: int
     rows: int
     cold_rows: int
+    rings: tuple[int, ...]
     names: int
     size: int
 
@@ -35,13 +36,16 @@ def _pages(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def plan(header: int, fixed: Sequence[int], row: int, cold: int, name_share: int, max_models: int) -> Regions:
+def plan(header: int, fixed: Sequence[int], each: Sequence[int], name_share: int, max_models: int) -> Regions:
     """Lay out the mapping for `max_models` models from the sizes of its parts, in bytes.
 
-    `fixed` has the sizes of the parts that do not depend on the number of models, whole.
+    `fixed` has the sizes of the parts that do not depend on the number of models, whole; `each` what one model has in the
+    others: its row, its cold row, and a ring in each window.
     """
-    sizes = (header, *fixed, row * max_models, cold * max_models, name_share * max_models)
-    return Regions(*itertools.accumulate(_pages(size) for size in sizes))
+    sizes = (header, *fixed, *(size * max_models for size in each), name_share * max_models)
+    offsets = list(itertools.accumulate(_pages(size) for size in sizes))
+    before, rings = offsets[: len(fixed) + 2], offsets[len(fixed) + 2 : -2]
+    return Regions(*before, tuple(rings), *offsets[-2:])
 
 
 def create_anonymous(size: int) -> int:

@@ -8,14 +8,21 @@ from libc.stdint cimport int64_t
 from libc.string cimport memset
 
 from modelquota._core.layout cimport (
-    ColdRow, GrantRecord, Header, LIMITS, LIMIT_CODES, Limits, MAX_COUNT, QueueEntry, Row, SECOND, SLOTS_PER_SLOT, Seat,
-    UNLIMITED, WINDOWS
+    ColdRow, DAY, GrantRecord, Header, KINDS, LIMITS, LIMIT_CODES, Limits, LongRing, MAX_COUNT, QueueEntry, Ring, Row, SECOND,
+    SLOTS_PER_SLOT, Seat, UNLIMITED, WINDOWS
 )
 from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB
 from modelquota._core.row.level cimport NO_RATE
-from modelquota._core.row.usage cimport NO_LIMIT, Usage, put_limits, read_usage, start_row
+from modelquota._core.row.limits cimport put_limits, start_row
+from modelquota._core.row.usage cimport NO_LIMIT, Usage, read_usage
 
+from modelquota.quota.config import UNITS
 from modelquota.quota.limits import CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
+
+PARTS = ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring")    # of the mapping, as dtypes() names them
+
+cdef enum:
+    MICRO = 1_000_000
 
 cdef tuple ACTIONS = tuple(ViolationAction)
 cdef tuple WINDOW_FIELDS = tuple(       # of a quota: the fields of each window, requests and tokens
@@ -33,6 +40,8 @@ def dtypes():
     cdef GrantRecord grant
     cdef Row row
     cdef ColdRow cold
+    cdef Ring ring
+    cdef LongRing long_ring
     cdef Usage usage
     return {
         "header": np.asarray(<Header[:1]> &header).dtype,
@@ -41,8 +50,16 @@ def dtypes():
         "grant": np.asarray(<GrantRecord[:1]> &grant).dtype,
         "row": np.asarray(<Row[:1]> &row).dtype,
         "cold": np.asarray(<ColdRow[:1]> &cold).dtype,
+        "ring": np.asarray(<Ring[:1]> &ring).dtype,
+        "long_ring": np.asarray(<LongRing[:1]> &long_ring).dtype,
         "usage": _with_names_of_windows(np.asarray(<Usage[:1]> &usage).dtype),
     }
+
+
+def ring_dtypes():
+    """The dtype of the rings of each window."""
+    layout = dtypes()
+    return tuple(layout["ring" if window < DAY else "long_ring"] for window in range(WINDOWS))
 
 
 def _with_names_of_windows(dtype):
@@ -68,7 +85,7 @@ def core_limits():
 def struct_sizes():
     """``sizeof`` of each struct of the layout, to compare the dtypes with."""
     return {"header": sizeof(Header), "seat": sizeof(Seat), "entry": sizeof(QueueEntry), "grant": sizeof(GrantRecord),
-            "row": sizeof(Row), "cold": sizeof(ColdRow), "usage": sizeof(Usage)}
+            "row": sizeof(Row), "cold": sizeof(ColdRow), "ring": sizeof(Ring), "long_ring": sizeof(LongRing), "usage": sizeof(Usage)}
 
 
 def encode_rate(rate, burst):
@@ -99,7 +116,7 @@ cdef inline object _count(int64_t limit):
 
 cdef int pack(object config, Limits* limits) except -1:
     """A ResourceQuotaConfig, valid by construction, as the row stores it."""
-    cdef int window
+    cdef int window, kind
     limits.max_ram_mb = _limit(config.max_ram_mb)
     limits.max_ssd_mb = _limit(config.max_ssd_mb)
     limits.max_concurrent = _limit(config.max_concurrent_requests)
@@ -121,15 +138,22 @@ cdef int pack(object config, Limits* limits) except -1:
         of_requests, of_tokens = WINDOW_FIELDS[window]
         limits.request_limits[window] = _limit(getattr(config, of_requests))
         limits.token_limits[window] = _limit(getattr(config, of_tokens))
+    for kind in range(KINDS):
+        limits.weights[kind] = round(config.token_weights[kind] * MICRO)
+    limits.unit = UNITS.index(config.unit)
     limits.grace_period_sec = config.grace_period_sec
     limits.action = ACTIONS.index(config.on_violation)
     limits.shadow = shadow_mask(config)
     return 0
 
 
+cdef inline object _weight(int64_t millionths):
+    return millionths // MICRO if millionths % MICRO == 0 else millionths / MICRO
+
+
 cdef dict unpack(const Limits* limits):
     """The keywords of the ResourceQuotaConfig that pack() was given."""
-    cdef int window
+    cdef int window, kind
     cdef dict fields = {
         "max_ram_mb": _count(limits.max_ram_mb),
         "max_ssd_mb": _count(limits.max_ssd_mb),
@@ -142,6 +166,8 @@ cdef dict unpack(const Limits* limits):
         "max_concurrent_requests": _count(limits.max_concurrent),
         "max_queued_requests": limits.max_queued,
         "shadow_limits": shadow_names(limits.shadow),
+        "token_weights": tuple([_weight(limits.weights[kind]) for kind in range(KINDS)]),
+        "unit": UNITS[limits.unit],
     }
     for window in range(SECOND + 1, WINDOWS):
         of_requests, of_tokens = WINDOW_FIELDS[window]

@@ -3,10 +3,12 @@
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from modelquota._core.atomics cimport add_u64_relaxed, compiler_barrier, store_i64, store_u32, store_u64, swap_i64
-from modelquota._core.layout cimport CHANGES, ColdRow, Header, Limits, Row, Shared, UNLIMITED, VIOLATION_TYPES, WINDOWS
-from modelquota._core.row.decision cimport advance
+from modelquota._core.layout cimport (
+    CHANGES, ColdRow, DAY, Header, Limits, LongRing, Ring, Row, Shared, UNLIMITED, VIOLATION_TYPES, WINDOWS
+)
+from modelquota._core.row.advance cimport advance
 from modelquota._core.row.level cimport NO_RATE, load
-from modelquota._core.row.usage cimport limits_digest, put_limits, read_limits, same_limits, start_row
+from modelquota._core.row.limits cimport limits_digest, put_limits, read_limits, same_limits, start_row
 from modelquota._core.row.window cimport requests_charged, requests_used, tokens_charged, tokens_used
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, unlock, wait_clock_ns
 from modelquota._core.state.repair cimport clear, lock_row
@@ -145,6 +147,26 @@ cdef inline bint write_name(const Shared* shared, ColdRow* cold, const char* nam
     return True
 
 
+cdef inline int64_t ring_size(int window) noexcept nogil:
+    """Bytes of one ring of the window."""
+    return sizeof(Ring) if window < DAY else sizeof(LongRing)
+
+
+cdef inline int64_t next_free_row(const Shared* shared) noexcept nogil:
+    """The row that the next model gets, as the registry is now; max_models if there is none."""
+    cdef int64_t index = shared.header.lowest_free
+    while index < shared.header.row_count and shared.rows[index].generation & 1:
+        index += 1
+    return index
+
+
+cdef inline void place_rings(const Shared* shared, ColdRow* cold, int64_t index) noexcept nogil:
+    """Note where the rings of a row are. Requires the row's lock."""
+    cdef int window
+    for window in range(WINDOWS):
+        cold.ring_offset[window] = shared.rings[window] + index * ring_size(window) - <char*> cold
+
+
 cdef inline void take_out(Row* row, ColdRow* cold, const Shared* shared) noexcept nogil:
     """Take a model out of its row; what it counted goes into the header's totals. Requires both locks."""
     cdef Header* header = shared.header
@@ -245,9 +267,7 @@ cdef inline int64_t add_model(
     if header.registry_version != version:
         unlock_registry(shared)
         return OTHER_VERSION
-    index = header.lowest_free
-    while index < header.row_count and rows[index].generation & 1:
-        index += 1
+    index = next_free_row(shared)
     if index < header.max_models:
         if not lock_row(&rows[index], shared, ROW_PATIENCE_NS):
             unlock_registry(shared)
@@ -265,6 +285,7 @@ cdef inline int64_t add_model(
     row = &rows[index]
     cold = &shared.cold_rows[index]
     clear(row, cold)
+    place_rings(shared, cold, index)
     if write_name(shared, cold, name, size):
         start_row(row, cold, now_ns)
         put_limits(row, cold, limits)

@@ -8,11 +8,13 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.atomics cimport add_u64_relaxed, compiler_barrier
 from modelquota._core.layout cimport CHUNK, ColdRow, GrantRecord, Header, Row, SLOTS, Shared, WINDOWS
+from modelquota._core.row.fullest cimport NOT_KNOWN
 from modelquota._core.row.level cimport LEVEL_MAX, load, store
+from modelquota._core.row.limits cimport put_limits
 from modelquota._core.row.queue cimport rebuild_queue
-from modelquota._core.row.usage cimport put_limits
 from modelquota._core.row.window cimport (
-    ROLLED, ROLLING, SETTLED, current_slot, measure_room, roll, slot_start_ns, slots_per_slot, turn_ring
+    ROLLED, ROLLING, SETTLED, charged_before, closed_requests, closed_tokens, current_slot, drop_trail, is_counted,
+    measure_room, requests_in_slot, roll, slot_of_step, slot_start_ns, slots_per_slot, tokens_in_slot, trail_slot, turn_ring
 )
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, spin_lock, try_lock
 
@@ -43,31 +45,54 @@ cdef inline void clear(Row* row, ColdRow* cold) noexcept nogil:
 
 
 cdef inline void finish_rolling(Row* row, ColdRow* cold) noexcept nogil:
-    """Do what is left of moving all windows to the journal's slot."""
+    """Do what is left of turn_slots(), up to the journal's slot. Requires the row's lock."""
     cdef int64_t before = current_slot(row)
-    cdef int64_t first, steps
-    cdef int window
+    cdef int64_t after = cold.journal_slot
+    cdef int64_t closing, opening, first, steps
+    cdef uint64_t requests, tokens
+    cdef int step, window, place
     cdef int broken = (cold.stage - ROLLING) // 2
     cdef bint is_done = (cold.stage - ROLLING) % 2
-    for window in range(WINDOWS):
-        first = before // slots_per_slot(window)
-        steps = cold.journal_slot // slots_per_slot(window) - first
-        if steps <= 0:
-            break
-        if window < broken or (window == broken and is_done):
-            continue
-        if window > broken:
-            roll(cold, window, cold.journal_requests, cold.journal_tokens, first, steps)
-            continue
-        cold.requests_start[window] = cold.journal_requests_start
-        cold.tokens_start[window] = cold.journal_tokens_start
-        cold.filled[window] = cold.journal_filled
-        turn_ring(cold, window, cold.journal_requests, cold.journal_tokens, first, steps)
-        compiler_barrier()
-        cold.stage = <uint8_t> (ROLLED + 2 * window)
-        compiler_barrier()
-    if cold.journal_slot > before:
-        row.slot_end_ns = slot_start_ns(cold.journal_slot + 1)
+    for step in range(row.trail + 1):
+        closing = slot_of_step(row, step)
+        opening = after if step == row.trail else slot_of_step(row, step + 1)
+        for window in range(WINDOWS):
+            first = closing // slots_per_slot(window)
+            steps = opening // slots_per_slot(window) - first
+            place = step * WINDOWS + window
+            if steps <= 0:
+                break
+            if not is_counted(cold, window) or place < broken or (place == broken and is_done):
+                continue
+            requests = charged_before(row, step, cold.journal_requests, False)
+            tokens = charged_before(row, step, cold.journal_tokens, True)
+            if place > broken:
+                roll(cold, window, step, requests, tokens, first, steps)
+                continue
+            cold.requests_start[window] = cold.journal_requests_start
+            cold.tokens_start[window] = cold.journal_tokens_start
+            cold.filled[window] = cold.journal_filled
+            turn_ring(cold, window, requests, tokens, first, steps)
+            compiler_barrier()
+            cold.stage = <uint8_t> (ROLLED + 2 * place)
+            compiler_barrier()
+    drop_trail(row)
+    if after > before:
+        row.slot_end_ns = slot_start_ns(after + 1)
+
+
+cdef inline void repair_trail(Row* row, const ColdRow* cold) noexcept nogil:
+    """Find the end of the trail again, and what of the charges is after it. Requires the row's lock."""
+    cdef int64_t requests = requests_in_slot(row, cold)
+    cdef int64_t tokens = tokens_in_slot(row, cold)
+    cdef int i
+    for i in range(row.trail):
+        requests -= row.trail_requests[i]
+        tokens -= row.trail_tokens[i]
+    row.trail_end_ns = slot_start_ns(trail_slot(row) + 1)
+    row.trail_request_room = row.request_room + requests
+    row.trail_token_room = row.token_room + tokens
+    row.trail_request_minimum = row.trail_token_minimum = 0
 
 
 cdef inline uint64_t in_ring(const Row* row, const ColdRow* cold, int window, bint of_tokens) noexcept nogil:
@@ -77,7 +102,7 @@ cdef inline uint64_t in_ring(const Row* row, const ColdRow* cold, int window, bi
     cdef uint64_t total = 0
     cdef int i
     for i in range(cold.filled[window]):
-        total += <uint64_t> cold.tokens[window][position] if of_tokens else cold.requests[window][position]
+        total += <uint64_t> (closed_tokens(cold, window, position) if of_tokens else closed_requests(cold, window, position))
         position = 0 if position == SLOTS - 1 else position + 1
     return total
 
@@ -88,6 +113,7 @@ cdef inline void count_held(const Row* row, ColdRow* cold, uint32_t index, const
     cdef int64_t i
     cold.reserved_ram_mb = cold.reserved_ssd_mb = cold.reserved_tokens = cold.concurrent = 0
     cold.handles = 0
+    cold.held_percent = NOT_KNOWN
     for i in range(<int64_t> shared.header.grant_chunks_used * CHUNK):
         held = &shared.grants[i]
         if held.seat != 0 and held.row == index and held.generation == row.generation:
@@ -126,8 +152,10 @@ cdef inline void put_right(Row* row, ColdRow* cold, uint32_t index, const Shared
         cold.requests_mark = cold.journal_requests
         cold.tokens_mark = cold.journal_tokens
     for window in range(WINDOWS):
-        cold.requests_base[window] = cold.requests_start[window] - in_ring(row, cold, window, False)
-        cold.tokens_base[window] = cold.tokens_start[window] - in_ring(row, cold, window, True)
+        if is_counted(cold, window):
+            cold.requests_base[window] = cold.requests_start[window] - in_ring(row, cold, window, False)
+            cold.tokens_base[window] = cold.tokens_start[window] - in_ring(row, cold, window, True)
+    repair_trail(row, cold)
     if header.staged_row == index and header.staged_generation == row.generation:
         repair_limits(row, cold, header)
     # what levels may take back is a bound from below: 0 is always one

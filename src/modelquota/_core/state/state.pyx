@@ -22,8 +22,8 @@ from posix.unistd cimport close
 
 from modelquota._core.atomics cimport compiler_barrier, load_u32, load_u64, swap_u32
 from modelquota._core.layout cimport (
-    CHANGES, CHUNK, CHUNKS, ColdRow, GrantRecord, Header, LAYOUT_VERSION, MAX_TIME_NS, Pool, QueueEntry, RECORDS, Row,
-    SEATS, Seat, Shared
+    ALWAYS_COUNTED, CHANGES, CHUNK, CHUNKS, ColdRow, GrantRecord, Header, LAYOUT_VERSION, MAX_TIME_NS, Pool, QueueEntry,
+    RECORDS, Row, SEATS, Seat, Shared, WINDOWS
 )
 from modelquota._core.state.clock cimport ManualClock, Watcher, monotonic_ns
 from modelquota._core.state.lock cimport (
@@ -31,13 +31,15 @@ from modelquota._core.state.lock cimport (
     sit_down, stand_up
 )
 from modelquota._core.state.pool cimport end_pool, record_at, start_pool
-from modelquota._core.state.registry cimport MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, unlock_registry
+from modelquota._core.state.registry cimport (
+    MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, next_free_row, ring_size, unlock_registry
+)
 from modelquota._core.state.sweep cimport release_grants
 
 from modelquota._core.state.mapping import (
     boot_id, clock_shift_ns, create_anonymous, digest, fingerprint, open_again, plan, process_space
 )
-from modelquota._core.state.packing import dtypes
+from modelquota._core.state.packing import PARTS, dtypes, ring_dtypes
 from modelquota.errors import CapacityError, ManagerClosedError, StateFileError
 
 cdef extern from *:
@@ -115,14 +117,15 @@ def regions_for(max_models):
     """Where the parts of a mapping for so many models are."""
     fixed = (SEATS * sizeof(Seat), CHANGES * sizeof(uint32_t), CHUNKS * sizeof(uint32_t), RECORDS * sizeof(QueueEntry),
              CHUNKS * sizeof(uint32_t), RECORDS * sizeof(GrantRecord))
-    return plan(sizeof(Header), fixed, sizeof(Row), sizeof(ColdRow), NAME_SHARE, max_models)
+    each = (sizeof(Row), sizeof(ColdRow), *(ring_size(window) for window in range(WINDOWS)))
+    return plan(sizeof(Header), fixed, each, NAME_SHARE, max_models)
 
 
 @functools.cache
 def layout_fingerprint():
     """The fingerprint of this version's layout."""
     layout = dtypes()
-    return fingerprint(*(layout[part] for part in ("header", "seat", "entry", "grant", "row", "cold")))
+    return fingerprint(*(layout[part] for part in PARTS))
 
 
 def new_header(max_models):
@@ -217,6 +220,8 @@ cdef class State:
         shared.grants = <GrantRecord*> (memory + <Py_ssize_t> regions.grants)
         shared.rows = <Row*> (memory + <Py_ssize_t> regions.rows)
         shared.cold_rows = <ColdRow*> (memory + <Py_ssize_t> regions.cold_rows)
+        for window, offset in enumerate(regions.rings):
+            shared.rings[<int> window] = memory + <Py_ssize_t> offset
         shared.names = memory + <Py_ssize_t> regions.names
         shared.names_size = regions.size - regions.names
         shared.header = <Header*> memory
@@ -381,6 +386,15 @@ cdef class State:
                 np.frombuffer(self.mapping, layout["row"], n, regions.rows),
                 np.frombuffer(self.mapping, layout["cold"], n, regions.cold_rows))
 
+    def rings(self):
+        """The rings of each window, as numpy structured arrays over the same memory, see arrays()."""
+        import numpy as np
+
+        self.require_open()
+        n = self.shared.header.max_models
+        return tuple(np.frombuffer(self.mapping, dtype, n, offset)
+                     for dtype, offset in zip(ring_dtypes(), regions_for(n).rings))
+
     # -- space
 
     cdef int reserve_space(self, const void* start, Py_ssize_t size) except -1:
@@ -405,19 +419,32 @@ cdef class State:
         self.reserve_space(shared.grants, <Py_ssize_t> header.grant_chunks_used * CHUNK * sizeof(GrantRecord))
         self.reserve_space(shared.rows, header.row_count * sizeof(Row))
         self.reserve_space(shared.cold_rows, header.row_count * sizeof(ColdRow))
+        self.reserve_rings(0, header.row_count, ALWAYS_COUNTED)
         self.reserve_space(shared.names, header.names_used)
         return 0
 
-    cdef int reserve_next_model(self) except -1:
-        """Set aside what one more model takes, as the registry is now: a row, unless the table is full, and a name."""
+    cdef int reserve_rings(self, int64_t first, int64_t count, uint32_t windows) except -1:
+        """Set aside what the rings of some rows take, in windows given as bits."""
+        cdef int window
+        for window in range(WINDOWS):
+            if windows >> window & 1:
+                self.reserve_space(self.shared.rings[window] + first * ring_size(window), count * ring_size(window))
+        return 0
+
+    cdef int reserve_next_model(self, uint32_t windows) except -1:
+        """Set aside what one more model takes, as the registry is now: a row with rings in these windows, and a name."""
         cdef const Shared* shared = &self.shared
-        cdef int64_t index = shared.header.row_count
+        cdef int64_t index
         cdef int64_t name = shared.header.names_used
         if self.path is None:
             return 0
+        index = next_free_row(shared)
         if index < shared.header.max_models:
             self.reserve_space(&shared.rows[index], sizeof(Row))
             self.reserve_space(&shared.cold_rows[index], sizeof(ColdRow))
+            self.reserve_rings(index, 1, windows | ALWAYS_COUNTED)
+        else:       # any row may be made free
+            self.reserve_rings(0, index, windows)
         self.reserve_space(shared.names + name, min(LONGEST_NAME, shared.names_size - name))
         return 0
 

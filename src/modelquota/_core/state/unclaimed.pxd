@@ -12,7 +12,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from modelquota._core.atomics cimport load_i64, load_u32, store_i64, store_u32, swap_i64
 from modelquota._core.layout cimport CHUNK, Charge, ColdRow, GrantRecord, RECORDS, Row, Shared
-from modelquota._core.row.decision cimport advance
+from modelquota._core.row.advance cimport advance
 from modelquota._core.row.grant cimport refund, release_holding
 from modelquota._core.state.lock cimport unlock
 from modelquota._core.state.repair cimport lock_row

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelquota._core.state.packing import core_limits, dtypes, encode_rate
+from modelquota._core.state.packing import core_limits, dtypes, encode_rate, ring_dtypes
 from modelquota._core.state.state import CONSTANTS, count_processes, layout_fingerprint, regions_for
 from modelquota.errors import StateFileError
-from modelquota.quota.limits import DENYING
+from modelquota.quota.config import MAX_WEIGHT, UNITS
+from modelquota.quota.limits import DENYING, WINDOWS
 
 MAX_MODELS_LIMIT = 2**24
 MAGIC = CONSTANTS["magic"]
@@ -64,6 +65,9 @@ _CHUNK = 64
 _RECORDS = _CHUNK * _CHUNKS
 _NO_RATE = 255
 _WIDEST_SHIFT = 95
+_TRAIL = 4
+_MAX_WEIGHT = MAX_WEIGHT * 1_000_000
+_ALWAYS_COUNTED = sum(1 << place for place, window in enumerate(WINDOWS) if not window.optional)
 _SHADOWS = sum(1 << record.limit for record in DENYING)
 
 
@@ -77,12 +81,36 @@ class RowBlock:
     first: int
     rows: NDArray[Any]
     cold_rows: NDArray[Any]
+    rings: tuple[NDArray[Any], ...]
     steady: NDArray[np.bool_] = field(repr=False)
     header: Any = field(repr=False)
 
+    @property
+    def max_models(self) -> int:
+        """How many rows the state has."""
+        return int(self.header["max_models"])
+
+    def closed(self, what: str, window: int) -> NDArray[Any]:
+        """The counts in the closed slots of a window, shape (rows, slots)."""
+        ring = self.rings[window]
+        return np.asarray(ring["slots"][:, :, int(what == "tokens")] if "slots" in (ring.dtype.names or ()) else ring[what])
+
+    def ring_offsets(self) -> NDArray[np.int64]:
+        """Where the rings of each row are, in bytes from its cold row, shape (rows, windows)."""
+        regions = regions_for(self.max_models)
+        index = self.first + np.arange(len(self.rows))
+        cold_rows = regions.cold_rows + index * self.cold_rows.dtype.itemsize
+        return np.stack(
+            [
+                offset + index * ring.dtype.itemsize - cold_rows
+                for offset, ring in zip(regions.rings, self.rings, strict=True)
+            ],
+            axis=1,
+        )
+
     def is_like(self, other: RowBlock) -> NDArray[np.bool_]:
         """Which rows are the same, byte for byte, in a copy that was made at another time."""
-        return _alike((self.rows, self.cold_rows), (other.rows, other.cold_rows))
+        return _alike((self.rows, self.cold_rows, *self.rings), (other.rows, other.cold_rows, *other.rings))
 
 
 class Reader:
@@ -187,13 +215,18 @@ class Reader:
                 for copy, fresh in zip(again, same_one, strict=True):
                     _bytes(copy)[span][unsteady] = _bytes(fresh)[unsteady]  # numpy would leave out what pads the fields
                 steady[span] |= _same(one, same_one)
-        return RowBlock(first, *again, steady, self.read_header())
+        rows, cold_rows, *rings = again
+        return RowBlock(first, rows, cold_rows, tuple(rings), steady, self.read_header())
 
-    def _copy(self, first: int, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _copy(self, first: int, count: int) -> tuple[NDArray[Any], ...]:
         row_type, cold_type = self.layout["row"], self.layout["cold"]
         return (
             self._read(row_type, count, self.regions.rows + first * row_type.itemsize),
             self._read(cold_type, count, self.regions.cold_rows + first * cold_type.itemsize),
+            *(
+                self._read(dtype, count, offset + first * dtype.itemsize)
+                for dtype, offset in zip(ring_dtypes(), self.regions.rings, strict=True)
+            ),
         )
 
     def names(self, part: RowBlock) -> list[bytes | None]:
@@ -240,12 +273,12 @@ class Reader:
         return name is not None and name == other_name and bool(there)
 
 
-def _same(copies: tuple[NDArray[Any], NDArray[Any]], again: tuple[NDArray[Any], NDArray[Any]]) -> NDArray[np.bool_]:
+def _same(copies: tuple[NDArray[Any], ...], again: tuple[NDArray[Any], ...]) -> NDArray[np.bool_]:
     """Of which rows both copies are alike, with the lock free: they are of one moment."""
     return np.asarray(_alike(copies, again) & (again[0]["lock"] == 0), np.bool_)
 
 
-def _alike(copies: tuple[NDArray[Any], NDArray[Any]], others: tuple[NDArray[Any], NDArray[Any]]) -> NDArray[np.bool_]:
+def _alike(copies: tuple[NDArray[Any], ...], others: tuple[NDArray[Any], ...]) -> NDArray[np.bool_]:
     same = np.ones(len(copies[0]), np.bool_)
     for copy, other in zip(copies, others, strict=True):
         same &= (_bytes(copy) == _bytes(other)).all(1)
@@ -370,7 +403,10 @@ def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterat
     )
     yield from _each(part, cold_rows["journal_filled"] > _SLOTS, "its journal has more slots than there are")
     yield from _each(part, cold_rows["action"] > 3, "its action is unknown")
-    yield from _each(part, cold_rows["stage"] > 1 + 2 * len(_PER_SLOT), "its stage is unknown")
+    yield from _each(part, cold_rows["stage"] > 1 + 2 * len(_PER_SLOT) * (_TRAIL + 1), "its stage is unknown")
+    yield from _each(part, rows["trail"] > _TRAIL, "its trail has more slots than there are")
+    for link in ("meter_of", "first_meter", "next_meter"):
+        yield from _each(part, cold_rows[link] > part.max_models, f"its {link} is not a row")
     for what in ("request", "token"):
         dormant = rows[f"dormant_{what}_shift"]
         wrong = (dormant > _WIDEST_SHIFT) & (dormant != _NO_RATE)
@@ -380,7 +416,7 @@ def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterat
         wide = (rows[f"{what}_level"]["high"] >> 62) | (rows[f"{what}_cap"]["high"] >> 62)
         yield from _each(part, wide != 0, f"its {what} level is beyond all bounds")
         yield from _each(part, rows[f"{what}_drain"] < 0, f"its {what} rate is negative")
-    for times in (rows["slot_end_ns"], rows["level_ns"]):
+    for times in (rows["slot_end_ns"], rows["level_ns"], rows["trail_end_ns"]):
         yield from _each(part, (times < 0) | (times > _MAX_TIME_NS), "its time is beyond 2**61 ns")
     for name in ("first_entry", "last_entry"):
         yield from _each(part, cold_rows[name] > _RECORDS, f"its {name} is none")
@@ -396,6 +432,11 @@ def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterat
         part, rolling & ((slot < 0) | (slot > _MAX_TIME_NS // 10_000_000)), "its journal is beyond 2**61 ns"
     )
     alive = rows["generation"] % 2 == 1
+    offsets = cold_rows["ring_offset"] != part.ring_offsets()
+    yield from _each(part, alive & offsets.any(1), "its rings are elsewhere")
+    counted = cold_rows["counted"].astype(np.int64)
+    wrong = (counted & _ALWAYS_COUNTED != _ALWAYS_COUNTED) | (counted >> len(_PER_SLOT) != 0)
+    yield from _each(part, alive & wrong, "the windows that it counts are unknown")
     # Also where the row is locked: its limits change only while the header says so.
     yield from limit_faults(part, alive & (part.first + np.arange(len(rows)) != staged_row))
     yield from sum_faults(part, part.steady & alive)
@@ -418,7 +459,8 @@ def staged_faults(header: Any) -> Iterator[str]:
         if not _is_encoded(one) or not _is_limit(staged[f"{what}_limits"]).all():
             yield f"the {what} limits that are being changed are none"
     caps = np.array([staged[name] for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent")])
-    known = int(staged["action"]) <= 3 and not int(staged["shadow"]) & ~_SHADOWS
+    known = int(staged["action"]) <= 3 and not int(staged["shadow"]) & ~_SHADOWS and int(staged["unit"]) < len(UNITS)
+    known &= bool(((staged["weights"] >= 0) & (staged["weights"] <= _MAX_WEIGHT)).all())
     if not _is_limit(caps).all() or not 0 <= int(staged["max_queued"]) <= _MAX_COUNT or not known:
         yield "the limits that are being changed are none"
     if not 0 <= float(staged["grace_period_sec"]) < math.inf:
@@ -440,9 +482,13 @@ def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
         for what in ("request", "token"):
             rate = cold_rows[f"{what}s_per_second"]
             yield from _each(part, alive & ~(rate >= 0), f"its {what} rate is no rate")
+    weights = cold_rows["weights"]
+    wrong = ((weights < 0) | (weights > _MAX_WEIGHT)).any(1) | (cold_rows["unit"] >= len(UNITS))
+    yield from _each(part, alive & wrong, "its weights of tokens or their unit are unknown")
     for what in ("request", "token"):
         for window in range(1, len(_PER_SLOT)):
-            wrong = ~_is_limit(cold_rows[f"{what}_limit"][:, window])
+            limit = cold_rows[f"{what}_limit"][:, window]
+            wrong = ~_is_limit(limit) | ((limit != _UNLIMITED) & ~_is_counted(cold_rows, window))
             yield from _each(part, alive & wrong, f"its limit of {what}s in window {window} is none")
         lowest = cold_rows[f"{what}_minimum"]
         widest = np.ldexp(1.0, 95 - np.minimum(rows[f"{what}_shift"].astype(np.int64), 95))
@@ -464,6 +510,10 @@ def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
 
 def _is_limit(values: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.asarray((values >= 0) & (values <= _MAX_COUNT) | (values == _UNLIMITED), np.bool_)
+
+
+def _is_counted(cold_rows: NDArray[Any], window: int) -> NDArray[np.bool_]:
+    return np.asarray(cold_rows["counted"] >> window & 1 == 1, np.bool_)
 
 
 def _each_kind(records: NDArray[Any], judge: Callable[[Any], bool]) -> NDArray[np.bool_]:
@@ -496,27 +546,47 @@ def sum_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
     yield from _each(part, alive & (edge != rows["slot_end_ns"]), "its slot ends where none does")
     current = rows["slot_end_ns"] * 3 // 50_000_000 - 1
     room = {"requests": rows["request_room"], "tokens": rows["token_room"]}
-    limit = {"requests": cold_rows["request_limit"], "tokens": cold_rows["token_limit"]}
+    end = (current + 1 + np.where(rows["trail"] > 0, _last_of_trail(rows), 0)) * 50_000_000 + 2
+    yield from _each(part, alive & (end // 3 != rows["trail_end_ns"]), "its trail ends elsewhere")
+    limit = {what: cold_rows[f"{what[:-1]}_limit"] for what in room}
     for what in ("requests", "tokens"):
         charged = cold_rows[f"{what}_mark"] - room[what].view(np.uint64)
         least = np.full(len(rows), _MAX_COUNT)
         for window, per_slot in enumerate(_PER_SLOT):
             age = ((current // per_slot - 1) % _SLOTS).astype(np.int8)[:, None] - np.arange(_SLOTS, dtype=np.int8)
             age[age < 0] += _SLOTS
-            ring = np.where(age < cold_rows["filled"][:, window][:, None], cold_rows[what][:, window], 0)
+            counted = alive & _is_counted(cold_rows, window)
+            ring = np.where(age < cold_rows["filled"][:, window][:, None], part.closed(what, window), 0)
             base, start = cold_rows[f"{what}_base"][:, window], cold_rows[f"{what}_start"][:, window]
             wrong = start - base != ring.astype(np.uint64).sum(1)
-            yield from _each(part, alive & wrong, f"the {what} of window {window} are not the sum of its slots")
+            yield from _each(part, counted & wrong, f"the {what} of window {window} are not the sum of its slots")
             used = (charged - base).view(np.int64)
             here = (charged - start).view(np.int64)
             bad = (used < 0) | (used > _MAX_COUNT) | (here < 0)
-            yield from _each(part, alive & bad, f"the {what} of window {window} are no count")
-            least = np.minimum(least, np.minimum(limit[what][:, window], _MAX_COUNT) - used)
+            yield from _each(part, counted & bad, f"the {what} of window {window} are no count")
+            left = np.minimum(limit[what][:, window], _MAX_COUNT) - used
+            least = np.minimum(least, np.where(counted, left, _MAX_COUNT))
+            if window == 0:
+                bad = (rows["trail"] > 0) & (_in_trail(rows, what).astype(np.uint64) > here.view(np.uint64))
+                yield from _each(part, alive & bad, f"the {what} of its trail are more than were charged")
         unlike = np.asarray(least != room[what], np.bool_)
         if what == "requests":  # no room is left while that holds, and what is admitted all the same takes more
             held_up = (cold_rows["concurrent"] >= cold_rows["max_concurrent"]) | (cold_rows["waiting"] != 0)
             unlike = np.where(held_up, room[what] > np.minimum(least, 0), unlike)
         yield from _each(part, alive & unlike, f"the {what} that are left are not what the limits leave")
+
+
+def _last_of_trail(rows: NDArray[Any]) -> NDArray[np.int64]:
+    """The slot that each trail has reached, counted from the one that the windows are in."""
+    last = np.maximum(np.minimum(rows["trail"], _TRAIL), 1).astype(np.intp) - 1
+    return np.asarray(np.take_along_axis(rows["trail_slots"], last[:, None], 1)[:, 0].astype(np.int64), np.int64)
+
+
+def _in_trail(rows: NDArray[Any], what: str) -> NDArray[np.int64]:
+    """What was charged in the slots of each trail, the one that it has reached included."""
+    ended = np.where(np.arange(_TRAIL) < rows["trail"][:, None], rows[f"trail_{what}"], 0).astype(np.int64).sum(1)
+    with np.errstate(over="ignore"):
+        return np.asarray(ended + rows[f"trail_{what[:-1]}_room"] - rows[f"{what[:-1]}_room"], np.int64)
 
 
 def _each(part: RowBlock, wrong: Any, what: str) -> Iterator[str]:

@@ -1,7 +1,8 @@
 # Small changes to one row, from lock to unlock: nothing here touches a Python object.
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.layout cimport ColdRow, Row, Shared
-from modelquota._core.row.decision cimport advance
+from modelquota._core.row.advance cimport advance
+from modelquota._core.row.fullest cimport NOT_KNOWN
 from modelquota._core.row.level cimport empty_burst
 from modelquota._core.state.lock cimport unlock
 from modelquota._core.state.repair cimport lock_row
@@ -23,6 +24,7 @@ cdef inline int record_memory(
     if alive:
         cold.ram_mb = ram_mb
         cold.ssd_mb = ssd_mb
+        cold.held_percent = NOT_KNOWN
         cold.peak_ram_mb = max(cold.peak_ram_mb, ram_mb)
         cold.peak_ssd_mb = max(cold.peak_ssd_mb, ssd_mb)
     unlock(&row.lock)

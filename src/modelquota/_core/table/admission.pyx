@@ -8,13 +8,14 @@ from libc.string cimport memcpy, memset
 
 from modelquota._core.atomics cimport add_u64_relaxed
 from modelquota._core.layout cimport Charge, ColdRow, Limits, QueueEntry, Row, Shared
-from modelquota._core.row.decision cimport Fit, Request, Verdict, charge_admitted, highest_usage
+from modelquota._core.row.decision cimport Fit, Request, Verdict, charge_admitted
+from modelquota._core.row.fullest cimport highest_usage
 from modelquota._core.row.grant cimport Holding
+from modelquota._core.row.limits cimport put_limits, start_row
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
-from modelquota._core.row.usage cimport put_limits, start_row
 from modelquota._core.state.joint cimport (
-    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NOBODY, Places, assess_all, decide_rows, first_gone, lock_rows,
-    put_in_order, same_row, unlock_rows
+    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NOBODY, Places, assess_all, decide_rows, first_gone,
+    lock_rows, put_in_order, same_row, unlock_rows
 )
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
@@ -355,4 +356,4 @@ cdef void peek(
     for i in range(joint.count):
         member = &joint.members[i]
         charge_admitted(member.row, member.cold, request, &fits[i], &charged)
-        verdict.usage = max(verdict.usage, highest_usage(member.row, member.cold, request))
+        verdict.usage = max(verdict.usage, highest_usage(member.row, member.cold, request.ram_mb, request.ssd_mb))

@@ -1,11 +1,14 @@
 # Batches: the loops around one decision, entirely without the GIL. Codes are generation << 32 | row number.
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from modelquota._core.atomics cimport load_char_relaxed, load_i64, load_u32_relaxed
-from modelquota._core.layout cimport Charge, ColdRow, Header, MAX_COUNT, Row, SECOND, SLOTS, Shared
-from modelquota._core.row.decision cimport (
-    LAST_TICKET, LOWEST_PRIORITY, Request, Verdict, advance, charge_tokens, decide, is_trial, unlikely
+from modelquota._core.layout cimport (
+    ColdRow, Header, MAX_COUNT, Row, SECOND, SLOTS, Shared, TRAIL
 )
-from modelquota._core.row.window cimport slot_at
+from modelquota._core.row.advance cimport unlikely
+from modelquota._core.row.decision cimport (
+    LAST_TICKET, LOWEST_PRIORITY, Request, Verdict, charge_in_batch, decide_in_batch
+)
+from modelquota._core.row.window cimport current_slot
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.repair cimport lock_row
 
@@ -40,7 +43,7 @@ cdef inline void fetch(const void* address) noexcept nogil:
 
 
 cdef inline void fetch_block(
-    const Batch* batch, Row* rows, ColdRow* cold_rows, Py_ssize_t first, int64_t now_ns, bint charging
+    const Batch* batch, Row* rows, ColdRow* cold_rows, Py_ssize_t first, int64_t now_ns
 ) noexcept nogil:
     """Load what BLOCK elements from `first` on will touch; with many models memory, not arithmetic, takes the time.
 
@@ -51,23 +54,27 @@ cdef inline void fetch_block(
     cdef Py_ssize_t i
     cdef Row* row
     cdef ColdRow* cold
-    cdef int64_t position
     for i in range(first, last):
         row = &rows[index_of(batch.codes[i])]
         fetch(row)
         fetch(<char*> row + LINE)
-        if charging:
-            fetch(&cold_rows[index_of(batch.codes[i])])
+        fetch(&row.trail_end_ns)
     for i in range(first, last):
         row = &rows[index_of(batch.codes[i])]
-        if now_ns >= row.slot_end_ns:       # without the lock: a wrong guess costs a line too many or too few
+        if now_ns >= row.trail_end_ns and row.trail == TRAIL:   # without the lock: a wrong guess costs some lines
             cold = &cold_rows[index_of(batch.codes[i])]
-            position = (slot_at(row.slot_end_ns) + SLOTS - 1) % SLOTS
-            fetch(cold)
-            fetch(<char*> cold + 2 * LINE)
-            fetch(<char*> cold + 3 * LINE)
-            fetch(&cold.tokens[SECOND][position])
-            fetch(&cold.requests[SECOND][position])
+            fetch(&cold.request_floor)
+            fetch(&cold.requests_mark)
+            fetch(&cold.request_minimum)
+            fetch(&cold.requests_base)
+            fetch(&cold.requests_start)
+            fetch(&cold.request_limit)
+            fetch(&cold.ring_offset)
+    for i in range(first, last):
+        row = &rows[index_of(batch.codes[i])]
+        if now_ns >= row.trail_end_ns and row.trail == TRAIL:
+            cold = &cold_rows[index_of(batch.codes[i])]
+            fetch(<char*> cold + cold.ring_offset[SECOND] + current_slot(row) % SLOTS * 2 * <int> sizeof(uint32_t))
 
 
 cdef inline Py_ssize_t first_out_of_range(const int64_t* counts, Py_ssize_t n) noexcept nogil:
@@ -115,7 +122,7 @@ cdef inline Py_ssize_t check_batch(
     while i < batch.count:
         now_ns = batch.times_ns[i] if batch.times_ns else batch.now_ns
         if i % BLOCK == 0:
-            fetch_block(batch, rows, cold_rows, i, now_ns, False)
+            fetch_block(batch, rows, cold_rows, i, now_ns)
         row = &rows[index_of(batch.codes[i])]
         request.tokens = batch.tokens[i]
         verdict.allowed = True
@@ -123,7 +130,8 @@ cdef inline Py_ssize_t check_batch(
             batch.waits = True
             break
         if row.generation == generation_of(batch.codes[i]):
-            decide(row, &cold_rows[index_of(batch.codes[i])], shared.entries, now_ns, &request, shared.header.enforcing, verdict)
+            decide_in_batch(row, &cold_rows[index_of(batch.codes[i])], shared.entries, now_ns, &request,
+                            shared.header.enforcing, verdict)
         unlock(&row.lock)
         if verdict.allowed:
             batch.limits[i] = 0
@@ -146,20 +154,17 @@ cdef inline Py_ssize_t charge_batch(Batch* batch, const Shared* shared, Py_ssize
     cdef Row* rows = shared.rows
     cdef ColdRow* cold_rows = shared.cold_rows
     cdef Row* row
-    cdef ColdRow* cold
-    cdef Charge charged
     batch.waits = False
     while i < batch.count:
         if i % BLOCK == 0:
-            fetch_block(batch, rows, cold_rows, i, batch.now_ns, True)
+            fetch_block(batch, rows, cold_rows, i, batch.now_ns)
         row = &rows[index_of(batch.codes[i])]
         if unlikely(not try_lock(&row.lock, shared.me)) and not lock_row(row, shared, SLICE_NS):
             batch.waits = True
             break
         if row.generation == generation_of(batch.codes[i]):
-            cold = &cold_rows[index_of(batch.codes[i])]
-            advance(row, cold, batch.now_ns)
-            charge_tokens(row, cold, batch.tokens[i], is_trial(row, cold, shared.header.enforcing), &charged)
+            charge_in_batch(row, &cold_rows[index_of(batch.codes[i])], batch.now_ns, batch.tokens[i],
+                            shared.header.enforcing)
         unlock(&row.lock)
         i += 1
     return i

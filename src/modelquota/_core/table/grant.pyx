@@ -10,7 +10,8 @@ from libc.stdlib cimport free, malloc, realloc
 
 from modelquota._core.atomics cimport store_u32
 from modelquota._core.layout cimport Charge, ColdRow, MAX_COUNT, Row, Shared
-from modelquota._core.row.decision cimport Request, admits_tokens, advance, charge_tokens, is_trial
+from modelquota._core.row.advance cimport advance
+from modelquota._core.row.decision cimport Request, admits_tokens, charge_tokens, is_trial
 from modelquota._core.row.grant cimport Holding, refund, release_holding, reserve_tokens, settle_tokens
 from modelquota._core.state.joint cimport JointRequest, lock_rows, put_in_order, unlock_rows
 from modelquota._core.state.lock cimport SLICE_NS, unlock

@@ -10,6 +10,7 @@ from libc.stdlib cimport calloc, free
 
 from modelquota._core.atomics cimport load_u32, load_u64
 from modelquota._core.layout cimport CHANGES, ColdRow, Limits
+from modelquota._core.row.limits cimport limited_windows
 from modelquota._core.row.usage cimport Usage
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.packing cimport pack, unpack
@@ -193,7 +194,8 @@ cdef class Interned:
             if version != self.seen_version:
                 self.refresh()
                 continue
-            self.state.reserve_next_model()       # if another model is registered first, `version` differs
+            # if another model is registered first, `version` differs
+            self.state.reserve_next_model(limited_windows(&limits))
             now_ns = self.state.now_ns()
             index = add_model(text, size, &limits, on_sight, now_ns, version, &generation, &self.state.shared, 0)
             if index == REGISTRY_BUSY:
@@ -224,6 +226,7 @@ cdef class Interned:
         """replace_limits(), waiting for the locks as long as it takes."""
         cdef int outcome
         cdef int64_t now_ns
+        self.state.reserve_rings(ref.row - self.state.shared.rows, 1, limited_windows(limits))
         while True:
             now_ns = self.state.now_ns()
             outcome = replace_limits(ref.row, ref.generation, limits, expected, named, now_ns, &self.state.shared, 0)

@@ -12,7 +12,8 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from modelquota._core.layout cimport ColdRow, MAX_TIME_NS, Row, Shared
-from modelquota._core.row.decision cimport NEVER, Request, Verdict, decide, highest_usage
+from modelquota._core.row.decision cimport NEVER, Request, Verdict, decide
+from modelquota._core.row.fullest cimport highest_usage
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.repair cimport lock_row
@@ -47,7 +48,7 @@ cdef inline bint decide_and_unlock(
     if alive:
         decide(row, cold, shared.entries, now_ns, request, shared.header.enforcing, verdict)
         if verdict.allowed:
-            verdict.usage = highest_usage(row, cold, request)
+            verdict.usage = highest_usage(row, cold, request.ram_mb, request.ssd_mb)
     unlock(&row.lock)
     return alive
 
@@ -147,6 +148,10 @@ cdef class QuotaTable:
     def _arrays(self):
         """See `State.arrays`."""
         return self.state.arrays()
+
+    def _rings(self):
+        """See `State.rings`."""
+        return self.state.rings()
 
     # -- models
 

@@ -12,9 +12,11 @@ from libc.string cimport memcmp, memcpy, memset
 from posix.types cimport off_t
 from posix.unistd cimport usleep
 
-from modelquota._core.layout cimport ColdRow, Limits, Row
-from modelquota._core.row.usage cimport Usage, read_limits, read_usage
+from modelquota._core.layout cimport ColdRow, Limits, Row, WINDOWS
+from modelquota._core.row.limits cimport read_limits
+from modelquota._core.row.usage cimport Usage, read_usage
 from modelquota._core.state.packing cimport unpack
+from modelquota._core.state.registry cimport ring_size
 from modelquota._core.state.state cimport State
 from modelquota._core.table.intern cimport Interned, RowRef
 from modelquota._core.table.records cimport Records
@@ -84,13 +86,13 @@ def read_retired(QuotaTable table not None):
     }
 
 
-def read_rows(int descriptor, int64_t rows_at, int64_t cold_rows_at, Py_ssize_t count, int64_t now_ns):
+def read_rows(int descriptor, regions, Py_ssize_t count, int64_t now_ns):
     """Use and limits of the first `count` rows of a file at `now_ns`; only copies are advanced to that time.
 
     Parameters
     ----------
-    rows_at, cold_rows_at : int
-        Their offsets in the file, in bytes.
+    regions : Regions
+        Where the parts of the file are.
 
     Returns
     -------
@@ -114,17 +116,26 @@ def read_rows(int descriptor, int64_t rows_at, int64_t cold_rows_at, Py_ssize_t 
     cdef uint32_t* place = <uint32_t*> cnp.PyArray_DATA(places)
     cdef Py_ssize_t first = 0, size
     cdef int failed = 0
+    cdef int window
+    cdef bint complete
     cdef Copies copies
+    copies.descriptor = descriptor
+    copies.rows_at = regions.rows
+    copies.cold_rows_at = regions.cold_rows
     copies.rows = <Row*> malloc(2 * AT_A_TIME * sizeof(Row))
     copies.cold_rows = <ColdRow*> malloc(2 * AT_A_TIME * sizeof(ColdRow))
+    complete = copies.rows != NULL and copies.cold_rows != NULL
+    for window, offset in enumerate(regions.rings):
+        copies.rings_at[window] = offset
+        copies.rings[window] = <char*> malloc(2 * AT_A_TIME * ring_size(window))
+        complete = complete and copies.rings[window] != NULL
     try:
-        if copies.rows == NULL or copies.cold_rows == NULL:
+        if not complete:
             raise MemoryError(f"no memory for copies of {AT_A_TIME} rows")
         with nogil:
             while first < count:
                 size = min(<Py_ssize_t> AT_A_TIME, count - first)
-                failed = copy_steadily(descriptor, rows_at + first * <int64_t> sizeof(Row),
-                                       cold_rows_at + first * <int64_t> sizeof(ColdRow), size, &copies)
+                failed = copy_steadily(&copies, first, size)
                 if failed:
                     break
                 read_copied(&copies, size, now_ns, &used[first], &bounds[first], &place[3 * first])
@@ -132,6 +143,8 @@ def read_rows(int descriptor, int64_t rows_at, int64_t cold_rows_at, Py_ssize_t 
     finally:
         free(copies.rows)
         free(copies.cold_rows)
+        for window in range(WINDOWS):
+            free(copies.rings[window])
     if failed == SHORT:
         raise EOFError(f"the file ends before row {count}")
     if failed:
@@ -169,8 +182,8 @@ def unpack_limits(cnp.ndarray limits):
     return [unpack(&bounds[i]) for i in range(limits.shape[0])]
 
 
-def read_copies(cnp.ndarray rows, cnp.ndarray cold_rows, int64_t now_ns):
-    """Use and limits of copies of rows and their cold rows at `now_ns`; the copies are advanced to that time.
+def read_copies(cnp.ndarray rows, cnp.ndarray cold_rows, tuple rings, int64_t now_ns):
+    """Use and limits of copies of rows, their cold rows and rings at `now_ns`; the copies are advanced to that time.
 
     Returns
     -------
@@ -183,16 +196,26 @@ def read_copies(cnp.ndarray rows, cnp.ndarray cold_rows, int64_t now_ns):
     cdef Row* row
     cdef ColdRow* cold
     cdef Usage* records
+    cdef cnp.ndarray ring
+    cdef char* first_rings[WINDOWS]
+    cdef int window
     cdef list found = []
     _require(rows, sizeof(Row))
     _require(cold_rows, sizeof(ColdRow))
     if cold_rows.shape[0] != count:
         raise ValueError(f"there are {cold_rows.shape[0]} cold rows for {count} rows; give one each")
+    for window in range(WINDOWS):
+        ring = rings[window]
+        _require(ring, ring_size(window))
+        if ring.shape[0] != count:
+            raise ValueError(f"there are {ring.shape[0]} rings for {count} rows; give one each")
+        first_rings[window] = <char*> cnp.PyArray_DATA(ring)
     usage = np.zeros(count, dtypes()["usage"])
     row = <Row*> cnp.PyArray_DATA(rows)
     cold = <ColdRow*> cnp.PyArray_DATA(cold_rows)
     records = <Usage*> cnp.PyArray_DATA(usage)
     for i in range(count):
+        place_copied_rings(&cold[i], first_rings, i)
         read_usage(&row[i], &cold[i], now_ns, &records[i])
         read_limits(&row[i], &cold[i], &limits)
         found.append(unpack(&limits))
@@ -200,9 +223,14 @@ def read_copies(cnp.ndarray rows, cnp.ndarray cold_rows, int64_t now_ns):
 
 
 cdef struct Copies:
-    # Each 2 * AT_A_TIME long: the copy that is read, and a second one to compare it with.
+    # The parts of a file, and copies of some rows of each, 2 * AT_A_TIME long: what is read, and the next look at it.
+    int descriptor
+    int64_t rows_at
+    int64_t cold_rows_at
+    int64_t rings_at[WINDOWS]
     Row* rows
     ColdRow* cold_rows
+    char* rings[WINDOWS]
 
 
 cdef enum:
@@ -224,41 +252,68 @@ cdef int copy_bytes(int descriptor, void* target, size_t size, int64_t offset) n
     return 0
 
 
-cdef int copy_steadily(
-    int descriptor, int64_t rows_at, int64_t cold_rows_at, Py_ssize_t count, const Copies* copies
-) noexcept nogil:
+cdef int copy_rows(const Copies* copies, int64_t first, Py_ssize_t count, Py_ssize_t place) noexcept nogil:
+    """Copy `count` rows and cold rows to `place` and after; 0 or as copy_bytes()."""
+    cdef int failed = copy_bytes(copies.descriptor, &copies.rows[place], count * sizeof(Row),
+                                 copies.rows_at + first * <int64_t> sizeof(Row))
+    return failed or copy_bytes(copies.descriptor, &copies.cold_rows[place], count * sizeof(ColdRow),
+                                copies.cold_rows_at + first * <int64_t> sizeof(ColdRow))
+
+
+cdef int copy_rings(const Copies* copies, int64_t first, Py_ssize_t count, Py_ssize_t place) noexcept nogil:
+    """Copy the rings of `count` rows likewise."""
+    cdef int window
+    cdef int failed = 0
+    for window in range(WINDOWS):
+        failed = failed or copy_bytes(copies.descriptor, copies.rings[window] + place * ring_size(window),
+                                      count * ring_size(window), copies.rings_at[window] + first * ring_size(window))
+    return failed
+
+
+cdef int copy_steadily(const Copies* copies, int64_t first, Py_ssize_t count) noexcept nogil:
     """Copy `count` rows, each as it was at one moment if TRIES copies suffice, otherwise as last copied."""
-    cdef Row* again_rows = copies.rows + AT_A_TIME
-    cdef ColdRow* again_cold_rows = copies.cold_rows + AT_A_TIME
-    cdef size_t before_rings = <char*> &copies.cold_rows.tokens - <char*> copies.cold_rows
+    cdef Row* row
+    cdef ColdRow* cold
     cdef uint8_t steady[AT_A_TIME]
     cdef Py_ssize_t i, left
-    cdef int attempt
-    cdef int failed = copy_bytes(descriptor, copies.rows, count * sizeof(Row), rows_at)
-    failed = failed or copy_bytes(descriptor, copies.cold_rows, count * sizeof(ColdRow), cold_rows_at)
+    cdef int attempt, window
+    cdef int64_t size
+    cdef int failed = copy_rows(copies, first, count, 0)
     memset(steady, 0, sizeof(steady))
     for attempt in range(TRIES):
         if attempt:
             usleep(PAUSE_US)
-        failed = failed or copy_bytes(descriptor, again_rows, count * sizeof(Row), rows_at)
-        failed = failed or copy_bytes(descriptor, again_cold_rows, count * sizeof(ColdRow), cold_rows_at)
+        # a ring never changes without the cold row: one that is the same before and after is of the same moment
+        failed = failed or copy_rings(copies, first, count, AT_A_TIME)
+        failed = failed or copy_rows(copies, first, count, AT_A_TIME)
         if failed:
             return failed
         left = 0
         for i in range(count):
             if steady[i]:
                 continue
-            # a slot never changes without the sums, which precede it and were copied first
-            if (copies.rows[i].lock == 0 and memcmp(&copies.rows[i], &again_rows[i], sizeof(Row)) == 0
-                    and memcmp(&copies.cold_rows[i], &again_cold_rows[i], before_rings) == 0):
+            row = &copies.rows[i]
+            cold = &copies.cold_rows[i]
+            for window in range(WINDOWS):
+                size = ring_size(window)
+                memcpy(copies.rings[window] + i * size, copies.rings[window] + (AT_A_TIME + i) * size, size)
+            if (row.lock == 0 and memcmp(row, &copies.rows[AT_A_TIME + i], sizeof(Row)) == 0
+                    and memcmp(cold, &copies.cold_rows[AT_A_TIME + i], sizeof(ColdRow)) == 0):
                 steady[i] = 1
             else:
-                memcpy(&copies.rows[i], &again_rows[i], sizeof(Row))
-                memcpy(&copies.cold_rows[i], &again_cold_rows[i], sizeof(ColdRow))
+                memcpy(row, &copies.rows[AT_A_TIME + i], sizeof(Row))
+                memcpy(cold, &copies.cold_rows[AT_A_TIME + i], sizeof(ColdRow))
                 left += 1
         if left == 0:
             break
     return 0
+
+
+cdef void place_copied_rings(ColdRow* cold, const char* const* rings, Py_ssize_t place) noexcept nogil:
+    """Have a copy of a cold row refer to copies of its rings."""
+    cdef int window
+    for window in range(WINDOWS):
+        cold.ring_offset[window] = rings[window] + place * ring_size(window) - <char*> cold
 
 
 cdef void read_copied(
@@ -271,6 +326,7 @@ cdef void read_copied(
         places[3 * i] = copies.rows[i].generation
         places[3 * i + 1] = cold.name_offset
         places[3 * i + 2] = cold.name_size
+        place_copied_rings(cold, copies.rings, i)
         read_usage(&copies.rows[i], cold, now_ns, &usage[i])
         read_limits(&copies.rows[i], cold, &limits[i])
 

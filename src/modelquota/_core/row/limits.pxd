@@ -1,0 +1,157 @@
+# The limits of one row: put, read, compared. Everything here requires the row's lock, but for what compares.
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+from modelquota._core.layout cimport ALWAYS_COUNTED, ColdRow, KINDS, Limits, Row, UNLIMITED, WINDOWS
+from modelquota._core.row.fullest cimport NOT_KNOWN
+from modelquota._core.row.level cimport NO_RATE, as_double, change_rate
+from modelquota._core.row.window cimport (
+    begin_counting, drop_trail, is_counted, measure_room, requests_in_slot, slot_at, slot_start_ns, tokens_in_slot
+)
+
+
+cdef inline bint is_limited(const Limits* limits, int window) noexcept nogil:
+    """Whether requests or tokens have a limit in the window."""
+    return limits.request_limits[window] != UNLIMITED or limits.token_limits[window] != UNLIMITED
+
+
+cdef inline uint32_t limited_windows(const Limits* limits) noexcept nogil:
+    """A bit for each window in which something is limited."""
+    cdef uint32_t windows = 0
+    cdef int i
+    for i in range(WINDOWS):
+        windows |= <uint32_t> is_limited(limits, i) << i
+    return windows
+
+
+cdef inline void put_limits(Row* row, ColdRow* cold, const Limits* limits) noexcept nogil:
+    """Replace the row's limits; what was used stays used."""
+    cdef int i
+    if (limits.requests_per_second != cold.requests_per_second or limits.tokens_per_second != cold.tokens_per_second
+            or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
+        cold.level_epoch += 1
+        cold.request_minimum[0] = cold.request_minimum[1] = cold.token_minimum[0] = cold.token_minimum[1] = 0
+    change_rate(&row.request_level, &row.request_cap, &row.request_drain, &row.request_shift,
+                &row.dormant_request_shift,
+                &limits.request_cap, limits.request_drain, limits.request_shift,
+                requests_in_slot(row, cold))
+    change_rate(&row.token_level, &row.token_cap, &row.token_drain, &row.token_shift,
+                &row.dormant_token_shift,
+                &limits.token_cap, limits.token_drain, limits.token_shift,
+                tokens_in_slot(row, cold))
+    for i in range(WINDOWS):
+        if not is_counted(cold, i) and is_limited(limits, i):
+            begin_counting(row, cold, i)
+        cold.request_limit[i] = limits.request_limits[i]
+        cold.token_limit[i] = limits.token_limits[i]
+    cold.request_level_percent = 0.0 if limits.request_shift == NO_RATE else 100.0 / as_double(&limits.request_cap)
+    cold.token_level_percent = 0.0 if limits.token_shift == NO_RATE else 100.0 / as_double(&limits.token_cap)
+    cold.max_ram_mb = limits.max_ram_mb
+    cold.max_ssd_mb = limits.max_ssd_mb
+    cold.max_concurrent = limits.max_concurrent
+    cold.held_percent = NOT_KNOWN
+    cold.max_queued = limits.max_queued
+    cold.burst_requests = limits.burst_requests
+    cold.burst_tokens = limits.burst_tokens
+    cold.requests_per_second = limits.requests_per_second
+    cold.tokens_per_second = limits.tokens_per_second
+    cold.grace_period_sec = limits.grace_period_sec
+    for i in range(KINDS):
+        cold.weights[i] = limits.weights[i]
+    cold.unit = limits.unit
+    cold.action = limits.action
+    row.shadow = limits.shadow
+    measure_room(row, cold)
+
+
+cdef inline void read_limits(const Row* row, const ColdRow* cold, Limits* limits) noexcept nogil:
+    """The configured part of the limits; what put_limits derives for the core is left out."""
+    cdef int i
+    for i in range(WINDOWS):
+        limits.request_limits[i] = cold.request_limit[i]
+        limits.token_limits[i] = cold.token_limit[i]
+    limits.max_ram_mb = cold.max_ram_mb
+    limits.max_ssd_mb = cold.max_ssd_mb
+    limits.max_concurrent = cold.max_concurrent
+    limits.max_queued = cold.max_queued
+    limits.burst_requests = cold.burst_requests
+    limits.burst_tokens = cold.burst_tokens
+    limits.requests_per_second = cold.requests_per_second
+    limits.tokens_per_second = cold.tokens_per_second
+    limits.grace_period_sec = cold.grace_period_sec
+    for i in range(KINDS):
+        limits.weights[i] = cold.weights[i]
+    limits.unit = cold.unit
+    limits.action = cold.action
+    limits.shadow = row.shadow
+
+
+cdef inline uint64_t mixed(uint64_t digest, uint64_t value) noexcept nogil:
+    """One step of a 64-bit mix (the finalizer of MurmurHash3, Appleby)."""
+    digest ^= value
+    digest ^= digest >> 33
+    digest *= <uint64_t> 0xFF51AFD7ED558CCD
+    digest ^= digest >> 33
+    digest *= <uint64_t> 0xC4CEB9FE1A85EC53
+    return digest ^ digest >> 33
+
+
+cdef inline uint64_t bits_of(double value) noexcept nogil:
+    cdef uint64_t bits
+    memcpy(&bits, &value, sizeof(bits))
+    return bits
+
+
+cdef inline uint64_t limits_digest(const Limits* limits) noexcept nogil:
+    """A digest of the configured part: whether limits are still those of before."""
+    cdef uint64_t digest = 0
+    cdef int i
+    for i in range(WINDOWS):
+        digest = mixed(digest, <uint64_t> limits.request_limits[i])
+        digest = mixed(digest, <uint64_t> limits.token_limits[i])
+    digest = mixed(digest, <uint64_t> limits.max_ram_mb)
+    digest = mixed(digest, <uint64_t> limits.max_ssd_mb)
+    digest = mixed(digest, <uint64_t> limits.max_concurrent)
+    digest = mixed(digest, <uint64_t> limits.max_queued)
+    digest = mixed(digest, <uint64_t> limits.burst_requests)
+    digest = mixed(digest, <uint64_t> limits.burst_tokens)
+    digest = mixed(digest, bits_of(limits.requests_per_second))
+    digest = mixed(digest, bits_of(limits.tokens_per_second))
+    digest = mixed(digest, bits_of(limits.grace_period_sec))
+    for i in range(KINDS):
+        digest = mixed(digest, <uint64_t> limits.weights[i])
+    return mixed(digest, <uint64_t> limits.unit << 24 | <uint64_t> limits.action << 16 | limits.shadow)
+
+
+cdef inline bint same_limits(const Limits* a, const Limits* b) noexcept nogil:
+    """Whether the configured parts are equal."""
+    cdef int i
+    for i in range(WINDOWS):
+        if a.request_limits[i] != b.request_limits[i] or a.token_limits[i] != b.token_limits[i]:
+            return False
+    for i in range(KINDS):
+        if a.weights[i] != b.weights[i]:
+            return False
+    return (
+        a.max_ram_mb == b.max_ram_mb
+        and a.max_ssd_mb == b.max_ssd_mb
+        and a.max_concurrent == b.max_concurrent
+        and a.max_queued == b.max_queued
+        and a.burst_requests == b.burst_requests
+        and a.burst_tokens == b.burst_tokens
+        and a.requests_per_second == b.requests_per_second
+        and a.tokens_per_second == b.tokens_per_second
+        and a.grace_period_sec == b.grace_period_sec
+        and a.unit == b.unit
+        and a.action == b.action
+        and a.shadow == b.shadow
+    )
+
+
+cdef inline void start_row(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
+    """Set the time of a model whose row and cold row are zero."""
+    row.level_ns = now_ns
+    row.slot_end_ns = row.trail_end_ns = slot_start_ns(slot_at(now_ns) + 1)
+    drop_trail(row)
+    cold.counted = ALWAYS_COUNTED
+    row.request_shift = row.token_shift = NO_RATE
+    row.dormant_request_shift = row.dormant_token_shift = NO_RATE
