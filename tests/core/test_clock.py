@@ -55,7 +55,7 @@ def test_start_out_of_range():
 
 
 def test_message_says_where_the_clock_stands():
-    with pytest.raises(ValueError, match="the clock stands at 5 ns and moves forward only"):
+    with pytest.raises(ValueError, match="the clock is at 5 ns and moves forward only"):
         ManualClock(5).advance_ns(2**61)
 
 

@@ -282,7 +282,7 @@ def test_a_count_of_rows_below_one_that_was_used_is_refused(workshop, count):
 def test_a_grant_that_holds_what_nobody_can_have_is_refused(workshop, field):
     at = LAYOUT["grant"].fields[field][1]
     workshop.write([(REGIONS.grants + at, (2**63).to_bytes(8, "little"))], [])
-    with pytest.raises(StateFileError, match=f"{field} is no count"):
+    with pytest.raises(StateFileError, match=f"{field} is not a count"):
         ResourceQuotaManager(path=workshop.path)
 
 

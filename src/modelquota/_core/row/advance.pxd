@@ -12,10 +12,10 @@ ctypedef void (*SlotEnd)(Row*, ColdRow*, int64_t) noexcept nogil
 
 cdef extern from *:
     """
-    /* the function itself, which the compiler cannot know any more: it calls it, and does not inline it */
+    /* the function, in a way that keeps the compiler from knowing which one it is, and so from inlining it */
     #define MQ_OUT_OF_LINE(f) __extension__ ({ __typeof__(&*(f)) mq_f = &*(f); __asm__("" : "+r"(mq_f)); mq_f; })
     """
-    bint unlikely(bint condition) noexcept nogil        # of Cython's own: keeps rare code out of the way
+    bint unlikely(bint condition) noexcept nogil        # Cython's own macro: a hint for the compiler
     SlotEnd out_of_line "MQ_OUT_OF_LINE"(SlotEnd function) noexcept nogil
 
 
@@ -23,7 +23,7 @@ cdef inline void end_slot(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogi
     """The rest of advance(), from the end of the slot on that the windows are in."""
     cdef int64_t steps
     cdef bint begins = now_ns >= row.trail_end_ns       # a slot, in which nothing has been charged yet
-    if unlikely(is_dormant(row)):       # what this slot admitted drains from its end on
+    if unlikely(is_dormant(row)):       # what was admitted in this slot drains from the slot's end
         drain_levels(row, row.slot_end_ns)
         raise_level(&row.request_level, requests_in_slot(row, cold), row.dormant_request_shift, &row.request_cap, True)
         raise_level(&row.token_level, tokens_in_slot(row, cold), row.dormant_token_shift, &row.token_cap, True)
@@ -41,7 +41,7 @@ cdef inline void advance(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil
     """Bring the row to `now_ns`, its windows included; a time before the row's own changes nothing."""
     cdef SlotEnd rare
     if unlikely(now_ns >= row.slot_end_ns):
-        rare = out_of_line(end_slot)    # so that the common case is short enough to be inlined
+        rare = out_of_line(end_slot)    # keeps the common case short enough to be inlined
         rare(row, cold, now_ns)
     elif now_ns > row.level_ns:
         drain_levels(row, now_ns)

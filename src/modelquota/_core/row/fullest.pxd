@@ -15,7 +15,7 @@ cdef enum:
 
 
 cdef inline double percent(double used, double limit) noexcept nogil:
-    """Percent of a limit in use. A limit of 0 counts as 1, so that the figure stays finite."""
+    """Percent of a limit in use. A limit of 0 counts as 1, so that the result is finite."""
     return 100.0 * used / (limit if limit > 1.0 else 1.0)
 
 
@@ -25,7 +25,7 @@ cdef inline double share_of_one(int64_t limit) noexcept nogil:
 
 
 cdef inline double round_to_50_bits(double value) noexcept nogil:
-    """Round to 50 bits (Veltkamp): the last bits of a product with a quotient go, so that 7 of 7 is 100.0."""
+    """Round to 50 bits (Veltkamp): drops the error of a product with a quotient, so that 7 of 7 is 100.0 %."""
     cdef double scaled = 9.0 * value
     return scaled - (scaled - value)
 
@@ -35,7 +35,7 @@ cdef inline double larger(double a, double b) noexcept nogil:
 
 
 cdef inline uint64_t in_use(int64_t reported, int64_t reserved) noexcept nogil:
-    """Memory that counts against a cap: twice MAX_COUNT is one more than an int64 holds."""
+    """Memory that counts against a limit. Unsigned: twice MAX_COUNT is one more than an int64 holds."""
     return <uint64_t> reported + <uint64_t> reserved
 
 
@@ -122,7 +122,7 @@ cdef inline double highest_usage(const Row* row, ColdRow* cold, int64_t ram_mb, 
 cdef inline void rate_in_use(
     const Row* row, const ColdRow* cold, bint of_tokens, double* used, double* bound
 ) noexcept nogil:
-    """What is used of a rate, and of how much: of its ceiling or of its level, whichever is fuller."""
+    """Use and bound of a rate: those of its window of a second, or of its level, whichever is fuller."""
     cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
     cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
     cdef double rate = cold.tokens_per_second if of_tokens else cold.requests_per_second

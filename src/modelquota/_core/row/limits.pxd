@@ -1,4 +1,5 @@
-# The limits of one row: put, read, compared. Everything here requires the row's lock, but for what compares.
+# How limits are written to a row, read and compared. Every function here that takes a row or a cold row requires the
+# row's lock.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from modelquota._core.layout cimport ALWAYS_COUNTED, ColdRow, KINDS, Limits, Row, UNLIMITED, WINDOWS
@@ -24,7 +25,7 @@ cdef inline uint32_t limited_windows(const Limits* limits) noexcept nogil:
 
 
 cdef inline void put_limits(Row* row, ColdRow* cold, const Limits* limits) noexcept nogil:
-    """Replace the row's limits; what was used stays used."""
+    """Replace the row's limits; its use is kept."""
     cdef int i
     if (limits.requests_per_second != cold.requests_per_second or limits.tokens_per_second != cold.tokens_per_second
             or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
@@ -64,7 +65,7 @@ cdef inline void put_limits(Row* row, ColdRow* cold, const Limits* limits) noexc
 
 
 cdef inline void read_limits(const Row* row, const ColdRow* cold, Limits* limits) noexcept nogil:
-    """The configured part of the limits; what put_limits derives for the core is left out."""
+    """Read the configured part of the limits, without what encode_rate() derives."""
     cdef int i
     for i in range(WINDOWS):
         limits.request_limits[i] = cold.request_limit[i]
@@ -102,7 +103,7 @@ cdef inline uint64_t bits_of(double value) noexcept nogil:
 
 
 cdef inline uint64_t limits_digest(const Limits* limits) noexcept nogil:
-    """A digest of the configured part: whether limits are still those of before."""
+    """A digest of the configured part, to see whether limits have changed."""
     cdef uint64_t digest = 0
     cdef int i
     for i in range(WINDOWS):
@@ -148,7 +149,7 @@ cdef inline bint same_limits(const Limits* a, const Limits* b) noexcept nogil:
 
 
 cdef inline void start_row(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
-    """Set the time of a model whose row and cold row are zero."""
+    """Initialize a model whose row and cold row are zero."""
     row.level_ns = now_ns
     row.slot_end_ns = row.trail_end_ns = slot_start_ns(slot_at(now_ns) + 1)
     drop_trail(row)

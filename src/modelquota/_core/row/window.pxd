@@ -1,8 +1,10 @@
-# Rolling windows: arithmetic on one row. Time is an argument. Everything here requires the row's lock.
+# Rolling windows: how many requests and tokens were charged in the last second, minute, hour, day and month. Pure
+# arithmetic on one row; time is an argument. Every function here requires the row's lock.
 #
-# A window of length T counts 60 closed slots of T/60 and the current one, so any interval of length T lies within what it
-# counts. Slot s begins at s * T / 60 exactly, since time 0: the slots of a second are not a whole number of nanoseconds
-# long, hence the fractions below. SLOTS_PER_SLOT says how many slots of the second make one of each window.
+# A window of length T counts 60 closed slots of T/60 and the current one, so any interval of length T lies within what
+# it counts. Slot s begins at s * T / 60 exactly, counted from time 0: a slot of the second is not a whole number of
+# nanoseconds long, hence the fractions below. SLOTS_PER_SLOT is how many slots of the second make one slot of each
+# window.
 #
 # A window that is not counted (see ColdRow.counted) has no limit, and its ring is not touched.
 from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -12,15 +14,15 @@ from modelquota._core.layout cimport (
 )
 
 cdef enum:
-    SLOTS_PER_SPAN = 3_600          # of the 60 s for which the lowest levels are kept, see level.pxd
-    THREE_SLOTS_NS = 50_000_000     # three slots of the second, the least whole number of ns
-    NEVER = -1                      # a wait that no time ends
+    SLOTS_PER_SPAN = 3_600          # slots of 1/60 s in the 60 s for which lowest levels are kept, see level.pxd
+    THREE_SLOTS_NS = 50_000_000     # three slots of the second: the fewest that are a whole number of ns
+    NEVER = -1                      # the wait for what no passing of time admits
 
 cdef extern from *:
     const uint32_t UINT32_MAX
 
 cdef enum:  # ColdRow.stage
-    SETTLED = 0
+    IDLE = 0
     CHANGING = 1        # what was charged is in the journal; bases and room follow from it and the rings
     ROLLING = 2         # + 2 * (step * WINDOWS + window): that window's start and filled are in the journal too
     ROLLED = 3          # + the same: that window is done, and so are those before it. A step closes one slot of the trail
@@ -51,12 +53,12 @@ cdef inline bint is_counted(const ColdRow* cold, int window) noexcept nogil:
 
 
 cdef inline uint64_t requests_charged(const Row* row, const ColdRow* cold) noexcept nogil:
-    """Requests charged ever, modulo 2**64; differences are what counts."""
+    """Requests charged since the model was registered, modulo 2**64; only differences count."""
     return cold.requests_mark - <uint64_t> row.request_room
 
 
 cdef inline uint64_t tokens_charged(const Row* row, const ColdRow* cold) noexcept nogil:
-    """Tokens charged ever, modulo 2**64."""
+    """Tokens charged since the model was registered, modulo 2**64."""
     return cold.tokens_mark - <uint64_t> row.token_room
 
 
@@ -124,7 +126,7 @@ cdef inline int64_t most_in_slot(int window, bint of_tokens) noexcept nogil:
 # -- changes in several steps
 
 cdef inline void begin_change(const Row* row, ColdRow* cold) noexcept nogil:
-    """What follows cannot be done in one instruction: note what is charged, from which all else can be found again."""
+    """Begin a change of more than one instruction: save what is charged, from which all else can be recomputed."""
     cold.journal_requests = requests_charged(row, cold)
     cold.journal_tokens = tokens_charged(row, cold)
     compiler_barrier()
@@ -134,13 +136,13 @@ cdef inline void begin_change(const Row* row, ColdRow* cold) noexcept nogil:
 
 cdef inline void end_change(ColdRow* cold) noexcept nogil:
     compiler_barrier()
-    cold.stage = SETTLED
+    cold.stage = IDLE
 
 
 cdef inline void roll(
     ColdRow* cold, int window, int step, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
 ) noexcept nogil:
-    """Close the window's slot `slot` and open `slot + steps`; what leaves the window no longer counts.
+    """Close the window's slot `slot` and open slot `slot + steps`; what leaves the window no longer counts.
 
     `requests` and `tokens` are those charged ever when the slot ended.
     """
@@ -207,7 +209,7 @@ cdef inline void begin_counting(const Row* row, ColdRow* cold, int window) noexc
 cdef inline void refund_window(
     Row* row, ColdRow* cold, int64_t requests, int64_t tokens, int64_t charged_ns
 ) noexcept nogil:
-    """Refund what was charged at `charged_ns` to the slots that were charged; nothing where they have left a window.
+    """Refund what was charged at `charged_ns` to the slots that were charged.
 
     Recomputes the room. What a slot carried into the next one stays there until it ages out. Requires advance().
     """
@@ -341,7 +343,7 @@ cdef inline int64_t window_wait_ns(
 ) noexcept nogil:
     """How long until the window admits `cost`: 0 = now, NEVER = no wait helps. Exact, if nothing else is admitted.
 
-    With `credit` the shortest wait if so much of what is used comes back, wherever it was charged.
+    With `credit` it is the shortest wait if that much of what is used is refunded, in whichever slots it was charged.
     """
     cdef int64_t limit = cold.token_limit[window] if of_tokens else cold.request_limit[window]
     cdef int64_t used, per_slot, slot, excess, position, i

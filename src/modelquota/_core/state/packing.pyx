@@ -1,4 +1,4 @@
-"""Between Python values and the structs of the layout: configurations, rates, dtypes."""
+"""Conversion between Python values and the structs of the layout: configurations, rates, dtypes."""
 import functools
 
 import numpy as np
@@ -33,7 +33,10 @@ cdef tuple WINDOW_FIELDS = tuple(       # of a quota: the fields of each window,
 
 @functools.cache
 def dtypes():
-    """The numpy dtypes of the layout's parts, derived from the C structs, by name. Not to be changed: it is made once."""
+    """The numpy dtypes of the layout's parts, by name, derived from the C structs.
+
+    The dict is shared: do not modify it.
+    """
     cdef Header header
     cdef Seat seat
     cdef QueueEntry entry
@@ -63,7 +66,7 @@ def ring_dtypes():
 
 
 def _with_names_of_windows(dtype):
-    """The same with a field for each element of ``requests_this`` and ``tokens_this``, named as in `ResourceUsage`."""
+    """The dtype with a field for each element of ``requests_this`` and ``tokens_this``, named as in `ResourceUsage`."""
     fields = {}
     for name, (kind, offset) in dtype.fields.items():
         if name.endswith("_this"):
@@ -76,14 +79,17 @@ def _with_names_of_windows(dtype):
 
 
 def core_limits():
-    """The core's own account of limits: ``(codes, windows)``; of each window slots per slot, codes of requests and tokens."""
+    """The core's own list of limits: ``(codes, windows)``.
+
+    `windows` has, for each window, its slots per slot and its codes of requests and tokens.
+    """
     windows = [(SLOTS_PER_SLOT[i], LIMIT_CODES[i][False], LIMIT_CODES[i][True]) for i in range(WINDOWS)]
     named = {"RAM": RAM_MB, "SSD": SSD_MB, "CONCURRENCY": CONCURRENCY, "QUEUE": QUEUE_PLACE, "LIMITS": LIMITS}
     return named, windows
 
 
 def struct_sizes():
-    """``sizeof`` of each struct of the layout, to compare the dtypes with."""
+    """``sizeof`` of each struct of the layout, for comparison with the dtypes."""
     return {"header": sizeof(Header), "seat": sizeof(Seat), "entry": sizeof(QueueEntry), "grant": sizeof(GrantRecord),
             "row": sizeof(Row), "cold": sizeof(ColdRow), "ring": sizeof(Ring), "long_ring": sizeof(LongRing), "usage": sizeof(Usage)}
 
@@ -91,7 +97,7 @@ def struct_sizes():
 def encode_rate(rate, burst):
     """A rate and its burst as the core counts them: ``(window_limit, drain, shift, cap)``, see ``level.pxd``.
 
-    None, or a rate of the largest count and more, is no limit. A rate of 0 admits nothing, whatever the burst.
+    None, or a rate of the largest count or more, means no limit. A rate of 0 admits nothing, whatever the burst.
     """
     if rate is None or rate >= MAX_COUNT:
         return UNLIMITED, 0, NO_RATE, 0
@@ -177,9 +183,9 @@ cdef dict unpack(const Limits* limits):
 
 
 def bounds_of(config):
-    """What the limits of a ResourceQuotaConfig admit: ``(most, at_once)``, both by `Limit`, None for no limit.
+    """What the limits of a ResourceQuotaConfig admit: ``(most, at_once)``, both by `Limit`, None if it is not set.
 
-    `most` is for the limit's whole window, ``ceil(rate) + burst`` for a rate; `at_once` is what a single request may have
+    `most` is the maximum per window, ``ceil(rate) + burst`` for a rate; `at_once` is the maximum of a single request
     while nothing is used, ``max(rate, 1) + burst`` for a rate.
     """
     cdef Row row
