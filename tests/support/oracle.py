@@ -32,7 +32,7 @@ SLOTS = 60
 NEVER_NS = 2**62
 LAST_MOMENT_NS = 2**61
 COUNT_MAX = 2**62
-MOST_IN_SLOT = 2**32 - 1
+EXACT_IN_SLOT = 2**27
 
 
 def slot_of(at_ns: int, length_ns: int) -> int:
@@ -45,6 +45,14 @@ def slot_start_ns(slot: int, length_ns: int) -> int:
     return -(-slot * length_ns // SLOTS)
 
 
+def kept(count: int) -> int:
+    """What of a count a sub-interval holds."""
+    shift = 0
+    while count >> shift >= EXACT_IN_SLOT:
+        shift += 2
+    return count >> shift << shift
+
+
 class Clock(Protocol):
     """What the oracle needs of a clock."""
 
@@ -55,13 +63,14 @@ class Clock(Protocol):
 class Window:
     """Everything that was ever charged to one rolling window.
 
-    A sub-interval of less than half an hour holds 2**32 - 1; what is more is carried into the next one.
+    Of a count of 2**27 or more, a sub-interval of up to a minute holds the highest 26 or 27 bits, and so does one of any
+    length of requests; the rest is carried into the next one.
     """
 
-    def __init__(self, length_ns: int) -> None:
+    def __init__(self, length_ns: int, carries: bool = True) -> None:
         self.length_ns = length_ns
         self.log: list[tuple[int, int]] = []
-        self.carries = length_ns < DAY_NS
+        self.carries = carries
         self.large = False  # whether anything may have been carried
 
     def used(self, now_ns: int) -> int:
@@ -75,19 +84,14 @@ class Window:
         amounts: dict[int, int] = {}
         for slot, amount in self.log:
             amounts[slot] = amounts.get(slot, 0) + amount
-        charged = sorted(slot for slot in amounts if slot < current)
-        used = carry = 0
-        for slot, following in zip(charged, [*charged[1:], current], strict=True):
-            # this sub-interval and those up to the next charge are filled with what is there, the first ones to the brim
-            rest = amounts[slot] + carry
-            full = min(rest // MOST_IN_SLOT, following - slot)
-            counted_from = max(slot, current - SLOTS)
-            used += MOST_IN_SLOT * max(0, slot + full - counted_from)
-            carry = rest - full * MOST_IN_SLOT
-            if full < following - slot:
-                used += carry if slot + full >= current - SLOTS else 0
-                carry = 0
-        return used + carry + amounts.get(current, 0)
+        used = 0
+        while amounts and (slot := min(amounts)) < current:
+            amount = amounts.pop(slot)
+            rest = amount - kept(amount)
+            if rest:
+                amounts[slot + 1] = amounts.get(slot + 1, 0) + rest
+            used += amount - rest if slot >= current - SLOTS else 0
+        return used + amounts.get(current, 0)
 
     def in_slot(self, at_ns: int) -> int:
         """Sum of what was charged in the sub-interval of a moment."""
@@ -97,7 +101,7 @@ class Window:
     def charge(self, now_ns: int, amount: int) -> None:
         """Charge, up to the largest number that a window counts."""
         amount = min(amount, COUNT_MAX - self.used(now_ns))
-        self.large = self.large or amount + self.used(now_ns) > MOST_IN_SLOT
+        self.large = self.large or amount + self.used(now_ns) >= EXACT_IN_SLOT
         self.log.append((slot_of(now_ns, self.length_ns), amount))
 
     def refund(self, charged_ns: int, amount: int) -> None:
@@ -108,26 +112,15 @@ class Window:
         """First moment from now at which `cost` fits under `limit` if nothing else is charged; None: never."""
         if self.used(now_ns) + cost <= limit:
             return now_ns
-        if self.large and self.carries:
-            return self._passes_with_carry(now_ns, cost, limit)
-        leaving = {slot_start_ns(slot + SLOTS + 1, self.length_ns) for slot, _ in self.log}
+        leaving = {
+            slot_start_ns(slot + SLOTS + 1 + later, self.length_ns)
+            for slot, _ in self.log
+            for later in range(4 if self.large else 1)
+        }
         for moment in sorted(moment for moment in leaving if moment > now_ns):
             if self.used(moment) + cost <= limit:
                 return moment
         return None
-
-    def _passes_with_carry(self, now_ns: int, cost: int, limit: int) -> int | None:
-        fails = slot_of(now_ns, self.length_ns)
-        passes = slot_of(LAST_MOMENT_NS, self.length_ns)
-        if self.used(slot_start_ns(passes, self.length_ns)) + cost > limit:
-            return None
-        while passes - fails > 1:  # what is used only falls as long as nothing is charged
-            middle = (fails + passes) // 2
-            if self.used(slot_start_ns(middle, self.length_ns)) + cost <= limit:
-                passes = middle
-            else:
-                fails = middle
-        return slot_start_ns(passes, self.length_ns)
 
 
 class Level:
@@ -223,7 +216,7 @@ class Model:
             limited = [getattr(self.config, f"max_{what}_per_{name}") for what in ("requests", "tokens")]
             if name not in self.requests and (name not in OPTIONAL or limited != [None, None]):
                 self.requests[name] = Window(length_ns)
-                self.tokens[name] = Window(length_ns)
+                self.tokens[name] = Window(length_ns, carries=length_ns < DAY_NS)
 
     def most_used(self, now_ns: int) -> int:
         """Tokens in the longest window that is counted."""

@@ -10,11 +10,12 @@ from typing import Any
 from oracle import COUNT_MAX, LENGTHS_NS, SECOND_NS, SLOTS, slot_of, slot_start_ns
 
 from modelquota import ResourceQuotaManager
+from modelquota._core.state.state import CONSTANTS
 
 WORD = 2**64
 UNLIMITED = 2**63 - 1
-NO_RATE = 255
-COARSE_BITS = 30
+NO_RATE = CONSTANTS["no_rate"]
+COARSE_BITS = CONSTANTS["coarse_bits"]
 """A low is kept in units of so many bits more than its level."""
 LOW_SLACK_NS = 16_666_667
 """A low is noted when a slot of the second begins; what drains until the slot ends comes on top."""
@@ -26,12 +27,17 @@ def record_of(manager: ResourceQuotaManager, model_id: str) -> tuple[dict[str, A
     _, rows, cold_rows = manager._arrays()
     rings = [plain(ring[index]) for ring in manager._rings()]
     closed = {
-        what: [
-            [pair[place] for pair in ring["slots"]] if "slots" in ring else ring[what] for ring in rings
-        ]
+        what: [[count_of(pair[place]) for pair in ring["slots"]] for ring in rings if "slots" in ring]
         for place, what in enumerate(("requests", "tokens"))
     }
+    closed["requests"] += [[count_of(code) for code in ring["requests"]] for ring in rings if "slots" not in ring]
+    closed["tokens"] += [ring["tokens"] for ring in rings if "slots" not in ring]
     return plain(rows[index]), {**plain(cold_rows[index]), **closed}
+
+
+def count_of(code: int) -> int:
+    """The count that a closed slot holds in 32 bits."""
+    return code % 2**27 << 2 * (code >> 27)
 
 
 def plain(record: Any) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def assert_trail(row: dict[str, Any], cold: dict[str, Any]) -> None:
     for what in ("request", "token"):
         charged = (cold[f"{what}s_mark"] - row[f"{what}_room"] - cold[f"{what}s_start"][0]) % WORD
         ended = sum(row[f"trail_{what}s"][: row["trail"]])
-        assert ended + row[f"trail_{what}_room"] - row[f"{what}_room"] <= charged
+        assert ended + row[f"trail_{what}_room"] - row[f"{what}_room"] == charged
 
 
 def used_in_windows(row: dict[str, Any], cold: dict[str, Any], what: str) -> list[int]:

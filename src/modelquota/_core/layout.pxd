@@ -199,13 +199,14 @@ cdef struct ColdRow:
 
 
 cdef struct Ring:
-    # The closed slots of SECOND, MINUTE or HOUR; slot s is at s % SLOTS. What of a slot is beyond 2**32 - 1 is carried into
-    # the one that follows. A ring's pages are touched only if its window is counted.
+    # The closed slots of SECOND, MINUTE or HOUR; slot s is at s % SLOTS. Its pages are touched only if the window is
+    # counted. A count is in 32 bits, see kept(): of one that is not below 2**27, the lower bits are carried into the slot
+    # that follows.
     uint32_t slots[SLOTS][2]    # requests, tokens
 
 
 cdef struct LongRing:
-    # The closed slots of DAY or MONTH. Tokens are not carried: with slots this long, they would not age out for years.
+    # The closed slots of DAY or MONTH. Their slots are long: no token is carried, so that none ages out a slot late.
     int64_t tokens[SLOTS]
     uint32_t requests[SLOTS]
 

@@ -1,11 +1,11 @@
 # Time passes for one row: its levels drain, and its windows turn when a slot of a second ends. Everything here requires the
 # row's lock.
-from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from modelquota._core.atomics cimport compiler_barrier
 from modelquota._core.layout cimport ColdRow, Row, TRAIL
 from modelquota._core.row.level cimport coarse_level, drain_levels, is_dormant, raise_level, update_minimum
 from modelquota._core.row.window cimport (
-    SLOTS_PER_SPAN, UINT32_MAX, current_slot, requests_in_slot, slot_at, slot_start_ns, tokens_in_slot, turn_slots
+    SLOTS_PER_SPAN, current_slot, requests_in_slot, slot_at, slot_start_ns, tokens_in_slot, turn_slots
 )
 
 ctypedef void (*SlotEnd)(Row*, ColdRow*, int64_t) noexcept nogil

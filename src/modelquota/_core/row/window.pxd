@@ -7,7 +7,7 @@
 # window.
 #
 # A window that is not counted (see ColdRow.counted) has no limit, and its ring is not touched.
-from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport INT32_MAX, INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from modelquota._core.atomics cimport compiler_barrier
 from modelquota._core.layout cimport (
     ColdRow, DAY, LongRing, MAX_COUNT, MAX_TIME_NS, MONTH, Ring, Row, SECOND, SLOTS, SLOTS_PER_SLOT, TRAIL, UNLIMITED, WINDOWS
@@ -16,10 +16,9 @@ from modelquota._core.layout cimport (
 cdef enum:
     SLOTS_PER_SPAN = 3_600          # slots of 1/60 s in the 60 s for which lowest levels are kept, see level.pxd
     THREE_SLOTS_NS = 50_000_000     # three slots of the second: the fewest that are a whole number of ns
+    COUNT_BITS = 27                 # of the two parts of a closed slot's code: below 2**27 it is the count itself
+    MOST_CARRIES = 4                # slots after which of any count nothing is carried on
     NEVER = -1                      # the wait for what no passing of time admits
-
-cdef extern from *:
-    const uint32_t UINT32_MAX
 
 cdef enum:  # ColdRow.stage
     IDLE = 0
@@ -94,33 +93,55 @@ cdef inline char* ring_of(const ColdRow* cold, int window) noexcept nogil:
     return <char*> cold + cold.ring_offset[window]
 
 
+cdef inline int64_t kept(int64_t count) noexcept nogil:
+    """What of a count a closed slot holds: all of one that is below 2**27, or else its highest 26 or 27 bits."""
+    cdef int shift = 0
+    while count >> shift >> COUNT_BITS:
+        shift += 2
+    return count >> shift << shift
+
+
+cdef inline uint32_t encoded(int64_t count) noexcept nogil:
+    """A count that kept() returned, as a closed slot holds it."""
+    cdef uint32_t exponent = 0
+    while count >> COUNT_BITS:
+        count >>= 2
+        exponent += 1
+    return <uint32_t> count | exponent << COUNT_BITS
+
+
+cdef inline int64_t decoded(uint32_t code) noexcept nogil:
+    """The count that a closed slot holds."""
+    return <int64_t> (<uint64_t> (code & ((<uint32_t> 1 << COUNT_BITS) - 1)) << 2 * (code >> COUNT_BITS))
+
+
 cdef inline int64_t closed_requests(const ColdRow* cold, int window, int64_t position) noexcept nogil:
     """Requests in the closed slot at this position of the ring."""
     if window < DAY:
-        return (<Ring*> ring_of(cold, window)).slots[position][False]
-    return (<LongRing*> ring_of(cold, window)).requests[position]
+        return decoded((<Ring*> ring_of(cold, window)).slots[position][False])
+    return decoded((<LongRing*> ring_of(cold, window)).requests[position])
 
 
 cdef inline int64_t closed_tokens(const ColdRow* cold, int window, int64_t position) noexcept nogil:
     """Tokens in the closed slot at this position of the ring."""
     if window < DAY:
-        return (<Ring*> ring_of(cold, window)).slots[position][True]
+        return decoded((<Ring*> ring_of(cold, window)).slots[position][True])
     return (<LongRing*> ring_of(cold, window)).tokens[position]
 
 
 cdef inline void put_slot(ColdRow* cold, int window, int64_t position, int64_t requests, int64_t tokens) noexcept nogil:
-    """Write a closed slot. Neither count is more than most_in_slot()."""
+    """Write a closed slot; the counts are such as kept_in() returns."""
     if window < DAY:
-        (<Ring*> ring_of(cold, window)).slots[position][False] = <uint32_t> requests
-        (<Ring*> ring_of(cold, window)).slots[position][True] = <uint32_t> tokens
+        (<Ring*> ring_of(cold, window)).slots[position][False] = encoded(requests)
+        (<Ring*> ring_of(cold, window)).slots[position][True] = encoded(tokens)
     else:
-        (<LongRing*> ring_of(cold, window)).requests[position] = <uint32_t> requests
+        (<LongRing*> ring_of(cold, window)).requests[position] = encoded(requests)
         (<LongRing*> ring_of(cold, window)).tokens[position] = tokens
 
 
-cdef inline int64_t most_in_slot(int window, bint of_tokens) noexcept nogil:
-    """The largest count that a closed slot holds."""
-    return INT64_MAX if of_tokens and window >= DAY else UINT32_MAX
+cdef inline int64_t kept_in(int window, bint of_tokens, int64_t count) noexcept nogil:
+    """What of a count a closed slot of the window holds; the rest is carried into the slot that follows."""
+    return count if of_tokens and window >= DAY else kept(count)
 
 
 # -- changes in several steps
@@ -159,20 +180,24 @@ cdef inline void roll(
     compiler_barrier()
 
 
-cdef inline int64_t carried(uint64_t charged, uint64_t start, int64_t most, int64_t steps) noexcept nogil:
-    """What of the charges since `start` fits into `steps` slots of `most` each."""
-    cdef int64_t count = <int64_t> (charged - start)
-    return count if count // most < steps else most * steps
+cdef inline uint64_t closed_by(int window, bint of_tokens, uint64_t start, uint64_t charged, int64_t steps) noexcept nogil:
+    """What is in closed slots, `steps` slots after `start` had been charged; all of it after MOST_CARRIES."""
+    cdef int64_t count
+    for _ in range(min(steps, <int64_t> MOST_CARRIES)):
+        count = <int64_t> (charged - start)
+        start += <uint64_t> kept_in(window, of_tokens, count)
+    return start
 
 
 cdef inline void turn_ring(
     ColdRow* cold, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
 ) noexcept nogil:
     """The work of roll(). Done again from the same start and filled it comes out the same, but for the bases."""
-    cdef int64_t position, closed_r, closed_t
-    if steps > SLOTS:       # all closed slots leave, and so does what would be closed before the last SLOTS of them
-        cold.requests_start[window] += <uint64_t> carried(requests, cold.requests_start[window], UINT32_MAX, steps - SLOTS)
-        cold.tokens_start[window] += <uint64_t> carried(tokens, cold.tokens_start[window], most_in_slot(window, True), steps - SLOTS)
+    cdef int64_t position
+    cdef uint64_t before_requests, before_tokens
+    if steps > SLOTS:       # all closed slots leave, and so does what is closed before the last SLOTS of them
+        cold.requests_start[window] = closed_by(window, False, cold.requests_start[window], requests, steps - SLOTS)
+        cold.tokens_start[window] = closed_by(window, True, cold.tokens_start[window], tokens, steps - SLOTS)
         cold.requests_base[window] = cold.requests_start[window]
         cold.tokens_base[window] = cold.tokens_start[window]
         cold.filled[window] = 0
@@ -187,11 +212,12 @@ cdef inline void turn_ring(
             cold.tokens_base[window] += <uint64_t> closed_tokens(cold, window, position)
         else:
             cold.filled[window] += 1
-        closed_r = carried(requests, cold.requests_start[window], UINT32_MAX, 1)
-        closed_t = carried(tokens, cold.tokens_start[window], most_in_slot(window, True), 1)
-        put_slot(cold, window, position, closed_r, closed_t)
-        cold.requests_start[window] += <uint64_t> closed_r
-        cold.tokens_start[window] += <uint64_t> closed_t
+        before_requests = cold.requests_start[window]
+        before_tokens = cold.tokens_start[window]
+        cold.requests_start[window] = closed_by(window, False, before_requests, requests, 1)
+        cold.tokens_start[window] = closed_by(window, True, before_tokens, tokens, 1)
+        put_slot(cold, window, position, <int64_t> (cold.requests_start[window] - before_requests),
+                 <int64_t> (cold.tokens_start[window] - before_tokens))
         position = 0 if position == SLOTS - 1 else position + 1
         steps -= 1
 
@@ -206,37 +232,61 @@ cdef inline void begin_counting(const Row* row, ColdRow* cold, int window) noexc
     cold.counted |= <uint8_t> (1 << window)
 
 
+cdef inline int64_t refund_slots(
+    Row* row, ColdRow* cold, int window, bint of_tokens, int64_t slot, int64_t current, int64_t count
+) noexcept nogil:
+    """Refund `count` to the window's slot, and what it has carried to those that follow; how much that was."""
+    cdef int64_t left = count
+    cdef int64_t held, rest, taken, position
+    for _ in range(MOST_CARRIES):
+        if left == 0 or slot >= current:
+            break
+        position = slot % SLOTS
+        held = closed_tokens(cold, window, position) if of_tokens else closed_requests(cold, window, position)
+        rest = held - min(left, held)
+        if kept_in(window, of_tokens, rest) != rest:    # round up: what is not refunded ages out
+            rest = min(kept(rest + (rest >> COUNT_BITS - 3)), held)
+        if of_tokens:
+            put_slot(cold, window, position, closed_requests(cold, window, position), rest)
+        else:
+            put_slot(cold, window, position, rest, closed_tokens(cold, window, position))
+        left -= held - rest
+        slot += 1
+    if slot == current:
+        if of_tokens:
+            taken = min(left, <int64_t> (tokens_charged(row, cold) - cold.tokens_start[window]))
+            cold.tokens_start[window] += <uint64_t> taken
+        else:
+            taken = min(left, <int64_t> (requests_charged(row, cold) - cold.requests_start[window]))
+            cold.requests_start[window] += <uint64_t> taken
+        left -= taken
+    return count - left
+
+
+cdef inline void begin_trail(Row* row, const ColdRow* cold) noexcept nogil:
+    """Note the rooms when the current slot began, for a trail that is empty."""
+    row.trail_request_room = row.request_room + requests_in_slot(row, cold)
+    row.trail_token_room = row.token_room + tokens_in_slot(row, cold)
+
+
 cdef inline void refund_window(
     Row* row, ColdRow* cold, int64_t requests, int64_t tokens, int64_t charged_ns
 ) noexcept nogil:
-    """Refund what was charged at `charged_ns` to the slots that were charged.
+    """Refund what was charged at `charged_ns` to the slots that were charged, as far as the windows still count them.
 
-    Recomputes the room. What a slot carried into the next one stays there until it ages out. Requires advance().
+    Recomputes the room. Requires advance().
     """
-    cdef int64_t charged = slot_at(charged_ns)
-    cdef int64_t here = current_slot(row)
-    cdef int64_t slot, current, position, fewer_requests, fewer_tokens
+    cdef int64_t slot, current
     cdef int i
     begin_change(row, cold)
     for i in range(WINDOWS):
-        slot = charged // slots_per_slot(i)
-        current = here // slots_per_slot(i)
-        if not is_counted(cold, i) or slot < current - cold.filled[i] or charged_ns < cold.since_ns[i]:
-            continue
-        fewer_requests = requests
-        fewer_tokens = tokens
-        if slot == current:
-            cold.requests_start[i] += <uint64_t> fewer_requests
-            cold.tokens_start[i] += <uint64_t> fewer_tokens
-        else:
-            position = slot % SLOTS
-            fewer_requests = min(fewer_requests, closed_requests(cold, i, position))
-            fewer_tokens = min(fewer_tokens, closed_tokens(cold, i, position))
-            put_slot(cold, i, position, closed_requests(cold, i, position) - fewer_requests,
-                     closed_tokens(cold, i, position) - fewer_tokens)
-        cold.requests_base[i] += <uint64_t> fewer_requests
-        cold.tokens_base[i] += <uint64_t> fewer_tokens
+        slot = slot_at(charged_ns) // slots_per_slot(i)
+        current = current_slot(row) // slots_per_slot(i)
+        if is_counted(cold, i) and slot >= current - cold.filled[i] and charged_ns >= cold.since_ns[i]:
+            cold.requests_base[i] += <uint64_t> refund_slots(row, cold, i, False, slot, current, requests)
+            cold.tokens_base[i] += <uint64_t> refund_slots(row, cold, i, True, slot, current, tokens)
     measure_room(row, cold)
+    begin_trail(row, cold)
 
 
 cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
@@ -299,7 +349,7 @@ cdef inline int64_t slot_of_step(const Row* row, int step) noexcept nogil:
 
 cdef inline void drop_trail(Row* row) noexcept nogil:
     row.trail = 0
-    row.trail_request_minimum = row.trail_token_minimum = <int32_t> 0x7FFFFFFF
+    row.trail_request_minimum = row.trail_token_minimum = INT32_MAX
 
 
 cdef inline int64_t turn_slots(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
@@ -333,8 +383,7 @@ cdef inline int64_t turn_slots(Row* row, ColdRow* cold, int64_t now_ns) noexcept
     row.trail_end_ns = row.slot_end_ns
     compiler_barrier()
     measure_room(row, cold)
-    row.trail_request_room = row.request_room
-    row.trail_token_room = row.token_room
+    begin_trail(row, cold)
     return after // SLOTS_PER_SPAN - before // SLOTS_PER_SPAN
 
 
@@ -346,7 +395,7 @@ cdef inline int64_t window_wait_ns(
     With `credit` it is the shortest wait if that much of what is used is refunded, in whichever slots it was charged.
     """
     cdef int64_t limit = cold.token_limit[window] if of_tokens else cold.request_limit[window]
-    cdef int64_t used, per_slot, slot, excess, position, i
+    cdef int64_t used, per_slot, slot, excess, position, left, here, i
     if cost == 0 or limit == UNLIMITED:
         return 0
     used = (tokens_used(row, cold, window) if of_tokens else requests_used(row, cold, window)) - credit
@@ -364,8 +413,16 @@ cdef inline int64_t window_wait_ns(
             break
         slot += 1
         position = 0 if position == SLOTS - 1 else position + 1
-    if excess > 0:      # of the current slot, which leaves what it cannot hold to those after it
-        slot += (excess - 1) // most_in_slot(window, of_tokens)
+    if excess > 0:      # of the current slot, which leaves what it cannot hold to those that follow
+        left = <int64_t> (tokens_charged(row, cold) - cold.tokens_start[window] if of_tokens else
+                          requests_charged(row, cold) - cold.requests_start[window])
+        for i in range(MOST_CARRIES):
+            here = kept_in(window, of_tokens, left)
+            if excess <= here:
+                break
+            excess -= here
+            left -= here
+            slot += 1
     if slot >= slot_at(MAX_TIME_NS) // per_slot - SLOTS:
         return NEVER
     return slot_start_ns((slot + SLOTS + 1) * per_slot) - now_ns
