@@ -432,12 +432,12 @@ class _Events:
                 held,
             )
 
-    def on_violation(self, model_id: str, result: QuotaCheckResult, stands_for: int) -> None:
+    def on_violation(self, model_id: str, result: QuotaCheckResult, since_last: int) -> None:
         """Log a violation and how many it includes since the last record; called at most once per model and second."""
         level = _INFO if result.action is ViolationAction.QUEUE else _WARNING
         if logger().isEnabledFor(level):
             _log(
-                level, "model %r: %s (%s; %d since the last record)", model_id, result.reason, result.action, stands_for
+                level, "model %r: %s (%s; %d since the last record)", model_id, result.reason, result.action, since_last
             )
 
 

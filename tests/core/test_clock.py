@@ -55,13 +55,13 @@ def test_start_out_of_range():
 
 
 def test_message_says_where_the_clock_stands():
-    with pytest.raises(ValueError, match="the clock stands at 5 ns and moves forward only"):
+    with pytest.raises(ValueError, match="the clock is at 5 ns and moves forward only"):
         ManualClock(5).advance_ns(2**61)
 
 
 def test_cannot_be_set_back_by_initialising_again():
     clock = ManualClock(5)
-    with pytest.raises(ValueError, match="stands at 5 ns and moves forward only"):
+    with pytest.raises(ValueError, match="is at 5 ns and moves forward only"):
         clock.__init__(4)
     assert clock.now_ns == 5
 

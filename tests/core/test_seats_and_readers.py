@@ -401,8 +401,8 @@ def test_the_error_of_a_full_table_says_that_readers_are_in_the_way(path, manage
             ResourceQuotaManager(path=path)
     assert str(caught.value) == (
         "the table is full (1023 processes): end some that share this state, or that only read it: on 1022 of the "
-        "places somebody has a read lock, beside which they can only be taken with /proc of this PID namespace mounted "
-        "at /proc"
+        "places another process has a read lock, beside which they can only be taken with /proc of this PID namespace "
+        "mounted at /proc"
     )
 
 

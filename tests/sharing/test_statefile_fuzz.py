@@ -282,20 +282,20 @@ def test_a_count_of_rows_below_one_that_was_used_is_refused(workshop, count):
 def test_a_grant_that_holds_what_nobody_can_have_is_refused(workshop, field):
     at = LAYOUT["grant"].fields[field][1]
     workshop.write([(REGIONS.grants + at, (2**63).to_bytes(8, "little"))], [])
-    with pytest.raises(StateFileError, match=f"{field} is no count"):
+    with pytest.raises(StateFileError, match=f"{field} is not a count"):
         ResourceQuotaManager(path=workshop.path)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("decider", 2**18 + 1, "until when"),
-        ("unclaimed_until_ns", 2**63 - 1, "until when"),
-        ("unclaimed_until_ns", 2**64 - 2, "until when"),
-        ("charge.tokens", 2**63, "no charge"),
-        ("charge.raised", 2**62 + 1, "no charge"),
-        ("charge.raised_request", 2, "no charge"),
-        ("charge.at_ns", 2**61 + 1, "no charge"),
+        ("decider", 2**18 + 1, "its deadline or its deciding record is invalid"),
+        ("unclaimed_until_ns", 2**63 - 1, "its deadline or its deciding record is invalid"),
+        ("unclaimed_until_ns", 2**64 - 2, "its deadline or its deciding record is invalid"),
+        ("charge.tokens", 2**63, "its charge is invalid"),
+        ("charge.raised", 2**62 + 1, "its charge is invalid"),
+        ("charge.raised_request", 2, "its charge is invalid"),
+        ("charge.at_ns", 2**61 + 1, "its charge is invalid"),
     ],
 )
 def test_a_grant_that_nobody_could_take_or_refund_is_refused(workshop, field, value, words):

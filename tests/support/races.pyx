@@ -35,7 +35,7 @@ cdef extern from "<pthread.h>" nogil:
 cdef enum:
     ROWS = 6
     THREADS = 6
-    PARTIES = 3
+    MEMBERS = 3
     ELEMENTS = 64
     TOKENS = 10
     WAIT_NS = 2_000_000     # how long an entry blocks others at most
@@ -51,7 +51,7 @@ cdef struct Actor:
     World* world
     int number
     uint64_t random
-    QueueEntry* entries     # PARTIES of its own
+    QueueEntry* entries     # MEMBERS of its own
     GrantRecord* records
     int64_t done[8]         # how often each of the deeds came to its end
 
@@ -101,8 +101,8 @@ cdef void choose(Actor* actor, JointRequest* joint) noexcept nogil:
     cdef uint32_t step = 1 if draw(actor, 2) else ROWS - 1
     cdef int i
     memset(joint, 0, sizeof(JointRequest))
-    joint.count = PARTIES
-    for i in range(PARTIES):
+    joint.count = MEMBERS
+    for i in range(MEMBERS):
         joint.members[i].index = (first + <uint32_t> i * step) % ROWS
         joint.members[i].row = &shared.rows[joint.members[i].index]
         joint.members[i].cold = &shared.cold_rows[joint.members[i].index]
@@ -135,7 +135,8 @@ cdef void finish(Actor* actor, JointRequest* joint, bint undo) noexcept nogil:
             joint.members[i].record.seat = 0
         else:
             advance(row, cold, now_ns)
-            refund(row, cold, undo, joint.charges[i].tokens if undo else joint.charges[i].tokens // 2, &joint.charges[i])
+            refund(row, cold, undo, joint.charges[i].tokens if undo else joint.charges[i].tokens // 2,
+                   &joint.charges[i])
             if not undo:
                 charge_tokens(row, cold, 1, is_trial(row, cold, shared.header.enforcing), &more)
             settle_tokens(cold, joint.members[i].record)
@@ -152,9 +153,10 @@ cdef int decide_some(Actor* actor, bint holding) noexcept nogil:
     cdef int i
     choose(actor, &joint)
     parse_request(&request, TOKENS)
-    for i in range(PARTIES):
+    for i in range(MEMBERS):
         joint.members[i].record = &actor.records[i] if holding else NULL
-    if decide_rows(&joint, wait_clock_ns(), &request, holding, shared, SLICE_NS, &verdict) != DECIDED or not verdict.allowed:
+    if decide_rows(&joint, wait_clock_ns(), &request, holding, shared, SLICE_NS, &verdict) != DECIDED \
+            or not verdict.allowed:
         return False
     if holding:
         finish(actor, &joint, draw(actor, 2))
@@ -182,7 +184,7 @@ cdef int stand_in_line(Actor* actor) noexcept nogil:
     if first_gone(&joint) >= 0:
         unlock_rows(&joint, joint.count)
         return False
-    for i in range(PARTIES):
+    for i in range(MEMBERS):
         drop_expired(joint.members[i].row, joint.members[i].cold, shared.entries, now_ns, draw(actor, 2))
         entry = joint.members[i].entry = &actor.entries[i]
         entry.row = joint.members[i].index
@@ -195,12 +197,13 @@ cdef int stand_in_line(Actor* actor) noexcept nogil:
         entry.seat = shared.me
         link_entry(joint.members[i].row, joint.members[i].cold, shared.entries, entry)
     unlock_rows(&joint, joint.count)
-    for i in range(PARTIES):
+    for i in range(MEMBERS):
         joint.members[i].record = &actor.records[i]
-    admitted = decide_rows(&joint, wait_clock_ns(), &request, True, shared, SLICE_NS, &verdict) == DECIDED and verdict.allowed
+    admitted = decide_rows(&joint, wait_clock_ns(), &request, True, shared, SLICE_NS, &verdict) == DECIDED \
+        and verdict.allowed
     if admitted:
         finish(actor, &joint, False)
-    for i in range(PARTIES):
+    for i in range(MEMBERS):
         entry = &actor.entries[i]
         store_i64_relaxed(&entry.deadline_ns, 0)
         row = &shared.rows[entry.row]
@@ -317,8 +320,8 @@ def race(double seconds):
     put_fair_limits(&world.limits[1], 100)
     for i in range(ROWS):
         name = <char> (c"A" + i)
-        if add_model(&name, 1, &world.limits[i % 2], i % 2, wait_clock_ns(), shared.header.registry_version, &generation,
-                 shared, SLICE_NS) != i:
+        if add_model(&name, 1, &world.limits[i % 2], i % 2, wait_clock_ns(), shared.header.registry_version,
+                     &generation, shared, SLICE_NS) != i:
             raise AssertionError("a row was not free")
     world.end_ns = wait_clock_ns() + <int64_t> (seconds * 1e9)
     for i in range(THREADS):

@@ -1,8 +1,29 @@
-# The layout of the shared state: structs only, nothing that computes.
+# The layout of the shared state: the structs of which the mapping is made, and the limits of their values.
 #
 # One mapping holds, in this order: Header, Seat[SEATS], the change log, owners of the chunks of queue entries,
 # QueueEntry[ENTRIES], owners of the chunks of grant records, GrantRecord[GRANTS], Row[max_models], ColdRow[max_models],
 # names. Rows never move. Every field names its unit.
+#
+# How a row counts. A check has to know one number: how many requests (or tokens) all windows still admit. So a row
+# stores that as its room, and one subtraction charges all windows. What was charged so far follows from the room and a
+# mark, which changes only when the room is computed again; a window's use follows from that and the window's base:
+#
+#     charged = mark - room        used = charged - base        all modulo 2**64: only differences count
+#
+# Three requests, with a limit of 2 per window:
+#
+#     event                         room   mark   charged   base   used
+#     -------------------------   ------   ----   -------   ----   ----
+#     a new model                      2      2         0      0      0
+#     request 1 is admitted            1      2         1      0      1
+#     request 2 is admitted            0      2         2      0      2
+#     request 3 finds no room          0      2         2      0      2    denied: nothing has been written
+#     request 1 leaves the window      1      3         2      1      1    base grows; room is computed again, and mark
+#                                                                          with it, so that charged stays as it was
+#     request 3 comes again            0      3         3      1      2    admitted
+#
+# If no limit binds, room starts at MAX_COUNT. A model that has charged 2**64 and more since it was registered has a
+# mark that wrapped, and the differences are still exact, since none of them exceeds MAX_COUNT.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from *:
@@ -27,16 +48,16 @@ cdef enum:
     LIMITS = 5 + 2 * WINDOWS    # Limit codes, from 0, which is none: memory, concurrency, two a window, the queue
     VIOLATION_TYPES = 5     # in the order of violations[] below
     SEAT_BITS = 10
-    SEATS = 1024            # processes that share a state at once; seat 0 is nobody's
+    SEATS = 1024            # processes that share a state at once; seat 0 is never taken
     CHUNK = 64              # records of one kind that one process owns together
     CHUNKS = 4096           # of each kind
     RECORDS = 262_144       # CHUNK * CHUNKS: grants open at once, and requests that wait at once, over all processes
-    CHANGES = 4096          # comings and goings of models that the change log holds
+    CHANGES = 4096          # the latest additions and removals of models, which the change log holds
 
 
 cdef extern from *:
     """
-    /* of each window: how many 1/60 s slots make one of its slots, and the Limit codes of its requests and its tokens */
+    /* of each window: how many 1/60 s slots make one of its slots; the Limit codes of its requests and its tokens */
     static const int64_t mq_slots_per_slot[] __attribute__((unused)) = {1, 3600, 86400};
     static const uint8_t mq_limit_codes[][2] __attribute__((unused)) = {{4, 5}, {7, 6}, {9, 8}};
     """
@@ -51,21 +72,21 @@ cdef struct Wide:
 
 
 cdef struct Row:
-    # What every decision about one model reads and writes: two cache lines, apart from everything colder, so that the
-    # rows of many models stay in the cache. Guarded by `lock`.
+    # What every decision about one model reads and writes: two cache lines, apart from everything that is used less
+    # often, so that the rows of many models stay in the cache. Guarded by `lock`.
     uint32_t lock            # 0 = free, otherwise the seat word of its owner
-    uint32_t generation      # odd while a model lives here; grows when one enters or leaves, under the registry lock too
+    uint32_t generation      # odd while the row has a model; grows with each change, under the registry's lock too
     int64_t slot_end_ns      # first ns after the current 1/60 s slot; until then no window moves
-    int64_t level_ns         # the model's time: when the levels were drained last
+    int64_t level_ns         # the model's time: the time at which the levels were last drained
     int64_t request_room     # requests that all windows and the concurrency still admit
-    int64_t token_room       # tokens that all windows still admit; negative where more was charged than the limit is
+    int64_t token_room       # tokens that all windows still admit; negative if more was charged than the limit
     int64_t request_drain    # units per ns
     int64_t token_drain
     uint8_t request_shift    # a level's unit is 1 / (10**9 * 2**shift) of a request or token; NO_RATE = no level
     uint8_t token_shift
-    uint8_t dormant_request_shift    # of a level whose rate is not set any more, see level.pxd; NO_RATE = there is none
+    uint8_t dormant_request_shift    # of a level whose rate is no longer set, see level.pxd; NO_RATE = none
     uint8_t dormant_token_shift
-    uint16_t shadow          # 1 << Limit code: that limit is judged and never denies
+    uint16_t shadow          # 1 << Limit code: that limit is evaluated and never denies
     uint16_t reserved
     Wide request_level
     Wide request_cap         # max(rate, 1) + burst
@@ -75,27 +96,27 @@ cdef struct Row:
 
 cdef struct ColdRow:
     # The rest of a model: written when a slot ends, a limit changes or a request is denied. Guarded by Row.lock.
-    # -- rolling windows. Charged ever = mark - Row's room; used = charged - base. All modulo 2**64.
+    # -- rolling windows, see the top of this file
     uint64_t requests_mark
     uint64_t tokens_mark
-    uint64_t requests_base[WINDOWS]   # charged when the oldest counted slot began
+    uint64_t requests_base[WINDOWS]   # what had been charged when the oldest counted slot began
     uint64_t tokens_base[WINDOWS]
-    double request_percent[WINDOWS]   # of a window's limit, that one request or token is; 0 = no limit
+    double request_percent[WINDOWS]   # what one request or token is of the window's limit; 0 = no limit
     double token_percent[WINDOWS]
-    double request_level_percent    # of the level's cap, that one of its units is; 0 = no level
+    double request_level_percent    # what one unit of the level is of its cap; 0 = no level
     double token_level_percent
-    uint64_t requests_start[WINDOWS]  # charged when the current slot began
+    uint64_t requests_start[WINDOWS]  # what had been charged when the current slot began
     uint64_t tokens_start[WINDOWS]
     int64_t request_limit[WINDOWS]    # per window, or UNLIMITED; for SECOND ceil(rate) + burst
     int64_t token_limit[WINDOWS]
     uint8_t filled[WINDOWS]           # closed slots of each ring that hold a count, 0..SLOTS
     uint8_t action              # ViolationAction code, 0..3
-    # -- name record: NAME_UNIT bytes * offset into the names; the record stays with the row and only grows
+    # -- the name record, at NAME_UNIT * offset bytes in the names; it stays with the row until a larger one replaces it
     uint32_t name_offset
     uint16_t name_capacity      # bytes
     uint16_t name_size          # bytes in use
-    uint32_t log_second         # 1 + the second of the model's time in which a violation was logged last
-    # -- memory, MB, and concurrency; first what only a request for memory asks for, then a line that every check reads
+    uint32_t log_second         # 1 + the second of the model's time in which a violation was last logged
+    # -- memory, MB, and concurrency: first what only requests for memory read, then a cache line that every check reads
     int64_t max_ram_mb          # or UNLIMITED
     int64_t max_ssd_mb
     int64_t ram_mb              # reported use
@@ -103,32 +124,32 @@ cdef struct ColdRow:
     int64_t reserved_ram_mb     # held by open grants
     int64_t reserved_ssd_mb
     int64_t concurrent          # open grants
-    double ram_percent          # of a cap, that 1 MB or one grant is; 0 = no cap
+    double ram_percent          # what 1 MB or one grant is of the limit; 0 = no limit
     double ssd_percent
     double concurrent_percent
     int64_t max_concurrent      # or UNLIMITED
     int64_t peak_ram_mb
     int64_t peak_ssd_mb
-    int64_t reserved_tokens     # charged for open grants and not settled: they may come back
-    # -- the queue of requests that wait, in the order in which they are served
-    int64_t waiting             # how many
+    int64_t reserved_tokens     # charged for open grants and not settled: they may be refunded
+    # -- the queue of waiting requests, in the order in which they are served
+    int64_t waiting             # requests in the queue
     int64_t max_queued
     uint32_t first_entry        # 1 + number of a QueueEntry, 0 = none
     uint32_t last_entry
-    # -- the journal of a change in several steps, for the process that takes the lock over from a dead owner, see repair.pxd
+    # -- the journal of a change in several steps, for the process that repairs the row if this one dies; see repair.pxd
     uint8_t stage               # 0 = no change under way
-    uint8_t journal_filled      # of the window that is being rolled
-    uint8_t on_sight            # registered from default_quota: it makes room once it is as good as new
-    uint32_t sight_digest       # of the limits with which it came
+    uint8_t journal_filled      # `filled` of the window that is being rolled
+    uint8_t on_sight            # registered from default_quota: removed to make room once it is unused
+    uint32_t sight_digest       # digest of the limits with which it was registered
     int32_t handles             # bound handles, in all processes
-    uint32_t level_epoch        # how often a rate changed or a burst was forgiven: no level takes back what was charged before
+    uint32_t level_epoch        # how often a rate changed or a burst was cleared: levels refund nothing from before
     uint32_t log_held           # violations since log_second that were not logged
-    uint64_t journal_requests   # charged ever
+    uint64_t journal_requests   # what had been charged
     uint64_t journal_tokens
     uint64_t journal_requests_start     # of the window that is being rolled
     uint64_t journal_tokens_start
     int64_t journal_slot        # the 1/60 s slot to which all windows are being rolled
-    # -- what levels may take back, see level.pxd: the lowest level of the current 60 s slot and of the one before
+    # -- what levels may refund, see level.pxd: the lowest level of the current 60 s slot and of the one before
     int64_t request_minimum[2]
     int64_t token_minimum[2]
     # -- counters since the model was registered
@@ -138,63 +159,64 @@ cdef struct ColdRow:
     uint64_t waited             # requests that were counted as denied and then admitted after a wait
     uint64_t tokens_refunded
     uint64_t violations[5]      # violated checks by first limit: RAM, SSD, rate, quota, concurrency
-    # -- the configuration that the fields above do not hold
+    # -- the part of the configuration that the fields above do not have
     int64_t burst_requests
     int64_t burst_tokens
     double requests_per_second  # infinity = no limit
     double tokens_per_second
     double grace_period_sec
-    # -- the closed slots of each window; slot s stands at s % SLOTS. A slot's requests beyond 2**32 - 1 are carried into
-    # the next one.
+    # -- the closed slots of each window; slot s is at index s % SLOTS. A slot's requests beyond 2**32 - 1 are carried
+    # into the next slot.
     int64_t tokens[WINDOWS][SLOTS]
     uint32_t requests[WINDOWS][SLOTS]
 
 
 cdef struct QueueEntry:
-    # The place of one waiting request in the queue of one model. Guarded by the row's lock, but for `deadline_ns`, which
-    # its process may lower, and `seat`, which it alone sets and clears.
+    # The place of one waiting request in the queue of one model. Guarded by the row's lock, except `deadline_ns`, which
+    # its process may lower without it, and `seat`, which only its process sets, and which it clears without it.
     uint32_t seat            # seat word of the process; 0 = free
     uint32_t row
     uint32_t generation
     int32_t priority         # higher first, then the lower ticket
     int64_t ticket
-    int64_t deadline_ns      # the row's time from which it blocks nobody any more
-    int64_t ready_ns         # when it may pass; NEVER where that depends on others
+    int64_t deadline_ns      # the row's time from which it no longer blocks other requests
+    int64_t ready_ns         # the row's time at which it may be admitted; NEVER if that depends on other requests
     uint32_t next            # 1 + number of the entry behind it, 0 = none
     uint32_t previous
     uint8_t linked           # whether it is in the queue
-    uint8_t limit            # Limit code of what it waits for; 0 while that is not known yet
-    uint8_t counted          # its violation was counted at this model
-    uint8_t aside            # another model that does not queue is in its way: meanwhile it blocks nobody
+    uint8_t limit            # Limit code of what it waits for; 0 while that is not yet known
+    uint8_t counted          # whether its violation was counted at this model
+    uint8_t aside            # it is denied by a model that does not queue: for now it does not block other requests
 
 
 cdef struct Charge:
-    # What was charged to a row at one time, for a refund of it.
+    # What was charged to a row at one time, so that it can be refunded.
     int64_t tokens
     int64_t at_ns           # the row's time
     uint32_t epoch          # the cold row's level_epoch
-    int64_t raised          # tokens by which their level rose; fewer if it may not rise above its cap
-    uint8_t raised_request  # whether that of requests rose by one
+    int64_t raised          # tokens by which their level rose: fewer than `tokens` if its cap stopped it
+    uint8_t raised_request  # whether the level of requests rose by one
 
 
 cdef struct GrantRecord:
-    # What one open grant holds of one row, or that a handle is bound to it. Guarded by the row's lock, but for `decider`,
-    # which its process alone sets and clears, and `unclaimed_until_ns`, see unclaimed.pxd.
+    # What one open grant holds of one row, or that a handle is bound to it. Guarded by the row's lock, except
+    # `decider`, which only its process sets and clears, and `unclaimed_until_ns`, see unclaimed.pxd.
     uint32_t seat            # seat word of the process; 0 = free
     uint32_t row
     uint32_t generation
-    uint32_t is_handle       # it holds nothing but the place of its model
+    uint32_t is_handle       # whether it is a handle's: it holds nothing, and its model is not removed to make room
     int64_t ram_mb
     int64_t ssd_mb
     int64_t tokens           # charged and not settled
     # -- of a grant for a request that waited, until the request takes it
-    uint32_t decider         # 1 + number of the record that decides for all records of the grant; 0 = it is taken
-    int64_t unclaimed_until_ns      # in that record: the rows' time from which anybody may let the grant go; CLAIMED; LAPSED
-    Charge charge            # for the refund then
+    uint32_t decider         # 1 + number of the record that decides for all records of the grant; 0 = it has been taken
+    # in the deciding record: the rows' time from which any process may release the grant; or CLAIMED, or LAPSED
+    int64_t unclaimed_until_ns
+    Charge charge            # what is refunded in that case
 
 
 cdef struct Limits:
-    # One configuration as the row stores it.
+    # One configuration as a row and its cold row store it.
     int64_t max_ram_mb
     int64_t max_ssd_mb
     int64_t max_concurrent
@@ -217,34 +239,34 @@ cdef struct Limits:
 
 
 cdef struct Header:
-    # The first page. What every check would share stands in the rows and is summed on reading.
+    # The first page. Counters that every check would write are kept by row, and summed when they are read.
     uint64_t magic
     uint32_t version          # LAYOUT_VERSION
-    uint32_t registry_lock    # guards the fields below it, and generations
+    uint32_t registry_lock    # guards the fields below it, and generations; a lock word, see lock.pxd
     uint64_t fingerprint      # of the layout: sizes and offsets of the structs
     int64_t max_models
-    int64_t row_count         # rows ever used; rows at and above it are zero
+    int64_t row_count         # rows that have ever been used; rows at and above it are zero
     int64_t lowest_free       # no row below it is free
-    int64_t names_used        # bytes of the name region handed out
-    uint64_t registry_version # grows whenever a model enters or leaves
-    # -- time: the rows' is CLOCK_MONOTONIC + clock_offset_ns
+    int64_t names_used        # bytes of the names that are in use
+    uint64_t registry_version # grows whenever a model is added or removed
+    # -- time: the rows' time is CLOCK_MONOTONIC + clock_offset_ns
     uint8_t boot_id[16]
     int64_t clock_offset_ns
-    int64_t anchor_ns         # the rows' time at anchor_wall_ns of CLOCK_REALTIME
+    int64_t anchor_ns         # the rows' time when CLOCK_REALTIME was anchor_wall_ns
     int64_t anchor_wall_ns
-    uint32_t clock_kind       # 0 = not known yet, 1 = CLOCK_MONOTONIC, 2 = a ManualClock
-    uint32_t enforcing        # 0 = admit everything and count
-    uint32_t seats_used       # no seat above it was ever taken
-    uint32_t entry_chunks_used    # no chunk at or above it was ever taken
+    uint32_t clock_kind       # 0 = not yet known, 1 = CLOCK_MONOTONIC, 2 = a ManualClock
+    uint32_t enforcing        # 0 = admit everything, and count it
+    uint32_t seats_used       # no seat above it has ever been taken
+    uint32_t entry_chunks_used    # no chunk at or above it has ever been taken
     uint32_t grant_chunks_used
-    uint32_t registry_broken  # its lock was taken over from a dead owner, and what that left half done is not finished yet
-    int64_t forget_hand       # row at which the next look for one that is as good as new begins
-    int64_t full_until_ns     # until this time of the rows, the last look found none
-    int64_t next_ticket       # for requests that wait; atomic
+    uint32_t registry_broken  # the registry's lock was taken over from a dead process, whose change is not yet finished
+    int64_t forget_hand       # the row at which the next search for an unused model begins
+    int64_t full_until_ns     # a search found none: the next one is not before this time of the rows
+    int64_t next_ticket       # for waiting requests; atomic
     uint64_t unknown_checks   # checks of ids that have no quota; atomic
-    uint64_t recoveries       # rows, lines and grants put right after a process had died; atomic
-    uint64_t unclaimed_made   # grants made for requests that waited, each to be taken by its deadline; atomic
-    # counts of removed models, so that totals never fall
+    uint64_t recoveries       # rows, queue entries and grants that were repaired after a process had died; atomic
+    uint64_t unclaimed_made   # grants made for requests that waited, see unclaimed.pxd; atomic
+    # -- counts of removed models, so that totals never decrease
     uint64_t retired_allowed
     uint64_t retired_rejected
     uint64_t retired_throttled
@@ -253,41 +275,42 @@ cdef struct Header:
     uint64_t retired_tokens   # modulo 2**64
     uint64_t retired_refunded
     uint64_t retired_violations[5]
-    int64_t leaving_row       # a model that is being removed, -1 = none: for whoever takes the registry lock over
+    # -- the removal that is under way, for the process that takes over the registry's lock from a dead one
+    int64_t leaving_row       # -1 = none
     uint32_t leaving_generation
-    uint64_t staged_retired[12]     # retired_allowed and what follows it, as they stood before
-    # -- the change of limits that is under way, for whoever takes the locks over from a dead owner
+    uint64_t staged_retired[12]     # retired_allowed and the fields after it, as they were before
+    # -- the change of limits that is under way, for the process that takes over the locks of a dead one
     int64_t staged_row        # -1 = none
     uint32_t staged_generation
-    Row staged_row_before     # as it was
+    Row staged_row_before     # the row as it was before
     Limits staged
 
 
 cdef struct Seat:
-    # Who has a seat of the state, see lock.pxd.
-    uint64_t holder          # how often it was taken, and which process has it, unless a lock alone says so
-    uint64_t space           # of which PID namespace that process is, and how often the seat was taken by then
+    # Which process has a seat of the state, see lock.pxd.
+    uint64_t holder          # how often the seat has been taken, and the process that has it, if not by a lock alone
+    uint64_t space           # the PID namespace of that process, and how often the seat had been taken by then
 
 
 cdef struct Pool:
-    # Records of one kind, given out by chunks, see pool.pxd. Where they are, and what of them is this process's.
+    # Records of one kind, which processes own by chunks, see pool.pxd: where they are, and which are this process's.
     uint32_t* owners          # seat word of each chunk's owner; 0 = free
     uint32_t* chunks_used     # in the header
     char* records
     int64_t record_size       # bytes
-    uint64_t* free            # of each chunk that is owned, a bit for each free record; process-local
-    uint32_t* open            # stack of chunks that may have a free record; process-local
+    uint64_t* free            # of each owned chunk, a bit for each free record; process-local
+    uint32_t* open            # a stack of the chunks that have free records; process-local
     uint32_t open_count
 
 
 cdef struct Shared:
-    # Where the parts of the mapping are in this process, who it is there, and what time it is.
-    int64_t fine_until_ns     # until this time of the rows nothing has to be looked at before a decision; or REFUSES
-    int64_t offset_ns         # from the monotonic clock to the rows' time,
-    const int64_t* manual_ns  # or the time of a ManualClock; NULL = the monotonic clock
+    # What a process knows of the state: where its parts are mapped, the process's seat, and the clock. Process-local.
+    int64_t fine_until_ns     # until this time of the rows the seat and the file need no check; or REFUSES
+    int64_t offset_ns         # added to the monotonic clock it is the rows' time
+    const int64_t* manual_ns  # the time of a ManualClock, which is used instead; NULL = the monotonic clock
     Header* header
     Seat* seats
-    uint32_t* changes         # row of each coming and going of a model, at registry_version % CHANGES; UINT32_MAX = any
+    uint32_t* changes         # row of each addition and removal, at registry_version % CHANGES; UINT32_MAX = any
     QueueEntry* entries
     GrantRecord* grants
     Row* rows
@@ -295,12 +318,12 @@ cdef struct Shared:
     char* names
     int64_t names_size        # bytes
     uint32_t me               # this process's seat word: epoch << SEAT_BITS | seat
-    uint32_t closing          # who waits for a lock gives up
-    int fd                    # the open file description that holds the seat's byte
-    int spare_fd              # another one of the same file: a forked child opens its own by it
+    uint32_t closing          # set when the manager is closed: threads that wait for a lock give up
+    int fd                    # the open file description that has the lock on the seat's byte
+    int spare_fd              # another open file description of the same file, from which a forked child opens its own
     uint64_t device           # of that file
     uint64_t inode
-    uint64_t space            # in which process ids and start times are known by the same numbers, above the epoch; 0 = none
-    uint64_t boot             # of this boot of the machine
+    uint64_t space            # digest of the PID and time namespaces, above the bits of an epoch; 0 = not known
+    uint64_t boot             # digest of this boot of the machine
     Pool entry_pool
     Pool grant_pool

@@ -61,7 +61,7 @@ class TaskWaiter(Waiter):
         self._timer = None if seconds is None else self._loop.call_later(seconds, self._on_timer)
 
     def _on_timer(self) -> None:
-        self.pump()
+        self.serve()
         self.set_timer()
 
     async def sleep(self) -> None:

@@ -57,7 +57,7 @@ def acquire(
             return outcome
         while not waiter.done:
             waiter.sleep()
-            waiter.pump()
+            waiter.serve()
         return waiter.take()
     finally:
         waiter.leave()  # a KeyboardInterrupt may have come anywhere above

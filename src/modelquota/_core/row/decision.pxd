@@ -1,10 +1,11 @@
-# The decision: may this request pass now? Compute, decide, commit, on one row whose lock is held. Time is an argument.
+# The decision: is this request admitted now? Compute, decide, commit, on one row; time is an argument. Every function
+# here that takes a row or a cold row requires the row's lock.
 #
 # assess() is the only place where anything is admitted or denied: a single check, each model of a joint request, each
-# element of a batch, a look without a charge, and tokens beyond an open grant's estimate. charge_admitted() is the only
-# place where what was admitted is charged. What admits is short: a window's room and a level say "fits" with one comparison
-# each. Only if something does not fit, judge() goes through the limits in their order and finds the first that is violated
-# and the longest wait. A denial changes no window and no level.
+# element of a batch, a check that charges nothing, and tokens beyond an open grant's estimate. charge_admitted() is the
+# only place where what was admitted is charged. Admission is short: one comparison with the room of the windows and one
+# with each level. Only if something does not fit, judge() evaluates all limits in order and finds the first violated
+# one and the longest wait. A denial changes no window and no level.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.layout cimport (
@@ -19,7 +20,7 @@ from modelquota._core.row.window cimport (
     NEVER, requests_in_slot, requests_used, tokens_in_slot, tokens_used, turn_slots, window_wait_ns
 )
 
-cdef enum:  # Limit codes, in the order in which limits are judged; 0 = admitted. Those of windows: LIMIT_CODES
+cdef enum:  # Limit codes, in the order in which limits are judged; 0 = none. Those of the windows are in LIMIT_CODES
     RAM_MB = 1
     SSD_MB = 2
     CONCURRENCY = 3
@@ -49,9 +50,9 @@ cdef extern from *:
     #define MQ_LAST_TICKET INT64_MAX
     #define MQ_LOWEST_PRIORITY INT32_MIN
     """
-    bint unlikely(bint condition) noexcept nogil        # of Cython's own: keeps rare code out of the way
-    const int64_t LAST_TICKET "MQ_LAST_TICKET"          # of a request that does not stand in line
-    const int32_t LOWEST_PRIORITY "MQ_LOWEST_PRIORITY"  # of a request that does not wait: it overtakes nobody
+    bint unlikely(bint condition) noexcept nogil        # Cython's own macro: a hint for the compiler
+    const int64_t LAST_TICKET "MQ_LAST_TICKET"          # the ticket of a request that is not in a queue
+    const int32_t LOWEST_PRIORITY "MQ_LOWEST_PRIORITY"  # of a request that does not wait: it overtakes no other request
 
 cdef enum:
     ALL_LIMITS = 0xFFFF     # a bit for each Limit code
@@ -61,14 +62,14 @@ cdef struct Request:
     int64_t tokens      # 0 .. MAX_COUNT, as are the others
     int64_t ram_mb
     int64_t ssd_mb
-    int64_t ticket      # its place in a line, or LAST_TICKET
+    int64_t ticket      # its order in a queue, or LAST_TICKET
     int32_t priority
-    const ColdRow* counted   # of the model where its violation has been counted, or NULL
+    const ColdRow* counted   # of the model at which its violation has been counted, or NULL
     uint32_t counted_generation
 
 
 cdef struct Fit:
-    # Whether a request plainly fits, and where its admission takes the two levels then.
+    # Whether a request fits without a look at each limit, and if so the levels after its admission.
     bint fits
     wide request_level
     wide token_level
@@ -76,16 +77,16 @@ cdef struct Fit:
 
 cdef struct Verdict:
     bint allowed
-    uint32_t log_held        # violations that a log record is to be written for now, 0 = none
+    uint32_t to_log          # violations that a log record is to be written for now, 0 = none
     uint8_t limit            # the first violated limit, 0 = none
-    uint8_t cause            # for QUEUE_PLACE: the limit that the head of the line waits for
-    int action               # the one that was applied, or NO_ACTION
-    int64_t wait_ns          # the longest wait of all violated limits, or NEVER; meaningful where limit is set
+    uint8_t cause            # for QUEUE_PLACE: the limit that the head of the queue waits for
+    int action               # the action that was applied, or NO_ACTION
+    int64_t wait_ns          # the longest wait of all violated limits, or NEVER; only meaningful if `limit` is not 0
     int64_t retry_after_ms   # the same, rounded up
-    int64_t soonest_ns       # the shortest wait that may do, since others may give back what they hold any moment
-    bint others_may_free             # whether what others hold is in the way
-    bint worth_a_look        # whether to see if others are dead, or do not come for their grants, may help
-    bint aside               # whether a model that does not queue is in the way
+    int64_t soonest_ns       # the shortest wait that may be enough, since others may release what they hold at any time
+    bint others_may_free     # whether the request is denied because of what others hold
+    bint worth_a_look        # whether it may help to reclaim what dead processes hold, and grants that were not taken
+    bint aside               # whether a model that does not queue denies the request
     uint32_t judged          # bits of the limits that are being judged
     double usage             # percent of the violated limit without the request
     double used              # of the violated limit
@@ -94,23 +95,23 @@ cdef struct Verdict:
 
 
 cdef inline double percent(double used, double limit) noexcept nogil:
-    """Share of a limit in use. A limit of 0 is reckoned as 1, so that the figure stays finite."""
+    """Percent of a limit in use. A limit of 0 counts as 1, so that the result is finite."""
     return 100.0 * used / (limit if limit > 1.0 else 1.0)
 
 
 cdef inline uint64_t in_use(int64_t reported, int64_t reserved) noexcept nogil:
-    """Memory that counts against a cap: twice MAX_COUNT is one more than an int64 holds."""
+    """Memory that counts against a limit. Unsigned: twice MAX_COUNT is one more than an int64 holds."""
     return <uint64_t> reported + <uint64_t> reserved
 
 
 cdef inline double round_to_50_bits(double value) noexcept nogil:
-    """Round to 50 bits (Veltkamp): the last bits of a product with a stored quotient go, so that 7 of 7 reads 100.0."""
+    """Round to 50 bits (Veltkamp): drops the error of a product with a stored quotient, so that 7 of 7 is 100.0 %."""
     cdef double scaled = 9.0 * value
     return scaled - (scaled - value)
 
 
 cdef inline bint exceeds(int64_t asked, uint64_t used, int64_t cap) noexcept nogil:
-    """Whether memory asked for does not fit under a cap; asking for nothing always fits."""
+    """Whether the requested memory does not fit under a limit; a request for none always fits."""
     return asked != 0 and cap != UNLIMITED and <uint64_t> asked + used > <uint64_t> cap
 
 
@@ -125,7 +126,7 @@ cdef inline double total(int64_t reported, int64_t reserved, int64_t asked) noex
 cdef inline double highest_usage(const Row* row, const ColdRow* cold, const Request* request) noexcept nogil:
     """Percent of the fullest limit, with the request: windows and levels are charged, memory and concurrency are not.
 
-    Products with stored percents instead of quotients, and nothing to branch on: this stands in every check.
+    Every check computes it, so it multiplies by stored percents instead of dividing, and has no branches.
     """
     cdef double share = as_double(&row.request_level) * cold.request_level_percent
     cdef int i
@@ -143,16 +144,16 @@ ctypedef void (*SlotEnd)(Row*, ColdRow*, int64_t) noexcept nogil
 
 cdef extern from *:
     """
-    /* the function itself, which the compiler cannot know any more: it calls it, and puts it nowhere else */
+    /* the function, in a way that keeps the compiler from knowing which one it is, and so from inlining it */
     #define MQ_OUT_OF_LINE(f) __extension__ ({ __typeof__(&*(f)) mq_f = &*(f); __asm__("" : "+r"(mq_f)); mq_f; })
     """
     SlotEnd out_of_line "MQ_OUT_OF_LINE"(SlotEnd function) noexcept nogil
 
 
 cdef inline void end_slot(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
-    """The rest of advance(), from the end of the current slot on."""
+    """The rest of advance(), if the current slot has ended."""
     cdef int64_t steps
-    if unlikely(is_dormant(row)):      # what this slot admitted drains from its end on
+    if unlikely(is_dormant(row)):      # what was admitted in this slot drains from the slot's end
         drain_levels(row, row.slot_end_ns)
         raise_level(&row.request_level, requests_in_slot(row, cold), row.dormant_request_shift, &row.request_cap, True)
         raise_level(&row.token_level, tokens_in_slot(row, cold), row.dormant_token_shift, &row.token_cap, True)
@@ -163,37 +164,40 @@ cdef inline void end_slot(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogi
 
 
 cdef inline void advance(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
-    """Bring the row to `now_ns`; a time before the row's own changes nothing."""
+    """Advance the windows and levels to `now_ns`; a time before the row's own changes nothing."""
     cdef SlotEnd rare
     if unlikely(now_ns >= row.slot_end_ns):
-        rare = out_of_line(end_slot)    # so that the common case is short enough to be compiled where it is called
+        rare = out_of_line(end_slot)    # keeps the common case short enough to be inlined
         rare(row, cold, now_ns)
     else:
         drain_levels(row, now_ns)
 
 
 cdef inline bint is_shadow(const Row* row, uint8_t limit) noexcept nogil:
-    """Whether a limit is judged and never denies."""
+    """Whether a limit is evaluated and never denies."""
     return row.shadow >> limit & 1
 
 
 cdef inline bint is_trial(const Row* row, const ColdRow* cold, bint enforcing) noexcept nogil:
-    """Whether the rate of tokens denies nothing at the moment: then its level never rises above its cap."""
+    """Whether the rate of tokens denies nothing at present; if so, its level never rises above its cap."""
     return not enforcing or cold.action == WARN or is_shadow(row, TOKENS_PER_SECOND)
 
 
 cdef inline int64_t raise_noted(
     Wide* level, int64_t count, uint8_t shift, const Wide* cap, bint capped, ColdRow* cold
 ) noexcept nogil:
-    """raise_level(). A level that met its cap forgets what was charged before: without that, this charge had raised it."""
+    """raise_level(), and count an epoch if the level was stopped by its cap.
+
+    Such a level refunds no earlier charge: without that one, this charge would have raised it as far.
+    """
     cdef int64_t raised = raise_level(level, count, shift, cap, capped)
-    if capped and raised != count:      # at LEVEL_MAX, not at a cap, what came before can still be told apart
+    if capped and raised != count:      # a level that was stopped by LEVEL_MAX, not by a cap, still refunds
         cold.level_epoch += 1
     return raised
 
 
 cdef inline void charge_tokens(Row* row, ColdRow* cold, int64_t tokens, bint trial, Charge* charged) noexcept nogil:
-    """Charge without asking, and note what was: a counter that has reached MAX_COUNT stays there."""
+    """Charge tokens whether they fit or not, and set `charged`. A counter that has reached MAX_COUNT stays there."""
     cdef int64_t left = MAX_COUNT - tokens_used(row, cold, LONGEST)
     charged.at_ns = row.level_ns
     charged.tokens = tokens if tokens < left else left
@@ -206,9 +210,9 @@ cdef inline void charge_tokens(Row* row, ColdRow* cold, int64_t tokens, bint tri
 cdef inline void record_violation(
     Verdict* verdict, uint8_t limit, int64_t wait_ns, int64_t soonest_ns, double used, double bound, int64_t asked
 ) noexcept nogil:
-    """Take down one limit's answer: the first violated limit is described, the longest waits are kept.
+    """Record one limit's result: the first violated limit is described, the longest waits are kept.
 
-    `soonest_ns` is the wait if others give back what they hold.
+    A wait of 0 means that the request fits. `soonest_ns` is the wait if others release what they hold.
     """
     if wait_ns == 0 or not verdict.judged >> limit & 1:
         return
@@ -233,7 +237,7 @@ cdef inline void record_violation(
 cdef inline void rate_in_use(
     const Row* row, const ColdRow* cold, bint of_tokens, double* used, double* bound
 ) noexcept nogil:
-    """What of a rate is used, and of how much: of its ceiling or of its level, whichever is fuller."""
+    """Use and bound of a rate: those of its window of a second, or of its level, whichever is fuller."""
     cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
     cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
     cdef double rate = cold.tokens_per_second if of_tokens else cold.requests_per_second
@@ -253,7 +257,7 @@ cdef inline void rate_in_use(
 cdef inline void record_rate(
     const Row* row, const ColdRow* cold, bint of_tokens, int64_t cost, Verdict* verdict
 ) noexcept nogil:
-    """A rate is two limits in one: the ceiling of the rolling second and the long-run level. The fuller is described."""
+    """record_violation() of a rate. It is two limits, window of a second and level; describes the fuller one."""
     cdef int64_t credit = cold.reserved_tokens if of_tokens else 0
     cdef int64_t ceiling_ns = window_wait_ns(row, cold, SECOND, of_tokens, cost, 0, row.level_ns)
     cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
@@ -285,14 +289,14 @@ cdef inline void record_window(
         if cold.reserved_tokens and wait_ns != NEVER:
             soonest_ns = window_wait_ns(row, cold, window, True, cost, cold.reserved_tokens, row.level_ns)
         record_violation(verdict, code, wait_ns, soonest_ns, <double> tokens_used(row, cold, window),
-             <double> cold.token_limit[window], cost)
+                         <double> cold.token_limit[window], cost)
     else:
         record_violation(verdict, code, wait_ns, soonest_ns, <double> requests_used(row, cold, window),
-             <double> cold.request_limit[window], cost)
+                         <double> cold.request_limit[window], cost)
 
 
 cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
-    """Index into ColdRow.violations of a Limit code."""
+    """The index into ColdRow.violations for a Limit code."""
     if limit == RAM_MB:
         return RAM_VIOLATION
     if limit == SSD_MB:
@@ -303,7 +307,7 @@ cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
 
 
 cdef inline bint is_behind(const QueueEntry* head, const Request* request) noexcept nogil:
-    """Whether others wait for this model whose turn comes first."""
+    """Whether the first request in the queue, `head`, comes before this one."""
     return (
         head != NULL
         and (head.priority > request.priority or (head.priority == request.priority and head.ticket < request.ticket))
@@ -311,11 +315,12 @@ cdef inline bint is_behind(const QueueEntry* head, const Request* request) noexc
 
 
 cdef inline void find_violations(
-    const Row* row, const ColdRow* cold, const QueueEntry* head, const Request* request, uint32_t limits, Verdict* verdict
+    const Row* row, const ColdRow* cold, const QueueEntry* head, const Request* request, uint32_t limits,
+    Verdict* verdict
 ) noexcept nogil:
-    """Go through `limits` in their order; note the first that is violated and the longest wait of all that are.
+    """Judge `limits` in their order; set the first violated one and the longest wait of all violated ones.
 
-    A request that is behind others in the queue is told to wait for them, whatever else is in the way.
+    A request behind others in the queue reports the queue as its violation, whatever else it violates.
     """
     cdef uint64_t used_ram_mb = in_use(cold.ram_mb, cold.reserved_ram_mb)
     cdef uint64_t used_ssd_mb = in_use(cold.ssd_mb, cold.reserved_ssd_mb)
@@ -323,14 +328,14 @@ cdef inline void find_violations(
     verdict.wait_ns = verdict.soonest_ns = 0
     verdict.judged = limits
     if exceeds(request.ram_mb, used_ram_mb, cold.max_ram_mb):
-        record_violation(verdict, RAM_MB, NEVER, 0 if request.ram_mb <= cold.max_ram_mb else NEVER, <double> used_ram_mb,
-             <double> cold.max_ram_mb, request.ram_mb)
+        record_violation(verdict, RAM_MB, NEVER, 0 if request.ram_mb <= cold.max_ram_mb else NEVER,
+                         <double> used_ram_mb, <double> cold.max_ram_mb, request.ram_mb)
     if exceeds(request.ssd_mb, used_ssd_mb, cold.max_ssd_mb):
-        record_violation(verdict, SSD_MB, NEVER, 0 if request.ssd_mb <= cold.max_ssd_mb else NEVER, <double> used_ssd_mb,
-             <double> cold.max_ssd_mb, request.ssd_mb)
+        record_violation(verdict, SSD_MB, NEVER, 0 if request.ssd_mb <= cold.max_ssd_mb else NEVER,
+                         <double> used_ssd_mb, <double> cold.max_ssd_mb, request.ssd_mb)
     if cold.concurrent >= cold.max_concurrent:
         record_violation(verdict, CONCURRENCY, NEVER, 0 if cold.max_concurrent else NEVER, <double> cold.concurrent,
-             <double> cold.max_concurrent, 1)
+                         <double> cold.max_concurrent, 1)
     record_rate(row, cold, False, 1, verdict)
     record_rate(row, cold, True, request.tokens, verdict)
     for window in range(SECOND + 1, WINDOWS):
@@ -349,9 +354,9 @@ cdef inline void find_violations(
 
 
 cdef inline void start_verdict(Verdict* verdict) noexcept nogil:
-    """Admitted, unless something speaks against it."""
+    """Initialize to "admitted"."""
     verdict.allowed = True
-    verdict.log_held = 0
+    verdict.to_log = 0
     verdict.limit = 0
     verdict.action = NO_ACTION
     verdict.retry_after_ms = NEVER
@@ -359,15 +364,15 @@ cdef inline void start_verdict(Verdict* verdict) noexcept nogil:
 
 
 cdef inline bint tokens_fit(const Row* row, int64_t tokens, Fit* fit) noexcept nogil:
-    """Whether the limits of tokens plainly admit so many. Requires advance() and the row's lock."""
-    if tokens > row.token_room and tokens != 0:     # first: what is within it has a cost that can be represented
+    """Whether these tokens fit without a look at each limit; sets `fit`. Requires advance() and the row's lock."""
+    if tokens > row.token_room and tokens != 0:     # first: the cost of what is within the room can be represented
         return False
     fit.token_level = load(&row.token_level) + level_cost(tokens, row.token_shift)
     return tokens == 0 or fit.token_level <= load(&row.token_cap)
 
 
 cdef inline bint fits(const Row* row, const ColdRow* cold, const Request* request, Fit* fit) noexcept nogil:
-    """The fast path: True if the request fits without a look at each limit; False leaves that to judge().
+    """The fast path: True if the request fits without a look at each limit, and sets `fit`; False leaves it to judge().
 
     Requires advance() and the row's lock.
     """
@@ -385,7 +390,9 @@ cdef inline void judge(
     const Row* row, const ColdRow* cold, QueueEntry* entries, const Request* request, uint32_t limits, bint enforcing,
     Verdict* verdict
 ) noexcept nogil:
-    """Decide what does not plainly fit, by those of `limits` that deny and then by those in shadow. Counts nothing.
+    """Decide a request that does not fit at once, by those of `limits` that deny and then by the shadow limits.
+
+    Counts nothing.
 
     Requires start_verdict(), advance() and the row's lock.
     """
@@ -399,7 +406,7 @@ cdef inline void judge(
         verdict.action = cold.action
         verdict.allowed = cold.action == WARN
         verdict.aside = cold.action != QUEUE
-        # what was charged for open grants may be in the way too
+        # what open grants have charged may be refunded too
         verdict.worth_a_look = verdict.others_may_free or cold.concurrent != 0
         return
     if row.shadow & limits:
@@ -407,15 +414,16 @@ cdef inline void judge(
         if verdict.limit != 0:
             verdict.action = WARN
             return
-    verdict.retry_after_ms = NEVER  # a counter at MAX_COUNT, or others in a queue that does not bind this request
+    # admitted: a counter is at MAX_COUNT, or others are in a queue that does not bind this one
+    verdict.retry_after_ms = NEVER
 
 
 cdef inline void assess_closely(
-    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Fit* fit, Verdict* verdict
+    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Fit* fit,
+    Verdict* verdict
 ) noexcept nogil:
-    """The rest of assess(), for a request that does not plainly fit. Apart, so that the compiler puts the common case at
-    the place of the call."""
-    # those in the queue whose time is over may be all that is in the way
+    """The rest of assess(), for a request that does not fit at once. Separate, so that the common case is inlined."""
+    # waiting requests whose deadline has passed may be all that leaves no room
     fit.fits = cold.waiting != 0 and drop_expired(row, cold, entries, now_ns, False) and fits(row, cold, request, fit)
     if not fit.fits:
         judge(row, cold, entries, request, ALL_LIMITS, enforcing, verdict)
@@ -424,18 +432,19 @@ cdef inline void assess_closely(
 cdef inline bint fits_at_once(
     Row* row, ColdRow* cold, int64_t now_ns, const Request* request, Fit* fit, Verdict* verdict
 ) noexcept nogil:
-    """The first half of assess(): all that most requests need."""
+    """The first half of assess(), which is enough for most requests."""
     advance(row, cold, now_ns)
     start_verdict(verdict)
     return fits(row, cold, request, fit)
 
 
 cdef inline void assess(
-    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Fit* fit, Verdict* verdict
+    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Fit* fit,
+    Verdict* verdict
 ) noexcept nogil:
-    """Admit or deny a request at one row: sets `fit`, and everything of `verdict` but its usage and log_held.
+    """Admit or deny a request at one row: sets `fit`, and all of `verdict` except its usage and to_log.
 
-    Charges and counts nothing; what changes is what time changes by itself. Requires the row's lock.
+    Charges and counts nothing; only the passing of time changes the row. Requires the row's lock.
     """
     fit.fits = fits_at_once(row, cold, now_ns, request, fit, verdict)
     if not fit.fits:
@@ -443,7 +452,10 @@ cdef inline void assess(
 
 
 cdef inline void count_violation(Row* row, ColdRow* cold, Verdict* verdict) noexcept nogil:
-    """Count a violation under the action that it met, and say whether it is to be logged."""
+    """Count a violation and the action that was applied, and set whether it is to be logged.
+
+    Requires the row's lock.
+    """
     cdef uint32_t second = <uint32_t> (row.level_ns // NS_PER_SECOND) + 1     # 0 is "never"
     cold.violations[violation_of(verdict.cause if verdict.limit == QUEUE_PLACE else verdict.limit)] += 1
     if verdict.action == REJECT:
@@ -453,30 +465,35 @@ cdef inline void count_violation(Row* row, ColdRow* cold, Verdict* verdict) noex
     elif verdict.action == QUEUE:
         cold.queued += 1
     cold.log_held += 1
-    if cold.log_second != second:        # the first of this second of the row's time: one record, for all held back
+    # the first in this second of the row's time: one log record, for all before it too
+    if cold.log_second != second:
         cold.log_second = second
-        verdict.log_held = cold.log_held
+        verdict.to_log = cold.log_held
         cold.log_held = 0
 
 
 cdef inline void charge_beyond(Row* row, ColdRow* cold, const Request* request, Charge* charged) noexcept nogil:
-    """charge_admitted() for a request that does not fit and is admitted all the same: it raises no level above its cap."""
+    """charge_admitted() for a request that does not fit and is still admitted: it raises no level above its cap."""
     row.request_room -= 1
     charge_tokens(row, cold, request.tokens, True, charged)
-    charged.raised_request = <uint8_t> raise_noted(&row.request_level, 1, row.request_shift, &row.request_cap, True, cold)
+    charged.raised_request = <uint8_t> raise_noted(
+        &row.request_level, 1, row.request_shift, &row.request_cap, True, cold
+    )
     charged.epoch = cold.level_epoch
 
 
 cdef inline void charge_fitting(Row* row, const Request* request, const Fit* fit) noexcept nogil:
-    """charge_admitted() for a request that plainly fits."""
+    """charge_admitted() for a request that fits at once."""
     row.request_room -= 1
     row.token_room -= request.tokens
     store(&row.request_level, fit.request_level)
     store(&row.token_level, fit.token_level)
 
 
-cdef inline void charge_admitted(Row* row, ColdRow* cold, const Request* request, const Fit* fit, Charge* charged) noexcept nogil:
-    """Charge a request that assess() admitted, and note what was charged. Requires the row's lock since then."""
+cdef inline void charge_admitted(
+    Row* row, ColdRow* cold, const Request* request, const Fit* fit, Charge* charged
+) noexcept nogil:
+    """Charge a request that assess() has admitted, and set `charged`. Requires the row's lock, held since assess()."""
     if not fit.fits:
         charge_beyond(row, cold, request, charged)
         return
@@ -488,9 +505,13 @@ cdef inline void charge_admitted(Row* row, ColdRow* cold, const Request* request
 
 
 cdef inline void decide_closely(
-    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Verdict* verdict
+    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing,
+    Verdict* verdict
 ) noexcept nogil:
-    """The rest of decide(), apart as is assess_closely(), and with a Fit of its own: that of decide() stays in registers."""
+    """The rest of decide(), separate like assess_closely().
+
+    It has its own Fit, so that decide() keeps its Fit in registers.
+    """
     cdef Fit fit
     cdef Charge charged
     assess_closely(row, cold, entries, now_ns, request, enforcing, &fit, verdict)
@@ -501,9 +522,10 @@ cdef inline void decide_closely(
 
 
 cdef inline void decide(
-    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Verdict* verdict
+    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing,
+    Verdict* verdict
 ) noexcept nogil:
-    """assess() at one row, and charge what it admits, or count what it denies. Requires the row's lock."""
+    """assess() at one row; charges what it admits and counts what it denies. Requires the row's lock."""
     cdef Fit fit
     if unlikely(not fits_at_once(row, cold, now_ns, request, &fit, verdict)):
         decide_closely(row, cold, entries, now_ns, request, enforcing, verdict)
@@ -521,7 +543,7 @@ cdef inline uint32_t token_limits() noexcept nogil:
 
 
 cdef inline bint admits_tokens(Row* row, ColdRow* cold, int64_t tokens, bint enforcing) noexcept nogil:
-    """Whether an open grant may have so many tokens more: assess() by the limits of tokens alone, whoever waits.
+    """Whether an open grant may use this many more tokens: assess() by the limits of tokens alone, whatever waits.
 
     Requires advance() and the row's lock.
     """

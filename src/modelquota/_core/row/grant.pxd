@@ -1,4 +1,5 @@
-# What a grant holds of a row, and what it charged there: pure arithmetic on one row, whose lock is held.
+# Holdings: what a grant holds of a row and what it charged there, and how both are given back. Pure arithmetic on one
+# row. Every function here requires the row's lock.
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.atomics cimport compiler_barrier
 from modelquota._core.layout cimport Charge, ColdRow, GrantRecord, MAX_COUNT, QueueEntry, Row
@@ -8,29 +9,33 @@ from modelquota._core.row.window cimport SLOTS_PER_SPAN, current_slot, measure_r
 
 
 cdef struct Holding:
+    # One model of a request or of a grant. Process-local.
     Row* row
     ColdRow* cold
-    uint32_t generation     # while the row has it, the model is the one that granted
-    GrantRecord* record     # what is held, for others to see; NULL while nothing is
-    QueueEntry* entry       # its place in the queue, or NULL
-    uint32_t index          # of the row
+    uint32_t generation     # the row's, when the model was looked up; with another one the model has been removed
+    GrantRecord* record     # what is held, in shared memory; NULL if nothing is
+    QueueEntry* entry       # the request's entry in the model's queue, or NULL
+    uint32_t index          # the number of the row
 
 
 cdef inline void reserve_tokens(ColdRow* cold, GrantRecord* record, int64_t tokens) noexcept nogil:
-    """Note tokens that are charged and may come back."""
+    """Record tokens that have been charged and may be refunded. Requires the row's lock."""
     cdef int64_t more = min(tokens, MAX_COUNT - cold.reserved_tokens)
     record.tokens += more
     cold.reserved_tokens += more
 
 
 cdef inline void settle_tokens(ColdRow* cold, GrantRecord* record) noexcept nogil:
-    """What was charged is now the truth."""
+    """Make what was charged final. Requires the row's lock."""
     cold.reserved_tokens -= record.tokens
     record.tokens = 0
 
 
 cdef inline void take_holding(Holding* hold, const Request* request, int64_t charged, uint32_t me) noexcept nogil:
-    """Holding memory, one unit of concurrency and the tokens, in a free record. What would not fit a counter is not held."""
+    """Hold memory, one unit of concurrency and the charged tokens, in a free record. Requires the row's lock.
+
+    What a counter cannot take, because it has reached MAX_COUNT, is not held.
+    """
     cdef ColdRow* cold = hold.cold
     cdef GrantRecord* record = hold.record
     record.row = hold.index
@@ -52,7 +57,7 @@ cdef inline void take_holding(Holding* hold, const Request* request, int64_t cha
 
 
 cdef inline void release_holding(Row* row, ColdRow* cold, GrantRecord* record) noexcept nogil:
-    """Give back what take_holding took, and free the record."""
+    """Give back what take_holding() took, and free the record. Requires the row's lock."""
     record.seat = 0
     compiler_barrier()
     cold.reserved_ram_mb -= record.ram_mb
@@ -66,7 +71,10 @@ cdef inline void release_holding(Row* row, ColdRow* cold, GrantRecord* record) n
 cdef inline void bind_handle(
     ColdRow* cold, GrantRecord* record, uint32_t index, uint32_t generation, uint32_t me
 ) noexcept nogil:
-    """Note that a handle is bound to the model: it is not forgotten while one is. Requires the row's lock."""
+    """Record that a handle is bound to the model, which is not removed to make room while one is.
+
+    Requires the row's lock.
+    """
     record.row = index
     record.generation = generation
     record.ram_mb = record.ssd_mb = record.tokens = 0
@@ -86,7 +94,10 @@ cdef inline void free_handle(ColdRow* cold, GrantRecord* record) noexcept nogil:
 
 
 cdef inline void refund(Row* row, ColdRow* cold, int64_t requests, int64_t tokens, const Charge* charge) noexcept nogil:
-    """Take back part of a charge, wherever it still counts. Time has passed for the row."""
+    """Refund part of a charge, in the windows and levels in which it still counts.
+
+    Requires advance() and the row's lock.
+    """
     cdef int64_t elapsed_ns = row.level_ns - charge.at_ns
     cdef int64_t steps = current_slot(row) // SLOTS_PER_SPAN - slot_at(charge.at_ns) // SLOTS_PER_SPAN
     refund_window(row, cold, requests, tokens, charge.at_ns)
@@ -96,7 +107,7 @@ cdef inline void refund(Row* row, ColdRow* cold, int64_t requests, int64_t token
     requests = min(requests, <int64_t> charge.raised_request)
     lower_level(&row.request_level, cold.request_minimum, row.request_drain, row.request_shift, requests, requests,
                 elapsed_ns, steps)
-    # what is not taken back would have raised the level as far as it could
+    # what is not refunded would have raised the level as far as the cap let it
     tokens = max(charge.raised - (charge.tokens - tokens), <int64_t> 0)
-    lower_level(&row.token_level, cold.token_minimum, row.token_drain, row.token_shift, tokens, charge.raised, elapsed_ns,
-                steps)
+    lower_level(&row.token_level, cold.token_minimum, row.token_drain, row.token_shift, tokens, charge.raised,
+                elapsed_ns, steps)

@@ -1,9 +1,11 @@
-# The long-run rate: a level that drains at `drain` units per ns and grows by what is admitted (a leaky bucket as a meter,
-# ITU-T I.371). Pure arithmetic on one row, whose lock is held.
+# The long-run rate: a level that drains at `drain` units per ns and rises by what is admitted (a leaky bucket as a
+# meter, ITU-T I.371). Pure arithmetic on one row. Every function here that takes a row, or a level or cap of one,
+# requires the row's lock.
 #
-# Exact: a rate is a double, that is an integer over 2**shift, so in units of 1 / (10**9 * 2**shift) of a request or token
-# the drain per ns is a whole number and nothing is ever rounded. 128 bits hold every level. (Where rate and burst are so
-# far apart that they would not fit, encode_rate rounds the drain down: never more than the rate is admitted.)
+# It is exact: a rate is a double, that is an integer over 2**shift, so in units of 1 / (10**9 * 2**shift) of a request
+# or token the drain per ns is a whole number, and nothing is ever rounded. Every level fits in 128 bits. (If rate and
+# burst are so far apart that they would not fit, encode_rate rounds the drain down: never more than the rate is
+# admitted.)
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint64_t
 from modelquota._core.layout cimport MAX_COUNT, Row, Wide
 from modelquota._core.row.window cimport NEVER
@@ -14,13 +16,15 @@ cdef extern from *:
     #define MQ_LEVEL_MAX ((mq_wide)1 << 125)
     """
     ctypedef long long wide "mq_wide"
-    const wide LEVEL_MAX "MQ_LEVEL_MAX"     # a forced charge fills a level no further: 100,000 years of draining or more
+    # the highest level: 100,000 years of draining or more; charges raise it no further
+    const wide LEVEL_MAX "MQ_LEVEL_MAX"
 
 cdef enum:
     NS_PER_SECOND = 1_000_000_000
     SLOT_NS = 16_666_667    # 1/60 s
     COARSE_BITS = 30
-    NO_RATE = 255       # the shift of a rate that is not set: its level stays 0 (a rate of 0 has a level, and never drains)
+    # the shift of a rate that is not set: its level stays 0 (a rate of 0 has a level, which never drains)
+    NO_RATE = 255
 
 
 cdef inline wide load(const Wide* stored) noexcept nogil:
@@ -33,13 +37,16 @@ cdef inline void store(Wide* stored, wide value) noexcept nogil:
 
 
 cdef inline double as_double(const Wide* stored) noexcept nogil:
-    if stored.high | stored.low >> 63 == 0:    # a signed conversion is one instruction, an unsigned one a detour
+    if stored.high | stored.low >> 63 == 0:    # a signed conversion is one instruction, an unsigned one is several
         return <double> <int64_t> stored.low
     return <double> stored.high * 18446744073709551616.0 + <double> stored.low
 
 
 cdef inline wide level_cost(int64_t count, uint8_t shift) noexcept nogil:
-    """`count` requests or tokens in the level's units; 0 where there is no rate. `count` is within the window's limit."""
+    """`count` requests or tokens in the level's units; 0 if no rate is set.
+
+    Requires a `count` within the window's limit.
+    """
     if shift == NO_RATE:
         return 0
     return (<wide> count * <wide> NS_PER_SECOND) << shift
@@ -51,7 +58,7 @@ cdef inline void drain_level(Wide* level, int64_t drain, int64_t elapsed_ns) noe
 
 
 cdef inline void drain_levels(Row* row, int64_t now_ns) noexcept nogil:
-    """Let time pass for both levels. The row's time never runs backwards."""
+    """Advance both levels to `now_ns`. An earlier time than the row's own changes nothing."""
     cdef int64_t elapsed_ns = now_ns - row.level_ns
     if elapsed_ns <= 0:
         return
@@ -61,16 +68,18 @@ cdef inline void drain_levels(Row* row, int64_t now_ns) noexcept nogil:
 
 
 cdef inline wide any_cost(int64_t count, uint8_t shift) noexcept nogil:
-    """level_cost of a count of any size, up to LEVEL_MAX."""
-    # the first test is the second one's cheap half: 30 + 30 + 63 bits are below LEVEL_MAX
+    """level_cost() of a count of any size, at most LEVEL_MAX."""
+    # the first test saves the second one, a division: 30 + 30 + 63 bits are below LEVEL_MAX
     if (count >> 30 or shift > 63) and shift != NO_RATE and <wide> count > (LEVEL_MAX >> shift) // NS_PER_SECOND:
         return LEVEL_MAX
     return level_cost(count, shift)
 
 
 cdef inline int64_t raise_level(Wide* level, int64_t count, uint8_t shift, const Wide* cap, bint capped) noexcept nogil:
-    """Charge a count of any size, up to the cap at most if `capped`, or else up to LEVEL_MAX. How much of it was charged,
-    rounded down."""
+    """Charge a count of any size, up to the cap if `capped`, otherwise up to LEVEL_MAX.
+
+    Returns how much of it was charged, rounded down.
+    """
     cdef wide before = load(level)
     cdef wide after
     cdef wide most = LEVEL_MAX
@@ -87,7 +96,7 @@ cdef inline int64_t raise_level(Wide* level, int64_t count, uint8_t shift, const
 
 
 cdef inline void rescale(Wide* level, uint8_t old_shift, uint8_t shift) noexcept nogil:
-    """Carry a level over to another rate's unit: the same count, rounded up."""
+    """Convert a level to another rate's unit: the same count, rounded up."""
     cdef wide now = load(level)
     cdef wide one = 1
     if old_shift == NO_RATE or shift == NO_RATE:
@@ -99,21 +108,22 @@ cdef inline void rescale(Wide* level, uint8_t old_shift, uint8_t shift) noexcept
     store(level, now)
 
 
-# A rate that is set to None leaves its level behind: dormant, it goes on draining as before, grows at the end of each slot
-# by what was admitted in it, never above its cap, and is taken up again by the next rate. So None and back refills nothing.
+# A rate that is set to None leaves a dormant level: it drains as before, rises at the end of each slot by what was
+# admitted in the slot, never above its cap, and is the level of the next rate that is set. So a change to None and back
+# refills nothing.
 
 cdef inline bint is_dormant(const Row* row) noexcept nogil:
     return row.dormant_request_shift != NO_RATE or row.dormant_token_shift != NO_RATE
 
 
 cdef inline void change_rate(
-    Wide* level, Wide* cap, int64_t* drain, uint8_t* shift, uint8_t* dormant_shift, const Wide* new_cap, int64_t new_drain,
-    uint8_t new_shift, int64_t in_slot
+    Wide* level, Wide* cap, int64_t* drain, uint8_t* shift, uint8_t* dormant_shift, const Wide* new_cap,
+    int64_t new_drain, uint8_t new_shift, int64_t in_slot
 ) noexcept nogil:
-    """Replace a rate. What its level holds, dormant or not, stays.
+    """Replace a rate, and keep the content of its level, dormant or not.
 
-    `in_slot` was admitted in the current slot: a level that goes dormant gives it back, since it is charged when the slot
-    ends.
+    `in_slot` is what was admitted in the current slot: a level that becomes dormant is lowered by it, since it is
+    charged again when the slot ends.
     """
     cdef wide lower
     if new_shift != NO_RATE:
@@ -125,19 +135,20 @@ cdef inline void change_rate(
         dormant_shift[0] = NO_RATE
     elif shift[0] != NO_RATE:
         dormant_shift[0] = shift[0]
-        if load(level) <= load(cap):    # one above its cap is not raised at the slot's end
+        if load(level) <= load(cap):    # a level above its cap is not raised when the slot ends
             lower = load(level) - any_cost(in_slot, shift[0])
             store(level, lower if lower > 0 else <wide> 0)
     shift[0] = new_shift
 
 
-# Taking back. Had a charge never been made, the level would stand lower by as much of it as has not drained away unused:
-# by the charge, or by the lowest level since then, whichever is less (Lindley's recursion for a queue). The lowest level
-# is kept, as a bound from below, for the current 60 s slot and for the one before; older charges have only what of
-# themselves cannot have drained yet. So a level never takes back too much, and all of it while the model is busy.
+# Refunds. If a charge had never been made, the level would now be lower by the part of it that has not drained unused:
+# by the charge, or by the lowest level since then, whichever is less (Lindley's recursion for a queue). A lower bound
+# of the lowest level is kept for the current 60 s slot and for the one before. Of an older charge only the part that
+# cannot have drained yet is refunded. So a level never refunds too much, and refunds all of a charge while the model is
+# busy.
 
 cdef inline int64_t coarse_level(const Wide* level, uint8_t shift) noexcept nogil:
-    """A level rounded down to COARSE_BITS fewer bits, which fits 64."""
+    """A level without its lowest COARSE_BITS bits, in 64 bits; rounded down."""
     cdef wide value
     if shift == NO_RATE:
         return 0
@@ -146,7 +157,10 @@ cdef inline int64_t coarse_level(const Wide* level, uint8_t shift) noexcept nogi
 
 
 cdef inline void update_minimum(int64_t* low, int64_t level, int64_t steps) noexcept nogil:
-    """Note the level at a slot's beginning, `steps` 60 s slots after the one before."""
+    """Update the lowest levels with the level at the start of a slot.
+
+    `steps` 60 s slots have ended since the last call.
+    """
     if steps == 0:
         low[0] = min(low[0], level)
         return
@@ -155,9 +169,10 @@ cdef inline void update_minimum(int64_t* low, int64_t level, int64_t steps) noex
 
 
 cdef inline void lower_level(
-    Wide* level, int64_t* low, int64_t drain, uint8_t shift, int64_t count, int64_t charged, int64_t elapsed_ns, int64_t steps
+    Wide* level, int64_t* low, int64_t drain, uint8_t shift, int64_t count, int64_t charged, int64_t elapsed_ns,
+    int64_t steps
 ) noexcept nogil:
-    """Take back `count` of `charged`, which were charged `elapsed_ns` and `steps` 60 s slots ago, as far as that goes."""
+    """Refund `count` of `charged`, charged `elapsed_ns` and `steps` 60 s slots ago, as far as the level allows."""
     cdef wide bound, lowest, taken
     cdef int64_t fewer
     if shift == NO_RATE or count == 0:
@@ -165,7 +180,7 @@ cdef inline void lower_level(
     bound = any_cost(charged, shift) - <wide> drain * <wide> elapsed_ns
     if steps <= 1:
         lowest = low[0] if steps == 0 else min(low[0], low[1])
-        lowest = (lowest << (COARSE_BITS + shift)) - <wide> drain * SLOT_NS     # a slot's own draining comes on top
+        lowest = (lowest << (COARSE_BITS + shift)) - <wide> drain * SLOT_NS     # the level is noted once a slot
         bound = bound if bound > lowest else lowest
     taken = any_cost(count, shift)
     taken = taken if taken < bound else bound
@@ -200,7 +215,7 @@ cdef inline int64_t level_wait_ns(
 
 
 cdef inline bint empty_burst(Wide* level, int64_t* low, int64_t drain, uint8_t shift) noexcept nogil:
-    """Lower a level to max(rate, 1), where no burst is in use; whether it stood higher."""
+    """Lower a level to max(rate, 1), at which no burst is in use; returns whether it was higher."""
     cdef wide base = <wide> drain * <wide> NS_PER_SECOND
     cdef wide one = level_cost(1, shift)
     if base < one:

@@ -1,8 +1,9 @@
-# The queue of a model: the requests that wait for it, over all processes, in the order in which they are served. A doubly
-# linked list in shared memory. Everything here requires the row's lock.
+# The queue of a model: the requests of all processes that wait for it, in the order in which they are served. A doubly
+# linked list in shared memory. Every function here requires the row's lock.
 #
-# An entry blocks those behind it until its deadline and no longer, whatever its process does: who decides takes it out. It
-# blocks nobody while it steps aside: a request for several models that one of them throttles does not queue for the others.
+# An entry blocks the entries behind it until its deadline and no longer, whatever its process does: the next decision
+# removes it then. It blocks no other entry while it is `aside`: a request for several models, one of which throttles
+# it, does not queue for the others.
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.atomics cimport compiler_barrier, load_i64_relaxed
 from modelquota._core.layout cimport CHUNK, ColdRow, QueueEntry, RECORDS, Row, Shared
@@ -15,10 +16,10 @@ cdef inline QueueEntry* entry_at(QueueEntry* entries, uint32_t link) noexcept no
 
 
 cdef inline const QueueEntry* first_in_turn(const ColdRow* cold, QueueEntry* entries) noexcept nogil:
-    """The first request that is to be served before those behind it, or NULL."""
+    """The first request that blocks those behind it, or NULL."""
     cdef const QueueEntry* entry = entry_at(entries, cold.first_entry)
     cdef int64_t i
-    for i in range(RECORDS):        # no damaged file makes it go round for ever; likewise below
+    for i in range(RECORDS):        # a damaged file cannot make this an endless loop; likewise below
         if entry == NULL or not entry.aside:
             return entry
         entry = entry_at(entries, entry.next)
@@ -26,7 +27,7 @@ cdef inline const QueueEntry* first_in_turn(const ColdRow* cold, QueueEntry* ent
 
 
 cdef inline void put_entry(ColdRow* cold, QueueEntry* entries, QueueEntry* entry) noexcept nogil:
-    """Link an entry in its order, without measuring the row's room. Looks from the end: most come last."""
+    """Link an entry in its order, without measuring the row's room. Searches from the end, where most belong."""
     cdef uint32_t link = <uint32_t> (entry - entries) + 1
     cdef uint32_t before = cold.last_entry
     cdef int64_t i
@@ -49,7 +50,7 @@ cdef inline void put_entry(ColdRow* cold, QueueEntry* entries, QueueEntry* entry
 
 
 cdef inline void link_entry(Row* row, ColdRow* cold, QueueEntry* entries, QueueEntry* entry) noexcept nogil:
-    """Put a request into the queue."""
+    """Put an entry into the queue. Requires the row's lock."""
     entry.linked = 1
     compiler_barrier()
     put_entry(cold, entries, entry)
@@ -57,7 +58,7 @@ cdef inline void link_entry(Row* row, ColdRow* cold, QueueEntry* entries, QueueE
 
 
 cdef inline void unlink_entry(Row* row, ColdRow* cold, QueueEntry* entries, QueueEntry* entry) noexcept nogil:
-    """Take a request out of the queue."""
+    """Take an entry out of the queue. Requires the row's lock."""
     entry.linked = 0
     compiler_barrier()
     if entry.previous:
@@ -73,7 +74,10 @@ cdef inline void unlink_entry(Row* row, ColdRow* cold, QueueEntry* entries, Queu
 
 
 cdef inline bint drop_expired(Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, bint all) noexcept nogil:
-    """Take out those whose time is over, from the front or (`all`) anywhere; whether there were any."""
+    """Take out entries whose deadline has passed, from the front or (`all`) anywhere; returns whether there were any.
+
+    Requires the row's lock.
+    """
     cdef QueueEntry* entry = entry_at(entries, cold.first_entry)
     cdef QueueEntry* behind
     cdef bint dropped = False
@@ -92,7 +96,10 @@ cdef inline bint drop_expired(Row* row, ColdRow* cold, QueueEntry* entries, int6
 
 
 cdef inline int64_t count_counted(const ColdRow* cold, QueueEntry* entries) noexcept nogil:
-    """How many wait here whose violation was counted here: one that waits for several models counts once."""
+    """How many waiting requests had their violation counted at this model.
+
+    A request that waits for several models is counted at one of them. Requires the row's lock.
+    """
     cdef const QueueEntry* entry = entry_at(entries, cold.first_entry)
     cdef int64_t i, found = 0
     for i in range(RECORDS):
@@ -104,7 +111,10 @@ cdef inline int64_t count_counted(const ColdRow* cold, QueueEntry* entries) noex
 
 
 cdef inline void rebuild_queue(Row* row, ColdRow* cold, const Shared* shared) noexcept nogil:
-    """Link the row's entries again, after a process has died in the middle of a change. Leaves the room to be measured."""
+    """Link the row's entries again after a process has died during a change. Requires the row's lock.
+
+    The caller measures the room.
+    """
     cdef QueueEntry* entry
     cdef uint32_t index = <uint32_t> (row - shared.rows)
     cdef int64_t i

@@ -1,4 +1,5 @@
-# What can be read of a row, whose lock is held, and how limits are put into it.
+# Usage: what can be read of a row; and how limits are written to a row, read and compared. Every function here that
+# takes a row or a cold row requires the row's lock.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy
 from modelquota._core.layout cimport ColdRow, LIMITS, LIMIT_CODES, Limits, Row, SECOND, UNLIMITED, WINDOWS, Wide
@@ -40,10 +41,10 @@ cdef struct Usage:
     int64_t waited_total
     uint64_t tokens_total           # modulo 2**64; what was refunded is not subtracted
     uint64_t tokens_refunded_total
-    int64_t waiting_requests        # those that wait now and whose violation was counted here; set by who can see the queue
-    # -- by Limit code; the first element, of no limit, is that of a limit that is not set
+    int64_t waiting_requests        # waiting now, with their violation counted here; set by callers that have the queue
+    # -- by Limit code; element 0 is as for a limit that is not set
     int64_t left[LIMITS]            # what the limit still admits now; NO_LIMIT if it is not set
-    double percent[LIMITS]          # how full it is, 0.0 if it is not set; a rate is the fuller of its ceiling and its level
+    double percent[LIMITS]          # how full it is, 0.0 if it is not set; of a rate the fuller of window and level
 
 
 cdef enum:
@@ -51,14 +52,14 @@ cdef enum:
 
 
 cdef inline void read_limit(Usage* usage, int code, int64_t limit, uint64_t used) noexcept nogil:
-    """State what is left of one limit, and how full it is."""
+    """Set what is left of one limit, and how full it is."""
     if limit != UNLIMITED:
         usage.left[code] = limit - <int64_t> used if used < <uint64_t> limit else 0
         usage.percent[code] = round_to_50_bits(percent(<double> used, <double> limit))
 
 
 cdef inline void read_rate(const Row* row, const ColdRow* cold, bint of_tokens, Usage* usage) noexcept nogil:
-    """After read_limit() of the ceiling of a rate: what of its level is left if that is less, and how full is the fuller."""
+    """Update what read_limit() set for the window of a rate by its level, if that has less left or is fuller."""
     cdef const Wide* level = &row.token_level if of_tokens else &row.request_level
     cdef const Wide* cap = &row.token_cap if of_tokens else &row.request_cap
     cdef uint8_t shift = row.token_shift if of_tokens else row.request_shift
@@ -76,7 +77,10 @@ cdef inline void read_rate(const Row* row, const ColdRow* cold, bint of_tokens, 
 
 
 cdef inline void read_usage(Row* row, ColdRow* cold, int64_t now_ns, Usage* usage) noexcept nogil:
-    """State the row's use at `now_ns`; time passes first, so that an idle model shows an empty second."""
+    """Read the row's use at `now_ns`. Advances the row first, so that an idle model has an empty second.
+
+    Requires the row's lock.
+    """
     cdef int i
     advance(row, cold, now_ns)
     for i in range(LIMITS):
@@ -126,7 +130,7 @@ cdef inline double share_of_one(int64_t limit) noexcept nogil:
 
 
 cdef inline void put_limits(Row* row, ColdRow* cold, const Limits* limits) noexcept nogil:
-    """Replace the row's limits; what was used stays used."""
+    """Replace the row's limits; its use is kept. Requires the row's lock."""
     cdef int i
     if (limits.requests_per_second != cold.requests_per_second or limits.tokens_per_second != cold.tokens_per_second
             or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
@@ -165,7 +169,7 @@ cdef inline void put_limits(Row* row, ColdRow* cold, const Limits* limits) noexc
 
 
 cdef inline void read_limits(const Row* row, const ColdRow* cold, Limits* limits) noexcept nogil:
-    """The configured part of the limits; what put_limits derives for the core is left out."""
+    """Read the configured part of the limits, without what encode_rate() derives. Requires the row's lock."""
     cdef int i
     for i in range(WINDOWS):
         limits.request_limits[i] = cold.request_limit[i]
@@ -200,7 +204,7 @@ cdef inline uint64_t bits_of(double value) noexcept nogil:
 
 
 cdef inline uint64_t limits_digest(const Limits* limits) noexcept nogil:
-    """A digest of the configured part: whether limits are still those of before."""
+    """A digest of the configured part, to see whether limits have changed."""
     cdef uint64_t digest = 0
     cdef int i
     for i in range(WINDOWS):
@@ -240,7 +244,7 @@ cdef inline bint same_limits(const Limits* a, const Limits* b) noexcept nogil:
 
 
 cdef inline void start_row(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
-    """Set the time of a model whose row and cold row are zero."""
+    """Initialize a model whose row and cold row are zero. Requires the row's lock."""
     row.level_ns = now_ns
     row.slot_end_ns = slot_start_ns(slot_at(now_ns) + 1)
     row.request_shift = row.token_shift = NO_RATE

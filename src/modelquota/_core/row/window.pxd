@@ -1,22 +1,24 @@
-# Rolling windows: pure arithmetic on one row, whose lock is held. Time is an argument.
+# Rolling windows: how many requests and tokens were charged in the last second, hour and day. Pure arithmetic on one
+# row; time is an argument. Every function here requires the row's lock.
 #
-# A window of length T counts 60 closed slots of T/60 and the current one, so any interval of length T lies within what it
-# counts. Slot s begins at s * T / 60 exactly, since time 0: the slots of a second are no whole number of nanoseconds long,
-# hence the fractions below. SLOTS_PER_SLOT says how many slots of the second make one of each window.
+# A window of length T counts 60 closed slots of T/60 and the current one, so any interval of length T lies within what
+# it counts. Slot s begins at s * T / 60 exactly, counted from time 0: a slot of the second is not a whole number of
+# nanoseconds long, hence the fractions below. SLOTS_PER_SLOT is how many slots of the second make one slot of each
+# window.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from modelquota._core.atomics cimport compiler_barrier
 from modelquota._core.layout cimport ColdRow, MAX_COUNT, Row, SECOND, SLOTS, SLOTS_PER_SLOT, UNLIMITED, WINDOWS
 
 cdef enum:
-    SLOTS_PER_SPAN = 3_600          # of the 60 s for which the lowest levels are kept, see level.pxd
-    THREE_SLOTS_NS = 50_000_000     # three slots of the second, the least whole number of ns
-    NEVER = -1                      # a wait that no time ends
+    SLOTS_PER_SPAN = 3_600          # slots of 1/60 s in the 60 s for which lowest levels are kept, see level.pxd
+    THREE_SLOTS_NS = 50_000_000     # three slots of the second: the fewest that are a whole number of ns
+    NEVER = -1                      # the wait for what no passing of time admits
 
 cdef extern from *:
     const uint32_t UINT32_MAX
 
 cdef enum:  # ColdRow.stage
-    SETTLED = 0
+    IDLE = 0
     CHANGING = 1        # what was charged is in the journal; bases and room follow from it and the rings
     ROLLING = 2         # + 2 * window: that window's start and filled are in the journal too
     ROLLED = 3          # + 2 * window: that window is done, and so are those before it
@@ -43,12 +45,12 @@ cdef inline int64_t slots_per_slot(int window) noexcept nogil:
 
 
 cdef inline uint64_t requests_charged(const Row* row, const ColdRow* cold) noexcept nogil:
-    """Requests charged ever, modulo 2**64; differences are what counts."""
+    """Requests charged since the model was registered, modulo 2**64; only differences count."""
     return cold.requests_mark - <uint64_t> row.request_room
 
 
 cdef inline uint64_t tokens_charged(const Row* row, const ColdRow* cold) noexcept nogil:
-    """Tokens charged ever, modulo 2**64."""
+    """Tokens charged since the model was registered, modulo 2**64."""
     return cold.tokens_mark - <uint64_t> row.token_room
 
 
@@ -70,7 +72,7 @@ cdef inline int64_t tokens_in_slot(const Row* row, const ColdRow* cold) noexcept
 
 
 cdef inline void begin_change(const Row* row, ColdRow* cold) noexcept nogil:
-    """What follows cannot be done in one instruction: note what is charged, from which all else can be found again."""
+    """Begin a change of more than one instruction: save what is charged, from which all else can be recomputed."""
     cold.journal_requests = requests_charged(row, cold)
     cold.journal_tokens = tokens_charged(row, cold)
     compiler_barrier()
@@ -80,15 +82,15 @@ cdef inline void begin_change(const Row* row, ColdRow* cold) noexcept nogil:
 
 cdef inline void end_change(ColdRow* cold) noexcept nogil:
     compiler_barrier()
-    cold.stage = SETTLED
+    cold.stage = IDLE
 
 
 cdef inline void roll(
     ColdRow* cold, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
 ) noexcept nogil:
-    """Close the window's slot `slot` and open `slot + steps`; what leaves the window no longer counts.
+    """Close the window's slot `slot` and open slot `slot + steps`; what leaves the window no longer counts.
 
-    `requests` and `tokens` are those charged ever.
+    `requests` and `tokens` are requests_charged() and tokens_charged().
     """
     cold.journal_requests_start = cold.requests_start[window]
     cold.journal_tokens_start = cold.tokens_start[window]
@@ -105,7 +107,7 @@ cdef inline void roll(
 cdef inline void turn_ring(
     ColdRow* cold, int window, uint64_t requests, uint64_t tokens, int64_t slot, int64_t steps
 ) noexcept nogil:
-    """The work of roll(). Done again from the same start and filled it comes out the same, but for the bases."""
+    """The work of roll(). Repeated from the same `start` and `filled` it has the same result, except for the bases."""
     cdef int64_t position, closed
     if steps > SLOTS:
         cold.requests_base[window] = cold.requests_start[window] = requests
@@ -133,9 +135,10 @@ cdef inline void turn_ring(
 cdef inline void refund_window(
     Row* row, ColdRow* cold, int64_t requests, int64_t tokens, int64_t charged_ns
 ) noexcept nogil:
-    """Refund what was charged at `charged_ns` to the slots that were charged; nothing where they have left a window.
+    """Refund what was charged at `charged_ns` to the slots that were charged.
 
-    Room is measured anew. What a slot carried into the next one stays there until it ages out.
+    A window that those slots have left is unchanged. Measures the room. What a slot carried into the next one stays
+    there until it ages out.
     """
     cdef int64_t charged = slot_at(charged_ns)
     cdef int64_t here = current_slot(row)
@@ -164,7 +167,7 @@ cdef inline void refund_window(
 
 
 cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
-    """State anew what may still be admitted. To be called when a base, a limit, the concurrency or the line has changed."""
+    """Recompute what the windows still admit. Call after a base, a limit, the concurrency or the queue has changed."""
     cdef uint64_t requests = requests_charged(row, cold)
     cdef uint64_t tokens = tokens_charged(row, cold)
     cdef int64_t request_room = MAX_COUNT
@@ -180,7 +183,7 @@ cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
         if room < token_room:
             token_room = room
     if request_room > 0 and (cold.concurrent >= cold.max_concurrent or cold.waiting):
-        request_room = 0    # whoever comes now is judged one limit after the other
+        request_room = 0    # the next request does not take the fast path: it is judged limit by limit
     row.request_room = request_room
     row.token_room = token_room
     cold.requests_mark = requests + <uint64_t> request_room
@@ -189,7 +192,10 @@ cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
 
 
 cdef inline int64_t turn_slots(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
-    """Move all windows to `now_ns`, which is not before the end of the current slot; by how many spans of 60 s."""
+    """Move all windows to `now_ns`, which is not before the end of the current slot.
+
+    Returns how many 60 s spans passed.
+    """
     cdef uint64_t requests = requests_charged(row, cold)
     cdef uint64_t tokens = tokens_charged(row, cold)
     cdef int64_t before = current_slot(row)
@@ -216,7 +222,7 @@ cdef inline int64_t window_wait_ns(
 ) noexcept nogil:
     """How long until the window admits `cost`: 0 = now, NEVER = no wait helps. Exact, if nothing else is admitted.
 
-    With `credit` the shortest wait if so much of what is used comes back, wherever it was charged.
+    With `credit` it is the shortest wait if that much of what is used is refunded, in whichever slots it was charged.
     """
     cdef int64_t limit = cold.token_limit[window] if of_tokens else cold.request_limit[window]
     cdef int64_t used = (tokens_used(row, cold, window) if of_tokens else requests_used(row, cold, window)) - credit

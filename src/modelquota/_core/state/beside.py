@@ -1,6 +1,6 @@
-"""What is beside a state file: drafts, and the journal of an adjuster. Nothing there is believed without a look at it.
+"""The files beside a state file: drafts, and the journal of an adjuster. Their owner and mode are checked before use.
 
-The folder may belong to others too. A draft is locked while its writer lives, so one that nobody has locked is a
+Other users may be able to write to the folder. A draft is locked while its writer lives, so an unlocked one is a
 leftover.
 """
 
@@ -24,11 +24,11 @@ _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _OF_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 locks: set[int] = set()
-"""Descriptors that lock a file for this process alone."""
+"""Descriptors with a lock on their file, which a forked child closes."""
 
 
 def _after_fork() -> None:
-    """A child is not the writer: it must not keep the lock of a parent that dies."""
+    """Close the locks in a forked child, which is not the writer and must not keep the lock of a dead parent."""
     for descriptor in locks:
         os.close(descriptor)
     locks.clear()
@@ -38,7 +38,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def release(descriptor: int) -> None:
-    """Close a descriptor of `locks`, and with it end its lock."""
+    """Close a descriptor of `locks`, which ends its lock."""
     locks.discard(descriptor)
     os.close(descriptor)
 
@@ -47,28 +47,28 @@ def beside(path: str, suffix: str) -> str:
     """Return `path` with a suffix. If the name is too long for the folder, a digest replaces what does not fit."""
     folder, name = os.path.split(path)
     longest = os.pathconf(folder or ".", "PC_NAME_MAX")
-    room = (longest if longest > 0 else _NAME_MAX) - len(suffix)  # -1 is "no limit", which the kernel has
+    room = (longest if longest > 0 else _NAME_MAX) - len(suffix)  # -1 is "no limit", but the kernel has one
     if len(os.fsencode(name)) <= room:
         return path + suffix
     mark = f"~{digest(os.fsencode(name)):016x}"
     while name and len(os.fsencode(name)) > room - len(mark):
-        name = name[:-1]  # by characters: some file systems take only whole ones
+        name = name[:-1]  # by characters: some file systems accept only whole ones
     return os.path.join(folder, name + mark + suffix)
 
 
 def journal_of(state_path: str) -> str:
-    """Return where the journal of a state file's adjuster is: beside the file itself, not beside a link to it."""
+    """Return the path of the journal of a state file's adjuster: beside the file itself, not beside a link to it."""
     return beside(os.path.realpath(state_path), JOURNAL_SUFFIX)
 
 
 def create_draft(path: str) -> tuple[str, int]:
-    """Make an empty file that is to become the one at `path`, with mode 0600 whatever the umask is.
+    """Create an empty file that will become the one at `path`, with mode 0600 regardless of the umask.
 
     Returns
     -------
     draft : str
     descriptor : int
-        Open for reading and writing, locked, and one of `locks`: `release` it after the draft has been placed.
+        Open for reading and writing, locked, and in `locks`: `release` it after the draft has been linked to `path`.
     """
     for _ in range(_TRIES):
         draft = beside(path, f".{os.urandom(_RANDOM_BYTES).hex()}{_DRAFT_SUFFIX}")
@@ -84,19 +84,19 @@ def create_draft(path: str) -> tuple[str, int]:
         except BaseException:
             remove_draft(draft, descriptor)
             raise
-        remove_draft(draft, descriptor)  # somebody took it for a leftover before it was locked
+        remove_draft(draft, descriptor)  # another process took it for a leftover before it was locked
     raise BlockingIOError(errno.EAGAIN, "each draft of it was removed at once", path)
 
 
 def remove_draft(draft: str, descriptor: int) -> None:
-    """Take away a draft's name, if it still has it, and let go of it."""
+    """Remove a draft, if it still exists, and release its descriptor."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(draft)
     release(descriptor)
 
 
 def remove_dead_drafts(*paths: str) -> None:
-    """Remove the drafts of these files whose writers have died. What cannot be looked at stays."""
+    """Remove the drafts of these files whose writers have died. A draft that cannot be examined is kept."""
     for path in dict.fromkeys(paths):
         with contextlib.suppress(OSError):
             folder, stem = os.path.split(beside(path, "0" * _DRAFT_TAIL))
@@ -117,7 +117,7 @@ def _is_draft_tail(tail: str) -> bool:
 
 
 def _remove_if_dead(draft: str) -> None:
-    """Remove a draft of this user that nobody has locked; BlockingIOError if its writer is alive."""
+    """Remove a draft of this user if it is not locked; raises BlockingIOError if its writer is alive."""
     descriptor = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     locks.add(descriptor)
     try:
@@ -131,9 +131,9 @@ def _remove_if_dead(draft: str) -> None:
 
 
 def distrust_of_state(found: os.stat_result) -> str | None:
-    """Say why a state file is not to be believed by this process, and what to do; None if it may be.
+    """Return why this process should not trust a state file, and what to do; None if it may.
 
-    Root is believed: it can change every file, and every process, as it is.
+    Root's files are trusted: root can change every file and every process anyway.
     """
     remedy = "or pass trust_file=True (--trust-file on the command line)"
     if found.st_uid not in (os.geteuid(), 0):
@@ -147,7 +147,7 @@ def distrust_of_state(found: os.stat_result) -> str | None:
 
 
 def distrust_of_journal(found: os.stat_result, state: os.stat_result) -> str | None:
-    """Say why a journal is not to be believed although the state file beside it is; None if it may be."""
+    """Return why a journal should not be trusted although its state file is; None if it may."""
     if found.st_uid not in (state.st_uid, os.geteuid(), 0):
         return f"it belongs to user {found.st_uid}, and the state file to user {state.st_uid}"
     mode, laxer = stat.S_IMODE(found.st_mode), found.st_mode & ~state.st_mode & _OF_OTHERS

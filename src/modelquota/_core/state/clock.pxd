@@ -1,3 +1,4 @@
+# The clock, and the interface of what waits for it.
 from libc.stdint cimport int64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
@@ -9,8 +10,8 @@ cdef class Watcher:
 
 
 cdef class ManualClock:
-    cdef int64_t time_ns    # under the GIL
-    cdef set watchers       # Watchers, to be woken whenever time moves
+    cdef int64_t time_ns    # guarded by the GIL
+    cdef set watchers       # the Watchers to wake when the clock is moved
 
     cdef int move_to(self, int64_t time_ns) except -1
 

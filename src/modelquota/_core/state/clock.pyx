@@ -1,4 +1,4 @@
-"""Time as a parameter: the clock that a test or a replay moves by hand."""
+"""The clock that a test or a replay moves by hand, and the interface that a change of time or of the state wakes."""
 cimport cython
 import operator
 
@@ -6,25 +6,28 @@ from modelquota._core.layout cimport MAX_TIME_NS
 
 
 cdef class Watcher:
-    """What the layers below tell of changes: the one call that goes up. The queues of a process are one."""
+    """What the layers below notify of changes: the one call that goes up. The queues of a process implement it."""
 
     cdef int wake(self, object ref) except -1:
-        """Something has become free: of the model of a RowRef, or (None) of any; time has passed, or limits have changed."""
+        """Something may be admitted now, by the model of a RowRef or, if None, by any model.
+
+        Something was released, time has passed, or limits have changed.
+        """
         return 0
 
     cdef int look(self) except -1:
-        """Somebody is denied for what others hold: see to what was put off."""
+        """A request is denied because of what others hold: do what was put off."""
         return 0
 
     cdef int forget_parent(self) except -1:
-        """In a forked child: what the parent has begun is the parent's to finish."""
+        """In a forked child: drop what the parent has begun, since the parent finishes it."""
         return 0
 
 
 @cython.final
 cdef class ManualClock:
     """ManualClock(now_ns=0)\n--\n
-    A clock that stands still until it is moved, and only moves forward.
+    A clock that moves only when it is told to, and only forward.
 
     Parameters
     ----------
@@ -53,7 +56,7 @@ cdef class ManualClock:
     def advance(self, seconds):
         """Move forward by `seconds` (a real number >= 0, rounded to the nearest nanosecond).
 
-        Raises ValueError, and stays where it is, where that is negative, not finite, or past 2**61 ns.
+        Raises ValueError, and does not move, if that is negative, not finite, or past 2**61 ns.
         """
         if hasattr(seconds, "item"):    # a numpy scalar, which would overflow in its own width
             seconds = seconds.item()
@@ -67,7 +70,7 @@ cdef class ManualClock:
 
     cdef int move_to(self, int64_t time_ns) except -1:
         if time_ns < self.time_ns or time_ns > MAX_TIME_NS:
-            raise ValueError(f"the clock stands at {self.time_ns} ns and moves forward only, up to 2**61 ns; "
+            raise ValueError(f"the clock is at {self.time_ns} ns and moves forward only, up to 2**61 ns; "
                              f"{time_ns} ns is out of range")
         self.time_ns = time_ns
         if self.watchers:

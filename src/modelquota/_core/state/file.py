@@ -1,4 +1,4 @@
-"""The state file: created as a whole or not at all, and looked at from end to end before it is used."""
+"""The state file: created completely or not at all, and validated from end to end before it is used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modelquota._core.state.validate import MAX_MODELS_LIMIT, validate
 from modelquota.errors import StateFileError
 
 DEFAULT_MAX_MODELS = 65_536
-_ROUNDS = 20  # in each of which somebody else removes the file between the looking and the making
+_ROUNDS = 20  # attempts, each of which fails if another process removes the file after it was found or created
 
 
 def open_state(path: str, max_models: int | None, trust_file: bool) -> tuple[int, int]:
@@ -27,7 +27,7 @@ def open_state(path: str, max_models: int | None, trust_file: bool) -> tuple[int
     Returns
     -------
     descriptor, max_models : int
-        Open for reading and writing; how many models the file holds at most.
+        The descriptor is open for reading and writing; max_models is that of the file.
     """
     for _ in range(_ROUNDS):
         try:
@@ -47,17 +47,17 @@ def open_state(path: str, max_models: int | None, trust_file: bool) -> tuple[int
 
 
 def open_existing(path: str, max_models: int | None, mode: int, *, trust_file: bool = False) -> tuple[int, int]:
-    """Open a file that is there, and read it through without changing a byte.
+    """Open an existing file, and validate it without modifying it.
 
-    Raises StateFileError if it is not a whole state file of this version, was made for another ``max_models``, or,
-    unless it is to be trusted, if somebody else can write to it.
+    Raises StateFileError if it is not a complete state file of this version, was made for another ``max_models``, or,
+    unless `trust_file`, if another user can write to it.
     """
-    # O_NONBLOCK: a pipe or a device of that name is refused, not waited for.
+    # O_NONBLOCK: a pipe or a device by that name is refused, not waited for.
     descriptor = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise StateFileError(path, "it is no regular file")
+            raise StateFileError(path, "it is not a regular file")
         distrust = None if trust_file else distrust_of_state(found)
         if distrust is not None:
             raise StateFileError(path, distrust)
@@ -71,14 +71,14 @@ def open_existing(path: str, max_models: int | None, mode: int, *, trust_file: b
 
 
 def loss_of(descriptor: int, path: str, size_bytes: int) -> str | None:
-    """Say what has happened underneath to a state file that is open; None if it is still the file at `path`.
+    """Return what has happened to an open state file; None if it is still the file at `path`.
 
     Parameters
     ----------
     descriptor : int
         The open file.
     path : str
-        What it was opened as.
+        The path by which it was opened.
     size_bytes : int
         Its length at that time.
     """
@@ -91,7 +91,7 @@ def loss_of(descriptor: int, path: str, size_bytes: int) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return "it was deleted or moved away: processes that open it from now on do not share its limits"
     except OSError:
-        there = found  # rights that were given up since, not a loss
+        there = found  # this process has given up rights since: not a loss
     if not os.path.samestat(found, there):
         return "it was replaced by another file: processes that open it from now on do not share its limits"
     if found.st_size != size_bytes:
@@ -101,7 +101,7 @@ def loss_of(descriptor: int, path: str, size_bytes: int) -> str | None:
 
 
 def _create(path: str, max_models: int) -> None:
-    """Make a new file under another name and link it to its own, unless somebody else was first."""
+    """Create the file under another name and link it to `path`, unless another process was first."""
     if not 1 <= max_models <= MAX_MODELS_LIMIT:
         raise ValueError(f"max_models is {max_models}; give an integer, 1 .. 2**24")
     header = new_header(max_models)

@@ -1,7 +1,8 @@
-# One decision over several rows, all or nothing: each is decided as if alone, and only then anything is charged.
+# Joint requests: one decision over several rows, all or nothing. Each row is decided as if alone, and only then
+# anything is charged.
 #
-# Locks are taken in the order of the rows, whatever the order of the ids, so nobody waits in a circle; and none is kept
-# while another one is waited for, so that a process that is stopped in one row holds up nobody in the others.
+# Locks are taken in the order of the rows, whatever the order of the ids, so there is no deadlock. None is kept during
+# the wait for another one, so a process that is stopped with one row locked does not block the others.
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.atomics cimport add_u64
 from modelquota._core.layout cimport Charge, QueueEntry, Row, Shared
@@ -16,33 +17,34 @@ from modelquota._core.state.unclaimed cimport set_unclaimed
 
 cdef enum:
     MOST_MODELS = 16
-    NOBODY = -1
+    NO_MEMBER = -1
 
-cdef enum:  # what comes of a joint decision
+cdef enum:  # the outcome of a joint decision
     DECIDED = 0
     BUSY_ROW = 1    # a row stayed locked
-    GONE = 2        # a model has left its row, and is to be looked up again
+    GONE = 2        # a model has been removed: it has to be looked up again
 
 
 cdef struct Places:
-    # The queue entries of one waiting request, one a model.
+    # The queue entries of one waiting request, one per model.
     int count
     QueueEntry* entries[16]
 
 
 cdef struct JointRequest:
+    # A request for several models.
     int count
-    Holding members[16]        # in the order in which the caller names them; no two have the same row
+    Holding members[16]     # in the order of the caller's ids; no two have the same row
     int by_row[16]          # indices of members, in the order of their rows
     Charge charges[16]      # out: what was charged to each
-    int64_t unclaimed_until_ns      # in, for one that holds: when others may let go what is admitted now; 0 = never
-    int violating               # out: index of the member that the verdict names, or NOBODY
-    bint adopted            # whether one of them was registered on sight for this decision
-    int gone                # out: index of a member whose model has left its row
+    int64_t unclaimed_until_ns      # in, if it holds: when others may release what is admitted now; 0 = never
+    int violating           # out: index of the member that the verdict is about, or NO_MEMBER
+    bint adopted            # whether a member was registered from default_quota for this decision
+    int gone                # out: index of a member whose model has been removed, or NO_MEMBER
 
 
 cdef inline void put_in_order(JointRequest* joint) noexcept nogil:
-    """Sort by_row; there are few."""
+    """Sort `by_row`, by insertion: there are few."""
     cdef int i, at
     for i in range(joint.count):
         at = i
@@ -53,12 +55,12 @@ cdef inline void put_in_order(JointRequest* joint) noexcept nogil:
 
 
 cdef inline int same_row(const JointRequest* joint) noexcept nogil:
-    """Index of a member that has the same row as another one, or NOBODY. One of the two has left it."""
+    """Index of a member that has the same row as another one, or NO_MEMBER. One of the two models has been removed."""
     cdef int i
     for i in range(1, joint.count):
         if joint.members[joint.by_row[i]].row == joint.members[joint.by_row[i - 1]].row:
             return joint.by_row[i]
-    return NOBODY
+    return NO_MEMBER
 
 
 cdef inline void unlock_rows(JointRequest* joint, int count) noexcept nogil:
@@ -68,7 +70,7 @@ cdef inline void unlock_rows(JointRequest* joint, int count) noexcept nogil:
 
 
 cdef inline Row* try_lock_rows(JointRequest* joint, const Shared* shared) noexcept nogil:
-    """Take all locks: NULL; or none, and the row that is locked."""
+    """Take all locks and return NULL; or take none, and return the row that is locked."""
     cdef int i
     cdef Row* row
     for i in range(joint.count):
@@ -80,7 +82,7 @@ cdef inline Row* try_lock_rows(JointRequest* joint, const Shared* shared) noexce
 
 
 cdef inline bint lock_rows(JointRequest* joint, const Shared* shared, int64_t patience_ns) noexcept nogil:
-    """Take all locks; False, and none is taken, if that was in vain for so long."""
+    """Take all locks; False, and none is taken, if a row stays locked for `patience_ns`."""
     cdef Row* locked = try_lock_rows(joint, shared)
     cdef int64_t give_up_ns = 0
     while locked != NULL:
@@ -96,16 +98,16 @@ cdef inline bint lock_rows(JointRequest* joint, const Shared* shared, int64_t pa
 
 
 cdef inline int first_gone(const JointRequest* joint) noexcept nogil:
-    """Index of the first whose model has left its row, or NOBODY. Requires the rows' locks."""
+    """Index of the first member whose model has been removed, or NO_MEMBER. Requires the rows' locks."""
     cdef int i
     for i in range(joint.count):
         if joint.members[i].row.generation != joint.members[i].generation:
             return i
-    return NOBODY
+    return NO_MEMBER
 
 
 cdef inline void add_wait(Verdict* verdict, const Verdict* other) noexcept nogil:
-    """The longer of two waits, each way of reckoning."""
+    """Make each of the waits of `verdict` at least that of `other`."""
     verdict.others_may_free = verdict.others_may_free or other.others_may_free
     verdict.worth_a_look = verdict.worth_a_look or other.worth_a_look
     verdict.aside = verdict.aside or other.aside
@@ -117,20 +119,21 @@ cdef inline void add_wait(Verdict* verdict, const Verdict* other) noexcept nogil
 
 
 cdef inline bint is_in_queue(const Holding* member) noexcept nogil:
-    """Whether the request has a place in the member's queue. Requires the row's lock."""
+    """Whether the request is in the member's queue. Requires the row's lock."""
     return member.entry != NULL and member.entry.linked and member.entry.generation == member.generation
 
 
 cdef inline int assess_all(
-    JointRequest* joint, int64_t now_ns, const Request* request, bint enforcing, QueueEntry* entries, Fit* fits, Verdict* verdict
+    JointRequest* joint, int64_t now_ns, const Request* request, bint enforcing, QueueEntry* entries, Fit* fits,
+    Verdict* verdict
 ) noexcept nogil:
     """assess() at each member. Charges and counts nothing. Requires the rows' locks.
 
-    Returns the index of the one that is named, or NOBODY: the first that denies, or else the first whose violation is only
-    warned of. The wait is the longest of those that deny.
+    Returns the index of the member that the verdict is about, or NO_MEMBER: the first that denies, otherwise the first
+    with a violation that does not deny. The wait is the longest of those that deny.
     """
     cdef Verdict one
-    cdef int named = NOBODY
+    cdef int named = NO_MEMBER
     cdef Holding* member
     cdef int i
     start_verdict(verdict)
@@ -139,7 +142,7 @@ cdef inline int assess_all(
         assess(member.row, member.cold, entries, now_ns, request, enforcing, &fits[i], &one)
         if one.limit == 0:
             continue
-        if named == NOBODY or (verdict.allowed and not one.allowed):
+        if named == NO_MEMBER or (verdict.allowed and not one.allowed):
             verdict[0] = one
             named = i
         elif not one.allowed:
@@ -147,8 +150,11 @@ cdef inline int assess_all(
     return named
 
 
-cdef inline void tell_queues(JointRequest* joint, const Verdict* verdict) noexcept nogil:
-    """In the request's queues, say what it waits for: those behind it are told so."""
+cdef inline void update_entries(JointRequest* joint, const Verdict* verdict) noexcept nogil:
+    """Write what the request waits for into its queue entries: requests behind it report that.
+
+    Requires the rows' locks.
+    """
     cdef Holding* member
     cdef int i
     for i in range(joint.count):
@@ -162,18 +168,18 @@ cdef inline void tell_queues(JointRequest* joint, const Verdict* verdict) noexce
 cdef inline void decide_jointly(
     JointRequest* joint, int64_t now_ns, const Request* request, bint holding, const Shared* shared, Verdict* verdict
 ) noexcept nogil:
-    """As decide(), over all members; with `holding`, what is admitted is held too. Requires the rows' locks.
+    """decide() over all members; with `holding`, what is admitted is also held. Requires the rows' locks.
 
-    A violation counts once, for the member that is named. A request that is admitted leaves the queues.
+    A violation counts once, for the member that the verdict is about. A request that is admitted leaves its queues.
     """
     cdef Fit fits[MOST_MODELS]
     cdef Holding* member
     cdef int i
     joint.violating = assess_all(joint, now_ns, request, shared.header.enforcing, shared.entries, fits, verdict)
-    if joint.violating != NOBODY and request.counted == NULL:
+    if joint.violating != NO_MEMBER and request.counted == NULL:
         count_violation(joint.members[joint.violating].row, joint.members[joint.violating].cold, verdict)
     if not verdict.allowed:
-        tell_queues(joint, verdict)
+        update_entries(joint, verdict)
         return
     verdict.usage = 0.0
     for i in range(joint.count):
@@ -195,13 +201,14 @@ cdef inline void decide_jointly(
 
 
 cdef inline int decide_rows(
-    JointRequest* joint, int64_t now_ns, const Request* request, bint holding, const Shared* shared, int64_t patience_ns, Verdict* verdict
+    JointRequest* joint, int64_t now_ns, const Request* request, bint holding, const Shared* shared,
+    int64_t patience_ns, Verdict* verdict
 ) noexcept nogil:
     """One joint decision from lock to unlock. Takes the rows' locks."""
     if not lock_rows(joint, shared, patience_ns):
         return BUSY_ROW
     joint.gone = first_gone(joint)
-    if joint.gone == NOBODY:
+    if joint.gone == NO_MEMBER:
         decide_jointly(joint, now_ns, request, holding, shared, verdict)
     unlock_rows(joint, joint.count)
-    return DECIDED if joint.gone == NOBODY else GONE
+    return DECIDED if joint.gone == NO_MEMBER else GONE

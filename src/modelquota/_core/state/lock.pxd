@@ -1,31 +1,35 @@
-# The lock in a row: one word in shared memory, 0 when free, otherwise the seat word of its owner.
+# Locks and seats. A lock is one word in shared memory: 0 if it is free, otherwise the seat word of its owner.
 #
-# It guards one row for some tens of nanoseconds and works across processes, because it lives in the mapping. From lock to
-# unlock nothing takes the GIL, allocates, raises, or touches a Python object: a thread that waits for the GIL with a row
-# locked would stop that model in every other process. Who holds the GIL tries spin_lock() first and releases the GIL before
-# it waits.
+# The lock of a row is held for some tens of nanoseconds, and works across processes because it is in the mapping. From
+# lock to unlock nothing takes the GIL, allocates, raises, or touches a Python object: a thread that waited for the GIL
+# with a row locked would stop that model in every other process. A thread that has the GIL tries spin_lock() first, and
+# releases the GIL before it waits.
 #
-# Each process has a seat, and holds the byte of the file with that number by an open-file-description lock, which the
-# kernel drops at its death, in whatever PID namespace. Who has waited too long asks the kernel, and takes the lock over
-# from a dead owner. A seat word also has the number of times that the seat was taken, its epoch, so that the next one who
-# sits there is never mistaken for the dead. An owner that is stopped (SIGSTOP, a debugger, a paused container) is alive and
-# cannot be taken over: every wait has an end, and callers return to Python in between, for signals and timeouts.
+# Each process has a seat, a number, and holds an open-file-description lock on the byte of the file with that number.
+# The kernel drops it when the process dies, in whatever PID namespace. A waiter that has spun too long asks the kernel
+# whether the owner is alive, and takes the lock over if not. A seat word also contains the seat's epoch, the number of
+# times that the seat has been taken, so the next process with that seat is never mistaken for the dead one. An owner
+# that is stopped (SIGSTOP, a debugger, a paused container) is alive, and its locks cannot be taken over: every wait has
+# an end, and callers return to Python in between, for signals and timeouts.
 #
 # A seat is held by a write lock on its byte. A process that may only read the file can place read locks, and so keep
-# everybody from a write lock; then a seat is held by a read lock, and by the process id in the seat's `holder`. Nobody
-# shares a seat, because `holder` is only changed by a process that has its byte locked, by compare-and-swap, and then:
-# - Who has the write lock is alone: no holder by process id lives, as it would have its read lock.
-# - Who has a read lock knows that no holder by write lock lives. Of several that have one, each takes the seat only if
-#   `holder` names no living process. It claims the seat, writes its `space`, and makes the claim sure. A claim that is not
-#   sure counts for nobody and may be claimed over. Then the epoch is another one, and its maker's next swap fails: that of
-#   the claim; or that of `space`, which has the epoch too, if the other one has written it. If the maker wrote it first,
-#   the swap of the other one fails, and both look for another seat. So what is sure has the `space` of its maker.
-# - A holder by process id tries now and then to turn its read lock into a write lock, which the kernel does at once or not
-#   at all, and only then takes its process id out. It holds the seat either way, before, in between and after.
-# - A reader that comes or goes changes what locks can be had, and never `holder`.
-# A holder by process id is dead if nobody at all has its byte locked; otherwise, if that process does not exist or is a
-# zombie, or its id is another one's by now. Of another PID namespace that cannot be known: it is taken for alive, until no
-# reader has the byte locked. So is one that has called exec, which keeps the process id.
+# every other process from a write lock. Then a seat is held by a read lock, together with the process id in the seat's
+# `holder`. No two processes have the same seat, because `holder` is only changed by a process that has the byte locked,
+# by compare-and-swap:
+# - A process with the write lock is alone: no holder by process id is alive, since it would have its read lock.
+# - A process with a read lock knows that no holder by write lock is alive. Of several with a read lock, each takes the
+#   seat only if `holder` does not name a living process. It claims the seat, writes its `space`, and then makes the
+#   claim sure. A claim that is not sure does not count, and another process may claim over it. That changes the epoch,
+#   so the next swap of the first one fails: that of the claim; or that of `space`, which contains the epoch too, if the
+#   other one has written it. If the first one wrote `space` before, the swap of the other one fails, and both look for
+#   another seat. So a sure claim always has the `space` of the process that made it.
+# - A holder by process id tries from time to time to turn its read lock into a write lock, which the kernel does at
+#   once or not at all, and only then removes its process id. It holds the seat before, during and after that.
+# - A reader that comes or goes changes which locks are available, and never `holder`.
+#
+# A holder by process id is dead if no process at all has its byte locked; otherwise, if that process does not exist or
+# is a zombie, or its id now belongs to another process. In another PID namespace that cannot be known: there it counts
+# as alive until no reader has the byte locked. So does one that has called exec, which keeps the process id.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from modelquota._core.atomics cimport (
     load_u32, load_u32_relaxed, load_u64, store_u32, swap_u32, swap_u32_acquire, swap_u64
@@ -75,19 +79,20 @@ cdef extern from *:
     static inline int mq_lock_seat(int fd, unsigned seat, int type) {
         return mq_seat_byte(fd, F_OFD_SETLK, seat, &type) == 0;
     }
-    /* Whether a lock keeps `fd` from one of this type. If the kernel does not answer, it does. */
+    /* Whether another lock excludes one of this type by `fd`. Yes, if the kernel does not answer. */
     static inline int mq_is_locked(int fd, unsigned seat, int type) {
         return mq_seat_byte(fd, F_OFD_GETLK, seat, &type) != 0 || type != F_UNLCK;
     }
 
-    /* `holder`: epoch, process id and mark of the process, which are 0 if the write lock alone holds the seat, SURE */
+    /* `holder`: from the lowest bit, the epoch, the process id, the process's mark, SURE; id and mark are 0 if the seat
+       is held by the write lock alone */
     #define MQ_EPOCHS ((UINT64_C(1) << 22) - 1)
-    #define MQ_PID_BITS 22          /* the kernel gives out none that is longer */
+    #define MQ_PID_BITS 22          /* the longest process id of the kernel */
     #define MQ_MARK_BITS 19
     #define MQ_SURE (UINT64_C(1) << 63)
     #define MQ_PID(holder) ((pid_t)((holder) >> 22 & ((1 << MQ_PID_BITS) - 1)))
 
-    /* Of /proc/PID/stat: state, threads, and start in ticks. 0 if it cannot be read. */
+    /* Reads state, number of threads, and start in ticks from /proc/PID/stat. 0 if it cannot be read. */
     static inline int mq_read_process(pid_t pid, char *state, long *threads, uint64_t *start) {
         char text[1024];
         snprintf(text, sizeof text, "/proc/%ld/stat", (long)pid);
@@ -97,7 +102,7 @@ cdef extern from *:
         ssize_t size = read(fd, text, sizeof text - 1);
         close(fd);
         text[size > 0 ? size : 0] = 0;
-        const char *at = strrchr(text, ')');    /* the end of field 2, which may have anything in it */
+        const char *at = strrchr(text, ')');    /* the end of field 2, which may contain anything */
         int field = 2;
         while (at != NULL && (at = strchr(at, ' ')) != NULL) {
             at++;
@@ -117,7 +122,7 @@ cdef extern from *:
         uint64_t mark = (start ^ boot) * UINT64_C(0x9E3779B97F4A7C15) >> (64 - MQ_MARK_BITS);
         return mark << 44 | (uint64_t)pid << 22;
     }
-    /* What is in `holder` of a seat that this process holds by its id; 0 if nobody could look it up. */
+    /* The bits of `holder` in a seat that this process holds by its id; 0 if others could not look the process up. */
     static inline uint64_t mq_own_bits(uint64_t boot) {
         char state;
         long threads;
@@ -126,7 +131,8 @@ cdef extern from *:
         return pid >> MQ_PID_BITS == 0 && mq_read_process(pid, &state, &threads, &start)
             ? mq_process_bits(pid, start, boot) : 0;
     }
-    /* A first thread that has ended is shown as a zombie too, while others go on. What is hidden in /proc is alive. */
+    /* A process whose first thread has ended looks like a zombie too, while other threads run. One that /proc hides is
+       alive. */
     static inline int mq_is_process_gone(uint64_t holder, uint64_t boot) {
         char state = 0;
         long threads = 0;
@@ -159,13 +165,13 @@ cdef extern from *:
 cdef enum:
     SPINS = 200                 # longer than a critical section, shorter than a time slice
     YIELDS = 50
-    NAP_NS = 50_000             # an owner that was preempted is away for milliseconds
+    NAP_NS = 50_000             # a preempted owner does not run for milliseconds
     LONGEST_NAP_NS = 1_000_000
-    SLICE_NS = 20_000_000       # the longest wait for a lock without a look at signals
+    SLICE_NS = 20_000_000       # the longest wait for a lock without checking for signals
 
-cdef enum:  # what comes of a wait for a lock
+cdef enum:  # the outcome of a wait for a lock
     LOCKED = 0
-    TAKEN_OVER = 1              # from a dead owner: what it was doing is to be repaired
+    TAKEN_OVER = 1              # from a dead owner: the caller repairs what it was changing
     NOT_LOCKED = 2
 
 
@@ -184,7 +190,7 @@ cdef inline void unlock(uint32_t* word) noexcept nogil:
 
 
 cdef inline bint spin_lock(uint32_t* word, uint32_t seat) noexcept nogil:
-    """Take the lock if its owner lets go within about a microsecond."""
+    """Take the lock if its owner releases it within about a microsecond."""
     cdef int i
     for i in range(SPINS):
         if is_free(word) and try_lock(word, seat):
@@ -199,24 +205,26 @@ cdef inline uint32_t epoch_of(uint32_t seat, const Shared* shared) noexcept nogi
 
 
 cdef inline bint has_seat(const Shared* shared) noexcept nogil:
-    """Whether nobody else has taken this process's seat since."""
+    """Whether no other process has taken this process's seat in the meantime."""
     return epoch_of(shared.me & (SEATS - 1), shared) == shared.me >> SEAT_BITS
 
 
 cdef inline bint is_left(uint32_t seat, uint64_t holder, const Shared* shared) noexcept nogil:
-    """Whether nobody alive has a seat, of which `holder` was read. Not to be asked of this process's own."""
+    """Whether no living process has a seat, whose `holder` was read. Not for this process's own seat."""
     if not names_process(holder):
-        return not is_locked(shared.fd, seat, READ_LOCK)    # locks of those that may only read the file do not count
+        # read locks, which readers of the file may have, do not count
+        return not is_locked(shared.fd, seat, READ_LOCK)
     if not holder & SURE or not is_locked(shared.fd, seat, WRITE_LOCK):
         return True
     return shared.space != 0 and load_u64(&shared.seats[seat].space) == (shared.space | holder & EPOCHS) and \
         is_process_gone(holder, shared.boot)
 
 
-cdef inline uint32_t sit_down(uint32_t seat, uint32_t epochs, uint64_t process, Shared* shared) noexcept nogil:
-    """Take a seat whose byte this process has locked, for writing if `process` is 0; its word, or 0 if it is another's.
+cdef inline uint32_t claim_seat(uint32_t seat, uint32_t epochs, uint64_t process, Shared* shared) noexcept nogil:
+    """Take a seat; returns its seat word, or 0 if another process has it.
 
-    The epoch grows by `epochs`. `process` is own_bits().
+    Requires that this process has locked the seat's byte: for writing, with a `process` of 0; otherwise for reading,
+    with a `process` of own_bits(). The epoch grows by `epochs`.
     """
     cdef Seat* there = &shared.seats[seat]
     cdef uint64_t space = load_u64(&there.space)
@@ -233,8 +241,8 @@ cdef inline uint32_t sit_down(uint32_t seat, uint32_t epochs, uint64_t process, 
     return <uint32_t> epoch << SEAT_BITS | seat
 
 
-cdef inline bint is_sitting(const Shared* shared) noexcept nogil:
-    """Whether this process still has its seat, as others see it."""
+cdef inline bint holds_seat(const Shared* shared) noexcept nogil:
+    """Whether this process still has its seat, as other processes see it."""
     cdef uint32_t seat = shared.me & (SEATS - 1)
     cdef uint64_t holder = load_u64(&shared.seats[seat].holder)
     return holder & EPOCHS == shared.me >> SEAT_BITS and \
@@ -242,15 +250,15 @@ cdef inline bint is_sitting(const Shared* shared) noexcept nogil:
 
 
 cdef inline void hold_by_lock(const Shared* shared) noexcept nogil:
-    """If this process has its seat by its process id, have it by the lock alone, unless readers are still in the way."""
+    """If this process has its seat by its process id, change that to the lock alone, unless readers exclude it."""
     cdef uint32_t seat = shared.me & (SEATS - 1)
     cdef uint64_t holder = load_u64(&shared.seats[seat].holder)
     if names_process(holder) and has_seat(shared) and lock_seat(shared.fd, seat, WRITE_LOCK):
         swap_u64(&shared.seats[seat].holder, holder, holder & EPOCHS)
 
 
-cdef inline void stand_up(const Shared* shared) noexcept nogil:
-    """Take this process's id out of its seat, before it gives up its lock."""
+cdef inline void clear_seat(const Shared* shared) noexcept nogil:
+    """Remove this process's id from its seat, before it gives up its lock."""
     cdef Seat* there = &shared.seats[shared.me & (SEATS - 1)]
     cdef uint64_t holder = load_u64(&there.holder)
     if names_process(holder) and holder & EPOCHS == shared.me >> SEAT_BITS:
@@ -258,7 +266,7 @@ cdef inline void stand_up(const Shared* shared) noexcept nogil:
 
 
 cdef inline bint is_gone(uint32_t owner, const Shared* shared) noexcept nogil:
-    """Whether the process that an owner's word names has died. Asks the kernel: some 1.2 us."""
+    """Whether the process of a seat word has died. Asks the kernel, which takes some 1.2 us."""
     cdef uint32_t seat = owner & (SEATS - 1)
     cdef uint64_t holder
     if owner == shared.me:
@@ -266,21 +274,21 @@ cdef inline bint is_gone(uint32_t owner, const Shared* shared) noexcept nogil:
     holder = load_u64(&shared.seats[seat].holder)
     if seat == 0 or holder & EPOCHS != owner >> SEAT_BITS:
         return True
-    # by a descriptor that was closed underneath and opened again for something else, everybody would be dead
+    # a descriptor that was closed underneath and opened again for another file would make every owner look dead
     return is_file(shared.fd, shared.device, shared.inode) and is_left(seat, holder, shared)
 
 
 cdef inline bint take_over(uint32_t* word, const Shared* shared) noexcept nogil:
-    """Take a lock from an owner that has died; what it was doing is to be repaired."""
+    """Take a lock from an owner that has died; the caller repairs what it was changing."""
     cdef uint32_t owner = load_u32(word)
     return owner != 0 and is_gone(owner, shared) and swap_u32(word, owner, shared.me)
 
 
 cdef inline int lock_within(uint32_t* word, const Shared* shared, int64_t patience_ns) noexcept nogil:
-    """Take the lock: spin, then give the processor away between tries, so that a preempted owner gets on.
+    """Take a lock: spin, then yield the processor between tries, so that a preempted owner can continue.
 
-    NOT_LOCKED if that was in vain for `patience_ns`, or the state is being closed. With 0 it only spins, and asks once
-    whether the owner is dead.
+    NOT_LOCKED if it stays locked for `patience_ns`, or the state is being closed. With a `patience_ns` of 0 it only
+    spins, and asks once whether the owner is dead.
     """
     cdef int round
     cdef int64_t give_up_ns

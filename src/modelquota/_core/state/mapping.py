@@ -1,4 +1,4 @@
-"""What lies where in the mapping, and how it is opened."""
+"""The mapping: offsets of its parts, creating and opening it, and what identifies its layout, boot and namespace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_MODELS_LIMIT = 2**24
 
 
 class Regions(NamedTuple):
-    """Offsets of the parts of the mapping, in bytes; every part begins on a page of its own."""
+    """Offsets of the parts of the mapping, in bytes; each part begins at a page boundary."""
 
     seats: int
     changes: int
@@ -38,21 +38,21 @@ def _pages(size: int) -> int:
 def plan(header: int, fixed: Sequence[int], row: int, cold: int, name_share: int, max_models: int) -> Regions:
     """Lay out the mapping for `max_models` models from the sizes of its parts, in bytes.
 
-    `fixed` has the sizes of the parts that do not depend on the number of models, whole.
+    `fixed` has the total sizes of the parts that do not depend on the number of models.
     """
     sizes = (header, *fixed, row * max_models, cold * max_models, name_share * max_models)
     return Regions(*itertools.accumulate(_pages(size) for size in sizes))
 
 
 def create_anonymous(size: int) -> int:
-    """Return the descriptor of `size` bytes of zeros without a name; pages cost nothing until touched."""
+    """Return a descriptor of an anonymous file of `size` zero bytes; pages cost nothing until they are touched."""
     descriptor = os.memfd_create("modelquota", os.MFD_CLOEXEC)
     os.ftruncate(descriptor, size)
     return descriptor
 
 
 def open_again(descriptor: int, path: str | None = None) -> int:
-    """Open the same file again: locks belong to what is opened, not to the file or the process.
+    """Open the same file again, since locks belong to an open file description, not to a file or a process.
 
     Without /proc it is opened by its `path`, if it has one and that is still the same file.
     """
@@ -70,7 +70,7 @@ def open_again(descriptor: int, path: str | None = None) -> int:
 
 
 def clock_shift_ns() -> int:
-    """By how much this process's time namespace shifts its monotonic clock, in ns; see time_namespaces(7)."""
+    """Return how far this process's time namespace shifts its monotonic clock, in ns; see time_namespaces(7)."""
     try:
         with open("/proc/self/timens_offsets") as file:
             for line in file:
@@ -83,11 +83,11 @@ def clock_shift_ns() -> int:
 
 
 def process_space() -> int:
-    """Return a number that processes share for which process ids and start times mean the same.
+    """Return a number that is the same for all processes that see the same process ids and start times.
 
     0 if that cannot be known: /proc is not mounted, or is that of another PID namespace.
     """
-    try:  # of the thread: the first one may have ended
+    try:  # "thread-self": the first thread may have ended
         with open("/proc/thread-self/status", "rb") as file:
             ids = next((line.split()[1:] for line in file if line.startswith(b"NSpid:")), [])
         if len(ids) != 1:  # the process has an id in each namespace from that of /proc down to its own
@@ -100,9 +100,9 @@ def process_space() -> int:
     return digest(repr(found).encode())
 
 
-@functools.cache  # a process that has read it and is then confined to where there is no /proc goes on
+@functools.cache  # a process that has read it continues to work if it is later confined to a place without /proc
 def boot_id() -> bytes:
-    """16 bytes that no other boot of this machine has."""
+    """Return 16 bytes that no other boot of this machine has."""
     path = "/proc/sys/kernel/random/boot_id"
     try:
         with open(path) as file:
@@ -128,14 +128,14 @@ def _describe(dtype: np.dtype[Any]) -> str:
 
 
 def fingerprint(*layout: np.dtype[Any]) -> int:
-    """A 64-bit digest of names, types, offsets and sizes: states of another layout are never taken for one's own."""
+    """Return a 64-bit digest of names, types, offsets and sizes, which tells states of other layouts apart."""
     return digest("|".join(_describe(dtype) for dtype in layout).encode())
 
 
 def digest(data: bytes) -> int:
-    """64 bits that tell data apart.
+    """Return a 64-bit digest of data, by FNV-1a.
 
-    FNV-1a, by hand: against accidents it is enough, and hashlib would bring 4 MB of OpenSSL along.
+    It is enough against accidents, and hashlib would load 4 MB of OpenSSL.
     """
     found = 0xCBF29CE484222325
     for byte in data:

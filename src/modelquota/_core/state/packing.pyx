@@ -1,4 +1,4 @@
-"""Between Python values and the structs of the layout: configurations, rates, dtypes."""
+"""Conversion between Python values and the structs of the layout: configurations, rates, dtypes."""
 import functools
 
 import numpy as np
@@ -15,7 +15,9 @@ from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD
 from modelquota._core.row.level cimport NO_RATE
 from modelquota._core.row.usage cimport NO_LIMIT, Usage, put_limits, read_usage, start_row
 
-from modelquota.quota.limits import CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
+from modelquota.quota.limits import (
+    CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
+)
 
 cdef tuple ACTIONS = tuple(ViolationAction)
 cdef tuple WINDOW_FIELDS = tuple(       # of a quota: the fields of each window, requests and tokens
@@ -26,7 +28,10 @@ cdef tuple WINDOW_FIELDS = tuple(       # of a quota: the fields of each window,
 
 @functools.cache
 def dtypes():
-    """The numpy dtypes of the layout's parts, derived from the C structs, by name. Not to be changed: it is made once."""
+    """The numpy dtypes of the layout's parts, by name, derived from the C structs.
+
+    The dict is shared: do not modify it.
+    """
     cdef Header header
     cdef Seat seat
     cdef QueueEntry entry
@@ -46,7 +51,7 @@ def dtypes():
 
 
 def _with_names_of_windows(dtype):
-    """The same with a field for each element of ``requests_this`` and ``tokens_this``, named as in `ResourceUsage`."""
+    """The dtype with a field for each element of ``requests_this`` and ``tokens_this``, named as in `ResourceUsage`."""
     fields = {}
     for name, (kind, offset) in dtype.fields.items():
         if name.endswith("_this"):
@@ -59,14 +64,17 @@ def _with_names_of_windows(dtype):
 
 
 def core_limits():
-    """The core's own account of limits: ``(codes, windows)``; of each window slots per slot, codes of requests and tokens."""
+    """The core's own list of limits: ``(codes, windows)``.
+
+    `windows` has, for each window, its slots per slot and its codes of requests and tokens.
+    """
     windows = [(SLOTS_PER_SLOT[i], LIMIT_CODES[i][False], LIMIT_CODES[i][True]) for i in range(WINDOWS)]
     named = {"RAM": RAM_MB, "SSD": SSD_MB, "CONCURRENCY": CONCURRENCY, "QUEUE": QUEUE_PLACE, "LIMITS": LIMITS}
     return named, windows
 
 
 def struct_sizes():
-    """``sizeof`` of each struct of the layout, to compare the dtypes with."""
+    """``sizeof`` of each struct of the layout, for comparison with the dtypes."""
     return {"header": sizeof(Header), "seat": sizeof(Seat), "entry": sizeof(QueueEntry), "grant": sizeof(GrantRecord),
             "row": sizeof(Row), "cold": sizeof(ColdRow), "usage": sizeof(Usage)}
 
@@ -74,7 +82,7 @@ def struct_sizes():
 def encode_rate(rate, burst):
     """A rate and its burst as the core counts them: ``(window_limit, drain, shift, cap)``, see ``level.pxd``.
 
-    None, or a rate of the largest count and more, is no limit. A rate of 0 admits nothing, whatever the burst.
+    None, or a rate of the largest count or more, means no limit. A rate of 0 admits nothing, whatever the burst.
     """
     if rate is None or rate >= MAX_COUNT:
         return UNLIMITED, 0, NO_RATE, 0
@@ -98,7 +106,7 @@ cdef inline object _count(int64_t limit):
 
 
 cdef int pack(object config, Limits* limits) except -1:
-    """A ResourceQuotaConfig, valid by construction, as the row stores it."""
+    """Convert a ResourceQuotaConfig, which is valid by construction, to what a row stores."""
     cdef int window
     limits.max_ram_mb = _limit(config.max_ram_mb)
     limits.max_ssd_mb = _limit(config.max_ssd_mb)
@@ -151,9 +159,9 @@ cdef dict unpack(const Limits* limits):
 
 
 def bounds_of(config):
-    """What the limits of a ResourceQuotaConfig admit: ``(most, at_once)``, both by `Limit`, None for no limit.
+    """What the limits of a ResourceQuotaConfig admit: ``(most, at_once)``, both by `Limit`, None if it is not set.
 
-    `most` is for the limit's whole window, ``ceil(rate) + burst`` for a rate; `at_once` is what a single request may have
+    `most` is the maximum per window, ``ceil(rate) + burst`` for a rate; `at_once` is the maximum of a single request
     while nothing is used, ``max(rate, 1) + burst`` for a rate.
     """
     cdef Row row

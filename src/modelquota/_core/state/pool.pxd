@@ -1,8 +1,8 @@
-# Records in shared memory that one process owns: given out by chunks of CHUNK, and given back by chunks.
+# Pools of records in shared memory: grant records and queue entries. A process claims and returns them by chunks.
 #
-# Which chunk is whose is in the mapping, claimed by compare-and-swap; which of its records are free only its owner knows.
-# All of it is used under the GIL. A chunk whose records have all come back is given back, unless it is the only one with
-# free records: otherwise a process that once had everything would keep it.
+# The owner of each chunk is in the mapping, claimed by compare-and-swap; which of its records are free, only the owner
+# knows. Functions without `nogil` require the GIL. A chunk is returned when all of its records are free, unless it is
+# the only one with free records; otherwise a process that once had many grants would keep their chunks.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from modelquota._core.atomics cimport load_u32, swap_u32
@@ -17,7 +17,7 @@ cdef extern from *:
 
 
 cdef inline bint start_pool(Pool* pool) noexcept:
-    """Begin with no chunk; False without memory."""
+    """Initialize with no chunk; False if there is no memory."""
     if pool.free == NULL:
         pool.free = <uint64_t*> calloc(CHUNKS, sizeof(uint64_t))
         pool.open = <uint32_t*> calloc(CHUNKS, sizeof(uint32_t))
@@ -37,7 +37,7 @@ cdef inline void* record_at(const Pool* pool, int64_t number) noexcept nogil:
 
 
 cdef inline int64_t claim_chunk(Pool* pool, uint32_t me) noexcept:
-    """A chunk that nobody owned and now this process does, or -1. Its records cannot be taken before open_chunk()."""
+    """Claim a free chunk, and return it, or -1 if there is none. Its records cannot be taken before open_chunk()."""
     cdef uint32_t chunk
     for chunk in range(CHUNKS):
         if load_u32(&pool.owners[chunk]) == 0 and swap_u32(&pool.owners[chunk], 0, me):
@@ -46,7 +46,7 @@ cdef inline int64_t claim_chunk(Pool* pool, uint32_t me) noexcept:
 
 
 cdef inline void open_chunk(Pool* pool, int64_t chunk) noexcept:
-    """Let the records of a claimed chunk be taken, for which there is space."""
+    """Make the records of a claimed chunk available. Requires that space has been reserved for them."""
     cdef uint32_t used = load_u32(pool.chunks_used)
     while used <= chunk and not swap_u32(pool.chunks_used, used, <uint32_t> chunk + 1):
         used = load_u32(pool.chunks_used)
@@ -56,7 +56,7 @@ cdef inline void open_chunk(Pool* pool, int64_t chunk) noexcept:
 
 
 cdef inline int64_t take_record(Pool* pool) noexcept:
-    """Number of a free record, or -1 if another chunk has to be claimed first."""
+    """Take a free record and return its number, or -1 if another chunk has to be claimed first."""
     cdef uint32_t chunk
     cdef int bit
     if pool.open_count == 0:
@@ -70,7 +70,7 @@ cdef inline int64_t take_record(Pool* pool) noexcept:
 
 
 cdef inline void give_record(Pool* pool, int64_t number, uint32_t me) noexcept:
-    """Take a record back that nobody refers to any more; with the last of a chunk, give the chunk back."""
+    """Return a record that is no longer referred to; with the last one of a chunk, return the chunk."""
     cdef uint32_t chunk = <uint32_t> (number // CHUNK)
     cdef uint32_t at
     if pool.free[chunk] == 0:

@@ -1,4 +1,4 @@
-# Reading a row, and sums over all rows, from lock to unlock: nothing here touches a Python object.
+# Reading a row, and sums over all rows, from lock to unlock. Nothing here touches a Python object.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from modelquota._core.layout cimport ColdRow, Header, Limits, Row, Shared, VIOLATION_TYPES
@@ -6,7 +6,7 @@ from modelquota._core.row.queue cimport count_counted, drop_expired
 from modelquota._core.row.usage cimport Usage, read_limits, read_usage
 from modelquota._core.row.window cimport requests_charged, tokens_charged
 from modelquota._core.state.lock cimport unlock
-from modelquota._core.state.repair cimport lock_row, put_right
+from modelquota._core.state.repair cimport lock_row, recompute_row
 
 cdef enum:
     READ_PATIENCE_NS = 20_000_000   # how long a reader waits for a row before it reads without its lock
@@ -27,7 +27,7 @@ cdef struct Totals:
 cdef inline bint read_and_unlock(
     Row* row, ColdRow* cold, uint32_t generation, int64_t now_ns, const Shared* shared, Usage* usage, Limits* limits
 ) noexcept nogil:
-    """Read a row that is locked; False if the model has left it."""
+    """Read a row and release its lock; False if the model has been removed. Requires the row's lock."""
     cdef bint alive = row.generation == generation
     if alive:
         if cold.waiting != 0:
@@ -44,7 +44,10 @@ cdef inline bint read_and_unlock(
 cdef inline bint read_locked(
     Row* row, uint32_t generation, int64_t now_ns, const Shared* shared, Usage* usage, Limits* limits
 ) noexcept nogil:
-    """Read a row that a process which does not run has locked: a copy of it, put right as after a death."""
+    """Read a row that stays locked, from a copy that is repaired; False if the model has been removed.
+
+    Does not take the row's lock.
+    """
     cdef int64_t index = row - shared.rows
     cdef Row row_copy
     cdef ColdRow cold_copy
@@ -52,7 +55,7 @@ cdef inline bint read_locked(
     memcpy(&cold_copy, &shared.cold_rows[index], sizeof(ColdRow))
     if row_copy.generation != generation:
         return False
-    put_right(&row_copy, &cold_copy, <uint32_t> index, shared)
+    recompute_row(&row_copy, &cold_copy, <uint32_t> index, shared)
     read_usage(&row_copy, &cold_copy, now_ns, usage)
     if limits != NULL:
         read_limits(&row_copy, &cold_copy, limits)
@@ -60,7 +63,8 @@ cdef inline bint read_locked(
 
 
 cdef inline void sum_totals(const Shared* shared, Totals* totals) noexcept nogil:
-    """Sums over all models, living and removed. A row that stays locked is read as it is."""
+    """Sum over all models, including removed ones. Takes the rows' locks, one at a time; one that stays locked is read
+    without it."""
     cdef Header* header = shared.header
     cdef Row* row
     cdef ColdRow* cold

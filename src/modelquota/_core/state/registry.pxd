@@ -1,5 +1,6 @@
-# The registry: models enter and leave rows, and limits are changed. Lock order: the registry's, then a row's; whoever cannot
-# have the row soon gives the registry back first, so that a process that is stopped in one row holds up only that model.
+# The registry: models are added to rows and removed, and their limits are changed. Lock order: the registry's lock,
+# then a row's. If the row stays locked the registry's lock is released too, so a process that is stopped with one row
+# locked blocks only that model.
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from modelquota._core.atomics cimport add_u64_relaxed, compiler_barrier, store_i64, store_u32, store_u64, swap_i64
@@ -13,16 +14,16 @@ from modelquota._core.state.repair cimport clear, lock_row
 
 cdef enum:
     NAME_UNIT = 16          # a name record has 16, 32, 64, 128 or 256 bytes
-    NAME_SHARE = 496        # what one row takes at most over its life: 16 + 32 + 64 + 128 + 256
-    ROW_PATIENCE_NS = 1_000_000     # how long a row is waited for with the registry locked
-    LOOK_AGAIN_NS = 16_666_667      # when a full table is searched again; a slot's end may have made room
+    NAME_SHARE = 496        # bytes of names that one row needs at most over its life: 16 + 32 + 64 + 128 + 256
+    ROW_PATIENCE_NS = 1_000_000     # the longest wait for a row's lock with the registry locked
+    LOOK_AGAIN_NS = 16_666_667      # the pause before a full table is searched again; the end of a slot may make room
     SEARCHING = -1
-    SEARCH_SHARE = 20               # searching takes at most one part in so many of the time
+    SEARCH_SHARE = 20               # searching takes at most 1 / SEARCH_SHARE of the time
 
-cdef enum:  # what comes of a change
+cdef enum:  # the outcome of a change
     DONE = 1
     NOT_DONE = 0
-    REGISTRY_BUSY = -1      # a lock could not be had; nothing was done
+    REGISTRY_BUSY = -1      # a lock could not be taken; nothing was done
     TABLE_FULL = -2
     OTHER_VERSION = -3
 
@@ -31,28 +32,32 @@ cdef enum:  # Header.clock_kind
     MANUAL = 2
 
 cdef enum:
-    ANY_ROW = 0xFFFF_FFFF   # in the change log: everything has to be looked at
+    ANY_ROW = 0xFFFF_FFFF   # in the change log: all rows have to be read again
 
 
 cdef inline void log_change(const Shared* shared, uint32_t row) noexcept nogil:
-    """Say that a model has come or gone. Requires the registry's lock."""
+    """Log that a model was added or removed. Requires the registry's lock."""
     cdef Header* header = shared.header
     shared.changes[header.registry_version % CHANGES] = row
     store_u64(&header.registry_version, header.registry_version + 1)
 
 
 cdef inline bint finish_changes(const Shared* shared) noexcept nogil:
-    """Finish what a dead owner of the registry's lock left half done. Requires that lock; False if a row is locked."""
+    """Finish the change that a dead owner of the registry's lock had begun; False if a row stays locked.
+
+    Requires the registry's lock; takes a row's.
+    """
     cdef Header* header = shared.header
     cdef int64_t row = header.staged_row
     if 0 <= row < header.max_models:
-        if not lock_row(&shared.rows[row], shared, ROW_PATIENCE_NS):    # if its owner died with it, this finishes the change
+        # if its owner is dead too, this finishes the change
+        if not lock_row(&shared.rows[row], shared, ROW_PATIENCE_NS):
             return False
         unlock(&shared.rows[row].lock)
     header.staged_row = -1
     row = header.leaving_row
     if 0 <= row < header.max_models and shared.rows[row].generation == header.leaving_generation:
-        memcpy(&header.retired_allowed, header.staged_retired, sizeof(header.staged_retired))   # it has stayed
+        memcpy(&header.retired_allowed, header.staged_retired, sizeof(header.staged_retired))   # not removed
     compiler_barrier()
     header.leaving_row = -1
     while header.row_count < header.max_models and shared.rows[header.row_count].generation != 0:
@@ -65,7 +70,7 @@ cdef inline bint finish_changes(const Shared* shared) noexcept nogil:
 
 
 cdef inline bint lock_registry(const Shared* shared, int64_t patience_ns) noexcept nogil:
-    """Lock the registry, with nothing in it half done; False if that was in vain for so long."""
+    """Lock the registry, and finish what a dead process had begun there; False if it stays locked for `patience_ns`."""
     cdef Header* header = shared.header
     cdef int outcome = lock_within(&header.registry_lock, shared, patience_ns)
     if outcome == NOT_LOCKED:
@@ -86,10 +91,10 @@ cdef inline int replace_limits(
     Row* row, uint32_t generation, const Limits* limits, const Limits* expected, bint named, int64_t now_ns,
     const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
-    """Change limits: the time until now passes under the old ones. Takes the registry's lock and the row's.
+    """Change limits; the time until `now_ns` passes under the old ones. Takes the registry's lock and the row's.
 
-    NOT_DONE, and nothing is changed, if the model has left the row, or its limits are no longer those that were
-    `expected` (NULL: any). `named` says that somebody configured this id: it is not forgotten any more.
+    NOT_DONE, and nothing is changed, if the model has been removed, or its limits are no longer `expected` (NULL: any).
+    `named`: this id was configured explicitly, so it is no longer removed to make room.
     """
     cdef Header* header = shared.header
     cdef ColdRow* cold = &shared.cold_rows[row - shared.rows]
@@ -107,7 +112,7 @@ cdef inline int replace_limits(
     if fits:
         advance(row, cold, now_ns)
         header.staged = limits[0]
-        # but for the lock, which others try
+        # except the lock, which other processes are trying to take
         memcpy(&header.staged_row_before.slot_end_ns, &row.slot_end_ns,
                sizeof(Row) - (<char*> &row.slot_end_ns - <char*> row))
         header.staged_generation = generation
@@ -125,7 +130,7 @@ cdef inline int replace_limits(
 
 
 cdef inline bint write_name(const Shared* shared, ColdRow* cold, const char* name, int64_t size) noexcept nogil:
-    """Put a name into the row's record, or into a larger one. False if none is left. Requires both locks."""
+    """Write a name to the row's name record, or to a larger one; False if there is no space. Requires both locks."""
     cdef Header* header = shared.header
     cdef int64_t capacity = NAME_UNIT
     cdef int64_t offset
@@ -135,7 +140,7 @@ cdef inline bint write_name(const Shared* shared, ColdRow* cold, const char* nam
         offset = header.names_used
         if offset + capacity > shared.names_size:
             return False
-        header.names_used = offset + capacity       # first: a process that dies here leaves a gap, not two owners
+        header.names_used = offset + capacity       # first: a process that dies here leaves a gap, not a shared record
         compiler_barrier()
         cold.name_offset = <uint32_t> (offset // NAME_UNIT)
         compiler_barrier()
@@ -145,8 +150,8 @@ cdef inline bint write_name(const Shared* shared, ColdRow* cold, const char* nam
     return True
 
 
-cdef inline void take_out(Row* row, ColdRow* cold, const Shared* shared) noexcept nogil:
-    """Take a model out of its row; what it counted goes into the header's totals. Requires both locks."""
+cdef inline void vacate_row(Row* row, ColdRow* cold, const Shared* shared) noexcept nogil:
+    """Remove a model from its row, and add its counts to the header's totals. Requires both locks."""
     cdef Header* header = shared.header
     cdef int kind
     memcpy(header.staged_retired, &header.retired_allowed, sizeof(header.staged_retired))
@@ -171,11 +176,11 @@ cdef inline void take_out(Row* row, ColdRow* cold, const Shared* shared) noexcep
     clear(row, cold)
 
 
-cdef inline bint is_as_new(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
-    """Whether a model that was registered on sight would be decided the same if it had just come. Requires its lock.
+cdef inline bint is_unused(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
+    """Whether a model from default_quota is unused: every decision would be the same if it had just been registered.
 
-    Nothing is in any window that has a limit, its levels have drained, nobody holds anything of it, waits for it or has
-    bound it, and its limits are those with which it came.
+    Every window with a limit is empty, its levels have drained, no grant holds anything of it, no request waits for it,
+    no handle is bound to it, and its limits are those with which it was registered. Requires the row's lock.
     """
     cdef Limits limits
     cdef int i
@@ -196,10 +201,10 @@ cdef inline bint is_as_new(Row* row, ColdRow* cold, int64_t now_ns) noexcept nog
 
 
 cdef inline int64_t forget_one(const Shared* shared, int64_t now_ns) noexcept nogil:
-    """Take a model out that is as good as new, and return its row, locked; TABLE_FULL if there is none.
+    """Remove an unused model, and return its row, locked; TABLE_FULL if there is none.
 
-    A hand goes round the rows, so the search goes on where the last one ended. If a whole round finds nothing, nobody
-    searches again for a while. Requires the registry's lock.
+    The search continues where the last one ended. If a whole round finds none, the next search is after a while.
+    Requires the registry's lock; takes rows' locks, one at a time, and leaves the last one to the caller.
     """
     cdef Header* header = shared.header
     cdef int64_t index, i, began_ns
@@ -208,18 +213,18 @@ cdef inline int64_t forget_one(const Shared* shared, int64_t now_ns) noexcept no
     if now_ns < header.full_until_ns:
         return TABLE_FULL
     began_ns = wait_clock_ns()
-    header.full_until_ns = SEARCHING        # whatever makes room from now on sets it to 0
+    header.full_until_ns = SEARCHING        # anything that makes room from now on sets it to 0
     for i in range(header.row_count):
         index = header.forget_hand if header.forget_hand < header.row_count else 0
         header.forget_hand = index + 1
         row = &shared.rows[index]
         if not shared.cold_rows[index].on_sight or not lock_row(row, shared, 0):
             continue
-        if row.generation & 1 and is_as_new(row, &shared.cold_rows[index], now_ns):
-            take_out(row, &shared.cold_rows[index], shared)
+        if row.generation & 1 and is_unused(row, &shared.cold_rows[index], now_ns):
+            vacate_row(row, &shared.cold_rows[index], shared)
             return index
         unlock(&row.lock)
-    if header.clock_kind != MANUAL:     # which stands still: whoever asks again at the same time is told the same
+    if header.clock_kind != MANUAL:     # a manual clock does not move by itself: the same time gives the same answer
         swap_i64(&header.full_until_ns, searching,
                   now_ns + max(SEARCH_SHARE * (wait_clock_ns() - began_ns), <int64_t> LOOK_AGAIN_NS))
     return TABLE_FULL
@@ -229,11 +234,10 @@ cdef inline int64_t add_model(
     const char* name, int64_t size, const Limits* limits, bint on_sight, int64_t now_ns, uint64_t version,
     uint32_t* generation, const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
-    """Put a model into the lowest free row and return its number. Takes the registry's lock and the row's.
+    """Add a model to the lowest free row and return its number. Takes the registry's lock and the row's.
 
-    If no row is free, a model that is as good as new makes room. TABLE_FULL; OTHER_VERSION if the registry is not
-    `version`; or REGISTRY_BUSY. `generation` is the model's: the row's may be another one by the time that the caller
-    looks.
+    If no row is free, an unused model is removed. TABLE_FULL if there is none; OTHER_VERSION if the registry's version
+    is not `version`; or REGISTRY_BUSY. Sets `generation`, since the row's may already be another one after the return.
     """
     cdef Header* header = shared.header
     cdef Row* rows = shared.rows
@@ -252,7 +256,7 @@ cdef inline int64_t add_model(
         if not lock_row(&rows[index], shared, ROW_PATIENCE_NS):
             unlock_registry(shared)
             return REGISTRY_BUSY
-        if index == header.row_count:       # never used; whatever a file may have there says nothing
+        if index == header.row_count:       # never used: what a file may have there is meaningless
             rows[index].generation = 0
             shared.cold_rows[index].name_offset = shared.cold_rows[index].name_capacity = 0
         header.lowest_free = index + 1
@@ -280,14 +284,14 @@ cdef inline int64_t add_model(
     else:
         header.lowest_free = min(header.lowest_free, index)
         index = TABLE_FULL
-        log_change(shared, ANY_ROW)         # somebody may have been taken out
+        log_change(shared, ANY_ROW)         # forget_one() may have removed a model
     unlock(&row.lock)
     unlock_registry(shared)
     return index
 
 
 cdef inline int remove_model(Row* row, uint32_t generation, const Shared* shared, int64_t patience_ns) noexcept nogil:
-    """Take a model out of its row; NOT_DONE if it was not there. Takes the registry's lock and the row's."""
+    """Remove a model; NOT_DONE if it had been removed before. Takes the registry's lock and the row's."""
     cdef Header* header = shared.header
     cdef int64_t index = row - shared.rows
     cdef bint alive
@@ -298,7 +302,7 @@ cdef inline int remove_model(Row* row, uint32_t generation, const Shared* shared
         return REGISTRY_BUSY
     alive = row.generation == generation
     if alive:
-        take_out(row, &shared.cold_rows[index], shared)
+        vacate_row(row, &shared.cold_rows[index], shared)
         if index < header.lowest_free:
             header.lowest_free = index
         header.full_until_ns = 0

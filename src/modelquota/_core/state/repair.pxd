@@ -1,9 +1,9 @@
-# Taking a row's lock. Whoever takes it over from a dead owner first puts the row right.
+# Locking a row, and repairing it. A lock that is taken over from a dead owner counts as taken only once the row has
+# been repaired.
 #
-# What is charged ever, the rings, and the records of grants and of the queue are what counts; the rest is found again from
-# them.
-# A change that takes several steps says so in the cold row's journal. Steps that are one store each need no entry: a process
-# dies between them, and what it had not stored of its own request is lost, no more.
+# The requests and tokens that were charged, the rings, and the records of grants and queues are the truth; all else is
+# recomputed from them. A change in several steps is recorded in the cold row's journal. A change that is a single store
+# needs no journal: if a process dies before it, only that part of its own request is lost.
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.atomics cimport add_u64_relaxed, compiler_barrier
@@ -12,14 +12,16 @@ from modelquota._core.row.level cimport LEVEL_MAX, load, store
 from modelquota._core.row.queue cimport rebuild_queue
 from modelquota._core.row.usage cimport put_limits
 from modelquota._core.row.window cimport (
-    ROLLED, ROLLING, SETTLED, current_slot, measure_room, roll, slot_start_ns, slots_per_slot, turn_ring
+    IDLE, ROLLED, ROLLING, current_slot, measure_room, roll, slot_start_ns, slots_per_slot, turn_ring
 )
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, spin_lock, try_lock
 
 
 cdef inline bint lock_row(Row* row, const Shared* shared, int64_t patience_ns) noexcept nogil:
-    """Lock a row, put right if its owner had died; False if that was in vain for so long. Without the GIL, unless it is
-    not to wait at all: who holds the GIL tries try_row() first."""
+    """Lock a row, and repair it if its owner had died; False if it stays locked for `patience_ns`.
+
+    Takes the row's lock. Call it without the GIL, unless `patience_ns` is 0; with the GIL, try try_row() first.
+    """
     cdef int outcome = lock_within(&row.lock, shared, patience_ns)
     if outcome == TAKEN_OVER:
         repair_row(row, shared)
@@ -27,12 +29,12 @@ cdef inline bint lock_row(Row* row, const Shared* shared, int64_t patience_ns) n
 
 
 cdef inline bint try_row(Row* row, const Shared* shared) noexcept nogil:
-    """Lock a row if it is free, or becomes free within about a microsecond."""
+    """Take a row's lock if it is free, or becomes free within about a microsecond."""
     return try_lock(&row.lock, shared.me) or spin_lock(&row.lock, shared.me)
 
 
 cdef inline void clear(Row* row, ColdRow* cold) noexcept nogil:
-    """Zero a model but for its row's lock and generation and its name record."""
+    """Zero a model, except its row's lock and generation and its name record. Requires the row's lock."""
     cdef uint32_t name_offset = cold.name_offset
     cdef uint16_t name_capacity = cold.name_capacity
     cdef Py_ssize_t kept = <char*> &row.slot_end_ns - <char*> row
@@ -43,7 +45,7 @@ cdef inline void clear(Row* row, ColdRow* cold) noexcept nogil:
 
 
 cdef inline void finish_rolling(Row* row, ColdRow* cold) noexcept nogil:
-    """Do what is left of moving all windows to the journal's slot."""
+    """Finish moving all windows to the journal's slot. Requires the row's lock, or a copy of the row."""
     cdef int64_t before = current_slot(row)
     cdef int64_t first, steps
     cdef int window
@@ -71,7 +73,7 @@ cdef inline void finish_rolling(Row* row, ColdRow* cold) noexcept nogil:
 
 
 cdef inline uint64_t in_ring(const Row* row, const ColdRow* cold, int window, bint of_tokens) noexcept nogil:
-    """Sum of the closed slots that a window counts."""
+    """Sum of the closed slots that a window counts. Requires the row's lock, or a copy of the row."""
     cdef int64_t slot = current_slot(row) // slots_per_slot(window) - cold.filled[window]
     cdef int64_t position = slot % SLOTS
     cdef uint64_t total = 0
@@ -83,7 +85,7 @@ cdef inline uint64_t in_ring(const Row* row, const ColdRow* cold, int window, bi
 
 
 cdef inline void count_held(const Row* row, ColdRow* cold, uint32_t index, const Shared* shared) noexcept nogil:
-    """Sum up what open grants hold of the row. Requires its lock."""
+    """Recompute what open grants hold of the row. Requires the row's lock, or a copy of the row."""
     cdef const GrantRecord* held
     cdef int64_t i
     cold.reserved_ram_mb = cold.reserved_ssd_mb = cold.reserved_tokens = cold.concurrent = 0
@@ -101,7 +103,7 @@ cdef inline void count_held(const Row* row, ColdRow* cold, uint32_t index, const
 
 
 cdef inline void repair_limits(Row* row, ColdRow* cold, const Header* header) noexcept nogil:
-    """Do a change of limits again from its beginning. Requires the row's lock."""
+    """Repeat a change of limits from its beginning. Requires the row's lock, or a copy of the row."""
     row.request_level = header.staged_row_before.request_level
     row.token_level = header.staged_row_before.token_level
     row.request_cap = header.staged_row_before.request_cap
@@ -115,11 +117,11 @@ cdef inline void repair_limits(Row* row, ColdRow* cold, const Header* header) no
     put_limits(row, cold, &header.staged)
 
 
-cdef inline void put_right(Row* row, ColdRow* cold, uint32_t index, const Shared* shared) noexcept nogil:
-    """Find all else again from what counts, in a row or a private copy of one."""
+cdef inline void recompute_row(Row* row, ColdRow* cold, uint32_t index, const Shared* shared) noexcept nogil:
+    """Repair a row, or a private copy of one, except its queue. Requires the row's lock, or a copy of the row."""
     cdef const Header* header = shared.header
     cdef int window
-    if cold.stage != SETTLED:
+    if cold.stage != IDLE:
         if cold.stage >= ROLLING:
             finish_rolling(row, cold)
         row.request_room = row.token_room = 0
@@ -130,7 +132,7 @@ cdef inline void put_right(Row* row, ColdRow* cold, uint32_t index, const Shared
         cold.tokens_base[window] = cold.tokens_start[window] - in_ring(row, cold, window, True)
     if header.staged_row == index and header.staged_generation == row.generation:
         repair_limits(row, cold, header)
-    # what levels may take back is a bound from below: 0 is always one
+    # the lowest levels are lower bounds: 0 always is one
     cold.request_minimum[0] = cold.request_minimum[1] = cold.token_minimum[0] = cold.token_minimum[1] = 0
     if load(&row.request_level) > LEVEL_MAX:
         store(&row.request_level, LEVEL_MAX)
@@ -141,16 +143,16 @@ cdef inline void put_right(Row* row, ColdRow* cold, uint32_t index, const Shared
 
 
 cdef inline void repair_row(Row* row, const Shared* shared) noexcept nogil:
-    """Put a row right whose lock was taken over from a dead owner. Requires the row's lock."""
+    """Repair a row whose lock was taken over from a dead owner. Requires the row's lock."""
     cdef int64_t index = row - shared.rows
     cdef ColdRow* cold = &shared.cold_rows[index]
     cdef Header* header = shared.header
     add_u64_relaxed(&header.recoveries, 1)
-    if row.generation % 2 == 0:         # the model had not come in, or was already out
+    if row.generation % 2 == 0:         # the model had not been added yet, or had been removed
         clear(row, cold)
         return
     rebuild_queue(row, cold, shared)
-    put_right(row, cold, <uint32_t> index, shared)
+    recompute_row(row, cold, <uint32_t> index, shared)
     if header.staged_row == index and header.staged_generation == row.generation:
         compiler_barrier()
         header.staged_row = -1

@@ -1,3 +1,4 @@
+# The state: one process's view of the shared memory.
 from cpython.object cimport PyObject
 from libc.stdint cimport INT64_MIN, int64_t, uint32_t
 from modelquota._core.layout cimport Shared
@@ -7,7 +8,7 @@ cdef extern from *:
     """
     #define MQ_REFUSES INT64_MIN
     """
-    const int64_t REFUSES "MQ_REFUSES"      # of fine_until_ns: this process must not use the state, or not any more
+    const int64_t REFUSES "MQ_REFUSES"      # as fine_until_ns: this process must not use the state, or no longer
 
 
 cdef int fork_count() noexcept
@@ -21,7 +22,7 @@ cdef class Mapping:
 
 
 cdef inline int64_t rows_now_ns(const Shared* shared) noexcept nogil:
-    """The time of the rows."""
+    """The rows' time now."""
     return monotonic_ns() + shared.offset_ns if shared.manual_ns == NULL else shared.manual_ns[0]
 
 
@@ -30,13 +31,13 @@ cdef class State:
     cdef Mapping mapping
     cdef readonly object path       # of the state file, or None
     cdef ManualClock manual         # None: the monotonic clock
-    cdef bint forked                # this process has, since it opened the state
+    cdef bint forked                # whether this process has forked since it opened the state
     cdef int inside                 # threads that use the state without the GIL
     cdef readonly bint closed       # whether `close` was called
-    cdef object refusal             # why this process must not use the state, in words; None while it may
-    cdef object file_fault          # what has happened to the file underneath, as far as it was reported
-    cdef int64_t verified_ns        # when it last saw that its seat is still its own
-    cdef PyObject* watcher          # a Watcher, which refers to this and takes itself out as it goes; or NULL
+    cdef object refusal             # why this process must not use the state; None while it may
+    cdef object file_fault          # the last reported fault of the file, or None
+    cdef int64_t verified_ns        # when it was last verified that the seat is still this process's
+    cdef PyObject* watcher          # a Watcher, which refers to this and clears it when it is deallocated; or NULL
     cdef PyObject* older            # states of this process, see after_fork()
     cdef PyObject* newer
 

@@ -1,7 +1,7 @@
-"""The memory that processes share: its mapping, this process's seat in it, and the clock of its rows.
+"""The state: the memory that processes share, this process's seat in it, and the clock of its rows.
 
 After a fork the child takes a seat of its own; what the parent holds stays the parent's. A child that cannot have one
-refuses every verb: it never works on its parent's.
+refuses every verb: it never uses its parent's seat.
 """
 cimport cython
 import functools
@@ -27,8 +27,8 @@ from modelquota._core.layout cimport (
 )
 from modelquota._core.state.clock cimport ManualClock, Watcher, monotonic_ns
 from modelquota._core.state.lock cimport (
-    NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, has_seat, hold_by_lock, is_file, is_left, is_sitting, lock_seat, own_bits,
-    sit_down, stand_up
+    NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, claim_seat, clear_seat, has_seat, hold_by_lock, holds_seat, is_file,
+    is_left, lock_seat, own_bits
 )
 from modelquota._core.state.pool cimport end_pool, record_at, start_pool
 from modelquota._core.state.registry cimport MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, unlock_registry
@@ -45,7 +45,7 @@ cdef extern from *:
     #include <errno.h>
     #include <fcntl.h>
 
-    static int mq_set_space_aside(int fd, long start, long size) {      /* an errno; 0 also if this is not supported */
+    static int mq_set_space_aside(int fd, long start, long size) {      /* an errno, or 0; 0 if this is not supported */
         while (size > 0 && fallocate(fd, 0, start, size) != 0)
             if (errno != EINTR)
                 return errno == EOPNOTSUPP || errno == ENOSYS ? 0 : errno;
@@ -54,22 +54,23 @@ cdef extern from *:
     """
     int set_space_aside "mq_set_space_aside"(int fd, Py_ssize_t start, Py_ssize_t size)
 
-cdef uint64_t MAGIC = 0x31_61_74_6F_75_71_64_6D     # "mdquota1", as it stands in memory
+cdef uint64_t MAGIC = 0x31_61_74_6F_75_71_64_6D     # the bytes "mdquota1"
 cdef int64_t LONGEST_NAME = 256                     # bytes of the largest name record
-cdef int64_t LOOK_NS = 1_000_000_000                # how often it looks what has become of its file
-cdef int64_t VERIFY_NS = 1_000_000                  # how often it looks whether its seat is its own before it gives a grant
-cdef int forks = 0                                  # between the first process and this one
-cdef PyObject* newest = NULL                        # the states of this process, linked by `older`; under the GIL
+cdef int64_t LOOK_NS = 1_000_000_000                # the interval between two checks of the file
+# the shortest interval between two checks of the seat before a grant
+cdef int64_t VERIFY_NS = 1_000_000
+cdef int forks = 0                                  # the number of forks between the first process and this one
+cdef PyObject* newest = NULL                        # the states of this process, linked by `older`; guarded by the GIL
 CONSTANTS = {"magic": MAGIC, "version": LAYOUT_VERSION, "name_unit": NAME_UNIT}
 
-cdef enum:  # what comes of anchor_time()
+cdef enum:  # the outcome of anchor_time()
     ANCHORED = 0
     BUSY = 1
     OTHER_CLOCK = 2
 
 
 cdef int fork_count() noexcept:
-    """Which process this is among those forked from one another: what belongs to another one is left alone."""
+    """Identifies this process among those forked from one another; objects of another one are not used."""
     return forks
 
 
@@ -89,8 +90,10 @@ def _after_fork_in_parent():
 
 
 def _after_fork():
-    """In a forked child. First, and without running any Python code that a signal could interrupt, it stops being its
-    parent; only then it tries to become somebody."""
+    """In a forked child: give up the parent's seat, then take one.
+
+    The first part runs no Python code, which a signal could interrupt.
+    """
     global forks
     cdef PyObject* state = newest
     cdef State one
@@ -112,7 +115,7 @@ os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after
 
 
 def regions_for(max_models):
-    """Where the parts of a mapping for so many models are."""
+    """The offsets of the parts of a mapping for this number of models."""
     fixed = (SEATS * sizeof(Seat), CHANGES * sizeof(uint32_t), CHUNKS * sizeof(uint32_t), RECORDS * sizeof(QueueEntry),
              CHUNKS * sizeof(uint32_t), RECORDS * sizeof(GrantRecord))
     return plan(sizeof(Header), fixed, sizeof(Row), sizeof(ColdRow), NAME_SHARE, max_models)
@@ -126,7 +129,7 @@ def layout_fingerprint():
 
 
 def new_header(max_models):
-    """The first bytes of a new state."""
+    """The header of a new state, as bytes."""
     cdef Header header
     cdef bytes boot = boot_id()
     memset(&header, 0, sizeof(Header))
@@ -143,7 +146,7 @@ def new_header(max_models):
 
 
 cdef class Mapping:
-    """Memory that is mapped from a file. It stays at its address until nobody refers to it any more."""
+    """Memory that is mapped from a file. It stays at its address as long as this object exists."""
 
     def __cinit__(self, int descriptor, Py_ssize_t size):
         cdef void* memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0)
@@ -156,7 +159,7 @@ cdef class Mapping:
         PyBuffer_FillInfo(view, self, self.memory, self.size, 0, flags)
 
     cdef int forget(self) except -1:
-        """Let go of the file. Zeros take its place: a row that is all zero has no model, so old references are harmless."""
+        """Replace the file by zeros. A row of zeros has no model, so old references are harmless."""
         if mmap(self.memory, self.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE,
                 -1, 0) == MAP_FAILED:
             raise OSError(errno, os.strerror(errno))
@@ -169,14 +172,14 @@ cdef class Mapping:
 
 @cython.no_gc_clear     # the mapping stays until the last grant has been released, whatever the order of collection
 cdef class State:
-    """One mapping with everything in it, and this process's seat there."""
+    """One mapping, and this process's seat in it."""
 
     def __cinit__(self):
         self.shared.fd = self.shared.spare_fd = -1
         self.shared.fine_until_ns = REFUSES
 
     cdef int open(self, object path, object max_models, object clock, object trust_file) except -1:
-        """Open the state at a path, or a new one in memory, and take a seat. Once."""
+        """Open the state at a path, or a new one in memory, and take a seat. May be called once."""
         if self.shared.header != NULL:
             raise RuntimeError("a manager is initialized once")
         if clock is not None and not isinstance(clock, ManualClock):
@@ -206,7 +209,7 @@ cdef class State:
         return 0
 
     def _map(self, max_models):
-        """Map the file, and find its parts."""
+        """Map the file, and set the addresses of its parts."""
         cdef Shared* shared = &self.shared
         regions = regions_for(max_models)
         self.mapping = Mapping(shared.spare_fd, regions.size)
@@ -232,7 +235,7 @@ cdef class State:
             raise MemoryError()
 
     def _require_clock(self):
-        """That the times of the state are those of this manager's kind of clock."""
+        """Raise StateFileError unless the times of the state are those of this manager's kind of clock."""
         cdef uint32_t kind = self.shared.header.clock_kind
         if kind == 0 or self.shared.header.row_count == 0:
             return
@@ -242,7 +245,7 @@ cdef class State:
             raise StateFileError(self.path, "its times are those of the monotonic clock; leave clock out")
 
     def _register(self):
-        """Make this state known to the handlers of forks."""
+        """Add this state to those that the fork handlers go through."""
         global newest
         self.older = newest
         if newest != NULL:
@@ -278,13 +281,13 @@ cdef class State:
         raise StateFileError(self.path or "the state in memory", self.refusal or "this process has no seat")
 
     cdef int refuse(self, object refusal) except -1:
-        """From now on every verb raises."""
+        """Make every verb raise from now on."""
         self.refusal = refusal
         self.shared.fine_until_ns = REFUSES
         return 0
 
     cdef int look(self, int64_t now_ns) except -1:
-        """Before a decision, once a second: whether this process may still take it, and what has become of the file."""
+        """Check the seat and the file before a decision, once a second; raises if this process must not decide."""
         self.require_open()
         if self.manual is not None or self.alone():
             self.shared.fine_until_ns = INT64_MAX
@@ -296,13 +299,13 @@ cdef class State:
         return 0
 
     def _check_file(self):
-        """See what has become of the file underneath, and report it once. One that was cut off is not used any more."""
+        """Check the file, and log a fault of it once; returns the fault or None. A truncated file is no longer used."""
         if self.path is None:
             return None
         from modelquota._core.state.file import loss_of
 
         fault = loss_of(self.shared.spare_fd, self.path, self.mapping.size)
-        self.require_open()     # of one that another thread has just closed the descriptors are gone
+        self.require_open()     # another thread may have closed the descriptors in the meantime
         if fault is not None and fault != self.file_fault:
             from modelquota._log import log
 
@@ -315,28 +318,29 @@ cdef class State:
         return fault
 
     cdef int pause(self) except -1:
-        """Between two tries to have a lock: signals are handled, and a manager that was closed meanwhile says so."""
+        """Handle signals between two attempts to take a lock; raises if the manager was closed in the meantime."""
         PyErr_CheckSignals()
         self.require_open()
         return 0
 
     cdef int exit(self) except -1:
-        """A thread does not use the state without the GIL any more."""
+        """End a thread's use of the state without the GIL."""
         self.inside -= 1
         if self.closed and self.inside == 0:
             self.tear_down()
         return 0
 
     cdef int end(self) except -1:
-        """Give back what this process holds, and let go of the state. Verbs refuse already.
+        """Release what this process holds, and the state. Requires that the verbs already refuse. Takes rows' locks.
 
-        Threads that wait for a lock give up, and the last of them lets go of the mapping.
+        Threads that wait for a lock give up, and the last of them releases the mapping.
         """
         self.shared.closing = 1
         self.inside += 1
         if self.shared.me:
             with nogil:
-                release_grants(&self.shared)    # a row that stays locked is left to those who find that the seat is free
+                # a row that stays locked is left to the process that finds the seat free
+                release_grants(&self.shared)
         self.exit()
         return 0
 
@@ -346,18 +350,18 @@ cdef class State:
         return 0
 
     cdef int verify_seat(self) except -1:
-        """That the seat is still this process's: its descriptors may have been closed underneath, and the lock with them.
+        """Raise if the seat is no longer this process's: its descriptors may have been closed, and with them its lock.
 
-        Asked through the other descriptor, which does not hold the lock.
+        The lock is checked through the other descriptor, which does not hold it.
         """
         self.verified_ns = monotonic_ns()
         if is_file(self.shared.spare_fd, self.shared.device, self.shared.inode) and \
                 is_file(self.shared.fd, self.shared.device, self.shared.inode) and \
-                is_sitting(&self.shared):
+                holds_seat(&self.shared):
             hold_by_lock(&self.shared)
             return 0
-        self.refuse("its descriptors were closed underneath (os.closerange, or a daemon that closes all files?), and the "
-                    "seat of this process with them; make the manager after that")
+        self.refuse("its descriptors were closed underneath (os.closerange, or a daemon that closes all files?), and "
+                    "the seat of this process with them; make the manager after that")
         self.require_open()
         return 0
 
@@ -369,7 +373,7 @@ cdef class State:
     def arrays(self):
         """The parts of the state as numpy structured arrays over the same memory: header, rows, cold rows.
 
-        For inspection and tests: what is read without a row's lock may be in the middle of a change.
+        For inspection and tests: a row that is read without its lock may be in the middle of a change.
         """
         import numpy as np
 
@@ -384,8 +388,7 @@ cdef class State:
     # -- space
 
     cdef int reserve_space(self, const void* start, Py_ssize_t size) except -1:
-        """Have the file system set space aside for a part of the file: a write to a page for which none is left would
-        end the process (SIGBUS)."""
+        """Reserve disk space for a part of the file: a write to a page without it kills the process (SIGBUS)."""
         cdef int error
         if self.path is None:
             return 0
@@ -396,7 +399,7 @@ cdef class State:
         return 0
 
     cdef int reserve_used(self) except -1:
-        """Set aside what the parts of fixed size and all models so far take. Written as zeros, it may have holes."""
+        """Reserve space for the parts of fixed size and for all models so far. A new file is sparse."""
         cdef const Shared* shared = &self.shared
         cdef Header* header = shared.header
         self.reserve_space(header, <char*> shared.entries - self.mapping.memory)
@@ -409,7 +412,7 @@ cdef class State:
         return 0
 
     cdef int reserve_next_model(self) except -1:
-        """Set aside what one more model takes, as the registry is now: a row, unless the table is full, and a name."""
+        """Reserve space for one more model, as the registry is now: a row, unless the table is full, and a name."""
         cdef const Shared* shared = &self.shared
         cdef int64_t index = shared.header.row_count
         cdef int64_t name = shared.header.names_used
@@ -424,34 +427,35 @@ cdef class State:
     # -- the seat
 
     cdef int take_seat(self) except -1:
-        """Take a free seat: by the lock of its byte, or beside the locks of those that only read the file."""
+        """Take a free seat: by a write lock on its byte or, if readers have locked every byte, by a read lock."""
         cdef uint32_t seat
         cdef int read_locked = 0
-        # Loss of power may leave a lock in the file and not the epoch of its owner: that word is nobody's again soon.
+        # A loss of power may leave a lock in the file without the epoch of its owner: do not repeat that seat word
+        # soon.
         cdef uint32_t epochs = 1 if self.path is None else 1 + int.from_bytes(os.urandom(2), "little")
         cdef uint64_t process
-        know_processes(&self.shared)
+        identify_processes(&self.shared)
         for seat in range(1, SEATS):
             if lock_seat(self.shared.fd, seat, WRITE_LOCK):
-                if self.begin(sit_down(seat, epochs, 0, &self.shared)):
+                if self.begin(claim_seat(seat, epochs, 0, &self.shared)):
                     return 0
                 lock_seat(self.shared.fd, seat, NO_LOCK)
         process = own_bits(self.shared.boot) if self.shared.space else 0
         for seat in range(1, SEATS):
             if lock_seat(self.shared.fd, seat, READ_LOCK):
-                if process and self.begin(sit_down(seat, epochs, process, &self.shared)):
+                if process and self.begin(claim_seat(seat, epochs, process, &self.shared)):
                     return 0
                 lock_seat(self.shared.fd, seat, NO_LOCK)
                 read_locked += 1
         remedy = "end some that share this state"
         if read_locked:
-            remedy += f", or that only read it: on {read_locked} of the places somebody has a read lock"
+            remedy += f", or that only read it: on {read_locked} of the places another process has a read lock"
             if not process:
                 remedy += ", beside which they can only be taken with /proc of this PID namespace mounted at /proc"
         raise CapacityError(SEATS - 1, "processes", remedy)
 
     cdef bint begin(self, uint32_t me) noexcept:
-        """Be the one with this seat word, unless it is 0."""
+        """Set this process's seat word; returns False if it is 0."""
         cdef uint32_t used
         if me == 0:
             return False
@@ -465,9 +469,9 @@ cdef class State:
         return True
 
     cdef void leave_parent(self) noexcept:
-        """In a forked child: hold nothing of the parent's any more, and be nobody.
+        """In a forked child: give up everything of the parent's, and have no seat.
 
-        The parent's descriptor goes at once: as long as a child has it, the kernel takes the parent for alive.
+        The parent's descriptor is closed at once: while a child has it, the parent counts as alive.
         """
         cdef bint was_usable = self.usable()
         self.shared.fine_until_ns = REFUSES
@@ -500,34 +504,34 @@ cdef class State:
             if self.manual is None:
                 self.shared.offset_ns = self.shared.header.clock_offset_ns - <int64_t> clock_shift_ns()
         except BaseException as error:
-            self.refuse(f"this process was forked and could not take a seat of its own ({error}); it has what its parent "
-                        "had, and must not use it. Make room before the fork, or make a manager in the child")
+            self.refuse(f"this process was forked and could not take a seat of its own ({error}); it has what its "
+                        "parent had, and must not use it. Make room before the fork, or make a manager in the child")
             if not isinstance(error, Exception):
                 raise
         return 0
 
     def _has_forked(self):
-        """In the parent of a new process: it is not alone any more, though the child may not have taken its seat yet."""
+        """In the parent of a new process: it is no longer alone, though the child may not have taken its seat yet."""
         self.forked = True
         if self.usable():
             self.shared.fine_until_ns = 0
             self.wake(None)
 
     cdef int wake(self, object ref) except -1:
-        """Tell those who wait in this process that something has changed: for the model of a RowRef, or (None) for all."""
+        """Notify this process's waiting requests of a change: of the model of a RowRef or, if None, of any model."""
         cdef Watcher watcher
         if self.watcher != NULL:
-            watcher = <Watcher> self.watcher    # a reference: what it does may let go of the last other one
+            watcher = <Watcher> self.watcher    # a counted reference: the call may release the last other one
             watcher.wake(ref)
         return 0
 
     # -- time
 
     cdef int anchor(self) except -1:
-        """Tie the rows' time to this boot's clock, and note where both are.
+        """Anchor the rows' time to this boot's clock, and record both. Takes the registry's lock.
 
-        After a reboot the rows' time goes on by what the wall clock says has passed; if that clock has moved back, it
-        does not move, and nothing is refilled. In a time namespace the clock is shifted: the shift is taken off.
+        After a reboot the rows' time continues by what has passed on the wall clock; if that has moved back, it does
+        not move, and nothing is refilled. In a time namespace the clock is shifted, and the shift is subtracted.
         """
         cdef bytes boot = boot_id()
         cdef const char* boot_bytes = boot
@@ -567,13 +571,16 @@ cdef class State:
 
 
 cdef void close_descriptors(Shared* shared) noexcept:
-    """The kernel drops the seat's lock. By C, since `os` may have gone before; and only what is still the state's: numbers
-    that were closed underneath may be another manager's by now."""
+    """Close the descriptors, by which the kernel drops the seat's lock.
+
+    In C, since `os` may already be gone at exit; and only those that still are of the state's file, since others may
+    have closed them and opened something else by the same number.
+    """
     if shared.me and not has_seat(shared):
         shared.fd = shared.spare_fd = -1
         return
     if shared.me:
-        stand_up(shared)
+        clear_seat(shared)
     if shared.fd >= 0 and is_file(shared.fd, shared.device, shared.inode):
         close(shared.fd)
     if shared.spare_fd >= 0 and (shared.inode == 0 or is_file(shared.spare_fd, shared.device, shared.inode)):
@@ -582,7 +589,7 @@ cdef void close_descriptors(Shared* shared) noexcept:
 
 
 cdef void give_chunk_back(Pool* pool, uint32_t chunk, uint32_t me) noexcept:
-    """Give back an own chunk of which nothing is in use."""
+    """Return a chunk of this process's if none of its records is in use."""
     cdef int64_t i
     if pool.owners == NULL or load_u32(&pool.owners[chunk]) != me:
         return
@@ -592,7 +599,7 @@ cdef void give_chunk_back(Pool* pool, uint32_t chunk, uint32_t me) noexcept:
     swap_u32(&pool.owners[chunk], me, 0)
 
 
-cdef bint is_anybody_else(const Shared* shared) noexcept nogil:
+cdef bint has_other_process(const Shared* shared) noexcept nogil:
     """Whether another process or manager has a seat."""
     cdef uint32_t seat
     for seat in range(1, shared.header.seats_used + 1):
@@ -601,8 +608,8 @@ cdef bint is_anybody_else(const Shared* shared) noexcept nogil:
     return False
 
 
-cdef int know_processes(Shared* shared) except -1:
-    """Learn what tells processes of other PID namespaces and other boots from those here."""
+cdef int identify_processes(Shared* shared) except -1:
+    """Set `space` and `boot`, which tell processes of other PID namespaces and other boots apart."""
     cdef uint64_t space = process_space()
     shared.space = space << 22
     shared.boot = digest(boot_id()) if space else 0
@@ -610,7 +617,7 @@ cdef int know_processes(Shared* shared) except -1:
 
 
 def count_processes(int descriptor, bytes seats, uint32_t used):
-    """How many seats up to `used` living processes have, by a copy of the seats and an open descriptor of the file."""
+    """How many of the seats up to `used` belong to living processes, by a copy of the seats and a descriptor."""
     cdef Shared shared
     cdef uint32_t seat
     cdef int found = 0
@@ -619,7 +626,7 @@ def count_processes(int descriptor, bytes seats, uint32_t used):
     memset(&shared, 0, sizeof(shared))
     shared.fd = descriptor
     shared.seats = <Seat*> <char*> seats
-    know_processes(&shared)
+    identify_processes(&shared)
     for seat in range(1, used + 1):
         found += not is_left(seat, load_u64(&shared.seats[seat].holder), &shared)
     return found
@@ -634,7 +641,7 @@ cdef int anchor_time(
     if not lock_registry(shared, SLICE_NS):
         return BUSY
     if header.clock_kind != kind:
-        if header.clock_kind != 0 and (header.row_count != 0 or is_anybody_else(shared)):
+        if header.clock_kind != 0 and (header.row_count != 0 or has_other_process(shared)):
             unlock_registry(shared)
             return OTHER_CLOCK
         header.clock_kind = kind

@@ -1,4 +1,4 @@
-# What dead processes held is given back, and their places in the queues are cleared.
+# Sweeping: releasing what dead processes held, and removing their entries from the queues.
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 from modelquota._core.atomics cimport add_u64_relaxed, load_u32, swap_u32
@@ -10,11 +10,14 @@ from modelquota._core.state.pool cimport record_at
 from modelquota._core.state.repair cimport lock_row
 
 cdef enum:
-    SWEEP_PATIENCE_NS = 1_000_000   # a row that stays locked is left for the next time
+    SWEEP_PATIENCE_NS = 1_000_000   # a row that stays locked for longer is left to the next sweep
 
 
 cdef inline bint is_newly_gone(uint32_t owner, bint* alive, const Shared* shared) noexcept nogil:
-    """is_gone(), and who is not is remembered by seat. A seat's former owners are told apart without the kernel."""
+    """is_gone(), with the living owners remembered by seat.
+
+    Former owners of a seat are found without asking the kernel.
+    """
     cdef uint32_t seat = owner & (SEATS - 1)
     if owner == 0 or (alive[seat] and epoch_of(seat, shared) == owner >> SEAT_BITS):
         return False
@@ -24,8 +27,8 @@ cdef inline bint is_newly_gone(uint32_t owner, bint* alive, const Shared* shared
     return False
 
 
-cdef inline bint is_anybody_gone(const Shared* shared) noexcept nogil:
-    """Whether one of those who own records has died. Asks the kernel once for each who is alive."""
+cdef inline bint is_any_owner_gone(const Shared* shared) noexcept nogil:
+    """Whether a process that owns records has died. Asks the kernel once for each living owner."""
     cdef bint alive[SEATS]
     cdef int64_t i
     memset(alive, 0, sizeof(alive))
@@ -39,7 +42,7 @@ cdef inline bint is_anybody_gone(const Shared* shared) noexcept nogil:
 
 
 cdef inline bint sweep_grant(GrantRecord* record, uint32_t owner, const Shared* shared, int* found) noexcept nogil:
-    """Give back what an owner's grant holds; False if its row stays locked. Takes the row's lock."""
+    """Release what a grant of `owner` holds; False if its row stays locked. Takes the row's lock."""
     cdef Row* row
     if record.seat != owner or record.row >= <uint32_t> shared.header.max_models:
         return True
@@ -59,7 +62,7 @@ cdef inline bint sweep_grant(GrantRecord* record, uint32_t owner, const Shared* 
 
 
 cdef inline bint sweep_entry(QueueEntry* entry, uint32_t owner, const Shared* shared, int* found) noexcept nogil:
-    """Take a dead owner's request out of the queue; False if its row stays locked. Takes the row's lock."""
+    """Take an entry of `owner` out of its queue; False if its row stays locked. Takes the row's lock."""
     cdef Row* row
     if entry.seat != owner or entry.row >= <uint32_t> shared.header.max_models:
         return True
@@ -77,7 +80,10 @@ cdef inline bint sweep_entry(QueueEntry* entry, uint32_t owner, const Shared* sh
 
 
 cdef inline int sweep_pool(const Pool* pool, bint of_grants, const Shared* shared) noexcept nogil:
-    """See to all chunks of dead owners; how many records were found. A chunk is given back once all of it is seen to."""
+    """Sweep all chunks of dead owners; returns how many records were found. Takes rows' locks, one at a time.
+
+    A chunk is freed once all of its records have been swept.
+    """
     cdef uint32_t owner
     cdef int64_t chunk, i
     cdef uint32_t alive = 0
@@ -103,7 +109,7 @@ cdef inline int sweep_pool(const Pool* pool, bint of_grants, const Shared* share
 
 
 cdef inline bint release_grants(const Shared* shared) noexcept nogil:
-    """Give back what this process's grants hold; False if a row stays locked. Takes rows' locks, one at a time."""
+    """Release what this process's grants hold; False if a row stays locked. Takes rows' locks, one at a time."""
     cdef int64_t chunk, i
     cdef int found = 0
     cdef bint done = True

@@ -1,11 +1,12 @@
-"""Whether the bytes of a state make sense: read only, whoever may be writing meanwhile.
+"""Validation of a state file: whether its contents make sense. It only reads, while other processes may write.
 
-A row is judged on a copy that was the same twice with the lock free. One that stays locked is being changed, or its
-owner has died, and then it will be repaired: of it only what could lead outside the mapping is judged.
+A row is judged by a copy that was the same twice with the lock free. One that stays locked is being changed, or its
+owner has died, in which case it will be repaired: of such a row only what could lead outside the mapping is judged.
 
-Models come and go in the meantime. What is judged together was there together: a name belongs to a row if the row's
-generation was the same before and after it was read, and what bounds a row is read after it. A fault is believed when
-it is found again at each of some looks at the same place; the rest of the file is not read again for it.
+Models are added and removed in the meantime. Values that are judged together were present together: a name belongs to a
+row if the row's generation was the same before and after the name was read, and what bounds a row is read after it. A
+fault is reported if it is found again in each of several reads of the same place; the rest of the file is not read
+again.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _COUNTS = (
     "waiting",
 )
 _TALLIES = ("rejected", "throttled", "queued", "waited", "violations")
-_MAX_TALLY = 2**59  # a thousand million a second for 18 years, and the sum of some is still a count
+_MAX_TALLY = 2**59  # 10**9 a second for 18 years; the sum of several is still a count
 _SLOTS = 60
 _CODES, _WINDOWS = core_limits()
 _PER_SLOT = tuple(per_slot for per_slot, *_ in _WINDOWS)
@@ -69,9 +70,9 @@ _SHADOWS = sum(1 << record.limit for record in DENYING)
 
 @dataclass
 class RowBlock:
-    """Some rows and their cold rows, copied; `steady` says of which the copy is of one moment.
+    """Copies of some rows and their cold rows; `steady` is True for each that was copied at one moment.
 
-    The header was read after them: nothing in them is newer than what it says.
+    The header was read after them: nothing in them is newer than it.
     """
 
     first: int
@@ -81,12 +82,12 @@ class RowBlock:
     header: Any = field(repr=False)
 
     def is_like(self, other: RowBlock) -> NDArray[np.bool_]:
-        """Which rows are the same, byte for byte, in a copy that was made at another time."""
+        """Return which rows are the same, byte for byte, in a copy that was made at another time."""
         return _alike((self.rows, self.cold_rows), (other.rows, other.cold_rows))
 
 
 class Reader:
-    """Reads the parts of an open state file through its descriptor."""
+    """A reader of the parts of an open state file, through its descriptor."""
 
     def __init__(self, descriptor: int, path: str) -> None:
         self.descriptor = descriptor
@@ -96,18 +97,18 @@ class Reader:
         self.header: Any = self.read_header() if self.size >= self.layout["header"].itemsize else None
 
     def read_header(self) -> Any:
-        """Return the header as it is now; `header` is as it was at first."""
+        """Return the header as it is now; the attribute `header` is as it was when the reader was created."""
         return self._read(self.layout["header"], 1, 0)[0]
 
     def _read(self, dtype: np.dtype[Any], count: int, offset: int) -> NDArray[Any]:
-        data = bytearray(dtype.itemsize * count)  # writeable: time passes in a copy
+        data = bytearray(dtype.itemsize * count)  # writable: copies are advanced in time
         size = os.preadv(self.descriptor, [data], offset)
         if size != len(data):
             raise StateFileError(self.path, f"it ends after {offset + size} bytes, in the middle of its contents")
         return np.frombuffer(data, dtype)
 
     def check_header(self) -> None:
-        """Raise StateFileError where the file is of something else, of another version, or of another length."""
+        """Raise StateFileError if the file is not a state file, or of another version or length."""
         header = self.header
         if header is None or int(header["magic"]) != MAGIC:
             raise StateFileError(self.path, "it is not a state file of modelquota")
@@ -146,23 +147,23 @@ class Reader:
                 raise StateFileError(self.path, f"{name} is {header[name]}; 2**61 ns is the most")
 
     def processes(self) -> int:
-        """How many living processes have a seat."""
+        """Return how many living processes have a seat."""
         used = min(int(self.read_header()["seats_used"]), _SEATS - 1)
         seats = self._read(self.layout["seat"], _SEATS, self.regions.seats)
         return count_processes(self.descriptor, seats.tobytes(), used)
 
     def held(self) -> NDArray[Any]:
-        """Records of what open grants hold; those with seat 0 are free."""
+        """Return the grant records; those with seat 0 are free."""
         used = min(int(self.read_header()["grant_chunks_used"]), _CHUNKS)
         return self._read(self.layout["grant"], used * _CHUNK, self.regions.grants)
 
     def entries(self) -> NDArray[Any]:
-        """Records of requests that wait; those with seat 0 are free."""
+        """Return the queue entries; those with seat 0 are free."""
         used = min(int(self.read_header()["entry_chunks_used"]), _CHUNKS)
         return self._read(self.layout["entry"], used * _CHUNK, self.regions.entries)
 
     def parts(self) -> Iterator[RowBlock]:
-        """All rows that were ever used, some at a time, those too that are used by the time the last part is read."""
+        """Yield all rows that have ever been used, some at a time, including those added during the iteration."""
         most = int(self.header["max_models"])
         first, header = 0, self.read_header()
         while first < (count := min(int(header["row_count"]), most)):
@@ -171,21 +172,21 @@ class Reader:
             first, header = first + len(part.rows), part.header
 
     def part(self, first: int, count: int) -> RowBlock:
-        """Copies of some rows, each of one moment if that can be had."""
+        """Return copies of some rows, each of one moment if possible."""
         copies, again = self._copy(first, count), self._copy(first, count)
         steady = _same(copies, again)
         for _ in range(_TRIES - 1):
             if steady.all():
                 break
-            time.sleep(0.0002)  # an owner that was preempted holds its lock for longer than a look
+            time.sleep(0.0002)  # a preempted owner holds its lock for longer than a copy takes
             left = np.flatnonzero(~steady).tolist()
-            # One by one: the shorter the two looks at a row are, the more often nobody comes between them.
+            # One by one: the less time there is between two copies of a row, the less likely is a change between them.
             for at, size in [(0, count)] if len(left) > _FEW else [(index, 1) for index in left]:
                 span = slice(at, at + size)
                 one, same_one = self._copy(first + at, size), self._copy(first + at, size)
                 unsteady = ~steady[span]
                 for copy, fresh in zip(again, same_one, strict=True):
-                    _bytes(copy)[span][unsteady] = _bytes(fresh)[unsteady]  # numpy would leave out what pads the fields
+                    _bytes(copy)[span][unsteady] = _bytes(fresh)[unsteady]  # numpy would not copy the padding
                 steady[span] |= _same(one, same_one)
         return RowBlock(first, *again, steady, self.read_header())
 
@@ -197,10 +198,10 @@ class Reader:
         )
 
     def names(self, part: RowBlock) -> list[bytes | None]:
-        """The names of a part's models; what lies outside the names is empty.
+        """Return the names of a part's models; a name outside the region of names is empty.
 
-        None for a row that is free, or whose model is not the one any more that it was copied with. A name does not
-        change while its model stays.
+        None for a row that is free, or whose model is no longer the one that was copied. A model's name does not
+        change.
         """
         offsets = part.cold_rows["name_offset"].astype(np.int64) * NAME_UNIT
         sizes = part.cold_rows["name_size"].astype(np.int64)
@@ -210,7 +211,7 @@ class Reader:
         return [name if there else None for name, there in zip(found, alive.tolist(), strict=True)]
 
     def names_at(self, offsets: NDArray[np.int64], sizes: NDArray[np.int64], top: int) -> list[bytes]:
-        """Names at these places below `top`, all with one look if they are near to one another, as of rows in a row."""
+        """Return the names at these offsets below `top`, with a single read if they are close together."""
         inside = (sizes <= _LONGEST_NAME) & (offsets + sizes <= top)
         offsets, sizes = np.where(inside, offsets, 0), np.where(inside, sizes, 0)
         start, end = int(offsets[inside].min(initial=top)), int((offsets + sizes).max(initial=0))
@@ -222,26 +223,26 @@ class Reader:
         return [block[at : at + size] if size else b"" for at, size in zip(starts, sizes.tolist(), strict=True)]
 
     def generations(self, first: int, count: int) -> NDArray[np.uint32]:
-        """The generations of some rows as they are now."""
+        """Return the generations of some rows as they are now."""
         dtype = self.layout["row"]
         rows = self._read(dtype, count, self.regions.rows + first * dtype.itemsize)
         return np.asarray(rows["generation"], np.uint32)
 
     def name_of(self, row: int) -> bytes | None:
-        """The name of the model in a row now."""
+        """Return the name of the model that is in a row now."""
         return self.names(self.part(row, 1))[0]
 
     def share_a_name(self, row: int, other: int) -> bool:
-        """Whether the models in two rows have the same name at one moment."""
+        """Return whether the models in two rows have the same name at one moment."""
         part = self.part(row, 1)
         (name,), other_name = self.names(part), self.name_of(other)
-        # The first row's model was there before and after the other one's was, and so was its name.
+        # The first row's model, and so its name, was there before and after the other name was read.
         there = self.generations(row, 1)[0] == part.rows["generation"][0]
         return name is not None and name == other_name and bool(there)
 
 
 def _same(copies: tuple[NDArray[Any], NDArray[Any]], again: tuple[NDArray[Any], NDArray[Any]]) -> NDArray[np.bool_]:
-    """Of which rows both copies are alike, with the lock free: they are of one moment."""
+    """Return which rows are the same in both copies, with the lock free: those are of one moment."""
     return np.asarray(_alike(copies, again) & (again[0]["lock"] == 0), np.bool_)
 
 
@@ -257,7 +258,7 @@ def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def validate(descriptor: int, path: str) -> int:
-    """Raise StateFileError for the first thing that makes no sense; ``max_models`` of the file if all does."""
+    """Return ``max_models`` of a valid file; raises StateFileError for the first fault."""
     reader = Reader(descriptor, path)
     reader.check_header()
     for fault in content_faults(reader):
@@ -266,7 +267,7 @@ def validate(descriptor: int, path: str) -> int:
 
 
 def lasting(found: Iterable[str], look: Callable[[], Iterable[str]]) -> list[str]:
-    """Return those of the faults found that each further look finds too: the rest was in the middle of a change."""
+    """Return the faults that each further look finds too; the others were changes in progress."""
     faults = list(found)
     for pause in range(1, _LOOKS):
         if not faults:
@@ -278,7 +279,7 @@ def lasting(found: Iterable[str], look: Callable[[], Iterable[str]]) -> list[str
 
 
 def content_faults(reader: Reader) -> Iterator[str]:
-    """Say what makes no sense behind a header that has been checked."""
+    """Yield the faults of a file whose header has been checked."""
     for judge in (_judge_staged, _judge_next_row, _judge_held, _judge_entries):
         yield from lasting(judge(reader), functools.partial(judge, reader))
     holders: dict[bytes, int] = {}
@@ -294,11 +295,11 @@ def _judge_staged(reader: Reader) -> Iterator[str]:
 
 
 def _judge_next_row(reader: Reader) -> Iterator[str]:
-    """Say whether the next row to be used has been used already: the count of rows is too low."""
+    """Yield a fault if the next row has been used already, so that row_count is too low."""
     header = reader.read_header()
     count = int(header["row_count"])
     if count == int(header["max_models"]) or header["registry_lock"] or header["registry_broken"]:
-        return  # in the last two cases a model may be entering
+        return  # in the last two cases a model may be being added
     if reader.generations(count, 1)[0] != 0 and int(reader.read_header()["row_count"]) == count:
         yield f"row {count} was used, but row_count is {count}"
 
@@ -307,10 +308,10 @@ def _judge_held(reader: Reader) -> Iterator[str]:
     held = reader.held()
     for what in ("ram_mb", "ssd_mb", "tokens"):
         for record in np.flatnonzero((held[what] < 0) | (held[what] > _MAX_COUNT)):
-            yield f"record {record} of what grants hold: {what} is no count"
+            yield f"grant record {record}: {what} is not a count"
     until_ns, charge = held["unclaimed_until_ns"], held["charge"]
     for record in np.flatnonzero((held["decider"] > _RECORDS) | (until_ns < -1) | (until_ns > _MAX_COUNT)):
-        yield f"record {record} of what grants hold: nobody can tell until when it is to be taken"
+        yield f"grant record {record}: its deadline or its deciding record is invalid"
     for record in np.flatnonzero(
         (charge["tokens"] < 0)
         | (charge["tokens"] > _MAX_COUNT)
@@ -320,16 +321,16 @@ def _judge_held(reader: Reader) -> Iterator[str]:
         | (charge["at_ns"] < 0)
         | (charge["at_ns"] > _MAX_TIME_NS)
     ):
-        yield f"record {record} of what grants hold: what was charged for it is no charge"
+        yield f"grant record {record}: its charge is invalid"
 
 
 def _judge_entries(reader: Reader) -> Iterator[str]:
     entries = reader.entries()
     for what in ("next", "previous"):
         for record in np.flatnonzero(entries[what] > _RECORDS):
-            yield f"queue entry {record}: {what} is no entry"
+            yield f"queue entry {record}: {what} is not the number of an entry"
     for record in np.flatnonzero((entries["limit"] >= _CODES["LIMITS"]) | (entries["ready_ns"] < -1)):
-        yield f"queue entry {record}: it waits for an unknown limit, or since before all time"
+        yield f"queue entry {record}: its limit or its ready_ns is invalid"
 
 
 def _judge_part(part: RowBlock) -> Iterator[str]:
@@ -341,7 +342,7 @@ def _judge_again(reader: Reader, part: RowBlock) -> Iterator[str]:
 
 
 def _judge_names(reader: Reader, part: RowBlock, holders: dict[bytes, int]) -> Iterator[str]:
-    """Say which models have no name, or that of another; `holders` is who has which of those seen so far."""
+    """Yield the models with no name or that of another model; `holders` has the row of each name seen so far."""
     for row, name in enumerate(reader.names(part), part.first):
         if name is None:
             continue
@@ -349,7 +350,7 @@ def _judge_names(reader: Reader, part: RowBlock, holders: dict[bytes, int]) -> I
         if not _is_name(name) or (other != row and reader.share_a_name(other, row)):
             yield f"row {row} has no name, or one used before"
         elif other != row and reader.name_of(other) != name:
-            holders[name] = row  # it moved here since
+            holders[name] = row  # the model has been removed there and added here since
 
 
 def _is_name(name: bytes) -> bool:
@@ -360,106 +361,104 @@ def _is_name(name: bytes) -> bool:
 
 
 def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterator[str]:
-    """Say what makes no sense in some rows, in words with numbers."""
+    """Yield the faults of some rows."""
     rows, cold_rows = part.rows, part.cold_rows
     outside = cold_rows["name_offset"].astype(np.int64) * NAME_UNIT + cold_rows["name_capacity"] > names_used
     outside |= (cold_rows["name_size"] > cold_rows["name_capacity"]) | (cold_rows["name_capacity"] > 256)
-    yield from _each(part, outside, "its name lies outside the names")
-    yield from _each(
-        part, np.asarray((cold_rows["filled"] > _SLOTS).any(1), np.bool_), "a window has more slots than there are"
-    )
-    yield from _each(part, cold_rows["journal_filled"] > _SLOTS, "its journal has more slots than there are")
+    yield from _each(part, outside, "its name is outside the region of names")
+    yield from _each(part, np.asarray((cold_rows["filled"] > _SLOTS).any(1), np.bool_), "a window has too many slots")
+    yield from _each(part, cold_rows["journal_filled"] > _SLOTS, "its journal has too many slots")
     yield from _each(part, cold_rows["action"] > 3, "its action is unknown")
     yield from _each(part, cold_rows["stage"] > 1 + 2 * len(_PER_SLOT), "its stage is unknown")
     for what in ("request", "token"):
         dormant = rows[f"dormant_{what}_shift"]
         wrong = (dormant > _WIDEST_SHIFT) & (dormant != _NO_RATE)
-        yield from _each(part, wrong, f"its {what} rate of before has an unknown unit")
+        yield from _each(part, wrong, f"its dormant {what} rate has an unknown unit")
         shift = rows[f"{what}_shift"]
         yield from _each(part, (shift > _WIDEST_SHIFT) & (shift != _NO_RATE), f"its {what} rate has an unknown unit")
         wide = (rows[f"{what}_level"]["high"] >> 62) | (rows[f"{what}_cap"]["high"] >> 62)
-        yield from _each(part, wide != 0, f"its {what} level is beyond all bounds")
+        yield from _each(part, wide != 0, f"its {what} level or its cap is too high")
         yield from _each(part, rows[f"{what}_drain"] < 0, f"its {what} rate is negative")
     for times in (rows["slot_end_ns"], rows["level_ns"]):
         yield from _each(part, (times < 0) | (times > _MAX_TIME_NS), "its time is beyond 2**61 ns")
     for name in ("first_entry", "last_entry"):
-        yield from _each(part, cold_rows[name] > _RECORDS, f"its {name} is none")
-    yield from _each(part, cold_rows["handles"] < 0, "its handles are fewer than none")
+        yield from _each(part, cold_rows[name] > _RECORDS, f"its {name} is not the number of an entry")
+    yield from _each(part, cold_rows["handles"] < 0, "its number of handles is negative")
     for name in _COUNTS:
-        yield from _each(part, (cold_rows[name] < 0) | (cold_rows[name] > _MAX_COUNT), f"{name} is no count")
+        yield from _each(part, (cold_rows[name] < 0) | (cold_rows[name] > _MAX_COUNT), f"{name} is not a count")
     for name in _TALLIES:
         beyond = np.asarray(cold_rows[name] > _MAX_TALLY).reshape(len(rows), -1).any(1)
-        yield from _each(part, beyond, f"{name} is more than can be counted")
+        yield from _each(part, beyond, f"{name} is too large")
     rolling = cold_rows["stage"] >= 2
     slot = cold_rows["journal_slot"]
     yield from _each(
         part, rolling & ((slot < 0) | (slot > _MAX_TIME_NS // 10_000_000)), "its journal is beyond 2**61 ns"
     )
     alive = rows["generation"] % 2 == 1
-    # Also where the row is locked: its limits change only while the header says so.
+    # Including locked rows: limits change only while the header has the row as staged_row.
     yield from limit_faults(part, alive & (part.first + np.arange(len(rows)) != staged_row))
     yield from sum_faults(part, part.steady & alive)
 
 
 def staged_faults(header: Any) -> Iterator[str]:
-    """Say what makes no sense in a change of limits that is under way, which somebody may have to finish."""
+    """Yield the faults of a change of limits that is under way, which another process may have to finish."""
     staged = header["staged"]
     for what in ("request", "token"):
         before = header["staged_row_before"]
         shifts = [int(before[f"{what}_shift"]), int(before[f"dormant_{what}_shift"])]
         wide = int(before[f"{what}_level"]["high"]) | int(before[f"{what}_cap"]["high"])
         if any(shift > _WIDEST_SHIFT and shift != _NO_RATE for shift in shifts) or wide >> 62:
-            yield f"the {what} level that is being changed is beyond all bounds"
+            yield f"the staged {what} level or its cap is too high"
         one = np.zeros((), _ENCODED)
         one["rate"], one["burst"] = staged[f"{what}s_per_second"], staged[f"burst_{what}s"]
         one["limit"], one["drain"] = staged[f"{what}_limits"][0], staged[f"{what}_drain"]
         one["shift"] = staged[f"{what}_shift"]
         one["low"], one["high"] = staged[f"{what}_cap"]["low"], staged[f"{what}_cap"]["high"]
         if not _is_encoded(one) or not _is_limit(staged[f"{what}_limits"]).all():
-            yield f"the {what} limits that are being changed are none"
+            yield f"the staged {what} limits are invalid"
     caps = np.array([staged[name] for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent")])
     known = int(staged["action"]) <= 3 and not int(staged["shadow"]) & ~_SHADOWS
     if not _is_limit(caps).all() or not 0 <= int(staged["max_queued"]) <= _MAX_COUNT or not known:
-        yield "the limits that are being changed are none"
+        yield "the staged limits are invalid"
     if not 0 <= float(staged["grace_period_sec"]) < math.inf:
-        yield "the grace period that is being changed is no time"
+        yield "the staged grace_period_sec is invalid"
 
 
 def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
-    """Say which limits no configuration gives, in rows that are alive and nobody is changing."""
+    """Yield the limits that no configuration has, in rows that have a model and are not being changed."""
     rows, cold_rows = part.rows, part.cold_rows
     for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent"):
-        yield from _each(part, alive & ~_is_limit(cold_rows[name]), f"its {name} is no limit")
+        yield from _each(part, alive & ~_is_limit(cold_rows[name]), f"its {name} is not a limit")
     for name in ("max_queued", "burst_requests", "burst_tokens"):
         count = (cold_rows[name] >= 0) & (cold_rows[name] <= _MAX_COUNT)
-        yield from _each(part, alive & ~count, f"its {name} is no count")
+        yield from _each(part, alive & ~count, f"its {name} is not a count")
     yield from _each(part, alive & (rows["shadow"] & ~np.uint16(_SHADOWS) != 0), "its shadow limits are unknown")
     with np.errstate(invalid="ignore"):
         grace = cold_rows["grace_period_sec"]
-        yield from _each(part, alive & ~((grace >= 0) & np.isfinite(grace)), "its grace period is no time")
+        yield from _each(part, alive & ~((grace >= 0) & np.isfinite(grace)), "its grace_period_sec is invalid")
         for what in ("request", "token"):
             rate = cold_rows[f"{what}s_per_second"]
-            yield from _each(part, alive & ~(rate >= 0), f"its {what} rate is no rate")
+            yield from _each(part, alive & ~(rate >= 0), f"its {what} rate is invalid")
     for what in ("request", "token"):
         for window in range(1, len(_PER_SLOT)):
             wrong = ~_is_limit(cold_rows[f"{what}_limit"][:, window])
-            yield from _each(part, alive & wrong, f"its limit of {what}s in window {window} is none")
+            yield from _each(part, alive & wrong, f"its limit of {what}s in window {window} is invalid")
         lowest = cold_rows[f"{what}_minimum"]
         widest = np.ldexp(1.0, 95 - np.minimum(rows[f"{what}_shift"].astype(np.int64), 95))
         wrong = np.asarray(((lowest < 0) | (lowest > widest[:, None])).any(1), np.bool_)
-        # Not of a locked row: whoever repairs it forgets them.
-        yield from _each(part, alive & part.steady & wrong, f"its lowest {what} level is beyond all bounds")
+        # Not of a locked row: a repair resets them.
+        yield from _each(part, alive & part.steady & wrong, f"its lowest {what} level is invalid")
         encoded = np.empty(len(rows), _ENCODED)
         encoded["rate"], encoded["burst"] = cold_rows[f"{what}s_per_second"], cold_rows[f"burst_{what}s"]
         encoded["limit"], encoded["drain"] = cold_rows[f"{what}_limit"][:, 0], rows[f"{what}_drain"]
         encoded["shift"] = rows[f"{what}_shift"]
         encoded["low"], encoded["high"] = rows[f"{what}_cap"]["low"], rows[f"{what}_cap"]["high"]
-        # without a rate, cap and drain are those of the rate before: any that are within bounds
+        # without a rate, cap and drain are those of the previous rate: any values within their bounds
         unset = encoded["shift"] == _NO_RATE
         for name in ("drain", "low", "high"):
             encoded[name][unset] = 0
         wrong = _each_kind(encoded, lambda one: not _is_encoded(one))
-        yield from _each(part, alive & wrong, f"its {what} rate is not what the core made of it")
+        yield from _each(part, alive & wrong, f"its {what} rate disagrees with how it is encoded")
 
 
 def _is_limit(values: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -467,7 +466,7 @@ def _is_limit(values: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _each_kind(records: NDArray[Any], judge: Callable[[Any], bool]) -> NDArray[np.bool_]:
-    """What `judge` says of each record; of those that are alike it is asked once."""
+    """Return the result of `judge` for each record; it is called once for records that are the same."""
     size, data = records.dtype.itemsize, records.tobytes()
     said: dict[bytes, bool] = {}
     found = np.empty(len(records), np.bool_)
@@ -480,7 +479,7 @@ def _each_kind(records: NDArray[Any], judge: Callable[[Any], bool]) -> NDArray[n
 
 
 def _is_encoded(one: Any) -> bool:
-    """Whether a rate's figures are those that `encode_rate` makes."""
+    """Return whether a rate's values are those of `encode_rate`."""
     rate, burst, *figures = one.tolist()
     if not rate >= 0 or not 0 <= burst <= _MAX_COUNT:
         return False
@@ -489,11 +488,11 @@ def _is_encoded(one: Any) -> bool:
 
 
 def sum_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
-    """Compare sums with what they are the sums of, in rows that are alive and nobody is changing."""
+    """Yield the sums that disagree with their parts, in rows that have a model and are not being changed."""
     rows, cold_rows = part.rows, part.cold_rows
-    yield from _each(part, alive & (cold_rows["stage"] != 0), "a change was left half done")
+    yield from _each(part, alive & (cold_rows["stage"] != 0), "a change is unfinished")
     edge = (rows["slot_end_ns"] * 3 // 50_000_000 * 50_000_000 + 2) // 3
-    yield from _each(part, alive & (edge != rows["slot_end_ns"]), "its slot ends where none does")
+    yield from _each(part, alive & (edge != rows["slot_end_ns"]), "its slot_end_ns is not the end of a slot")
     current = rows["slot_end_ns"] * 3 // 50_000_000 - 1
     room = {"requests": rows["request_room"], "tokens": rows["token_room"]}
     limit = {"requests": cold_rows["request_limit"], "tokens": cold_rows["token_limit"]}
@@ -510,13 +509,13 @@ def sum_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
             used = (charged - base).view(np.int64)
             here = (charged - start).view(np.int64)
             bad = (used < 0) | (used > _MAX_COUNT) | (here < 0)
-            yield from _each(part, alive & bad, f"the {what} of window {window} are no count")
+            yield from _each(part, alive & bad, f"the {what} of window {window} are not a count")
             least = np.minimum(least, np.minimum(limit[what][:, window], _MAX_COUNT) - used)
         unlike = np.asarray(least != room[what], np.bool_)
-        if what == "requests":  # no room is left while that holds, and what is admitted all the same takes more
+        if what == "requests":  # there is no room while that holds, and requests that are still admitted take more
             held_up = (cold_rows["concurrent"] >= cold_rows["max_concurrent"]) | (cold_rows["waiting"] != 0)
             unlike = np.where(held_up, room[what] > np.minimum(least, 0), unlike)
-        yield from _each(part, alive & unlike, f"the {what} that are left are not what the limits leave")
+        yield from _each(part, alive & unlike, f"{what[:-1]}_room disagrees with the limits")
 
 
 def _each(part: RowBlock, wrong: Any, what: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-# Small changes to one row, from lock to unlock: nothing here touches a Python object.
+# Small changes to one row, from lock to unlock. Nothing here touches a Python object.
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.layout cimport ColdRow, Row, Shared
 from modelquota._core.row.decision cimport advance
@@ -6,16 +6,17 @@ from modelquota._core.row.level cimport empty_burst
 from modelquota._core.state.lock cimport unlock
 from modelquota._core.state.repair cimport lock_row
 
-cdef enum:  # what comes of a change
-    LEFT = 0        # the model has left the row
+cdef enum:  # the outcome of a change
+    LEFT = 0        # the model has been removed
     WRITTEN = 1
     ROW_BUSY = 2    # the row stays locked
 
 
 cdef inline int record_memory(
-    Row* row, ColdRow* cold, uint32_t generation, int64_t ram_mb, int64_t ssd_mb, const Shared* shared, int64_t patience_ns
+    Row* row, ColdRow* cold, uint32_t generation, int64_t ram_mb, int64_t ssd_mb, const Shared* shared,
+    int64_t patience_ns
 ) noexcept nogil:
-    """Record what a model uses, and its peaks. Takes the row's lock."""
+    """Record the memory that a model uses, and its peaks. Takes the row's lock."""
     cdef bint alive
     if not lock_row(row, shared, patience_ns):
         return ROW_BUSY
@@ -32,7 +33,7 @@ cdef inline int record_memory(
 cdef inline int forgive_burst(
     Row* row, ColdRow* cold, uint32_t generation, int64_t now_ns, const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
-    """Set both levels to at most max(rate, 1). Takes the row's lock."""
+    """Lower both levels to at most max(rate, 1). Takes the row's lock."""
     cdef bint alive, forgiven
     if not lock_row(row, shared, patience_ns):
         return ROW_BUSY

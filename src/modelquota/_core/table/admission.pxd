@@ -29,6 +29,6 @@ cdef class Admission:
     cdef int members_of(self, tuple ids, JointRequest* joint, list refs, list templates) except -1
     cdef int take_records(self, JointRequest* joint) except -1
     cdef int give_records(self, JointRequest* joint) except -1
-    cdef int decide_all(self, tuple ids, const Request* request, bint holding, int64_t patience_ns, list refs, JointRequest* joint,
-                        Verdict* verdict, const Places* places) except -3
+    cdef int decide_all(self, tuple ids, const Request* request, bint holding, int64_t patience_ns, list refs,
+                        JointRequest* joint, Verdict* verdict, const Places* places) except -3
     cdef object peek_all(self, tuple ids, const Request* request)

@@ -13,8 +13,8 @@ from modelquota._core.row.grant cimport Holding
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
 from modelquota._core.row.usage cimport put_limits, start_row
 from modelquota._core.state.joint cimport (
-    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NOBODY, Places, assess_all, decide_rows, first_gone, lock_rows,
-    put_in_order, same_row, unlock_rows
+    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NO_MEMBER, Places, assess_all, decide_rows, first_gone,
+    lock_rows, put_in_order, same_row, unlock_rows
 )
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
@@ -53,9 +53,11 @@ cdef class Admission:
         if peek:
             return self.peek_all(ids, request)
         self.decide_all(ids, request, False, MAY_WAIT, refs, &joint, &verdict, NULL)
-        result = result_of(&verdict, None if joint.violating == NOBODY else (<RowRef> refs[joint.violating]).model_id)
-        if verdict.log_held:
-            self.events.on_violation(result.model_id, result, verdict.log_held)
+        result = result_of(
+            &verdict, None if joint.violating == NO_MEMBER else (<RowRef> refs[joint.violating]).model_id
+        )
+        if verdict.to_log:
+            self.events.on_violation(result.model_id, result, verdict.to_log)
         return result
 
     cdef Grant reserve(self, tuple ids, const Request* request):
@@ -67,10 +69,10 @@ cdef class Admission:
         joint.unclaimed_until_ns = 0
         self.decide_all(ids, request, True, MAY_WAIT, refs, &joint, &verdict, NULL)
         grant = make_grant(self.pools, &joint, refs, request) if verdict.allowed else None
-        if joint.violating != NOBODY:
+        if joint.violating != NO_MEMBER:
             result = result_of(&verdict, (<RowRef> refs[joint.violating]).model_id)
-            if verdict.log_held:
-                self.events.on_violation(result.model_id, result, verdict.log_held)
+            if verdict.to_log:
+                self.events.on_violation(result.model_id, result, verdict.to_log)
             if grant is None:
                 raise QuotaExceededError(result)
         return grant
@@ -110,7 +112,7 @@ cdef class Admission:
         cdef int shared_row = 0
         cdef int rounds = 0
         cdef uint32_t index
-        while shared_row != NOBODY:
+        while shared_row != NO_MEMBER:
             refs.clear()
             if templates is not None:
                 templates.clear()
@@ -139,7 +141,7 @@ cdef class Admission:
                 joint.count += 1
             put_in_order(joint)
             shared_row = same_row(joint)
-            if shared_row != NOBODY:    # one model left the row and another came during the look-up
+            if shared_row != NO_MEMBER:    # one model left the row and another came during the look-up
                 index = joint.members[shared_row].index
                 for ref in list(refs):
                     if ref.row == &self.state.shared.rows[index]:
@@ -150,8 +152,8 @@ cdef class Admission:
                     raise CapacityError(self.state.shared.header.max_models)
         return len(ids) - joint.count
 
-    cdef int decide_all(self, tuple ids, const Request* request, bint holding, int64_t patience_ns, list refs, JointRequest* joint,
-                        Verdict* verdict, const Places* places) except -3:
+    cdef int decide_all(self, tuple ids, const Request* request, bint holding, int64_t patience_ns, list refs,
+                        JointRequest* joint, Verdict* verdict, const Places* places) except -3:
         """One decision over all models. The number of ids without a quota, or BUSY if a row stays locked.
 
         Waits for a lock up to `patience_ns`, or with MAY_WAIT as long as it takes. `places` are the request's queue
@@ -215,7 +217,8 @@ cdef class Admission:
         cdef int i
         for i in range(joint.count):
             if joint.members[i].record != NULL:
-                give_record(&self.state.shared.grant_pool, joint.members[i].record - self.state.shared.grants, self.state.shared.me)
+                give_record(&self.state.shared.grant_pool, joint.members[i].record - self.state.shared.grants,
+                            self.state.shared.me)
                 joint.members[i].record = NULL
         return 0
 
@@ -267,7 +270,7 @@ cdef class Admission:
             peek(&joint, now_ns, request, self.state.shared.header.enforcing, heads, &verdict)
         finally:
             free(cold_rows)
-        if joint.violating == NOBODY:
+        if joint.violating == NO_MEMBER:
             return result_of(&verdict, None)
         return result_of(&verdict, (<RowRef> refs[joint.violating]).model_id if joint.violating < known
                          else templates[joint.violating - known][0])
@@ -315,7 +318,8 @@ cdef inline void find_places(JointRequest* joint, const Places* places) noexcept
 
 
 cdef int copy_rows(
-    JointRequest* joint, int64_t now_ns, Row* rows, ColdRow* cold_rows, QueueEntry* heads, const Shared* shared, int64_t patience_ns
+    JointRequest* joint, int64_t now_ns, Row* rows, ColdRow* cold_rows, QueueEntry* heads, const Shared* shared,
+    int64_t patience_ns
 ) noexcept nogil:
     """Copy rows, cold rows and the first entry of each queue, all at one moment. Takes the rows' locks."""
     cdef int i
@@ -324,7 +328,7 @@ cdef int copy_rows(
     if not lock_rows(joint, shared, patience_ns):
         return BUSY_ROW
     joint.gone = first_gone(joint)
-    for i in range(joint.count if joint.gone == NOBODY else 0):
+    for i in range(joint.count if joint.gone == NO_MEMBER else 0):
         member = &joint.members[i]
         drop_expired(member.row, member.cold, shared.entries, now_ns, False)
         rows[i] = member.row[0]
@@ -336,7 +340,7 @@ cdef int copy_rows(
             heads[i].deadline_ns = INT64_MAX
             cold_rows[i].first_entry = i + 1
     unlock_rows(joint, joint.count)
-    return DECIDED if joint.gone == NOBODY else GONE
+    return DECIDED if joint.gone == NO_MEMBER else GONE
 
 
 cdef void peek(
@@ -348,7 +352,7 @@ cdef void peek(
     cdef int i
     cdef Holding* member
     joint.violating = assess_all(joint, now_ns, request, enforcing, heads, fits, verdict)
-    verdict.log_held = 0
+    verdict.to_log = 0
     if not verdict.allowed:
         return
     verdict.usage = 0.0

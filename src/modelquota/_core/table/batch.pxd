@@ -110,7 +110,7 @@ cdef inline Py_ssize_t check_batch(
     request.ticket = LAST_TICKET
     request.priority = LOWEST_PRIORITY
     request.counted = NULL
-    verdict.log_held = 0
+    verdict.to_log = 0
     batch.waits = False
     while i < batch.count:
         now_ns = batch.times_ns[i] if batch.times_ns else batch.now_ns
@@ -123,7 +123,8 @@ cdef inline Py_ssize_t check_batch(
             batch.waits = True
             break
         if row.generation == generation_of(batch.codes[i]):
-            decide(row, &cold_rows[index_of(batch.codes[i])], shared.entries, now_ns, &request, shared.header.enforcing, verdict)
+            decide(row, &cold_rows[index_of(batch.codes[i])], shared.entries, now_ns, &request,
+                   shared.header.enforcing, verdict)
         unlock(&row.lock)
         if verdict.allowed:
             batch.limits[i] = 0
@@ -133,7 +134,7 @@ cdef inline Py_ssize_t check_batch(
         if batch.waits_ms:
             batch.waits_ms[i] = 0 if verdict.allowed else verdict.retry_after_ms
         i += 1
-        if verdict.log_held:
+        if verdict.to_log:
             break
     return i
 

@@ -49,7 +49,7 @@ cdef class Grant:
     cdef Stage stage
     cdef bint cancelled
     cdef bint unclaimed         # the waiting request has not taken it yet,
-    cdef bint lapsed            # and cannot any more: its deadline has passed
+    cdef bint lapsed            # and no longer can: its deadline has passed
     cdef bint counting          # add() was called
     cdef readonly bint limit_reached
     cdef readonly int64_t estimated_tokens

@@ -199,7 +199,8 @@ cdef class Interned:
             if index == REGISTRY_BUSY:
                 self.state.inside += 1
                 with nogil:
-                    index = add_model(text, size, &limits, on_sight, now_ns, version, &generation, &self.state.shared, SLICE_NS)
+                    index = add_model(text, size, &limits, on_sight, now_ns, version, &generation,
+                                      &self.state.shared, SLICE_NS)
                 self.state.exit()
             if index == TABLE_FULL:
                 raise CapacityError(self.state.shared.header.max_models)
@@ -230,8 +231,8 @@ cdef class Interned:
             if outcome == REGISTRY_BUSY:
                 self.state.inside += 1
                 with nogil:
-                    outcome = replace_limits(ref.row, ref.generation, limits, expected, named, now_ns, &self.state.shared,
-                                             SLICE_NS)
+                    outcome = replace_limits(ref.row, ref.generation, limits, expected, named, now_ns,
+                                             &self.state.shared, SLICE_NS)
                 self.state.exit()
             if outcome == DONE:
                 self.state.wake(ref)
@@ -251,7 +252,9 @@ cdef class Interned:
         pack(old, &before)
         pack(new, &limits)
         # Compared as configs: callers retry with what get_quota() returns, and limits that read the same must be equal.
-        if ref is None or not self.read(ref, self.state.now_ns(), &usage, &expected) or unpack(&before) != unpack(&expected):
+        if ref is None or not self.read(ref, self.state.now_ns(), &usage, &expected):
+            return False
+        if unpack(&before) != unpack(&expected):
             return False
         return self.change_limits(ref, &limits, &expected, named) == DONE
 

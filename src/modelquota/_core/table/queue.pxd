@@ -27,7 +27,7 @@ cdef class Waiter:
 
     cdef int finish(self, Grant grant, object error) except -1
     cdef bint set_deadline(self) noexcept
-    cdef int stand(self, JointRequest* joint, list refs, int64_t patience_ns) except -1
+    cdef int enter(self, JointRequest* joint, list refs, int64_t patience_ns) except -1
     cdef int give_places(self) except -1
 
 
@@ -41,15 +41,15 @@ cdef class WaitQueue:
     cdef double grace_sec           # the model's grace period that the deadlines were computed with
     cdef list watchers              # the Waiters that watch the clock, one per context
     cdef int forks                  # fork_count() of the process that made it
-    cdef bint pumping               # pump() makes its passes
-    cdef bint again                 # pump() was called in the meantime
+    cdef bint serving               # serve() makes its passes
+    cdef bint again                 # serve() was called in the meantime
 
     cdef int insert(self, Waiter waiter) except -1
     cdef int remove(self, Waiter waiter) except -1
     cdef int end(self) except -1
-    cdef int serve(self, list told, list others) except -1
-    cdef int see_to_deadlines(self, list told, list others, int64_t now_ns) except -1
-    cdef int settle(self, Waiter waiter, Grant grant, object error, list told, list others) except -1
+    cdef int serve_once(self, list to_notify, list others) except -1
+    cdef int check_deadlines(self, list to_notify, list others, int64_t now_ns) except -1
+    cdef int settle(self, Waiter waiter, Grant grant, object error, list to_notify, list others) except -1
     cdef list watch(self)
 
 
@@ -59,7 +59,7 @@ cdef class Queues(Watcher):
     cdef Admission admission
     cdef dict by_ref                # RowRef -> the WaitQueue of this process's waiters for it
     cdef set unclaimed              # Waiters that were admitted and have not taken their grants
-    cdef list buried                # Waiters that left while a row was locked; their entries are still to be unlinked
+    cdef list leaving               # Waiters that left while a row was locked; their entries are still to be unlinked
 
     cdef WaitQueue queue_of(self, RowRef ref)
     cdef object admit_or_queue(self, Waiter waiter, object model_id, object estimated_tokens, object ram_needed_mb,
@@ -67,6 +67,6 @@ cdef class Queues(Watcher):
     cdef object try_again(self, Waiter waiter)
     cdef object full(self, RowRef ref, object denial)
     cdef int leave_queues(self, Waiter waiter) except -1
-    cdef int bury(self) except -1
+    cdef int leave_deferred(self) except -1
     cdef int reclaim(self, int64_t now_ns) except -1
     cdef int close(self) except -1

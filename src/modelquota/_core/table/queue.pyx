@@ -1,28 +1,28 @@
 """Wait queues: requests that wait for models, one queue per model and process, for threads and asyncio tasks alike.
 
-A request that waits for several models is in the queue of each of them, and has an entry in the queue of each of them in
-the shared state, from the start: no later request overtakes it at any of them. Of all waiting requests, the one that is
-first by priority and ticket is first in all of its queues, so no two requests wait for each other.
+A request that waits for several models is in the queue of each of them, and has an entry in the queue of each of them
+in the shared state, from the start: no later request overtakes it at any of them. Of all waiting requests, the one that
+is first by priority and ticket is first in all of its queues, so no two requests wait for each other.
 
-Nothing here sleeps or starts a thread. Every event of this process that may make room calls `WaitQueue.pump`, which
+Nothing here sleeps or starts a thread. Every event of this process that may make room calls `WaitQueue.serve`, which
 admits from the front what fits, wakes the waiters that are done, and sets `next_ns`, the time of the next try. One
 waiter per context watches the clock: one thread for all if a thread waits, otherwise one task per event loop, because
-any loop may be busy or stopped. `pump` never waits for a lock: a locked row is tried again later. Only `admit_or_queue`
-waits for one, unless `nowait`.
+any loop may be busy or stopped. `serve` never waits for a lock: a locked row is tried again later. Only
+`admit_or_queue` waits for one, unless `nowait`.
 
 event                                 what the queues do                                 whom they wake or arm
 ------------------------------------  -------------------------------------------------  -------------------------------
-a request has to wait                 enter the queue of each model, pump them           waiters that are done, watchers
-release, refund, new limits, memory   wake(ref): pump the model's queue                  waiters that are done, watchers
-clock, enforcement, fork, sweep       wake(None): pump all queues                        waiters that are done, watchers
-the clock reaches next_ns             its watchers call Waiter.pump()                    waiters that are done, watchers
+a request has to wait                 enter the queue of each model, serve them          waiters that are done, watchers
+release, refund, new limits, memory   wake(ref): serve the model's queue                 waiters that are done, watchers
+clock, enforcement, fork, sweep       wake(None): serve all queues                       waiters that are done, watchers
+the clock reaches next_ns             its watchers call Waiter.serve()                   waiters that are done, watchers
 another process releases              no call: next_ns is at most LOOK_NS ahead,         waiters that are done, watchers
                                       or longer if there are many queues
 a row is locked                       try again after busy_ns                            all watchers, to sleep less
-a deadline has passed                 deny the request; pump its other queues            the request
+a deadline has passed                 deny the request; serve its other queues           the request
 the grace period has changed          recompute the deadlines that depend on it          waiters with an earlier one
-a request is admitted                 leave all its queues, pump the others              the request
-a waiter leaves (cancel, interrupt)   unlink it, or put that off; pump its queues        waiters that are done, watchers
+a request is admitted                 leave all its queues, serve the others             the request
+a waiter leaves (cancel, interrupt)   unlink it, or put that off; serve its queues       waiters that are done, watchers
 an admitted waiter does not take()    cancel its grant after the deadline                the queue of each freed model
 close()                               end all waits with ManagerClosedError              all waiters
 
@@ -35,14 +35,14 @@ next_ns   The earliest time at which a try may change anything without an event;
 armed_ns  The `next_ns` that the watchers were armed with. An earlier `next_ns` means that they are armed again.
 busy_ns   0 if the last pass met no locked row; otherwise BUSY_NS .. LONGEST_BUSY_NS, doubled at each pass that met one.
 grace_sec The grace period in the deadlines of the waiters that are held up by `ref`, as of the last pass.
-watchers  The waiters that the last pump() chose: one thread, or one waiter per context. Empty if nobody waited.
+watchers  The waiters that the last serve() chose: one thread, or one waiter per context. Empty if none waited.
 forks     `fork_count()` of the process that made it. In another process the queue is dropped, not served.
-pumping   True while pump() makes its passes; a pump() in the meantime only sets `again`.
-again     Meaningful while `pumping`: one more pass is needed.
+serving   True while serve() makes its passes; a serve() in the meantime only sets `again`.
+again     Meaningful while `serving`: one more pass is needed.
 
-The queues of a process are guarded by the GIL: between two lines of this file no other thread runs, and no signal handler.
-The exceptions are finalizers, which may run when an object is made, and the calls that wake a waiter; the queues are
-consistent at both.
+The queues of a process are guarded by the GIL: between two lines of this file no other thread runs, and no signal
+handler. The exceptions are finalizers, which may run when an object is made, and the calls that wake a waiter; the
+queues are consistent at both.
 """
 cimport cython
 from cpython.object cimport PyObject
@@ -52,10 +52,10 @@ from modelquota._core.atomics cimport add_i64_relaxed, store_i64_relaxed
 from modelquota._core.layout cimport MAX_TIME_NS
 from modelquota._core.row.decision cimport NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, Request, Verdict
 from modelquota._core.state.clock cimport Watcher
-from modelquota._core.state.joint cimport BUSY_ROW, DECIDED, GONE, JointRequest, NOBODY, Places
+from modelquota._core.state.joint cimport BUSY_ROW, DECIDED, GONE, JointRequest, NO_MEMBER, Places
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
-from modelquota._core.state.queueing cimport QUEUE_FULL, leave_queue, stand_in_queues
+from modelquota._core.state.queueing cimport QUEUE_FULL, enter_queues, leave_queue
 from modelquota._core.state.state cimport REFUSES, fork_count
 from modelquota._core.table.admission cimport Admission, BUSY, MOST_ROUNDS, ids_of
 from modelquota._core.table.arguments cimport FAR, as_priority, as_wait_ns, parse_request
@@ -66,9 +66,9 @@ from modelquota._core.table.result cimport QuotaCheckResult, result_of
 from modelquota.errors import CapacityError, ManagerClosedError, ModelLockedError, QuotaExceededError
 
 cdef list abandoned = []            # Waiters whose owners are gone
-cdef bint burying = False           # abandon() is on the stack
+cdef bint draining = False          # abandon() is on the stack
 cdef int64_t LOOK_NS = 10_000_000   # how often a queue checks what other processes have given back,
-cdef int64_t LINES_AT_ONCE = 16     # while the process has at most this many queues; more take turns
+cdef int64_t QUEUES_AT_ONCE = 16    # while the process has at most this many queues; more take turns
 cdef int64_t BUSY_NS = 50_000       # the first pause after a locked row, whose owner was preempted,
 cdef int64_t LONGEST_BUSY_NS = 10_000_000   # and the longest: it may not run at all
 
@@ -106,13 +106,13 @@ cdef class Waiter:
     if it has to wait, which keeps the path without a wait fast; ``wake()``, from any thread, when it is done;
     ``arm()``, from any thread, when it has to watch the clock, or to check it earlier.
 
-    The owner calls the queue: ``sleep_seconds()`` and ``wake_at_ns`` before it sleeps, ``pump()`` when that time has
+    The owner calls the queue: ``sleep_seconds()`` and ``wake_at_ns`` before it sleeps, ``serve()`` when that time has
     come, ``take()`` when it is done, and ``leave()`` at the end in every case. ``abandon()`` may come from any thread.
     """
 
     @property
     def wake_at_ns(self):
-        """When its owner should call `pump`, in ns of the manager's clock; None if it only waits for an event."""
+        """When its owner should call `serve`, in ns of the manager's clock; None if it only waits for an event."""
         cdef int64_t at_ns = self.deadline_ns
         cdef WaitQueue queue
         if not self.waits_in or self.queues.state.manual is not None:
@@ -136,10 +136,10 @@ cdef class Waiter:
             return None
         return max(0, at_ns - self.queues.state.now_ns()) * 1e-9
 
-    def pump(self):
-        """Pump the queues that it is in."""
+    def serve(self):
+        """Serve the queues that it is in."""
         for queue in tuple(self.waits_in or ()):
-            queue.pump()
+            queue.serve()
 
     def take(self):
         """The grant. Raises QuotaExceededError if the request was denied, or the error that ended the wait."""
@@ -168,7 +168,7 @@ cdef class Waiter:
                 queue.remove(self)
             self.queues.leave_queues(self)
             for queue in waits_in:
-                queue.pump()
+                queue.serve()
         elif grant is not None:
             self.grant = None
             self.queues.unclaimed.discard(self)
@@ -176,16 +176,16 @@ cdef class Waiter:
 
     def abandon(self):
         """Leave on behalf of an owner that is gone. Iterative: leaving one waiter may abandon others."""
-        global burying
+        global draining
         abandoned.append(self)
-        if burying:
+        if draining:
             return
-        burying = True
+        draining = True
         try:
             while abandoned:
                 abandoned.pop().leave()
         finally:
-            burying = False
+            draining = False
 
     cdef int finish(self, Grant grant, object error) except -1:
         self.grant = grant
@@ -217,7 +217,7 @@ cdef class Waiter:
         self.places.count = 0
         return 0
 
-    cdef int stand(self, JointRequest* joint, list refs, int64_t patience_ns) except -1:
+    cdef int enter(self, JointRequest* joint, list refs, int64_t patience_ns) except -1:
         """Enter the queue of each model, in the shared state and in this process; the outcome, as of a joint decision.
 
         Entries that it already has are kept. Takes the rows' locks.
@@ -226,7 +226,7 @@ cdef class Waiter:
         cdef int i, k, first = self.places.count
         cdef int outcome
         cdef WaitQueue queue
-        queues.bury()
+        queues.leave_deferred()
         for i in range(joint.count):
             for k in range(first):
                 if joint.members[i].entry == self.places.entries[k]:
@@ -238,16 +238,18 @@ cdef class Waiter:
                 continue
             joint.members[i].entry = NULL       # it is already in that queue
         now_ns = queues.state.now_ns()
-        outcome = stand_in_queues(joint, &self.request, self.deadline_ns, now_ns, &queues.state.shared, 0)
+        outcome = enter_queues(joint, &self.request, self.deadline_ns, now_ns, &queues.state.shared, 0)
         if outcome == BUSY_ROW and patience_ns:
             queues.state.inside += 1
             with nogil:
-                outcome = stand_in_queues(joint, &self.request, self.deadline_ns, now_ns, &queues.state.shared, patience_ns)
+                outcome = enter_queues(joint, &self.request, self.deadline_ns, now_ns, &queues.state.shared,
+                                       patience_ns)
             queues.state.exit()
         if outcome != DECIDED:
             while self.places.count > first:
                 self.places.count -= 1
-                give_record(&queues.state.shared.entry_pool, self.places.entries[self.places.count] - queues.state.shared.entries,
+                give_record(&queues.state.shared.entry_pool,
+                            self.places.entries[self.places.count] - queues.state.shared.entries,
                             queues.state.shared.me)
             return outcome
         queues.state.require_open()                  # it may have been closed during the wait for the rows
@@ -288,9 +290,9 @@ cdef class WaitQueue:
             self.queues.state.manual.watchers.discard(self.queues)
         return 0
 
-    def pump(self):
+    def serve(self):
         """Admit from the front what fits now. Tries the rows' locks, and never waits for one."""
-        cdef list told = []
+        cdef list to_notify = []
         cdef list others = []
         cdef list watchers
         if self.forks != fork_count():
@@ -298,24 +300,24 @@ cdef class WaitQueue:
             return                      # its waiters are threads and tasks of the parent process
         if not self.queues.state.usable():
             return
-        if self.pumping:
+        if self.serving:
             self.again = True
             return
-        self.pumping = True
+        self.serving = True
         try:
             self.again = True
             while self.again:
                 self.again = False
-                self.serve(told, others)
+                self.serve_once(to_notify, others)
         except BaseException:
             self.next_ns = self.queues.state.now_ns() + LOOK_NS
             raise
         finally:
-            self.pumping = False
+            self.serving = False
             watchers = self.watch()
-            notify_all(told, others, watchers)
+            notify_all(to_notify, others, watchers)
 
-    cdef int serve(self, list told, list others) except -1:
+    cdef int serve_once(self, list to_notify, list others) except -1:
         """One pass over the queue: admit and deny what can be decided now. Tries the rows' locks."""
         cdef JointRequest joint
         cdef Verdict verdict
@@ -328,11 +330,11 @@ cdef class WaitQueue:
         cdef bint busy = False
         cdef int64_t next_ns = FAR      # published at the end: until then another thread may read the field
         cdef int64_t now_ns = queues.state.now_ns()
-        queues.bury()
+        queues.leave_deferred()
         if queues.pools.deferred:
             finish_deferred(queues.pools)
         queues.reclaim(now_ns)
-        self.see_to_deadlines(told, others, now_ns)
+        self.check_deadlines(to_notify, others, now_ns)
         while i < len(self.order):
             waiter = self.order[i]
             if blocked is not None and needs_as_much(&waiter.request, &blocked.request):
@@ -340,9 +342,10 @@ cdef class WaitQueue:
                 continue
             joint.unclaimed_until_ns = waiter.deadline_ns if waiter.deadline_ns != FAR else 0
             try:
-                unknown = queues.admission.decide_all(waiter.ids, &waiter.request, True, 0, refs, &joint, &verdict, &waiter.places)
+                unknown = queues.admission.decide_all(waiter.ids, &waiter.request, True, 0, refs, &joint, &verdict,
+                                                      &waiter.places)
             except Exception as error:      # no room for a record, or for a model registered on sight
-                self.settle(waiter, None, error, told, others)
+                self.settle(waiter, None, error, to_notify, others)
                 continue
             if unknown == BUSY:
                 busy = True
@@ -357,21 +360,21 @@ cdef class WaitQueue:
                 self.again = True
                 break
             if grant is not None:
-                self.settle(waiter, grant, None, told, others)
+                self.settle(waiter, grant, None, to_notify, others)
                 continue
             waiter.result = result_of(&verdict, (<RowRef> refs[joint.violating]).model_id)
             waiter.held_up_by = refs[joint.violating]
             waiter.set_deadline()
             if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns):
-                self.settle(waiter, None, None, told, others)
+                self.settle(waiter, None, None, to_notify, others)
                 continue
             for k in range(joint.count):
                 if joint.members[k].entry == NULL:          # a model was registered again: no entry there yet
                     try:
-                        if waiter.stand(&joint, refs, 0) != DECIDED:
+                        if waiter.enter(&joint, refs, 0) != DECIDED:
                             busy = True
                     except Exception as error:
-                        self.settle(waiter, None, error, told, others)
+                        self.settle(waiter, None, error, to_notify, others)
                     break
             if waiter.done:
                 continue
@@ -393,11 +396,11 @@ cdef class WaitQueue:
         else:
             self.busy_ns = 0
         if not queues.state.alone():
-            next_ns = min(next_ns, now_ns + LOOK_NS * (1 + len(queues.by_ref) // LINES_AT_ONCE))
+            next_ns = min(next_ns, now_ns + LOOK_NS * (1 + len(queues.by_ref) // QUEUES_AT_ONCE))
         self.next_ns = next_ns
         return 0
 
-    cdef int see_to_deadlines(self, list told, list others, int64_t now_ns) except -1:
+    cdef int check_deadlines(self, list to_notify, list others, int64_t now_ns) except -1:
         """Deny the waiters whose deadline has passed, by the grace period that the model has now."""
         cdef Waiter waiter
         cdef Py_ssize_t i = 0
@@ -407,15 +410,15 @@ cdef class WaitQueue:
         while i < len(self.order):
             waiter = self.order[i]
             if changed and waiter.held_up_by is self.ref and waiter.set_deadline():
-                told.append(waiter)             # it has to check the clock earlier
+                to_notify.append(waiter)        # it has to check the clock earlier
             if waiter.deadline_ns <= now_ns:
-                self.settle(waiter, None, None, told, others)
+                self.settle(waiter, None, None, to_notify, others)
             else:
                 i += 1
         return 0
 
-    cdef int settle(self, Waiter waiter, Grant grant, object error, list told, list others) except -1:
-        """End a waiter's wait: it is admitted, or denied. Its other queues go to `others`, to be pumped."""
+    cdef int settle(self, Waiter waiter, Grant grant, object error, list to_notify, list others) except -1:
+        """End a waiter's wait: it is admitted or denied. Its other queues go to `others`, to be served."""
         cdef WaitQueue queue
         for queue in tuple(waiter.waits_in):
             queue.remove(waiter)
@@ -425,7 +428,7 @@ cdef class WaitQueue:
         self.queues.leave_queues(waiter)
         if grant is not None:
             self.queues.unclaimed.add(waiter)
-        told.append(waiter)
+        to_notify.append(waiter)
         return 0
 
     cdef list watch(self):
@@ -435,7 +438,7 @@ cdef class WaitQueue:
         """
         cdef list chosen = []
         cdef list contexts = []
-        cdef list told = []
+        cdef list to_notify = []
         cdef Waiter waiter
         for waiter in self.order:
             if waiter.context is None:
@@ -446,10 +449,10 @@ cdef class WaitQueue:
                 chosen.append(waiter)
         for waiter in chosen:
             if waiter not in self.watchers or self.next_ns < self.armed_ns or self.busy_ns:
-                told.append(waiter)
+                to_notify.append(waiter)
         self.watchers = chosen
         self.armed_ns = self.next_ns
-        return told
+        return to_notify
 
 
 cdef object notify(Waiter waiter):
@@ -468,16 +471,16 @@ cdef object notify(Waiter waiter):
     return error
 
 
-cdef int notify_all(list told, list others, list watchers) except -1:
-    """Notify `told` and `watchers`, and pump `others`: all of them, even if one raises; that is raised at the end."""
+cdef int notify_all(list to_notify, list others, list watchers) except -1:
+    """Notify `to_notify` and `watchers`, and serve `others`: all, even if one raises; that is raised at the end."""
     cdef Waiter waiter
     cdef WaitQueue queue
     error = None
-    for waiter in told:
+    for waiter in to_notify:
         error = notify(waiter) or error
     for queue in others:
         try:
-            queue.pump()
+            queue.serve()
         except BaseException as raised:
             error = raised
     for waiter in watchers:
@@ -498,7 +501,7 @@ cdef class Queues(Watcher):
         self.state.watcher = <PyObject*> self
         self.by_ref = {}
         self.unclaimed = set()
-        self.buried = []
+        self.leaving = []
 
     def __dealloc__(self):
         if self.state.watcher == <PyObject*> self:
@@ -547,16 +550,17 @@ cdef class Queues(Watcher):
             waiter.waits_in = []
         if waiter.request.counted == NULL:
             joint.unclaimed_until_ns = 0
-            unknown = self.admission.decide_all(waiter.ids, &waiter.request, True, 0 if nowait else SLICE_NS, refs, &joint, &verdict, NULL)
+            unknown = self.admission.decide_all(waiter.ids, &waiter.request, True, 0 if nowait else SLICE_NS, refs,
+                                                &joint, &verdict, NULL)
             if unknown == BUSY:
                 return self.try_again(waiter)
             grant = make_grant(self.pools, &joint, refs, &waiter.request) if verdict.allowed else None
-            if joint.violating == NOBODY:
+            if joint.violating == NO_MEMBER:
                 return grant
             ref = refs[joint.violating]
             waiter.result = result_of(&verdict, ref.model_id)
-            if verdict.log_held:
-                self.admission.events.on_violation(ref.model_id, waiter.result, verdict.log_held)
+            if verdict.to_log:
+                self.admission.events.on_violation(ref.model_id, waiter.result, verdict.to_log)
             if grant is not None:
                 return grant
             now_ns = self.state.now_ns()
@@ -573,7 +577,7 @@ cdef class Queues(Watcher):
         outcome = GONE
         for _ in range(MOST_ROUNDS):
             self.admission.members_of(waiter.ids, &joint, refs, None)
-            outcome = waiter.stand(&joint, refs, 0 if nowait else SLICE_NS)
+            outcome = waiter.enter(&joint, refs, 0 if nowait else SLICE_NS)
             if outcome != GONE:
                 break
             self.admission.interned.unintern(<RowRef> refs[joint.gone])
@@ -586,7 +590,7 @@ cdef class Queues(Watcher):
             raise QuotaExceededError(self.full(ref, waiter.result))
         for queue in tuple(waiter.waits_in):
             if not waiter.done:
-                queue.pump()
+                queue.serve()
         return waiter
 
     cdef object try_again(self, Waiter waiter):
@@ -646,16 +650,16 @@ cdef class Queues(Watcher):
             left = leave_queue(places.entries[i], &self.state.shared, 0) and left
         if left:
             waiter.give_places()
-        elif waiter not in self.buried:
-            self.buried.append(waiter)
+        elif waiter not in self.leaving:
+            self.leaving.append(waiter)
         return 0
 
-    cdef int bury(self) except -1:
+    cdef int leave_deferred(self) except -1:
         """Retry what leave_queues() has put off. Tries the rows' locks."""
         cdef list todo
-        if self.buried:
-            todo = self.buried
-            self.buried = []
+        if self.leaving:
+            todo = self.leaving
+            self.leaving = []
             for waiter in todo:
                 self.leave_queues(waiter)
         return 0
@@ -677,29 +681,29 @@ cdef class Queues(Watcher):
     cdef int look(self) except -1:
         """Do what was put off, before a request is denied because of what others hold."""
         self.reclaim(self.state.now_ns())
-        self.bury()
+        self.leave_deferred()
         if self.pools.deferred:
             finish_deferred(self.pools)
         return 0
 
     cdef int wake(self, object ref) except -1:
-        """Pump the queue of a model, or (None) all queues."""
+        """Serve the queue of a model, or (None) all queues."""
         cdef WaitQueue queue
         if not self.by_ref:
             return 0
         if ref is None:
             for queue in tuple(self.by_ref.values()):
-                queue.pump()
+                queue.serve()
             return 0
         queue = self.by_ref.get(ref)
         if queue is not None:
-            queue.pump()
+            queue.serve()
         return 0
 
     cdef int forget_parent(self) except -1:
         self.by_ref = {}
         self.unclaimed = set()
-        self.buried = []
+        self.leaving = []
         self.pools.deferred = []
         return 0
 
@@ -707,7 +711,7 @@ cdef class Queues(Watcher):
         """End all waits, and release the state."""
         cdef WaitQueue queue
         cdef Waiter waiter
-        cdef list told = []
+        cdef list to_notify = []
         cdef bint was_usable = self.state.usable()
         if self.state.closed:
             return 0
@@ -725,11 +729,11 @@ cdef class Queues(Watcher):
                             (<WaitQueue> other).remove(waiter)
                         waiter.finish(None, ManagerClosedError())
                         self.leave_queues(waiter)
-                        told.append(waiter)
+                        to_notify.append(waiter)
         self.by_ref.clear()
         self.pools.deferred.clear()
-        self.buried.clear()
+        self.leaving.clear()
         if self.state.shared.header != NULL:
             self.state.end()
-        notify_all(told, [], [])
+        notify_all(to_notify, [], [])
         return 0

@@ -40,7 +40,8 @@ cdef extern from "Python.h":
 
 
 cdef inline bint decide_and_unlock(
-    Row* row, ColdRow* cold, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request, Verdict* verdict
+    Row* row, ColdRow* cold, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request,
+    Verdict* verdict
 ) noexcept nogil:
     """Decide, and release the row's lock; False, undecided, if the model has left the row. Requires the row's lock."""
     cdef bint alive = row.generation == generation
@@ -53,8 +54,8 @@ cdef inline bint decide_and_unlock(
 
 
 cdef inline int wait_and_decide(
-    Row* row, ColdRow* cold, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request, Verdict* verdict,
-    int64_t patience_ns
+    Row* row, ColdRow* cold, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request,
+    Verdict* verdict, int64_t patience_ns
 ) noexcept nogil:
     """Lock the row, then decide_and_unlock(); LOCKED_OUT if the row stays locked. Takes the row's lock."""
     if not lock_row(row, shared, patience_ns):
@@ -71,8 +72,8 @@ cdef int propagate() except -1:
 cdef class QuotaTable:
     """The core's methods of `ResourceQuotaManager`, which inherits them directly, without a wrapper.
 
-    It is composed of a state, the pools of this process's records in it, the models that it has interned, admission over
-    them, and the queues of waiting requests.
+    It is composed of a state, the pools of this process's records in it, the models that it has interned, admission
+    over them, and the queues of waiting requests.
     """
 
     def __cinit__(self, *args, **kwargs):
@@ -275,10 +276,10 @@ cdef class QuotaTable:
             return self.answer_late(ref, model_id, request, handle)
         if verdict.limit and verdict.worth_a_look:
             self.pools.reclaim_if_due()
-        if verdict.log_held == 0:
+        if verdict.to_log == 0:
             return result_of(&verdict, <str> model_id)
         result = result_of(&verdict, <str> model_id)
-        self.admission.events.on_violation(model_id, result, verdict.log_held)
+        self.admission.events.on_violation(model_id, result, verdict.to_log)
         return result
 
     cdef object answer_late(self, RowRef ref, object model_id, const Request* request, object handle):
@@ -298,7 +299,8 @@ cdef class QuotaTable:
             if outcome == LOCKED_OUT:
                 self.state.inside += 1
                 with nogil:
-                    outcome = wait_and_decide(row, ref.cold, ref.generation, self.shared, now_ns, request, &verdict, SLICE_NS)
+                    outcome = wait_and_decide(row, ref.cold, ref.generation, self.shared, now_ns, request, &verdict,
+                                              SLICE_NS)
                 self.state.exit()
             if outcome == LOCKED_OUT:
                 self.state.pause()
@@ -310,8 +312,8 @@ cdef class QuotaTable:
         if verdict.limit and verdict.worth_a_look:
             self.pools.reclaim_if_due()
         result = result_of(&verdict, ref.model_id)
-        if verdict.log_held:
-            self.admission.events.on_violation(ref.model_id, result, verdict.log_held)
+        if verdict.to_log:
+            self.admission.events.on_violation(ref.model_id, result, verdict.to_log)
         return result
 
     cdef object answer_unknown(self, object model_id, const Request* request):
@@ -393,7 +395,8 @@ cdef class QuotaTable:
         cdef list counts = actual_tokens.tolist() if hasattr(actual_tokens, "tolist") else list(actual_tokens)
         cdef Py_ssize_t i
         if len(open_grants) != len(counts):
-            raise ValueError(f"actual_tokens has {len(counts)} elements and grants has {len(open_grants)}; give one each")
+            raise ValueError(f"actual_tokens has {len(counts)} elements and grants has {len(open_grants)}; "
+                             "give one each")
         for i in range(len(counts)):
             if type(open_grants[i]) is not Grant:
                 raise TypeError(f"grants[{i}] is {open_grants[i]!r}; give a Grant")
@@ -515,9 +518,9 @@ cdef class QuotaTable:
             self.state.exit()
             if batch.waits:
                 self.state.pause()
-            if verdict.log_held:
+            if verdict.to_log:
                 name = self.interned.name_of(index_of(batch.codes[i - 1]))
-                due.append((name, result_of(&verdict, name), verdict.log_held))
+                due.append((name, result_of(&verdict, name), verdict.to_log))
         if times_ns is not None and batch.count:
             if batch.times_ns[batch.count - 1] > self.state.manual.time_ns:
                 self.state.manual.move_to(batch.times_ns[batch.count - 1])
@@ -563,13 +566,14 @@ cdef class QuotaTable:
         self.state.exit()
         self.state.require_open()
         if bad < count:
-            raise ValueError(f"codes[{bad}] is {first[bad]}, which is no model's code; codes come from codes(), and a code "
-                             "ends when its model is removed")
+            raise ValueError(f"codes[{bad}] is {first[bad]}, which is no model's code; codes come from codes(), and a "
+                             "code ends when its model is removed")
 
     def _times(self, times_ns, Py_ssize_t count):
         cdef object times
         if self.state.manual is None:
-            raise ValueError("times_ns needs a manager with a clock of its own: ResourceQuotaManager(clock=ManualClock())")
+            raise ValueError("times_ns needs a manager with a clock of its own: "
+                             "ResourceQuotaManager(clock=ManualClock())")
         times = int64_copy(times_ns, "times_ns")
         require_length(times, "times_ns", count)
         if count:
