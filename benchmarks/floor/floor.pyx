@@ -113,7 +113,7 @@ cdef class FloorTable:
         return result_of(True, estimated_tokens)
 
     def check_many(self, codes, tokens, limits):
-        """Touch the row of each code (int64) under its lock, with the GIL released, and answer 0 into `limits` (uint8)."""
+        """Touch the row of each code (int64) under its lock, with the GIL released; answer 0 into `limits` (uint8)."""
         cdef Py_buffer views[3]
         cdef Py_ssize_t count
         PyObject_GetBuffer(codes, &views[0], PyBUF_FORMAT)

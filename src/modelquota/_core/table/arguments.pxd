@@ -11,7 +11,8 @@ cdef extern from *:
     static inline int64_t mq_small_count(PyObject *value) {
         if (!PyLong_CheckExact(value)) return -1;
     #if PY_VERSION_HEX >= 0x030C0000
-        return PyUnstable_Long_IsCompact((PyLongObject *)value) ? PyUnstable_Long_CompactValue((PyLongObject *)value) : -1;
+        return PyUnstable_Long_IsCompact((PyLongObject *)value)
+            ? PyUnstable_Long_CompactValue((PyLongObject *)value) : -1;
     #else
         return Py_SIZE(value) == 1 ? (int64_t)((PyLongObject *)value)->ob_digit[0] : Py_SIZE(value) == 0 ? 0 : -1;
     #endif

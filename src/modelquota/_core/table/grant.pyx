@@ -65,7 +65,8 @@ cdef class Grant:
         if self.state is not None and self.stage != CLOSED and self.ours() and self.state.usable():
             try:
                 self.release_as(False)
-                PyErr_WarnEx(ResourceWarning, b"a grant was garbage-collected unreleased; use it in a with statement", 1)
+                PyErr_WarnEx(ResourceWarning,
+                             b"a grant was garbage-collected unreleased; use it in a with statement", 1)
             except BaseException:
                 PyErr_WriteUnraisable(None)     # warnings may be errors, and an error here cannot be caught
         free(self.more)
@@ -348,8 +349,8 @@ cdef class Grant:
 
 
 cdef int charge_rows(
-    JointRequest* joint, int64_t now_ns, int64_t over, int64_t* chunk, bint* fits, const Stage* stage, const Shared* shared,
-    int64_t patience_ns
+    JointRequest* joint, int64_t now_ns, int64_t over, int64_t* chunk, bint* fits, const Stage* stage,
+    const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
     """Charge `chunk` tokens to all models if that fits, or else `over`. Takes the rows' locks.
 
@@ -375,7 +376,8 @@ cdef int charge_rows(
         member = &joint.members[i]
         joint.charges[i].tokens = 0
         if member.row.generation == member.generation:
-            charge_tokens(member.row, member.cold, chunk[0], is_trial(member.row, member.cold, enforcing), &joint.charges[i])
+            charge_tokens(member.row, member.cold, chunk[0], is_trial(member.row, member.cold, enforcing),
+                          &joint.charges[i])
             reserve_tokens(member.cold, member.record, joint.charges[i].tokens)
     unlock_rows(joint, joint.count)
     return DONE
@@ -488,7 +490,8 @@ cdef int finish_deferred(Pools pools) except -1:
     for later in todo:
         outcome = LOCKED_OUT
         if <size_t> later.member.row not in locked:
-            outcome = finish_member(&later.member, later.charges, 1, later.times, &later.ending, now_ns, &state.shared, 0)
+            outcome = finish_member(&later.member, later.charges, 1, later.times, &later.ending, now_ns,
+                                    &state.shared, 0)
         if outcome == LOCKED_OUT:
             locked.add(<size_t> later.member.row)
             left.append(later)

@@ -20,7 +20,8 @@ cdef enum:
 
 
 cdef inline int change_handle(
-    Row* row, ColdRow* cold, uint32_t generation, GrantRecord* record, bint bind, const Shared* shared, int64_t patience_ns
+    Row* row, ColdRow* cold, uint32_t generation, GrantRecord* record, bint bind, const Shared* shared,
+    int64_t patience_ns
 ) noexcept nogil:
     """Bind a handle, or release it. False if the model has been removed, LOCKED_OUT if the row stays locked.
 

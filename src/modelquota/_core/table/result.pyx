@@ -110,8 +110,8 @@ cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id):
 
 
 cdef tuple _fields(QuotaCheckResult result):
-    return (result.allowed, result.limit_code, result.cause_code, result.action_code, result.wait_ms, result.current_usage,
-            result.used, result.bound, result.asked, result.model_id, result.others_hold,
+    return (result.allowed, result.limit_code, result.cause_code, result.action_code, result.wait_ms,
+            result.current_usage, result.used, result.bound, result.asked, result.model_id, result.others_hold,
             result.never_fits)
 
 

@@ -283,6 +283,7 @@ cdef cnp.ndarray _zeros(object dtype, Py_ssize_t count, size_t size):
 
 cdef int _require(cnp.ndarray array, size_t size) except -1:
     """Require that C may read and change the elements of `array`."""
-    if not (cnp.PyArray_ISCARRAY(array) and cnp.PyArray_NDIM(array) == 1 and <size_t> cnp.PyArray_ITEMSIZE(array) == size):
+    if not (cnp.PyArray_ISCARRAY(array) and cnp.PyArray_NDIM(array) == 1
+            and <size_t> cnp.PyArray_ITEMSIZE(array) == size):
         raise ValueError(f"give a contiguous, writeable array of elements of {size} bytes")
     return 0
