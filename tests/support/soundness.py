@@ -10,11 +10,12 @@ from typing import Any
 from oracle import COUNT_MAX, DAY_NS, HOUR_NS, SECOND_NS, SLOTS, slot_of, slot_start_ns
 
 from modelquota import ResourceQuotaManager
+from modelquota._core.state.state import CONSTANTS
 
 LENGTHS_NS = (SECOND_NS, HOUR_NS, DAY_NS)
 WORD = 2**64
-NO_RATE = 255
-COARSE_BITS = 30
+NO_RATE = CONSTANTS["no_rate"]
+COARSE_BITS = CONSTANTS["coarse_bits"]
 """A low is kept in units of so many bits more than its level."""
 LOW_SLACK_NS = 16_666_667
 """A low is noted when a slot of the second begins; what drains until the slot ends comes on top."""

@@ -13,16 +13,19 @@ from modelquota._core.row.window cimport NEVER
 cdef extern from *:
     """
     typedef __int128 mq_wide;
-    #define MQ_LEVEL_MAX ((mq_wide)1 << 125)
+    #define MQ_LEVEL_BITS 125
+    #define MQ_LEVEL_MAX ((mq_wide)1 << MQ_LEVEL_BITS)
     """
     ctypedef long long wide "mq_wide"
     # the highest level: 100,000 years of draining or more; charges raise it no further
     const wide LEVEL_MAX "MQ_LEVEL_MAX"
+    const int LEVEL_BITS "MQ_LEVEL_BITS"
 
 cdef enum:
     NS_PER_SECOND = 1_000_000_000
     SLOT_NS = 16_666_667    # 1/60 s
     COARSE_BITS = 30
+    WIDEST_SHIFT = 95       # with it, one request or token still is below LEVEL_MAX: 30 bits are 10**9
     # the shift of a rate that is not set: its level stays 0 (a rate of 0 has a level, which never drains)
     NO_RATE = 255
 

@@ -13,8 +13,9 @@ from modelquota._core.state.beside import (
     remove_dead_drafts,
     remove_draft,
 )
+from modelquota._core.state.mapping import MAX_MODELS_LIMIT
 from modelquota._core.state.state import new_header, regions_for
-from modelquota._core.state.validate import MAX_MODELS_LIMIT, validate
+from modelquota._core.state.validate import validate
 from modelquota.errors import StateFileError
 
 DEFAULT_MAX_MODELS = 65_536

@@ -12,7 +12,7 @@ from modelquota._core.layout cimport (
     UNLIMITED, WINDOWS
 )
 from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB
-from modelquota._core.row.level cimport NO_RATE
+from modelquota._core.row.level cimport NO_RATE, WIDEST_SHIFT
 from modelquota._core.row.usage cimport NO_LIMIT, Usage, put_limits, read_usage, start_row
 
 from modelquota.quota.limits import (
@@ -90,7 +90,7 @@ def encode_rate(rate, burst):
         return 0, 0, 0, (1 + burst) * 10**9
     numerator, denominator = rate.as_integer_ratio()
     whole = -(-numerator // denominator)
-    widest = 125 - 30 - (whole + burst).bit_length()
+    widest = WIDEST_SHIFT - (whole + burst).bit_length()
     shift = min(denominator.bit_length() - 1, widest)
     drain = max(1, (numerator << shift) // denominator)
     cap = ((max(numerator, denominator) + burst * denominator) * 10**9 << shift) // denominator

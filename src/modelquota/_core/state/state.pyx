@@ -22,9 +22,12 @@ from posix.unistd cimport close
 
 from modelquota._core.atomics cimport compiler_barrier, load_u32, load_u64, swap_u32
 from modelquota._core.layout cimport (
-    CHANGES, CHUNK, CHUNKS, ColdRow, GrantRecord, Header, LAYOUT_VERSION, MAX_TIME_NS, Pool, QueueEntry, RECORDS, Row,
-    SEATS, Seat, Shared
+    CHANGES, CHUNK, CHUNKS, ColdRow, GrantRecord, Header, LAYOUT_VERSION, LONGEST, MAX_COUNT, MAX_TIME_NS, Pool,
+    QueueEntry, RECORDS, Row, SEATS, SLOTS, Seat, Shared, UNLIMITED
 )
+from modelquota._core.row.decision cimport QUEUE
+from modelquota._core.row.level cimport COARSE_BITS, LEVEL_BITS, NO_RATE, WIDEST_SHIFT
+from modelquota._core.row.window cimport IDLE, NEVER, ROLLED, ROLLING, THREE_SLOTS_NS
 from modelquota._core.state.clock cimport ManualClock, Watcher, monotonic_ns
 from modelquota._core.state.lock cimport (
     NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, claim_seat, clear_seat, has_seat, hold_by_lock, holds_seat, is_file,
@@ -33,6 +36,7 @@ from modelquota._core.state.lock cimport (
 from modelquota._core.state.pool cimport end_pool, record_at, start_pool
 from modelquota._core.state.registry cimport MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, unlock_registry
 from modelquota._core.state.sweep cimport release_grants
+from modelquota._core.state.unclaimed cimport LAPSED
 
 from modelquota._core.state.mapping import (
     boot_id, clock_shift_ns, create_anonymous, digest, fingerprint, open_again, plan, process_space
@@ -61,7 +65,32 @@ cdef int64_t LOOK_NS = 1_000_000_000                # the interval between two c
 cdef int64_t VERIFY_NS = 1_000_000
 cdef int forks = 0                                  # the number of forks between the first process and this one
 cdef PyObject* newest = NULL                        # the states of this process, linked by `older`; guarded by the GIL
-CONSTANTS = {"magic": MAGIC, "version": LAYOUT_VERSION, "name_unit": NAME_UNIT}
+CONSTANTS = {       # of the layout, for Python code that reads the bytes of a state
+    "magic": MAGIC,
+    "version": LAYOUT_VERSION,
+    "name_unit": NAME_UNIT,
+    "longest_name": LONGEST_NAME,
+    "max_count": MAX_COUNT,
+    "max_time_ns": MAX_TIME_NS,
+    "unlimited": UNLIMITED,
+    "never": NEVER,
+    "seats": SEATS,
+    "chunk": CHUNK,
+    "chunks": CHUNKS,
+    "records": RECORDS,
+    "slots": SLOTS,
+    "three_slots_ns": THREE_SLOTS_NS,
+    "no_rate": NO_RATE,
+    "widest_shift": WIDEST_SHIFT,
+    "level_bits": LEVEL_BITS,
+    "coarse_bits": COARSE_BITS,
+    "idle": IDLE,
+    "rolling": ROLLING,
+    "last_stage": ROLLED + 2 * LONGEST,
+    "last_action": QUEUE,
+    "last_clock_kind": MANUAL,
+    "lapsed": LAPSED,
+}
 
 cdef enum:  # the outcome of anchor_time()
     ANCHORED = 0

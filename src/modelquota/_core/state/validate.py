@@ -22,22 +22,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from modelquota._core.state.mapping import MAX_MODELS_LIMIT
 from modelquota._core.state.packing import core_limits, dtypes, encode_rate
 from modelquota._core.state.state import CONSTANTS, count_processes, layout_fingerprint, regions_for
 from modelquota.errors import StateFileError
 from modelquota.quota.limits import DENYING
 
-MAX_MODELS_LIMIT = 2**24
 MAGIC = CONSTANTS["magic"]
 LAYOUT_VERSION = CONSTANTS["version"]
 NAME_UNIT = CONSTANTS["name_unit"]
-_MAX_COUNT = 2**62
-_UNLIMITED = 2**63 - 1
+_MAX_COUNT = CONSTANTS["max_count"]
+_UNLIMITED = CONSTANTS["unlimited"]
+_NEVER = CONSTANTS["never"]
 _ENCODED = np.dtype(
     [(name, np.float64 if name == "rate" else np.int64) for name in ("rate", "burst", "limit", "drain")]
     + [(name, np.uint64) for name in ("shift", "low", "high")]
 )
-_MAX_TIME_NS = 2**61
+_MAX_TIME_NS = CONSTANTS["max_time_ns"]
 _COUNTS = (
     "ram_mb",
     "ssd_mb",
@@ -51,20 +52,25 @@ _COUNTS = (
 )
 _TALLIES = ("rejected", "throttled", "queued", "waited", "violations")
 _MAX_TALLY = 2**59  # 10**9 a second for 18 years; the sum of several is still a count
-_SLOTS = 60
+_SLOTS = CONSTANTS["slots"]
+_THREE_SLOTS_NS = CONSTANTS["three_slots_ns"]
 _CODES, _WINDOWS = core_limits()
 _PER_SLOT = tuple(per_slot for per_slot, *_ in _WINDOWS)
 _AT_A_TIME = 1024
-_LONGEST_NAME = 256  # bytes
+_LONGEST_NAME = CONSTANTS["longest_name"]  # bytes
 _TRIES = 20
 _FEW = 32
 _LOOKS = 5
-_SEATS = 1024
-_CHUNKS = 4096
-_CHUNK = 64
-_RECORDS = _CHUNK * _CHUNKS
-_NO_RATE = 255
-_WIDEST_SHIFT = 95
+_SEATS = CONSTANTS["seats"]
+_CHUNKS = CONSTANTS["chunks"]
+_CHUNK = CONSTANTS["chunk"]
+_RECORDS = CONSTANTS["records"]
+_NO_RATE = CONSTANTS["no_rate"]
+_WIDEST_SHIFT = CONSTANTS["widest_shift"]
+_HIGH_BITS = CONSTANTS["level_bits"] + 1 - 64  # of the high word of a level or cap
+_LOWEST_BITS = CONSTANTS["level_bits"] - CONSTANTS["coarse_bits"]  # of a lowest level, with a shift of 0
+_LAST_ACTION = CONSTANTS["last_action"]
+_LAST_CLOCK_KIND = CONSTANTS["last_clock_kind"]
 _SHADOWS = sum(1 << record.limit for record in DENYING)
 
 
@@ -140,8 +146,10 @@ class Reader:
         for name, top in (("seats_used", _SEATS - 1), ("entry_chunks_used", _CHUNKS), ("grant_chunks_used", _CHUNKS)):
             if int(header[name]) > top:
                 raise StateFileError(self.path, f"{name} is {header[name]}; it may be {top} at most")
-        if int(header["clock_kind"]) > 2:
-            raise StateFileError(self.path, f"clock_kind is {header['clock_kind']}; it may be 2 at most")
+        if int(header["clock_kind"]) > _LAST_CLOCK_KIND:
+            raise StateFileError(
+                self.path, f"clock_kind is {header['clock_kind']}; it may be {_LAST_CLOCK_KIND} at most"
+            )
         for name in ("anchor_ns", "clock_offset_ns", "anchor_wall_ns"):
             if abs(int(header[name])) > _MAX_TIME_NS and name != "anchor_wall_ns":
                 raise StateFileError(self.path, f"{name} is {header[name]}; 2**61 ns is the most")
@@ -310,7 +318,9 @@ def _judge_held(reader: Reader) -> Iterator[str]:
         for record in np.flatnonzero((held[what] < 0) | (held[what] > _MAX_COUNT)):
             yield f"grant record {record}: {what} is not a count"
     until_ns, charge = held["unclaimed_until_ns"], held["charge"]
-    for record in np.flatnonzero((held["decider"] > _RECORDS) | (until_ns < -1) | (until_ns > _MAX_COUNT)):
+    for record in np.flatnonzero(
+        (held["decider"] > _RECORDS) | (until_ns < CONSTANTS["lapsed"]) | (until_ns > _MAX_COUNT)
+    ):
         yield f"grant record {record}: its deadline or its deciding record is invalid"
     for record in np.flatnonzero(
         (charge["tokens"] < 0)
@@ -329,7 +339,7 @@ def _judge_entries(reader: Reader) -> Iterator[str]:
     for what in ("next", "previous"):
         for record in np.flatnonzero(entries[what] > _RECORDS):
             yield f"queue entry {record}: {what} is not the number of an entry"
-    for record in np.flatnonzero((entries["limit"] >= _CODES["LIMITS"]) | (entries["ready_ns"] < -1)):
+    for record in np.flatnonzero((entries["limit"] >= _CODES["LIMITS"]) | (entries["ready_ns"] < _NEVER)):
         yield f"queue entry {record}: its limit or its ready_ns is invalid"
 
 
@@ -364,19 +374,19 @@ def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterat
     """Yield the faults of some rows."""
     rows, cold_rows = part.rows, part.cold_rows
     outside = cold_rows["name_offset"].astype(np.int64) * NAME_UNIT + cold_rows["name_capacity"] > names_used
-    outside |= (cold_rows["name_size"] > cold_rows["name_capacity"]) | (cold_rows["name_capacity"] > 256)
+    outside |= (cold_rows["name_size"] > cold_rows["name_capacity"]) | (cold_rows["name_capacity"] > _LONGEST_NAME)
     yield from _each(part, outside, "its name is outside the region of names")
     yield from _each(part, np.asarray((cold_rows["filled"] > _SLOTS).any(1), np.bool_), "a window has too many slots")
     yield from _each(part, cold_rows["journal_filled"] > _SLOTS, "its journal has too many slots")
-    yield from _each(part, cold_rows["action"] > 3, "its action is unknown")
-    yield from _each(part, cold_rows["stage"] > 1 + 2 * len(_PER_SLOT), "its stage is unknown")
+    yield from _each(part, cold_rows["action"] > _LAST_ACTION, "its action is unknown")
+    yield from _each(part, cold_rows["stage"] > CONSTANTS["last_stage"], "its stage is unknown")
     for what in ("request", "token"):
         dormant = rows[f"dormant_{what}_shift"]
         wrong = (dormant > _WIDEST_SHIFT) & (dormant != _NO_RATE)
         yield from _each(part, wrong, f"its dormant {what} rate has an unknown unit")
         shift = rows[f"{what}_shift"]
         yield from _each(part, (shift > _WIDEST_SHIFT) & (shift != _NO_RATE), f"its {what} rate has an unknown unit")
-        wide = (rows[f"{what}_level"]["high"] >> 62) | (rows[f"{what}_cap"]["high"] >> 62)
+        wide = (rows[f"{what}_level"]["high"] | rows[f"{what}_cap"]["high"]) >> _HIGH_BITS
         yield from _each(part, wide != 0, f"its {what} level or its cap is too high")
         yield from _each(part, rows[f"{what}_drain"] < 0, f"its {what} rate is negative")
     for times in (rows["slot_end_ns"], rows["level_ns"]):
@@ -389,7 +399,7 @@ def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterat
     for name in _TALLIES:
         beyond = np.asarray(cold_rows[name] > _MAX_TALLY).reshape(len(rows), -1).any(1)
         yield from _each(part, beyond, f"{name} is too large")
-    rolling = cold_rows["stage"] >= 2
+    rolling = cold_rows["stage"] >= CONSTANTS["rolling"]
     slot = cold_rows["journal_slot"]
     yield from _each(
         part, rolling & ((slot < 0) | (slot > _MAX_TIME_NS // 10_000_000)), "its journal is beyond 2**61 ns"
@@ -407,7 +417,7 @@ def staged_faults(header: Any) -> Iterator[str]:
         before = header["staged_row_before"]
         shifts = [int(before[f"{what}_shift"]), int(before[f"dormant_{what}_shift"])]
         wide = int(before[f"{what}_level"]["high"]) | int(before[f"{what}_cap"]["high"])
-        if any(shift > _WIDEST_SHIFT and shift != _NO_RATE for shift in shifts) or wide >> 62:
+        if any(shift > _WIDEST_SHIFT and shift != _NO_RATE for shift in shifts) or wide >> _HIGH_BITS:
             yield f"the staged {what} level or its cap is too high"
         one = np.zeros((), _ENCODED)
         one["rate"], one["burst"] = staged[f"{what}s_per_second"], staged[f"burst_{what}s"]
@@ -417,7 +427,7 @@ def staged_faults(header: Any) -> Iterator[str]:
         if not _is_encoded(one) or not _is_limit(staged[f"{what}_limits"]).all():
             yield f"the staged {what} limits are invalid"
     caps = np.array([staged[name] for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent")])
-    known = int(staged["action"]) <= 3 and not int(staged["shadow"]) & ~_SHADOWS
+    known = int(staged["action"]) <= _LAST_ACTION and not int(staged["shadow"]) & ~_SHADOWS
     if not _is_limit(caps).all() or not 0 <= int(staged["max_queued"]) <= _MAX_COUNT or not known:
         yield "the staged limits are invalid"
     if not 0 <= float(staged["grace_period_sec"]) < math.inf:
@@ -444,7 +454,8 @@ def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
             wrong = ~_is_limit(cold_rows[f"{what}_limit"][:, window])
             yield from _each(part, alive & wrong, f"its limit of {what}s in window {window} is invalid")
         lowest = cold_rows[f"{what}_minimum"]
-        widest = np.ldexp(1.0, 95 - np.minimum(rows[f"{what}_shift"].astype(np.int64), 95))
+        shift = np.minimum(rows[f"{what}_shift"].astype(np.int64), _WIDEST_SHIFT)
+        widest = np.ldexp(1.0, _LOWEST_BITS - shift)
         wrong = np.asarray(((lowest < 0) | (lowest > widest[:, None])).any(1), np.bool_)
         # Not of a locked row: a repair resets them.
         yield from _each(part, alive & part.steady & wrong, f"its lowest {what} level is invalid")
@@ -490,10 +501,11 @@ def _is_encoded(one: Any) -> bool:
 def sum_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
     """Yield the sums that disagree with their parts, in rows that have a model and are not being changed."""
     rows, cold_rows = part.rows, part.cold_rows
-    yield from _each(part, alive & (cold_rows["stage"] != 0), "a change is unfinished")
-    edge = (rows["slot_end_ns"] * 3 // 50_000_000 * 50_000_000 + 2) // 3
+    yield from _each(part, alive & (cold_rows["stage"] != CONSTANTS["idle"]), "a change is unfinished")
+    slot = rows["slot_end_ns"] * 3 // _THREE_SLOTS_NS
+    edge = (slot * _THREE_SLOTS_NS + 2) // 3
     yield from _each(part, alive & (edge != rows["slot_end_ns"]), "its slot_end_ns is not the end of a slot")
-    current = rows["slot_end_ns"] * 3 // 50_000_000 - 1
+    current = slot - 1
     room = {"requests": rows["request_room"], "tokens": rows["token_room"]}
     limit = {"requests": cold_rows["request_limit"], "tokens": cold_rows["token_limit"]}
     for what in ("requests", "tokens"):
