@@ -11,6 +11,7 @@ import traceback
 
 import numpy as np
 import pytest
+from factories import make_manager, open_quota
 from neighbors import EPOCHS, SEATS
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
@@ -18,24 +19,11 @@ from modelquota._core.state.packing import dtypes
 from modelquota._core.state.state import regions_for
 
 FORK = multiprocessing.get_context("fork")
-ONE = {
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_concurrent_requests": 1,
-    "on_violation": "reject",
-}
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "quota.state"
 
 
 @pytest.fixture
 def manager(path):
-    manager = ResourceQuotaManager(path=path, max_models=64)
-    manager.set_quota("m", **ONE)
-    return manager
+    return make_manager(open_quota("m", max_concurrent_requests=1), path=path, max_models=64)
 
 
 def epochs(manager):

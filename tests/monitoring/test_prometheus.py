@@ -17,20 +17,17 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 import modelquota.monitoring.prometheus
-from modelquota import ManualClock, ResourceQuotaManager
+from modelquota import ResourceQuotaConfig
 from modelquota.monitoring.metrics import METRICS, OTHERS
 from modelquota.monitoring.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota(
+QUOTAS = [
+    ResourceQuotaConfig(
         "llama", max_ram_mb=1000, max_ssd_mb=None, max_requests_per_hour=3, max_tokens_per_second=10.5,
         burst_tokens=400, max_concurrent_requests=5, on_violation="reject",
-    )  # fmt: skip
-    manager.set_quota("qwen", max_tokens_per_hour=100, on_violation="warn")
-    return manager
+    ),
+    ResourceQuotaConfig("qwen", max_tokens_per_hour=100, on_violation="warn"),
+]  # fmt: skip
 
 
 def samples(text):

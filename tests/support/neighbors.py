@@ -19,20 +19,6 @@ from modelquota._core.state.state import regions_for
 SEATS = 1024
 EPOCHS = np.uint64(2**22 - 1)
 """Bits of a seat's `holder` that say how often it was taken."""
-FREE: dict[str, Any] = {
-    "max_ram_mb": None,
-    "max_ssd_mb": None,
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_tokens_per_hour": None,
-    "max_tokens_per_day": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-    "on_violation": "reject",
-}
-"""No limit but those that are added."""
-LINE: dict[str, Any] = {**FREE, "max_concurrent_requests": 1, "on_violation": "queue", "grace_period_sec": 60.0}
-"""One request at a time, and the others wait."""
 
 
 def seat_words(manager: ResourceQuotaManager) -> set[int]:
