@@ -29,7 +29,11 @@ from modelquota.tuning.replay import DENYING_LIMITS
 
 SOURCES = Path(modelquota.__file__).parent
 RECORDS = pytest.mark.parametrize("record", CATALOGUE.values(), ids=lambda record: record.limit.name)
-EACH = dict(zip(CATALOGUE, (7, 11, 5, 40, 400, 5_000, 300, 50_000, 3_000, 9), strict=True))
+EACH = {Limit.RAM: 7, Limit.SSD: 11, Limit.CONCURRENCY: 5, Limit.QUEUE: 9} | {
+    record.limit: (400 if record.unit == "tokens" else 40) * 10 ** WINDOWS.index(record.window) + record.limit
+    for record in CATALOGUE.values()
+    if record.window is not None
+}
 # One model, all of whose limits are set, each to another value.
 QUOTAS = [
     ResourceQuotaConfig(
