@@ -28,8 +28,7 @@ from modelquota.waiting.thread import acquire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from types import TracebackType
-    from typing import Self, SupportsIndex
+    from typing import SupportsIndex
 
     import numpy as np
     from numpy.typing import NDArray
@@ -128,14 +127,6 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
                 from modelquota.statefile.journal import restore
 
                 restore(self, journal)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     @classmethod
     def open_readonly(
