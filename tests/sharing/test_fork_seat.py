@@ -18,7 +18,7 @@ import time
 import every_verb
 import pytest
 from factories import one_at_a_time, open_quota
-from neighbors import SEATS, forked, outcome_in_child, stopped_inside
+from neighbors import SEATS, child_of, forked, outcome_in_child, stopped_inside
 from patience import PATIENCE, until
 
 from modelquota import ManagerClosedError, QuotaError, QuotaExceededError, ResourceQuotaManager, StateFileError
@@ -76,17 +76,6 @@ HOW = [
     pytest.param(lose_proc_and_path, marks=ROOT),
 ]
 every_way = pytest.mark.parametrize("prevent", HOW, ids=lambda how: how.__name__)
-
-
-def child_of(work):
-    """Fork a child that does `work` and ends; its process id."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return pid
 
 
 def told_by_child(work):

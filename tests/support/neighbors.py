@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modelquota import ResourceQuotaManager
 from modelquota._core.state.packing import dtypes
@@ -21,11 +22,17 @@ EPOCHS = np.uint64(2**22 - 1)
 """Bits of a seat's `holder` that say how often it was taken."""
 
 
-def seat_words(manager: ResourceQuotaManager) -> set[int]:
-    """The words of all seats that were ever taken: of the latest owner of each."""
+def epochs_of(manager: ResourceQuotaManager) -> NDArray[np.uint64]:
+    """How often each seat has been taken."""
     header, _, _ = manager._arrays()
     seats = np.frombuffer(header.base, dtypes()["seat"], SEATS, regions_for(int(header["max_models"][0])).seats)
-    epochs = seats["holder"] & EPOCHS
+    epochs: NDArray[np.uint64] = seats["holder"] & EPOCHS
+    return epochs
+
+
+def seat_words(manager: ResourceQuotaManager) -> set[int]:
+    """The words of all seats that were ever taken: of the latest owner of each."""
+    epochs = epochs_of(manager)
     return {int(epochs[seat]) << 10 | int(seat) for seat in np.flatnonzero(epochs)}
 
 
@@ -59,6 +66,17 @@ def forked(work: Callable[[], object]) -> Iterator[int]:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def child_of(work: Callable[[], object]) -> int:
+    """Fork a child that does `work` and ends; its process id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return pid
 
 
 def outcome_in_child(work: Callable[[], object], seconds: int = 60) -> Any:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from factories import make_manager, one_at_a_time, waiting
-from neighbors import forked
+from neighbors import child_of, forked
 from patience import PATIENCE, until
 
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaManager
@@ -232,12 +232,7 @@ def wait_in_line(request, manager):
 
 @contextlib.contextmanager
 def _started(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
+    pid = child_of(work)
     yield
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
