@@ -6,13 +6,15 @@
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import NOW_NS, make_manager
 from hypothesis import HealthCheck, settings
 from oracle import Oracle
 
-from modelquota import ResourceQuotaManager
+from modelquota import ManualClock, ResourceQuotaManager
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 # The first example of a large strategy takes longer, on a busy machine, than Hypothesis thinks healthy.
@@ -30,6 +32,24 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 def kind(request: pytest.FixtureRequest) -> Any:
     """A class with the verbs of a manager, whose promises are checked: the core, and the model that judges it."""
     return request.param
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """The clock of `manager`; a module to which the time matters has its own."""
+    return ManualClock(NOW_NS)
+
+
+@pytest.fixture
+def manager(request: pytest.FixtureRequest, clock: ManualClock) -> ResourceQuotaManager:
+    """A manager in memory with the quotas that the test's module lists as ``QUOTAS``, or none."""
+    return make_manager(*getattr(request.module, "QUOTAS", ()), clock=clock)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a state file can be made."""
+    return tmp_path / "quota.state"
 
 
 @pytest.fixture

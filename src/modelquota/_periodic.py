@@ -1,48 +1,20 @@
-"""`Periodic`: a step that a background thread repeats, once the program has called `start`."""
+"""Background threads: `Background` starts and ends one, and `Periodic` repeats a step in it."""
 
 import logging
 import math
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 logger = logging.getLogger("modelquota")
 
 
-class Periodic:
-    """The base class of what watches a manager: `poll` does one step, `start` repeats it in a thread until `stop`.
-
-    As a context manager it stops on exit. A step that fails is logged, and the next one is tried.
-    """
+class Background:
+    """The base class of what works in a daemon thread until `stop`. As a context manager it stops on exit."""
 
     _thread: threading.Thread | None = None
     _stop: threading.Event
-
-    def poll(self) -> object:
-        """Do one step."""
-        raise NotImplementedError
-
-    def start(self, interval_sec: float) -> Self:
-        """Call `poll` in a daemon thread, immediately and then every `interval_sec` seconds (above 0, finite).
-
-        Raises
-        ------
-        ValueError
-            The interval is not accepted.
-        RuntimeError
-            It is already running.
-        """
-        if not 0 < interval_sec < math.inf:
-            raise ValueError(f"interval_sec is {interval_sec}; give a finite number of seconds above 0")
-        if self.running:
-            raise RuntimeError(f"{type(self).__name__} is running; stop() it before it is started again")
-        self._begin()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._repeat, args=(self._stop, interval_sec), name=f"modelquota-{type(self).__name__}", daemon=True
-        )
-        self._thread.start()
-        return self
 
     @property
     def running(self) -> bool:
@@ -64,6 +36,45 @@ class Periodic:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _require_stopped(self) -> None:
+        if self.running:
+            raise RuntimeError(f"{type(self).__name__} is running; stop() it before it is started again")
+
+    def _launch(self, work: Callable[[threading.Event], None]) -> None:
+        """Start the thread: it calls `work` with the event that tells it to end."""
+        self._stop = threading.Event()
+        name = f"modelquota-{type(self).__name__}"
+        self._thread = threading.Thread(target=work, args=(self._stop,), name=name, daemon=True)
+        self._thread.start()
+
+
+class Periodic(Background):
+    """The base class of what watches a manager: `poll` does one step, `start` repeats it in a thread until `stop`.
+
+    A step that fails is logged, and the next one is tried.
+    """
+
+    def poll(self) -> object:
+        """Do one step."""
+        raise NotImplementedError
+
+    def start(self, interval_sec: float) -> Self:
+        """Call `poll` in a daemon thread, immediately and then every `interval_sec` seconds (above 0, finite).
+
+        Raises
+        ------
+        ValueError
+            The interval is not accepted.
+        RuntimeError
+            It is already running.
+        """
+        if not 0 < interval_sec < math.inf:
+            raise ValueError(f"interval_sec is {interval_sec}; give a finite number of seconds above 0")
+        self._require_stopped()
+        self._begin()
+        self._launch(lambda stop: self._repeat(stop, interval_sec))
+        return self
 
     def _begin(self) -> None:
         """Called by `start` in the caller's thread, so that its errors reach the caller."""

@@ -28,8 +28,7 @@ from modelquota.waiting.thread import acquire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from types import TracebackType
-    from typing import Self, SupportsIndex
+    from typing import SupportsIndex
 
     import numpy as np
     from numpy.typing import NDArray
@@ -128,14 +127,6 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
                 from modelquota.statefile.journal import restore
 
                 restore(self, journal)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     @classmethod
     def open_readonly(
@@ -286,8 +277,15 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     ) -> Grant:
         """Reserve, and wait for admission as the action of the violated model says.
 
-        ``reject`` does not wait. ``throttle`` retries when that may help; requests that arrive in the meantime may be
-        admitted first. ``queue`` waits in line: no later request overtakes a waiting one, however large it is.
+        Examples
+        --------
+        >>> manager = ResourceQuotaManager(clock=ManualClock())
+        >>> manager.set_quota("llama", max_concurrent_requests=1, on_violation="queue", grace_period_sec=30)
+        >>> with manager.acquire("llama", estimated_tokens=500) as grant:
+        ...     answer = ["Hello", ",", " world"]  # the model runs here; requests that come now wait
+        ...     grant.settle(len(answer))
+        >>> manager.get_usage("llama").tokens_this_hour
+        3
 
         Parameters
         ----------
@@ -309,6 +307,11 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
             the end of the wait. A request counts once, however often it was tried.
         TypeError, ValueError
             As for `reserve`, and for a timeout or priority out of range.
+
+        Notes
+        -----
+        ``reject`` does not wait. ``throttle`` retries when that may help; requests that arrive in the meantime may be
+        admitted first. ``queue`` waits in line: no later request overtakes a waiting one, however large it is.
         """
         return acquire(self, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority)
 
@@ -325,6 +328,18 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         """`acquire` for asyncio: ``await`` it, or ``async with`` it. The event loop is never blocked.
 
         Threads and tasks wait in one queue. A canceled wait leaves nothing behind.
+
+        Examples
+        --------
+        >>> import asyncio
+        >>> manager = ResourceQuotaManager(clock=ManualClock())
+        >>> manager.set_quota("llama", max_concurrent_requests=1, on_violation="queue")
+        >>> async def generate(prompt):
+        ...     async with manager.acquire_async("llama", estimated_tokens=500) as grant:
+        ...         grant.settle(len(prompt))
+        ...         return prompt.upper()
+        >>> asyncio.run(generate("hello"))
+        'HELLO'
         """
         from modelquota.waiting.task import Acquisition
 

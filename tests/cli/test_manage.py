@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.cli.manage import add_commands
-from modelquota.cli.status import print_status, print_status_json
+from modelquota.cli.status import WIDE_COLUMNS, print_status, print_status_json
 from modelquota.cli.top import Top, run_top
 
 
@@ -80,14 +80,14 @@ def test_status_has_the_model_nearest_to_a_limit_first(run):
 
 
 def test_status_has_more_room_on_a_wide_screen(manager):
-    console = Console(file=io.StringIO(), width=140)
+    console = Console(file=io.StringIO(), width=WIDE_COLUMNS)
     assert print_status(manager, console) == pytest.approx(90)
     heading, full, *_ = console.file.getvalue().splitlines()
     assert all(f"{name} %" in heading for name in ("RAM", "SSD", "tok/h", "req/h", "tok/day", "req/day"))
     assert "-" in full.split()
 
 
-@pytest.mark.parametrize("width", [60, 79, 80, 131, 132, 200])
+@pytest.mark.parametrize("width", [60, 79, 80, WIDE_COLUMNS - 1, WIDE_COLUMNS, 200])
 def test_no_width_cuts_a_figure(manager, width):
     manager.set_quota("a-name-that-is-much-longer-than-any-column-may-be")
     manager.update_quota("full", on_violation="warn")

@@ -6,16 +6,10 @@ from types import SimpleNamespace
 import pytest
 from tiered_cache import MB, running
 
-from modelquota import Limit, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import Limit, ResourceQuotaConfig
 from modelquota.control.caches import MemoryProbe, register_models
 
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager()
-    manager.set_quota("a", max_ram_mb=10)
-    manager.set_quota("b")
-    return manager
+QUOTAS = [ResourceQuotaConfig("a", max_ram_mb=10), ResourceQuotaConfig("b")]
 
 
 def occupied(manager, model_id):

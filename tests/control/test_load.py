@@ -7,15 +7,10 @@ import threading
 
 import pytest
 
-from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager, ViolationAction
+from modelquota import ResourceQuotaConfig, ViolationAction
 from modelquota.control.load import Adjustment, LoadAdjuster, cpu_load
 
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", max_ram_mb=1000, max_requests_per_second=50.0, on_violation="reject")
-    return manager
+QUOTAS = [ResourceQuotaConfig("m", max_ram_mb=1000, max_requests_per_second=50.0, on_violation="reject")]
 
 
 class Rig:

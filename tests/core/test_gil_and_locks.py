@@ -11,7 +11,8 @@ import threading
 import time
 
 import pytest
-from neighbors import FREE, LINE, forked
+from factories import open_quota, queue_quota
+from neighbors import forked
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
 
@@ -61,10 +62,10 @@ def batches(manager):
 @pytest.mark.parametrize("work", [settle, cancel, add, joint, acquire, live_changes, batches])
 def test_a_long_c_call_of_one_process_stops_a_model_in_no_other(tmp_path, work):
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=64)
-    manager.set_quota("m", **FREE)
+    manager.set_quota(open_quota("m"))
     if work is acquire:
-        manager.set_quota("m", **LINE | {"max_concurrent_requests": 3})
-    manager.set_quota("beside", **FREE)
+        manager.set_quota(queue_quota("m", max_concurrent_requests=3))
+    manager.set_quota(open_quota("beside"))
 
     def hog():
         def loop():
@@ -97,7 +98,7 @@ def test_a_long_c_call_of_one_process_stops_a_model_in_no_other(tmp_path, work):
 
     with forked(hog), forked(keep_busy):
         os.sched_yield()
-        manager.set_quota("nobody else's", **FREE)
+        manager.set_quota(open_quota("nobody else's"))
         for _ in range(ATTEMPTS):  # the fault shows in each; a machine that is busy with other things does not
             took = {"m": [], "nobody else's": []}
             end = time.monotonic() + SECONDS

@@ -6,15 +6,12 @@ from itertools import repeat
 
 import pytest
 
-from modelquota import ManualClock, ResourceQuotaManager
+from modelquota import ResourceQuotaConfig
 
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    for model_id in ("a", "b", "c"):
-        manager.set_quota(model_id, max_tokens_per_second=1e6, max_requests_per_second=1e6, on_violation="reject")
-    return manager
+QUOTAS = [
+    ResourceQuotaConfig(name, max_tokens_per_second=1e6, max_requests_per_second=1e6, on_violation="reject")
+    for name in "abc"
+]
 
 
 def most_allocated(ask):

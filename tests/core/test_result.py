@@ -5,14 +5,11 @@ import pickle
 
 import pytest
 
-from modelquota import Limit, ManualClock, QuotaCheckResult, ResourceQuotaManager, ViolationAction, ViolationType
+from modelquota import Limit, QuotaCheckResult, ResourceQuotaConfig, ViolationAction, ViolationType
 
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", max_ram_mb=10, max_requests_per_second=3, burst_requests=0, max_tokens_per_hour=1_000_000)
-    return manager
+QUOTAS = [
+    ResourceQuotaConfig("m", max_ram_mb=10, max_requests_per_second=3, burst_requests=0, max_tokens_per_hour=1_000_000)
+]
 
 
 def test_admitted(manager):

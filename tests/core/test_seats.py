@@ -7,69 +7,20 @@ import os
 import signal
 import threading
 import time
-import traceback
 
 import numpy as np
 import pytest
-from neighbors import EPOCHS, SEATS
+from factories import make_manager, open_quota
+from neighbors import epochs_of, forked
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
-from modelquota._core.state.packing import dtypes
-from modelquota._core.state.state import regions_for
 
 FORK = multiprocessing.get_context("fork")
-ONE = {
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_concurrent_requests": 1,
-    "on_violation": "reject",
-}
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "quota.state"
 
 
 @pytest.fixture
 def manager(path):
-    manager = ResourceQuotaManager(path=path, max_models=64)
-    manager.set_quota("m", **ONE)
-    return manager
-
-
-def epochs(manager):
-    """How often each seat has been taken."""
-    header, _, _ = manager._arrays()
-    mapping = header.base
-    seats = np.frombuffer(mapping, dtypes()["seat"], SEATS, regions_for(int(header["max_models"][0])).seats)
-    return seats["holder"] & EPOCHS
-
-
-@contextlib.contextmanager
-def forked(work):
-    """A child that does `work` and then waits to be killed; entered once the work is done."""
-    ready, done = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            _kept = work()  # what it holds stays
-            os.write(done, b"1")
-            while True:
-                time.sleep(10)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    os.close(done)
-    try:
-        assert os.read(ready, 1) == b"1"
-        yield pid
-    finally:
-        os.close(ready)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+    return make_manager(open_quota("m", max_concurrent_requests=1), path=path, max_models=64)
 
 
 def seconds_until_admitted(manager, most=5.0):
@@ -154,11 +105,11 @@ def test_a_dead_child_is_noticed_though_its_parent_lives(manager):
 
 
 def test_seats_are_used_again(path, manager):
-    before = epochs(manager).copy()
+    before = epochs_of(manager).copy()
     for _ in range(20):
         ResourceQuotaManager(path=path)
     gc.collect()
-    taken = np.flatnonzero(epochs(manager) != before)
+    taken = np.flatnonzero(epochs_of(manager) != before)
     assert taken.tolist() == [2]
 
 
@@ -168,7 +119,7 @@ def test_whoever_sits_down_on_a_dead_ones_seat_is_not_taken_for_it(path, manager
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         with forked(lambda: manager.check_quota("m", 1)):
-            taken = np.flatnonzero(epochs(manager))
+            taken = np.flatnonzero(epochs_of(manager))
             assert taken.tolist() == [1, 2]  # the seat is taken again
             time.sleep(0.011)
             assert seconds_until_admitted(manager) < 1
@@ -192,7 +143,7 @@ def test_a_lock_of_a_dead_seat_is_taken_over_in_threads(path, manager):
     _, rows, _ = manager._arrays()
     with forked(lambda: None):
         pass
-    dead = (int(epochs(manager)[2]) << 10) | 2
+    dead = (int(epochs_of(manager)[2]) << 10) | 2
     for _ in range(20):
         rows["lock"][0] = dead
         threads = [threading.Thread(target=manager.check_quota, args=("m", 1)) for _ in range(4)]
@@ -207,7 +158,7 @@ def test_a_lock_of_a_dead_seat_is_taken_over_in_threads(path, manager):
 def test_a_lock_of_the_living_is_waited_for(manager):
     _, rows, _ = manager._arrays()
     with forked(lambda: None) as pid:
-        rows["lock"][0] = (int(epochs(manager)[2]) << 10) | 2
+        rows["lock"][0] = (int(epochs_of(manager)[2]) << 10) | 2
         thread = threading.Thread(target=manager.check_quota, args=("m", 1))
         thread.start()
         thread.join(0.1)

@@ -16,7 +16,8 @@ import traceback
 
 import numpy as np
 import pytest
-from neighbors import EPOCHS, FREE, SEATS, forked, outcome_in_child, row_of
+from factories import make_manager, open_quota
+from neighbors import EPOCHS, SEATS, forked, outcome_in_child, row_of
 from patience import until
 
 from modelquota import CapacityError, QuotaExceededError, ResourceQuotaManager
@@ -31,7 +32,6 @@ EPOCH_BITS, PID_BITS = 22, 22
 PIDS = np.uint64((1 << PID_BITS) - 1 << EPOCH_BITS)
 MARK = np.uint64(1 << EPOCH_BITS + PID_BITS)  # the lowest bit of what tells processes with the same id apart
 SURE = np.uint64(1 << 63)
-ONE = {**FREE, "max_concurrent_requests": 1}
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -85,17 +85,9 @@ def is_held(manager):
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "quota.state"
-
-
-@pytest.fixture
 def manager(path):
     """One that was there before any reader: it has its seat by a write lock."""
-    manager = ResourceQuotaManager(path=path, max_models=64)
-    manager.set_quota("m", **ONE)
-    manager.set_quota("n", **FREE)
-    return manager
+    return make_manager(open_quota("m", max_concurrent_requests=1), open_quota("n"), path=path, max_models=64)
 
 
 def test_a_manager_opens_and_works_beside_a_reader_that_locks_the_whole_file(path, manager):
@@ -117,7 +109,7 @@ def test_the_first_of_all_opens_beside_a_reader_too(path):
     ResourceQuotaManager(path=path, max_models=8).close()
     with read_locked(path):
         manager = ResourceQuotaManager(path=path)
-        manager.set_quota("n", **FREE)
+        manager.set_quota(open_quota("n"))
         assert manager.check_quota("n", 1)
         assert inspect_file(path).processes == 1
 
@@ -345,7 +337,7 @@ def test_two_processes_that_open_at_once_never_share_a_seat(path, manager):
     proof = path.with_suffix(".proof")
     proof.touch()
     for seed in range(3):
-        manager.set_quota(f"p{seed}", **FREE)
+        manager.set_quota(open_quota(f"p{seed}"))
 
     def open_and_close(seed):
         rng = random.Random(seed)

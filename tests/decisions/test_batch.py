@@ -7,13 +7,10 @@ from hypothesis import strategies as st
 
 from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager, UnknownModelError
 
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("a", max_requests_per_second=3, burst_requests=0, on_violation="reject")
-    manager.set_quota("b", max_tokens_per_hour=100, burst_tokens=2000, on_violation="throttle")
-    return manager
+QUOTAS = [
+    ResourceQuotaConfig("a", max_requests_per_second=3, burst_requests=0, on_violation="reject"),
+    ResourceQuotaConfig("b", max_tokens_per_hour=100, burst_tokens=2000, on_violation="throttle"),
+]
 
 
 def state_of(manager):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from bounds import cap, ceiling
+from factories import UNLIMITED
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import DAY_NS, HOUR_NS, MS_NS, SECOND_NS, slot_start_ns
@@ -21,7 +22,6 @@ from oracle_answers import Usage
 from strategies import (
     DENYING,
     LAST_NS,
-    UNLIMITED,
     Arrival,
     Pause,
     at_one_scale,

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from neighbors import FREE, forked
+from factories import make_manager, open_quota
+from neighbors import forked
 from patience import PATIENCE
 
-from modelquota import QuotaError, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import QuotaError, ResourceQuotaManager
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
-ON_SIGHT = ResourceQuotaConfig("any", **FREE)
+ON_SIGHT = open_quota("any")
 VERBS = ("check_quota", "peek_quota", "reserve", "acquire", "acquire_async", "limit")
 
 
@@ -48,10 +49,7 @@ def all_end(threads):
 
 @pytest.fixture
 def manager():
-    manager = ResourceQuotaManager(max_models=64)
-    for name in "abc":
-        manager.set_quota(name, **FREE)
-    return manager
+    return make_manager(*map(open_quota, "abc"), real_time=True, max_models=64)
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -69,7 +67,7 @@ def move_about(manager, steps):
             manager.remove_quota("a")
             manager.remove_quota("b")
             for name in order:
-                manager.set_quota(name, **FREE)
+                manager.set_quota(open_quota(name))
 
 
 def ask_often(manager, verb, counts, own):
@@ -130,7 +128,7 @@ def test_a_model_that_takes_the_row_of_another_one_in_the_same_request(manager):
 
     manager = ResourceQuotaManager(max_models=4, default_quota=remove_and_register)
     for verb in VERBS:
-        manager.set_quota("a", **FREE)
+        manager.set_quota(open_quota("a"))
         thread = threading.Thread(target=ask, args=(manager, verb, ("a", f"new/{verb}"), 7), daemon=True)
         thread.start()
         assert all_end([thread]), verb
@@ -145,7 +143,7 @@ def test_a_grant_over_models_whose_rows_have_been_exchanged(manager):
     for name in "ab":
         manager.remove_quota(name)
     for name in "ba":
-        manager.set_quota(name, **FREE)
+        manager.set_quota(open_quota(name))
     assert grant.add(1000)
     grant.settle(500)
     grant.release()
@@ -162,7 +160,7 @@ def test_a_grant_over_models_whose_rows_have_been_exchanged(manager):
 @pytest.mark.parametrize("default", [None, {"n": ON_SIGHT}], ids=["no default", "default"])
 def test_an_id_twice_is_refused_whether_known_or_not(verb, ids, default):
     manager = ResourceQuotaManager(max_models=64, default_quota=default)
-    manager.set_quota("a", **FREE)
+    manager.set_quota(open_quota("a"))
     with pytest.raises(ValueError, match="twice"):
         ask(manager, verb, ids)
     assert manager.list_models() == ["a"]
@@ -329,7 +327,7 @@ def test_a_str_of_its_own_kind_counts_as_the_text_that_it_is(manager, verb, equa
 def test_models_go_while_the_ids_that_name_them_are_read(manager, verb):
     def leave():
         manager.remove_quota("a")
-        manager.set_quota("d", **FREE)
+        manager.set_quota(open_quota("d"))
 
     ask(manager, verb, (hostile("a", leave), "b", hostile("d", leave)), 5)
     assert not manager._arrays()[1]["lock"].any()
@@ -359,7 +357,7 @@ def test_lists_that_change_while_they_are_read():
     program = """
         import sys, threading, time
         from modelquota import ResourceQuotaManager, ResourceQuotaConfig, QuotaError
-        from test_joint_rows import FREE, VERBS, Rows, ask, hostile
+        from test_joint_rows import VERBS, Rows, ask, hostile, open_quota
         sys.setswitchinterval(1e-6)
         ids, end = [], time.monotonic() + 4
         def change():
@@ -369,7 +367,7 @@ def test_lists_that_change_while_they_are_read():
                 del ids[1:]
         def template(model_id):
             change()
-            return ResourceQuotaConfig(model_id, **FREE)
+            return open_quota(model_id)
         manager = ResourceQuotaManager(max_models=512, default_quota=template)
         for kind in (list, Rows):
             for verb in VERBS:
@@ -402,7 +400,7 @@ def test_lists_that_change_while_they_are_read():
 def test_a_request_over_sixteen_models_and_their_rows_in_any_order(manager):
     names = [f"n{number}" for number in range(16)]
     for name in names:
-        manager.set_quota(name, **FREE | {"max_tokens_per_hour": 160})
+        manager.set_quota(open_quota(name, max_tokens_per_hour=160))
     for turn in range(16):
         assert manager.check_quota(names[turn:] + names[:turn], 10)
     with pytest.raises(QuotaError):

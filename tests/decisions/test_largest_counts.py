@@ -7,25 +7,20 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from factories import open_quota
 from patience import PATIENCE, until
 from soundness import assert_not_negative, level_of, record_of
 
-from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaManager
 
 MOST = 2**62
 DAY_SEC = 86_400
 CAP = 21  # of the level: a rate of at most 1, and a burst of 20
-open_quota = ResourceQuotaConfig.unlimited
 
 
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock(10**15)
-
-
-@pytest.fixture
-def manager(clock: ManualClock) -> ResourceQuotaManager:
-    return ResourceQuotaManager(clock=clock)
 
 
 def cold_row_of(manager: ResourceQuotaManager) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from factories import UNLIMITED
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import COUNT_MAX, UNLIMITED
+from strategies import COUNT_MAX
 
 from modelquota import Limit, ManualClock, ResourceQuotaManager, ViolationType
 

@@ -15,7 +15,6 @@ import pytest
 from modelquota import (
     CapacityError,
     Limit,
-    ManualClock,
     ModelQuota,
     QuotaConfigError,
     QuotaError,
@@ -26,12 +25,7 @@ from modelquota import (
     ViolationType,
 )
 
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", max_ram_mb=100, max_requests_per_hour=3, on_violation="reject")
-    return manager
+QUOTAS = [ResourceQuotaConfig("m", max_ram_mb=100, max_requests_per_hour=3, on_violation="reject")]
 
 
 def state_of(manager):

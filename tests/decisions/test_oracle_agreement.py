@@ -6,12 +6,12 @@ import random
 
 import pytest
 from agreement import Agreement, assert_same_decision, assert_same_state
+from factories import UNLIMITED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import COUNT_MAX, DAY_NS, MS_NS, Oracle
 from strategies import (
     LAST_NS,
-    UNLIMITED,
     Arrival,
     at_one_scale,
     configs,

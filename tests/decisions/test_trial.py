@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from factories import open_quota
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import SECOND_NS, base
@@ -30,17 +31,10 @@ TOKEN_RATES = {"max_tokens_per_second": RATE, "burst_tokens": BURST}
 SHADOWED = ("requests_per_second", "tokens_per_second")
 TRIALS = ("warn", "shadow", "off")
 
-open_quota = ResourceQuotaConfig.unlimited
-
 
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock(START_NS)
-
-
-@pytest.fixture
-def manager(clock: ManualClock) -> ResourceQuotaManager:
-    return ResourceQuotaManager(clock=clock)
 
 
 def begin(manager: ResourceQuotaManager, trial: str, **limits: Any) -> None:

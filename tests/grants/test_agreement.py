@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from agreement import NOW, Agreement, assert_same_decision
+from factories import UNLIMITED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 from oracle import HOUR_NS, SECOND_NS, rates_of
 from oracle_grants import GrantOracle, OracleGrant
 from soundness import assert_sound, level_now, record_of
-from strategies import UNLIMITED, Arrival, Pause, Step, memory, starts_ns, steps, tokens
+from strategies import Arrival, Pause, Step, memory, starts_ns, steps, tokens
 
 from modelquota import (
     Grant,

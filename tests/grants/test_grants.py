@@ -6,7 +6,7 @@ import pickle
 import warnings
 
 import pytest
-import strategies
+from factories import open_quota, used
 
 from modelquota import (
     Grant,
@@ -18,24 +18,13 @@ from modelquota import (
     UnknownModelError,
 )
 
+QUOTAS = [open_quota("m", max_tokens_per_hour=1000)]
 HOUR_NS = 3600 * 10**9
-OPEN = {**strategies.OPEN, "on_violation": "reject"}
 
 
 @pytest.fixture
 def clock():
     return ManualClock(10 * HOUR_NS)
-
-
-@pytest.fixture
-def manager(clock):
-    manager = ResourceQuotaManager(clock=clock)
-    manager.set_quota("m", **OPEN | {"max_tokens_per_hour": 1000})
-    return manager
-
-
-def used(manager, model_id="m"):
-    return manager.get_usage(model_id).tokens_this_hour
 
 
 def test_a_reservation_charges_and_holds(manager):
@@ -160,7 +149,7 @@ def test_cancelling_undoes_the_request(manager):
 
 def test_levels_take_back_what_has_not_drained(clock):
     manager = ResourceQuotaManager(clock=clock)
-    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 990})
+    manager.set_quota(open_quota("m", max_tokens_per_second=10, burst_tokens=990))
     grant = manager.reserve("m", 1000)
     clock.advance(20)
     grant.settle(100)  # had it asked for 100, the level would be empty by now
@@ -172,7 +161,7 @@ def test_levels_take_back_what_has_not_drained(clock):
 
 def test_levels_take_back_all_while_the_model_is_busy(clock):
     manager = ResourceQuotaManager(clock=clock)
-    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 100, "burst_tokens": 10_000})
+    manager.set_quota(open_quota("m", max_tokens_per_second=100, burst_tokens=10_000))
     assert manager.check_quota("m", 10_000)
     clock.advance(60)
     grants = []
@@ -189,7 +178,7 @@ def test_levels_take_back_all_while_the_model_is_busy(clock):
 def test_a_level_takes_back_nothing_that_drained_between_two_looks(clock):
     """A level that was empty for an instant, within a slot of the second, had nothing of the charge left by then."""
     manager = ResourceQuotaManager(clock=clock)
-    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 600, "burst_tokens": 10_000})
+    manager.set_quota(open_quota("m", max_tokens_per_second=600, burst_tokens=10_000))
     clock.advance(59)
     assert manager.check_quota("m", 605)
     clock.advance(1)
@@ -205,7 +194,7 @@ def test_a_level_takes_back_nothing_that_drained_between_two_looks(clock):
 def test_a_rate_that_is_lifted_and_set_again_refills_nothing(clock):
     """The level goes on as if the rate had been there."""
     manager = ResourceQuotaManager(clock=clock)
-    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 600, "burst_tokens": 20_000})
+    manager.set_quota(open_quota("m", max_tokens_per_second=600, burst_tokens=20_000))
     clock.advance(59)
     assert manager.check_quota("m", 5600)
     before = manager.reserve("m", 2)
@@ -229,7 +218,7 @@ def test_a_rate_that_is_lifted_and_set_again_refills_nothing(clock):
 def test_two_refunds_do_not_take_back_the_same(clock, later):
     """At its lowest the level stood at 100; the first refund has 80 of them, for the second 20 are left."""
     manager = ResourceQuotaManager(clock=clock)
-    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 20, "burst_tokens": 10_000})
+    manager.set_quota(open_quota("m", max_tokens_per_second=20, burst_tokens=10_000))
     clock.advance(59)
     assert manager.check_quota("m", 1020)
     clock.advance(1)
@@ -276,7 +265,7 @@ def test_a_level_takes_back_nothing_that_it_has_forgotten(manager):
     assert manager.check_quota("m", 500)
     grant.cancel()
     assert manager.get_usage("m").burst_tokens_used == 490
-    manager.set_quota("n", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 490})
+    manager.set_quota(open_quota("n", max_tokens_per_second=10, burst_tokens=490))
     grant = manager.reserve("n", 500)
     manager.reset_burst("n")
     grant.settle(0)
@@ -289,7 +278,7 @@ def test_a_level_takes_back_nothing_that_it_has_forgotten(manager):
 def test_a_refund_takes_no_more_from_a_level_than_the_charge_had_raised(manager, clock, actual, level):
     """Under warn the level goes up to its cap: what of a charge stays would have filled it as well."""
     rate = {"max_tokens_per_second": 1, "burst_tokens": 20}
-    manager.set_quota("n", **OPEN | rate | {"on_violation": "warn"})
+    manager.set_quota(open_quota("n", **rate, on_violation="warn"))
     with manager.reserve("n", 100) as grant:
         manager.update_quota("n", on_violation="reject")
         grant.settle(actual)
@@ -340,8 +329,8 @@ def test_a_forgotten_grant_is_released_with_a_warning(manager):
 def test_a_removed_model_gives_nothing_back(manager):
     grant = manager.reserve("m", 100, ram_needed_mb=1)
     manager.remove_quota("m")
-    manager.set_quota("other", **OPEN)  # takes the row
-    manager.set_quota("m", **OPEN)
+    manager.set_quota(open_quota("other"))  # takes the row
+    manager.set_quota(open_quota("m"))
     grant.settle(5)
     grant.release()
     assert grant.model_ids == ("m",)
@@ -354,7 +343,7 @@ def test_a_removed_model_gives_nothing_back(manager):
 
 
 def test_several_models_grant_together_or_not_at_all(manager):
-    manager.set_quota("tenant", **OPEN | {"max_tokens_per_hour": 150})
+    manager.set_quota(open_quota("tenant", max_tokens_per_hour=150))
     with manager.reserve(("tenant", "nobody", "m"), 100, ram_needed_mb=3) as grant:
         assert grant.model_ids == ("tenant", "m")
         assert used(manager, "tenant") == used(manager) == 100
@@ -372,10 +361,10 @@ def test_several_models_grant_together_or_not_at_all(manager):
 
 @pytest.mark.parametrize("ids", [("m", "slow"), ("slow", "m"), ("m", "warned", "slow", "free")], ids="-".join)
 def test_several_models_are_waited_for_until_the_last_of_them_admits(manager, clock, ids):
-    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 0})
-    manager.set_quota("slow", **OPEN | {"max_tokens_per_second": 1, "burst_tokens": 49})
-    manager.set_quota("warned", **OPEN | {"max_tokens_per_hour": 1, "on_violation": "warn"})
-    manager.set_quota("free", **OPEN)
+    manager.set_quota(open_quota("m", max_tokens_per_second=10, burst_tokens=0))
+    manager.set_quota(open_quota("slow", max_tokens_per_second=1, burst_tokens=49))
+    manager.set_quota(open_quota("warned", max_tokens_per_hour=1, on_violation="warn"))
+    manager.set_quota(open_quota("free"))
     assert manager.check_quota("m", 10)
     assert manager.check_quota("slow", 50)
     result = manager.check_quota(ids, 5)

@@ -14,11 +14,12 @@ from fractions import Fraction
 from typing import Any
 
 from bounds import cap, ceiling
+from factories import UNLIMITED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DAY_NS, HOUR_NS, MS_NS, SECOND_NS
 from soundness import assert_sound
-from strategies import DENYING, LAST_NS, UNLIMITED, Pause, Step, ToEdge, maybe, rates, starts_ns, token_rates
+from strategies import DENYING, LAST_NS, Pause, Step, ToEdge, maybe, rates, starts_ns, token_rates
 
 from modelquota import Grant, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
 

@@ -5,9 +5,11 @@ import multiprocessing
 import warnings
 
 import pytest
-from strategies import UNLIMITED
+from factories import open_quota
 
 from modelquota import ManualClock, ResourceQuotaManager
+
+QUOTAS = [open_quota("a"), open_quota("b")]
 
 
 class Node:
@@ -15,14 +17,6 @@ class Node:
 
     def __init__(self):
         self.itself = self
-
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    for model_id in ("a", "b"):
-        manager.set_quota(model_id, **UNLIMITED)
-    return manager
 
 
 def held(manager, model_id="a"):
@@ -52,7 +46,7 @@ def test_a_manager_outlives_its_grants(cyclic):
     """A manager that holds its own grants is a cycle, too; the last grant is released before the memory goes."""
     for _ in range(3):
         manager = ResourceQuotaManager(clock=ManualClock(10**12))
-        manager.set_quota("a", **UNLIMITED)
+        manager.set_quota(open_quota("a"))
         grants = [manager.reserve("a", 1) for _ in range(3)]
         if cyclic:
             manager.node = Node()

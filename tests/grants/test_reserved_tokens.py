@@ -10,12 +10,12 @@ import time
 from typing import Any
 
 import pytest
+from factories import open_quota
 from neighbors import stopped_inside
 from patience import until
 
-from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaManager
 
-open_quota = ResourceQuotaConfig.unlimited
 WINDOWS = {"max_tokens_per_hour": 100, "max_tokens_per_day": 100}
 RATE = {"max_tokens_per_second": 1, "burst_tokens": 99}
 LIMITS: list[dict[str, Any]] = [{name: limit} for name, limit in WINDOWS.items()] + [RATE]

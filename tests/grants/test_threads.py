@@ -6,21 +6,15 @@ import threading
 
 import numpy as np
 import pytest
-from together import THREADS, limited_manager, run_together
+from factories import open_quota
+from together import THREADS, run_together
 
 from modelquota import GrantClosedError, QuotaExceededError
 
+QUOTAS = [open_quota("a"), open_quota("b")]
 pytestmark = pytest.mark.usefixtures("switch_threads_often")
 
 PARTIES = ("a", "b", ("a", "b"), ("b", "a"))
-
-
-@pytest.fixture
-def manager():
-    manager = limited_manager()
-    for model_id in ("a", "b"):
-        manager.set_quota(manager.get_quota("m").replace(model_id=model_id))
-    return manager
 
 
 @contextlib.contextmanager

@@ -4,16 +4,13 @@ import threading
 
 import pytest
 
-from modelquota import Limit, ManualClock, ResourceQuotaManager
+from modelquota import Limit, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.monitoring.alerts import DEFAULT_RULES, AlertMonitor, AlertRule, Severity, check_alerts
 
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", max_ram_mb=1000, max_ssd_mb=1000, max_tokens_per_hour=1000, max_tokens_per_day=2000)
-    manager.set_quota("idle")
-    return manager
+QUOTAS = [
+    ResourceQuotaConfig("m", max_ram_mb=1000, max_ssd_mb=1000, max_tokens_per_hour=1000, max_tokens_per_day=2000),
+    ResourceQuotaConfig("idle"),
+]
 
 
 class Watch:

@@ -17,20 +17,18 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 import modelquota.monitoring.prometheus
-from modelquota import ManualClock, ResourceQuotaManager
+from modelquota import ResourceQuotaConfig
 from modelquota.monitoring.metrics import METRICS, OTHERS
 from modelquota.monitoring.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
+from modelquota.quota.limits import WINDOWS
 
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota(
+QUOTAS = [
+    ResourceQuotaConfig(
         "llama", max_ram_mb=1000, max_ssd_mb=None, max_requests_per_hour=3, max_tokens_per_second=10.5,
         burst_tokens=400, max_concurrent_requests=5, on_violation="reject",
-    )  # fmt: skip
-    manager.set_quota("qwen", max_tokens_per_hour=100, on_violation="warn")
-    return manager
+    ),
+    ResourceQuotaConfig("qwen", max_tokens_per_hour=100, on_violation="warn"),
+]  # fmt: skip
 
 
 def samples(text):
@@ -275,6 +273,16 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(manager):
     for expression in expressions:
         assert set(re.findall(r"by \((\w+)\)", expression)) <= labels
         assert expression.count("(") == expression.count(")")
+
+
+def test_the_dashboard_shows_every_window_longer_than_a_second_and_names_none(manager):
+    panels = json.loads(grafana_dashboard())["panels"]
+    texts = [panel["title"] for panel in panels] + [target["expr"] for panel in panels for target in panel["targets"]]
+    (excluded,) = re.findall(r'modelquota_model_window_tokens\{[^}]*window!="(\w+)"\}', "\n".join(texts))
+    windows = {dict(key[1:])["window"] for key in scrape(registry_of(manager)) if key[0].endswith("_window_tokens")}
+    longer = {window.name for window in WINDOWS if window.seconds > 1}
+    assert windows - {excluded} == longer
+    assert not [text for text in texts for name in longer if re.search(rf"\b{name}\b", text)]
 
 
 def test_the_documentation_names_only_metrics_that_there_are(manager):

@@ -6,7 +6,15 @@ import sys
 
 import pytest
 
-from modelquota import ManualClock, ResourceQuotaManager
+from modelquota import ManualClock, ResourceQuotaConfig
+
+ACTIONS = ("reject", "throttle", "warn", "queue")
+QUOTAS = [ResourceQuotaConfig(action, max_requests_per_hour=0, on_violation=action) for action in ACTIONS]
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
 
 
 @pytest.fixture
@@ -22,14 +30,6 @@ def records():
     yield kept
     logger.setLevel(level)
     logger.removeHandler(handler)
-
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock())
-    for action in ("reject", "throttle", "warn", "queue"):
-        manager.set_quota(action, max_requests_per_hour=0, on_violation=action)
-    return manager
 
 
 def test_levels_and_words(manager, records):

@@ -7,21 +7,16 @@ import os
 import pickle
 
 import pytest
-from strategies import OPEN
+from factories import open_quota
 
-from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import ManualClock, ResourceQuotaManager
 from modelquota.reading.view import QuotaView
 
-LIMITS = {**OPEN, "max_ram_mb": None, "max_tokens_per_day": 100, "on_violation": "reject"}
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "quota.state"
+DAILY = open_quota("m", max_tokens_per_day=100)
 
 
 def by_name(model_id):
-    return ResourceQuotaConfig(model_id, **{**LIMITS, "max_tokens_per_day": len(model_id)})
+    return open_quota(model_id, max_tokens_per_day=len(model_id))
 
 
 def through_pickle(protocol):
@@ -40,7 +35,7 @@ ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_what_has_a_path_goes_as_that_path(path, way, monkeypatch):
     monkeypatch.chdir(path.parent)
     one = ResourceQuotaManager(path="quota.state", max_models=7)
-    one.set_quota("m", **LIMITS)
+    one.set_quota(DAILY)
     one.check_quota("m", 60)
     monkeypatch.chdir("/")
     two = way(one)
@@ -55,9 +50,7 @@ def test_what_has_a_path_goes_as_that_path(path, way, monkeypatch):
 
 
 @ways
-@pytest.mark.parametrize(
-    "default", [ResourceQuotaConfig("t", **LIMITS), {"user:*": ResourceQuotaConfig("t", **LIMITS)}, by_name]
-)
+@pytest.mark.parametrize("default", [DAILY, {"user:*": DAILY}, by_name])
 def test_its_default_quota_goes_with_it(path, way, default):
     again = way(ResourceQuotaManager(path=path, default_quota=default))
     assert again.default_quota == default
@@ -104,8 +97,8 @@ def take(manager, tokens, answers):
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
 def test_processes_share_the_limits_however_they_are_started(path, method):
     context = multiprocessing.get_context(method)
-    manager = ResourceQuotaManager(path=path, default_quota={"user:*": ResourceQuotaConfig("user", **LIMITS)})
-    manager.set_quota("m", **LIMITS)
+    manager = ResourceQuotaManager(path=path, default_quota={"user:*": DAILY})
+    manager.set_quota(DAILY)
     answers = context.SimpleQueue()
     processes = [context.Process(target=take, args=(manager, 40, answers)) for _ in range(3)]
     for process in processes:
@@ -122,7 +115,7 @@ def test_processes_share_the_limits_however_they_are_started(path, method):
 
 def test_a_bound_verb_goes_to_a_pool(path):
     manager = ResourceQuotaManager(path=path)
-    manager.set_quota("m", **LIMITS)
+    manager.set_quota(DAILY)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         results = pool.starmap(manager.check_quota, [("m", 30)] * 5)
     assert sum(map(bool, results)) == 3
@@ -139,7 +132,7 @@ def test_a_process_that_cannot_share_does_not_start(method):
 @ways
 def test_a_view_goes_as_its_path_and_closes_only_its_own_file(path, way):
     manager = ResourceQuotaManager(path=path)
-    manager.set_quota("m", **LIMITS)
+    manager.set_quota(DAILY)
     manager.check_quota("m", 3)
     with QuotaView(path) as one:
         with way(one) as two:

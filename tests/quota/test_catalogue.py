@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from asgi_client import OPEN
+from factories import make_manager, open_quota
 
 import modelquota
-from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import Limit, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota._core.state import validate
 from modelquota._core.state.packing import bounds_of, core_limits
 from modelquota.asgi.page import page_state
@@ -29,7 +29,20 @@ from modelquota.tuning.replay import DENYING_LIMITS
 
 SOURCES = Path(modelquota.__file__).parent
 RECORDS = pytest.mark.parametrize("record", CATALOGUE.values(), ids=lambda record: record.limit.name)
-EACH = dict(zip(CATALOGUE, (7, 11, 5, 40, 400, 5_000, 300, 50_000, 3_000, 9), strict=True))
+EACH = {Limit.RAM: 7, Limit.SSD: 11, Limit.CONCURRENCY: 5, Limit.QUEUE: 9} | {
+    record.limit: (400 if record.unit == "tokens" else 40) * 10 ** WINDOWS.index(record.window) + record.limit
+    for record in CATALOGUE.values()
+    if record.window is not None
+}
+# One model, all of whose limits are set, each to another value.
+QUOTAS = [
+    ResourceQuotaConfig(
+        "m",
+        **{record.quota_field: EACH[limit] for limit, record in CATALOGUE.items()},
+        burst_requests=3,
+        burst_tokens=30,
+    )
+]
 
 
 @contextlib.contextmanager
@@ -40,15 +53,6 @@ def held(manager):
     manager.enforcement_enabled = True
     yield
     grant.release()
-
-
-@pytest.fixture
-def manager():
-    """A manager with one model, all of whose limits are set, each to another value."""
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    fields = {record.quota_field: EACH[limit] for limit, record in CATALOGUE.items()}
-    manager.set_quota("m", **OPEN | fields | {"burst_requests": 3, "burst_tokens": 30})
-    return manager
 
 
 def test_the_codes_of_the_core_are_those_of_the_catalogue():
@@ -208,9 +212,8 @@ def test_an_allowed_request_is_told_the_fullest_limit(manager):
     ],
 )
 def test_a_denial_says_whether_the_request_ever_fits(limits, asked, never):
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", **OPEN | limits | {"on_violation": "reject"})
-    manager.set_quota("other", **OPEN | {"on_violation": "reject", "max_requests_per_second": 1, "burst_requests": 0})
+    other = open_quota("other", max_requests_per_second=1, burst_requests=0)
+    manager = make_manager(open_quota("m", **limits), other)
     manager.update_memory_usage("m", 5, 0)
     with held(manager):
         denied = manager.check_quota("m", *asked)

@@ -41,10 +41,7 @@ ACCEPTED_NUMBERS = {
 COUNTS = list(ACCEPTED_COUNTS)
 NUMBERS = list(ACCEPTED_NUMBERS)
 NEVER_NONE = ["burst_requests", "burst_tokens", "max_queued_requests", "grace_period_sec"]
-ACCEPTED_NAMES = (
-    "names of limits, each one of 'ram', 'ssd', 'concurrency', 'requests_per_second', 'tokens_per_second', "
-    "'tokens_per_hour', 'requests_per_hour', 'tokens_per_day', 'requests_per_day'"
-)
+ACCEPTED_NAMES = f"names of limits, each one of {str(SHADOW_NAMES)[1:-1]}"
 FIELDS = [field.name for field in dataclasses.fields(ResourceQuotaConfig)]
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from factories import open_quota as quota
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,10 +15,6 @@ from modelquota import ManualClock, QuotaConfigError, ResourceQuotaConfig, Resou
 from modelquota.quota.patterns import QuotaTemplates, overlaid
 
 ACCEPTED = "an id, or a pattern with * at its end and nowhere else, 1 to 255 bytes of UTF-8"
-
-
-def quota(name="t", **limits):
-    return ResourceQuotaConfig.unlimited(name, on_violation="reject", **limits)
 
 
 def expected(patterns, model_id):

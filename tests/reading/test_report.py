@@ -4,24 +4,24 @@ import dataclasses
 import pickle
 
 import pytest
+from factories import open_quota
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modelquota import Limit, ManualClock, ResourceQuotaManager
 from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig
+from modelquota.quota.limits import DENYING
 from modelquota.reading.report import ModelReport, QuotaStats, ResourceUsage, model_report, status_lines
 
-UNLIMITED = ResourceQuotaConfig(
-    "free",
-    max_ram_mb=None,
-    max_ssd_mb=None,
-    max_requests_per_second=None,
-    max_tokens_per_second=None,
-    max_tokens_per_hour=None,
-    max_tokens_per_day=None,
-    max_requests_per_hour=None,
-    max_requests_per_day=None,
-)
+UNLIMITED = open_quota("free")
+PERCENT = {
+    Limit.RAM: 75.0,
+    Limit.SSD: 75.0,
+    Limit.TOKENS_PER_HOUR: 25.0,
+    Limit.REQUESTS_PER_HOUR: 75.0,
+    Limit.TOKENS_PER_DAY: 10.0,
+    Limit.REQUESTS_PER_DAY: 150.0,
+}
 USAGE = ResourceUsage(
     current_ram_mb=512,
     peak_ram_mb=600,
@@ -35,7 +35,7 @@ USAGE = ResourceUsage(
     requests_this_day=150_000,
     reserved_ram_mb=1024,
     reserved_ssd_mb=4096,
-    percent=(0.0, 75.0, 75.0, 0.0, 0.0, 0.0, 25.0, 75.0, 10.0, 150.0, 0.0),
+    percent=tuple(PERCENT.get(limit, 0.0) for limit in range(max(Limit) + 1)),
 )
 
 
@@ -171,7 +171,7 @@ def test_status() -> None:
         "model RAM MB SSD MB open requests/s tokens/s tokens/h requests/h tokens/day requests/day violations",
         "llama-3.2-1b 1536 / 2048 12.2k / 16.3k 3 / 8 7 / 100 900 / 0.5+10k 250k / 1M 7500 / 10k"
         " 1M / 10M 150k / 100k 12.3k",
-        "free" + " 0 / -" * 9 + " 0",
+        "free" + " 0 / -" * len(DENYING) + " 0",
     ]
     assert status_lines(reports, stats).splitlines()[3:] == [
         "total: 1,234,567 checks, 1,222,222 allowed (6 with a warning, 35 after a wait), 12,310 denied",
@@ -209,7 +209,7 @@ def test_the_table_is_aligned_whatever_stands_in_it(rows: list[tuple[str, int, i
     assert {len(line) for line in table} == {len(heading)}
     assert all(line.isprintable() for line in table)
     strokes = {tuple(place for place, letter in enumerate(line) if letter == "/") for line in table}
-    assert [len(places) for places in strokes] == [9]
+    assert [len(places) for places in strokes] == [len(DENYING)]
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,9 @@ import pickle
 import sys
 import threading
 
-import pytest
+from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 
-from modelquota import ManualClock, ResourceQuotaManager
-
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", max_requests_per_hour=3, on_violation="reject")
-    return manager
+QUOTAS = [ResourceQuotaConfig("m", max_requests_per_hour=3, on_violation="reject")]
 
 
 def test_snapshot_has_all_models_at_once(manager):

@@ -3,14 +3,9 @@
 import numpy as np
 import pytest
 
-from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import Limit, ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE
 from modelquota.reading.utilization import LIMITS, limits_of, read_utilization
-
-
-@pytest.fixture
-def manager():
-    return ResourceQuotaManager(clock=ManualClock(10**12))
 
 
 def test_it_agrees_with_the_reports(manager):

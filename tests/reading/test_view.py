@@ -12,11 +12,6 @@ from modelquota._core.table.view import read_copies, read_rows, records_of, unpa
 from modelquota.reading.utilization import read_utilization
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "state"
-
-
 def fill(manager, count):
     rng = np.random.default_rng(3)
     for i in range(count):

@@ -10,7 +10,8 @@ import time
 import every_verb
 import pytest
 from every_verb import GRANT, HANDLE, MANAGER, VIEW
-from neighbors import FREE, LINE, forked, outcome_in_child, stopped_inside
+from factories import make_manager, one_at_a_time, open_quota
+from neighbors import forked, outcome_in_child, stopped_inside
 from patience import PATIENCE, until
 
 from modelquota import ManagerClosedError, ManualClock, QuotaExceededError, ResourceQuotaManager
@@ -19,17 +20,9 @@ CLOSED = {"ManagerClosedError"}
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "quota.state"
-
-
-@pytest.fixture
 def manager(path):
-    manager = ResourceQuotaManager(path=path, max_models=64)
-    manager.set_quota("m", **FREE | {"max_ram_mb": 1000})
-    manager.set_quota("n", **FREE)
-    manager.set_quota("line", **LINE)
-    return manager
+    quotas = open_quota("m", max_ram_mb=1000), open_quota("n"), one_at_a_time("line")
+    return make_manager(*quotas, path=path, max_models=64)
 
 
 @pytest.fixture
@@ -90,7 +83,7 @@ def test_every_verb_of_a_closed_manager(manager):
 @pytest.mark.parametrize("clock", [None, ManualClock(5)], ids=["real", "manual"])
 def test_every_verb_of_a_closed_manager_in_memory(clock):
     manager = ResourceQuotaManager(max_models=8, clock=clock)
-    manager.set_quota("m", **FREE)
+    manager.set_quota(open_quota("m"))
     for verb in MANAGER.values():  # what it has learned does not answer for it
         verb(manager)
     manager.close()
@@ -171,7 +164,7 @@ def test_a_view_that_is_closed_while_threads_read(manager):
 def test_with_closes_whatever_happens(path):
     with ResourceQuotaManager(path=path, max_models=4) as manager:
         assert not manager.closed
-        manager.set_quota("m", **FREE)
+        manager.set_quota(open_quota("m"))
     assert manager.closed
     again = ResourceQuotaManager(path=path)
     with contextlib.suppress(ZeroDivisionError), again:
@@ -275,9 +268,9 @@ def test_threads_that_are_in_a_verb(place, tmp_path):
     """In a batch, with the GIL released, over rows that are unmapped a moment later; and in every other verb."""
     for round in range(6):
         manager = ResourceQuotaManager(max_models=64, **({"path": tmp_path / f"q{round}"} if place == "file" else {}))
-        manager.set_quota("m", **FREE)
-        manager.set_quota("n", **FREE)
-        manager.set_quota("line", **LINE)
+        manager.set_quota(open_quota("m"))
+        manager.set_quota(open_quota("n"))
+        manager.set_quota(one_at_a_time("line"))
         many = manager.codes(["m", "n"]).repeat(100_000)
         began = []
         ended = []
@@ -461,7 +454,7 @@ def test_descriptors_and_mapping_of_a_state_in_memory_are_gone():
     before = len(os.listdir("/proc/self/fd"))
     mapped = len(mappings("memfd:modelquota"))
     with ResourceQuotaManager(max_models=64) as manager:
-        manager.set_quota("m", **FREE)
+        manager.set_quota(open_quota("m"))
         kept = manager.reserve("m", 1)
         assert len(os.listdir("/proc/self/fd")) > before
     assert len(os.listdir("/proc/self/fd")) == before

@@ -17,7 +17,8 @@ import time
 
 import every_verb
 import pytest
-from neighbors import FREE, LINE, SEATS, forked, outcome_in_child, stopped_inside
+from factories import one_at_a_time, open_quota
+from neighbors import SEATS, child_of, forked, outcome_in_child, stopped_inside
 from patience import PATIENCE, until
 
 from modelquota import ManagerClosedError, QuotaError, QuotaExceededError, ResourceQuotaManager, StateFileError
@@ -32,8 +33,8 @@ def manager(tmp_path):
     """A state in which the process that calls has a grant."""
     tmp_path.chmod(0o777)
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=64)
-    manager.set_quota("m", **FREE | {"max_ram_mb": 1000})
-    manager.set_quota("n", **FREE)
+    manager.set_quota(open_quota("m", max_ram_mb=1000))
+    manager.set_quota(open_quota("n"))
     manager.check_quota("m", 0)
     manager.get_usage("m")
     return manager
@@ -75,17 +76,6 @@ HOW = [
     pytest.param(lose_proc_and_path, marks=ROOT),
 ]
 every_way = pytest.mark.parametrize("prevent", HOW, ids=lambda how: how.__name__)
-
-
-def child_of(work):
-    """Fork a child that does `work` and ends; its process id."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return pid
 
 
 def told_by_child(work):
@@ -267,8 +257,8 @@ def _error_of(work):
 def test_in_memory_too():
     """There is no path to open again, and the only way is through /proc."""
     manager = ResourceQuotaManager(max_models=64)
-    manager.set_quota("m", **FREE | {"max_ram_mb": 1000})
-    manager.set_quota("n", **FREE)
+    manager.set_quota(open_quota("m", max_ram_mb=1000))
+    manager.set_quota(open_quota("n"))
 
     def scene():
         grant = manager.reserve("m", 1, 100)
@@ -303,7 +293,7 @@ def test_forks_in_a_thread_while_others_are_in_verbs(manager):
     over = threading.Event()
     codes = manager.codes(["m", "n"])
     line = functools.partial(manager.acquire, "one at a time", 1)
-    manager.set_quota("one at a time", **LINE)
+    manager.set_quota(one_at_a_time("one at a time"))
 
     def checks():
         while not over.is_set():
@@ -359,7 +349,7 @@ def test_a_manager_closed_before_the_fork_is_closed_in_the_child(manager, capfd)
 
 def test_a_child_leaves_to_its_parent_what_that_has_put_off(manager):
     """Ends of grants and of waits whose rows were locked: both would give them back."""
-    manager.set_quota("one at a time", **LINE)
+    manager.set_quota(one_at_a_time("one at a time"))
     held = [manager.reserve(("m", "one at a time"), 10, 5), manager.reserve("m", 10, 5)]
 
     async def wait_and_give_up():
@@ -426,7 +416,7 @@ def test_a_fork_after_a_manager_has_gone_whose_queue_is_garbage_by_now(tmp_path)
     gc.disable()
     try:
         manager = ResourceQuotaManager(path=tmp_path / "one.state", max_models=4)
-        manager.set_quota("m", **LINE | {"max_concurrent_requests": 1})
+        manager.set_quota(one_at_a_time("m"))
         grant = manager.reserve("m", 1)
         waiter = ThreadWaiter()
         assert manager._admit_or_queue(waiter, "m", 1, 0, 0, None, 0, nowait=False) is waiter

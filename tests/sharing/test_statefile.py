@@ -14,11 +14,6 @@ LIMITS = {"max_tokens_per_hour": 1000, "max_tokens_per_second": None, "on_violat
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "quota.state"
-
-
-@pytest.fixture
 def manager(path):
     manager = ResourceQuotaManager(path=path)
     manager.set_quota("m", **LIMITS)

@@ -36,11 +36,6 @@ ASK = """
 """
 
 
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "quota.state"
-
-
 def edit_header(path, **fields):
     """Overwrite fields of the header, as another boot or machine would have left them."""
     dtype = dtypes()["header"]

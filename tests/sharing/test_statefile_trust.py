@@ -79,10 +79,7 @@ TRY = """
 """
 
 
-@needs_root
-def test_a_state_file_of_another_user_is_refused_unless_asked_for(path):
-    as_user(OWNER, MAKE, path)
-    message = rf"it belongs to user {OWNER}, .* this process runs as user 0: .*chown the file, or pass trust_file=True"
+def assert_refused_unless_trusted(path, message):
     for open_it in (
         lambda **how: ResourceQuotaManager(path=path, **how),
         lambda **how: ResourceQuotaManager.open_readonly(path, **how),
@@ -90,6 +87,13 @@ def test_a_state_file_of_another_user_is_refused_unless_asked_for(path):
         with pytest.raises(StateFileError, match=message):
             open_it()
         assert open_it(trust_file=True).get_quota("m") == CONFIGURED
+
+
+@needs_root
+def test_a_state_file_of_another_user_is_refused_unless_asked_for(path):
+    as_user(OWNER, MAKE, path)
+    message = rf"it belongs to user {OWNER}, .* this process runs as user 0: .*chown the file, or pass trust_file=True"
+    assert_refused_unless_trusted(path, message)
     assert inspect_file(path).models == 1, "to look at it, without the core, nothing has to be trusted"
     assert verify_file(path) == []
     os.chmod(path, 0o644)
@@ -112,13 +116,7 @@ def test_a_state_file_that_others_may_write_to_is_refused_unless_asked_for(tmp_p
     ResourceQuotaManager(path=path, max_models=8).set_quota(CONFIGURED)
     path.chmod(mode)
     message = rf"its mode is {mode:#o}, so others may write to it: chmod it to 0600, or pass trust_file=True"
-    for open_it in (
-        lambda **how: ResourceQuotaManager(path=path, **how),
-        lambda **how: ResourceQuotaManager.open_readonly(path, **how),
-    ):
-        with pytest.raises(StateFileError, match=message):
-            open_it()
-        assert open_it(trust_file=True).get_quota("m") == CONFIGURED
+    assert_refused_unless_trusted(path, message)
     with pytest.raises(StateFileError, match=message):
         ResourceQuotaManager(path=path)  # what one was told is not for the next one
     path.chmod(0o644)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from neighbors import FREE, LINE, forked, row_of, seat_words, stopped_inside
+from factories import one_at_a_time, open_quota, queue_quota
+from neighbors import forked, row_of, seat_words, stopped_inside
 from patience import PATIENCE, until
 
 from modelquota import (
@@ -39,9 +40,9 @@ SOON = 5.0
 def manager(request, tmp_path):
     place = {} if request.param == "memory" else {"path": tmp_path / "quota.state"}
     manager = ResourceQuotaManager(max_models=64, **place)
-    manager.set_quota("free", **FREE)  # its row comes before that of "m": in joint requests it is locked first
-    manager.set_quota("m", **LINE | {"max_concurrent_requests": None, "max_ram_mb": 1000})
-    manager.set_quota("line", **LINE)
+    manager.set_quota(open_quota("free"))  # its row comes before that of "m": in joint requests it is locked first
+    manager.set_quota(queue_quota("m", max_ram_mb=1000))
+    manager.set_quota(one_at_a_time("line"))
     return manager
 
 
@@ -299,7 +300,7 @@ def test_other_models_go_on(manager):
         manager.reserve(("line", "free"), 1).release()
         manager.acquire("line", 1).release()
     manager.check_many(manager.codes(["free"]).repeat(1000), 1)
-    manager.set_quota("another", **FREE)
+    manager.set_quota(open_quota("another"))
     manager.update_quota("free", max_ram_mb=7)
     assert manager.remove_quota("another")
     assert manager.get_usage("free").requests_this_hour == 1400
@@ -491,7 +492,7 @@ def test_models_that_come_and_go_beside_a_locked_one(manager):
         other.start()
         with takes(0, 20):
             for number in range(20):
-                manager.set_quota(f"new/{number}", **FREE)
+                manager.set_quota(open_quota(f"new/{number}"))
                 assert manager.check_quota(f"new/{number}", 1)
                 assert manager.remove_quota(f"new/{number}")
         assert manager.get_stats().total_checks >= 20
@@ -507,11 +508,12 @@ def test_grants_that_are_forgotten_while_their_row_is_locked_are_not_used_after_
     program = """
         import gc, warnings
         from modelquota import ResourceQuotaManager
-        from neighbors import FREE, stopped_inside
+        from factories import open_quota
+        from neighbors import stopped_inside
         warnings.simplefilter("ignore")
         manager = ResourceQuotaManager(max_models=8)
-        manager.set_quota("m", **FREE)
-        manager.set_quota("free", **FREE)
+        manager.set_quota(open_quota("m"))
+        manager.set_quota(open_quota("free"))
         grants = [manager.reserve(("m", "free"), 5, 1) for _ in range(300)]
         with stopped_inside(manager, "m"):
             grants.clear()
@@ -529,7 +531,7 @@ def test_a_model_that_leaves_meanwhile_does_not_end_the_wait_for_another_ones_ro
     """Its cold row is cleared; that is not a grace period of 0. It leaves while the core looks at signals."""
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=64)
     for name in ("c", "a"):
-        manager.set_quota(name, **FREE)
+        manager.set_quota(open_quota(name))
     other = ResourceQuotaManager(path=manager.path)
     previous = signal.signal(signal.SIGUSR1, lambda *_: other.remove_quota("a"))
     manager.acquire(("a", "c"), 1).release()

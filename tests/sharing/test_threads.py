@@ -6,7 +6,8 @@ import threading
 
 import numpy as np
 import pytest
-from together import THREADS, limited_manager, run_together
+from factories import make_manager, open_quota
+from together import THREADS, run_together
 
 from modelquota import UnknownModelError
 
@@ -25,7 +26,7 @@ LIMIT = 20_000
     ],
 )
 def test_threads_admit_exactly_the_limit(limits, tokens, admitted):
-    manager = limited_manager(**limits)
+    manager = make_manager(**limits)
     handle = manager.model("m")
 
     def single(i):
@@ -40,7 +41,7 @@ def test_threads_admit_exactly_the_limit(limits, tokens, admitted):
 
 
 def test_batches_and_single_checks_at_once_admit_exactly_the_limit():
-    manager = limited_manager(max_requests_per_hour=LIMIT)
+    manager = make_manager(max_requests_per_hour=LIMIT)
     rows = np.repeat(manager.codes(["m"]), 500)
 
     def mixed(i):
@@ -53,7 +54,7 @@ def test_batches_and_single_checks_at_once_admit_exactly_the_limit():
 
 
 def test_unconditional_charges_are_all_counted():
-    manager = limited_manager()
+    manager = make_manager(open_quota("m"))
     rows = np.repeat(manager.codes(["m"]), 1_000)
     run_together(lambda i: [manager.charge_many(rows, 3) for _ in range(25)])
     assert manager.get_usage("m").tokens_this_day == THREADS * 25 * 1_000 * 3
@@ -61,7 +62,7 @@ def test_unconditional_charges_are_all_counted():
 
 def test_limits_change_while_others_check():
     """A change is seen at the next check, nothing is lost and nothing refilled."""
-    manager = limited_manager(max_requests_per_day=LIMIT)
+    manager = make_manager(max_requests_per_day=LIMIT)
 
     def work(i):
         if i == 0:
@@ -79,7 +80,7 @@ def test_limits_change_while_others_check():
 
 def test_models_come_and_go_while_others_check():
     """A reused row is never mistaken for the old model: what leaks into `stay` would exceed its count."""
-    manager = limited_manager()
+    manager = make_manager(open_quota("m"))
     manager.set_quota("stay", max_requests_per_day=None, max_requests_per_second=None, max_tokens_per_second=None,
                       max_tokens_per_hour=None, max_tokens_per_day=None, max_requests_per_hour=None)  # fmt: skip
 
@@ -105,7 +106,7 @@ def test_models_come_and_go_while_others_check():
 
 def test_readers_see_a_consistent_model():
     """Tokens are always three times the requests: a snapshot is taken under the model's lock."""
-    manager = limited_manager()
+    manager = make_manager(open_quota("m"))
     rows = np.repeat(manager.codes(["m"]), 200)
     stop = threading.Event()
 
@@ -130,7 +131,7 @@ def _admit(manager, rounds, sender):
 
 
 def test_forked_processes_share_the_limit():
-    manager = limited_manager(max_requests_per_day=LIMIT)
+    manager = make_manager(max_requests_per_day=LIMIT)
     context = multiprocessing.get_context("fork")
     pipes, children = [], []
     for _ in range(3):

@@ -5,15 +5,10 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import factories
+
 PATIENCE = 20
-OPEN = {
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_tokens_per_hour": 1_000_000,
-    "max_tokens_per_day": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-}
+OPEN = {**factories.OPEN, "max_tokens_per_hour": 1_000_000}
 
 
 def used(manager, model_id="m"):

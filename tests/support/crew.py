@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from factories import OPEN
 from numpy.typing import NDArray
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
@@ -178,15 +179,7 @@ class Worker:
             other.reserve("opened", 1).release()
 
 
-LINE: dict[str, Any] = {
-    "on_violation": "queue",
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-    "max_tokens_per_hour": None,
-    "max_tokens_per_day": None,
-}
+LINE: dict[str, Any] = {**OPEN, "on_violation": "queue"}
 REJECT = {"on_violation": "reject"}
 WIDE = LINE | REJECT | {"max_ram_mb": None, "max_ssd_mb": None}
 

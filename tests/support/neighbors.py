@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modelquota import ResourceQuotaManager
 from modelquota._core.state.packing import dtypes
@@ -19,27 +20,19 @@ from modelquota._core.state.state import regions_for
 SEATS = 1024
 EPOCHS = np.uint64(2**22 - 1)
 """Bits of a seat's `holder` that say how often it was taken."""
-FREE: dict[str, Any] = {
-    "max_ram_mb": None,
-    "max_ssd_mb": None,
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_tokens_per_hour": None,
-    "max_tokens_per_day": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-    "on_violation": "reject",
-}
-"""No limit but those that are added."""
-LINE: dict[str, Any] = {**FREE, "max_concurrent_requests": 1, "on_violation": "queue", "grace_period_sec": 60.0}
-"""One request at a time, and the others wait."""
+
+
+def epochs_of(manager: ResourceQuotaManager) -> NDArray[np.uint64]:
+    """How often each seat has been taken."""
+    header, _, _ = manager._arrays()
+    seats = np.frombuffer(header.base, dtypes()["seat"], SEATS, regions_for(int(header["max_models"][0])).seats)
+    epochs: NDArray[np.uint64] = seats["holder"] & EPOCHS
+    return epochs
 
 
 def seat_words(manager: ResourceQuotaManager) -> set[int]:
     """The words of all seats that were ever taken: of the latest owner of each."""
-    header, _, _ = manager._arrays()
-    seats = np.frombuffer(header.base, dtypes()["seat"], SEATS, regions_for(int(header["max_models"][0])).seats)
-    epochs = seats["holder"] & EPOCHS
+    epochs = epochs_of(manager)
     return {int(epochs[seat]) << 10 | int(seat) for seat in np.flatnonzero(epochs)}
 
 
@@ -73,6 +66,17 @@ def forked(work: Callable[[], object]) -> Iterator[int]:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+def child_of(work: Callable[[], object]) -> int:
+    """Fork a child that does `work` and ends; its process id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return pid
 
 
 def outcome_in_child(work: Callable[[], object], seconds: int = 60) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import uvicorn
 from asgi_client import reply
-from strategies import OPEN
+from factories import OPEN
 
 from modelquota import ResourceQuotaManager
 from modelquota.asgi import QuotaMiddleware, openai_routes

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from factories import OPEN as OPEN  # for tests that take it from here
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from oracle import DAY_NS, HOUR_NS, LENGTHS_NS, MS_NS, SECOND_NS, slot_of, slot_start_ns
@@ -13,23 +14,6 @@ from oracle import DAY_NS, HOUR_NS, LENGTHS_NS, MS_NS, SECOND_NS, slot_of, slot_
 from modelquota import ResourceQuotaConfig, ViolationAction
 
 COUNT_MAX = 2**62
-OPEN: dict[str, Any] = {
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_tokens_per_hour": None,
-    "max_tokens_per_day": None,
-    "max_requests_per_hour": None,
-    "max_requests_per_day": None,
-}
-"""No rate and no quota: only memory and concurrency can be in the way."""
-UNLIMITED: dict[str, Any] = {
-    **OPEN,
-    "max_ram_mb": None,
-    "max_ssd_mb": None,
-    "max_concurrent_requests": None,
-    "burst_requests": 0,
-    "burst_tokens": 0,
-}
 # A ManualClock ends at 2**61; steps that would pass this moment are left out, so that retries still fit.
 LAST_NS = 2**61 - 400 * DAY_NS
 DENYING = (ViolationAction.REJECT, ViolationAction.THROTTLE, ViolationAction.QUEUE)

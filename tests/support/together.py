@@ -2,17 +2,7 @@
 
 import threading
 
-from strategies import OPEN
-
-from modelquota import ManualClock, ResourceQuotaManager
-
 THREADS = 8
-
-
-def limited_manager(**limits):
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", on_violation="reject", **OPEN | limits)
-    return manager
 
 
 def run_together(work, count=THREADS):

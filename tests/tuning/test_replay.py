@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from factories import open_quota
 from hypothesis import example, given
 from hypothesis import strategies as st
 from oracle import Oracle
-from strategies import OPEN
 from traces import AZURE_REQUESTS, AZURE_TRACE, SMALL_REQUESTS, needs_azure_trace, write_small_trace
 
 import modelquota.tuning.replay
@@ -157,10 +157,10 @@ def code_trace(request, tmp_path):
 
 CODE_QUOTAS = [
     ResourceQuotaConfig("code"),
-    ResourceQuotaConfig("code", **OPEN),
+    open_quota("code"),
     ResourceQuotaConfig("code", max_requests_per_second=5, burst_requests=20, max_tokens_per_second=8_000),
-    ResourceQuotaConfig("code", **{**OPEN, "max_tokens_per_hour": 2_000_000}),
-    ResourceQuotaConfig("code", **{**OPEN, "max_requests_per_day": 1_500}),
+    open_quota("code", max_tokens_per_hour=2_000_000, on_violation="throttle"),
+    open_quota("code", max_requests_per_day=1_500, on_violation="throttle"),
     ResourceQuotaConfig("code", max_tokens_per_second=6_000, burst_tokens=500, on_violation="queue"),
     ResourceQuotaConfig("code", max_tokens_per_hour=1_000_000, on_violation="warn"),
 ]
@@ -257,7 +257,7 @@ def test_peak_second_is_half_open():
 
 
 def test_never_and_retry_times():
-    config = ResourceQuotaConfig("m", **{**OPEN, "max_tokens_per_hour": 100})
+    config = open_quota("m", max_tokens_per_hour=100, on_violation="throttle")
     trace = make_trace([0, 0, 0, 60 * SECOND_NS], [100, 101, 1, 1])
     model = replay(trace, quotas(config)).models[0]
     assert (model.requests, model.admitted, model.never) == (4, 1, 1)

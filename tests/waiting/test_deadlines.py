@@ -8,7 +8,8 @@ import threading
 import time
 
 import pytest
-from neighbors import LINE, forked
+from factories import make_manager, one_at_a_time, waiting
+from neighbors import child_of, forked
 from patience import PATIENCE, until
 
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaManager
@@ -18,15 +19,9 @@ SLACK = 10.0  # and in which what is due has happened, on a busy machine
 
 
 @pytest.fixture
-def manager(tmp_path):
-    manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=64)
-    manager.set_quota("line", **LINE)
-    manager.set_quota("other", **LINE)
-    return manager
-
-
-def waiting(manager, model_id="line"):
-    return manager.get_usage(model_id).queued_requests
+def manager(path):
+    quotas = [one_at_a_time(model_id) for model_id in ("line", "other")]
+    return make_manager(*quotas, path=path, max_models=64)
 
 
 def spin_until(loop, condition):
@@ -42,9 +37,9 @@ def parked_loop(manager, ids="line", timeout=TIME):
     async def acquire():
         return await manager.acquire_async(ids, 1, timeout=timeout)
 
-    before = waiting(manager)
+    before = waiting(manager, "line")
     task = loop.create_task(acquire())
-    spin_until(loop, lambda: waiting(manager) == before + 1)
+    spin_until(loop, lambda: waiting(manager, "line") == before + 1)
     yield loop, task
     if not loop.is_closed():
         task.cancel()
@@ -108,7 +103,7 @@ def test_a_grant_for_a_parked_loop_is_taken_back_after_its_time_and_not_before(m
         assert manager.get_usage("line").tokens_this_hour == 7  # nothing is charged for it
         with pytest.raises(QuotaExceededError):  # the loop runs again, too late
             loop.run_until_complete(task)
-    assert (waiting(manager), manager.get_usage("line").concurrent_requests) == (0, 0)
+    assert (waiting(manager, "line"), manager.get_usage("line").concurrent_requests) == (0, 0)
 
 
 def test_a_loop_that_runs_again_in_time_gets_its_grant(manager):
@@ -124,9 +119,9 @@ def test_a_place_whose_time_is_over_is_free_again_behind_one_that_waits_on(manag
     manager.update_quota("line", max_queued_requests=2)
     held = manager.reserve("line", 1)
     with parked_loop(manager, timeout=60), parked_loop(manager):
-        until(lambda: waiting(manager) == 1)
+        until(lambda: waiting(manager, "line") == 1)
         with parked_loop(manager, timeout=60):  # it finds room
-            assert waiting(manager) == 2
+            assert waiting(manager, "line") == 2
     held.release()
 
 
@@ -141,7 +136,7 @@ def test_a_loop_that_is_closed_blocks_nobody(manager, when):
         other.close()
         held.release()
         assert seconds_until_served(manager) < TIME + SLACK
-    assert (waiting(manager), manager.get_usage("line").concurrent_requests) == (0, 0)
+    assert (waiting(manager, "line"), manager.get_usage("line").concurrent_requests) == (0, 0)
 
 
 def test_a_busy_loop_does_not_delay_those_of_other_loops_and_threads(manager):
@@ -178,7 +173,7 @@ def test_a_stopped_process_blocks_nobody_beyond_its_time(manager, ids, number):
         ]
         for thread in threads:
             thread.start()
-        until(lambda: waiting(manager) == number)
+        until(lambda: waiting(manager, "line") == number)
         return threads
 
     with forked(wait) as pid:
@@ -186,7 +181,7 @@ def test_a_stopped_process_blocks_nobody_beyond_its_time(manager, ids, number):
         held.release()
         assert seconds_until_served(manager) < TIME + SLACK
         assert manager.check_quota("line", 1)
-        assert waiting(manager) == 0
+        assert waiting(manager, "line") == 0
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.1)  # it finds that it is too late
         assert manager.get_usage("line").concurrent_requests == 0
@@ -223,7 +218,7 @@ def wait_in_line(request, manager):
                 body = lambda: found.append(wait())  # noqa: E731
             thread = threading.Thread(target=body, daemon=True)
             thread.start()
-            until(lambda: waiting(manager) == 1)
+            until(lambda: waiting(manager, "line") == 1)
 
             def outcome():
                 thread.join(PATIENCE)
@@ -237,12 +232,7 @@ def wait_in_line(request, manager):
 
 @contextlib.contextmanager
 def _started(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
+    pid = child_of(work)
     yield
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
@@ -258,7 +248,7 @@ def test_a_shorter_grace_period_ends_waits_that_are_under_way(manager, wait_in_l
     outcome = wait_in_line()
     manager.update_quota("line", grace_period_sec=0.3)
     assert 0.3 - 0.001 <= outcome() < 0.3 + SLACK
-    assert waiting(manager) == 0
+    assert waiting(manager, "line") == 0
     held.release()
 
 
@@ -269,28 +259,28 @@ def test_a_shorter_grace_period_reaches_those_behind_the_first_as_well(first):
     manager = ResourceQuotaManager(clock=clock, max_models=64)
     held = []
     for model_id in ("line", "other"):
-        manager.set_quota(model_id, **LINE)
+        manager.set_quota(one_at_a_time(model_id))
         held.append(manager.reserve(model_id, 1))
     threads = []
     for ids in (first, "line", "line", "line"):
         acquire = lambda ids=ids: _tried(lambda: manager.acquire(ids, 1))  # noqa: E731
         threads.append(threading.Thread(target=acquire, daemon=True))
         threads[-1].start()
-        until(lambda: waiting(manager) == len(threads))
+        until(lambda: waiting(manager, "line") == len(threads))
     manager.update_quota("line", grace_period_sec=5)
     clock.advance(4.999)
-    assert waiting(manager) == 4
+    assert waiting(manager, "line") == 4
     clock.advance(0.001)
     end = threads if first == "line" else threads[1:]
     for thread in end:
         thread.join(PATIENCE)
         assert not thread.is_alive(), "it waits on"
-    assert waiting(manager) == len(threads) - len(end)
+    assert waiting(manager, "line") == len(threads) - len(end)
     clock.advance(55)
     for thread in threads:
         thread.join(PATIENCE)
         assert not thread.is_alive(), "it waits on"
-    assert waiting(manager) == 0
+    assert waiting(manager, "line") == 0
     for grant in held:
         grant.release()
 
@@ -298,7 +288,7 @@ def test_a_shorter_grace_period_reaches_those_behind_the_first_as_well(first):
 def test_a_shorter_grace_period_wakes_all_who_sleep():
     """Threads and the tasks of two loops, of a state that no other process has: nothing else wakes them in between."""
     manager = ResourceQuotaManager(max_models=64)
-    manager.set_quota("line", **LINE)
+    manager.set_quota(one_at_a_time("line"))
     held = manager.reserve("line", 1)
     ended = []
 
@@ -313,12 +303,12 @@ def test_a_shorter_grace_period_wakes_all_who_sleep():
     threads = [threading.Thread(target=wait, args=(how,), daemon=True) for how in hows]
     for thread in threads:
         thread.start()
-    until(lambda: waiting(manager) == 9)
+    until(lambda: waiting(manager, "line") == 9)
     start = time.monotonic()
     manager.update_quota("line", grace_period_sec=0.3)
     until(lambda: len(ended) == len(threads))
     assert max(ended) - start < 0.3 + SLACK
-    assert waiting(manager) == 0
+    assert waiting(manager, "line") == 0
     held.release()
 
 
@@ -336,7 +326,7 @@ def test_a_longer_grace_period_prolongs_waits_that_are_under_way(manager, wait_i
     outcome = wait_in_line()
     manager.update_quota("line", grace_period_sec=60)
     time.sleep(2)
-    assert waiting(manager) == 1
+    assert waiting(manager, "line") == 1
     held.release()
     assert outcome() == "admitted"
 

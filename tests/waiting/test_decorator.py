@@ -9,16 +9,9 @@ import types
 from unittest.mock import AsyncMock, Mock
 
 import pytest
-from strategies import UNLIMITED
+from factories import open_quota
 
-from modelquota import ManualClock, ResourceQuotaManager
-
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", **UNLIMITED | {"max_concurrent_requests": 1, "max_tokens_per_day": 1000})
-    return manager
+QUOTAS = [open_quota("m", max_concurrent_requests=1, max_tokens_per_day=1000, on_violation="throttle")]
 
 
 def used(manager):

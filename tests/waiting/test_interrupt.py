@@ -8,9 +8,9 @@ import threading
 import time
 
 import pytest
+from factories import one_at_a_time
 
-from modelquota import ManualClock, ResourceQuotaManager
-
+QUOTAS = [one_at_a_time("m")]
 MAIN = threading.main_thread()
 
 
@@ -24,15 +24,6 @@ def heed_interrupts():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture
-def manager():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    windows = ("second", "hour", "day")
-    open_limits = {f"max_{what}_per_{window}": None for what in ("requests", "tokens") for window in windows}
-    manager.set_quota("m", max_concurrent_requests=1, on_violation="queue", **open_limits)
-    return manager
 
 
 def test_an_interrupted_wait_leaves_no_trace(manager):

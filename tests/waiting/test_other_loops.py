@@ -6,7 +6,7 @@ import threading
 import anyio
 import pytest
 import trio
-from strategies import UNLIMITED
+from factories import UNLIMITED, make_manager, open_quota
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 
@@ -21,8 +21,7 @@ SITUATIONS = {
 
 @pytest.fixture(params=SITUATIONS.values(), ids=SITUATIONS)
 def manager(request):
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", **UNLIMITED | request.param)
+    manager = make_manager(ResourceQuotaConfig("m", **UNLIMITED | request.param))
     if "max_concurrent_requests" in request.param:
         manager.held = manager.reserve("m", 1)
     if "max_requests_per_second" in request.param:
@@ -97,8 +96,7 @@ def test_an_unknown_model_is_not_counted_and_not_registered():
 
 
 def test_acquire_in_a_thread_of_trio_works():
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", **UNLIMITED)
+    manager = make_manager(open_quota("m"))
 
     async def main():
         grant = await trio.to_thread.run_sync(lambda: manager.acquire("m", 5))
@@ -112,8 +110,7 @@ def test_acquire_in_a_thread_of_trio_works():
     "run", [asyncio.run, lambda coroutine: anyio.run(lambda: coroutine), lambda coroutine: in_thread(coroutine)]
 )
 def test_with_an_asyncio_loop_it_may_be_made_before_the_loop(run):
-    manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", **UNLIMITED)
+    manager = make_manager(open_quota("m"))
     made = manager.acquire_async("m", 5)
 
     async def main():

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from factories import make_manager, one_at_a_time
 from neighbors import stopped_inside
 from patience import PATIENCE, until
 
@@ -17,20 +18,11 @@ from modelquota import QuotaExceededError, ResourceQuotaManager
 from modelquota.waiting.task import TaskWaiter
 
 FORK = multiprocessing.get_context("fork")
-LINE = {
-    "max_requests_per_second": None,
-    "max_tokens_per_second": None,
-    "max_concurrent_requests": 1,
-    "on_violation": "queue",
-    "grace_period_sec": 60.0,
-}
 
 
 @pytest.fixture
-def manager(tmp_path):
-    manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=2048)
-    manager.set_quota("m", **LINE)
-    return manager
+def manager(path):
+    return make_manager(one_at_a_time("m"), path=path, max_models=2048)
 
 
 def wait_in_line(path, number, priority, served, hold_seconds):
@@ -165,7 +157,7 @@ def test_a_stopped_waiter_keeps_its_place(manager, crew):
 @pytest.mark.parametrize("anonymous", [False, True])
 def test_a_change_by_a_process_that_came_later_is_noticed(tmp_path, anonymous):
     manager = ResourceQuotaManager(path=None if anonymous else tmp_path / "quota.state")
-    manager.set_quota("m", **LINE)
+    manager.set_quota(one_at_a_time("m"))
     grant = manager.reserve("m", 1)
     served = []
     thread = threading.Thread(target=lambda: served.append(manager.acquire("m", 1)))
@@ -207,7 +199,7 @@ def test_a_thousand_waiters_take_next_to_no_processor(manager, models):
         os._exit(0)
 
     for model in range(models):
-        manager.set_quota(f"m{model}", **LINE)
+        manager.set_quota(one_at_a_time(f"m{model}"))
     grants = [manager.reserve(f"m{model}", 1) for model in range(models)]
     used = FORK.SimpleQueue()
     child = FORK.Process(target=wait)

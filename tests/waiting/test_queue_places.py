@@ -7,10 +7,11 @@ import signal
 import threading
 
 import pytest
-from neighbors import FREE, LINE, forked, outcome_in_child, row_of, stopped_inside
+from factories import make_manager, one_at_a_time, open_quota, waiting
+from neighbors import forked, outcome_in_child, row_of, stopped_inside
 from patience import PATIENCE, until
 
-from modelquota import CapacityError, Limit, ManualClock, QuotaExceededError, ResourceQuotaManager
+from modelquota import CapacityError, Limit, QuotaExceededError, ResourceQuotaManager
 
 IDS = ("w", "x", "y", "z")
 FORK = multiprocessing.get_context("fork")
@@ -18,14 +19,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def manager():
-    manager = ResourceQuotaManager(max_models=64, clock=ManualClock(10**12))
-    for name in IDS:
-        manager.set_quota(name, **LINE)
-    return manager
-
-
-def waiting(manager, model_id):
-    return manager.get_usage(model_id).queued_requests
+    return make_manager(*[one_at_a_time(name) for name in IDS], max_models=64)
 
 
 def places(manager):
@@ -147,7 +141,7 @@ def test_requests_in_random_orders_never_block_each_other_and_keep_their_order(m
 def test_processes_with_joint_requests_in_random_orders_end(tmp_path):
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=64)
     for name in IDS:
-        manager.set_quota(name, **LINE)
+        manager.set_quota(one_at_a_time(name))
 
     def work(seed, done):
         rng = random.Random(seed)
@@ -177,7 +171,7 @@ def test_more_queues_than_a_thousand_at_once(tmp_path):
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=2048)
     names = [f"m{number}" for number in range(1500)]
     for name in names:
-        manager.set_quota(name, **LINE)
+        manager.set_quota(one_at_a_time(name))
     held = [manager.reserve(name, 1) for name in names]
     threading.stack_size(256 * 1024)
     try:
@@ -209,7 +203,7 @@ def test_all_grant_records_once_and_then_another_process(tmp_path):
     """262,144 grants are open at once, and released: whoever comes then has as many."""
     path = tmp_path / "quota.state"
     manager = ResourceQuotaManager(path=path, max_models=8)
-    manager.set_quota("m", **FREE)
+    manager.set_quota(open_quota("m"))
 
     def open_all():
         grants = []
@@ -239,7 +233,7 @@ def test_entries_come_back_with_those_who_gave_up(tmp_path):
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=32)
     names = [f"n{number}" for number in range(16)]
     for name in names:
-        manager.set_quota(name, **LINE)
+        manager.set_quota(one_at_a_time(name))
     held = manager.reserve(names, 1)
     for _ in range(3000):
         with pytest.raises(QuotaExceededError):
@@ -252,7 +246,7 @@ def test_entries_come_back_with_those_who_gave_up(tmp_path):
 @pytest.mark.parametrize("most", [0, 1, 7])
 def test_the_bound_of_a_queue_holds_over_processes(tmp_path, most):
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=32)
-    manager.set_quota("line", **LINE | {"max_queued_requests": most})
+    manager.set_quota(one_at_a_time("line", max_queued_requests=most))
     held = manager.reserve("line", 1)
     outcomes = FORK.SimpleQueue()
     go = FORK.Event()
@@ -289,7 +283,7 @@ def test_the_bound_of_a_queue_holds_over_processes(tmp_path, most):
 def test_a_killed_process_gives_back_all_its_places(tmp_path):
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=32)
     for name in IDS:
-        manager.set_quota(name, **LINE)
+        manager.set_quota(one_at_a_time(name))
     held = manager.reserve(IDS, 1)
 
     def wait():
@@ -310,7 +304,7 @@ def test_a_killed_process_gives_back_all_its_places(tmp_path):
 def test_a_repaired_queue_has_nobody_who_waits_for_the_model_that_was_in_the_row_before(tmp_path):
     """That one's process is stopped, and has not noticed that the model has gone."""
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=64)
-    manager.set_quota("line", **LINE)
+    manager.set_quota(one_at_a_time("line"))
     held = manager.reserve("line", 1)
     row = row_of(manager, "line")
 
@@ -323,7 +317,7 @@ def test_a_repaired_queue_has_nobody_who_waits_for_the_model_that_was_in_the_row
     with forked(wait) as pid:
         os.kill(pid, signal.SIGSTOP)
         manager.remove_quota("line")
-        manager.set_quota("line", **LINE)
+        manager.set_quota(one_at_a_time("line"))
         assert row_of(manager, "line") == row
         with stopped_inside(manager, "line") as dead:
             os.kill(dead, signal.SIGKILL)

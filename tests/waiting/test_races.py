@@ -6,27 +6,20 @@ import threading
 import time
 
 import pytest
-import strategies
+from factories import make_manager, one_at_a_time, queue_quota, waiting
 from patience import PATIENCE, until
 
-from modelquota import CapacityError, Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import CapacityError, Limit, ManualClock, QuotaExceededError, ResourceQuotaManager
 from modelquota.waiting.task import TaskWaiter
 from modelquota.waiting.thread import ThreadWaiter
 
-OPEN = {**strategies.OPEN, "on_violation": "queue"}
 LOCKED = 1 << 10 | 1  # the word of the first process that opens a state: a row of its that another thread has locked
 
 
 @pytest.fixture
 def manager():
     """One request at a time."""
-    manager = ResourceQuotaManager()
-    manager.set_quota("m", **OPEN | {"max_concurrent_requests": 1})
-    return manager
-
-
-def waiting(manager, model_id="m"):
-    return manager.get_usage(model_id).queued_requests
+    return make_manager(one_at_a_time("m"), real_time=True)
 
 
 def start(target, *args, **kwargs):
@@ -52,7 +45,7 @@ def all_end(threads):
 @pytest.mark.parametrize("freed", ["before", "after"])
 def test_each_of_several_models_is_waited_for_as_long_as_itself_takes(manager, freed):
     """Whoever waits for a rate and for a grant is looked at when the rate allows, whatever becomes of the grant."""
-    manager.set_quota("rate", **OPEN | {"max_requests_per_second": 1, "burst_requests": 0, "grace_period_sec": 3600})
+    manager.set_quota(queue_quota("rate", max_requests_per_second=1, burst_requests=0, grace_period_sec=3600))
     manager.reserve("rate", 1).release()
     held = manager.reserve("m", 1)
     both = start(lambda: manager.acquire(("rate", "m"), 1).release())
@@ -103,12 +96,11 @@ def test_a_line_whose_last_one_leaves_while_another_one_comes(manager):
 
 def test_who_cannot_be_served_is_told_so_and_nobody_else(tmp_path):
     """The model is gone, and the table has no room for it any more: each who waited is told, not who releases."""
-    limits = OPEN | {"max_concurrent_requests": 1}
     mine, other = (
-        ResourceQuotaManager(path=tmp_path / "state", max_models=1, default_quota=ResourceQuotaConfig("any", **limits))
+        ResourceQuotaManager(path=tmp_path / "state", max_models=1, default_quota=one_at_a_time("any"))
         for _ in range(2)
     )
-    mine.set_quota("m", **limits)
+    mine.set_quota(one_at_a_time("m"))
     held = mine.reserve("m", 1)
     errors = []
 
@@ -129,7 +121,7 @@ def test_who_cannot_be_served_is_told_so_and_nobody_else(tmp_path):
 
 def test_an_interrupt_while_others_are_woken_or_several_models_are_released(manager, monkeypatch):
     """As a KeyboardInterrupt that strikes in the very function that wakes."""
-    manager.set_quota("other", **OPEN | {"max_concurrent_requests": 1})
+    manager.set_quota(one_at_a_time("other"))
     held = manager.reserve(("m", "other"), 1)
     threads = acquire_all(manager, 1)
     wake, struck = ThreadWaiter.wake, []
@@ -203,7 +195,7 @@ def test_many_tasks_of_a_closed_loop_hold_nobody_up(manager):
 def test_a_task_waits_on_a_manual_clock_while_a_row_is_locked(monkeypatch):
     """The clock stands still, but the row is tried again."""
     manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", **OPEN | {"max_concurrent_requests": 1})
+    manager.set_quota(one_at_a_time("m"))
     _, rows, _ = manager._arrays()
     held = manager.reserve("m", 1)
     prepare = TaskWaiter.prepare
@@ -250,7 +242,7 @@ def test_a_task_that_leaves_a_locked_row_behind_and_whose_loop_ends(manager, clo
 
 def test_the_lines_of_a_parent_are_no_concern_of_a_forked_process():
     manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    manager.set_quota("m", **OPEN | {"max_concurrent_requests": 1})
+    manager.set_quota(one_at_a_time("m"))
     held = manager.reserve("m", 1)
     threads = acquire_all(manager, 1)
     child = os.fork()

@@ -16,7 +16,8 @@ import time
 
 import pytest
 from crew import shared_array
-from neighbors import FREE, LINE, forked, row_of, seat_words
+from factories import make_manager, one_at_a_time, queue_quota
+from neighbors import forked, row_of, seat_words
 from patience import PATIENCE, until
 
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaManager
@@ -28,10 +29,10 @@ TOKENS, RAM_MB = 7, 60
 TIME = 10.0  # seconds of a manual clock that a wait lasts here,
 TIME_LEFT = 0.4  # and of the real one
 KINDS = {
-    "concurrency": {**LINE},
-    "memory": {**LINE, "max_concurrent_requests": None, "max_ram_mb": 100},
-    "tokens": {**LINE, "max_concurrent_requests": None, "max_tokens_per_day": 10},
-    "rate": {**LINE, "max_concurrent_requests": None, "max_tokens_per_second": 0.001, "burst_tokens": 9},
+    "concurrency": one_at_a_time("line"),
+    "memory": queue_quota("line", max_ram_mb=100),
+    "tokens": queue_quota("line", max_tokens_per_day=10),
+    "rate": queue_quota("line", max_tokens_per_second=0.001, burst_tokens=9),
 }
 IDS = ["line", ("line", "other"), ("other", "line")]
 
@@ -42,17 +43,9 @@ def clock():
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "quota.state"
-
-
-@pytest.fixture
 def owner(path, clock):
     """The manager of those that wait; as long as nothing is called, its process is as good as stopped."""
-    manager = ResourceQuotaManager(path=path, clock=clock, max_models=64)
-    manager.set_quota("line", **LINE)
-    manager.set_quota("other", **{**FREE, "on_violation": "queue"})
-    return manager
+    return make_manager(one_at_a_time("line"), queue_quota("other"), path=path, clock=clock, max_models=64)
 
 
 @pytest.fixture
@@ -105,7 +98,7 @@ def gets_in(manager):
 @pytest.mark.parametrize("ids", IDS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_from_its_deadline_on_others_let_it_go(owner, neighbor, clock, kind, ids):
-    owner.set_quota("line", **KINDS[kind])
+    owner.set_quota(KINDS[kind])
     waiter = unclaimed(owner, ids)
     assert held(neighbor) == ends(ids)
     clock.advance_ns(int(TIME * 1e9) - 1)
@@ -124,7 +117,7 @@ def test_from_its_deadline_on_others_let_it_go(owner, neighbor, clock, kind, ids
 
 
 def test_its_request_is_refunded_where_only_requests_are_short(owner, neighbor, clock):
-    owner.set_quota("line", **{**LINE, "max_concurrent_requests": 2, "max_requests_per_day": 3})
+    owner.set_quota(one_at_a_time("line", max_concurrent_requests=2, max_requests_per_day=3))
     mine = [owner.reserve("line", 1) for _ in range(2)]
     waiter = begin_to_wait(owner)
     for grant in mine:
@@ -215,7 +208,7 @@ def test_nothing_is_given_back_twice(owner, neighbor, path, clock, how, ids):
 def test_a_model_that_was_removed_in_the_meantime(owner, neighbor, clock, gone):
     waiter = unclaimed(owner, ("line", "other"))
     owner.remove_quota(gone)
-    owner.set_quota(gone, **LINE)
+    owner.set_quota(one_at_a_time(gone))
     clock.advance(TIME)
     until(lambda: neighbor.snapshot() is not None and held(neighbor) == NOTHING)
     with pytest.raises(QuotaExceededError):
@@ -253,10 +246,7 @@ def owner_word(manager):
 @pytest.fixture
 def manager(path):
     """On the real clock."""
-    manager = ResourceQuotaManager(path=path, max_models=64)
-    manager.set_quota("line", **LINE)
-    manager.set_quota("other", **{**FREE, "on_violation": "queue"})
-    return manager
+    return make_manager(one_at_a_time("line"), queue_quota("other"), path=path, max_models=64)
 
 
 @contextlib.contextmanager
@@ -304,7 +294,7 @@ def stopped_before_it_takes(manager, ids, timeout, said):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_process_that_is_stopped_before_its_thread_takes_it(manager, kind, ids, comes_back):
-    manager.set_quota("line", **KINDS[kind])
+    manager.set_quota(KINDS[kind])
     said = shared_array("i8", 3)
     start = time.monotonic()
     with stopped_before_it_takes(manager, ids, TIME_LEFT, said) as pid:
@@ -340,7 +330,7 @@ def test_either_it_is_taken_or_let_go(manager, joint):
     """Many come for their grants just when others let them go: each is admitted and held, or denied and refunded."""
     lines = [f"line {i}" for i in range(8)]
     for line in lines:
-        manager.set_quota(line, **LINE)
+        manager.set_quota(one_at_a_time(line))
     rounds = 12
     taken, denied, failed = (shared_array("i8", len(lines)) for _ in range(3))
     done = shared_array("i8", 1)

@@ -6,29 +6,12 @@ import threading
 import time
 
 import pytest
-import strategies
+from factories import one_at_a_time, queue_quota, waiting
 from patience import PATIENCE, until
 
-from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaManager, ViolationType
+from modelquota import Limit, QuotaExceededError, ResourceQuotaManager, ViolationType
 
-OPEN = {**strategies.OPEN, "on_violation": "queue"}
-
-
-@pytest.fixture
-def clock():
-    return ManualClock(10**12)
-
-
-@pytest.fixture
-def manager(clock):
-    """One request at a time."""
-    manager = ResourceQuotaManager(clock=clock)
-    manager.set_quota("m", **OPEN | {"max_concurrent_requests": 1})
-    return manager
-
-
-def waiting(manager, model_id="m"):
-    return manager.get_usage(model_id).queued_requests
+QUOTAS = [one_at_a_time("m")]
 
 
 class Line:
@@ -91,7 +74,7 @@ def test_higher_priority_first(manager):
 
 
 def test_nobody_overtakes_those_who_wait(manager, clock):
-    manager.set_quota("m", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 40})
+    manager.set_quota(queue_quota("m", max_tokens_per_second=10, burst_tokens=40))
     assert manager.check_quota("m", 50)
     line = Line(manager)
     line.join("large", "m", 50)
@@ -115,7 +98,7 @@ def test_nobody_overtakes_those_who_wait(manager, clock):
 def test_throttled_requests_wait_each_for_itself(clock):
     manager = ResourceQuotaManager(clock=clock)
     limits = {"max_tokens_per_second": 10, "burst_tokens": 40, "on_violation": "throttle"}
-    manager.set_quota("m", **OPEN | limits)
+    manager.set_quota(queue_quota("m", **limits))
     assert manager.check_quota("m", 50)
     line = Line(manager)
     line.join("large", "m", 50)
@@ -138,7 +121,7 @@ def test_whatever_makes_room_lets_the_next_in(clock, free):
         limits = {"max_ram_mb": 10}
     elif free == "burst":
         limits = {"max_requests_per_second": 1e-3, "burst_requests": 1}
-    manager.set_quota("m", **OPEN | {"grace_period_sec": 10_000} | limits)
+    manager.set_quota(queue_quota("m", **{"grace_period_sec": 10_000} | limits))
     manager.update_memory_usage("m", 5, 0)
     held = manager.reserve("m", 10)
     if free == "burst":
@@ -162,7 +145,7 @@ def test_whatever_makes_room_lets_the_next_in(clock, free):
 
 def test_a_wait_that_cannot_end_in_time_is_refused_at_once(manager, clock):
     limits = {"max_tokens_per_second": 10, "burst_tokens": 90, "grace_period_sec": 5, "max_ram_mb": 10}
-    manager.set_quota("m", **OPEN | limits)
+    manager.set_quota(queue_quota("m", **limits))
     with pytest.raises(QuotaExceededError, match="never fits"):
         manager.acquire("m", 101)
     with pytest.raises(QuotaExceededError, match="RAM: 0 of 10 used, 11 asked; never fits"):
@@ -251,7 +234,7 @@ def test_bad_use(manager):
 
 @pytest.mark.parametrize("first", ["m", "tenant"])
 def test_a_request_over_several_models_keeps_its_place_at_each_of_them(manager, clock, first):
-    manager.set_quota("tenant", **OPEN | {"max_concurrent_requests": 1})
+    manager.set_quota(one_at_a_time("tenant"))
     manager.update_quota("m", max_concurrent_requests=1)
     held = {model_id: manager.reserve(model_id, 1) for model_id in ("m", "tenant")}
     line = Line(manager)
@@ -271,7 +254,7 @@ def test_a_request_over_several_models_keeps_its_place_at_each_of_them(manager, 
 
 
 def test_those_behind_a_request_that_is_behind_another_one_are_told_what_that_waits_for(manager, clock):
-    manager.set_quota("tenant", **OPEN | {"max_tokens_per_second": 10, "burst_tokens": 0})
+    manager.set_quota(queue_quota("tenant", max_tokens_per_second=10, burst_tokens=0))
     manager.update_quota("m", max_concurrent_requests=5)
     assert manager.check_quota("tenant", 10)
     line = Line(manager)
@@ -288,7 +271,7 @@ def test_those_behind_a_request_that_is_behind_another_one_are_told_what_that_wa
 
 
 def test_a_request_that_a_tenant_throttles_does_not_hold_up_the_model_for_the_others(manager, clock):
-    manager.set_quota("tenant", **OPEN | {"max_concurrent_requests": 1, "on_violation": "throttle"})
+    manager.set_quota(queue_quota("tenant", max_concurrent_requests=1, on_violation="throttle"))
     manager.update_quota("m", max_concurrent_requests=5)
     held = manager.reserve("tenant", 1)
     line = Line(manager)
@@ -307,7 +290,7 @@ def test_a_request_that_a_tenant_throttles_does_not_hold_up_the_model_for_the_ot
 
 def test_two_lines_cannot_block_each_other(manager):
     """Requests over both models, named in either order, while both models are contended."""
-    manager.set_quota("other", **OPEN | {"max_concurrent_requests": 1})
+    manager.set_quota(one_at_a_time("other"))
     done = []
 
     def body(ids):
@@ -405,7 +388,7 @@ def test_an_event_loop_that_is_gone_holds_nobody_up(manager):
 def test_real_time_ends_a_wait():
     """Bounds from below only: a machine may be as slow as it likes."""
     manager = ResourceQuotaManager()
-    manager.set_quota("m", **OPEN | {"max_requests_per_second": 20, "burst_requests": 0, "grace_period_sec": 60})
+    manager.set_quota(queue_quota("m", max_requests_per_second=20, burst_requests=0, grace_period_sec=60))
 
     async def tasks():
         await asyncio.gather(*(manager.acquire_async("m", 1) for _ in range(15)))

@@ -111,7 +111,7 @@ def _closing(lanes: Sequence[Lane], start_ns: int, ran_ms: float) -> Iterator[Re
     sent = sum(tally.sent for tally in tallies.values())
     yield Text.assemble(
         ("What you saw. ", "bold"),
-        f"{sent:,} requests in {duration(ran_ms)}, and four ways to deal with those that are too many:",
+        f"{sent:,} requests in {duration(ran_ms)}, and four ways to handle the ones over a limit:",
     )
     seen = Table.grid(padding=(0, 2, 0, 0))
     for traffic in MODELS:
@@ -151,7 +151,7 @@ def _seen(quota: ResourceQuotaConfig, tally: Tally, start_ns: int) -> str:
             return f"reached its {limit} after {after} and rejected {tally.denied:,} requests{told}"
     verb = "queued" if quota.on_violation is ViolationAction.QUEUE else "throttled"
     waits = f" after {duration(median(tally.waits_ms))} in the median" if tally.waits_ms else ""
-    given_up = f"; {tally.denied:,} could not be within {quota.grace_period_sec:g} s" if tally.denied else ""
+    given_up = f"; {tally.denied:,} could not be admitted within {quota.grace_period_sec:g} s" if tally.denied else ""
     admitted = f"{len(tally.waits_ms):,} {'was' if len(tally.waits_ms) == 1 else 'were'} admitted{waits}"
     waiting = f"{tally.waiting:,} still {'waits' if tally.waiting == 1 else 'wait'}"
     return f"{verb} what exceeded its {limit}: {admitted}, {waiting}{given_up}"

@@ -20,9 +20,8 @@ from modelquota.reading.utilization import LIMITS, Utilization, limits_of, read_
 
 __all__ = ["print_status", "print_status_json", "status_table", "totals_line"]
 
-# From these widths on there is room for bars, and for the percentages of memory and quotas.
 BAR_COLUMNS = 80
-WIDE_COLUMNS = 132
+"""The width from which on there is room for bars."""
 _BAR_WIDTH = 10
 _WRITTEN_AT_ONCE = 256
 WIDE = {
@@ -30,6 +29,8 @@ WIDE = {
     for limit in DENYING
     if limit.unit == "MB" or (limit.window is not None and not limit.is_rate)
 }
+WIDE_COLUMNS = 78 + sum(len(f"  {heading} %") for heading in WIDE)
+"""The width from which on there is room for the percentages of memory and of the longer windows, too."""
 
 
 def print_status(manager: QuotaReader, console: Console) -> float:

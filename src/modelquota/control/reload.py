@@ -8,10 +8,10 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from modelquota._extras import extra
+from modelquota._periodic import Background
 from modelquota.errors import CapacityError, QuotaError, QuotaFileError
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.file import Quotas, load_quotas
@@ -48,7 +48,7 @@ class Reloaded:
     missing_patterns: tuple[str, ...] = ()
 
 
-class QuotaReloader:
+class QuotaReloader(Background):
     r"""Sets a manager's limits from a quota file, immediately and whenever the file changes.
 
     A file with an error is refused as a whole: the error is logged with line and field, and all limits stay as they
@@ -101,8 +101,6 @@ class QuotaReloader:
         self._named: tuple[str, ...] = ()
         self._base: DefaultQuota | None = None
         self._given: DefaultQuota | None = None
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
 
     def reload(self) -> Reloaded:
         """Read the file and set the limits that have changed in it; an error is returned and logged, never raised."""
@@ -127,12 +125,10 @@ class QuotaReloader:
         """
         with extra("reload", "watchfiles"):
             import watchfiles
-        if self._thread is not None:
-            raise RuntimeError("QuotaReloader is running; stop() it before it is started again")
-        self._stop = stop = threading.Event()
+        self._require_stopped()
         name = self._path.absolute().name
 
-        def watch() -> None:
+        def watch(stop: threading.Event) -> None:
             # watch the folder: if an editor replaces the file, a watch on the file would stay with the old one
             changes = watchfiles.watch(
                 self._path.absolute().parent,
@@ -154,27 +150,11 @@ class QuotaReloader:
 
         with self._lock:
             self._apply(load_quotas(self._path))
-        self._thread = threading.Thread(target=watch, name="modelquota-reload", daemon=True)
-        self._thread.start()
+        self._launch(watch)
         return self
-
-    def stop(self) -> None:
-        """End the thread; the limits stay as they are."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._stop.set()
-            thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def _stamp(self) -> tuple[int, int, int] | None:
-        """Time, size and inode, to distinguish versions of the file; None if there is no file."""
+        """Time, size and inode, to distinguish versions of the file; None if the file does not exist."""
         try:
             found = os.stat(self._path)
         except OSError:

@@ -50,7 +50,7 @@ class Limit(enum.IntEnum):
 
     Examples
     --------
-    >>> limit = Limit(8)
+    >>> limit = Limit.TOKENS_PER_HOUR
     >>> limit.name, limit.label, limit.unit, limit.violation_type.name
     ('TOKENS_PER_HOUR', 'tokens per hour', 'tokens', 'QUOTA_LIMIT')
     """
@@ -251,8 +251,9 @@ def shadow_mask(config: "ResourceQuotaConfig") -> int:
     Examples
     --------
     >>> from modelquota import ResourceQuotaConfig
-    >>> bin(shadow_mask(ResourceQuotaConfig("llama", shadow_limits=["ram", "tokens_per_hour"])))
-    '0b1000010'
+    >>> mask = shadow_mask(ResourceQuotaConfig("llama", shadow_limits=["ram", "tokens_per_hour"]))
+    >>> mask == 1 << Limit.RAM | 1 << Limit.TOKENS_PER_HOUR
+    True
     """
     mask = 0
     for name in config.shadow_limits:
@@ -265,7 +266,7 @@ def shadow_names(mask: int) -> tuple[str, ...]:
 
     Examples
     --------
-    >>> shadow_names(0b1000010)
+    >>> shadow_names(1 << Limit.RAM | 1 << Limit.TOKENS_PER_HOUR)
     ('ram', 'tokens_per_hour')
     """
     return tuple(name for name in SHADOW_NAMES if mask >> Limit[name.upper()] & 1)

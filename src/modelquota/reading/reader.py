@@ -10,6 +10,9 @@ from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import WINDOWS
 
 if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -23,7 +26,10 @@ _MIX = 0x9E3779B97F4A7C15  # odd, with well mixed bits
 
 
 class QuotaReader:
-    """The methods that read. A subclass provides the data; see `ResourceQuotaManager` and `QuotaView`."""
+    """The methods that read; as a context manager it closes on exit.
+
+    A subclass provides the data; see `ResourceQuotaManager` and `QuotaView`.
+    """
 
     if TYPE_CHECKING:
 
@@ -32,9 +38,18 @@ class QuotaReader:
         @property
         def max_models(self) -> int: ...
         def list_models(self) -> list[str]: ...
+        def close(self) -> None: ...
         def _read(self, model_id: str) -> tuple[dict[str, Any], dict[str, Any]] | None: ...
         def _read_all(self) -> NDArray[np.void]: ...
         def _totals(self) -> dict[str, Any]: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def get_quota(self, model_id: str) -> ResourceQuotaConfig | None:
         """Return the model's quota, or None if it has none."""

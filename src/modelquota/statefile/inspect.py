@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 from collections.abc import Iterator
@@ -60,16 +61,13 @@ def inspect_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> S
     Raises OSError if it cannot be opened, StateFileError if its header is not that of a state file.
     """
     path = os.fsdecode(path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        reader = Reader(descriptor, path)
-        reader.check_header()
+    with _opened(path) as reader:
         header, held = reader.header, reader.held()
         return StateFileInfo(
             path=path,
             version=int(header["version"]),
             size_bytes=reader.size,
-            disk_bytes=os.fstat(descriptor).st_blocks * 512,
+            disk_bytes=os.fstat(reader.descriptor).st_blocks * 512,
             max_models=int(header["max_models"]),
             models=sum(int((part.rows["generation"] % 2).sum()) for part in reader.parts()),
             processes=reader.processes(),
@@ -78,8 +76,6 @@ def inspect_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> S
             recoveries=int(header["recoveries"]),
             anchored_at=datetime.datetime.fromtimestamp(int(header["anchor_wall_ns"]) / 1e9, datetime.UTC),
         )
-    finally:
-        os.close(descriptor)
 
 
 def verify_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> list[str]:
@@ -91,18 +87,26 @@ def verify_file(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> li
     Raises OSError if it cannot be opened, StateFileError if its header is not that of a state file.
     """
     path = os.fsdecode(path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        reader = Reader(descriptor, path)
-        reader.check_header()
-        found = list(content_faults(reader))
-        for part in reader.parts():
-            found += record_faults(reader, part)
-        return found
+        with _opened(path) as reader:
+            found = list(content_faults(reader))
+            for part in reader.parts():
+                found += record_faults(reader, part)
+            return found
     except StateFileError as error:
         if error.path != path:
             raise
         return [error.message]
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Reader]:
+    """Open a state file to read it, and check its header."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        reader = Reader(descriptor, path)
+        reader.check_header()
+        yield reader
     finally:
         os.close(descriptor)
 
