@@ -6,6 +6,7 @@ import pytest
 from modelquota import ManualClock, ResourceQuotaManager
 from modelquota._core.state.mapping import PAGE, fingerprint, plan
 from modelquota._core.state.packing import dtypes, encode_rate, struct_sizes
+from modelquota._core.state.state import CONSTANTS
 
 CACHE_LINE = 64
 
@@ -77,7 +78,7 @@ def test_the_arrays_are_views_of_the_live_state():
     before = int(rows["token_room"][0])
     assert manager.check_quota("a", 7)
     assert rows["token_room"][0] == before - 7
-    assert cold_rows["request_limit"][0].tolist() == [300, UNLIMITED, 50, 100_000, UNLIMITED]
+    assert cold_rows["request_limit"][0].tolist() == [300, CONSTANTS["unlimited"], 50, 100_000, CONSTANTS["unlimited"]]
     assert rows["lock"][0] == 0
     assert rows["generation"][0] % 2 == 1
     assert len(rows) == len(cold_rows) == 10

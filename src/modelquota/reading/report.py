@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from modelquota.quota.config import ResourceQuotaConfig
-from modelquota.quota.limits import DENYING, Limit
+from modelquota.quota.limits import DENYING, Limit, LimitRecord
 
 _NO_LIMIT: tuple[None, ...] = (None,) * (len(Limit) + 1)
 _NOTHING = (0.0,) * (len(Limit) + 1)
@@ -239,25 +239,37 @@ def status_lines(reports: Sequence[ModelReport], stats: QuotaStats) -> str:
     """
     models = ["model", *(_printable(report.model_id) for report in reports)]
     violations = ["violations", *(_short(report.usage.total_violations) for report in reports)]
+    shown = [record for record in DENYING if _is_counted(record, reports)]
+    uses = [_uses(report, shown) for report in reports]
     columns = [
         [model.ljust(max(map(len, models))) for model in models],
-        *map(_column, [record.heading for record in DENYING], zip(*map(_uses, reports), strict=True)),
+        *map(_column, [record.heading for record in shown], zip(*uses, strict=True)),
         [count.rjust(max(map(len, violations))) for count in violations],
     ]
     table = ["  ".join(cells) for cells in zip(*columns, strict=True)] if reports else ["no models"]
     return "\n".join([*table, _totals(stats)])
 
 
-def _uses(report: ModelReport) -> list[tuple[str, str]]:
+def _is_counted(record: LimitRecord, reports: Sequence[ModelReport]) -> bool:
+    """Whether any of the models counts what the limit is on: a minute or a month only once it has had a limit."""
+    return any(getattr(report.usage, field) is not None for report in reports for field in record.usage_fields)
+
+
+def _uses(report: ModelReport, shown: Sequence[LimitRecord]) -> list[tuple[str, str]]:
     """Return usage and limit for every column."""
     quota, usage = report.quota, report.usage
     return [
         (
-            _short(sum(getattr(usage, field) for field in record.usage_fields)),
+            _used([getattr(usage, field) for field in record.usage_fields]),
             _limit(getattr(quota, record.quota_field), getattr(quota, record.burst_field) if record.is_rate else 0),
         )
-        for record in DENYING
+        for record in shown
     ]
+
+
+def _used(counts: Sequence[int | None]) -> str:
+    known = [count for count in counts if count is not None]
+    return _short(sum(known)) if known else "-"
 
 
 def _column(heading: str, uses: Sequence[tuple[str, str]]) -> list[str]:

@@ -276,16 +276,20 @@ cdef inline bint tokens_fit(const Row* row, int64_t tokens, Fit* fit) noexcept n
     return tokens == 0 or fit.token_level <= load(&row.token_cap)
 
 
+cdef inline bint memory_fits(const ColdRow* cold, const Request* request) noexcept nogil:
+    """Whether the limits of memory admit what the request asks for. Requires the row's lock."""
+    return not (
+        exceeds(request.ram_mb, in_use(cold.ram_mb, cold.reserved_ram_mb), cold.max_ram_mb)
+        or exceeds(request.ssd_mb, in_use(cold.ssd_mb, cold.reserved_ssd_mb), cold.max_ssd_mb)
+    )
+
+
 cdef inline bint fits(const Row* row, const ColdRow* cold, const Request* request, Fit* fit) noexcept nogil:
     """The fast path: True if the request fits without a look at each limit, and sets `fit`; False leaves it to judge().
 
     Requires advance() and the row's lock.
     """
-    if not (
-        row.request_room >= 1
-        and not exceeds(request.ram_mb, in_use(cold.ram_mb, cold.reserved_ram_mb), cold.max_ram_mb)
-        and not exceeds(request.ssd_mb, in_use(cold.ssd_mb, cold.reserved_ssd_mb), cold.max_ssd_mb)
-    ):
+    if row.request_room < 1 or (request.ram_mb | request.ssd_mb and not memory_fits(cold, request)):
         return False
     fit.request_level = load(&row.request_level) + level_cost(1, row.request_shift)
     return fit.request_level <= load(&row.request_cap) and tokens_fit(row, request.tokens, fit)

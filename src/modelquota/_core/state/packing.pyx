@@ -5,16 +5,14 @@ import numpy as np
 from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 
-from libc.string cimport memset
-
 from modelquota._core.layout cimport (
     ColdRow, DAY, GrantRecord, Header, KINDS, LIMITS, LIMIT_CODES, Limits, LongRing, MAX_COUNT, QueueEntry, Ring, Row, SECOND,
     SLOTS_PER_SLOT, Seat, UNLIMITED, WINDOWS
 )
 from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB
 from modelquota._core.row.level cimport NO_RATE, WIDEST_SHIFT
-from modelquota._core.row.limits cimport put_limits, start_row
 from modelquota._core.row.usage cimport NO_LIMIT, Usage, read_usage
+from modelquota._core.state.copy cimport ModelCopy, start_copy
 
 from modelquota.quota.config import UNITS
 from modelquota.quota.limits import CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
@@ -188,16 +186,12 @@ def bounds_of(config):
     `most` is the maximum per window, ``ceil(rate) + burst`` for a rate; `at_once` is the maximum of a single request
     while nothing is used, ``max(rate, 1) + burst`` for a rate.
     """
-    cdef Row row
-    cdef ColdRow cold
+    cdef ModelCopy model
     cdef Limits limits
     cdef Usage usage
-    memset(&row, 0, sizeof(row))
-    memset(&cold, 0, sizeof(cold))
     pack(config, &limits)
-    start_row(&row, &cold, 0)
-    put_limits(&row, &cold, &limits)
-    read_usage(&row, &cold, 0, &usage)
+    start_copy(&model, &limits, 0)
+    read_usage(&model.row, &model.cold, 0, &usage)
     at_once = [None if usage.left[code] == NO_LIMIT else usage.left[code] for code in range(LIMITS)]
     most = at_once.copy()
     most[LIMIT_CODES[SECOND][False]] = _count(limits.request_limits[SECOND])

@@ -1,40 +1,16 @@
 # Reading a row, and sums over all rows, from lock to unlock. Nothing here touches a Python object.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memcpy
-from modelquota._core.layout cimport (
-    ColdRow, DAY, Header, Limits, LongRing, Ring, Row, Shared, VIOLATION_TYPES, WINDOWS
-)
+from modelquota._core.layout cimport ColdRow, Header, Limits, Row, Shared, VIOLATION_TYPES
 from modelquota._core.row.limits cimport read_limits
 from modelquota._core.row.queue cimport count_counted, drop_expired
 from modelquota._core.row.usage cimport Usage, read_usage
-from modelquota._core.row.window cimport is_counted, requests_charged, tokens_charged
+from modelquota._core.row.window cimport requests_charged, tokens_charged
+from modelquota._core.state.copy cimport ModelCopy, copy_model
 from modelquota._core.state.lock cimport unlock
-from modelquota._core.state.registry cimport ring_size
 from modelquota._core.state.repair cimport lock_row, recompute_row
 
 cdef enum:
     READ_PATIENCE_NS = 20_000_000   # how long a reader waits for a row before it reads without its lock
-
-
-cdef struct ModelCopy:
-    # All that one model has, in private memory.
-    Row row
-    ColdRow cold
-    Ring rings[WINDOWS]             # of the windows up to DAY,
-    LongRing long_rings[WINDOWS]    # and of those from there on
-
-
-cdef inline void copy_model(ModelCopy* copy, int64_t index, const Shared* shared) noexcept nogil:
-    """Copy a row with its rings. Needs no lock; what is being changed is copied as it is."""
-    cdef int window
-    cdef char* ring
-    copy.row = shared.rows[index]
-    memcpy(&copy.cold, &shared.cold_rows[index], sizeof(ColdRow))
-    for window in range(WINDOWS):
-        ring = <char*> &copy.rings[window] if window < DAY else <char*> &copy.long_rings[window]
-        if is_counted(&copy.cold, window):
-            memcpy(ring, shared.rings[window] + index * ring_size(window), ring_size(window))
-        copy.cold.ring_offset[window] = ring - <char*> &copy.cold
 
 
 cdef struct Totals:

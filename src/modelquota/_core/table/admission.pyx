@@ -4,15 +4,14 @@ from itertools import islice
 
 from libc.stdint cimport INT64_MAX, int64_t, uint32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
 
 from modelquota._core.atomics cimport add_u64_relaxed
 from modelquota._core.layout cimport Charge, ColdRow, Limits, QueueEntry, Row, Shared
 from modelquota._core.row.decision cimport Fit, Request, Verdict, charge_admitted
 from modelquota._core.row.fullest cimport highest_usage
 from modelquota._core.row.grant cimport Holding
-from modelquota._core.row.limits cimport put_limits, start_row
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
+from modelquota._core.state.copy cimport ModelCopy, copy_model, start_copy
 from modelquota._core.state.joint cimport (
     BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NO_MEMBER, Places, assess_all, decide_rows, first_gone,
     lock_rows, put_in_order, same_row, unlock_rows
@@ -232,12 +231,11 @@ cdef class Admission:
         cdef int outcome = BUSY_ROW
         cdef int64_t now_ns = 0
         cdef Limits limits
-        cdef ColdRow* cold_rows = <ColdRow*> malloc(MOST_MODELS * sizeof(ColdRow))
-        cdef Row rows[MOST_MODELS]
+        cdef ModelCopy* copies = <ModelCopy*> malloc(MOST_MODELS * sizeof(ModelCopy))
         cdef QueueEntry heads[MOST_MODELS]
         cdef int i
         cdef int known = 0
-        if cold_rows == NULL:
+        if copies == NULL:
             raise MemoryError()
         try:
             while outcome != DECIDED:
@@ -246,11 +244,11 @@ cdef class Admission:
                     self.state.look(now_ns)
                 self.members_of(ids, &joint, refs, templates)
                 known = joint.count
-                outcome = copy_rows(&joint, now_ns, rows, cold_rows, heads, &self.state.shared, 0)
+                outcome = copy_rows(&joint, now_ns, copies, heads, &self.state.shared, 0)
                 if outcome == BUSY_ROW:
                     self.state.inside += 1
                     with nogil:
-                        outcome = copy_rows(&joint, now_ns, rows, cold_rows, heads, &self.state.shared, SLICE_NS)
+                        outcome = copy_rows(&joint, now_ns, copies, heads, &self.state.shared, SLICE_NS)
                     self.state.exit()
                 if outcome == GONE:
                     self.interned.unintern(<RowRef> refs[joint.gone])
@@ -259,18 +257,15 @@ cdef class Admission:
             for _, template in templates:   # as if the id were registered now
                 i = joint.count
                 self.interned.pack_limits(template, &limits)
-                memset(&rows[i], 0, sizeof(Row))
-                memset(&cold_rows[i], 0, sizeof(ColdRow))
-                start_row(&rows[i], &cold_rows[i], now_ns)
-                put_limits(&rows[i], &cold_rows[i], &limits)
+                start_copy(&copies[i], &limits, now_ns)
                 joint.members[i].entry = NULL
                 joint.count += 1
             for i in range(joint.count):
-                joint.members[i].row = &rows[i]
-                joint.members[i].cold = &cold_rows[i]
+                joint.members[i].row = &copies[i].row
+                joint.members[i].cold = &copies[i].cold
             peek(&joint, now_ns, request, self.state.shared.header.enforcing, heads, &verdict)
         finally:
-            free(cold_rows)
+            free(copies)
         if joint.violating == NO_MEMBER:
             return result_of(&verdict, None)
         return result_of(&verdict, (<RowRef> refs[joint.violating]).model_id if joint.violating < known
@@ -319,10 +314,9 @@ cdef inline void find_places(JointRequest* joint, const Places* places) noexcept
 
 
 cdef int copy_rows(
-    JointRequest* joint, int64_t now_ns, Row* rows, ColdRow* cold_rows, QueueEntry* heads, const Shared* shared,
-    int64_t patience_ns
+    JointRequest* joint, int64_t now_ns, ModelCopy* copies, QueueEntry* heads, const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
-    """Copy rows, cold rows and the first entry of each queue, all at one moment. Takes the rows' locks."""
+    """Copy the models and the first entry of each queue, all at one moment. Takes the rows' locks."""
     cdef int i
     cdef Holding* member
     cdef const QueueEntry* head
@@ -332,14 +326,13 @@ cdef int copy_rows(
     for i in range(joint.count if joint.gone == NO_MEMBER else 0):
         member = &joint.members[i]
         drop_expired(member.row, member.cold, shared.entries, now_ns, False)
-        rows[i] = member.row[0]
-        memcpy(&cold_rows[i], member.cold, sizeof(ColdRow))
+        copy_model(&copies[i], member.index, shared)
         head = first_in_turn(member.cold, shared.entries)
-        cold_rows[i].first_entry = 0
+        copies[i].cold.first_entry = 0
         if head != NULL:
             heads[i] = head[0]
             heads[i].deadline_ns = INT64_MAX
-            cold_rows[i].first_entry = i + 1
+            copies[i].cold.first_entry = i + 1
     unlock_rows(joint, joint.count)
     return DECIDED if joint.gone == NO_MEMBER else GONE
 
