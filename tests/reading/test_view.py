@@ -170,3 +170,31 @@ def test_reading_all_through_a_view_is_a_small_multiple_of_the_managers(path):
         pairs = [(cpu_s(manager), cpu_s(view)) for _ in range(5)]
     of_manager, of_view = map(min, zip(*pairs, strict=True))
     assert of_view < 6 * of_manager
+
+
+def test_what_is_read_of_damaged_rows_writes_nothing_beside_their_copies(path):
+    """Whatever is in a file: times before its beginning and beyond its end, and counts of slots that no row has."""
+    fill(ResourceQuotaManager(path=path), 1)
+    with ResourceQuotaManager.open_readonly(path) as view:
+        part = view._reader().part(0, 1)
+    rng = np.random.default_rng(7)
+    slot_ns = 16_666_667
+    parts = [part.rows, part.cold_rows, *part.rings]
+    beside = [np.zeros(257, array.dtype) for array in parts]
+    for _ in range(3000):
+        for whole, array in zip(beside, parts, strict=True):
+            whole[128:129] = array
+        row, cold, *rings = (whole[128:129] for whole in beside)
+        now_ns = int(rng.choice([-(2**61), -(10**9), 0, 10**15, 2**61, 2**62]))
+        row["slot_end_ns"] = now_ns - int(rng.integers(-3, 90)) * slot_ns if rng.random() < 0.8 else -(2**63)
+        row["level_ns"] = rng.choice([now_ns, now_ns + slot_ns, -(2**63), 2**62])
+        row["trail_end_ns"] = row["slot_end_ns"] + int(rng.integers(-3, 5)) * slot_ns
+        row["trail"] = rng.choice([0, 1, 4, 5, 255])
+        row["trail_slots"] = rng.integers(0, 256, 4)
+        row["trail_requests"] = row["trail_tokens"] = rng.integers(0, 60_000, 4)
+        cold["filled"] = rng.choice([0, 59, 60, 61, 255], 5)
+        cold["counted"] = 31
+        read_copies(row, cold, tuple(rings), now_ns)
+        for whole in beside:
+            assert not np.frombuffer(whole[:128], np.uint8).any()
+            assert not np.frombuffer(whole[129:], np.uint8).any()

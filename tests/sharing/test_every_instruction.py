@@ -34,6 +34,7 @@ IN_CI = os.environ.get("CI", "").lower() in ("1", "true")  # what lands is not l
 MOST = (int(os.environ.get("MODELQUOTA_EVERY", "0")) and 10**9) or 4  # deaths per verb
 HELD = {"concurrent_requests", "reserved_ram_mb", "reserved_ssd_mb", "queued_requests"}
 START_NS = 10**15 + 12_345
+SLOT_NS = 16_666_667
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("gcc") is None, reason="needs x86-64 and gcc"
@@ -96,6 +97,7 @@ LIMITS: dict[str, Any] = {
     "max_concurrent_requests": 2,
     "max_ram_mb": 100,
     "max_ssd_mb": 100,
+    "max_tokens_per_minute": 10_000,
     "on_violation": "reject",
 }
 
@@ -172,6 +174,29 @@ def batch(case: Case, codes: Any) -> None:
     case.manager.check_many(codes, 17)
 
 
+def charge(case: Case, codes: Any) -> None:
+    case.manager.charge_many(codes, 17)
+
+
+def trail(slots: int, *more: float, then: Begin = nothing) -> Begin:
+    """Batches in this many slots that have ended, and in the one that is now; the windows have not been turned."""
+
+    def begin(case: Case) -> Any:
+        case.manager.get_usage("m")
+        codes = case.manager.codes(["m"])
+        found = then(case)
+        for _ in range(slots):
+            case.manager.check_many(codes, 3)
+            case.clock.advance_ns(SLOT_NS)
+        case.manager.check_many(codes, 2)
+        index = int(codes[0]) & 0xFFFF_FFFF
+        assert case.manager._arrays()[1]["trail"][index] == slots
+        case.clock.advance(sum(more))
+        return codes if found is None else found
+
+    return begin
+
+
 LONG = ResourceQuotaConfig("a longer name than any before", max_ram_mb=3)
 
 
@@ -203,6 +228,27 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
     "check a week later": (later(700_000.0), check),
     "refuse": (later(61.0), refused),
     "batch": (lambda case: case.manager.codes(["m"]), batch),
+    "batch in the next slot": (trail(0, 0.02), batch),
+    "batch that extends a trail": (trail(2, 0.02), batch),
+    "batch in the slot that the trail has reached": (trail(2), batch),
+    "batch that does not fit a trail": (trail(4, 0.02), batch),
+    "batch long after a trail": (trail(3, 200.0), batch),
+    "charge that extends a trail": (trail(1, 0.04), charge),
+    "check at the end of a trail": (trail(3), check),
+    "check a second after a trail": (trail(4, 1.0), check),
+    "check a minute after a trail": (trail(2, 61.0), check),
+    "refuse after a trail": (trail(3, 0.1), refused),
+    "read a trail": (trail(4), lambda case, _: case.seen("m")),
+    "cancel after a trail": (trail(3, then=granted), lambda case, grant: grant.cancel()),
+    "raise limits after a trail": (
+        trail(3, then=changes(max_tokens_per_minute=9_000, max_requests_per_second=7.7)),
+        lambda case, new: case.manager.replace_quota(*new),
+    ),
+    "forgive a burst after a trail": (trail(2), lambda case, _: case.manager.reset_burst("m")),
+    "first limit of a minute and a month": (
+        changes(max_requests_per_minute=90, max_tokens_per_month=9_000),
+        lambda case, new: case.manager.replace_quota(*new),
+    ),
     "reserve": (later(0.5), reserve),
     "reserve jointly": (later(61.0), reserve_jointly),
     "cancel at once": (granted, lambda case, grant: grant.cancel()),

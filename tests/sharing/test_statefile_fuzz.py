@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,23 @@ from hypothesis import strategies as st
 
 from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
 from modelquota._core.state import validate
-from modelquota._core.state.packing import dtypes
+from modelquota._core.state.packing import dtypes, ring_dtypes
 from modelquota._core.state.state import CONSTANTS, regions_for
 from modelquota.waiting.thread import ThreadWaiter
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 MODELS = 8
 REGIONS = regions_for(MODELS)
-LAYOUT = dtypes()
+LAYOUT = dict(dtypes())
 PARTS = {
     "header": (0, 1),
     "entry": (REGIONS.entries, 3),
     "grant": (REGIONS.grants, 70),
     "row": (REGIONS.rows, MODELS),
     "cold": (REGIONS.cold_rows, MODELS),
+    **{f"ring {window}": (offset, 3) for window, offset in enumerate(REGIONS.rings)},
 }
+LAYOUT |= {f"ring {window}": dtype for window, dtype in enumerate(ring_dtypes())}
 HOSTILE = (0, 1, 2, 59, 60, 61, 127, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -83,6 +87,10 @@ class Workshop:
                 max_requests_per_second=3.7 * (1 + number),
                 max_tokens_per_second=(None, 0.1, 10**6, 1e-3)[number],
                 max_concurrent_requests=3,
+                max_requests_per_minute=(None, None, 60, 1)[number],
+                max_tokens_per_month=(10**6, None, None, 5)[number],
+                token_weights=(1, 0.25, 4),
+                unit=("tokens", "usd")[number % 2],
                 on_violation=action,
                 grace_period_sec=60.0 if action == "queue" else 0.0,
             )
@@ -93,6 +101,13 @@ class Workshop:
         waiters = [ThreadWaiter() for _ in range(2)]
         for waiter, ids in zip(waiters, ("model-2", ("model-0", "model-2")), strict=True):
             assert manager._admit_or_queue(waiter, ids, 1, 0, 0, None, 0, nowait=False) is waiter
+        manager.set_quota("trail", max_tokens_per_minute=10**6, max_tokens_per_month=10**6)
+        manager.check_quota("trail", 1)
+        time.sleep(0.02)
+        manager.get_usage("trail")  # one closed slot
+        while manager._arrays()[1]["trail"][1] != CONSTANTS["trail"]:  # not across a minute's edge
+            time.sleep(0.02)
+            manager.check_many(manager.codes(["trail"]), 1)
         manager.flush()
         self.extents = []
         with open(good, "rb") as file:
@@ -132,6 +147,8 @@ class Workshop:
     def is_refused(self) -> bool:
         """Open it; where it opens it can be used in every way."""
         before, size = self.data(), self.path.stat().st_size
+        with contextlib.suppress(StateFileError):
+            look(self.path)
         try:
             manager = ResourceQuotaManager(path=self.path)
         except StateFileError:
@@ -140,6 +157,17 @@ class Workshop:
             return True
         use(manager)
         return False
+
+
+def look(path: Path) -> None:
+    """Everything that one does with a view, which does not judge the rows that it reads."""
+    with ResourceQuotaManager.open_readonly(path) as view:
+        for read in (view.list_models, view.snapshot, view.get_stats, lambda: view.print_status(io.StringIO())):
+            with contextlib.suppress(StateFileError):
+                read()
+        for model_id in ("model-0", "trail", "model-3"):
+            with contextlib.suppress(StateFileError):
+                view.get_model_report(model_id)
 
 
 def use(manager: ResourceQuotaManager) -> None:
@@ -166,6 +194,7 @@ def use(manager: ResourceQuotaManager) -> None:
                 manager.check_many(codes, [0, 1, 2**62])
                 manager.charge_many(codes, 5)
                 manager.update_quota(model_id, max_requests_per_second=2.5, burst_tokens=1, max_ram_mb=5)
+                manager.update_quota(model_id, max_tokens_per_minute=100, max_requests_per_month=1000)
         manager.set_quota(model_id, max_requests_per_second=7.25, max_tokens_per_second=None)
     manager.enforcement_enabled = True
     manager.snapshot()
@@ -313,3 +342,46 @@ def test_what_is_no_file(tmp_path, make):
     make(tmp_path / "quota.state")
     with pytest.raises(OSError, match="quota.state"):
         ResourceQuotaManager(path=tmp_path / "quota.state")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "index", "value", "words"),
+    [
+        ("row", "trail", 0, 5, "its trail has too many slots"),
+        ("row", "trail_slots", 1, 0, "the slots of its trail are not in order"),
+        ("row", "trail_requests", 0, 999, "the requests of its trail do not add up"),
+        ("row", "trail_tokens", 0, 999, "the tokens of its trail do not add up"),
+        ("row", "trail_end_ns", 0, 10**18 + 1, "its trail_end_ns is not the end of its trail"),
+        ("row", "slot_end_ns", 0, 0, "its slot_end_ns is before the first slot ends"),
+        ("cold", "filled", 4, 61, "a window has too many slots"),
+        ("cold", "counted", 0, 0b01111, "its limit of tokens in window 4 is invalid"),
+        ("cold", "counted", 0, 0b11110, "the windows that it counts are unknown"),
+        ("cold", "counted", 0, 0b111111, "the windows that it counts are unknown"),
+        ("cold", "ring_offset", 1, 0, "its ring_offset is not where its rings are"),
+        ("cold", "ring_offset", 4, 2**63, "its ring_offset is not where its rings are"),
+        ("cold", "weights", 0, 2**63, "its weights of tokens or their unit are unknown"),
+        ("cold", "weights", 2, 10**12 + 1, "its weights of tokens or their unit are unknown"),
+        ("cold", "unit", 0, 2, "its weights of tokens or their unit are unknown"),
+        ("cold", "meter_of", 0, MODELS + 1, "its meter_of is not a row"),
+        ("cold", "first_meter", 0, 2**32 - 1, "its first_meter is not a row"),
+        ("cold", "next_meter", 0, MODELS + 1, "its next_meter is not a row"),
+        ("cold", "stage", 0, CONSTANTS["last_stage"] + 1, "its stage is unknown"),
+        ("cold", "tokens_base", 1, 5, "the tokens of window 1 are not the sum of its slots"),
+        ("cold", "requests_start", 4, 5, "the requests of window 4 are not"),
+        ("ring 0", "slots", 7, 2**32 - 1, "the requests of window 0 are not"),
+    ],
+)
+def test_a_fault_of_a_row_is_named(workshop, part, field, index, value, words):
+    """Of the row that has a trail, and limits of a minute and a month."""
+    start, row = PARTS[part][0], 1
+    if part == "ring 0":
+        (page,) = [page for at, page in workshop.extents if at == REGIONS.rows]
+        slot_end_ns = int(np.frombuffer(page, LAYOUT["row"], 2)["slot_end_ns"][1])
+        index = 2 * ((slot_end_ns * 3 // 50_000_000 - 2) % 60)  # the slot before the one that the windows are in
+    dtype, at = LAYOUT[part].fields[field]
+    item = dtype.base.itemsize
+    at += start + row * LAYOUT[part].itemsize + index * item
+    workshop.write([(at, value.to_bytes(8, "little")[:item])], [])
+    with pytest.raises(StateFileError, match=f"row {row}: {words}"):
+        ResourceQuotaManager(path=workshop.path)
+    assert workshop.is_refused()

@@ -97,18 +97,19 @@ cdef inline char* ring_of(const ColdRow* cold, int window) noexcept nogil:
 cdef inline int64_t kept(int64_t count) noexcept nogil:
     """What of a count a closed slot holds: all of one that is below 2**27, or else its highest 26 or 27 bits."""
     cdef int shift = 0
-    while count >> shift >> COUNT_BITS:
+    while <uint64_t> count >> shift >> COUNT_BITS:      # unsigned: of a damaged row it may be negative
         shift += 2
     return count >> shift << shift
 
 
 cdef inline uint32_t encoded(int64_t count) noexcept nogil:
     """A count that kept() returned, as a closed slot holds it."""
+    cdef uint64_t mantissa = <uint64_t> count
     cdef uint32_t exponent = 0
-    while count >> COUNT_BITS:
-        count >>= 2
+    while mantissa >> COUNT_BITS:
+        mantissa >>= 2
         exponent += 1
-    return <uint32_t> count | exponent << COUNT_BITS
+    return <uint32_t> mantissa | exponent << COUNT_BITS
 
 
 cdef inline int64_t decoded(uint32_t code) noexcept nogil:

@@ -55,6 +55,7 @@ _TALLIES = ("rejected", "throttled", "queued", "waited", "violations")
 _MAX_TALLY = 2**59  # 10**9 a second for 18 years; the sum of several is still a count
 _SLOTS = CONSTANTS["slots"]
 _THREE_SLOTS_NS = CONSTANTS["three_slots_ns"]
+_FIRST_END_NS = (_THREE_SLOTS_NS + 2) // 3
 _CODES, _WINDOWS = core_limits()
 _PER_SLOT = tuple(per_slot for per_slot, *_ in _WINDOWS)
 _AT_A_TIME = 1024
@@ -445,6 +446,9 @@ def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterat
         part, rolling & ((slot < 0) | (slot > _MAX_TIME_NS // 10_000_000)), "its journal is beyond 2**61 ns"
     )
     alive = rows["generation"] % 2 == 1
+    yield from _each(
+        part, alive & (rows["slot_end_ns"] < _FIRST_END_NS), "its slot_end_ns is before the first slot ends"
+    )
     offsets = cold_rows["ring_offset"] != part.ring_offsets()
     yield from _each(part, alive & offsets.any(1), "its ring_offset is not where its rings are")
     counted = cold_rows["counted"].astype(np.int64)
@@ -565,6 +569,10 @@ def sum_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
     yield from _each(part, alive & (edge != rows["slot_end_ns"]), "its slot_end_ns is not the end of a slot")
     current = slot - 1
     room = {"requests": rows["request_room"], "tokens": rows["token_room"]}
+    followed = rows["trail_slots"].astype(np.int64)
+    in_trail = np.arange(_TRAIL) < rows["trail"][:, None]
+    wrong = (np.diff(followed, axis=1, prepend=0) <= 0) & in_trail
+    yield from _each(part, alive & wrong.any(1), "the slots of its trail are not in order")
     end = (current + 1 + np.where(rows["trail"] > 0, _last_of_trail(rows), 0)) * _THREE_SLOTS_NS + 2
     yield from _each(part, alive & (end // 3 != rows["trail_end_ns"]), "its trail_end_ns is not the end of its trail")
     limit = {what: cold_rows[f"{what[:-1]}_limit"] for what in room}

@@ -12,9 +12,10 @@ from libc.string cimport memcmp, memcpy, memset
 from posix.types cimport off_t
 from posix.unistd cimport usleep
 
-from modelquota._core.layout cimport ColdRow, Limits, Row, WINDOWS
+from modelquota._core.layout cimport ColdRow, Limits, MAX_TIME_NS, Row, SLOTS, TRAIL, WINDOWS
 from modelquota._core.row.limits cimport read_limits
 from modelquota._core.row.usage cimport Usage, read_usage
+from modelquota._core.row.window cimport drop_trail, slot_start_ns
 from modelquota._core.state.packing cimport unpack
 from modelquota._core.state.registry cimport ring_size
 from modelquota._core.state.state cimport State
@@ -216,6 +217,7 @@ def read_copies(cnp.ndarray rows, cnp.ndarray cold_rows, tuple rings, int64_t no
     records = <Usage*> cnp.PyArray_DATA(usage)
     for i in range(count):
         place_copied_rings(&cold[i], first_rings, i)
+        make_readable(&row[i], &cold[i])
         read_usage(&row[i], &cold[i], now_ns, &records[i])
         read_limits(&row[i], &cold[i], &limits)
         found.append(unpack(&limits))
@@ -316,6 +318,16 @@ cdef void place_copied_rings(ColdRow* cold, const char* const* rings, Py_ssize_t
         cold.ring_offset[window] = rings[window] + place * ring_size(window) - <char*> cold
 
 
+cdef void make_readable(Row* row, ColdRow* cold) noexcept nogil:
+    """Bring what leads to memory within its bounds: nothing has judged the row of which this is a copy."""
+    cdef int window
+    if row.trail > TRAIL or not slot_start_ns(1) <= row.slot_end_ns <= MAX_TIME_NS:
+        drop_trail(row)
+        row.slot_end_ns = row.trail_end_ns = slot_start_ns(1)
+    for window in range(WINDOWS):
+        cold.filled[window] = min(cold.filled[window], <uint8_t> SLOTS)
+
+
 cdef void read_copied(
     const Copies* copies, Py_ssize_t count, int64_t now_ns, Usage* usage, Limits* limits, uint32_t* places
 ) noexcept nogil:
@@ -327,6 +339,7 @@ cdef void read_copied(
         places[3 * i + 1] = cold.name_offset
         places[3 * i + 2] = cold.name_size
         place_copied_rings(cold, copies.rings, i)
+        make_readable(&copies.rows[i], cold)
         read_usage(&copies.rows[i], cold, now_ns, &usage[i])
         read_limits(&copies.rows[i], cold, &limits[i])
 
