@@ -235,7 +235,7 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
     "batch long after a trail": (trail(3, 200.0), batch),
     "charge that extends a trail": (trail(1, 0.04), charge),
     "check at the end of a trail": (trail(3), check),
-    "check a second after a trail": (trail(4, 1.0), check),
+    "check a second after a trail": (trail(3, 1.0), check),
     "check a minute after a trail": (trail(2, 61.0), check),
     "refuse after a trail": (trail(3, 0.1), refused),
     "read a trail": (trail(4), lambda case, _: case.seen("m")),

@@ -64,7 +64,7 @@ def test_processes_killed_at_random_instants(tmp_path):
                 usages = [crew.manager.get_usage(model_id) for model_id in COUNTED]
                 for what in ("requests", "tokens"):
                     least, most = crew.bounds(what)
-                    for window in ("hour", "day"):
+                    for window in ("hour", "day", "month"):
                         used = np.array([getattr(usage, f"{what}_this_{window}") for usage in usages])
                         assert (least <= used).all(), (round_, what, window, least, used, most)
                         assert (used <= most).all(), (round_, what, window, least, used, most)

@@ -181,7 +181,7 @@ class Worker:
 
 LINE: dict[str, Any] = {**OPEN, "on_violation": "queue"}
 REJECT = {"on_violation": "reject"}
-WIDE = LINE | REJECT | {"max_ram_mb": None, "max_ssd_mb": None}
+WIDE = LINE | REJECT | {"max_ram_mb": None, "max_ssd_mb": None, "max_tokens_per_month": 2**60}
 
 
 def prepare(manager: ResourceQuotaManager) -> None:

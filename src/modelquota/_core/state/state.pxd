@@ -55,6 +55,7 @@ cdef class State:
     cdef int refuse(self, object refusal) except -1
     cdef int reserve_space(self, const void* start, Py_ssize_t size) except -1
     cdef int reserve_used(self) except -1
+    cdef int reserve_optional_rings(self) except -1
     cdef int reserve_rings(self, int64_t first, int64_t count, uint32_t windows) except -1
     cdef int reserve_next_model(self, uint32_t windows) except -1
     cdef int take_seat(self) except -1

@@ -454,7 +454,28 @@ cdef class State:
         self.reserve_space(shared.rows, header.row_count * sizeof(Row))
         self.reserve_space(shared.cold_rows, header.row_count * sizeof(ColdRow))
         self.reserve_rings(0, header.row_count, ALWAYS_COUNTED)
+        self.reserve_optional_rings()
         self.reserve_space(shared.names, header.names_used)
+        return 0
+
+    cdef int reserve_optional_rings(self) except -1:
+        """Reserve space for the rings of the windows that only some models count, by runs of rows that do."""
+        cdef const Shared* shared = &self.shared
+        cdef int64_t row_count = shared.header.row_count
+        cdef int64_t first, row
+        cdef int window
+        for window in range(WINDOWS):
+            first = row = 0
+            while row < row_count and not ALWAYS_COUNTED >> window & 1:
+                if shared.cold_rows[row].counted >> window & 1:
+                    row += 1
+                    continue
+                if row > first:
+                    self.reserve_rings(first, row - first, 1 << window)
+                row += 1
+                first = row
+            if row > first:
+                self.reserve_rings(first, row - first, 1 << window)
         return 0
 
     cdef int reserve_rings(self, int64_t first, int64_t count, uint32_t windows) except -1:
