@@ -177,6 +177,31 @@ def test_set_changes_what_is_named_and_keeps_what_was_used(run, manager):
     assert manager.list_models()[-1] == "new"
 
 
+def test_limits_per_minute_and_month_are_set_and_shown(run, manager):
+    outcome = run("set", "busy", "max_requests_per_minute=60", "max_tokens_per_month=500", "token_weights=1,0.25,4")
+    assert (outcome.exit_code, outcome.stderr) == (0, "")
+    assert {"max_requests_per_minute = 60", "max_tokens_per_month = 500", "max_tokens_per_minute = unlimited"} <= {
+        *outcome.stdout.splitlines()
+    }
+    assert manager.get_quota("busy").token_weights == (1, 0.25, 4)
+    manager.update_quota("busy", max_requests_per_second=None, max_requests_per_hour=None)
+    for _ in range(57):
+        manager.check_quota("busy", 1)
+    assert "57 of 60 requests/minute" in run("status").stdout
+    models = {model["model_id"]: model for model in json.loads(run("status", "--json").stdout)["models"]}
+    assert models["busy"]["usage"]["requests_this_minute"] == 57
+    assert models["busy"]["percent"]["requests_per_minute"] == 95.0
+    assert models["idle"]["usage"]["requests_this_minute"] is None
+    assert "57 / 60 " in manager_status(manager)
+    assert "requests/min " in manager_status(manager)
+
+
+def manager_status(manager):
+    text = io.StringIO()
+    manager.print_status(file=text)
+    return text.getvalue()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
@@ -193,6 +218,9 @@ def test_set_changes_what_is_named_and_keeps_what_was_used(run, manager):
         (["set", "m", "max_ram_mb=lots"], 2, "max_ram_mb='lots' is not accepted"),
         (["set", "m", "max_ram_mb"], 2, "expected field=value, such as max_ram_mb=1024"),
         (["set", "m", "burst_tokens=1.5"], 2, "burst_tokens=1.5 is not accepted"),
+        (["set", "m", "max_tokens_per_minute=0.5"], 2, "max_tokens_per_minute=0.5 is not accepted"),
+        (["set", "m", "token_weights=1,2"], 2, "token_weights=[1, 2] is not accepted; expected three numbers from 0"),
+        (["set", "m", "unit=euro"], 2, "unit='euro' is not accepted; expected one of 'tokens', 'usd'"),
         (["set", "m", "model_id=x", "burst_tokens=1"], 2, "model_id='x' is not accepted"),
         (["set", ""], 2, "model_id='' is not accepted"),
         (["remove", "idle", "nobody"], 1, "error: no quota is set for model 'nobody'"),

@@ -184,6 +184,18 @@ def test_status() -> None:
     ]
 
 
+def test_status_has_a_minute_or_a_month_once_a_model_counts_it() -> None:
+    counted = ResourceUsage(requests_this_minute=7, tokens_this_minute=12_345)
+    limited = UNLIMITED.replace(max_requests_per_minute=60)
+    reports = [model_report("limited", limited, counted), model_report("free", UNLIMITED, ResourceUsage())]
+    assert [" ".join(line.split()) for line in status_lines(reports, QuotaStats()).splitlines()[:3]] == [
+        "model RAM MB SSD MB open requests/s tokens/s tokens/min requests/min tokens/h requests/h tokens/day"
+        " requests/day violations",
+        "limited" + " 0 / -" * 5 + " 12.3k / - 7 / 60" + " 0 / -" * 4 + " 0",
+        "free" + " 0 / -" * 5 + " - / -" * 2 + " 0 / -" * 4 + " 0",
+    ]
+
+
 def test_status_without_models() -> None:
     assert status_lines([], QuotaStats()) == (
         "no models\n"

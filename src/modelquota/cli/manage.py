@@ -155,7 +155,7 @@ def _word(value: object) -> str:
 
 
 def parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
-    """Read ``field=value`` words: whole numbers, numbers, ``unlimited``, names, and lists of names with commas.
+    """Read ``field=value`` words: whole numbers, numbers, ``unlimited``, names, and lists with commas.
 
     Raises
     ------
@@ -168,6 +168,8 @@ def parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
     {'max_ram_mb': 1024, 'max_tokens_per_second': 0.5, 'max_ssd_mb': None, 'on_violation': 'reject'}
     >>> parse_fields(["shadow_limits=ram,tokens_per_hour"]), parse_fields(["shadow_limits="])
     ({'shadow_limits': ['ram', 'tokens_per_hour']}, {'shadow_limits': []})
+    >>> parse_fields(["token_weights=1,0.25,4"])
+    {'token_weights': [1, 0.25, 4]}
     """
     fields: dict[str, Any] = {}
     for assignment in assignments:
@@ -175,7 +177,12 @@ def parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise QuotaConfigError(assignment, "", "field=value, such as max_ram_mb=1024 or max_ssd_mb=unlimited")
         field = field.strip()
-        fields[field] = _names(word) if field == "shadow_limits" else _value(word.strip())
+        if field == "shadow_limits":
+            fields[field] = _names(word)
+        elif field == "token_weights":
+            fields[field] = [_value(number) for number in _names(word)]
+        else:
+            fields[field] = _value(word.strip())
     return fields
 
 
