@@ -432,6 +432,10 @@ class _Events:
             plain_model_id("model_id", model_id)  # raises if no quota can have this id
         return template
 
+    def meters_of(self, model_id: str) -> list[tuple[str, ResourceQuotaConfig]]:
+        """Return the meters to register with an id without a quota, as names and configs."""
+        return [] if self.templates is None else self.templates.meters_of(model_id)
+
     def on_unknown_model(self, model_id: str) -> None:
         """Log, once a second, that an id without a quota was checked."""
         self._unknown_held += 1

@@ -11,6 +11,7 @@ from modelquota._core.layout cimport (
 )
 from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB
 from modelquota._core.row.level cimport NO_RATE, WIDEST_SHIFT
+from modelquota._core.row.tokens cimport MICRO
 from modelquota._core.row.usage cimport NO_LIMIT, Usage, read_usage
 from modelquota._core.state.copy cimport ModelCopy, start_copy
 
@@ -18,9 +19,6 @@ from modelquota.quota.config import UNITS
 from modelquota.quota.limits import CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
 
 PARTS = ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring")    # of the mapping, as dtypes() names them
-
-cdef enum:
-    MICRO = 1_000_000
 
 cdef tuple ACTIONS = tuple(ViolationAction)
 cdef tuple WINDOW_FIELDS = tuple(       # of a quota: the fields of each window, requests and tokens
