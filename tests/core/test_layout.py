@@ -56,7 +56,8 @@ def test_counters_are_64_bits_wide():
 
 def test_regions_are_page_aligned_and_do_not_overlap():
     regions = plan(144, (4096, 16_000, 100, 9_000_000, 100, 8_000_000), (128, 2560, 480, 720), 496, 1000)
-    sizes = (144, 4096, 16_000, 100, 9_000_000, 100, 8_000_000, 128 * 1000, 2560 * 1000, 480 * 1000, 720 * 1000, 496 * 1000)
+    each = [size * 1000 for size in (128, 2560, 480, 720, 496)]
+    sizes = (144, 4096, 16_000, 100, 9_000_000, 100, 8_000_000, *each)
     *before, rings, names, end = regions
     offsets = (0, *before, *rings, names, end)
     for offset, size, end in zip(offsets[:-1], sizes, offsets[1:], strict=True):

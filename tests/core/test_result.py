@@ -87,8 +87,8 @@ def test_equality_hash_and_pickle(manager):
 def test_a_forged_pickle_is_refused():
     restore, _ = QuotaCheckResult.__new__(QuotaCheckResult).__reduce__()
     with pytest.raises(ValueError, match="not the fields of a QuotaCheckResult"):
-        restore(True, 11, 0, 0, 0, 0.0, 0.0, 0.0, 0, None, False)
+        restore(True, 15, 0, 0, 0, 0.0, 0.0, 0.0, 0, None, False)
     with pytest.raises(ValueError, match="not the fields of a QuotaCheckResult"):
-        restore(True, 1, 11, 0, 0, 0.0, 0.0, 0.0, 0, "m", False)
+        restore(True, 1, 15, 0, 0, 0.0, 0.0, 0.0, 0, "m", False)
     with pytest.raises(ValueError, match="not the fields of a QuotaCheckResult"):
         restore(True, 1, 1, 4, 0, 0.0, 0.0, 0.0, 0, "m", False)

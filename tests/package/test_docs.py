@@ -164,14 +164,15 @@ def test_the_report_that_readme_shows_is_about_the_models_of_the_demo():
 
 @pytest.mark.parametrize("name", ["README", "limits"])
 def test_the_defaults_are_the_defaults(name):
-    quota = {**modelquota.ResourceQuotaConfig("m").to_dict(), "shadow_limits": "()"}
+    quota = {**modelquota.ResourceQuotaConfig("m").to_dict(), "shadow_limits": "()", "token_weights": "(1, 1, 1)"}
     del quota["model_id"]
     table = TEXTS[name].split("| field | unit | default |")[1].split("\n\n")[0]
     told = {}
     for row in table.splitlines()[2:]:
         names, _, values = (cell.strip() for cell in row.strip("|").split("|"))
-        told |= dict(zip(re.findall(r"`(\w+)`", names), values.split(", "), strict=True))
-    told = {name: None if value == "None" else value.strip("`").replace(",", "") for name, value in told.items()}
+        told |= dict(zip(re.findall(r"`(\w+)`", names), re.findall(r"\([^)]*\)|[^ ]+?(?=, |$)", values), strict=True))
+    plain = {name: re.sub(r"(?<=\d),(?=\d)", "", value.strip("`")) for name, value in told.items()}
+    told = {name: None if value == "None" else value for name, value in plain.items()}
     assert {
         name: value if value is None or not value.isdigit() else int(value) for name, value in told.items()
     } == quota

@@ -132,11 +132,15 @@ def test_a_value_that_cannot_be_printed_is_shown_by_its_type() -> None:
         (Limit.CONCURRENCY, 3, ViolationType.CONCURRENCY_LIMIT, "concurrent requests", "requests"),
         (Limit.REQUESTS_PER_SECOND, 4, ViolationType.RATE_LIMIT, "requests per second", "requests"),
         (Limit.TOKENS_PER_SECOND, 5, ViolationType.RATE_LIMIT, "tokens per second", "tokens"),
-        (Limit.TOKENS_PER_HOUR, 6, ViolationType.QUOTA_LIMIT, "tokens per hour", "tokens"),
-        (Limit.REQUESTS_PER_HOUR, 7, ViolationType.QUOTA_LIMIT, "requests per hour", "requests"),
-        (Limit.TOKENS_PER_DAY, 8, ViolationType.QUOTA_LIMIT, "tokens per day", "tokens"),
-        (Limit.REQUESTS_PER_DAY, 9, ViolationType.QUOTA_LIMIT, "requests per day", "requests"),
-        (Limit.QUEUE, 10, None, "queued requests", "requests"),
+        (Limit.TOKENS_PER_MINUTE, 6, ViolationType.RATE_LIMIT, "tokens per minute", "tokens"),
+        (Limit.REQUESTS_PER_MINUTE, 7, ViolationType.RATE_LIMIT, "requests per minute", "requests"),
+        (Limit.TOKENS_PER_HOUR, 8, ViolationType.QUOTA_LIMIT, "tokens per hour", "tokens"),
+        (Limit.REQUESTS_PER_HOUR, 9, ViolationType.QUOTA_LIMIT, "requests per hour", "requests"),
+        (Limit.TOKENS_PER_DAY, 10, ViolationType.QUOTA_LIMIT, "tokens per day", "tokens"),
+        (Limit.REQUESTS_PER_DAY, 11, ViolationType.QUOTA_LIMIT, "requests per day", "requests"),
+        (Limit.TOKENS_PER_MONTH, 12, ViolationType.QUOTA_LIMIT, "tokens per month", "tokens"),
+        (Limit.REQUESTS_PER_MONTH, 13, ViolationType.QUOTA_LIMIT, "requests per month", "requests"),
+        (Limit.QUEUE, 14, None, "queued requests", "requests"),
     ],
 )
 def test_limits(limit: Limit, code: int, violation_type: ViolationType | None, label: str, unit: str) -> None:
@@ -147,4 +151,4 @@ def test_limits(limit: Limit, code: int, violation_type: ViolationType | None, l
 def test_the_words_of_actions_and_violation_types_in_the_order_of_their_codes() -> None:
     assert list(ViolationAction) == ["reject", "throttle", "warn", "queue"]
     assert list(ViolationType) == ["ram_limit", "ssd_limit", "rate_limit", "quota_limit", "concurrency_limit"]
-    assert list(Limit) == list(range(1, 11))
+    assert list(Limit) == list(range(1, 15))

@@ -111,7 +111,7 @@ def test_a_handler_that_raises_loses_no_decision(manager, capsys):
     logger.addHandler(handler)
     try:
         assert not manager.check_quota("reject", 1)
-        assert manager.check_many(manager.codes(["throttle", "warn", "queue"]), 1).tolist() == [7, 0, 7]
+        assert manager.check_many(manager.codes(["throttle", "warn", "queue"]), 1).tolist() == [9, 0, 9]
         assert manager.check_quota("nobody", 1)
     finally:
         logger.removeHandler(handler)

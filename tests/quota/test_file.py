@@ -161,8 +161,9 @@ def test_the_path_may_be_a_str(write: Write) -> None:
             'models."a"',
             "shadow_limits",
             "[models.\"a\"]: shadow_limits=['ram', 'tokens'] is not accepted; expected names of limits, each one of "
-            "'ram', 'ssd', 'concurrency', 'requests_per_second', 'tokens_per_second', 'tokens_per_hour', "
-            "'requests_per_hour', 'tokens_per_day', 'requests_per_day'",
+            "'ram', 'ssd', 'concurrency', 'requests_per_second', 'tokens_per_second', "
+            "'tokens_per_minute', 'requests_per_minute', 'tokens_per_hour', 'requests_per_hour', 'tokens_per_day', "
+            "'requests_per_day', 'tokens_per_month', 'requests_per_month'",
         ),
         (
             "[models.a]\nmax_ram_gb = 5",

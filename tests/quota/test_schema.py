@@ -14,6 +14,8 @@ VALUES = [
     "0", "1", "-1", "2.0", "0.5", "-0.5", "4611686018427387904", "4611686018427387905", "true", "inf", "-inf", "1e300",
     "[]", "{}", "1979-05-27", "''", "'unlimited'", "'none'", "'reject'", "'throttle'", "'warn'", "'queue'", "'REJECT'",
     "'ram'", "['Ram', 'tokens_per_DAY']", "['ram', 'ram']", "['queue']", "['ram', 1]", "[['ram']]", "[6]",
+    "'tokens'", "'usd'", "'USD'", "[1, 0.25, 4]", "[0, 0, 1000000]", "[1, 1, 1000001]", "[1, 1]", "[1, 1, 1, 1]",
+    "[1, -1, 1]", "[1, true, 1]", "[1, 'x', 1]", "[1, inf, 1]",
 ]  # fmt: skip
 FILES = [
     "", "[models]", "[defaults]", "[models.a]\n[defaults]", "[model.a]", "max_ram_mb = 5", "defaults = 5",

@@ -22,6 +22,7 @@ PERCENT = {
     Limit.TOKENS_PER_DAY: 10.0,
     Limit.REQUESTS_PER_DAY: 150.0,
 }
+ALWAYS_COUNTED = [record for record in DENYING if record.window is None or not record.window.optional]
 USAGE = ResourceUsage(
     current_ram_mb=512,
     peak_ram_mb=600,
@@ -112,8 +113,9 @@ def test_a_model_without_limits_uses_nothing_of_them() -> None:
         (
             ResourceUsage,
             "current_ram_mb peak_ram_mb current_ssd_mb peak_ssd_mb requests_this_second tokens_this_second"
-            " tokens_this_hour tokens_this_day requests_this_hour requests_this_day burst_requests_used"
-            " burst_tokens_used total_violations ram_violations ssd_violations rate_violations quota_violations"
+            " tokens_this_hour tokens_this_day requests_this_hour requests_this_day requests_this_minute"
+            " tokens_this_minute requests_this_month tokens_this_month burst_requests_used burst_tokens_used"
+            " total_violations ram_violations ssd_violations rate_violations quota_violations"
             " concurrency_violations reserved_ram_mb reserved_ssd_mb concurrent_requests queued_requests"
             " tokens_total tokens_refunded_total left percent",
         ),
@@ -132,7 +134,9 @@ def test_snapshots_are_frozen_values_of_integers(snapshot: type[ResourceUsage | 
     assert list(dataclasses.asdict(value)) == names
     assert pickle.loads(pickle.dumps(value)) == value
     fresh = dataclasses.asdict(snapshot())
-    assert {value for name, value in fresh.items() if name not in ("left", "percent")} == {0}
+    unlike = ("left", "percent", *(name for name in names if name.endswith(("_minute", "_month"))))
+    assert {value for name, value in fresh.items() if name not in unlike} == {0}
+    assert {fresh[name] for name in names if name.endswith(("_minute", "_month"))} <= {None}
     assert not hasattr(value, "__dict__")
     with pytest.raises(dataclasses.FrozenInstanceError):
         value.total_violations = 0  # type: ignore[misc]
@@ -171,7 +175,7 @@ def test_status() -> None:
         "model RAM MB SSD MB open requests/s tokens/s tokens/h requests/h tokens/day requests/day violations",
         "llama-3.2-1b 1536 / 2048 12.2k / 16.3k 3 / 8 7 / 100 900 / 0.5+10k 250k / 1M 7500 / 10k"
         " 1M / 10M 150k / 100k 12.3k",
-        "free" + " 0 / -" * len(DENYING) + " 0",
+        "free" + " 0 / -" * len(ALWAYS_COUNTED) + " 0",
     ]
     assert status_lines(reports, stats).splitlines()[3:] == [
         "total: 1,234,567 checks, 1,222,222 allowed (6 with a warning, 35 after a wait), 12,310 denied",
@@ -209,7 +213,7 @@ def test_the_table_is_aligned_whatever_stands_in_it(rows: list[tuple[str, int, i
     assert {len(line) for line in table} == {len(heading)}
     assert all(line.isprintable() for line in table)
     strokes = {tuple(place for place, letter in enumerate(line) if letter == "/") for line in table}
-    assert [len(places) for places in strokes] == [len(DENYING)]
+    assert [len(places) for places in strokes] == [len(ALWAYS_COUNTED)]
 
 
 @pytest.mark.parametrize(

@@ -114,13 +114,13 @@ def test_a_file_that_is_cut_off_is_told(path):
     with ResourceQuotaManager.open_readonly(path) as view:
         regions = view._reader().regions
         with pytest.raises(EOFError, match="the file ends before row 300"):
-            read_rows(descriptor, regions.rows, regions.size, 300, 0)
+            read_rows(descriptor, regions._replace(cold_rows=regions.size), 300, 0)
         os.truncate(path, regions.cold_rows + 1000)
         with pytest.raises(StateFileError, match="cut off"):
             view.snapshot()
     os.close(descriptor)
     with pytest.raises(OSError, match="reading the rows has failed"):
-        read_rows(-1, 0, 0, 1, 0)
+        read_rows(-1, regions, 1, 0)
 
 
 def test_quotas_are_told_apart_if_their_mixtures_are_alike(path, monkeypatch):
@@ -147,7 +147,11 @@ def test_arrays_of_other_kinds_are_refused(path):
     with pytest.raises(ValueError, match="there are 2 places for 1 ids"):
         records_of(usage, ["m"], np.array([0, 0]))
     with pytest.raises(ValueError, match="there are 2 cold rows for 1 rows"):
-        read_copies(part.rows, np.repeat(part.cold_rows, 2), 0)
+        read_copies(part.rows, np.repeat(part.cold_rows, 2), part.rings, 0)
+    with pytest.raises(ValueError, match="there are 2 rings for 1 rows; give one each"):
+        read_copies(part.rows, part.cold_rows, (*part.rings[:-1], np.repeat(part.rings[-1], 2)), 0)
+    with pytest.raises(ValueError, match="array of elements of 480 bytes"):
+        read_copies(part.rows, part.cold_rows, part.rings[::-1], 0)
 
 
 def test_reading_all_through_a_view_is_a_small_multiple_of_the_managers(path):

@@ -63,8 +63,8 @@ class Clock(Protocol):
 class Window:
     """Everything that was ever charged to one rolling window.
 
-    Of a count of 2**27 or more, a sub-interval of up to a minute holds the highest 26 or 27 bits, and so does one of any
-    length of requests; the rest is carried into the next one.
+    Of a count of 2**27 or more, a sub-interval of up to a minute holds the highest 26 or 27 bits, and so does one of
+    any length of requests; the rest is carried into the next one.
     """
 
     def __init__(self, length_ns: int, carries: bool = True) -> None:

@@ -10,8 +10,9 @@ from libc.string cimport memset
 
 from modelquota._core.atomics cimport load_u32, load_u64, store_i64_relaxed
 from modelquota._core.table.batch cimport Batch, charge_batch, check_batch, first_bad_code
+from modelquota._core.row.advance cimport advance
 from modelquota._core.row.decision cimport (
-    LAST_TICKET, LOWEST_PRIORITY, NEVER, Request, Verdict, advance, charge_tokens, is_trial
+    LAST_TICKET, LOWEST_PRIORITY, NEVER, Request, Verdict, charge_tokens, is_trial
 )
 from modelquota._core.row.grant cimport refund, release_holding, settle_tokens
 from modelquota._core.state.joint cimport (
@@ -23,9 +24,10 @@ from modelquota._core.layout cimport (
 from modelquota._core.row.level cimport NO_RATE
 from modelquota._core.state.lock cimport SLICE_NS, unlock, wait_clock_ns
 from modelquota._core.row.queue cimport drop_expired, link_entry, unlink_entry
-from modelquota._core.state.registry cimport NAME_SHARE, add_model, remove_model, replace_limits
+from modelquota._core.state.registry cimport NAME_SHARE, add_model, remove_model, replace_limits, ring_size
 from modelquota._core.state.repair cimport lock_row
-from modelquota._core.row.usage cimport Usage, read_limits, read_usage
+from modelquota._core.row.limits cimport read_limits
+from modelquota._core.row.usage cimport Usage, read_usage
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef unsigned long pthread_t
@@ -309,6 +311,8 @@ def race(double seconds):
     shared.grants = <GrantRecord*> calloc(THREADS * CHUNK, sizeof(GrantRecord))
     shared.rows = <Row*> calloc(ROWS, sizeof(Row))
     shared.cold_rows = <ColdRow*> calloc(ROWS, sizeof(ColdRow))
+    for i in range(WINDOWS):
+        shared.rings[i] = <char*> calloc(ROWS, ring_size(i))
     shared.names = <char*> calloc(ROWS, NAME_SHARE)
     shared.names_size = ROWS * NAME_SHARE
     shared.header.max_models = ROWS
@@ -342,4 +346,6 @@ def race(double seconds):
     for pointer in (<size_t> shared.header, <size_t> shared.seats, <size_t> shared.changes, <size_t> shared.entries,
                     <size_t> shared.grants, <size_t> shared.rows, <size_t> shared.cold_rows, <size_t> shared.names):
         free(<void*> <size_t> pointer)
+    for i in range(WINDOWS):
+        free(shared.rings[i])
     return done, left

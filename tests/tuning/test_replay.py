@@ -346,8 +346,9 @@ def test_report_as_json_has_stable_keys():
         "peak_tokens_asked",
     ]  # fmt: skip
     assert read["models"][0]["denied"] == {
-        "ram": 0, "ssd": 0, "concurrency": 0, "requests_per_second": 0, "tokens_per_second": 1, "tokens_per_hour": 0,
-        "requests_per_hour": 0, "tokens_per_day": 0, "requests_per_day": 0,
+        "ram": 0, "ssd": 0, "concurrency": 0, "requests_per_second": 0, "tokens_per_second": 1, "tokens_per_minute": 0,
+        "requests_per_minute": 0, "tokens_per_hour": 0, "requests_per_hour": 0, "tokens_per_day": 0,
+        "requests_per_day": 0, "tokens_per_month": 0, "requests_per_month": 0,
     }  # fmt: skip
 
 

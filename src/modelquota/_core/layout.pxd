@@ -2,7 +2,8 @@
 #
 # One mapping holds, in this order: Header, Seat[SEATS], the change log, owners of the chunks of queue entries,
 # QueueEntry[ENTRIES], owners of the chunks of grant records, GrantRecord[GRANTS], Row[max_models], ColdRow[max_models],
-# the rings of each window, Ring[max_models] or LongRing[max_models], names. Rows never move. Every field names its unit.
+# the rings of each window, Ring[max_models] or LongRing[max_models], names. Rows never move. Every field names its
+# unit.
 #
 # How a row counts. A check has to know one number: how many requests (or tokens) all windows still admit. So a row
 # stores that as its room, and one subtraction charges all windows. What was charged so far follows from the room and a
@@ -63,7 +64,7 @@ cdef enum:
 
 cdef extern from *:
     """
-    /* of each window: how many 1/60 s slots make one of its slots, and the Limit codes of its requests and its tokens */
+    /* of each window: how many 1/60 s slots make one of its slots, and the Limit codes of its requests and tokens */
     static const int64_t mq_slots_per_slot[] __attribute__((unused)) = {1, 60, 3600, 86400, 2592000};
     static const uint8_t mq_limit_codes[][2] __attribute__((unused)) = {{4, 5}, {7, 6}, {9, 8}, {11, 10}, {13, 12}};
     """
@@ -123,8 +124,8 @@ cdef struct ColdRow:
     double request_level_percent    # of the level's cap, that one of its units is; 0 = no level
     double token_level_percent
     double held_percent         # of the fullest of memory and concurrency, with one grant more; negative: not known
-    # -- what is charged, and the journal of a change in several steps for the process that takes the lock over from a dead
-    # owner, see repair.pxd
+    # -- what is charged, and the journal of a change in several steps for the process that takes the lock over from a
+    # dead owner, see repair.pxd
     uint64_t requests_mark      # see the top of this file
     uint64_t tokens_mark
     uint64_t journal_requests   # charged ever
@@ -201,8 +202,8 @@ cdef struct ColdRow:
 
 cdef struct Ring:
     # The closed slots of SECOND, MINUTE or HOUR; slot s is at s % SLOTS. Its pages are touched only if the window is
-    # counted. A count is in 32 bits, see kept(): of one that is not below 2**27, the lower bits are carried into the slot
-    # that follows.
+    # counted. A count is in 32 bits, see kept(): of one that is not below 2**27, the lower bits are carried into the
+    # slot that follows.
     uint32_t slots[SLOTS][2]    # requests, tokens
 
 

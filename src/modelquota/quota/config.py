@@ -82,8 +82,8 @@ class ResourceQuotaConfig:
     max_tokens_per_month, max_requests_per_month : int or None
         Most tokens and most requests in any 30 days.
     token_weights : sequence of three numbers
-        What one input, one cached and one output token of a `Tokens` counts here; 0 or more, up to 6 decimals. A request
-        counts the weighted sum, rounded up.
+        What one input, one cached and one output token of a `Tokens` counts here; 0 or more, up to 6 decimals. A
+        request counts the weighted sum, rounded up.
     unit : str
         How counts of tokens are shown: ``"tokens"``, or ``"usd"`` if they are millionths of a dollar.
     burst_requests, burst_tokens : int

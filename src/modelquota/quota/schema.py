@@ -1,8 +1,8 @@
 """The JSON Schema of quota files, for editors that complete and check TOML as it is typed.
 
 The file ``quotas.schema.json`` ships inside the package, and is what `quota_file_schema` returns. It is written for
-draft 4, which the editors' TOML servers follow. `load_quotas` is stricter in two points: it counts a model
-id in bytes, the schema in characters; and it does not accept NaN.
+draft 4, which the editors' TOML servers follow. `load_quotas` is stricter in three points: it counts a model
+id in bytes, the schema in characters; it does not accept NaN; and a weight has at most 6 decimals.
 """
 
 import json

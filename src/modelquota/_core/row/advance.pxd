@@ -1,5 +1,5 @@
-# Time passes for one row: its levels drain, and its windows turn when a slot of a second ends. Everything here requires the
-# row's lock.
+# Time passes for one row: its levels drain, and its windows turn when a slot of a second ends. Everything here requires
+# the row's lock.
 from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from modelquota._core.atomics cimport compiler_barrier
 from modelquota._core.layout cimport ColdRow, Row, TRAIL
@@ -51,7 +51,7 @@ cdef inline void advance(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil
 
 
 cdef inline bint extend_trail(Row* row, int64_t now_ns) noexcept nogil:
-    """Go on to the slot of `now_ns` and leave the windows behind; False, and nothing is changed, if they must be turned.
+    """Go on to the slot of `now_ns` and leave the windows behind; False, and nothing is changed, if they must turn.
 
     The slot that the trail has reached has ended.
     """

@@ -102,7 +102,8 @@ cdef inline int64_t less(int64_t span, int64_t room) noexcept nogil:
 cdef inline double highest_usage(const Row* row, ColdRow* cold, int64_t ram_mb, int64_t ssd_mb) noexcept nogil:
     """Percent of the fullest limit after a request was charged; the memory that it asked for is added.
 
-    Part of every check: only the windows that were found the fullest are asked, until another can be. Requires advance().
+    Part of every check: only the windows that were found the fullest are asked, until another can be. Requires
+    advance().
     """
     cdef UsageMeasure rare
     cdef double share

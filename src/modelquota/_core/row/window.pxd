@@ -10,7 +10,8 @@
 from libc.stdint cimport INT32_MAX, INT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from modelquota._core.atomics cimport compiler_barrier
 from modelquota._core.layout cimport (
-    ColdRow, DAY, LongRing, MAX_COUNT, MAX_TIME_NS, MONTH, Ring, Row, SECOND, SLOTS, SLOTS_PER_SLOT, TRAIL, UNLIMITED, WINDOWS
+    ColdRow, DAY, LongRing, MAX_COUNT, MAX_TIME_NS, MONTH, Ring, Row, SECOND, SLOTS, SLOTS_PER_SLOT, TRAIL,
+    UNLIMITED, WINDOWS
 )
 
 cdef enum:
@@ -24,7 +25,7 @@ cdef enum:  # ColdRow.stage
     IDLE = 0
     CHANGING = 1        # what was charged is in the journal; bases and room follow from it and the rings
     ROLLING = 2         # + 2 * (step * WINDOWS + window): that window's start and filled are in the journal too
-    ROLLED = 3          # + the same: that window is done, and so are those before it. A step closes one slot of the trail
+    ROLLED = 3          # + the same: that window is done, and so are those before it. A step closes a slot of the trail
 
 
 cdef inline int64_t slot_at(int64_t now_ns) noexcept nogil:
@@ -180,7 +181,9 @@ cdef inline void roll(
     compiler_barrier()
 
 
-cdef inline uint64_t closed_by(int window, bint of_tokens, uint64_t start, uint64_t charged, int64_t steps) noexcept nogil:
+cdef inline uint64_t closed_by(
+    int window, bint of_tokens, uint64_t start, uint64_t charged, int64_t steps
+) noexcept nogil:
     """What is in closed slots, `steps` slots after `start` had been charged; all of it after MOST_CARRIES."""
     cdef int64_t count
     for _ in range(min(steps, <int64_t> MOST_CARRIES)):
@@ -290,7 +293,7 @@ cdef inline void refund_window(
 
 
 cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
-    """Recompute what the windows still admit. Call it after a base, a limit, the concurrency or the queue has changed."""
+    """Recompute what the windows still admit. Call it after a base, a limit, concurrency or the queue has changed."""
     cdef uint64_t requests = requests_charged(row, cold)
     cdef uint64_t tokens = tokens_charged(row, cold)
     cdef int64_t request_room = MAX_COUNT
@@ -322,9 +325,9 @@ cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
 # -- the trail: slots that have ended, and the windows have not been turned
 #
 # A batch over many models meets a slot's end in nearly every one of them. What was charged in the slot is noted beside
-# the levels, and up to TRAIL slots later the windows are turned through all of them at once: what is counted comes out the
-# same, and the colder memory is touched a few times less. Meanwhile the room is as it was, less than it could be: a request
-# that does not fit turns the windows first.
+# the levels, and up to TRAIL slots later the windows are turned through all of them at once: what is counted comes out
+# the same, and the colder memory is touched a few times less. Meanwhile the room is as it was, less than it could be: a
+# request that does not fit turns the windows first.
 
 cdef inline int64_t trail_slot(const Row* row) noexcept nogil:
     """Number of the 1/60 s slot that the trail has reached, or that the windows are in."""
@@ -336,7 +339,8 @@ cdef inline uint64_t charged_before(const Row* row, int step, uint64_t charged, 
     cdef int i
     if step == row.trail:
         return charged
-    charged -= <uint64_t> (row.trail_token_room - row.token_room if of_tokens else row.trail_request_room - row.request_room)
+    charged -= <uint64_t> (row.trail_token_room - row.token_room if of_tokens
+                           else row.trail_request_room - row.request_room)
     for i in range(step + 1, row.trail):
         charged -= row.trail_tokens[i] if of_tokens else row.trail_requests[i]
     return charged
@@ -374,8 +378,8 @@ cdef inline int64_t turn_slots(Row* row, ColdRow* cold, int64_t now_ns) noexcept
             if steps == 0:      # a slot of a longer window ends with one of the shorter window
                 break
             if is_counted(cold, window):
-                roll(cold, window, step, charged_before(row, step, requests, False), charged_before(row, step, tokens, True),
-                     first, steps)
+                roll(cold, window, step, charged_before(row, step, requests, False),
+                     charged_before(row, step, tokens, True), first, steps)
     compiler_barrier()
     drop_trail(row)
     compiler_barrier()

@@ -39,13 +39,15 @@ def _pages(size: int) -> int:
 def plan(header: int, fixed: Sequence[int], each: Sequence[int], name_share: int, max_models: int) -> Regions:
     """Lay out the mapping for `max_models` models from the sizes of its parts, in bytes.
 
-    `fixed` has the sizes of the parts that do not depend on the number of models, whole; `each` what one model has in the
-    others: its row, its cold row, and a ring in each window.
+    `fixed` has the sizes of the parts that do not depend on the number of models, whole; `each` what one model has in
+    the others: its row, its cold row, and a ring in each window.
     """
     sizes = (header, *fixed, *(size * max_models for size in each), name_share * max_models)
     offsets = list(itertools.accumulate(_pages(size) for size in sizes))
-    before, rings = offsets[: len(fixed) + 2], offsets[len(fixed) + 2 : -2]
-    return Regions(*before, tuple(rings), *offsets[-2:])
+    seats, changes, entry_owners, entries, grant_owners, grants, rows, cold_rows, *rings, names, size = offsets
+    return Regions(
+        seats, changes, entry_owners, entries, grant_owners, grants, rows, cold_rows, tuple(rings), names, size
+    )
 
 
 def create_anonymous(size: int) -> int:

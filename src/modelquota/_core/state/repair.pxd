@@ -14,7 +14,8 @@ from modelquota._core.row.limits cimport put_limits
 from modelquota._core.row.queue cimport rebuild_queue
 from modelquota._core.row.window cimport (
     IDLE, ROLLED, ROLLING, charged_before, closed_requests, closed_tokens, current_slot, drop_trail, is_counted,
-    measure_room, requests_in_slot, roll, slot_of_step, slot_start_ns, slots_per_slot, tokens_in_slot, trail_slot, turn_ring
+    measure_room, requests_in_slot, roll, slot_of_step, slot_start_ns, slots_per_slot, tokens_in_slot, trail_slot,
+    turn_ring
 )
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, spin_lock, try_lock
 
@@ -104,7 +105,8 @@ cdef inline uint64_t in_ring(const Row* row, const ColdRow* cold, int window, bi
     cdef uint64_t total = 0
     cdef int i
     for i in range(cold.filled[window]):
-        total += <uint64_t> (closed_tokens(cold, window, position) if of_tokens else closed_requests(cold, window, position))
+        total += <uint64_t> (closed_tokens(cold, window, position) if of_tokens
+                             else closed_requests(cold, window, position))
         position = 0 if position == SLOTS - 1 else position + 1
     return total
 

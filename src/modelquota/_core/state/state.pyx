@@ -466,7 +466,7 @@ cdef class State:
         return 0
 
     cdef int reserve_next_model(self, uint32_t windows) except -1:
-        """Set aside what one more model takes, as the registry is now: a row with rings in these windows, and a name."""
+        """Set aside what one more model takes, as the registry is now: a row, rings in these windows, and a name."""
         cdef const Shared* shared = &self.shared
         cdef int64_t index
         cdef int64_t name = shared.header.names_used

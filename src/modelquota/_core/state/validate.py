@@ -472,7 +472,11 @@ def staged_faults(header: Any) -> Iterator[str]:
         if not _is_encoded(one) or not _is_limit(staged[f"{what}_limits"]).all():
             yield f"the staged {what} limits are invalid"
     caps = np.array([staged[name] for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent")])
-    known = int(staged["action"]) <= _LAST_ACTION and not int(staged["shadow"]) & ~_SHADOWS and int(staged["unit"]) < len(UNITS)
+    known = (
+        int(staged["action"]) <= _LAST_ACTION
+        and not int(staged["shadow"]) & ~_SHADOWS
+        and int(staged["unit"]) < len(UNITS)
+    )
     known &= bool(((staged["weights"] >= 0) & (staged["weights"] <= _MAX_WEIGHT)).all())
     if not _is_limit(caps).all() or not 0 <= int(staged["max_queued"]) <= _MAX_COUNT or not known:
         yield "the staged limits are invalid"
@@ -582,7 +586,9 @@ def sum_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
             left = np.minimum(limit[what][:, window], _MAX_COUNT) - used
             least = np.minimum(least, np.where(counted, left, _MAX_COUNT))
             if window == 0:
-                yield from _each(part, alive & (_in_trail(rows, what) != here), f"the {what} of its trail do not add up")
+                yield from _each(
+                    part, alive & (_in_trail(rows, what) != here), f"the {what} of its trail do not add up"
+                )
         unlike = np.asarray(least != room[what], np.bool_)
         if what == "requests":  # there is no room while that holds, and requests that are still admitted take more
             held_up = (cold_rows["concurrent"] >= cold_rows["max_concurrent"]) | (cold_rows["waiting"] != 0)
