@@ -18,15 +18,16 @@ from modelquota._core.row.usage cimport NO_LIMIT, Usage, put_limits, read_usage,
 from modelquota.quota.limits import CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
 
 cdef tuple ACTIONS = tuple(ViolationAction)
-cdef tuple WINDOW_FIELDS = tuple(       # of a quota: the fields of each window, requests and tokens
-    tuple(CATALOGUE[Limit(LIMIT_CODES[window][of_tokens])].quota_field for of_tokens in range(2))
+cdef tuple WINDOW_FIELDS = tuple([      # of a quota: the fields of each window, requests and tokens
+    tuple([CATALOGUE[Limit(LIMIT_CODES[window][of_tokens])].quota_field for of_tokens in range(2)])
     for window in range(WINDOWS)
-)
+])
 
 
 @functools.cache
 def dtypes():
     """The numpy dtypes of the layout's parts, derived from the C structs, by name. Not to be changed: it is made once."""
+    # views of constants: of others Cython would compile what writes an element, field by field
     cdef Header header
     cdef Seat seat
     cdef QueueEntry entry
@@ -35,13 +36,13 @@ def dtypes():
     cdef Ledger ledger
     cdef Usage usage
     return {
-        "header": np.asarray(<Header[:1]> &header).dtype,
-        "seat": np.asarray(<Seat[:1]> &seat).dtype,
-        "entry": np.asarray(<QueueEntry[:1]> &entry).dtype,
-        "grant": np.asarray(<GrantRecord[:1]> &grant).dtype,
-        "row": np.asarray(<Row[:1]> &row).dtype,
-        "ledger": np.asarray(<Ledger[:1]> &ledger).dtype,
-        "usage": _with_names_of_windows(np.asarray(<Usage[:1]> &usage).dtype),
+        "header": np.asarray(<const Header[:1]> &header).dtype,
+        "seat": np.asarray(<const Seat[:1]> &seat).dtype,
+        "entry": np.asarray(<const QueueEntry[:1]> &entry).dtype,
+        "grant": np.asarray(<const GrantRecord[:1]> &grant).dtype,
+        "row": np.asarray(<const Row[:1]> &row).dtype,
+        "ledger": np.asarray(<const Ledger[:1]> &ledger).dtype,
+        "usage": _with_names_of_windows(np.asarray(<const Usage[:1]> &usage).dtype),
     }
 
 

@@ -122,7 +122,7 @@ def regions_for(max_models):
 def layout_fingerprint():
     """The fingerprint of this version's layout."""
     layout = dtypes()
-    return fingerprint(*(layout[part] for part in ("header", "seat", "entry", "grant", "row", "ledger")))
+    return fingerprint(*[layout[part] for part in ("header", "seat", "entry", "grant", "row", "ledger")])
 
 
 def new_header(max_models):
