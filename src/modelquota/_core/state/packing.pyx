@@ -21,10 +21,10 @@ from modelquota.quota.limits import CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, 
 PARTS = ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring")    # of the mapping, as dtypes() names them
 
 cdef tuple ACTIONS = tuple(ViolationAction)
-cdef tuple WINDOW_FIELDS = tuple(       # of a quota: the fields of each window, requests and tokens
-    tuple(CATALOGUE[Limit(LIMIT_CODES[window][of_tokens])].quota_field for of_tokens in range(2))
+cdef tuple WINDOW_FIELDS = tuple([      # of a quota: the fields of each window, requests and tokens
+    tuple([CATALOGUE[Limit(LIMIT_CODES[window][of_tokens])].quota_field for of_tokens in range(2)])
     for window in range(WINDOWS)
-)
+])
 
 
 @functools.cache
@@ -33,6 +33,7 @@ def dtypes():
 
     The dict is shared: do not modify it.
     """
+    # views of constants: of others Cython would compile what writes an element, field by field
     cdef Header header
     cdef Seat seat
     cdef QueueEntry entry
@@ -43,15 +44,15 @@ def dtypes():
     cdef LongRing long_ring
     cdef Usage usage
     return {
-        "header": np.asarray(<Header[:1]> &header).dtype,
-        "seat": np.asarray(<Seat[:1]> &seat).dtype,
-        "entry": np.asarray(<QueueEntry[:1]> &entry).dtype,
-        "grant": np.asarray(<GrantRecord[:1]> &grant).dtype,
-        "row": np.asarray(<Row[:1]> &row).dtype,
-        "cold": np.asarray(<ColdRow[:1]> &cold).dtype,
-        "ring": np.asarray(<Ring[:1]> &ring).dtype,
-        "long_ring": np.asarray(<LongRing[:1]> &long_ring).dtype,
-        "usage": _with_names_of_windows(np.asarray(<Usage[:1]> &usage).dtype),
+        "header": np.asarray(<const Header[:1]> &header).dtype,
+        "seat": np.asarray(<const Seat[:1]> &seat).dtype,
+        "entry": np.asarray(<const QueueEntry[:1]> &entry).dtype,
+        "grant": np.asarray(<const GrantRecord[:1]> &grant).dtype,
+        "row": np.asarray(<const Row[:1]> &row).dtype,
+        "cold": np.asarray(<const ColdRow[:1]> &cold).dtype,
+        "ring": np.asarray(<const Ring[:1]> &ring).dtype,
+        "long_ring": np.asarray(<const LongRing[:1]> &long_ring).dtype,
+        "usage": _with_names_of_windows(np.asarray(<const Usage[:1]> &usage).dtype),
     }
 
 

@@ -4,7 +4,7 @@ A grant belongs to the process that made it. Its own fields are guarded by the G
 row's lock. A closed grant stays closed, so nothing is given back twice.
 """
 cimport cython
-from cpython.exc cimport PyErr_WarnEx, PyErr_WriteUnraisable
+from cpython.exc cimport PyErr_SetObject, PyErr_WarnEx, PyErr_WriteUnraisable
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
@@ -69,8 +69,9 @@ cdef class Grant:
                 self.release_as(False)
                 PyErr_WarnEx(ResourceWarning,
                              b"a grant was garbage-collected unreleased; use it in a with statement", 1)
-            except BaseException:
-                PyErr_WriteUnraisable(None)     # warnings may be errors, and an error here cannot be caught
+            except BaseException as error:      # warnings may be errors, and an error here cannot be caught
+                PyErr_SetObject(type(error), error)     # only an error that is set is reported
+                PyErr_WriteUnraisable(None)
         free(self.more)
         if self.capacity:
             free(self.charges)
