@@ -41,7 +41,7 @@ def with_starlette(manager):
 
     routes = [Route("/v1/chat/completions", chat, methods=["POST"]), Mount("/quota", QuotaPage(manager))]
     app = Starlette(routes=routes)
-    app.add_middleware(QuotaMiddleware, manager=manager)
+    app.add_middleware(QuotaMiddleware, manager=manager, cancel_on_disconnect=True)
     return app
 
 
@@ -53,7 +53,7 @@ def with_fastapi(manager):
         slow: bool = False
 
     app = FastAPI()
-    app.add_middleware(QuotaMiddleware, manager=manager)
+    app.add_middleware(QuotaMiddleware, manager=manager, cancel_on_disconnect=True)
 
     async def chat(body: Chat):
         if body.stream:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from modelquota.asgi.request import Receive, Scope, Send
+from modelquota.asgi.types import Receive, Scope, Send
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import DENYING, LimitRecord
 from modelquota.reading.counting import denied

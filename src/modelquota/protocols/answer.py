@@ -54,6 +54,9 @@ class AnswerReader:
     count_event : callable, optional
         Given the data of a server-sent event, returns its tokens, instead of the protocol. If it raises, that is
         logged, and the protocol counts.
+    read_usage : callable, optional
+        Given the parsed answer, or a parsed event of a stream, returns the tokens that it reports, or None; what it
+        returns last is what was used. If it raises, that is logged, and the protocol's own places count.
     track : bool
         Whether to keep what `ending` needs.
 
@@ -65,8 +68,26 @@ class AnswerReader:
         Tokens of output that were counted so far.
     """
 
-    __slots__ = ("_buffer", "_count_event", "_data", "_kind", "_last", "_outputs", "_prefix", "_prompt_tokens",
-                 "_protocol", "_report", "_scanner", "_shapes", "_suffix", "_track", "is_stream", "passed")  # fmt: skip
+    __slots__ = (
+        "_buffer",
+        "_count_event",
+        "_data",
+        "_kind",
+        "_last",
+        "_outputs",
+        "_prefix",
+        "_prompt_tokens",
+        "_protocol",
+        "_read_usage",
+        "_report",
+        "_scanner",
+        "_shapes",
+        "_suffix",
+        "_told",
+        "_track",
+        "is_stream",
+        "passed",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -77,6 +98,7 @@ class AnswerReader:
         outputs: int = 1,
         readable: bool = True,
         count_event: Callable[[bytes], int] | None = None,
+        read_usage: Callable[[Any], Tokens | None] | None = None,
         track: bool = False,
     ) -> None:
         kind = _OTHER
@@ -95,6 +117,8 @@ class AnswerReader:
         self._prompt_tokens = prompt_tokens
         self._outputs = outputs
         self._count_event = count_event
+        self._read_usage = read_usage
+        self._told: Tokens | None = None
         self._track = track
         self._buffer = bytearray()
         self._data: list[bytes] = []
@@ -105,6 +129,11 @@ class AnswerReader:
         self._shapes = 0
         self.is_stream = kind in (_EVENTS, _LINES)
         self.passed = 0
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether no event of the stream is incomplete."""
+        return not self._buffer and not self._data and self._scanner is None
 
     def feed(self, body: bytes) -> int:
         """Read a piece of the body; return how many tokens of output it has, if it is of a stream."""
@@ -138,6 +167,8 @@ class AnswerReader:
         """
         if self.is_stream:
             self._end_lines()
+            if self._told is not None:
+                return self._told
             found = None if self._report is None else self._report.tokens(self._prompt_tokens, self.passed)
             return capped(self._prompt_tokens, 0, self.passed) if found is None else found
         if self._kind == _JSON and complete:
@@ -179,6 +210,9 @@ class AnswerReader:
             answer = json.loads(self._buffer)
         except (ValueError, RecursionError):
             return None
+        self._ask(answer)
+        if self._told is not None:
+            return self._told
         if protocol.adds_lists and isinstance(answer, list):
             report.read_all(protocol.usage_tree, [[item] for item in answer])
         else:
@@ -196,7 +230,7 @@ class AnswerReader:
     def _feed_lines(self, body: bytes) -> None:
         if b"\r" in body:  # normalize the three line endings; one split over two pieces only adds an empty line
             body = body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        alone = not self._buffer and not self._data and self._scanner is None
+        alone = self.at_boundary
         *lines, rest = body.split(b"\n")
         shown: Any = None
         events = 0
@@ -267,18 +301,32 @@ class AnswerReader:
         self._add(tokens)
         if self._track and isinstance(event, dict):
             self._keep_last(event)
+        if self._read_usage is not None:
+            self._ask(event)
+            return None
         reported = self._noted().read(self._protocol.usage_tree, event) if isinstance(event, dict) else True
         return event if tokens and not reported and self._count_event is None else None
+
+    def _ask(self, value: Any) -> None:
+        """Ask the hook of the user what an answer or event reports."""
+        if self._read_usage is None:
+            return
+        try:
+            told = self._read_usage(value)
+            self._told = told if isinstance(told, Tokens) else self._told
+        except Exception as error:
+            self._read_usage = None
+            log(_WARNING, "usage= raised %r; this answer is read without it", error)
 
     def _counted(self, data: bytes, event: Any) -> int:
         if self._count_event is not None:
             try:
-                return min(max(int(self._count_event(data)), 0), 2**62 - self.passed)
+                return min(max(int(self._count_event(data)), 0), 2**61 - self.passed)
             except Exception as error:
                 self._count_event = None
                 log(_WARNING, "the counter of tokens raised %r; the rest of this stream is counted without it", error)
         try:
-            return self._protocol.event_tokens(event, self.passed) if self._outputs else 0
+            return min(self._protocol.event_tokens(event, self.passed), 2**61 - self.passed) if self._outputs else 0
         except RecursionError:
             return 0
 

@@ -110,7 +110,8 @@ class OpenAI(Protocol):
         for choice in choices:
             if choice.get("finish_reason") is None:
                 end: dict[str, Any] = {"index": choice.get("index", 0), "logprobs": None, "finish_reason": "length"}
-                ended.append(end | ({"text": ""} if "text" in choice else {"delta": {}}))
+                end["text" if "text" in choice else "delta"] = "" if "text" in choice else {}
+                ended.append(end)
         events = [sse({**head, "choices": [choice]}) for choice in ended]
         return b"".join(events) + b"data: [DONE]\n\n"
 

@@ -89,14 +89,17 @@ class Operation:
         Reads a request.
     free : bool
         Whether it runs no model, so that it is passed on without being counted.
+    default_output_tokens : int or None
+        Tokens of an output without a bound; None for what the server or client says.
     """
 
-    __slots__ = ("free", "protocol", "read")
+    __slots__ = ("default_output_tokens", "free", "protocol", "read")
 
     def __init__(self, protocol: Protocol, read: Reader, *, free: bool = False) -> None:
         self.protocol = protocol
         self.read = read
         self.free = free
+        self.default_output_tokens: int | None = None
 
     def __repr__(self) -> str:
         return f"<Operation of {self.protocol.name}{', free' if self.free else ''}>"

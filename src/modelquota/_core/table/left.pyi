@@ -1,0 +1,3 @@
+from modelquota._core.table.table import QuotaTable
+
+def read_left(table: QuotaTable, model_id: str) -> tuple[bytes, tuple[int, ...], tuple[int, int]] | None: ...
