@@ -19,7 +19,7 @@ LAYERS = (
     ("_core.row",),
     ("_core.state",),
     ("_core.table",),
-    ("reading", "waiting"),
+    ("reading", "waiting", "protocols"),
     ("statefile",),
     ("manager",),
     ("control", "monitoring", "tuning", "asgi"),
