@@ -96,13 +96,18 @@ class QuotaReloader:
         self._path = Path(path)
         self._remove_missing = remove_missing
         self._lock = threading.Lock()
-        self._quotas: dict[str, ResourceQuotaConfig] = {}
+        self._quotas = Quotas({}, {})
         self._patterns: dict[str, ResourceQuotaConfig] = {}
         self._named: tuple[str, ...] = ()
         self._base: DefaultQuota | None = None
         self._given: DefaultQuota | None = None
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+
+    @property
+    def quotas(self) -> Quotas:
+        """What the file said when it was last accepted; empty before."""
+        return self._quotas
 
     def reload(self) -> Reloaded:
         """Read the file and set the limits that have changed in it; an error is returned and logged, never raised."""
