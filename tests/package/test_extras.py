@@ -18,7 +18,7 @@ OPTIONAL = ("prometheus_client", "opentelemetry", "psutil", "watchfiles", "rich"
 
 def test_every_extra_that_a_message_names_is_one():
     named = {name for path in PACKAGE.rglob("*.py") for name in re.findall(r'with extra\("(\w+)"', path.read_text())}
-    assert named == {"prometheus", "otel", "adjust", "reload", "asgi", "langchain", "litellm"}
+    assert named == {"prometheus", "otel", "adjust", "reload", "asgi", "proxy", "langchain", "litellm"}
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     assert named <= extras.keys()
     found = set()
