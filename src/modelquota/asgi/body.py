@@ -38,16 +38,17 @@ class BodyReader:
         self.seconds = seconds
         self.inflight_bytes = 0
 
-    async def read(self, scope: Scope, receive: Receive) -> bytes | None:
+    async def read(self, length: bytes | None, receive: Receive) -> bytes | None:
         """Read a body, which counts as held from then on; None if the client disconnected before its end.
+
+        `length` is the header ``content-length``.
 
         Raises RequestRefusedError: 413 as soon as it is known to be too long, by its header or by what has come; 408
         if it takes too long; 503 if too much is held already.
         """
         most = self.max_body_bytes
-        for name, value in scope.get("headers", ()):
-            if name.lower() == b"content-length" and value.isdigit() and (len(value) > 19 or int(value) > most):
-                raise too_large(most)
+        if length is not None and length.isdigit() and (len(length) > 19 or int(length) > most):
+            raise too_large(most)
         message, rest = first_step(receive())
         if rest is None and message is not None:
             if message["type"] != "http.request":

@@ -47,9 +47,17 @@ class Exchange:
         For the count of requests that no quota decided on.
     """
 
-    __slots__ = ("_body", "_cut", "_done", "_gone", "_grant", "_ids", "_middleware", "_outputs", "_path",
-                 "_prompt_tokens", "_protocol", "_reader", "_receive", "_receiving", "_scope", "_send", "_status",
-                 "_stopping", "_tenants")  # fmt: skip
+    _grant: Grant
+    _ids: str | tuple[str, ...]
+    _prompt_tokens: int
+    _outputs: int
+    _reader: AnswerReader | None = None
+    _receiving: asyncio.Task[Message] | None = None
+    _status = 0  # of the response, once it has begun
+    _done = False  # the response is complete, and the grant settled
+    _gone = False  # the client has disconnected
+    _stopping = False  # the stream is at a limit, and ends with the event that is passing
+    _cut = False  # it has been ended, though the application may go on
 
     def __init__(
         self,
@@ -68,18 +76,6 @@ class Exchange:
         self._body: bytes | None = body
         self._protocol = protocol
         self._path = path
-        self._ids: str | tuple[str, ...] = ()
-        self._tenants: tuple[str, ...] = ()
-        self._prompt_tokens = 0
-        self._outputs = 1
-        self._grant: Grant
-        self._reader: AnswerReader | None = None
-        self._receiving: asyncio.Task[Message] | None = None
-        self._status = 0  # of the response, once it has begun
-        self._done = False  # the response is complete, and the grant settled
-        self._gone = False  # the client has disconnected
-        self._stopping = False  # the stream is at a limit, and ends with the event that is passing
-        self._cut = False  # it has been ended, though the application may go on
 
     async def run(
         self,
@@ -94,7 +90,7 @@ class Exchange:
         priority: int,
     ) -> None:
         """Wait for a grant, and serve the request under it."""
-        self._ids, self._tenants = ids, tenants
+        self._ids = ids
         self._prompt_tokens, self._outputs = prompt_tokens, outputs
         middleware = self._middleware
         try:
@@ -123,7 +119,18 @@ class Exchange:
             middleware.count_unmetered(self._path, "none of its ids has a quota")
         self._grant = grant
         try:
-            await self._serve(grant)
+            with grant:  # whatever happens, settle by what was done and release
+                try:
+                    if middleware.cancel_on_disconnect:
+                        await self._serve_cancelably()
+                    else:
+                        await middleware.app(self._scope, self.receive, self.send)
+                except Exception:
+                    if not self._cut:  # it was told that the client has left, and may say that this is an error
+                        raise
+                finally:
+                    if not self._done:
+                        self._settle(complete=False)
         finally:
             if self._receiving is not None:
                 self._receiving.cancel()
@@ -164,22 +171,6 @@ class Exchange:
             message = {"type": "http.disconnect"}
         self._receiving = None
         return message
-
-    async def _serve(self, grant: Grant) -> None:
-        """Run the application; whatever happens, settle by what was done and release."""
-        middleware = self._middleware
-        with grant:
-            try:
-                if middleware.cancel_on_disconnect:
-                    await self._serve_cancelably()
-                else:
-                    await middleware.app(self._scope, self.receive, self.send)
-            except Exception:
-                if not self._cut:  # it was told that the client has left, and may say that this is an error
-                    raise
-            finally:
-                if not self._done:
-                    self._settle(complete=False)
 
     async def _serve_cancelably(self) -> None:
         """Run the application in a task of its own, which is canceled if the client disconnects before the end."""

@@ -218,8 +218,9 @@ class QuotaMiddleware:
         self, entry: RouteEntry, params: Mapping[str, str], path: str, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Read the request, and serve it under a grant."""
+        fields: dict[bytes, bytes] = dict(scope.get("headers", ()))
         try:
-            body = await self.bodies.read(scope, receive)
+            body = await self.bodies.read(fields.get(b"content-length"), receive)
         except RequestRefusedError as error:
             close = not await self.bodies.drain(scope, receive)
             close = close and scope.get("http_version", "1.1").startswith("1")
@@ -230,16 +231,16 @@ class QuotaMiddleware:
             await close_unanswered(send)
             return
         try:
-            request = IncomingRequest(scope, body, params, max_body_bytes=self.bodies.max_body_bytes)
+            request = IncomingRequest(scope, body, params, fields=fields, max_body_bytes=self.bodies.max_body_bytes)
+            small = len(body) < LARGE and b"content-encoding" not in fields
             exchange = Exchange(self, scope, receive, send, body, entry.protocol, path)
             try:
                 if entry.operation is None:
-                    asked = await self._asked(entry, request)
+                    asked = await self._asked(entry, request, small)
+                elif small:
+                    asked = await self._of_reading(entry, request, entry.operation.read(request.json(), params))
                 else:
-                    reading = entry.operation.read(request.json(), params) if self._is_small(request) else None
-                    if reading is None:
-                        reading = await self._in_thread(entry, request)
-                    asked = await self._of_reading(entry, request, reading)
+                    asked = await self._of_reading(entry, request, await self._in_thread(entry, request))
             except RequestRefusedError as error:
                 await send_answer(self.refuser.not_accepted(error, entry.protocol), send)
                 return
@@ -270,10 +271,10 @@ class QuotaMiddleware:
             tokens = reading.estimate(0)
         return ids, tenants, tokens, reading.prompt_tokens, reading.outputs, 0, 0, None, reading.priority
 
-    async def _asked(self, entry: RouteEntry, request: IncomingRequest) -> _Asked | None:
+    async def _asked(self, entry: RouteEntry, request: IncomingRequest, small: bool) -> _Asked | None:
         """What a route of the user's own asks for."""
         assert entry.read is not None
-        if not self._is_small(request):
+        if not small:
             await self._in_thread(None, request)
         made = entry.read(request)
         demand = made if made is None or isinstance(made, Demand) else await made
@@ -295,9 +296,6 @@ class QuotaMiddleware:
             demand.timeout,
             demand.priority,
         )
-
-    def _is_small(self, request: IncomingRequest) -> bool:
-        return len(request.body) < LARGE and request.header("content-encoding") is None
 
     async def _in_thread(self, entry: RouteEntry | None, request: IncomingRequest) -> Reading:
         """Parse and read a large request while the loop goes on; one at a time, since each takes a processor."""

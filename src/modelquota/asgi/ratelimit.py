@@ -6,13 +6,14 @@ response has them, so what depends on a quota only is made once for each quota.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from modelquota._core.state.packing import bounds_of as core_bounds
-from modelquota._core.table.left import read_left
+from modelquota._core.table.left import LimitPlan, limit_fields, read_left
 from modelquota._core.table.result import QuotaCheckResult
 from modelquota.asgi.types import Header
 from modelquota.quota.config import ResourceQuotaConfig
@@ -49,54 +50,26 @@ class Bound:
         The number of seconds in which `most` comes back; 0 if it comes back when requests end.
     unit : int
         0 if it counts requests in time, 1 if tokens, -1 otherwise.
-    rate : float
-        Per second; 0.0 for limits that are not rates.
+    reset_ms : float
+        Milliseconds until none of it is in use, at the latest, if some is.
+    per_ahead_ms : float
+        For a rate, how much longer for each request or token that the model is ahead of it; 0.0 for other limits.
     """
 
-    __slots__ = ("is_rate", "limit", "most", "rate", "shown_most", "unit", "used_reset_ms", "window_s")
+    __slots__ = ("limit", "most", "per_ahead_ms", "reset_ms", "unit", "window_s")
 
     def __init__(self, record: LimitRecord, most: int, quota: ResourceQuotaConfig) -> None:
         self.limit = record.limit
         self.most = most
-        self.shown_most = b"%d" % min(most, MOST)
         self.unit = -1 if record.window is None else _UNITS.index(record.unit)
         self.window_s = 0 if record.window is None else record.window.seconds
-        self.is_rate = record.is_rate
-        self.rate = getattr(quota, record.quota_field) if record.is_rate else 0.0
-        self.used_reset_ms = (self.window_s + self.window_s // _SLOTS) * 1000
+        self.reset_ms = float((self.window_s + self.window_s // _SLOTS) * 1000)
+        self.per_ahead_ms = 0.0
         if record.is_rate:
-            self.window_s = max(_whole(most / self.rate), 1) if self.rate else 1
-
-    def reset_ms(self, left: int, ahead: tuple[int, int]) -> int:
-        """Return the milliseconds until none of it is in use, at the latest, if nothing else is admitted."""
-        if not self.is_rate:
-            return self.used_reset_ms if left < self.most else 0
-        if left >= self.most and not ahead[self.unit]:
-            return 0
-        return _whole(1000 * (ahead[self.unit] + max(self.rate, 1.0)) / self.rate) if self.rate else 0
-
-
-class Plan:
-    """The part of a model's headers that depends on its quota only.
-
-    Attributes
-    ----------
-    bounds : tuple of Bound
-        In the order in which the limits are checked.
-    policy : bytes
-        The value of ``RateLimit-Policy``.
-    state : bytes
-        The value of ``RateLimit``, with a %d for each limit.
-    """
-
-    __slots__ = ("bounds", "codes", "policy", "state", "units")
-
-    def __init__(self, bounds: Sequence[Bound]) -> None:
-        self.bounds = tuple(bounds)
-        self.codes = tuple([int(bound.limit) for bound in bounds])
-        self.units = [tuple([bound for bound in bounds if bound.unit == unit]) for unit in range(len(_UNITS))]
-        self.policy = ", ".join(map(_policy, bounds)).encode()
-        self.state = ", ".join(f'"{_NAMES[bound.limit]}";r=%d' for bound in bounds).encode()
+            rate: float = getattr(quota, record.quota_field)
+            self.window_s = max(_whole(most / rate), 1) if rate else 1
+            self.per_ahead_ms = min(1000 / rate, float(MOST)) if rate else 0.0
+            self.reset_ms = 1000 * max(rate, 1.0) / rate if rate else 0.0
 
 
 def bounds_of(quota: ResourceQuotaConfig) -> list[Bound]:
@@ -105,12 +78,23 @@ def bounds_of(quota: ResourceQuotaConfig) -> list[Bound]:
     return [Bound(record, most, quota) for record in _TOLD if (most := at_once[record.limit]) is not None]
 
 
+def plan_of(bounds: Sequence[Bound]) -> LimitPlan:
+    """Return what the headers of these limits have in common for every request."""
+    names = [f'{", " if index else ""}"{_NAMES[bound.limit]}";r='.encode() for index, bound in enumerate(bounds)]
+    return LimitPlan(
+        [int(bound.limit) for bound in bounds],
+        [bound.most for bound in bounds],
+        [bound.unit for bound in bounds],
+        [bound.reset_ms for bound in bounds],
+        [bound.per_ahead_ms for bound in bounds],
+        names,
+        ", ".join(map(_policy, bounds)).encode(),
+    )
+
+
 def _policy(bound: Bound) -> str:
     window = f";w={min(bound.window_s, MOST)}" if bound.window_s else ""
     return f'"{_NAMES[bound.limit]}";q={min(bound.most, MOST)}{_QUOTA_UNITS.get(bound.limit, "")}{window}'
-
-
-_EMPTY: Final = Plan(())
 
 
 def _whole(value: float) -> int:
@@ -133,7 +117,7 @@ class LimitHeaders:
             raise ValueError(f"headers is {mode!r}; accepted are 'all', 'openai' and 'none'")
         self._manager = manager
         self._mode = mode
-        self._plans: dict[bytes, Plan] = {}
+        self._plans: dict[bytes, LimitPlan] = {}
 
     def of(self, ids: str | tuple[str, ...], style: str, denial: QuotaCheckResult | None = None) -> list[Header]:
         """Return the header fields that report what is left, for one id or several that decide together.
@@ -143,101 +127,98 @@ class LimitHeaders:
         with the least left. ``RateLimit-Policy`` and ``RateLimit`` list all. After a denial both report the time until
         the request would be admitted; otherwise the reset is the time until nothing is in use, at the latest.
         """
-        if self._mode == "none":
+        mode = self._mode
+        if mode == "none":
             return []
-        if isinstance(ids, str):
-            read = read_left(self._manager, ids)
-            if read is None:
-                return []
-            plan = self._plans.get(read[0]) or self._new_plan(ids, read[0])
-            left: tuple[int, ...] | dict[int, int] = read[1]
-            ahead = read[2]
-            aheads = None
-        else:
-            plan, left, aheads = self._tightest(ids)
-            ahead = (0, 0)
-        if not plan.bounds:
-            return []
-        headers: list[Header] = []
-        for unit, bounds in enumerate(plan.units):
-            if bounds:
-                self._add(headers, unit, bounds, left, ahead, aheads, style, denial)
-        if self._mode == "all":
-            shown = tuple([left[code] if left[code] < MOST else MOST for code in plan.codes])
-            headers.append((b"ratelimit-policy", plan.policy))
-            headers.append((b"ratelimit", _state(plan, denial) % shown))
-        return headers
+        if type(ids) is not str or denial is not None or (style == "anthropic" and mode == "all"):
+            return self._of_several((ids,) if isinstance(ids, str) else ids, style, denial)
+        found = limit_fields(self._manager, ids, self._plans, _OPENAI, mode == "all")
+        if type(found) is bytes:
+            self._new_plan(ids, found)
+            found = limit_fields(self._manager, ids, self._plans, _OPENAI, mode == "all")
+        return found if type(found) is list else []  # nothing, if the quota has changed in the meantime
 
-    def _new_plan(self, model_id: str, limits: bytes) -> Plan:
+    def _new_plan(self, model_id: str, limits: bytes) -> list[Bound]:
         quota = self._manager.get_quota(model_id)
-        plan = _EMPTY if quota is None else Plan(bounds_of(quota))
+        bounds = [] if quota is None else bounds_of(quota)
         again = read_left(self._manager, model_id)
         if again is not None and again[0] == limits:  # unless the quota has changed in between
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            self._plans[limits] = plan
-        return plan
+            self._plans[limits] = plan_of(bounds)
+        return bounds
 
-    def _tightest(self, ids: tuple[str, ...]) -> tuple[Plan, dict[int, int], dict[int, tuple[int, int]]]:
-        found: dict[Limit, Bound] = {}
-        left: dict[int, int] = {}
-        aheads: dict[int, tuple[int, int]] = {}
+    def _of_several(self, ids: tuple[str, ...], style: str, denial: QuotaCheckResult | None) -> list[Header]:
+        """The same for several ids, after a denial, and with Anthropic's names: not as fast, and not as frequent."""
+        tightest: dict[Limit, _Standing] = {}
         for model_id in ids:
             read = read_left(self._manager, model_id)
-            if read is None:
+            quota = None if read is None else self._manager.get_quota(model_id)
+            if read is None or quota is None:
                 continue
-            limits, of_model, ahead = read
-            for bound in (self._plans.get(limits) or self._new_plan(model_id, limits)).bounds:
-                code = int(bound.limit)
-                if code not in left or of_model[code] < left[code]:
-                    found[bound.limit], left[code], aheads[code] = bound, of_model[code], ahead
-        return Plan([found[limit] for limit in sorted(found)]), left, aheads
+            for bound in _bounds_cached(quota):
+                left = max(read[1][bound.limit], 0)
+                known = tightest.get(bound.limit)
+                if known is None or left < known[1]:
+                    tightest[bound.limit] = bound, left, read[2][max(bound.unit, 0)]
+        standings = [tightest[limit] for limit in sorted(tightest)]
+        headers: list[Header] = []
+        names = _ANTHROPIC if style == "anthropic" and self._mode == "all" else _OPENAI
+        for unit in range(len(_UNITS)):
+            shown = [standing for standing in standings if standing[0].unit == unit]
+            if shown:
+                headers += _of_unit(names[unit], shown, denial, stamped=names is _ANTHROPIC)
+        if self._mode == "all" and standings:
+            headers.append((b"ratelimit-policy", ", ".join([_policy(bound) for bound, _, _ in standings]).encode()))
+            headers.append(
+                (b"ratelimit", ", ".join([_state(bound, left, denial) for bound, left, _ in standings]).encode())
+            )
+        return headers
 
-    def _add(
-        self,
-        headers: list[Header],
-        unit: int,
-        bounds: tuple[Bound, ...],
-        left: tuple[int, ...] | dict[int, int],
-        ahead: tuple[int, int],
-        aheads: dict[int, tuple[int, int]] | None,
-        style: str,
-        denial: QuotaCheckResult | None,
-    ) -> None:
-        """Add the three headers on requests, or on tokens."""
-        shown = bounds[0]
-        least = left[shown.limit]
-        for bound in bounds:
-            if left[bound.limit] < least:
-                shown, least = bound, left[bound.limit]
-        reset_ms = None
-        if denial is not None and denial.retry_after_ms is not None:
-            for bound in bounds:
-                if bound.limit is denial.limit:
-                    shown, least, reset_ms = bound, left[bound.limit], denial.retry_after_ms
-        if reset_ms is None:
-            reset_ms = shown.reset_ms(least, ahead if aheads is None else aheads[shown.limit])
-        names = _ANTHROPIC[unit] if style == "anthropic" and self._mode == "all" else _OPENAI[unit]
-        reset = timestamp(reset_ms) if names is _ANTHROPIC[unit] else go_duration(reset_ms).encode()
-        headers.append((names[0], shown.shown_most))
-        headers.append((names[1], b"%d" % (least if 0 <= least < MOST else min(max(least, 0), MOST))))
-        headers.append((names[2], reset))
+
+_Standing: TypeAlias = tuple[Bound, int, int]  # a limit, what is left of it, and how far the model is ahead of it
+
+
+def _of_unit(
+    names: tuple[bytes, ...], shown: list[_Standing], denial: QuotaCheckResult | None, *, stamped: bool
+) -> list[Header]:
+    """The three headers on requests, or on tokens."""
+    bound, left, ahead = min(shown, key=lambda standing: standing[1])
+    reset_ms = None
+    if denial is not None and denial.retry_after_ms is not None:
+        for standing in shown:
+            if standing[0].limit is denial.limit:
+                bound, left, ahead = standing
+                reset_ms = denial.retry_after_ms
+    if reset_ms is None:
+        used = left < bound.most or (bound.per_ahead_ms and ahead)
+        reset_ms = _whole(bound.reset_ms + ahead * bound.per_ahead_ms) if used else 0
+    reset = timestamp(reset_ms) if stamped else go_duration(reset_ms).encode()
+    values = (b"%d" % min(bound.most, MOST), b"%d" % min(left, MOST), reset)
+    return list(zip(names, values, strict=True))
+
+
+def _state(bound: Bound, left: int, denial: QuotaCheckResult | None) -> str:
+    state = f'"{_NAMES[bound.limit]}";r={min(left, MOST)}'
+    if denial is not None and denial.limit is bound.limit and denial.retry_after_ms is not None:
+        state += f";t={min(-(-denial.retry_after_ms // 1000), MOST)}"
+    return state
+
+
+@functools.lru_cache(maxsize=_MOST_PLANS)
+def _bounds_cached(quota: ResourceQuotaConfig) -> list[Bound]:
+    return bounds_of(quota)
 
 
 _PARTS: Final = ("limit", "remaining", "reset")
-_OPENAI: Final = [tuple([f"x-ratelimit-{part}-{unit}".encode() for part in _PARTS]) for unit in _UNITS]
-_ANTHROPIC: Final = [tuple([f"anthropic-ratelimit-{unit}-{part}".encode() for part in _PARTS]) for unit in _UNITS]
+_OPENAI: Final = tuple([tuple([f"x-ratelimit-{part}-{unit}".encode() for part in _PARTS]) for unit in _UNITS])
+_ANTHROPIC: Final = tuple(
+    [tuple([f"anthropic-ratelimit-{unit}-{part}".encode() for part in _PARTS]) for unit in _UNITS]
+)
 OURS: Final = frozenset(
     [name for names in (*_OPENAI, *_ANTHROPIC) for name in names] + [b"ratelimit", b"ratelimit-policy"]
 )
 """Names of all these headers."""
-
-
-def _state(plan: Plan, denial: QuotaCheckResult | None) -> bytes:
-    if denial is None or denial.limit is None or denial.retry_after_ms is None:
-        return plan.state
-    item = f'"{_NAMES[denial.limit]}";r=%d'.encode()
-    return plan.state.replace(item, b"%b;t=%d" % (item, min(-(-denial.retry_after_ms // 1000), MOST)))
 
 
 def replaced(headers: Sequence[Header], ours: list[Header]) -> list[Header]:

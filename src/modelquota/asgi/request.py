@@ -59,14 +59,21 @@ class IncomingRequest:
         What the names in the route's pattern matched, such as ``model``.
     """
 
-    __slots__ = ("_json", "_most", "body", "params", "scope")
+    __slots__ = ("_fields", "_json", "_most", "body", "params", "scope")
 
     def __init__(
-        self, scope: Scope, body: bytes, params: Mapping[str, str] = _NOTHING, *, max_body_bytes: int = 32 << 20
+        self,
+        scope: Scope,
+        body: bytes,
+        params: Mapping[str, str] = _NOTHING,
+        *,
+        fields: Mapping[bytes, bytes] | None = None,
+        max_body_bytes: int = 32 << 20,
     ) -> None:
         self.scope = scope
         self.body = body
         self.params = params
+        self._fields = dict(scope.get("headers", ())) if fields is None else fields
         self._most = max_body_bytes
         self._json: dict[str, Any] | None = None
 
@@ -81,14 +88,9 @@ class IncomingRequest:
         content encoding is not known.
         """
         if self._json is None:
-            kind = encoding = b""
-            for name, value in self.scope.get("headers", ()):
-                lower = name.lower()
-                if lower == b"content-type":
-                    kind = value
-                elif lower == b"content-encoding":
-                    encoding = encoding + b"," + value if encoding else value
-            self._json = parse_body(self.body, kind.decode("latin-1"), encoding.decode("latin-1"), self._most)
+            kind = self._fields.get(b"content-type", b"").decode("latin-1")
+            encoding = self._fields.get(b"content-encoding", b"").decode("latin-1")
+            self._json = parse_body(self.body, kind, encoding, self._most)
         return self._json
 
 

@@ -120,7 +120,7 @@ class AnswerReader:
         self._read_usage = read_usage
         self._told: Tokens | None = None
         self._track = track
-        self._buffer = bytearray()
+        self._buffer: bytes | bytearray = b""
         self._data: list[bytes] = []
         self._last: dict[str, dict[str, Any]] = {}
         self._report: Report | None = None
@@ -184,12 +184,17 @@ class AnswerReader:
         if self._scanner is not None:
             self._scanner.feed(body)
             return
+        if not self._buffer and len(body) <= MOST_HELD:
+            self._buffer = body  # most answers come in one piece
+            return
+        if type(self._buffer) is bytes:
+            self._buffer = bytearray(self._buffer)
         self._buffer += body
         if len(self._buffer) > MOST_HELD:
             self._scan(bytes(self._buffer))
 
     def _scan(self, data: bytes) -> None:
-        self._buffer.clear()
+        self._buffer = b""
         self._scanner = UsageScanner(self._protocol.usage)
         self._scanner.feed(data)
 
@@ -199,8 +204,12 @@ class AnswerReader:
         return self._report
 
     def _tokens_of_json(self) -> Tokens | None:
-        report = self._noted()
         protocol = self._protocol
+        if self._scanner is None and self._read_usage is None:
+            found = protocol.usage_at_end(bytes(self._buffer))
+            if found is not None:
+                return found
+        report = self._noted()
         if self._scanner is not None:
             self._scanner.finish()
             self._scanner.report(report, add=protocol.adds_lists)
@@ -241,7 +250,7 @@ class AnswerReader:
                 continue
             if self._buffer:
                 line = bytes(self._buffer) + line
-                self._buffer.clear()
+                self._buffer = b""
             if len(line) > MOST_HELD:
                 self._scan(line)
                 self._end_scan()
@@ -261,7 +270,7 @@ class AnswerReader:
         if self._scanner is not None:
             self._end_scan()
         rest = bytes(self._buffer)
-        self._buffer.clear()
+        self._buffer = b""
         if self._kind == _LINES:
             if rest.strip():
                 self._event(rest)

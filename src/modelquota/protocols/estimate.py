@@ -20,6 +20,7 @@ TEXT_FIELDS: Final = (
 )  # fmt: skip
 """Top-level fields of OpenAI's and Anthropic's APIs that a model reads."""
 
+_TEXT: Final = frozenset(TEXT_FIELDS)
 _MEDIA_FIELDS: Final = frozenset((
     "image_url", "input_audio", "file", "file_data", "image", "images", "source", "inline_data", "inlineData",
     "fileData", "file_url", "video", "video_url", "audio", "audio_url", "image_data", "b64_json",
@@ -45,7 +46,7 @@ def estimate_prompt(body: Mapping[str, Any]) -> int:
     >>> estimate_prompt({"prompt": [15339, 11, 1917]})
     3
     """
-    return estimate_values([body[field] for field in TEXT_FIELDS if field in body])
+    return estimate_values([value for field, value in body.items() if field in _TEXT])
 
 
 def estimate_values(values: list[Any]) -> int:
@@ -79,7 +80,13 @@ def estimate_values(values: list[Any]) -> int:
             if value and type(value[0]) is int:  # token ids, of which there may be millions
                 tokens += len(value)
             else:
-                stack += value
+                for item in value:
+                    content = item.get("content") if type(item) is dict and len(item) == 2 and "role" in item else None
+                    if type(content) is str and len(content) < _LONG and content.isascii() and content[:5] != "data:":
+                        text_bytes += len(content)  # the usual message, without a detour over the stack
+                        stack.append(item["role"])
+                    else:
+                        stack.append(item)
         elif value is MEDIA:
             tokens += MEDIA_TOKENS
         elif value is not None:

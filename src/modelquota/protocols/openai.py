@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -11,10 +12,19 @@ from modelquota.protocols.protocol import Operation, Params, Protocol, Reader
 from modelquota.protocols.request import Reading, model_name, output_bound, whole_number
 from modelquota.protocols.usage import ANTHROPIC_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS, under
 from modelquota.quota.config import MAX_COUNT
+from modelquota.quota.tokens import Tokens
 
 PromptTokens = Callable[[Mapping[str, Any]], int]
 
 OUTPUT_FIELDS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+# A usage of plain numbers, then members with plain values, then the end of the answer: a closing brace more, and the
+# usage would be that of something in it. The quotes of a name within a string would be escaped.
+_NUMBER: Final = rb"\s*:\s*(\d{1,18})\s*"
+_USAGE_AT_END: Final = re.compile(
+    rb'"usage"\s*:\s*\{\s*"prompt_tokens"' + _NUMBER + rb',\s*"completion_tokens"' + _NUMBER
+    + rb'(?:,\s*"total_tokens"\s*:\s*\d{1,18}\s*)?\}'
+    rb'(?:\s*,\s*"[^"\\]*+"\s*:\s*(?:"[^"\\]*+"|[\w.+-]++))*+\s*\}\s*\Z'
+)  # fmt: skip
 _USAGE: Final = (OPENAI_FIELDS, RESPONSES_FIELDS, ANTHROPIC_FIELDS)
 
 
@@ -99,6 +109,17 @@ class OpenAI(Protocol):
         """See `Protocol`."""
         found = self.below_version()
         return {f"/v1{path}": operation for path, operation in found.items()} | found
+
+    def usage_at_end(self, body: bytes) -> Tokens | None:
+        """See `Protocol`."""
+        at = body.rfind(b'"usage"')
+        if at < 0 or body[at - 1 : at] == b"\\":
+            return None
+        match = _USAGE_AT_END.match(body, at)
+        if match is None:
+            return None
+        prompt, output = int(match[1]), int(match[2])
+        return Tokens(prompt, 0, output) if output and prompt + output <= MAX_COUNT else None
 
     def ending(self, last: Mapping[str, dict[str, Any]], output_tokens: int) -> bytes:
         """See `Protocol`."""

@@ -9,6 +9,7 @@ from modelquota.protocols.content import tokens_of_answer, tokens_of_event
 from modelquota.protocols.refusal import Answer, Header, Refusal, RefusalKind, json_answer
 from modelquota.protocols.request import Reading
 from modelquota.protocols.usage import Places, Tree, tree_of
+from modelquota.quota.tokens import Tokens
 
 Params: TypeAlias = Mapping[str, str]
 """What the pattern of a path matched, such as the model."""
@@ -52,6 +53,13 @@ class Protocol:
     def answer_tokens(self, answer: Any) -> int:
         """Return the tokens of output of a whole answer, by its text."""
         return tokens_of_answer(answer)
+
+    def usage_at_end(self, body: bytes) -> Tokens | None:
+        """Return what a whole answer reports, if that can be told without parsing all of it; otherwise None.
+
+        Most answers end with their usage; this only saves time.
+        """
+        return None
 
     def refuse(self, refusal: Refusal, headers: list[Header]) -> Answer:
         """Return the response that says no, in the protocol's own shape: this one is OpenAI's."""

@@ -99,19 +99,24 @@ class Report:
 
     def read(self, tree: Tree, value: Any) -> bool:
         """Take all numbers of a parsed answer or event; whether there were any."""
+        if isinstance(value, list):
+            below = tree.get(ANY)
+            if below is None:
+                return False
+            return sum(self.read(cast("Tree", below), item) for item in value) > 0  # all of them, not only the first
         found = False
-        for step, below in tree.items():
-            if step is ANY:
-                for item in value if isinstance(value, list) else ():
-                    found = self.read(cast("Tree", below), item) or found
-            elif isinstance(value, dict):
+        if isinstance(value, dict):
+            for step in value if len(value) < len(tree) else tree:
+                below = tree.get(step)
+                if below is None:
+                    continue
                 part = value.get(step)
                 if part is None:
                     continue
-                if isinstance(below, str):
+                if type(below) is str:
                     found = self.note(below, part) or found
                 elif isinstance(part, dict):
-                    found = self.read(below, part) or found
+                    found = self.read(cast("Tree", below), part) or found
         return found
 
     def read_all(self, tree: Tree, answers: list[Any]) -> None:

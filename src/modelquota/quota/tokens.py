@@ -9,9 +9,10 @@ from typing import Final
 
 _MOST: Final = 2**62
 _ACCEPTED: Final = "an integer from 0 to 2**62"
+_set: Final = object.__setattr__
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Tokens:
     """The tokens of one request, or of its estimate: a frozen value, which compares, hashes and pickles by its fields.
 
@@ -38,21 +39,19 @@ class Tokens:
     (120, 170)
     """
 
-    input: int = 0
-    cached: int = 0
-    output: int = 0
+    input: int
+    cached: int
+    output: int
 
-    def __post_init__(self) -> None:
-        for name in ("input", "cached", "output"):
-            given = getattr(self, name)
-            if type(given) is not int:
-                if isinstance(given, bool) or not hasattr(given, "__index__"):
-                    raise TypeError(f"{name}={given!r} is not accepted; expected {_ACCEPTED}")
-                object.__setattr__(self, name, given := operator.index(given))
-            if not 0 <= given <= _MOST:
-                raise ValueError(f"{name}={_shown(given)} is not accepted; expected {_ACCEPTED}")
-        if self.total > _MOST:
-            raise ValueError(f"input + cached + output = {self.total} is not accepted; expected {_ACCEPTED}")
+    def __init__(self, input: int = 0, cached: int = 0, output: int = 0) -> None:
+        if not (
+            type(input) is int and type(cached) is int and type(output) is int
+            and input >= 0 and cached >= 0 and output >= 0 and input + cached + output <= _MOST
+        ):  # fmt: skip
+            input, cached, output = _counts(input=input, cached=cached, output=output)
+        _set(self, "input", input)
+        _set(self, "cached", cached)
+        _set(self, "output", output)
 
     @property
     def total(self) -> int:
@@ -62,6 +61,21 @@ class Tokens:
     def replace(self, **changes: int) -> Tokens:
         """Return a copy with the named counts changed."""
         return dataclasses.replace(self, **changes)
+
+
+def _counts(**given: object) -> list[int]:
+    """Return the counts as plain integers; raises for one that is not accepted."""
+    found = []
+    for name, value in given.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name}={value!r} is not accepted; expected {_ACCEPTED}")
+        count = operator.index(value)
+        if not 0 <= count <= _MOST:
+            raise ValueError(f"{name}={_shown(count)} is not accepted; expected {_ACCEPTED}")
+        found.append(count)
+    if sum(found) > _MOST:
+        raise ValueError(f"input + cached + output = {sum(found)} is not accepted; expected {_ACCEPTED}")
+    return found
 
 
 def _shown(count: int) -> str:
