@@ -20,7 +20,8 @@ from modelquota import QuotaConfigError, QuotaFileError, ResourceQuotaManager
 from modelquota.asgi import IncomingRequest, Quota, QuotaMiddleware, RequestRefusedError
 from modelquota.asgi.identity import api_key, identity_of
 from modelquota.asgi.settings import Settings, default_state
-from modelquota.quota.http import HTTP_FIELDS
+from modelquota.protocols.tables import TABLES
+from modelquota.quota.http import HTTP_FIELDS, ROUTE_TABLES
 
 MODEL = '[models.m]\nmax_requests_per_second = "unlimited"\nmax_tokens_per_second = "unlimited"\n'
 SECRET = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"  # printf %s secret | sha256sum
@@ -305,10 +306,12 @@ def test_keys_are_hot(configure):
 def test_every_field_of_http_is_used(configure):
     parameters = set(inspect.signature(QuotaMiddleware).parameters)
     assert set(quota_module._PASSED_ON) <= HTTP_FIELDS.keys() & parameters
+    assert tuple(TABLES) == ROUTE_TABLES
     assert HTTP_FIELDS.keys() - set(quota_module._PASSED_ON) == {"identity", "unknown_key", "metrics", "state"}
     configure(
         MODEL
         + """[http]
+        routes = ['openai', 'ollama']
         unknown_model = 'refuse'
         unrouted = 'refuse'
         default_model = 'm'
@@ -322,7 +325,7 @@ def test_every_field_of_http_is_used(configure):
     assert "x-ratelimit-limit-tokens" not in ask(app).headers
     call = lambda body, path="/v1/chat/completions": asyncio.run(Call(app, path, body).run()).status  # noqa: E731
     assert call({**chat(), "model": "other"}) == 404
-    assert call(chat(), "/v1/unheard/of") == 404
+    assert call(chat(), "/v1/unheard/of") == call(chat(), "/v1/messages") == 404
     assert call({**chat(), "model": None}) == 200
     assert call({**chat(), "messages": [{"role": "user", "content": "x" * 1000}]}) == 413
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from asgi_client import Call, chat, used
@@ -106,7 +107,7 @@ class TestVLLM:
 
         async def init():
             for plugin in app.state.endpoint_plugins:
-                await plugin.init_state(None, app.state, None)
+                await plugin.init_state(None, app.state, SimpleNamespace(served_model_name=["m"], model="/weights"))
 
         asyncio.run(init())
         return app
@@ -123,6 +124,17 @@ class TestVLLM:
         assert manager().get_stats().total_checks == 0
         assert ask(app, authorization="Bearer secret").status == 200
         assert used(manager()) == (7, 0, 0)
+
+    def test_requests_that_name_no_model_are_those_of_the_one_that_is_served(self, configure):
+        configure()
+        app = self.build_app()
+        key = [(b"authorization", b"Bearer secret")]
+        answer = asyncio.run(Call(app, body=chat(model=None), headers=key).run())
+        assert (answer.status, used(manager())) == (200, (7, 0, 0))
+        assert asyncio.run(Call(app, "/pooling", {"input": "x" * 40}, headers=key).run()).status == 404
+        assert manager().get_usage("m").requests_this_hour == 1  # it came to the model, whose server knows no such path
+        configure("[http]\ndefault_model = 'other'\n[models.other]\n[models.m]")
+        self.build_app()
 
     def test_a_bad_file_ends_the_start(self, configure):
         configure("[models.m]\nmax_ram_mb = -1")

@@ -35,7 +35,7 @@ FILES = [
 HTTP_VALUES = [
     *VALUES, "false", "''", "'bearer'", "'openai-user'", "'header:x-tenant'", "'header:'", "'header:a b'", "'basic'",
     "'pass'", "'refuse'", "'stop'", "'finish'", "'all'", "'none'", "'/quota'", "'quota'", "'/a b'", "'tenant/'", "'a*'",
-    "30.5", "86401", "'bearer, header:a'",
+    "30.5", "86401", "'bearer, header:a'", "'vllm'", "['vllm', 'openai']", "['vllm', 'x']", "[['vllm']]", "['vllm', 5]",
 ]  # fmt: skip
 
 

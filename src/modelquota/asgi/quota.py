@@ -32,7 +32,7 @@ _LOOK_SECONDS: Final = 1.0
 
 # Fields of [http] that are parameters of the middleware, with the same names and values.
 _PASSED_ON: Final = (
-    "identity_namespace", "default_model", "unknown_model", "unrouted", "default_output_tokens", "at_limit",
+    "routes", "identity_namespace", "default_model", "unknown_model", "unrouted", "default_output_tokens", "at_limit",
     "cancel_on_disconnect", "max_body_bytes", "max_inflight_bytes", "body_timeout", "headers", "retry_spread",
     "busy_retry_seconds", "page",
 )  # fmt: skip
@@ -90,7 +90,7 @@ class Guard:
             return None
         return found.st_mtime_ns, found.st_size, found.st_ino
 
-    def middleware(self, app: ASGIApp, http: Mapping[str, Any], **parameters: Any) -> QuotaMiddleware:
+    def middleware(self, app: ASGIApp, http: Mapping[str, Any], parameters: Mapping[str, Any]) -> QuotaMiddleware:
         """Return the middleware for an application, as the fields of ``[http]`` say; `parameters` go before them."""
         chosen = {name: http[name] for name in _PASSED_ON if name in http}
         if "identity" in http:
@@ -130,7 +130,7 @@ class Quota:
         The application to protect.
     settings : Settings, optional
         Instead of what the environment says.
-    **parameters
+    parameters : mapping, optional
         Parameters of `QuotaMiddleware`, which go before the file.
 
     Raises
@@ -149,14 +149,16 @@ class Quota:
     own, ``app.add_middleware(Quota)``.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings | None = None, **parameters: Any) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: Settings | None = None, parameters: Mapping[str, Any] | None = None
+    ) -> None:
         self.app = app
         self._error: Exception | None = None
         self._metrics: Callable[[], bytes] | None = None
         try:
             chosen = Settings.read() if settings is None else settings
             self._guard = guard_of(chosen)
-            self._middleware = self._guard.middleware(app, chosen.http, **parameters)
+            self._middleware = self._guard.middleware(app, chosen.http, parameters or {})
             self._metrics_path: str | None = chosen.http.get("metrics")
             if self._metrics_path is not None:
                 self._metrics = _metrics_of(self._guard.manager)

@@ -26,7 +26,7 @@ def serve_proxy(
 
     Raises what `modelquota.asgi.Quota` raises, and OSError if it cannot listen at the address.
     """
-    protected = Quota(proxy, settings, charge=UPSTREAM_CHARGES)
+    protected = Quota(proxy, settings, {"charge": UPSTREAM_CHARGES})
     config = uvicorn.Config(
         Dated(protected),
         log_level="info" if access_log else "warning",

@@ -58,6 +58,11 @@ class Need(NamedTuple):
     protocol: Protocol
 
     @property
+    def line(self) -> tuple[str, ...]:
+        """The id whose line pauses: the last one, as a model after its account."""
+        return self.ids[-1:]
+
+    @property
     def model_id(self) -> str | tuple[str, ...]:
         """The ids as `ResourceQuotaManager.acquire` takes them."""
         return self.ids[0] if len(self.ids) == 1 else self.ids
@@ -111,14 +116,9 @@ class Policy:
         if said is None:
             return None
         ids = (said,) if isinstance(said, str) else tuple(dict.fromkeys(said))
-        tokens = reading.estimate(self._default_output_tokens, self._most(ids) if reading.is_guess else None)
+        most = most_at_once(self.manager, ids) if reading.is_guess else None
+        tokens = reading.estimate(self._default_output_tokens, most)
         return Need(ids, tokens, reading.prompt_tokens, reading.outputs, reading.priority, operation.protocol)
-
-    def _most(self, ids: Sequence[str]) -> int | None:
-        """The most tokens that the ids ever admit at once, so that a guess does not make a request impossible."""
-        quotas = [self.manager.get_quota(model_id) for model_id in ids]
-        found = [most for quota in quotas if quota is not None and (most := most_tokens_at_once(quota)) is not None]
-        return min(found, default=None)
 
     def _tell(self, path: str, why: str) -> None:
         with self._lock:
@@ -143,8 +143,15 @@ class Policy:
         if status == _TOO_MANY:
             seconds = read_retry_after(headers)
             if seconds:
-                self.pauses.begin(need.ids, seconds)
+                self.pauses.begin(need.line, seconds)
         charge_others(self.manager, need.ids, headers)
+
+
+def most_at_once(manager: ResourceQuotaManager, ids: Sequence[str]) -> int | None:
+    """Return the most tokens that the ids ever admit at once, so that a guess does not make a request impossible."""
+    quotas = [manager.get_quota(model_id) for model_id in ids]
+    found = [most for quota in quotas if quota is not None and (most := most_tokens_at_once(quota)) is not None]
+    return min(found, default=None)
 
 
 class Refused(Exception):

@@ -31,7 +31,7 @@ class QuotaTransport(_Transport):  # type: ignore[misc]
 
     A request waits as the action of its quota says, and is settled by the ``usage`` of the answer, also of a stream;
     one that is closed early, by what had passed. From the headers of answers two things are learned: if less is left
-    than there should be, the difference is charged; and after a 429, all requests for the same ids wait until
+    than there should be, the difference is charged; and after a 429, all requests for the same id wait until
     ``retry-after``. Requests that use no model pass.
 
     A denial is not an exception: it is answered here, in the API's own format, with 429, 503 or 400. So clients raise
@@ -46,7 +46,7 @@ class QuotaTransport(_Transport):  # type: ignore[misc]
         library's defaults; give one to use HTTP/2, certificates or a proxy of your own.
     ids : callable, optional
         Given the model of a request, returns the id, or several ids that must all admit, or None to send the request
-        without counting it. By default the model is the id.
+        without counting it. By default the model is the id. Of several, a 429 pauses the last one.
     default_model : str, optional
         The model of requests that name none.
     default_output_tokens : int
@@ -106,14 +106,14 @@ class QuotaTransport(_Transport):  # type: ignore[misc]
         policy = self._policy
         deadline = time.monotonic() + policy.patience(need.ids)
         while True:
-            wait = policy.pauses.left(need.ids)
+            wait = policy.pauses.left(need.line)
             if not wait:
                 try:
                     left = None if policy.timeout is None else max(deadline - time.monotonic(), 0.0)
                     grant = policy.manager.acquire(need.model_id, need.tokens, timeout=left, priority=need.priority)
                 except QuotaExceededError as error:
                     raise denied(policy, need, error) from None
-                wait = policy.pauses.left(need.ids)
+                wait = policy.pauses.left(need.line)
                 if not wait:
                     return grant
                 grant.cancel()  # the line was paused while this request was in it
@@ -201,7 +201,7 @@ class AsyncQuotaTransport(_Transport):  # type: ignore[misc]
         policy = self._policy
         deadline = time.monotonic() + policy.patience(need.ids)
         while True:
-            wait = policy.pauses.left(need.ids)
+            wait = policy.pauses.left(need.line)
             if not wait:
                 try:
                     left = None if policy.timeout is None else max(deadline - time.monotonic(), 0.0)
@@ -210,7 +210,7 @@ class AsyncQuotaTransport(_Transport):  # type: ignore[misc]
                     )
                 except QuotaExceededError as error:
                     raise denied(policy, need, error) from None
-                wait = policy.pauses.left(need.ids)
+                wait = policy.pauses.left(need.line)
                 if not wait:
                     return grant
                 grant.cancel()  # the line was paused while this request was in it

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from modelquota._extras import extra
+from modelquota.client.call import most_at_once
 from modelquota.protocols import settle
 from modelquota.protocols.estimate import estimate_values
-from modelquota.protocols.request import output_bound
+from modelquota.protocols.request import Reading, output_bound
 from modelquota.quota.tokens import Tokens
 
 with extra("langchain", "langchain_core"):
@@ -151,7 +152,9 @@ class RateLimiter(BaseRateLimiter, BaseCallbackHandler):
         contents = [message.content for batch in messages for message in batch]
         prompt = estimate_values(contents)
         bound = output_bound(kwargs.get("invocation_params") or {}, *_BOUNDS)
-        run = _Run(prompt, prompt + (self._default_output_tokens if bound is None else bound))
+        ids = (self._model_id,) if isinstance(self._model_id, str) else tuple(self._model_id)
+        most = most_at_once(self._manager, ids) if bound is None else None
+        run = _Run(prompt, Reading("", prompt, 1, bound).estimate(self._default_output_tokens, most))
         with self._lock:
             self._runs[run_id] = run
             self._begun.set((*[begun for begun in self._begun.get() if not begun.ended], run))

@@ -17,6 +17,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from modelquota._extras import extra
+from modelquota.client.call import most_at_once
 from modelquota.errors import CapacityError, GrantClosedError, QuotaExceededError
 from modelquota.protocols import RequestRefusedError, settle
 from modelquota.protocols.protocol import Protocol
@@ -143,7 +144,8 @@ class QuotaHandler(CustomLogger):
         except RequestRefusedError as error:
             raise HTTPException(error.status, detail={"error": error.message}) from None
         ids = tuple(dict.fromkeys([*self._identity(user_api_key_dict, data), model]))
-        tokens = reading.estimate(int(self._http.get("default_output_tokens", self._default_output_tokens)))
+        guess = int(self._http.get("default_output_tokens", self._default_output_tokens))
+        tokens = reading.estimate(guess, most_at_once(guard.manager, ids) if reading.is_guess else None)
         try:
             grant = await guard.manager.acquire_async(ids, tokens, priority=reading.priority)
         except QuotaExceededError as error:

@@ -30,7 +30,13 @@ class EndpointPlugin:
         """Add the middleware; raises what `modelquota.asgi.Quota` raises if its configuration is not accepted."""
         settings = Settings.read(os.environ)
         guard_of(settings)  # now, since the application creates its middleware only when it starts
-        app.add_middleware(Quota, settings=settings)
+        self._parameters: dict[str, Any] = {} if "routes" in settings.http else {"routes": "vllm"}
+        self._needs_model = "default_model" not in settings.http
+        app.add_middleware(Quota, settings=settings, parameters=self._parameters)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Nothing here depends on the engine."""
+        """Let requests that name no model be those of the model that is served, as vLLM does."""
+        served = getattr(args, "served_model_name", None) or getattr(args, "model", None)
+        name = served if isinstance(served, str) or not served else served[0]
+        if name and self._needs_model:
+            self._parameters["default_model"] = name

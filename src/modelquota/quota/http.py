@@ -104,6 +104,23 @@ def _is_id(value: Any) -> bool:
     return True
 
 
+def _choices(name: str, meaning: str, what: str, choices: tuple[str, ...]) -> HttpField:
+    def accepts(value: Any) -> bool:
+        return value in choices if isinstance(value, str) else type(value) is list and all(v in choices for v in value)
+
+    one = {"enum": list(choices)}
+    return HttpField(
+        name,
+        meaning,
+        f"a list of {what}, or one of them: {', '.join(choices)}",
+        lambda value: accepts(value) and value != [],
+        {"anyOf": [one, {"type": "array", "minItems": 1, "items": one}]},
+    )
+
+
+ROUTE_TABLES: Final = ("openai", "anthropic", "azure", "gemini", "vllm", "sglang", "ollama")
+"""The names of the tables of routes, as in `modelquota.protocols.tables`, which this room cannot import."""
+
 _PATH = r"^/[!-~]*$"
 _LONGEST = 86_400
 
@@ -125,6 +142,7 @@ HTTP_FIELDS: Final[Mapping[str, HttpField]] = {
         _choice("unknown_key", "What happens to a request whose API key is not in [keys].", "pass", "refuse"),
         _model("default_model", "The model of requests that name none."),
         _model("unknown_model", '"pass", "refuse", or the id that stands in for all models without a quota.'),
+        _choices("routes", "Which protocols are counted. By default all are.", "tables of routes", ROUTE_TABLES),
         _choice("unrouted", "What happens to a POST that nothing counts.", "pass", "refuse"),
         _count("default_output_tokens", "Tokens of an output if the request sets no bound.", "tokens"),
         _choice("at_limit", "What happens to a stream that runs past its limits.", "finish", "stop"),
