@@ -6,7 +6,7 @@ import asyncio
 from typing import Final
 
 from modelquota.asgi.steps import first_step
-from modelquota.asgi.types import Receive, Scope
+from modelquota.asgi.types import Message, Receive, Scope
 from modelquota.protocols.body import too_large
 from modelquota.protocols.request import RequestRefusedError
 
@@ -15,6 +15,22 @@ DRAIN_SECONDS: Final = 10.0
 
 DRAIN_FACTOR: Final = 4
 """How many times `max_body_bytes` are read in that time, at most."""
+
+
+class BodyRefusedError(RequestRefusedError):
+    """The body of a request is not read to its end.
+
+    Parameters
+    ----------
+    error : RequestRefusedError
+        Why.
+    more : bool
+        Whether the client has more of it to send.
+    """
+
+    def __init__(self, error: RequestRefusedError, *, more: bool) -> None:
+        super().__init__(error.status, error.message, error.code, error.param)
+        self.more = more
 
 
 class BodyReader:
@@ -43,69 +59,49 @@ class BodyReader:
 
         `length` is the header ``content-length``.
 
-        Raises RequestRefusedError: 413 as soon as it is known to be too long, by its header or by what has come; 408
-        if it takes too long; 503 if too much is held already.
+        Raises BodyRefusedError: 413 as soon as it is known to be too long, by its header or by what has come; 408 if it
+        takes too long; 503 if too much is held already.
         """
-        most = self.max_body_bytes
-        if length is not None and length.isdigit() and (len(length) > 19 or int(length) > most):
-            raise too_large(most)
+        if length is not None and length.isdigit() and (len(length) > 19 or int(length) > self.max_body_bytes):
+            raise BodyRefusedError(too_large(self.max_body_bytes), more=True)
         message, rest = first_step(receive())
-        if rest is None and message is not None:
+        if rest is None and message is not None and not message.get("more_body", False):
             if message["type"] != "http.request":
                 return None
             body: bytes = message.get("body", b"")
-            if len(body) > most:
-                raise too_large(most)
-            if not message.get("more_body", False):
-                self._take(len(body))
-                return bytes(body)
-            return await self._read_rest(receive, bytearray(body))
+            self._take(len(body), len(body), more=False)
+            return bytes(body)
         try:
             async with asyncio.timeout(self.seconds):
-                assert rest is not None
-                message = await rest
-                if message["type"] != "http.request":
-                    return None
-                parts = bytearray(message.get("body", b""))
-                if len(parts) > most:
-                    raise too_large(most)
-                if message.get("more_body", False):
-                    return await self._gather(receive, parts)
-                self._take(len(parts))
-                return bytes(parts)
+                return await self._gather(message if rest is None else await rest, receive)
         except TimeoutError:
-            raise _too_slow(self.seconds) from None
+            late = RequestRefusedError(408, f"the body did not arrive within {self.seconds:g} s", "body_timeout")
+            raise BodyRefusedError(late, more=True) from None
 
-    async def _read_rest(self, receive: Receive, parts: bytearray) -> bytes | None:
-        try:
-            async with asyncio.timeout(self.seconds):
-                return await self._gather(receive, parts)
-        except TimeoutError:
-            raise _too_slow(self.seconds) from None
-
-    async def _gather(self, receive: Receive, parts: bytearray) -> bytes | None:
+    async def _gather(self, message: Message | None, receive: Receive) -> bytes | None:
+        parts = bytearray()
         taken = 0
         try:
-            more = True
-            while more:
-                self._take(len(parts) - taken)
-                taken = len(parts)
-                message = await receive()
-                if message["type"] != "http.request":
-                    return None
+            while message is not None and message["type"] == "http.request":
                 more = message.get("more_body", False)
-                parts += message.get("body", b"")
-                if len(parts) > self.max_body_bytes:
-                    raise too_large(self.max_body_bytes)
-            self._take(len(parts) - taken)
-            taken = 0
-            return bytes(parts)
+                part = message.get("body", b"")
+                self._take(len(part), len(parts) + len(part), more=more)
+                taken += len(part)
+                parts += part
+                if not more:
+                    taken = 0  # it is given back by release()
+                    return bytes(parts)
+                message = await receive()
+            return None
         finally:
             self.inflight_bytes -= taken
 
-    def _take(self, count: int) -> None:
+    def _take(self, count: int, size: int, *, more: bool) -> None:
+        if size > self.max_body_bytes:
+            raise BodyRefusedError(too_large(self.max_body_bytes), more=more)
         if self.inflight_bytes + count > self.max_inflight_bytes:
-            raise RequestRefusedError(503, "too many requests are being received; retry soon", "overloaded")
+            full = RequestRefusedError(503, "too many requests are being received; retry soon", "overloaded")
+            raise BodyRefusedError(full, more=more)
         self.inflight_bytes += count
 
     def release(self, body: bytes) -> None:
@@ -135,7 +131,3 @@ class BodyReader:
         except (TimeoutError, OSError):
             pass
         return False
-
-
-def _too_slow(seconds: float) -> RequestRefusedError:
-    return RequestRefusedError(408, f"the body did not arrive within {seconds:g} s", "body_timeout")

@@ -231,9 +231,11 @@ class Exchange:
                 if tokens and not self._grant.add(tokens) and self._middleware.stops_at_limit:
                     self._stopping = True
                 more = message.get("more_body", False)
-                if self._stopping and more and self._reader.at_boundary:
-                    await self._end_stream(message)
-                    return
+                if self._stopping and more:
+                    end = self._reader.last_boundary(message.get("body", b""))
+                    if end:
+                        await self._end_stream({**message, "body": message["body"][:end]})
+                        return
                 if not more:
                     self._finish()
         elif kind == "http.response.start":

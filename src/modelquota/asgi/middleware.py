@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from modelquota.asgi.body import BodyReader
+from modelquota.asgi.body import BodyReader, BodyRefusedError
 from modelquota.asgi.charge import Charge, ChargeTable
 from modelquota.asgi.exchange import Exchange, close_unanswered
 from modelquota.asgi.ids import DecidingIds, Identity
@@ -221,8 +221,8 @@ class QuotaMiddleware:
         fields: dict[bytes, bytes] = dict(scope.get("headers", ()))
         try:
             body = await self.bodies.read(fields.get(b"content-length"), receive)
-        except RequestRefusedError as error:
-            close = not await self.bodies.drain(scope, receive)
+        except BodyRefusedError as error:
+            close = error.more and not await self.bodies.drain(scope, receive)
             close = close and scope.get("http_version", "1.1").startswith("1")
             # The unread rest of a body must not be parsed as the next request; HTTP/2 has no such header.
             await send_answer(self.refuser.not_accepted(error, entry.protocol, close=close), send)

@@ -21,6 +21,7 @@ _MOST_SHAPES: Final = 16  # tries to find the shape that the events of a stream 
 _MOST_KINDS: Final = 64
 _DECODER: Final = json.JSONDecoder()
 _EVENTS, _LINES, _JSON, _OTHER = range(4)
+_BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _LINE_TYPES: Final = (b"application/x-ndjson", b"application/ndjson", b"application/jsonlines", b"application/jsonl")
 
 
@@ -134,6 +135,14 @@ class AnswerReader:
     def at_boundary(self) -> bool:
         """Whether no event of the stream is incomplete."""
         return not self._buffer and not self._data and self._scanner is None
+
+    def last_boundary(self, body: bytes) -> int:
+        """Return where the last event that is complete ends in the piece that was fed last; 0 if none does."""
+        if self.at_boundary:
+            return len(body)
+        if self._kind == _LINES:
+            return body.rfind(b"\n") + 1
+        return max((at + len(end) for end in _BLANK_LINES if (at := body.rfind(end)) >= 0), default=0)
 
     def feed(self, body: bytes) -> int:
         """Read a piece of the body; return how many tokens of output it has, if it is of a stream."""

@@ -8,7 +8,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, cast
 
 from modelquota.protocols.estimate import MEDIA
 from modelquota.protocols.request import RequestRefusedError
@@ -197,35 +197,57 @@ def _no_constant(name: str) -> NoReturn:
 # Shared: json.loads would create one for each call that has an option.
 _DECODER: Final = json.JSONDecoder(parse_constant=_no_constant)
 
-# The parser in C does not let other threads run before it is done; the one in Python does, between any two values. Only
-# strings, and lists of plain numbers, which may be as long as the body, are left to the one in C, piece by piece.
-_SLOW: Final = json.JSONDecoder(parse_constant=_no_constant)
-_SLOW.scan_once = json.scanner.py_make_scanner(_SLOW)  # type: ignore[attr-defined]
+MOST_CONTAINERS: Final = 100_000
+"""Most lists and objects in a large body: the garbage collector stops all threads while it looks at them."""
+
 _NUMBERS: Final = re.compile(r"[\s\d.,eE+-]*+")
 _PIECE: Final = 1 << 16
+_FEW: Final = 1000
+_PARSE_LIST: Final = json.decoder.JSONArray  # type: ignore[attr-defined]
+_PARSE_OBJECT: Final = json.decoder.JSONObject  # type: ignore[attr-defined]
 
 
-def _parse_list(text_and_end: tuple[str, int], scan_once: Callable[[str, int], tuple[Any, int]]) -> tuple[Any, int]:
-    text, at = text_and_end
-    found: list[Any] = []
-    match = _NUMBERS.match(text, at, at + _PIECE)
-    while match is not None and match.end() - at > 1000:
-        last = text.rfind(",", at, match.end())
-        if last <= at:
-            break
-        found += _DECODER.decode(f"[{text[at:last]}]")
-        at = last + 1
-        match = _NUMBERS.match(text, at, at + _PIECE)
-    if found and text[at : at + 64].lstrip(" \t\n\r")[:1] in ("]", ""):
-        raise json.JSONDecodeError("Expecting value", text, at)
-    more, at = _STANDARD_LIST((text, at), scan_once)
-    return (found + more if found else more), at
+class _LargeDecoder(json.JSONDecoder):
+    """Decodes so that other threads can run: the parser in C does not let them before it is done.
 
+    The one in Python does, between any two values. Only strings, and lists of plain numbers, which may be as long as
+    the body, are left to the one in C, piece by piece.
+    """
 
-_STANDARD_LIST: Final = json.decoder.JSONArray  # type: ignore[attr-defined]
-_SLOW.parse_array = _parse_list  # type: ignore[attr-defined]
-_SLOW.scan_once = json.scanner.py_make_scanner(_SLOW)  # type: ignore[attr-defined]
+    def __init__(self) -> None:
+        super().__init__(parse_constant=_no_constant)
+        self._containers = 0
+        self.parse_array = self._parse_list
+        self.parse_object = self._parse_object
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+
+    def _count(self) -> None:
+        self._containers += 1
+        if self._containers > MOST_CONTAINERS:
+            raise ValueError(f"a large body may have at most {MOST_CONTAINERS:,} lists and objects")
+
+    def _parse_object(self, *args: Any) -> Any:
+        self._count()
+        return _PARSE_OBJECT(*args)
+
+    def _parse_list(self, text_and_end: tuple[str, int], scan_once: Any) -> tuple[Any, int]:
+        self._count()
+        text, at = text_and_end
+        found: list[Any] = []
+        while True:
+            match = _NUMBERS.match(text, at, at + _PIECE)
+            last = -1 if match is None or match.end() - at < _FEW else text.rfind(",", at, match.end())
+            if last <= at:
+                break
+            found += _DECODER.decode(f"[{text[at:last]}]")
+            at = last + 1
+        if not found:
+            return cast("tuple[Any, int]", _PARSE_LIST((text, at), scan_once))
+        if text[at : at + 64].lstrip(" \t\n\r")[:1] == "]":  # after a comma
+            raise json.JSONDecodeError("Expecting value", text, at)
+        more, at = _PARSE_LIST((text, at), scan_once)
+        return found + more, at
 
 
 def _decode_large(text: str) -> Any:
-    return _SLOW.decode(text)
+    return _LargeDecoder().decode(text)

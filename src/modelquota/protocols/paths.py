@@ -79,16 +79,16 @@ class PathTable(Generic[_T]):
         return self._find_below(path)
 
     def _find_below(self, path: str) -> tuple[_T, Mapping[str, str]] | None:
-        at = path.find("/", 1)
-        while at > 0 and self._below:
-            entry = self._below.get(path[at:])
-            if entry is not None:
-                return entry, _NOTHING
-            at = path.find("/", at + 1)
         for pattern, found in self._patterns_below:
             match = pattern.fullmatch(path)
             if match is not None:
                 return found, match.groupdict()
+        at = path.find("/", 1)
+        while at > 0 and self._below:  # the longest path first
+            entry = self._below.get(path[at:])
+            if entry is not None:
+                return entry, _NOTHING
+            at = path.find("/", at + 1)
         return None
 
 
