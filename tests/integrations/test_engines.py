@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
+import math
 import subprocess
 import sys
 import tomllib
@@ -15,18 +16,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from asgi_client import Call, chat, used
+from asgi_client import Call, chat, reply, used
 from fastapi import FastAPI
+from http_server import serving
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import JSONResponse
 
-from modelquota import QuotaConfigError, QuotaFileError
+from modelquota import QuotaConfigError, QuotaFileError, ResourceQuotaManager
 from modelquota.asgi import Quota
 from modelquota.asgi.quota import _guards
+from modelquota.control.load import LoadAdjuster
 from modelquota.integrations import sglang
 from modelquota.integrations.ray import middlewares
-from modelquota.integrations.vllm import EndpointPlugin
+from modelquota.integrations.vllm import EndpointPlugin, engine_load, load_of
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 USAGE = {"usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}}
@@ -155,6 +158,43 @@ class TestVLLM:
 
         with pytest.raises(QuotaFileError, match="at least one table"):
             asyncio.run(build())
+
+
+METRICS = """# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{engine="0",model_name="m"} 3.0
+vllm:num_requests_waiting{engine="1",model_name="m"} 5.0
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.75
+"""
+
+
+class TestTheLoadOfVLLM:
+    """What its metrics say, for limits that follow the load."""
+
+    def test_the_larger_of_waiting_requests_and_the_use_of_the_cache(self):
+        async def metrics(scope, receive, send):
+            await reply(send, METRICS.encode())
+
+        with serving(metrics) as address:
+            assert engine_load(f"{address}/metrics")() == 0.75
+            assert engine_load(f"{address}/metrics", most_waiting=8)() == 1.0
+        assert math.isnan(engine_load(f"{address}/metrics", timeout=0.5)())
+        assert load_of("vllm:gpu_cache_usage_perc 0.5\n", 1) == 0.5
+        assert math.isnan(load_of("other 1.0\n", 1))
+        with pytest.raises(ValueError, match=r"^most_waiting=0 is not accepted; expected an integer from 1"):
+            engine_load("http://x", most_waiting=0)
+
+    def test_limits_follow_it(self):
+        loads = iter([0.95, math.nan, 0.2])
+        with ResourceQuotaManager() as manager:
+            manager.set_quota("m", max_tokens_per_second=1000)
+            with LoadAdjuster(manager, lambda: next(loads), models=["m"], floor=0.5) as adjuster:
+                adjuster.poll()
+                tightened = manager.get_quota("m").max_tokens_per_second
+                assert tightened < 1000
+                adjuster.poll()
+                assert manager.get_quota("m").max_tokens_per_second == tightened
 
 
 SERVER = "sglang.srt.entrypoints.http_server"

@@ -8,12 +8,20 @@ Both need vLLM's server in Python; in front of the one in Rust, run ``modelquota
 from __future__ import annotations
 
 import os
-from typing import Any
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any, Final
 
 from modelquota.asgi.quota import Quota, guard_of
 from modelquota.asgi.settings import Settings
 
-__all__ = ["EndpointPlugin"]
+__all__ = ["EndpointPlugin", "engine_load"]
+
+_WAITING: Final = re.compile(r"^vllm:num_requests_waiting(?:\{.*\})? (\S+)$", re.MULTILINE)
+_CACHE_USE: Final = re.compile(r"^vllm:(?:kv|gpu)_cache_usage_perc(?:\{.*\})? (\S+)$", re.MULTILINE)
+_NO_ANSWER: Final = float("nan")
 
 
 class EndpointPlugin:
@@ -40,3 +48,53 @@ class EndpointPlugin:
         name = served if isinstance(served, str) or not served else served[0]
         if name and self._needs_model:
             self._parameters["default_model"] = name
+
+
+def engine_load(metrics_url: str, *, most_waiting: int = 16, timeout: float = 2.0) -> Callable[[], float]:
+    """Return a function that returns the load of a vLLM server, for `modelquota.control.load.LoadAdjuster`.
+
+    The load is the larger of two: the use of the KV cache, 0.0 .. 1.0, and the requests that wait in the engine, in
+    parts of `most_waiting`. Latency would tell too late, since vLLM takes in hundreds of requests before it grows.
+
+    Parameters
+    ----------
+    metrics_url : str
+        Where the server shows its metrics: ``http://127.0.0.1:8000/metrics``.
+    most_waiting : int
+        So many waiting requests are a load of 1.
+    timeout : float
+        Seconds to wait for an answer. A server that does not answer has a load that is not a number, which changes no
+        limits.
+
+    Raises
+    ------
+    ValueError
+        `most_waiting` is less than 1.
+    """
+    if most_waiting < 1:
+        raise ValueError(f"most_waiting={most_waiting!r} is not accepted; expected an integer from 1")
+
+    def load() -> float:
+        try:
+            with urllib.request.urlopen(metrics_url, timeout=timeout) as answer:
+                text = answer.read().decode("utf-8", "replace")
+        except (OSError, urllib.error.URLError):
+            return _NO_ANSWER
+        return load_of(text, most_waiting)
+
+    return load
+
+
+def load_of(metrics: str, most_waiting: int) -> float:
+    r"""Return the load that a server's metrics say; not a number if they say none.
+
+    Examples
+    --------
+    >>> load_of("vllm:num_requests_waiting 4.0\nvllm:kv_cache_usage_perc 0.2\n", 16)
+    0.25
+    """
+    waiting = [float(number) for number in _WAITING.findall(metrics)]
+    used = [float(number) for number in _CACHE_USE.findall(metrics)]
+    if not waiting and not used:
+        return _NO_ANSWER
+    return max([sum(waiting) / most_waiting, *used])
