@@ -19,6 +19,7 @@ from provider import OUTPUT, PROMPT, Provider
 from typer.testing import CliRunner
 
 from modelquota import ResourceQuotaManager
+from modelquota.asgi.quota import _guards as guards
 from modelquota.cli.app import app
 
 USED = PROMPT + OUTPUT
@@ -169,6 +170,8 @@ def test_the_first_slips_are_messages(quotas, tmp_path, monkeypatch):
         port = taken.getsockname()[1]
         code, says = run(*upstream, "-q", quotas, "--state", tmp_path / "s.state", "--port", port)
         assert (code, f"cannot listen at 127.0.0.1, port {port}" in says) == (2, True)
+    guards.popitem()[1].manager.close()
+    assert guards == {}
 
 
 @pytest.mark.parametrize("missing", ["httpx", "uvicorn"])

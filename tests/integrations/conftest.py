@@ -19,6 +19,7 @@ def configure(tmp_path, monkeypatch):
         return path
 
     monkeypatch.delenv("MODELQUOTA_QUOTAS", raising=False)
+    assert quota_module._guards == {}
     yield write
     for guard in quota_module._guards.values():
         guard.manager.close()

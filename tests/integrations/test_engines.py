@@ -189,7 +189,7 @@ class TestTheLoadOfVLLM:
         loads = iter([0.95, math.nan, 0.2])
         with ResourceQuotaManager() as manager:
             manager.set_quota("m", max_tokens_per_second=1000)
-            with LoadAdjuster(manager, lambda: next(loads), models=["m"], floor=0.5) as adjuster:
+            with LoadAdjuster(manager, lambda: next(loads), fields=["max_tokens_per_second"]) as adjuster:
                 adjuster.poll()
                 tightened = manager.get_quota("m").max_tokens_per_second
                 assert tightened < 1000
