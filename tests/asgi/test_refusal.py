@@ -377,3 +377,32 @@ def test_what_is_told_to_be_left_is_admitted(rate, burst, steps):
     assert left <= burst + max(rate, 1)
     if manager.get_usage("m").burst_tokens_used:
         assert manager.check_quota("m", left)
+
+
+@given(
+    quota=configs() | extreme_configs(),
+    before=st.lists(st.tuples(tokens() | st.integers(0, 2**62), st.integers(0, 90_000_000)), max_size=4),
+)
+@example(quota=ResourceQuotaConfig("m", max_requests_per_second=1e308, burst_requests=2**62), before=[])
+@example(quota=ResourceQuotaConfig("m", max_requests_per_second=5e-324, burst_requests=2**62), before=[(1, 1)] * 3)
+@example(quota=ResourceQuotaConfig("m", max_tokens_per_second=0.3, burst_tokens=7), before=[(5, 1)] * 3)
+def test_the_headers_that_are_compiled_say_what_the_others_say(quota, before):
+    """One id without a denial takes a way of its own, since every response does; the other way is plain Python."""
+    clock = ManualClock(10**12)
+    manager = ResourceQuotaManager(clock=clock)
+    manager.set_quota(quota.replace(model_id="m", on_violation="reject"))
+    headers = LimitHeaders(manager)
+    for count, wait_ms in [*before, (0, 0)]:
+        assert headers.of("m", "openai") == headers.of(("m",), "openai")
+        manager.check_quota("m", count)
+        clock.advance_ns(wait_ms * 1_000_000)
+
+
+def test_headers_follow_a_change_of_limits(manager):
+    headers = LimitHeaders(manager)
+    for limit in (500, 700, 500, None):
+        manager.update_quota("m", max_tokens_per_hour=limit)
+        found = dict(headers.of("m", "openai"))
+        assert found.get(b"x-ratelimit-limit-tokens") == (None if limit is None else b"%d" % limit)
+    manager.remove_quota("m")
+    assert headers.of("m", "openai") == headers.of(("m",), "openai") == []

@@ -190,6 +190,25 @@ def test_a_request_that_waited_counts_once_and_is_not_denied():
     assert stats.tokens_charged - stats.tokens_refunded == 15
 
 
+@pytest.mark.parametrize("closes", ["before the response", "in the stream"])
+def test_a_manager_that_is_closed_breaks_no_response(manager, closes):
+    """As when a server shuts down: the response goes on, and nothing is counted any more."""
+    word = b'data: {"choices": [{"delta": {"content": "word"}}]}\n\n'
+
+    async def model(scope, receive, send):
+        await receive()
+        if closes == "before the response":
+            manager.close()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for _ in range(3):
+            await send({"type": "http.response.body", "body": word, "more_body": True})
+            manager.close()
+        await send({"type": "http.response.body", "body": b""})
+
+    response = call(QuotaMiddleware(model, manager), chat(max_tokens=1))
+    assert response.chunks == [word] * 3 + [b""]
+
+
 # -- endpoints of one's own
 
 

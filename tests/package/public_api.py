@@ -1,8 +1,9 @@
 """Every public name, used as a typed program would use it; nothing runs it. ``mypy --strict`` checks this file."""
 
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -35,15 +36,22 @@ from modelquota import (
     load_quotas,
 )
 from modelquota.asgi import (
+    Answer,
     Demand,
     IncomingRequest,
     Quota,
     QuotaMiddleware,
     QuotaPage,
+    Reading,
     RequestRefusedError,
+    Tokens,
+    denial_answer,
     estimate_prompt,
     event_tokens,
     openai_routes,
+    operations,
+    read_demand,
+    route_for,
 )
 from modelquota.asgi.proxy import ReverseProxy
 from modelquota.asgi.request import ASGIApp, Scope
@@ -221,7 +229,47 @@ def serve(app: ASGIApp, manager: ResourceQuotaManager) -> tuple[ASGIApp, ASGIApp
         busy_retry_seconds=1,
         cancel_on_disconnect=False,
     )
-    return middleware, QuotaPage(manager, allow=allow)
+    print(middleware.unmetered)
+    return serve_all(middleware, manager), QuotaPage(manager, allow=allow)
+
+
+def usage(answer: Any) -> Tokens | None:
+    return Tokens(input=1, cached=2, output=3).replace(output=4) if isinstance(answer, dict) else None
+
+
+def serve_all(app: ASGIApp, manager: ResourceQuotaManager) -> ASGIApp:
+    def read(body: Mapping[str, Any], params: Mapping[str, str]) -> Reading:
+        return Reading(params["model"], len(body), output_bound=5)
+
+    return QuotaMiddleware(
+        app,
+        manager,
+        routes=["openai", "anthropic", {"/models/{model}": route_for("ollama", read), "/x": generate}, operations()],
+        unrouted=generate,
+        unknown_model="refuse",
+        default_model="m",
+        identity=lambda request: None,
+        identity_namespace="org:",
+        default_output_tokens=5,
+        max_inflight_bytes=1 << 30,
+        body_timeout=1.5,
+        usage=usage,
+        charge={404: "request", "5xx": "nothing"},
+        at_limit="stop",
+        headers="openai",
+        retry_spread=0.2,
+    )
+
+
+def own_endpoint(manager: ResourceQuotaManager, path: str, body: bytes) -> Answer | None:
+    demand: Demand | None = read_demand(path, body, manager=manager)
+    if demand is None:
+        return None
+    try:
+        manager.reserve(demand.model_id, demand.estimated_tokens).release()
+    except QuotaExceededError as error:
+        return denial_answer(manager, error, demand=demand, protocol="anthropic")
+    return Answer(200, [], b"")
 
 
 def export(manager: ResourceQuotaManager) -> str:

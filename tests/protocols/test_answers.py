@@ -331,9 +331,10 @@ def test_a_counter_that_raises_is_logged_once_and_the_rest_counted(caplog):
     def broken(data):
         raise ZeroDivisionError
 
-    assert used(OPENAI, EVENTS, *sse(*[chat_chunk(WORD)] * 5), count_event=broken) == Tokens(10, 0, 5)
+    for _ in range(3):
+        assert used(OPENAI, EVENTS, *sse(*[chat_chunk(WORD)] * 5), count_event=broken) == Tokens(10, 0, 5)
     assert [record.getMessage() for record in caplog.records] == [
-        "the counter of tokens raised ZeroDivisionError(); the rest of this stream is counted without it"
+        "the counter of tokens raised ZeroDivisionError(); such streams are counted without it"
     ]
 
 

@@ -14,8 +14,8 @@ from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaMan
 from modelquota._core.state import validate
 from modelquota._core.state.packing import bounds_of, core_limits
 from modelquota.asgi.page import page_state
+from modelquota.asgi.ratelimit import LimitHeaders
 from modelquota.asgi.ratelimit import bounds_of as told_bounds
-from modelquota.asgi.ratelimit import limit_headers
 from modelquota.cli.status import WIDE
 from modelquota.control import load
 from modelquota.monitoring.alerts import DEFAULT_RULES
@@ -187,7 +187,7 @@ def test_an_allowed_request_is_told_the_fullest_limit(manager):
     usage = manager.get_usage("m")
     assert denied.current_usage == pytest.approx(usage.percent[denied.limit])
     assert read_utilization(manager).of(denied.limit).tolist() == [usage.percent[denied.limit]]
-    remaining = dict(limit_headers([manager.get_model_report("m")]))[b"x-ratelimit-remaining-tokens"]
+    remaining = dict(LimitHeaders(manager).of("m", "openai"))[b"x-ratelimit-remaining-tokens"]
     assert int(remaining) == usage.left[denied.limit]
 
 

@@ -69,8 +69,11 @@ class BodyReader:
             if message["type"] != "http.request":
                 return None
             body: bytes = message.get("body", b"")
-            self._take(len(body), len(body), more=False)
-            return bytes(body)
+            size = len(body)
+            if size > self.max_body_bytes or self.inflight_bytes + size > self.max_inflight_bytes:
+                self._take(size, size, more=False)
+            self.inflight_bytes += size
+            return body
         try:
             async with asyncio.timeout(self.seconds):
                 return await self._gather(message if rest is None else await rest, receive)

@@ -37,24 +37,27 @@ class ChargeTable:
     """
 
     def __init__(self, charge: Mapping[int | str, Charge] | None = None) -> None:
-        self._exact: dict[int, Charge] = {}
-        self._classes: dict[int, Charge] = {}
+        exact: dict[int, Charge] = {}
+        classes: dict[int, Charge] = {}
         for status, cost in (charge or {}).items():
             if cost not in _CHARGES:
                 raise ValueError(f"charge[{status!r}] is {cost!r}; accepted are {', '.join(map(repr, _CHARGES))}")
             if isinstance(status, str) and _CLASS.fullmatch(status):
-                self._classes[int(status[0])] = cost
+                classes[int(status[0])] = cost
             elif isinstance(status, int) and not isinstance(status, bool) and 100 <= status <= 599:
-                self._exact[status] = cost
+                exact[status] = cost
             else:
                 raise ValueError(f"charge has the key {status!r}; give a status from 100 to 599, or a class as '5xx'")
+        self._costs = {
+            status: exact.get(status) or classes.get(status // 100) or _by_default(status) for status in range(100, 600)
+        }
 
     def of(self, status: int) -> Charge:
         """Return what a response with this status costs."""
-        if self._exact or self._classes:
-            found = self._exact.get(status) or self._classes.get(status // 100)
-            if found is not None:
-                return found
-        if status < 300:
-            return "usage"
-        return "nothing" if status < 400 or status in _NO_WORK else "request"
+        return self._costs.get(status, "request")
+
+
+def _by_default(status: int) -> Charge:
+    if status < 300:
+        return "usage"
+    return "nothing" if status < 400 or status in _NO_WORK else "request"

@@ -12,7 +12,7 @@ from modelquota.asgi.ratelimit import replaced
 from modelquota.asgi.refusal import send_answer
 from modelquota.asgi.steps import first_step
 from modelquota.asgi.types import Message, Receive, Scope, Send
-from modelquota.errors import CapacityError, GrantClosedError, QuotaExceededError
+from modelquota.errors import CapacityError, GrantClosedError, ManagerClosedError, QuotaExceededError
 from modelquota.protocols.answer import AnswerReader, settle
 from modelquota.protocols.protocol import Protocol
 from modelquota.quota.config import MAX_COUNT
@@ -228,7 +228,7 @@ class Exchange:
                 return
             if not self._done and self._reader is not None:
                 tokens = self._reader.feed(message.get("body", b""))
-                if tokens and not self._grant.add(tokens) and self._middleware.stops_at_limit:
+                if tokens and not self._add(tokens) and self._middleware.stops_at_limit:
                     self._stopping = True
                 more = message.get("more_body", False)
                 if self._stopping and more:
@@ -271,9 +271,19 @@ class Exchange:
             track=middleware.stops_at_limit,
         )
         if reader.is_stream:
-            self._grant.add(min(self._prompt_tokens, MAX_COUNT // 2))
-        ours = middleware.limit_headers.of(self._ids, self._protocol.header_style)
+            self._add(min(self._prompt_tokens, MAX_COUNT // 2))
+        try:
+            ours = middleware.limit_headers.of(self._ids, self._protocol.header_style)
+        except ManagerClosedError:
+            ours = []
         return {**message, "headers": replaced(headers, ours)}
+
+    def _add(self, tokens: int) -> bool:
+        """Count tokens that passed; False if a limit is reached. A manager that was closed counts no more."""
+        try:
+            return self._grant.add(tokens)
+        except (GrantClosedError, ManagerClosedError):
+            return True
 
     async def _end_stream(self, message: Message) -> None:
         """End a stream that has reached a limit, with the protocol's own last events."""

@@ -237,10 +237,13 @@ class QuotaMiddleware:
             try:
                 if entry.operation is None:
                     asked = await self._asked(entry, request, small)
-                elif small:
-                    asked = await self._of_reading(entry, request, entry.operation.read(request.json(), params))
                 else:
-                    asked = await self._of_reading(entry, request, await self._in_thread(entry, request))
+                    if small:
+                        reading = entry.operation.read(request.json(), params)
+                    else:
+                        reading = await self._in_thread(entry, request)
+                    tenants = await self.ids.tenants(request) if self.identity is not None else ()
+                    asked = self._of_reading(entry, reading, tenants)
             except RequestRefusedError as error:
                 await send_answer(self.refuser.not_accepted(error, entry.protocol), send)
                 return
@@ -252,9 +255,8 @@ class QuotaMiddleware:
         finally:
             self.bodies.release(body)
 
-    async def _of_reading(self, entry: RouteEntry, request: IncomingRequest, reading: Reading) -> _Asked | None:
+    def _of_reading(self, entry: RouteEntry, reading: Reading, tenants: tuple[str, ...]) -> _Asked | None:
         model_id = self.ids.of_model(reading.model)
-        tenants = await self.ids.tenants(request) if self.identity is not None else ()
         ids: str | tuple[str, ...]
         if not tenants:
             if model_id is None:
@@ -263,13 +265,14 @@ class QuotaMiddleware:
         else:
             ids = tenants if model_id is None else (*tenants, model_id)
             ids = ids[0] if len(ids) == 1 else ids
-        if reading.output_bound is None and reading.outputs:
+        _, prompt_tokens, outputs, bound, _, priority = reading
+        if bound is not None or not outputs:
+            tokens = reading.estimate(0)
+        else:
             default = entry.default_output_tokens
             default = self.default_output_tokens if default is None else default
             tokens = reading.estimate(default, self._most_at_once(ids))
-        else:
-            tokens = reading.estimate(0)
-        return ids, tenants, tokens, reading.prompt_tokens, reading.outputs, 0, 0, None, reading.priority
+        return ids, tenants, tokens, prompt_tokens, outputs, 0, 0, None, priority
 
     async def _asked(self, entry: RouteEntry, request: IncomingRequest, small: bool) -> _Asked | None:
         """What a route of the user's own asks for."""

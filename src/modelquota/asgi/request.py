@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modelquota.asgi.types import Scope
+from modelquota.asgi.types import ASGIApp, Scope
 from modelquota.protocols.body import parse_body
+
+__all__ = ["ASGIApp", "Demand", "IncomingRequest", "Scope", "header_of"]
 
 _NOTHING: Mapping[str, str] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from modelquota.asgi.request import Demand, IncomingRequest
@@ -19,7 +19,7 @@ ReadDemand: TypeAlias = Callable[[IncomingRequest], Demand | Awaitable[Demand | 
 Route: TypeAlias = Operation | ReadDemand
 """How a request is read: an operation of a protocol, or a function of one's own."""
 
-Routes: TypeAlias = str | Mapping[str, Route] | Iterable[str | Mapping[str, Route]]
+Routes: TypeAlias = str | Mapping[str, Route] | Sequence[str | Mapping[str, Route]]
 """Names of tables, mappings from paths to routes, or several of both, in which a later one replaces an earlier one."""
 
 

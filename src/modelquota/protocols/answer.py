@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, Final
@@ -103,7 +104,9 @@ class AnswerReader:
         track: bool = False,
     ) -> None:
         kind = _OTHER
-        if readable:
+        if readable and content_type == b"application/json":
+            kind = _JSON
+        elif readable:
             name = content_type.partition(b";")[0].strip().lower()
             if name == b"application/json":
                 kind = _JSON
@@ -334,7 +337,7 @@ class AnswerReader:
             self._told = told if isinstance(told, Tokens) else self._told
         except Exception as error:
             self._read_usage = None
-            log(_WARNING, "usage= raised %r; this answer is read without it", error)
+            _log_once("usage= raised %s; such answers are read without it", repr(error))
 
     def _counted(self, data: bytes, event: Any) -> int:
         if self._count_event is not None:
@@ -342,7 +345,7 @@ class AnswerReader:
                 return min(max(int(self._count_event(data)), 0), 2**61 - self.passed)
             except Exception as error:
                 self._count_event = None
-                log(_WARNING, "the counter of tokens raised %r; the rest of this stream is counted without it", error)
+                _log_once("the counter of tokens raised %s; such streams are counted without it", repr(error))
         try:
             return min(self._protocol.event_tokens(event, self.passed), 2**61 - self.passed) if self._outputs else 0
         except RecursionError:
@@ -381,6 +384,12 @@ class AnswerReader:
         if lengths == [len(written)] and body.count(quoted) == 1:
             at = body.index(quoted) + 1
             self._prefix, self._suffix = body[:at], body[at + len(written) :]
+
+
+@functools.lru_cache(maxsize=256)
+def _log_once(message: str, error: str) -> None:
+    """Log what a function of the user raised: once, since it may do so for every event of every stream."""
+    log(_WARNING, message, error)
 
 
 def _text_in(event: Any) -> str | None:

@@ -69,10 +69,18 @@ def parse_json(data: bytes) -> Any:
     """Parse JSON; RequestRefusedError (400) if it is none. Large JSON is parsed so that other threads can run."""
     try:
         text = data.decode() if data[:1] in b"{[" and data[1:2] != b"\0" else data.decode(_encoding(data))
-        return _DECODER.decode(text) if len(data) < LARGE else _decode_large(text)
+        if len(data) >= LARGE:
+            return _decode_large(text)
+        if text[:1] == "{":
+            value, end = _SCAN(text, 0)  # decode() looks for space around it first
+            if end == len(text):
+                return value
+        return _DECODER.decode(text)
     except ValueError as error:  # from UTF-8, JSON, or a number with too many digits
         reason = str(error).partition("\n")[0][:200]
         raise RequestRefusedError(400, f"{_NO_JSON}: {reason}", "invalid_json") from None
+    except StopIteration:  # from the scanner, for a value that is missing
+        raise RequestRefusedError(400, f"{_NO_JSON}: Expecting value", "invalid_json") from None
     except RecursionError:
         raise RequestRefusedError(400, f"{_NO_JSON}: too many brackets", "invalid_json") from None
 
@@ -196,6 +204,7 @@ def _no_constant(name: str) -> NoReturn:
 
 # Shared: json.loads would create one for each call that has an option.
 _DECODER: Final = json.JSONDecoder(parse_constant=_no_constant)
+_SCAN: Final = _DECODER.scan_once  # type: ignore[attr-defined]
 
 MOST_CONTAINERS: Final = 100_000
 """Most lists and objects in a large body: the garbage collector stops all threads while it looks at them."""

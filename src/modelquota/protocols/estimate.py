@@ -29,7 +29,8 @@ _MEDIA_KEYS: Final = frozenset((
     "url", "data", "file_data", "file_id", "fileUri", "file_uri", "b64_json", "bytes", "base64",
 ))  # fmt: skip
 _LONG: Final = 1024
-_SHORT_IMAGE: Final = 256
+_HEAD: Final = 256  # of a data URL, in which its encoding is
+_SHORTEST_MEDIA: Final = len("data:;base64,")
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/_=\r\n-]*")
 
 
@@ -60,9 +61,9 @@ def estimate_values(values: list[Any]) -> int:
         value = stack.pop()
         if isinstance(value, str):
             length = len(value)
-            if (length >= _LONG and is_encoded(value)) or (
-                value.startswith("data:") and ";base64," in value[:_SHORT_IMAGE]
-            ):
+            if length < _SHORTEST_MEDIA:
+                text_bytes += length if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
+            elif (length >= _LONG and is_encoded(value)) or (value[:5] == "data:" and ";base64," in value[:_HEAD]):
                 tokens += MEDIA_TOKENS
             else:
                 text_bytes += length if value.isascii() else len(value.encode("utf-8", "surrogatepass"))

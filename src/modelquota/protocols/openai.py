@@ -25,6 +25,7 @@ _USAGE_AT_END: Final = re.compile(
     + rb'(?:,\s*"total_tokens"\s*:\s*\d{1,18}\s*)?\}'
     rb'(?:\s*,\s*"[^"\\]*+"\s*:\s*(?:"[^"\\]*+"|[\w.+-]++))*+\s*\}\s*\Z'
 )  # fmt: skip
+_OUTPUTS_FIELDS: Final = frozenset(("n", "best_of", "prompt"))
 _USAGE: Final = (OPENAI_FIELDS, RESPONSES_FIELDS, ANTHROPIC_FIELDS)
 
 
@@ -46,10 +47,11 @@ def reads_generation(prompt_tokens: PromptTokens = estimate_prompt) -> Reader:
     """Return the reader of requests that generate text."""
 
     def read(body: Mapping[str, Any], params: Params) -> Reading:
+        prompt = prompt_tokens(body)
         return Reading(
             model_of(body, params),
-            min(prompt_tokens(body), MAX_COUNT),
-            outputs_of(body) if "n" in body or "best_of" in body or "prompt" in body else 1,
+            prompt if prompt < MAX_COUNT else MAX_COUNT,
+            1 if _OUTPUTS_FIELDS.isdisjoint(body) else outputs_of(body),
             output_bound(body, *OUTPUT_FIELDS),
             body.get("stream") is True,
         )
