@@ -256,6 +256,16 @@ class TestAfter429:
         assert len(provider.requests) == 2
         assert used(manager) == (0, 1, 0)  # the request stays counted at the server, too
 
+    def test_of_several_ids_the_last_one_pauses(self, library, manager, provider, address):
+        for model_id in ("account", "other"):
+            manager.set_quota(model_id, **NO_LIMITS)
+        self.limited(provider, {"retry-after": "30"})
+        with client_of(library, manager, address, ids=lambda model: ("account", model), timeout=0.1) as client:
+            models = ("m", "m", "other")
+            found = [client.post("/v1/chat/completions", json={**CHAT, "model": model}) for model in models]
+        assert [answer.status_code for answer in found] == [429, 429, 200]
+        assert len(provider.requests) == 2
+
     def test_a_quota_that_rejects_does_not_wait(self, library, manager, provider, address):
         manager.update_quota("m", on_violation="reject")
         self.limited(provider, {"retry-after": "5"})

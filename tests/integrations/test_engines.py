@@ -263,6 +263,15 @@ class TestSGLang:
         with pytest.raises(SystemExit, match=f"modelquota: the quotas cannot be used: {path}: line 2"):
             self.load_plugins()
 
+    @pytest.mark.parametrize("words", [["--tokenizer-worker-num", "2"], ["--tokenizer-worker-num=4"]])
+    def test_several_processes_that_may_serve_without_plugins_end_the_process(self, configure, monkeypatch, words):
+        configure()
+        monkeypatch.setattr(sys, "argv", ["launch_server", "--model-path", "m", *words, "--port", "1"])
+        with pytest.raises(SystemExit, match=r"--tokenizer-worker-num=\d is not accepted; expected 1, since"):
+            self.load_plugins()
+        monkeypatch.setattr(sys, "argv", ["launch_server", "--tokenizer-worker-num", "1"])
+        self.load_plugins()
+
     def test_a_server_that_has_changed_ends_the_process(self, configure, tmp_path):
         configure()
         (tmp_path / "packages" / "sglang" / "srt" / "entrypoints" / "http_server.py").write_text("application = None\n")

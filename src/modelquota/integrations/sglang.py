@@ -20,6 +20,7 @@ from types import ModuleType
 
 __all__ = ["attach"]
 
+_WORKERS = "--tokenizer-worker-num"
 _MODULE = "sglang.srt.entrypoints.http_server"
 
 
@@ -36,12 +37,27 @@ def attach() -> None:
     from modelquota.asgi.settings import Settings
 
     _or_exit(lambda: Settings.read(os.environ))
+    _or_exit(_require_one_process)
     module = sys.modules.get(_MODULE)
     if module is not None:
         _protect(module)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         # The processes that only run the model never import the server; importing it here would slow them down.
         sys.meta_path.insert(0, _Finder())
+
+
+def _require_one_process() -> None:
+    """Raise if several processes are to serve: they import the server by themselves, perhaps without any plugin."""
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name == _WORKERS:
+            value = value if equals else next(arguments, "")
+            if value.isdigit() and int(value) > 1:
+                raise RuntimeError(
+                    f"{_WORKERS}={value} is not accepted; expected 1, since SGLang may not load plugins in those "
+                    "processes: run modelquota proxy in front of the server"
+                )
 
 
 def _protect(module: ModuleType) -> None:
