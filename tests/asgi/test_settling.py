@@ -7,7 +7,7 @@ import json
 import pytest
 from asgi_client import CHAT_PROMPT, OPEN, Call, Model, chat, used
 
-from modelquota import ManualClock, QuotaExceededError, ResourceQuotaManager
+from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.asgi import Demand, QuotaMiddleware, RequestRefusedError, Tokens, denial_answer, read_demand
 from modelquota.protocols.durations import duration
 
@@ -84,6 +84,20 @@ def test_a_guess_is_cut_to_the_limits_of_the_tenant_too(manager):
     manager.set_quota("tenant/eve", **REJECT | {"max_tokens_per_hour": 100})
     app = QuotaMiddleware(Model(tokens=5), manager, identity=lambda request: "eve")
     assert call(app, {"model": "m", "messages": chat()["messages"]}).status == 200
+
+
+def test_a_guess_is_cut_to_limits_that_an_id_is_about_to_get(manager):
+    manager.default_quota = {"new*": ResourceQuotaConfig("any", **REJECT | {"max_tokens_per_hour": 100})}
+    app = QuotaMiddleware(Model(tokens=5), manager)
+    assert call(app, {"model": "new-1", "messages": []}).status == 200
+
+
+def test_a_guess_follows_a_change_of_limits_at_once(manager):
+    app = QuotaMiddleware(Model(tokens=5), manager)
+    for limit in (1000, 90, 50, None, 40):
+        manager.remove_quota("m")
+        manager.set_quota("m", **REJECT | {"max_tokens_per_hour": limit})
+        assert call(app, {"model": "m", "messages": []}).status == 200
 
 
 def test_a_shadow_limit_cuts_no_guess(manager):

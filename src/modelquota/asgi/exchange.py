@@ -13,8 +13,9 @@ from modelquota.asgi.refusal import send_answer
 from modelquota.asgi.steps import first_step
 from modelquota.asgi.types import Message, Receive, Scope, Send
 from modelquota.errors import CapacityError, GrantClosedError, ManagerClosedError, QuotaExceededError
-from modelquota.protocols.answer import AnswerReader, settle
+from modelquota.protocols.answer import AnswerReader
 from modelquota.protocols.protocol import Protocol
+from modelquota.protocols.settle import settle
 from modelquota.quota.config import MAX_COUNT
 from modelquota.quota.tokens import Tokens
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from modelquota._core.table.left import read_left
+from modelquota.asgi.ratelimit import most_tokens_at_once
 from modelquota.asgi.request import IncomingRequest
 from modelquota.protocols.request import RequestRefusedError, is_model_id
-from modelquota.quota.config import MAX_MODEL_ID_BYTES
+from modelquota.quota.config import MAX_MODEL_ID_BYTES, ResourceQuotaConfig
 from modelquota.quota.patterns import QuotaTemplates
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ Identity: TypeAlias = Callable[[IncomingRequest], str | Sequence[str] | Awaitabl
 MOST_IDS: Final = 15
 """Most ids that decide together."""
 
+_MOST_KEPT: Final = 4096
+_UNKNOWN: Final = object()
 METER: Final = "#"
 """What separates the name of a meter from its model's."""
 
@@ -61,6 +64,7 @@ class DecidingIds:
         self._unknown_model = unknown_model
         self._default_model = default_model
         self._templates: QuotaTemplates | None = None
+        self._most_by_limits: dict[bytes | None, Any] = {}
 
     def of_model(self, name: str | None) -> str | None:
         """Return the id that decides for a model; None if none does. RequestRefusedError if it is to be refused."""
@@ -100,18 +104,38 @@ class DecidingIds:
             if one == "":
                 raise RequestRefusedError(401, "the request does not say who makes it", "invalid_identity")
             if not isinstance(one, str) or METER in one or not is_model_id(namespace + one):
-                raise RequestRefusedError(400, "what the request says about who makes it is no id", "invalid_identity")
+                raise RequestRefusedError(400, "what says who makes the request is not an id", "invalid_identity")
             if namespace + one not in ids:
                 ids.append(namespace + one)
         return tuple(ids)
 
+    def most_tokens(self, ids: str | tuple[str, ...]) -> int | None:
+        """Return the most tokens of one request that all of the ids ever admit; None if none of them has a limit."""
+        most: int | None = None
+        for one in (ids,) if isinstance(ids, str) else ids:
+            read = read_left(self._manager, one)
+            limits = None if read is None else read[0]
+            bound = self._most_by_limits.get(limits, _UNKNOWN)
+            if bound is _UNKNOWN:
+                quota = self._template_of(one) if limits is None else self._manager.get_quota(one)
+                bound = None if quota is None else most_tokens_at_once(quota)
+                if limits is not None:
+                    if len(self._most_by_limits) >= _MOST_KEPT:
+                        self._most_by_limits.clear()
+                    self._most_by_limits[limits] = bound
+            if bound is not None and (most is None or bound < most):
+                most = bound
+        return most
+
     def _has_quota(self, name: str) -> bool:
-        if read_left(self._manager, name) is not None:
-            return True
+        return read_left(self._manager, name) is not None or self._template_of(name) is not None
+
+    def _template_of(self, name: str) -> ResourceQuotaConfig | None:
+        """The quota that an id gets when it is first seen; None if it gets none."""
         source = self._manager.default_quota
         if source is None:
-            return False
+            return None
         if self._templates is None or self._templates.source is not source:
             self._templates = QuotaTemplates(source)
             self._templates.source = source
-        return self._templates.template_of(name) is not None
+        return self._templates.template_of(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -13,7 +12,7 @@ from modelquota.asgi.body import BodyReader, BodyRefusedError
 from modelquota.asgi.charge import Charge, ChargeTable
 from modelquota.asgi.exchange import Exchange, close_unanswered
 from modelquota.asgi.ids import DecidingIds, Identity
-from modelquota.asgi.ratelimit import HeaderStyle, LimitHeaders, most_tokens_at_once
+from modelquota.asgi.ratelimit import HeaderStyle, LimitHeaders
 from modelquota.asgi.refusal import Refuser, send_answer
 from modelquota.asgi.request import Demand, IncomingRequest
 from modelquota.asgi.routes import ReadDemand, RouteEntry, Routes, route_table
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager
 
 _NOTHING: Final[Mapping[str, str]] = {}
-_CAP_SECONDS: Final = 1.0
-_MOST_CAPS: Final = 4096
 
 
 class QuotaMiddleware:
@@ -51,8 +48,8 @@ class QuotaMiddleware:
         The manager that decides.
     routes : str, mapping, or several of both, optional
         Which requests are counted: names of tables (``"openai"``, ``"anthropic"``, ``"azure"``, ``"gemini"``,
-        ``"vllm"``, ``"sglang"``, ``"ollama"``), and mappings from paths below the mount point, in which ``{model}`` may
-        stand for the model, to a callable that returns the `Demand` of an `IncomingRequest`, or None to let it pass; it
+        ``"vllm"``, ``"sglang"``, ``"ollama"``), and mappings from paths below the mount point, in which ``{model}`` can
+        represent the model, to a callable that returns the `Demand` of an `IncomingRequest`, or None to let it pass; it
         may be a coroutine function, and may raise `RequestRefusedError`. By default all tables.
     unrouted : "pass", "refuse" or callable
         What to do with a POST that no route covers: pass it on, and count and log that; answer 404; or read it as a
@@ -167,7 +164,6 @@ class QuotaMiddleware:
         self._unrouted = RouteEntry(unrouted, TABLES["openai"]) if callable(unrouted) else None
         self._refuses_unrouted = unrouted == "refuse"
         self._unmetered = unmetered_of(manager)
-        self._caps: dict[str | tuple[str, ...], tuple[float, int | None]] = {}
         self._parser: tuple[int, ThreadPoolExecutor] | None = None
 
     @property
@@ -271,7 +267,7 @@ class QuotaMiddleware:
         else:
             default = entry.default_output_tokens
             default = self.default_output_tokens if default is None else default
-            tokens = reading.estimate(default, self._most_at_once(ids))
+            tokens = reading.estimate(default, self.ids.most_tokens(ids))
         return ids, tenants, tokens, prompt_tokens, outputs, 0, 0, None, priority
 
     async def _asked(self, entry: RouteEntry, request: IncomingRequest, small: bool) -> _Asked | None:
@@ -318,20 +314,6 @@ class QuotaMiddleware:
             if entry is None:
                 return Reading(None, 0)  # the route may not need JSON
             raise
-
-    def _most_at_once(self, ids: str | tuple[str, ...]) -> int | None:
-        """The most tokens that the ids ever admit at once; read again after a second, since limits change."""
-        now = time.monotonic()
-        known = self._caps.get(ids)
-        if known is not None and known[0] > now:
-            return known[1]
-        quotas = [self.manager.get_quota(one) for one in ((ids,) if isinstance(ids, str) else ids)]
-        most = [found for quota in quotas if quota is not None and (found := most_tokens_at_once(quota)) is not None]
-        cap = min(most) if most else None
-        if len(self._caps) >= _MOST_CAPS:
-            self._caps.clear()
-        self._caps[ids] = (now + _CAP_SECONDS, cap)
-        return cap
 
 
 _Asked = tuple[str | tuple[str, ...], tuple[str, ...], int, int, int, int, int, float | None, int]

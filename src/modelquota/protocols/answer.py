@@ -6,7 +6,6 @@ import functools
 import json
 from collections.abc import Callable
 from typing import Any, Final
-from typing import Protocol as Interface
 
 from modelquota._log import log
 from modelquota.protocols.content import text_of
@@ -24,18 +23,6 @@ _DECODER: Final = json.JSONDecoder()
 _EVENTS, _LINES, _JSON, _OTHER = range(4)
 _BLANK_LINES: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _LINE_TYPES: Final = (b"application/x-ndjson", b"application/ndjson", b"application/jsonlines", b"application/jsonl")
-
-
-class SettlesTokens(Interface):
-    """What `settle` needs of a grant."""
-
-    def settle(self, actual_tokens: int, /) -> None:
-        """See `Grant.settle`."""
-
-
-def settle(grant: SettlesTokens, tokens: Tokens) -> None:
-    """Settle a grant by kinds of tokens: the one place that knows what `Grant.settle` takes."""
-    grant.settle(tokens.total)  # becomes grant.settle(tokens) once the core takes kinds of tokens
 
 
 class AnswerReader:

@@ -27,8 +27,6 @@ _MOST_PART_HEAD: Final = 4096
 _NAME: Final = re.compile(rb'name="((?:[^"\\]|\\.)*)"')
 _BOUNDARY: Final = re.compile(r'boundary=(?:"([^"]{1,200})"|([^\s;"]{1,200}))', re.IGNORECASE)
 
-BodyError = RequestRefusedError
-
 
 def parse_body(data: bytes, content_type: str = "", content_encoding: str = "", most: int = 1 << 25) -> dict[str, Any]:
     """Return the body of a request as an object: JSON, or the fields of a form, whose files are `MEDIA`.
@@ -239,7 +237,7 @@ class _LargeDecoder(json.JSONDecoder):
         self._count()
         return _PARSE_OBJECT(*args)
 
-    def _parse_list(self, text_and_end: tuple[str, int], scan_once: Any) -> tuple[Any, int]:
+    def _parse_list(self, text_and_end: tuple[str, int], *args: Any) -> tuple[Any, int]:
         self._count()
         text, at = text_and_end
         found: list[Any] = []
@@ -251,10 +249,10 @@ class _LargeDecoder(json.JSONDecoder):
             found += _DECODER.decode(f"[{text[at:last]}]")
             at = last + 1
         if not found:
-            return cast("tuple[Any, int]", _PARSE_LIST((text, at), scan_once))
+            return cast("tuple[Any, int]", _PARSE_LIST((text, at), *args))
         if text[at : at + 64].lstrip(" \t\n\r")[:1] == "]":  # after a comma
             raise json.JSONDecodeError("Expecting value", text, at)
-        more, at = _PARSE_LIST((text, at), scan_once)
+        more, at = _PARSE_LIST((text, at), *args)
         return found + more, at
 
 
