@@ -202,10 +202,16 @@ def test_what_cannot_be_counted_is_sent_and_told_once(library, manager, provider
             client.post("/v1/chat/completions", json={"messages": []}, headers={"x": "y"})
     assert len(provider.requests) == 2
     assert [record.getMessage() for record in caplog.records if record.name == "modelquota"] == [
-        "requests to /v1/chat/completions are sent without being counted: it names no model, and there is no "
-        "default_model"
+        "POST /v1/chat/completions is passed on without being counted: it names no model, and there is no default_model"
     ]
     assert used(manager) == (0, 0, 0)
+
+
+def test_a_pause_without_a_quota_has_an_end_too(library, provider, address):
+    provider.script = [(429, {"retry-after": "61"}, {})]
+    with ResourceQuotaManager() as manager, client_of(library, manager, address) as client:
+        assert [client.post("/v1/chat/completions", json=CHAT).status_code for _ in range(2)] == [429, 429]
+    assert len(provider.requests) == 1
 
 
 def test_a_body_that_is_made_while_it_is_sent(library, manager, provider, address):
@@ -281,7 +287,7 @@ class TestAfter429:
         with client_of(library, manager, address) as client:
             assert [client.post("/v1/chat/completions", json=CHAT).status_code for _ in range(2)] == [429, 200]
 
-    def test_whoever_was_in_the_queue_when_the_pause_began_waits_as_well(self, library, manager, provider, address):
+    def test_requests_in_the_queue_when_the_pause_began_wait_too(self, library, manager, provider, address):
         manager.set_quota("m", **NO_LIMITS, max_concurrent_requests=1, on_violation="queue")
         self.limited(provider, {"retry-after-ms": "500"})
         with client_of(library, manager, address) as client:

@@ -1,4 +1,4 @@
-"""llama-cpp-python's server with a tiny random model, behind `Quota`: it serves on, whoever leaves when."""
+"""llama-cpp-python's server with a tiny random model, behind `Quota`: it serves on, whichever clients leave."""
 
 import contextlib
 import sys

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -20,8 +18,7 @@ from modelquota.protocols import AnswerReader, Operation, PathTable, RequestRefu
 from modelquota.protocols.protocol import Protocol
 from modelquota.quota.limits import ViolationAction
 from modelquota.quota.tokens import Tokens
-
-logger = logging.getLogger("modelquota")
+from modelquota.reading.unmetered import unmetered_of
 
 Ids: TypeAlias = Callable[[str], str | Sequence[str] | None]
 
@@ -29,6 +26,7 @@ _CHARGES: Final = ChargeTable()
 _TOO_MANY: Final = 429
 _READABLE: Final = ("gzip", "deflate")
 _PIECE: Final = 1 << 16
+_PATIENCE: Final = 60.0  # seconds, for ids that have no quota: as the default of quotas
 
 
 class Need(NamedTuple):
@@ -89,8 +87,7 @@ class Policy:
         self._default_model = default_model
         self._default_output_tokens = default_output_tokens
         self._paths: PathTable[Operation] = PathTable(found, anywhere=found)
-        self._told: set[str] = set()
-        self._lock = threading.Lock()
+        self._unmetered = unmetered_of(manager)
 
     def operation(self, method: str, path: str) -> tuple[Operation, Mapping[str, str]] | None:
         """Return the operation of a request; None if it runs no model."""
@@ -106,11 +103,11 @@ class Policy:
             parsed = parse_body(body, headers.get("content-type", ""), headers.get("content-encoding", ""))
             reading = operation.read(parsed, params)
         except RequestRefusedError as error:  # the server will say so itself
-            self._tell(path, str(error))
+            self._unmetered.count(path, str(error))
             return None
         model = reading.model or self._default_model
         if model is None:
-            self._tell(path, "it names no model, and there is no default_model")
+            self._unmetered.count(path, "it names no model, and there is no default_model")
             return None
         said: Any = model if self._ids is None else self._ids(model)
         if said is None:
@@ -120,23 +117,16 @@ class Policy:
         tokens = reading.estimate(self._default_output_tokens, most)
         return Need(ids, tokens, reading.prompt_tokens, reading.outputs, reading.priority, operation.protocol)
 
-    def _tell(self, path: str, why: str) -> None:
-        with self._lock:
-            new = path not in self._told and len(self._told) < 20
-            if new:
-                self._told.add(path)
-        if new:
-            logger.warning("requests to %s are sent without being counted: %s", path, why)
-
     def patience(self, ids: Sequence[str]) -> float:
         """Return the longest that a request may wait for a pause to end, in seconds, by the actions of its ids."""
-        longest = float("inf") if self.timeout is None else self.timeout
-        for model_id in ids:
-            quota = self.manager.get_quota(model_id)
-            if quota is not None:
-                waits = quota.on_violation is not ViolationAction.REJECT
-                longest = min(longest, quota.grace_period_sec if waits else 0.0)
-        return longest
+        quotas = [self.manager.get_quota(model_id) for model_id in ids]
+        graces = [
+            0.0 if quota.on_violation is ViolationAction.REJECT else quota.grace_period_sec
+            for quota in quotas
+            if quota is not None
+        ]
+        longest = min(graces, default=_PATIENCE)
+        return longest if self.timeout is None else min(longest, self.timeout)
 
     def note_headers(self, need: Need, status: int, headers: Mapping[str, str]) -> None:
         """Learn from the headers of an answer."""

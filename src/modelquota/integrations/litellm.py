@@ -47,7 +47,7 @@ _OPENAI: Protocol = protocol("openai")
 class _Ticket(str):
     """Rides in the metadata of a request, through every copy of it; its grant is released with the last of them.
 
-    A str, so that whoever writes metadata as JSON can; clients cannot make one.
+    A str, so that metadata can be written as JSON; clients cannot make one.
     """
 
     __slots__ = ("_failed", "_grant")
