@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from modelquota.asgi.ratelimit import HeaderStyle, LimitHeaders, most_tokens_at_once
 from modelquota.asgi.refusal import Refuser
 from modelquota.asgi.request import Demand
+from modelquota.asgi.routes import DEFAULT_OUTPUT_TOKENS
 from modelquota.errors import QuotaExceededError
 from modelquota.protocols.body import parse_body
 from modelquota.protocols.paths import PathTable
@@ -28,7 +29,7 @@ def read_demand(
     *,
     content_type: str = "",
     content_encoding: str = "",
-    default_output_tokens: int = 256,
+    default_output_tokens: int = DEFAULT_OUTPUT_TOKENS,
     default_model: str | None = None,
     manager: ResourceQuotaManager | None = None,
 ) -> Demand | None:

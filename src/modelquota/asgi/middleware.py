@@ -15,7 +15,7 @@ from modelquota.asgi.ids import DecidingIds, Identity
 from modelquota.asgi.ratelimit import HeaderStyle, LimitHeaders
 from modelquota.asgi.refusal import Refuser, send_answer
 from modelquota.asgi.request import Demand, IncomingRequest
-from modelquota.asgi.routes import ReadDemand, RouteEntry, Routes, route_table
+from modelquota.asgi.routes import DEFAULT_OUTPUT_TOKENS, ReadDemand, RouteEntry, Routes, route_table
 from modelquota.asgi.types import ASGIApp, Receive, Scope, Send
 from modelquota.protocols.body import LARGE
 from modelquota.protocols.paths import below_root
@@ -115,7 +115,7 @@ class QuotaMiddleware:
         identity_namespace: str = "tenant/",
         page: str | None = None,
         allow_page: Callable[[Scope], bool | Awaitable[bool]] | None = None,
-        default_output_tokens: int = 256,
+        default_output_tokens: int = DEFAULT_OUTPUT_TOKENS,
         max_body_bytes: int = 32 << 20,
         max_inflight_bytes: int = 512 << 20,
         body_timeout: float = 30.0,

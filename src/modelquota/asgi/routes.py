@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from modelquota.asgi.request import Demand, IncomingRequest
 from modelquota.protocols.estimate import estimate_prompt
 from modelquota.protocols.openai import OpenAI
 from modelquota.protocols.paths import PathTable
 from modelquota.protocols.protocol import Operation, Protocol, Reader
+from modelquota.protocols.request import RequestRefusedError
 from modelquota.protocols.tables import TABLES, operations, protocol
 
 if TYPE_CHECKING:
@@ -21,6 +22,33 @@ Route: TypeAlias = Operation | ReadDemand
 
 Routes: TypeAlias = str | Mapping[str, Route] | Sequence[str | Mapping[str, Route]]
 """Names of tables, mappings from paths to routes, or several of both, in which a later one replaces an earlier one."""
+
+
+DEFAULT_OUTPUT_TOKENS: Final = 256
+"""Tokens of an output if the request sets no bound."""
+
+
+class TableRoute(Operation):
+    """A route of a table. It can be called by a route of one's own, which then changes what it returns.
+
+    Examples
+    --------
+    >>> import dataclasses
+    >>> chat = openai_routes()["/v1/chat/completions"]
+    >>> def with_memory(request):
+    ...     return dataclasses.replace(chat(request), ram_needed_mb=500)
+    """
+
+    __slots__ = ()
+
+    def __call__(self, request: IncomingRequest) -> Demand:
+        """Return what a request asks for; raises RequestRefusedError if it is not valid, or names no model."""
+        reading = self.read(request.json(), request.params)
+        if reading.model is None:
+            raise RequestRefusedError(400, "model is missing: name the model", "invalid_value", "model")
+        default = self.default_output_tokens
+        tokens = reading.estimate(DEFAULT_OUTPUT_TOKENS if default is None else default)
+        return Demand(reading.model, tokens, reading.prompt_tokens, priority=reading.priority)
 
 
 class RouteEntry:
@@ -87,7 +115,7 @@ def route_table(routes: Routes | None) -> PathTable[RouteEntry]:
 
 def openai_routes(
     *, prompt_tokens: PromptTokens = estimate_prompt, default_output_tokens: int | None = None
-) -> dict[str, Route]:
+) -> dict[str, TableRoute]:
     """Return the routes of OpenAI's API, with a counter of prompts or a default of one's own.
 
     The estimate is the prompt, and for every output (``n``, ``best_of``, each prompt of a list) the largest of
@@ -105,10 +133,11 @@ def openai_routes(
     >>> [path for path in sorted(openai_routes()) if path.startswith("/v1/c")]
     ['/v1/chat/completions', '/v1/completions']
     """
-    found: dict[str, Route] = {}
+    found: dict[str, TableRoute] = {}
     for path, operation in OpenAI(prompt_tokens).operations().items():
-        operation.default_output_tokens = default_output_tokens
-        found[path] = operation
+        route = TableRoute(operation.protocol, operation.read, free=operation.free)
+        route.default_output_tokens = default_output_tokens
+        found[path] = route
     return found
 
 
