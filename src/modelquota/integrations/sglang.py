@@ -21,6 +21,7 @@ from types import ModuleType
 __all__ = ["attach"]
 
 _WORKERS = "--tokenizer-worker-num"
+_HTTP2 = "--enable-http2"
 _MODULE = "sglang.srt.entrypoints.http_server"
 
 
@@ -47,17 +48,17 @@ def attach() -> None:
 
 
 def _require_one_process() -> None:
-    """Raise if several processes are to serve: they import the server by themselves, perhaps without any plugin."""
+    """Raise if other processes are to serve: they import the server by themselves, perhaps without any plugin."""
+    instead = "SGLang may not load plugins in the processes that serve; run modelquota proxy in front of the server"
     arguments = iter(sys.argv[1:])
     for argument in arguments:
         name, equals, value = argument.partition("=")
+        if name == _HTTP2:  # in some versions
+            raise RuntimeError(f"{_HTTP2} is not accepted: {instead}")
         if name == _WORKERS:
             value = value if equals else next(arguments, "")
             if value.isdigit() and int(value) > 1:
-                raise RuntimeError(
-                    f"{_WORKERS}={value} is not accepted; expected 1, since SGLang may not load plugins in those "
-                    "processes: run modelquota proxy in front of the server"
-                )
+                raise RuntimeError(f"{_WORKERS}={value} is not accepted; expected 1: {instead}")
 
 
 def _protect(module: ModuleType) -> None:
