@@ -181,3 +181,16 @@ def test_gemini(address, settled):
         client.models.generate_content(model="tight", contents="hello", config={"max_output_tokens": 100})
     assert (caught.value.code, caught.value.status) == (400, "INVALID_ARGUMENT")
     client.close()
+
+
+@pytest.mark.filterwarnings("ignore")  # it has many of its own
+def test_litellm(address, settled, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    litellm = pytest.importorskip("litellm", reason="litellm is not installed: pip install '.[real]'")
+    options = {"messages": ASK, "api_base": f"{address}/v1", "api_key": "none", "num_retries": 0}
+    assert litellm.completion("openai/m", **options).choices[0].message.content == TEXT
+    stream = litellm.completion("openai/m", stream=True, **options)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == TEXT
+    settled(2 * USED, 2)
+    with pytest.raises(litellm.BadRequestError):
+        litellm.completion("openai/tight", max_tokens=100, **options)
