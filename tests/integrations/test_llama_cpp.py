@@ -90,12 +90,12 @@ def test_it_serves_on_when_clients_leave_twenty_times(server, when):
     client, manager = server
     for _ in range(20):
         if when == "within the stream":
-            with client.stream("POST", "/v1/completions", json=body(stream=True, max_tokens=400)) as answer:
+            with client.stream("POST", "/v1/completions", json=body(stream=True, max_tokens=200)) as answer:
                 next(answer.iter_lines())
         else:
             timeout = httpx.Timeout(60, read=0.02)
             with contextlib.suppress(httpx.ReadTimeout):
-                client.post("/v1/completions", json=body(max_tokens=400), timeout=timeout)
+                client.post("/v1/completions", json=body(max_tokens=200), timeout=timeout)
     until(lambda: used(manager)[2] == 0)
     answer = client.post("/v1/completions", json=body())
     assert answer.status_code == 200
