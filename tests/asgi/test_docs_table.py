@@ -2,6 +2,7 @@
 
 import re
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from protocol_samples import SAMPLES
@@ -66,3 +67,12 @@ def test_its_cells_are_what_the_samples_show(name):
         assert any(f"`{field}`" in settled for field in sample.answer) or "as `openai`" in settled
     for sample in [sample for sample in SAMPLES if sample.protocol == name and sample.stream]:
         assert streams.startswith("lines" if b"ndjson" in sample.stream_type else "events")
+
+
+def test_readme_says_what_goes_outside_and_what_inside():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (CORS|compression of|authentication, if)[\w ]* \| (.+) \|$", readme, re.MULTILINE))
+    assert len(rows) == 3
+    assert "cannot read a 429" in rows["CORS"]
+    assert "estimate is charged" in rows["compression of"]
+    assert "charged nothing" in rows["authentication, if"]

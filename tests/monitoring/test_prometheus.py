@@ -20,6 +20,7 @@ import modelquota.monitoring.prometheus
 from modelquota import ManualClock, ResourceQuotaManager
 from modelquota.monitoring.metrics import METRICS, OTHERS
 from modelquota.monitoring.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
+from modelquota.reading.unmetered import unmetered_of
 
 
 @pytest.fixture
@@ -278,6 +279,7 @@ def test_the_dashboard_asks_only_for_metrics_that_there_are(manager):
 
 
 def test_the_documentation_names_only_metrics_that_there_are(manager):
+    unmetered_of(manager).count("/generate", "no route covers it")
     exported = {key[0] for key in scrape(registry_of(manager))}
     topic = files("modelquota.docs").joinpath("metrics.md").read_text(encoding="utf-8")
     for text in (topic, modelquota.monitoring.prometheus.__doc__):
