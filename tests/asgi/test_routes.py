@@ -253,3 +253,8 @@ def test_a_route_of_a_table_can_be_changed_by_one_of_ones_own(manager):
     assert call(app, "/chat", {"messages": []}).status == 400
     assert call(app, "/chat", {"model": "m", "messages": []}).status == 200
     assert seen == [(110, 60), (257, 60)]
+    manager.remove_quota("m")
+    manager.set_quota("m", **REJECT | {"max_tokens_per_hour": 50})
+    assert call(app, "/chat", {"model": "m", "messages": []}).status == 200, "its guess is cut too"
+    assert call(app, "/chat", chat(max_tokens=60)).status == 400
+    assert seen[2] == (50, 60)

@@ -233,7 +233,9 @@ def test_a_demand_is_read_without_the_middleware(manager, parsed):
     assert demand == Demand("m", CHAT_PROMPT + 140, CHAT_PROMPT)
     assert read_demand("/v1beta/models/gem:generateContent", {}).model_id == "gem"
     assert read_demand("/v1/messages/count_tokens", {}) is read_demand("/x", {}) is None
-    assert read_demand("/generate", {"text": "x" * 8}, default_model="m", default_output_tokens=9) == Demand("m", 11, 2)
+    assert read_demand("/generate", {"text": "x" * 8}, default_model="m", default_output_tokens=9) == Demand(
+        "m", 11, 2, guessed_tokens=9
+    )
     manager.update_quota("m", max_tokens_per_hour=50)
     assert read_demand("/v1/chat/completions", {"model": "m"}, manager=manager).estimated_tokens == 50
     with pytest.raises(RequestRefusedError, match="model is missing"):

@@ -73,7 +73,8 @@ def read_demand(
     quota = None if manager is None else manager.get_quota(model_id)
     most = None if quota is None else most_tokens_at_once(quota)
     tokens = reading.estimate(default_output_tokens, most)
-    return Demand(model_id, tokens, reading.prompt_tokens, priority=reading.priority)
+    guess = tokens - reading.prompt_tokens if reading.is_guess else 0
+    return Demand(model_id, tokens, reading.prompt_tokens, priority=reading.priority, guessed_tokens=guess)
 
 
 def denial_answer(

@@ -284,10 +284,15 @@ class QuotaMiddleware:
         ids = tuple(dict.fromkeys(tenants + models))
         if not ids:
             return None
+        tokens = demand.estimated_tokens
+        if demand.guessed_tokens:
+            most = self.ids.most_tokens(ids)
+            if most is not None and tokens > most:
+                tokens = max(most, tokens - demand.guessed_tokens)
         return (
             ids[0] if len(ids) == 1 else ids,
             tenants,
-            min(demand.estimated_tokens, MAX_COUNT),
+            min(tokens, MAX_COUNT),
             demand.prompt_tokens,
             1,
             demand.ram_needed_mb,

@@ -32,6 +32,9 @@ class Demand:
         The longest wait in seconds; never longer than ``grace_period_sec`` of the model.
     priority : int
         Higher is served first.
+    guessed_tokens : int
+        The part of the estimate that is a guess, since the request bounds no output: the middleware cuts it to what the
+        smallest limit leaves, so that a guess makes no request impossible.
     """
 
     model_id: str | tuple[str, ...]
@@ -41,6 +44,7 @@ class Demand:
     ssd_needed_mb: int = 0
     timeout: float | None = None
     priority: int = 0
+    guessed_tokens: int = 0
 
     @property
     def model_ids(self) -> tuple[str, ...]:

@@ -48,7 +48,8 @@ class TableRoute(Operation):
             raise RequestRefusedError(400, "model is missing: name the model", "invalid_value", "model")
         default = self.default_output_tokens
         tokens = reading.estimate(DEFAULT_OUTPUT_TOKENS if default is None else default)
-        return Demand(reading.model, tokens, reading.prompt_tokens, priority=reading.priority)
+        guess = tokens - reading.prompt_tokens if reading.is_guess else 0
+        return Demand(reading.model, tokens, reading.prompt_tokens, priority=reading.priority, guessed_tokens=guess)
 
 
 class RouteEntry:
