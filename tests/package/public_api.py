@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,6 +39,7 @@ from modelquota.asgi import (
     Answer,
     Demand,
     IncomingRequest,
+    Quota,
     QuotaMiddleware,
     QuotaPage,
     Reading,
@@ -51,10 +53,14 @@ from modelquota.asgi import (
     read_demand,
     route_for,
 )
+from modelquota.asgi.proxy import ReverseProxy
 from modelquota.asgi.request import ASGIApp, Scope
+from modelquota.asgi.settings import Settings
+from modelquota.client import AsyncQuotaTransport, QuotaTransport
 from modelquota.control.caches import MemoryProbe, ModelRegistry, ReportsMemory, register_models
 from modelquota.control.load import Adjustment, LoadAdjuster, cpu_load
 from modelquota.control.reload import QuotaReloader, Reloaded
+from modelquota.integrations.vllm import EndpointPlugin, engine_load
 from modelquota.monitoring.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
 from modelquota.monitoring.otel import instrument
 from modelquota.monitoring.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
@@ -311,6 +317,17 @@ def follow(manager: ResourceQuotaManager, path: Path) -> dict[str, object]:
         done: Reloaded = reloader.reload()
         print(done.changed, done.missing, done.error, done.changed_patterns, done.missing_patterns)
     return quota_file_schema()
+
+
+def plug_in(app: ASGIApp, manager: ResourceQuotaManager) -> list[object]:
+    settings = Settings.read({"MODELQUOTA_QUOTAS": "quotas.toml"}, page="/quota", state=None)
+    print(settings.quotas, settings.state, settings.http)
+    protected = Quota(ReverseProxy("http://127.0.0.1:8000", read_timeout=60), settings, {"at_limit": "stop"})
+    print(protected.manager, Quota(app), engine_load("http://127.0.0.1:8000/metrics", most_waiting=8)())
+    transport = QuotaTransport(manager, ids=lambda model: ("account", model), timeout=5, tables=["openai"])
+    with httpx.Client(transport=transport) as client:
+        print(client.get("http://127.0.0.1:8000"))
+    return [EndpointPlugin(), httpx.AsyncClient(transport=AsyncQuotaTransport(manager, default_model="m"))]
 
 
 def handle_errors() -> None:

@@ -6,6 +6,7 @@
 from modelquota.asgi.endpoints import denial_answer, read_demand
 from modelquota.asgi.middleware import QuotaMiddleware
 from modelquota.asgi.page import QuotaPage
+from modelquota.asgi.quota import Quota
 from modelquota.asgi.request import Demand, IncomingRequest
 from modelquota.asgi.routes import openai_routes, route_for
 from modelquota.protocols.content import event_tokens
@@ -19,6 +20,7 @@ __all__ = [
     "Answer",
     "Demand",
     "IncomingRequest",
+    "Quota",
     "QuotaMiddleware",
     "QuotaPage",
     "Reading",

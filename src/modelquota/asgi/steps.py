@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Generator, Iterator
 from typing import Any, TypeVar
 
 _T = TypeVar("_T")
@@ -15,11 +15,17 @@ def first_step(awaitable: Awaitable[_T]) -> tuple[_T, None] | tuple[None, Awaita
     The rest may be awaited in another task, unless the coroutine looks at the task that runs it.
     """
     steps: Any = awaitable if hasattr(awaitable, "send") else awaitable.__await__()
+    if not hasattr(steps, "send"):  # a plain iterator, as granian's
+        steps = _generator(steps)
     try:
         pending = steps.send(None)
     except StopIteration as stop:
         return stop.value, None
     return None, _rest(steps, pending)
+
+
+def _generator(steps: Iterator[Any]) -> Generator[Any, Any, Any]:
+    return (yield from steps)
 
 
 @types.coroutine

@@ -176,6 +176,72 @@ def _serve_demo(
             raise unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
 
 
+@app.command("proxy")
+def _proxy(
+    upstream: Annotated[
+        str, typer.Option("--upstream", "-u", metavar="URL", help="The server to pass on to: http://127.0.0.1:8000.")
+    ],
+    quotas: Annotated[
+        Path | None,
+        typer.Option(
+            "--quotas",
+            "-q",
+            metavar="QUOTAS.toml",
+            help="Limits, and settings. By default $MODELQUOTA_QUOTAS.",
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="State file, created if missing. By default in the user's run directory."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 chooses a free one.")] = 8080,
+    page: Annotated[str | None, typer.Option(metavar="PATH", help="Show the live page at this path.")] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="PATH", help="Metrics for Prometheus at this path.")] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that serve, sharing one set of limits.")] = 1,
+    max_connections: Annotated[
+        int, typer.Option(min=1, max=65_535, help="Connections to the server at once, of each process.")
+    ] = 1000,
+    connect_timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="To establish a connection to the server.")
+    ] = 5.0,
+    read_timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="Until its answer begins, and between two pieces of it.")
+    ] = 600.0,
+    access_log: Annotated[bool, typer.Option(help="Log each request.")] = True,
+) -> None:
+    """Put quotas in front of a model server that takes no Python, such as Ollama or llama.cpp's.
+
+    A reverse proxy with the same middleware: it counts requests, makes them wait or denies them, and settles what
+    their answers report. Streams pass as they come. Needs the extra **proxy**.
+
+    **Exit code**: 0 when it was stopped; 2 when an argument or a file cannot be used, or the address is taken.
+    """
+    errors = Console(stderr=True)
+    try:
+        from modelquota.asgi.proxy import ReverseProxy
+        from modelquota.asgi.quota import guard_of
+        from modelquota.asgi.settings import Settings
+        from modelquota.cli.proxy import serve_proxy
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("httpx", "uvicorn"):
+            raise
+        raise unusable(errors, "proxy needs the extra 'proxy': pip install 'modelquota[proxy]'") from None
+    with answering(errors, quotas):
+        proxy = ReverseProxy(
+            upstream, connect_timeout=connect_timeout, read_timeout=read_timeout, max_connections=max_connections
+        )
+        given = {"quotas": quotas, "state": state}
+        texts = {name: None if path is None else str(path) for name, path in given.items()}
+        settings = Settings.read(os.environ, **texts, page=page, metrics=metrics)
+    try:
+        with answering(errors, settings.state):
+            guard_of(settings)
+        serve_proxy(Console(), proxy, settings, host=host, port=port, workers=workers, access_log=access_log)
+    except OSError as error:
+        raise unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
+
+
 @contextmanager
 def _open_manager(path: Path, trust_file: bool) -> Iterator[ResourceQuotaManager]:
     """Open an existing state file: a mistyped path must not create one."""
