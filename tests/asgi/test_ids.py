@@ -63,6 +63,7 @@ def test_what_is_no_id_is_refused_and_touches_nothing(manager, answer, status):
 
 
 def test_fourteen_ids_and_a_model_decide_together(manager):
+    manager.remove_quota("m#usd")
     manager.default_quota = ResourceQuotaConfig("any", **REJECT)
     app = QuotaMiddleware(Model(tokens=5), manager, identity=lambda request: [f"group:{n}" for n in range(14)])
     assert call(app).status == 200
@@ -79,9 +80,9 @@ def test_a_client_never_reaches_another_tenant_or_a_meter_by_a_name(manager, nam
     before = sorted(manager.list_models())
     assert call(app, chat(name), path=path).status == status
     assert sorted(manager.list_models()) == before, "and makes none"
-    for model_id in ("tenant/acme", "m#usd"):
-        assert used(manager, model_id) == (0, 0, 0)
-        assert manager.get_usage(model_id).requests_this_hour == 0
+    assert used(manager, "tenant/acme") == (0, 0, 0)
+    assert manager.get_usage("tenant/acme").requests_this_hour == 0
+    assert manager.get_usage("m#usd").requests_this_hour == (policy == "m"), "only as a meter of its model"
     assert used(manager, "tenant/eve")[0] == (5 if status == 200 else 0), "its own tenant pays"
     assert used(manager)[0] == (5 if policy == "m" else 0)
 
@@ -116,3 +117,11 @@ def test_a_tenant_with_too_many_requests_open_is_told_so_and_not_that_the_model_
     with manager.reserve("m", 0):
         response = call(app)
     assert (response.status, response.error["code"]) == (503, "overloaded")
+
+
+def test_more_ids_and_meters_than_can_decide_are_refused(manager):
+    manager.default_quota = ResourceQuotaConfig("any", **REJECT)
+    app = QuotaMiddleware(Model(tokens=5), manager, identity=lambda request: [f"group:{n}" for n in range(14)])
+    response = call(app)  # the model has a meter
+    assert (response.status, response.error["code"]) == (400, "invalid_identity")
+    assert "more than 15 decide" in response.error["message"]

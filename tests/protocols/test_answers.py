@@ -23,7 +23,7 @@ from protocol_samples import (
     sse,
 )  # fmt: skip
 
-from modelquota.protocols import TABLES, AnswerReader, PathTable, operations, protocol, settle
+from modelquota.protocols import TABLES, AnswerReader, PathTable, operations, protocol
 from modelquota.protocols.answer import MOST_HELD
 from modelquota.protocols.content import tokens_of_event
 from modelquota.quota.tokens import Tokens
@@ -359,13 +359,3 @@ def test_what_is_compressed_is_not_read():
     assert used(OPENAI, JSON_TYPE, chat_answer(), readable=False) is None
     assert used(OPENAI, b"application/problem+json; charset=utf-8", chat_answer()) == Tokens(6, 4, 5)
     assert used(protocol("ollama"), LINES, b'{"response": "word"}') == Tokens(10, 0, 1)
-
-
-def test_a_grant_is_settled_by_the_total():
-    class Grant:
-        def settle(self, tokens):
-            self.settled = tokens
-
-    grant = Grant()
-    settle(grant, Tokens(6, 4, 5))
-    assert grant.settled == 15

@@ -15,8 +15,7 @@ from modelquota.asgi.types import Message, Receive, Scope, Send
 from modelquota.errors import CapacityError, GrantClosedError, ManagerClosedError, QuotaExceededError
 from modelquota.protocols.answer import AnswerReader
 from modelquota.protocols.protocol import Protocol
-from modelquota.protocols.settle import settle
-from modelquota.quota.config import MAX_COUNT
+from modelquota.protocols.request import RequestRefusedError, estimate_of
 from modelquota.quota.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -96,7 +95,9 @@ class Exchange:
         middleware = self._middleware
         try:
             grant, rest = first_step(
-                middleware.manager.acquire_async(ids, tokens, ram_mb, ssd_mb, timeout=timeout, priority=priority)
+                middleware.manager.acquire_async(
+                    ids, estimate_of(prompt_tokens, tokens), ram_mb, ssd_mb, timeout=timeout, priority=priority
+                )
             )
             if rest is not None:
                 grant = await self._wait(rest)
@@ -112,6 +113,10 @@ class Exchange:
             return
         except CapacityError as error:
             await send_answer(middleware.refuser.full_table(error, self._protocol), self._send)
+            return
+        except ValueError as error:  # the ids have more meters than can decide together
+            refused = RequestRefusedError(400, f"the request cannot be decided: {error}", "invalid_identity")
+            await send_answer(middleware.refuser.not_accepted(refused, self._protocol), self._send)
             return
         if grant is None:
             await close_unanswered(self._send)
@@ -272,7 +277,7 @@ class Exchange:
             track=middleware.stops_at_limit,
         )
         if reader.is_stream:
-            self._add(min(self._prompt_tokens, MAX_COUNT // 2))
+            self._add(0)  # from here on only what passes counts, with the prompt
         try:
             ours = middleware.limit_headers.of(self._ids, self._protocol.header_style)
         except ManagerClosedError:
@@ -315,17 +320,17 @@ class Exchange:
             reader = self._reader
             if reader is None:
                 if self._gone:  # at least the prompt was read; what the model wrote was never seen
-                    settle(grant, Tokens(self._prompt_tokens))
+                    grant.settle(Tokens(self._prompt_tokens))
                 return
             charge = self._middleware.charges.of(self._status)
             if charge == "nothing":
                 grant.cancel()
             elif charge == "request":
-                settle(grant, Tokens())
+                grant.settle(Tokens())
             else:
                 tokens = reader.tokens(complete=complete)
                 if tokens is not None:
-                    settle(grant, tokens)
+                    grant.settle(tokens)
         except GrantClosedError:  # the manager's side has closed it in the meantime
             pass
 

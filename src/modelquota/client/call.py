@@ -14,7 +14,15 @@ from modelquota.client.learn import charge_others, read_retry_after
 from modelquota.client.pause import Pauses, pauses_of
 from modelquota.errors import GrantClosedError, QuotaExceededError
 from modelquota.manager import ResourceQuotaManager
-from modelquota.protocols import AnswerReader, Operation, PathTable, RequestRefusedError, operations, parse_body, settle
+from modelquota.protocols import (
+    AnswerReader,
+    Operation,
+    PathTable,
+    RequestRefusedError,
+    estimate_of,
+    operations,
+    parse_body,
+)
 from modelquota.protocols.protocol import Protocol
 from modelquota.quota.limits import ViolationAction
 from modelquota.quota.tokens import Tokens
@@ -54,6 +62,11 @@ class Need(NamedTuple):
     outputs: int
     priority: int
     protocol: Protocol
+
+    @property
+    def estimate(self) -> Tokens:
+        """The estimate by kind."""
+        return estimate_of(self.prompt_tokens, self.tokens)
 
     @property
     def line(self) -> tuple[str, ...]:
@@ -228,7 +241,7 @@ class Counter:
         )
         self._done = False
         if charges_usage and self._reader.is_stream:
-            grant.add(need.prompt_tokens)
+            grant.add(0)  # from here on only what passes counts, with the prompt
 
     def feed(self, piece: bytes) -> None:
         """Read a piece of the body, as it came over the wire."""
@@ -259,11 +272,11 @@ class Counter:
             if charge == "nothing":
                 self._grant.cancel()
             elif charge == "request":
-                settle(self._grant, Tokens())
+                self._grant.settle(Tokens())
             else:
                 tokens = self._reader.tokens(complete=complete)
                 if tokens is not None:
-                    settle(self._grant, tokens)
+                    self._grant.settle(tokens)
         except GrantClosedError:  # the manager was closed in the meantime
             pass
         finally:

@@ -110,7 +110,7 @@ class QuotaTransport(_Transport):  # type: ignore[misc]
             if not wait:
                 try:
                     left = None if policy.timeout is None else max(deadline - time.monotonic(), 0.0)
-                    grant = policy.manager.acquire(need.model_id, need.tokens, timeout=left, priority=need.priority)
+                    grant = policy.manager.acquire(need.model_id, need.estimate, timeout=left, priority=need.priority)
                 except QuotaExceededError as error:
                     raise denied(policy, need, error) from None
                 wait = policy.pauses.left(need.line)
@@ -206,7 +206,7 @@ class AsyncQuotaTransport(_Transport):  # type: ignore[misc]
                 try:
                     left = None if policy.timeout is None else max(deadline - time.monotonic(), 0.0)
                     grant = await policy.manager.acquire_async(
-                        need.model_id, need.tokens, timeout=left, priority=need.priority
+                        need.model_id, need.estimate, timeout=left, priority=need.priority
                     )
                 except QuotaExceededError as error:
                     raise denied(policy, need, error) from None

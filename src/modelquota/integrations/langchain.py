@@ -18,9 +18,8 @@ from uuid import UUID
 
 from modelquota._extras import extra
 from modelquota.client.call import most_at_once
-from modelquota.protocols import settle
 from modelquota.protocols.estimate import estimate_values
-from modelquota.protocols.request import Reading, output_bound
+from modelquota.protocols.request import Reading, estimate_of, output_bound
 from modelquota.quota.tokens import Tokens
 
 with extra("langchain", "langchain_core"):
@@ -39,11 +38,10 @@ _BOUNDS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "max_toke
 class _Run:
     """One call of a model: begun by a callback, given a grant by `acquire`, ended by a callback."""
 
-    __slots__ = ("__weakref__", "ended", "grant", "passed", "prompt_tokens", "tokens")
+    __slots__ = ("__weakref__", "ended", "estimate", "grant", "passed")
 
     def __init__(self, prompt_tokens: int, tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.tokens = tokens
+        self.estimate = estimate_of(prompt_tokens, tokens)
         self.grant: Grant | None = None
         self.passed = 0
         self.ended = False
@@ -97,7 +95,7 @@ class RateLimiter(BaseRateLimiter, BaseCallbackHandler):
         after the wait that the quota allows.
         """
         run = self._next_run()
-        tokens = self._default_output_tokens if run is None else run.tokens
+        tokens = self._default_output_tokens if run is None else run.estimate
         if blocking:
             grant = self._manager.acquire(self._model_id, tokens, timeout=self._timeout, priority=self._priority)
         else:
@@ -113,14 +111,14 @@ class RateLimiter(BaseRateLimiter, BaseCallbackHandler):
         if not blocking:
             return self.acquire(blocking=False)
         run = self._next_run()
-        tokens = self._default_output_tokens if run is None else run.tokens
+        tokens = self._default_output_tokens if run is None else run.estimate
         grant = await self._manager.acquire_async(
             self._model_id, tokens, timeout=self._timeout, priority=self._priority
         )
         self._hold(run, grant)
         return True
 
-    def _try(self, tokens: int) -> Grant | None:
+    def _try(self, tokens: int | Tokens) -> Grant | None:
         from modelquota.errors import QuotaExceededError
 
         try:
@@ -163,8 +161,6 @@ class RateLimiter(BaseRateLimiter, BaseCallbackHandler):
         """Count what passes of a stream, in case that its end is never seen."""
         run = self._runs.get(run_id)
         if run is not None and run.grant is not None and token:
-            if not run.passed:
-                run.grant.add(run.prompt_tokens)
             run.passed += 1
             run.grant.add(1)
 
@@ -185,7 +181,7 @@ class RateLimiter(BaseRateLimiter, BaseCallbackHandler):
             grant = run.grant
         if grant is not None:
             if tokens is not None:
-                settle(grant, tokens)
+                grant.settle(tokens)
             elif failed and not run.passed:
                 grant.settle(0)
             grant.release()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from modelquota._extras import extra
 from modelquota.client.call import most_at_once
 from modelquota.errors import CapacityError, GrantClosedError, QuotaExceededError
-from modelquota.protocols import RequestRefusedError, settle
+from modelquota.protocols import RequestRefusedError, estimate_of
 from modelquota.protocols.protocol import Protocol
 from modelquota.protocols.tables import protocol
 from modelquota.protocols.usage import Report
@@ -83,7 +83,7 @@ class _Ticket(str):
             if cancel:
                 grant.cancel()
             elif tokens is not None:
-                settle(grant, tokens)
+                grant.settle(tokens)
             elif self._failed:
                 grant.settle(0)
         except GrantClosedError:
@@ -147,7 +147,9 @@ class QuotaHandler(CustomLogger):
         guess = int(self._http.get("default_output_tokens", self._default_output_tokens))
         tokens = reading.estimate(guess, most_at_once(guard.manager, ids) if reading.is_guess else None)
         try:
-            grant = await guard.manager.acquire_async(ids, tokens, priority=reading.priority)
+            grant = await guard.manager.acquire_async(
+                ids, estimate_of(reading.prompt_tokens, tokens), priority=reading.priority
+            )
         except QuotaExceededError as error:
             raise _denial(error) from None
         except CapacityError:

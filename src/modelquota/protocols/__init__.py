@@ -5,8 +5,7 @@ middleware, the proxy and the client transport read with the same code.
 
 The map: `protocol` is the interface; `request` what a request says; `body` from bytes to JSON; `estimate` how long a
 prompt is; `usage` what an answer reports; `content` what passed; `answer` reads an answer as it passes; `refusal` what
-a client is told; `settle` gives the tokens to a grant; `paths` finds the operation of a path; `tables` names all
-protocols.
+a client is told; `paths` finds the operation of a path; `tables` names all protocols.
 """
 
 from modelquota.protocols.answer import AnswerReader
@@ -16,8 +15,7 @@ from modelquota.protocols.estimate import estimate_prompt
 from modelquota.protocols.paths import PathTable
 from modelquota.protocols.protocol import Operation, Protocol
 from modelquota.protocols.refusal import Answer, Refusal, RefusalKind
-from modelquota.protocols.request import Reading, RequestRefusedError
-from modelquota.protocols.settle import settle
+from modelquota.protocols.request import Reading, RequestRefusedError, estimate_of
 from modelquota.protocols.tables import TABLES, operations, protocol
 
 __all__ = [
@@ -31,10 +29,10 @@ __all__ = [
     "Refusal",
     "RefusalKind",
     "RequestRefusedError",
+    "estimate_of",
     "estimate_prompt",
     "event_tokens",
     "operations",
     "parse_body",
     "protocol",
-    "settle",
 ]

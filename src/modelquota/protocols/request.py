@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from modelquota.errors import QuotaError
 from modelquota.quota.config import MAX_COUNT, MAX_MODEL_ID_BYTES
+from modelquota.quota.tokens import Tokens
 
 _MOST_DIGITS: Final = 32
 
@@ -149,6 +150,18 @@ def model_name(body: Mapping[str, Any], field: str = "model") -> str | None:
     raise RequestRefusedError(
         400, f"{field} is not a string of 1 to {MAX_MODEL_ID_BYTES} bytes without NUL", "invalid_value", field
     )
+
+
+def estimate_of(prompt_tokens: int, tokens: int) -> Tokens:
+    """Return the estimate of a request of so many tokens by kind: the prompt is input, and the rest is output.
+
+    Examples
+    --------
+    >>> estimate_of(100, 356)
+    Tokens(input=100, cached=0, output=256)
+    """
+    prompt = min(prompt_tokens, tokens)
+    return Tokens(prompt, 0, tokens - prompt)
 
 
 def is_model_id(value: str) -> bool:

@@ -152,7 +152,11 @@ def pattern_of(given: Any) -> str:
         raise TypeError(f"default_quota has the key {given!r}; give a str, such as 'user:*'")
     pattern = str.__str__(given)
     try:
-        if 0 < len(pattern.encode()) <= MAX_MODEL_ID_BYTES and "\0" not in pattern and "*" not in pattern.partition("#")[0][:-1]:
+        if (
+            0 < len(pattern.encode()) <= MAX_MODEL_ID_BYTES
+            and "\0" not in pattern
+            and "*" not in pattern.partition("#")[0][:-1]
+        ):
             return pattern
     except UnicodeEncodeError:  # half of a surrogate pair
         pass
