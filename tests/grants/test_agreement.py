@@ -173,6 +173,23 @@ TestGrantAgreement = GrantAgreement.TestCase
 TestGrantAgreement.settings = settings(stateful_step_count=40, report_multiple_bugs=False)
 
 
+def test_a_burst_is_not_forgiven_while_there_is_no_rate() -> None:
+    """What one request has left of a rate of one in ten seconds is there when the rate comes back."""
+    quota = ResourceQuotaConfig("a", **UNLIMITED | {"max_requests_per_second": 0.1, "on_violation": "reject"})
+    twins = GrantAgreement()
+    twins.begin(10**15, quota, quota.replace(model_id="b"), None)
+    twins.reserve("a", NOW, 0, 0, 0, 1)
+    for rate in (None, 0.1):
+        twins.change_limits("a", {"max_requests_per_second": rate})
+        twins.is_sound()
+        twins.wait(Pause(SECOND_NS // 60 + 1))
+        twins.forgive_burst("a")
+        twins.is_sound()
+    twins.check("a", Arrival(NOW, 0))
+    assert twins.denied is not None
+    twins.teardown()
+
+
 def busy_quotas(model_id: str) -> st.SearchStrategy[ResourceQuotaConfig]:
     """Limits of models that are used all the time: large bursts, so that levels stand high while grants are open."""
     return st.builds(

@@ -76,11 +76,11 @@ def test_a_sum_that_is_wrong_is_found_and_refused(manager, path):
     assert manager.check_quota("m", 5)
     assert verify_file(path) == []
     _, _, cold_rows = manager._arrays()
-    cold_rows["tokens_base"][0, 1] += 1
-    assert any("the tokens of window 1 are not the sum of its slots" in fault for fault in verify_file(path))
-    with pytest.raises(StateFileError, match="damaged: row 0: the tokens of window 1"):
+    cold_rows["tokens_base"][0, 2] += 1
+    assert any("the tokens of window 2 are not the sum of its slots" in fault for fault in verify_file(path))
+    with pytest.raises(StateFileError, match="damaged: row 0: the tokens of window 2"):
         ResourceQuotaManager(path=path)
-    cold_rows["tokens_base"][0, 1] -= 1
+    cold_rows["tokens_base"][0, 2] -= 1
     cold_rows["concurrent"][0] += 1
     assert verify_file(path) == ["row 0: concurrent is 1, but its records add up to 0"]
 

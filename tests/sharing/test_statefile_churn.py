@@ -144,9 +144,9 @@ DAMAGES = {
     "name outside": ("cold", {"name_capacity": 2**15}),
     "unknown action": ("cold", {"action": 9}),
     "negative count": ("cold", {"peak_ram_mb": -5}),
-    "too many slots": ("cold", {"filled": [61, 61, 61]}),
+    "too many slots": ("cold", {"filled": [61] * 5}),
     "no limit": ("cold", {"max_ram_mb": -1}),
-    "wrong sum": ("cold", {"tokens_base": [0, 999, 0]}),
+    "wrong sum": ("cold", {"tokens_base": [0, 0, 999, 0, 0]}),
     "rate of nobody": ("row", {"request_drain": 12345}),
     "time beyond": ("row", {"level_ns": 2**62}),
 }

@@ -262,7 +262,7 @@ def test_a_counter_that_would_overflow_a_sum_is_refused(workshop, field):
     assert dtype.base.itemsize == 8
 
 
-@pytest.mark.parametrize("mask", [1, 1 << 11, 0xFFFF])
+@pytest.mark.parametrize("mask", [1, 1 << 14, 1 << 15, 0xFFFF])
 def test_shadow_limits_that_do_not_exist_are_refused(workshop, mask):
     at = LAYOUT["row"].fields["shadow"][1]
     workshop.write([(REGIONS.rows + at, mask.to_bytes(2, "little"))], [])

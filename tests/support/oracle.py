@@ -67,8 +67,9 @@ class Window:
     any length of requests; the rest is carried into the next one.
     """
 
-    def __init__(self, length_ns: int, carries: bool = True) -> None:
+    def __init__(self, length_ns: int, carries: bool = True, since_ns: int = 0) -> None:
         self.length_ns = length_ns
+        self.since_ns = since_ns  # what was charged before it began to count is not refunded to it
         self.log: list[tuple[int, int]] = []
         self.carries = carries
         self.large = False  # whether anything may have been carried
@@ -106,7 +107,8 @@ class Window:
 
     def refund(self, charged_ns: int, amount: int) -> None:
         """Take back from what was charged then; where that has left the window, this has, too."""
-        self.log.append((slot_of(charged_ns, self.length_ns), -amount))
+        if charged_ns >= self.since_ns:
+            self.log.append((slot_of(charged_ns, self.length_ns), -amount))
 
     def passes_at(self, now_ns: int, cost: int, limit: int) -> int | None:
         """First moment from now at which `cost` fits under `limit` if nothing else is charged; None: never."""
@@ -204,19 +206,24 @@ class Model:
         self.config = config
         self.requests: dict[str, Window] = {}
         self.tokens: dict[str, Window] = {}
-        self.count_windows()
+        self.count_windows(0)
         self.request_level = self.level_type()
         self.token_level = self.level_type()
         self.ram = self.peak_ram = self.ssd = self.peak_ssd = 0
         self.stats = Stats()
 
-    def count_windows(self) -> None:
-        """Begin to count the windows that now have a limit for the first time."""
+    def count_windows(self, now_ns: int) -> None:
+        """Begin to count the windows that now have a limit for the first time.
+
+        If anything was charged before, it may have been at this moment: then nothing of this moment is refunded.
+        """
+        logs = [window.log for windows in (self.requests, self.tokens) for window in windows.values()]
+        since_ns = now_ns + any(amount for log in logs for _, amount in log)
         for name, length_ns in LENGTHS_NS.items():
             limited = [getattr(self.config, f"max_{what}_per_{name}") for what in ("requests", "tokens")]
             if name not in self.requests and (name not in OPTIONAL or limited != [None, None]):
-                self.requests[name] = Window(length_ns)
-                self.tokens[name] = Window(length_ns, carries=length_ns < DAY_NS)
+                self.requests[name] = Window(length_ns, since_ns=since_ns)
+                self.tokens[name] = Window(length_ns, carries=length_ns < DAY_NS, since_ns=since_ns)
 
     def most_used(self, now_ns: int) -> int:
         """Tokens in the longest window that is counted."""
@@ -239,7 +246,7 @@ class Model:
         ):
             level.change_rate(old, cap, new, now_ns, window)
         self.config = config
-        self.count_windows()
+        self.count_windows(now_ns)
 
     def charge(self, now_ns: int, requests: int, tokens: int, *, capped: bool = True) -> None:
         """Add to every window and level, which `capped` keeps below its cap; `pass_time` has been called."""

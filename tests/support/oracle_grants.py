@@ -188,7 +188,7 @@ class GrantModel(Model):
 
     def takes_tokens(self, now_ns: int, tokens: int, enforced: bool) -> bool:
         """Whether an admitted request may have so many more."""
-        of_tokens = {Limit.TOKENS_PER_SECOND, Limit.TOKENS_PER_HOUR, Limit.TOKENS_PER_DAY}
+        of_tokens = {limit for limit in Limit if limit.unit == "tokens"}
         violated = self.violated(now_ns, tokens, 0, 0, enforced and self.config.on_violation != ViolationAction.WARN)
         return not of_tokens & violated.keys()
 

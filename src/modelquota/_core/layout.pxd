@@ -151,7 +151,7 @@ cdef struct ColdRow:
     int64_t request_limit[WINDOWS]      # or UNLIMITED; for SECOND ceil(rate) + burst
     int64_t token_limit[WINDOWS]
     int64_t ring_offset[WINDOWS]        # bytes from this cold row to the ring
-    int64_t since_ns[WINDOWS]           # the model's time from which the window is counted
+    int64_t since_ns[WINDOWS]           # the model's time from which on a charge is certainly counted in the window
     # -- name record: NAME_UNIT bytes * offset into the names; the record stays with the row and only grows
     uint32_t name_offset
     uint16_t name_capacity      # bytes

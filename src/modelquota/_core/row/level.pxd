@@ -218,9 +218,14 @@ cdef inline int64_t level_wait_ns(
 
 
 cdef inline bint empty_burst(Wide* level, int64_t* low, int64_t drain, uint8_t shift) noexcept nogil:
-    """Lower a level to max(rate, 1), at which no burst is in use; returns whether it was higher."""
+    """Lower a level to max(rate, 1), at which no burst is in use; returns whether it was higher.
+
+    Without a rate there is no burst: a level that is dormant stays as it is.
+    """
     cdef wide base = <wide> drain * <wide> NS_PER_SECOND
     cdef wide one = level_cost(1, shift)
+    if shift == NO_RATE:
+        return False
     if base < one:
         base = one
     if load(level) <= base:

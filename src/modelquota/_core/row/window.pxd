@@ -226,10 +226,10 @@ cdef inline void turn_ring(
 
 
 cdef inline void begin_counting(const Row* row, ColdRow* cold, int window) noexcept nogil:
-    """Count a window from now on."""
+    """Count a window from now on: what was charged before, in this nanosecond too, is not refunded to it."""
     cold.requests_base[window] = cold.requests_start[window] = requests_charged(row, cold)
     cold.tokens_base[window] = cold.tokens_start[window] = tokens_charged(row, cold)
-    cold.since_ns[window] = row.level_ns
+    cold.since_ns[window] = row.level_ns + (cold.requests_base[window] | cold.tokens_base[window] != 0)
     cold.filled[window] = 0
     compiler_barrier()
     cold.counted |= <uint8_t> (1 << window)
