@@ -20,7 +20,7 @@ import numpy as np
 import old_state
 import pytest
 from factories import open_quota
-from old_state import BEGIN_NS, LONGEST_ID, MAX_MODELS, ask, live, on_sight
+from old_state import BEGIN_NS, DEAD, LONGEST_ID, MAX_MODELS, ask, live, on_sight
 from samples import SAMPLES, answers_of, multiplied, parts_of, unpack_sample
 from soundness import assert_sound, record_of
 
@@ -239,3 +239,52 @@ def put_history(rows, ledgers, slots, now_ns):
         ledgers[f"{what}s"] = 0
         for minute, tokens in slots.items():
             ledgers[f"{what}s"][:, 1, minute % 60] = tokens if what == "token" else 1
+
+
+@pytest.mark.parametrize("name", ["layout3", "layout4"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_removal_that_was_under_way_is_undone_if_the_model_is_still_there(name, is_there, path):
+    parts = parts_of(name)
+    header, row = parts.header, parts.row_of("idle")
+    retired = [field for field in header.dtype.names if field.startswith("retired_")]
+    before = [header[field][0].tolist() for field in retired]
+    header["leaving_row"], header["registry_lock"] = row, DEAD
+    header["leaving_generation"] = parts.rows["generation"][row] if is_there else 0
+    header["staged_retired"] = [*before[:-1], *before[-1]]
+    header["retired_allowed"] += 1_000
+    header["retired_violations"] += 7
+    migrate_file(parts.write(path))
+    stats = opened(path, ManualClock(answers_of(name)["end_ns"])).get_stats()
+    assert stats.allowed_requests == 4_972 + (0 if is_there else 1_000)
+    assert stats.rate_violations == 947 + (0 if is_there else 7)
+
+
+def test_a_model_that_was_added_and_not_yet_counted(path):
+    parts = parts_of("layout4")
+    parts.header["registry_lock"] = DEAD
+    parts.header["row_count"] -= 1
+    assert migrate_file(parts.write(path)).models == 14
+
+
+def test_enforcement_and_the_counts_of_no_model_stay(path):
+    parts = parts_of("layout4")
+    parts.header["enforcing"], parts.header["unknown_checks"] = 0, 321
+    migrate_file(parts.write(path))
+    manager = opened(path, ManualClock(answers_of("layout4")["end_ns"]))
+    assert not manager.enforcement_enabled
+    assert int(manager._arrays()[0]["unknown_checks"][0]) == 321
+
+
+def test_a_rate_in_another_unit_keeps_what_its_level_holds(path):
+    """Of a file whose rates were encoded otherwise, a level is the same count of tokens, rounded up."""
+    parts = parts_of("layout4")
+    row = parts.row_of("rate since")
+    level = parts.rows["token_level"][row]
+    whole = int(level["high"]) << 64 | int(level["low"])
+    assert parts.rows["token_shift"][row] == 2
+    parts.rows["token_shift"][row] = 9
+    level["low"], level["high"] = (whole << 7) + 1, 0
+    migrate_file(parts.write(path))
+    manager = opened(path, ManualClock(answers_of("layout4")["end_ns"]))
+    now = record_of(manager, "rate since")[0]
+    assert (now["token_shift"], now["token_level"]) == (2, (whole + 1, 0))

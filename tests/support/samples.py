@@ -20,7 +20,8 @@ SAMPLES = ("layout3", "layout3-killed", "layout4", "layout4-killed")
 
 def unpack_sample(name: str, path: Path) -> Path:
     """Write a sample to a path, as a private file; returns the path."""
-    return write_sparsely(path, content_of(name))
+    content = content_of(name)
+    return write_sparsely(path, content, used_pages(name))
 
 
 @functools.cache
@@ -29,14 +30,24 @@ def content_of(name: str) -> bytes:
     return gzip.decompress((DATA / f"{name}.state.gz").read_bytes())
 
 
-def write_sparsely(path: Path, content: bytes | bytearray) -> Path:
+@functools.cache
+def used_pages(name: str) -> list[int]:
+    """The pages of a sample that are not zero."""
+    return pages_of(content_of(name))
+
+
+def pages_of(content: bytes | bytearray) -> list[int]:
+    """The pages that are not zero."""
+    found: list[int] = np.unique(np.flatnonzero(np.frombuffer(content, np.uint8)) // PAGE).tolist()
+    return found
+
+
+def write_sparsely(path: Path, content: bytes | bytearray, pages: list[int] | None = None) -> Path:
     """Write a private file without its pages of zeros, which are nearly all of it; returns the path."""
     path.unlink(missing_ok=True)
     path.touch(0o600)
-    pages = np.frombuffer(content, np.uint8)
-    used = np.unique(np.flatnonzero(pages) // PAGE)
     with open(path, "r+b") as file:
-        for page in used.tolist():
+        for page in pages_of(content) if pages is None else pages:
             file.seek(page * PAGE)
             file.write(content[page * PAGE : (page + 1) * PAGE])
         file.truncate(len(content))
