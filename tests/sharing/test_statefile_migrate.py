@@ -24,7 +24,7 @@ from old_state import BEGIN_NS, DEAD, LONGEST_ID, MAX_MODELS, ask, live, on_sigh
 from samples import SAMPLES, answers_of, multiplied, parts_of, unpack_sample
 from soundness import assert_sound, record_of
 
-from modelquota import ManualClock, ResourceQuotaManager
+from modelquota import CapacityError, ManualClock, ResourceQuotaManager
 from modelquota._core.state.state import CONSTANTS
 from modelquota._core.state.validate import OLDEST_MIGRATED
 from modelquota.statefile.inspect import inspect_file, verify_file
@@ -69,6 +69,8 @@ def test_what_is_read_and_decided_is_what_the_old_version_read_and_decided(name,
     done = migrate_file(unpack_sample(name, path))
     assert (done.models, done.released, done.old_version) == (14, 2, int(name[6]))
     assert verify_file(path) == []
+    # the grant, the request that waited, and the models that were being changed
+    assert inspect_file(path).recoveries == (6 if name.endswith("killed") else 2)
     expected = answers_of(name)
     clock = ManualClock(expected["end_ns"])
     manager = opened(path, clock)
@@ -96,7 +98,6 @@ def test_the_samples_have_been_used(name, path):
     assert manager.get_quota("overdrawn").shadow_limits == (
         () if name == "layout3" else ("tokens_per_hour", "requests_per_day")
     )
-    assert inspect_file(path).recoveries == 2  # the grant and the request that waited
 
 
 @pytest.mark.parametrize("name", ["layout3", "layout4"])
@@ -172,6 +173,8 @@ def test_a_model_registered_on_sight_makes_room_and_one_whose_limits_changed_doe
     manager = opened(path, clock)
     for number in range(MAX_MODELS - 14 + 1):
         manager.set_quota(open_quota(f"new {number}"))
+    with pytest.raises(CapacityError):
+        manager.set_quota(open_quota("one too many"))
     assert "sight/two" in manager.list_models()
     assert "sight/one" not in manager.list_models()
     assert len(manager.list_models()) == MAX_MODELS

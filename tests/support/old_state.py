@@ -238,9 +238,9 @@ def interrupt(manager: Any) -> None:
 
 
 def turn(row: Any, ledger: Any, stage: int) -> None:
-    """Turn the windows 3 hours on, as far as a stage."""
+    """Turn the windows on, as far as a stage: by 20 minutes or, if the window of an hour is done, by 3 hours."""
     now = int(row["slot_end_ns"]) * 3 // 50_000_000 - 1
-    ledger["journal_slot"], ledger["stage"] = now + 3 * 216_000 + 5, stage
+    ledger["journal_slot"], ledger["stage"] = now + (72_000 if stage == 4 else 648_000) + 5, stage
     for what in ("requests", "tokens"):
         charged = ledger[f"journal_{what}"]
         ledger[f"{what}_base"][0] = ledger[f"{what}_start"][0] = charged
