@@ -117,6 +117,10 @@ class _Templates:
     def template_of(self, model_id: str) -> ResourceQuotaConfig | None:
         return self.config
 
+    def meters_of(self, model_id: str) -> tuple[()]:
+        """What else is registered with it: nothing, since every id of the old file is registered by itself."""
+        return ()
+
 
 def _config(name: str, row: Any, ledger: Any, layout: OldLayout) -> ResourceQuotaConfig:
     """Make the quota of a model from its row and ledger; ValueError if there can be none like it."""
