@@ -87,16 +87,18 @@ class Taker:
         self.released += sum(ledgers["concurrent"].tolist()) + sum(ledgers["waiting"].tolist())
 
     def _register(self, name: str, row: Any, ledger: Any) -> None:
+        on_sight = bool(field_of(ledger, "on_sight"))
         try:
-            config = _config(name, row, ledger, self._layout)
+            self._events.config = config = _config(name, row, ledger, self._layout)
+            if on_sight:
+                self._table.codes([name])
+            else:
+                self._table._set_quota(name, config)
         except (ValueError, OverflowError) as error:
             raise StateFileError(self._path, f"the limits of {name!r} are not accepted: {error}") from None
-        if not field_of(ledger, "on_sight"):
-            self._table._set_quota(name, config)
-            return
-        self._events.config = config
-        self._table.codes([name])
-        if _digest(row, ledger) != int(ledger["sight_digest"]):  # its limits were changed later: it is not removed
+        if on_sight and _digest(row, ledger) != int(
+            ledger["sight_digest"]
+        ):  # its limits were changed later: it is not removed
             header, _, cold_rows = self._table._arrays()
             cold_rows["sight_digest"][int(header["row_count"][0]) - 1] ^= 1
 
