@@ -65,6 +65,8 @@ class SourceDistribution(sdist):
             "tests/**/*.py",
             "tests/**/*.c",
             "tests/**/*.pyx",
+            "tests/**/*.json",
+            "tests/**/*.gz",
             "benchmarks/**/*.py",
             "benchmarks/**/*.pyx",
             "benchmarks/**/*.zig",

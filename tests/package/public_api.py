@@ -68,6 +68,7 @@ from modelquota.quota.file import Quotas
 from modelquota.quota.schema import quota_file_schema
 from modelquota.reading.utilization import Utilization, read_utilization
 from modelquota.statefile.inspect import StateFileInfo, inspect_file, verify_file
+from modelquota.statefile.migrate import Migration, migrate_file
 from modelquota.tuning.replay import ReplayReport, replay
 from modelquota.tuning.trace import Trace, read_trace
 
@@ -177,6 +178,8 @@ def share(path: Path) -> list[str]:
         print(kept, usage, view.get_stats().recoveries, view.snapshot(), view.list_models())
     info: StateFileInfo = inspect_file(path)
     print(info.models, info.processes)
+    done: Migration = migrate_file(path, keep=False, trust_file=True)
+    print(done.models, done.old_file)
     return verify_file(path)
 
 
