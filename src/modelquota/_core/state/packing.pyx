@@ -151,7 +151,10 @@ cdef int pack(object config, Limits* limits) except -1:
 
 
 cdef inline object _weight(int64_t millionths):
-    return millionths // MICRO if millionths % MICRO == 0 else millionths / MICRO
+    """A weight as it was given: an int if it is whole. Two statements: of one expression both branches have one C type."""
+    if millionths % MICRO == 0:
+        return millionths // MICRO
+    return <double> millionths / <double> MICRO
 
 
 cdef dict unpack(const Limits* limits):

@@ -163,8 +163,7 @@ cdef class Admission:
         if not interned.meters:
             interned.refresh()      # another process may have registered the first one
         if not add_meters(joint, known, &self.state.shared):
-            raise ValueError(f"model_id names {len(ids)} ids, and with their meters more than {MOST_MODELS} decide; give "
-                             "fewer")
+            raise too_many(ids)
         for i in range(known, joint.count):
             ref = interned.ref_at(joint.members[i].index, joint.members[i].generation)
             if ref is None:
@@ -178,8 +177,7 @@ cdef class Admission:
                     continue
                 for ref in interned.meters.get(model_id, ()):
                     if joint.count == MOST_MODELS:
-                        raise ValueError(f"model_id names {len(ids)} ids, and with their meters more than {MOST_MODELS} "
-                                         "decide; give fewer")
+                        raise too_many(ids)
                     if ref not in refs:
                         refs.append(ref)
                         put_member(joint, ref, self.state.shared.rows)
@@ -267,7 +265,7 @@ cdef class Admission:
         cdef ModelCopy* copies = <ModelCopy*> malloc(MOST_MODELS * sizeof(ModelCopy))
         cdef QueueEntry heads[MOST_MODELS]
         cdef int i
-        cdef int known = 0
+        cdef list names, places
         if copies == NULL:
             raise MemoryError()
         try:
@@ -276,7 +274,6 @@ cdef class Admission:
                 if now_ns >= self.state.shared.fine_until_ns:
                     self.state.look(now_ns)
                 self.members_of(ids, &joint, refs, templates)
-                known = joint.count
                 outcome = copy_rows(&joint, now_ns, copies, heads, &self.state.shared, 0)
                 if outcome == BUSY_ROW:
                     self.state.inside += 1
@@ -287,22 +284,39 @@ cdef class Admission:
                     self.interned.unintern_if_removed(<RowRef> refs[joint.gone])
                 elif outcome == BUSY_ROW:
                     self.state.pause()
-            for _, template in templates:   # as if the id were registered now
-                i = joint.count
+            names = [(<RowRef> ref).model_id for ref in refs]
+            for model_id, template in templates:        # as if the id were registered now
+                if model_id in names:
+                    continue
+                if len(names) == MOST_MODELS:
+                    raise too_many(ids)
                 self.interned.pack_limits(template, &limits)
-                start_copy(&copies[i], &limits, now_ns)
-                joint.members[i].entry = NULL
-                joint.count += 1
+                start_copy(&copies[len(names)], &limits, now_ns)
+                names.append(model_id)
+            places = in_order_of_decision(ids, names)
+            joint.count = len(places)
             for i in range(joint.count):
-                joint.members[i].row = &copies[i].row
-                joint.members[i].cold = &copies[i].cold
+                joint.members[i].row = &copies[<int> places[i]].row
+                joint.members[i].cold = &copies[<int> places[i]].cold
+                joint.members[i].entry = NULL
             peek(&joint, now_ns, request, self.state.shared.header.enforcing, heads, &verdict)
         finally:
             free(copies)
-        if joint.violating == NO_MEMBER:
-            return result_of(&verdict, None)
-        return result_of(&verdict, (<RowRef> refs[joint.violating]).model_id if joint.violating < known
-                         else templates[joint.violating - known][0])
+        return result_of(&verdict, None if joint.violating == NO_MEMBER else names[places[joint.violating]])
+
+
+cdef object too_many(tuple ids):
+    return ValueError(f"model_id names {len(ids)} ids, and with their meters more than {MOST_MODELS} decide; give fewer")
+
+
+cdef list in_order_of_decision(tuple ids, list names):
+    """Indices of `names`, models and meters, in the order of a decision: the ids, then their meters, those of ids
+    without a quota last."""
+    known = [model_id for model_id in ids if model_id in names]
+    places = [names.index(model_id) for model_id in known]
+    for model_id in known + [model_id for model_id in ids if model_id not in names]:
+        places += [i for i, name in enumerate(names) if name not in ids and name.partition("#")[0] == model_id]
+    return places
 
 
 cdef tuple ids_of(object model_id):
