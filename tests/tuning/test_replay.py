@@ -42,7 +42,16 @@ def make_trace(
     index = None if models is None else np.array([names.index(model) for model in models], np.int32)
     context = np.broadcast_to(np.array(tokens, np.int64), times.shape) // 2
     generated = np.broadcast_to(np.array(tokens, np.int64), times.shape) - context
-    return Trace("made", 0, times, context, generated, index, names, **fields)
+    return Trace(
+        path="made",
+        times_ns=times,
+        input_tokens=context,
+        cached_tokens=np.zeros(len(times), np.int64),
+        output_tokens=generated,
+        model_index=index,
+        models=names,
+        **fields,
+    )
 
 
 def peaks(requests: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -68,7 +77,7 @@ def one_by_one(
     for place in range(len(trace)):
         model_id = names[0 if trace.model_index is None else trace.model_index[place]]
         at_ns = int(trace.times_ns[place]) // ratio
-        tokens = int(trace.context_tokens[place] + trace.generated_tokens[place])
+        tokens = int(trace.tokens[place])
         clock.advance_ns(at_ns - clock.now_ns)
         log[model_id].append((at_ns, tokens, manager.check_quota(model_id, tokens)))
     return tuple(_summary(model_id, entries) for model_id, entries in log.items())

@@ -49,7 +49,7 @@ class ModelReplay:
     never : int
         Denied requests that would not fit after any wait: they cost more than the limit itself.
     tokens, tokens_admitted : int
-        Context and generated tokens, of all requests and of those admitted.
+        Tokens of all kinds, of all requests and of those admitted.
     longest_retry_after_ms : int or None
         Longest retry time that was reported to a denied request; None if none was reported.
     median_retry_after_ms : float or None
@@ -132,7 +132,7 @@ def replay(
 ) -> ReplayReport:
     """Check each request of a trace against quotas, at its own time, and report the outcome.
 
-    A request costs its context and generated tokens, and no RAM or SSD. Denied requests are not tried again.
+    A request costs its tokens, of all kinds, and no RAM or SSD. Denied requests are not tried again.
 
     Parameters
     ----------
@@ -171,14 +171,13 @@ def replay(
     rows_of_models = manager.codes(names)
     requests = len(trace)
     times_ns = np.empty(requests, np.int64)
-    tokens = np.empty(requests, np.int64)
+    tokens = trace.tokens
     codes = np.empty(requests, np.uint8)
     retry_after_ms = np.empty(requests, np.int64)
     core_time_ns = 0
     for start in range(0, requests, REQUESTS_PER_CALL):
         part = slice(start, min(start + REQUESTS_PER_CALL, requests))
         times_ns[part] = _divided(trace.times_ns[part], ratio)
-        np.add(trace.context_tokens[part], trace.generated_tokens[part], out=tokens[part])
         index = 0 if trace.model_index is None else trace.model_index[part]
         rows = np.ascontiguousarray(np.broadcast_to(rows_of_models[index], (part.stop - start,)))
         before_ns = perf_counter_ns()
