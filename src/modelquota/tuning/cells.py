@@ -242,10 +242,11 @@ def _days(year: Int64Array, month: Int64Array, day: Int64Array) -> Int64Array | 
             return None
         following = datetime.date(years + months_left // 11, (months_left + 1) % 12 + 1, 1) if years < 9999 else None
         in_month = 31 if following is None else (following - first).days
-        if (
-            not 1 <= int(month[own].min()) <= int(month[own].max()) <= 12
-            or not 1 <= int(day[own].min()) <= int(day[own].max()) <= in_month
-        ):
+        if not _within(month[own], 12) or not _within(day[own], in_month):
             return None
         days[own] = first.toordinal() - _EPOCH_DAY + day[own] - 1
     return days
+
+
+def _within(numbers: Int64Array, most: int) -> bool:
+    return int(numbers.min()) >= 1 and int(numbers.max()) <= most

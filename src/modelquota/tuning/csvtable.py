@@ -5,6 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from modelquota.tuning.cells import (
     MAX_TOKENS,
@@ -80,11 +81,11 @@ class CsvReader:
         if not data.endswith(b"\n"):
             data += b"\n"
         letters: Bytes = np.frombuffer(data, np.uint8)
-        ends = np.flatnonzero((letters == COMMA) | (letters == NEWLINE))
-        rows, more = divmod(len(ends), self._width)
+        places = np.flatnonzero((letters == COMMA) | (letters == NEWLINE))
+        rows, more = divmod(len(places), self._width)
         if more or not rows:
             return False
-        ends = ends.reshape(rows, self._width)
+        ends: npt.NDArray[np.intp] = places.reshape(rows, self._width)
         found = letters[ends]
         if (found[:, -1] != NEWLINE).any() or (found[:, :-1] != COMMA).any():
             return False

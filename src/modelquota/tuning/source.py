@@ -93,7 +93,7 @@ def blocks(path: str | os.PathLike[str], progress: Progress | None = None) -> It
 
 
 def _last_line_end(data: bytes) -> int:
-    """Return where to cut: after the last \\n, or after a \\r if there is no \\n; a \\r at the end may be half of \\r\\n."""
+    """Return where to cut: after the last LF, or after a CR if there is no LF; a CR at the end may be half of CR LF."""
     return data.rfind(b"\n") + 1 or data.rfind(b"\r", 0, -1) + 1
 
 

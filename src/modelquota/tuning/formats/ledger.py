@@ -22,7 +22,7 @@ class Ledger(Format):
 
     def fits(self, names: Collection[str]) -> bool:
         """Whether it begins with the line of a session, or with a request."""
-        return "ledger" in names or super(Ledger, self).fits(names)
+        return "ledger" in names or super().fits(names)
 
     def requests(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Leave out the lines that are about the ledger itself."""
@@ -44,7 +44,7 @@ class Ledger(Format):
             return [record["ids"][-1] for record in records]
         if role == "user":
             return [record["ids"][-2] if len(record["ids"]) > 1 else None for record in records]
-        return super(Ledger, self).values(role, records)
+        return super().values(role, records)
 
 
 LEDGER = Ledger(

@@ -29,13 +29,13 @@ class PrefixBlocks:
 
     def cached(self, lists: Sequence[Sequence[int | str] | None], prompts: Int64Array) -> Int64Array:
         """Return how many tokens of each prompt, in the order of the trace, are in blocks that are known."""
-        lists = [blocks if blocks is not None else () for blocks in lists]
-        if {type(blocks) for blocks in lists} - {list, tuple}:
-            index = next(i for i, blocks in enumerate(lists) if type(blocks) not in (list, tuple))
-            raise BadRow(index, self._column, f"expected a list of block ids, found {shown(lists[index])}")
-        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-        ids = self._dense(lists, int(lengths.sum()))
-        rows = np.repeat(np.arange(len(lists)), lengths)
+        given: list[Sequence[int | str]] = [blocks if blocks is not None else () for blocks in lists]
+        if {type(blocks) for blocks in given} - {list, tuple}:
+            index = next(i for i, blocks in enumerate(given) if type(blocks) not in (list, tuple))
+            raise BadRow(index, self._column, f"expected a list of block ids, found {shown(given[index])}")
+        lengths = np.fromiter(map(len, given), np.int64, len(given))
+        ids = self._dense(given, int(lengths.sum()))
+        rows = np.repeat(np.arange(len(given)), lengths)
         own = rows + (self._rows + 1)
         if len(ids) and int(ids.max()) >= len(self._first_row):
             grown = np.zeros(max(2 * len(self._first_row), int(ids.max()) + 1), np.int64)
@@ -45,7 +45,7 @@ class PrefixBlocks:
         # Of several assignments to one place numpy keeps the last, so in reverse it keeps the first row.
         self._first_row[ids[new][::-1]] = own[new][::-1]
         missed = np.flatnonzero(self._first_row[ids] == own)
-        self._rows += len(lists)
+        self._rows += len(given)
         leading = lengths.copy()
         if len(missed):
             of_row = rows[missed]
