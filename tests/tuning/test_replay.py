@@ -95,8 +95,13 @@ def _summary(model_id: str, entries: list[tuple[int, int, Any]]) -> ModelReplay:
         requests=len(entries),
         admitted=len(admitted),
         warned=sum(bool(result) and result.limit is not None for _, _, result in entries),
-        denied={limit: denied[limit] for limit in Limit if limit is not Limit.QUEUE},
+        denied={limit: denied[limit] for limit in Limit},
         never=waits.count(None),
+        waited=0,
+        timed_out=0,
+        median_wait_ms=None,
+        p99_wait_ms=None,
+        longest_wait_ms=None,
         tokens=sum(tokens for _, tokens, _ in entries),
         tokens_admitted=sum(tokens for _, tokens in admitted),
         longest_retry_after_ms=max(told, default=None),
@@ -347,16 +352,20 @@ def test_report_as_json_has_stable_keys():
     trace = make_trace([0, 0, 5], [10, 10**6, 3], models=["m", "m", "n"], out_of_order=2)
     report = replay(trace, quotas(ResourceQuotaConfig("m"), ResourceQuotaConfig("n")))
     read = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert list(read) == ["trace", "requests", "duration_ns", "speed", "out_of_order", "core_time_ns", "models"]
+    assert list(read) == [
+        "trace", "requests", "duration_ns", "speed", "wait", "out_of_order", "core_time_ns", "most_waiting",
+        "most_open", "models", "users",
+    ]  # fmt: skip
     assert (read["trace"], read["requests"], read["duration_ns"], read["out_of_order"]) == ("made", 3, 5, 2)
     assert list(read["models"][0]) == [
-        "model_id", "requests", "admitted", "warned", "denied", "never", "tokens", "tokens_admitted",
+        "model_id", "requests", "admitted", "warned", "denied", "never", "waited", "timed_out",
+        "median_wait_ms", "p99_wait_ms", "longest_wait_ms", "tokens", "tokens_admitted",
         "longest_retry_after_ms", "median_retry_after_ms", "peak_requests", "peak_tokens", "peak_requests_asked",
         "peak_tokens_asked",
     ]  # fmt: skip
     assert read["models"][0]["denied"] == {
         "ram": 0, "ssd": 0, "concurrency": 0, "requests_per_second": 0, "tokens_per_second": 1, "tokens_per_hour": 0,
-        "requests_per_hour": 0, "tokens_per_day": 0, "requests_per_day": 0,
+        "requests_per_hour": 0, "tokens_per_day": 0, "requests_per_day": 0, "queue": 0,
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ line and column.
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -270,7 +271,7 @@ def _begin(
     line += skipped
     if not text.strip():
         raise _BadLine(1, None, f"the file is empty; expected {_expected('CSV')}")
-    if text.lstrip().startswith(b"["):
+    if re.match(rb"\s*\[\s*(\{|\]|$)", text):
         raise BadRow(skipped, None, "a JSON array; expected one JSON object a line (JSONL)")
     if text.lstrip().startswith(b"{"):
         first = text.split(b"\n", 1)[0]
