@@ -23,7 +23,7 @@ from modelquota.tuning.report import ModelReplay, ReplayReport, part_of
 from modelquota.tuning.simulate import Outcome, Simulation
 from modelquota.tuning.trace import Trace
 
-__all__ = ["ModelReplay", "ReplayReport", "replay"]
+__all__ = ["ModelReplay", "ReplayReport", "replay", "selections", "with_patterns"]
 
 REQUESTS_PER_CALL = 65_536
 MAX_SPEED = 1e18
@@ -82,11 +82,11 @@ def replay(
         trace names no user, or none of its users has a quota.
     """
     ratio = _ratio(speed, trace)
-    templates = QuotaTemplates(quotas.patterns) if isinstance(quotas, Quotas) and quotas.patterns else None
-    names = _models(trace, _with_patterns(quotas, templates, trace.models if model is None else (model,)), model)
-    quotas = _with_patterns(quotas, templates, names)
+    templates = _templates(quotas)
+    names = _models(trace, _add_patterns(quotas, templates, trace.models if model is None else (model,)), model)
+    quotas = _add_patterns(quotas, templates, names)
     users = _user_ids(trace, quotas, templates) if per_user else {}
-    quotas = _with_patterns(quotas, templates, tuple(users.values()))
+    quotas = _add_patterns(quotas, templates, tuple(users.values()))
     manager = ResourceQuotaManager(clock=ManualClock(), max_models=len(names) + len(users))
     for name in (*names, *users.values()):
         manager.set_quota(quotas[name].replace(model_id=name))
@@ -110,11 +110,11 @@ def replay(
         most_open=None if trace.durations_ns is None else outcome.most_open,
         models=tuple(
             part_of(name, times_ns, trace.tokens, outcome, own)
-            for name, own in zip(names, _selections(trace.model_index, len(names)), strict=True)
+            for name, own in zip(names, selections(trace.model_index, len(names)), strict=True)
         ),
         users=tuple(
             part_of(users[index], times_ns, trace.tokens, outcome, own)
-            for index, own in enumerate(_selections(trace.user_index, len(trace.users)))
+            for index, own in enumerate(selections(trace.user_index, len(trace.users)))
             if index in users
         )
         if users
@@ -160,7 +160,7 @@ def _warned(
 ) -> npt.NDArray[np.bool_]:
     """Mark as many admitted requests of each model as were admitted over a limit."""
     over = np.zeros(len(codes), np.bool_)
-    for name, own in zip(names, _selections(trace.model_index, len(names)), strict=True):
+    for name, own in zip(names, selections(trace.model_index, len(names)), strict=True):
         usage, quota = manager.get_usage(name), manager.get_quota(name)
         assert usage is not None
         assert quota is not None
@@ -227,7 +227,16 @@ def _divided(times_ns: Int64Array, ratio: Fraction) -> Int64Array:
     return np.array([time_ns * denominator // numerator for time_ns in times_ns.tolist()], np.int64)
 
 
-def _with_patterns(
+def with_patterns(quotas: Mapping[str, ResourceQuotaConfig], names: Sequence[str]) -> Mapping[str, ResourceQuotaConfig]:
+    """Return quotas, and for the ids that have none those of the patterns of a quota file."""
+    return _add_patterns(quotas, _templates(quotas), names)
+
+
+def _templates(quotas: Mapping[str, ResourceQuotaConfig]) -> QuotaTemplates | None:
+    return QuotaTemplates(quotas.patterns) if isinstance(quotas, Quotas) and quotas.patterns else None
+
+
+def _add_patterns(
     quotas: Mapping[str, ResourceQuotaConfig], templates: QuotaTemplates | None, names: Sequence[str]
 ) -> Mapping[str, ResourceQuotaConfig]:
     """Add quotas from the patterns of a quota file for the ids that have none of their own."""
@@ -286,7 +295,7 @@ def _named(models: Mapping[str, object] | list[str]) -> str:
     return ", ".join(names) + (f" and {more} more" if more else "") if names else "no model at all"
 
 
-def _selections(index: npt.NDArray[np.int32] | None, names: int) -> Sequence[npt.NDArray[np.intp] | slice]:
+def selections(index: npt.NDArray[np.int32] | None, names: int) -> Sequence[npt.NDArray[np.intp] | slice]:
     """Return, for each name, the places of its requests, in order; a request with -1 has no name."""
     if index is None:
         return [slice(None)]

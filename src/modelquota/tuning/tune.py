@@ -1,0 +1,366 @@
+"""From traffic to quotas: what a trace needs, what its quotas should be, and what either would have done with it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.limits import CATALOGUE, Limit
+from modelquota.tuning.advice import (
+    Concurrency,
+    Estimates,
+    LimitAdvice,
+    advise,
+    concurrency,
+    estimates,
+    fields_of,
+    round_up,
+)
+from modelquota.tuning.capacity import Capacity
+from modelquota.tuning.cells import NS_PER_SECOND
+from modelquota.tuning.frontier import Frontier, frontier
+from modelquota.tuning.replay import replay, selections, with_patterns
+from modelquota.tuning.report import ModelReplay
+from modelquota.tuning.trace import Trace
+from modelquota.tuning.users import UserTuning, tune_users
+from modelquota.tuning.windows import WindowUse, window_uses
+
+__all__ = ["ModelTuning", "Scenario", "TuneReport", "tune"]
+
+DEFAULT_MODEL = "default"
+SENSITIVITY = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What some quotas would have done with the trace.
+
+    Attributes
+    ----------
+    name : str
+        ``"current"``, ``"recommended"``, ``"recommended, tried once"``, and the latter with limits a tenth lower
+        (``"limits -10 %"``), a tenth higher, and with more traffic (``"traffic x1.5"``).
+    replay : ModelReplay
+    """
+
+    name: str
+    replay: ModelReplay
+
+    @property
+    def denied_share(self) -> float:
+        """The share of requests that were denied."""
+        return (self.replay.requests - self.replay.admitted) / max(self.replay.requests, 1)
+
+    @property
+    def binding(self) -> Limit | None:
+        """The limit that denied most; None if nothing was denied."""
+        worst = max(self.replay.denied, key=self.replay.denied.__getitem__)
+        return worst if self.replay.denied[worst] else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scenario as plain JSON values."""
+        binding = self.binding
+        return {
+            "name": self.name,
+            "denied_share": self.denied_share,
+            "binding_limit": None if binding is None else binding.name.lower(),
+            "replay": self.replay.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTuning:
+    """What one model's part of a trace needs.
+
+    Attributes
+    ----------
+    model_id : str
+    requests : int
+    uses : tuple of WindowUse
+        Peaks and percentiles of rolling windows.
+    frontiers : tuple of Frontier
+        Of requests and of tokens.
+    limits : tuple of LimitAdvice
+    concurrency : Concurrency or None
+        None if the trace has no durations.
+    estimates : Estimates
+    current, recommended : ResourceQuotaConfig or None
+        `current` is None if no quotas were given.
+    scenarios : tuple of Scenario
+    """
+
+    model_id: str
+    requests: int
+    uses: tuple[WindowUse, ...]
+    frontiers: tuple[Frontier, ...]
+    limits: tuple[LimitAdvice, ...]
+    concurrency: Concurrency | None
+    estimates: Estimates
+    current: ResourceQuotaConfig | None
+    recommended: ResourceQuotaConfig
+    scenarios: tuple[Scenario, ...]
+
+    def scenario(self, name: str) -> Scenario | None:
+        """Return the scenario of a name; None if there is none."""
+        return next((scenario for scenario in self.scenarios if scenario.name == name), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return {
+            "model_id": self.model_id,
+            "requests": self.requests,
+            "windows": [use.to_dict() for use in self.uses],
+            "frontiers": [points.to_dict() for points in self.frontiers],
+            "limits": [item.to_dict() for item in self.limits],
+            "concurrency": None if self.concurrency is None else self.concurrency.to_dict(),
+            "estimates": self.estimates.to_dict(),
+            "current": None if self.current is None else self.current.to_dict(),
+            "recommended": self.recommended.to_dict(),
+            "scenarios": [scenario.to_dict() for scenario in self.scenarios],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TuneReport:
+    """What `tune` returns.
+
+    Attributes
+    ----------
+    trace, format : str
+        The trace's file, and what it was read as.
+    requests : int
+    duration_ns : int
+        From the first request to the last.
+    headroom, target_denied, scale : float
+        As given.
+    models : tuple of ModelTuning
+        In order of first appearance in the trace.
+    users : UserTuning or None
+        None unless asked for.
+    capacity : Capacity or None
+        What the hardware holds, if a benchmark was given.
+    warnings : tuple of str
+    """
+
+    trace: str
+    format: str
+    requests: int
+    duration_ns: int
+    headroom: float
+    target_denied: float
+    scale: float
+    models: tuple[ModelTuning, ...]
+    users: UserTuning | None
+    capacity: Capacity | None
+    warnings: tuple[str, ...]
+
+    @property
+    def quotas(self) -> dict[str, ResourceQuotaConfig]:
+        """The recommended quotas by model."""
+        return {model.model_id: model.recommended for model in self.models}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return values | {
+            "models": [model.to_dict() for model in self.models],
+            "users": None if self.users is None else self.users.to_dict(),
+            "capacity": None if self.capacity is None else self.capacity.to_dict(),
+            "warnings": list(self.warnings),
+        }
+
+
+def tune(
+    trace: Trace,
+    current: Mapping[str, ResourceQuotaConfig] | None = None,
+    *,
+    model: str | None = None,
+    headroom: float = 0.15,
+    target_denied: float = 0.001,
+    scale: float = 1.5,
+    per: str | None = None,
+    capacity: Capacity | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TuneReport:
+    """Recommend quotas for the traffic of a trace.
+
+    The recommended limits, replayed over the trace with every request tried once, deny at most `target_denied` of each
+    model's requests, however the windows lie; with `throttle` and `queue`, most of those wait instead.
+
+    Parameters
+    ----------
+    trace : Trace
+        From `read_trace`; at least one request.
+    current : mapping of str to ResourceQuotaConfig, optional
+        The quotas to compare with, e.g. from `load_quotas`. What the recommendation says nothing about, such as memory
+        and the action, is taken from there.
+    model : str, optional
+        The model's id, for a trace that names none; by default the only one in `current`, or ``"default"``.
+    headroom : float
+        How far above what was needed, 0 .. 10: 0.15 is 15 %.
+    target_denied : float
+        The share of requests that may be denied, 0 .. 0.5.
+    scale : float
+        How many times the traffic the scenario of growth has, above 0 and up to 1,000.
+    per : str, optional
+        ``"user"``, or ``"prefix"``: users grouped by what their name has before the first ``/`` or ``:``.
+    capacity : Capacity, optional
+        From `modelquota.tuning.capacity.read_capacity`.
+    progress : callable, optional
+        Called as `progress(steps_done, total_steps)`.
+
+    Raises
+    ------
+    ValueError
+        A parameter is out of range, or the trace names no users though it is to be tuned per user.
+    """
+    for name, value, most in (("headroom", headroom, 10), ("target_denied", target_denied, 0.5)):
+        if not 0 <= value <= most:
+            raise ValueError(f"{name} is {value}; expected a share from 0 to {most:g}, such as 0.15 or 15%")
+    if not 0 < scale <= 1_000:
+        raise ValueError(f"scale is {scale}; expected above 0 and up to 1000, e.g. 1.5 for half as much again")
+    if not len(trace):
+        raise ValueError("the trace has no requests")
+    quotas = None if current is None else with_patterns(current, trace.models if model is None else (model,))
+    names = trace.models or (_only(model, quotas),)
+    steps = _Steps(len(names) + 6, progress)
+    analyses = []
+    for name, rows in zip(names, selections(trace.model_index, len(names)), strict=True):
+        analyses.append(_analyze(name, trace.select(rows), quotas, headroom, target_denied))
+        steps.done()
+    recommended = {analysis.model_id: analysis.recommended for analysis in analyses}
+    replays = _replays(trace, quotas, recommended, names, scale, steps)
+    users = tune_users(trace, per, headroom=headroom, target_denied=target_denied) if per is not None else None
+    models = tuple(
+        replace(analysis, scenarios=tuple(Scenario(name, found[place]) for name, found in replays.items()))
+        for place, analysis in enumerate(analyses)
+    )
+    return TuneReport(
+        trace=trace.path,
+        format=trace.format,
+        requests=len(trace),
+        duration_ns=trace.duration_ns,
+        headroom=headroom,
+        target_denied=target_denied,
+        scale=scale,
+        models=models,
+        users=users,
+        capacity=capacity,
+        warnings=_warnings(trace, models, capacity),
+    )
+
+
+class _Steps:
+    """Counts the steps that are done."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self._total = total
+        self._done = 0
+        self._progress = progress
+
+    def done(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total)
+
+
+def _only(model: str | None, quotas: Mapping[str, ResourceQuotaConfig] | None) -> str:
+    if model is not None:
+        return model
+    return next(iter(quotas)) if quotas is not None and len(quotas) == 1 else DEFAULT_MODEL
+
+
+def _analyze(
+    name: str,
+    trace: Trace,
+    quotas: Mapping[str, ResourceQuotaConfig] | None,
+    headroom: float,
+    target_denied: float,
+) -> ModelTuning:
+    points = {
+        "requests": frontier(trace.times_ns, None, "requests"),
+        "tokens": frontier(trace.times_ns, trace.tokens, "tokens"),
+    }
+    limits = advise(trace, points, headroom=headroom, target_denied=target_denied)
+    current = None if quotas is None else quotas.get(name)
+    found = concurrency(trace)
+    return ModelTuning(
+        model_id=name,
+        requests=len(trace),
+        uses=tuple(window_uses(trace)),
+        frontiers=tuple(points.values()),
+        limits=limits,
+        concurrency=None if found is None else found[0],
+        estimates=estimates(trace),
+        current=current,
+        recommended=fields_of(limits, current, name),
+        scenarios=(),
+    )
+
+
+def _replays(
+    trace: Trace,
+    quotas: Mapping[str, ResourceQuotaConfig] | None,
+    recommended: dict[str, ResourceQuotaConfig],
+    names: tuple[str, ...],
+    scale: float,
+    steps: _Steps,
+) -> dict[str, tuple[ModelReplay, ...]]:
+    """Replay the trace under each set of quotas; return what became of each model."""
+    only = names[0] if trace.model_index is None else None
+    found: dict[str, tuple[ModelReplay, ...]] = {}
+
+    def run(name: str, limits: Mapping[str, ResourceQuotaConfig], *, wait: bool, speed: Fraction | int = 1) -> None:
+        found[name] = replay(trace, limits, model=only, wait=wait, speed=speed).models
+        steps.done()
+
+    if quotas is not None and all(name in quotas for name in names):
+        run("current", quotas, wait=True)
+    run("recommended", recommended, wait=True)
+    run("recommended, tried once", recommended, wait=False)
+    for sign in (-1, 1):
+        factor = 1 + sign * SENSITIVITY
+        scaled = {name: _scaled(quota, factor) for name, quota in recommended.items()}
+        run(f"limits {100 * sign * SENSITIVITY:+.0f} %", scaled, wait=False)
+    run(f"traffic x{scale:g}", recommended, wait=False, speed=Fraction(str(scale)))
+    return found
+
+
+def _scaled(quota: ResourceQuotaConfig, factor: float) -> ResourceQuotaConfig:
+    """Return the quota with every limit on rates, windows and concurrency scaled."""
+    changes: dict[str, Any] = {}
+    for record in CATALOGUE.values():
+        if record.window is None and record.limit is not Limit.CONCURRENCY:
+            continue
+        value = getattr(quota, record.quota_field)
+        if value is not None:
+            changes[record.quota_field] = value * factor if record.is_rate else round(value * factor)
+        if record.burst_field:
+            changes[record.burst_field] = round(getattr(quota, record.burst_field) * factor)
+    return quota.replace(**changes)
+
+
+def _warnings(trace: Trace, models: tuple[ModelTuning, ...], capacity: Capacity | None) -> tuple[str, ...]:
+    warnings = []
+    unseen = {CATALOGUE[item.limit].window for model in models for item in model.limits if item.extrapolated}
+    for window in sorted((window for window in unseen if window is not None), key=lambda window: window.seconds):
+        warnings.append(
+            f"less than one {window.name} was seen ({trace.duration_ns / NS_PER_SECOND / 3_600:.2g} h): its limits are "
+            "extrapolated"
+        )
+    for model in models:
+        if model.requests < 1_000:
+            warnings.append(f"{model.model_id}: only {model.requests:,} requests; peaks of so few say little")
+        if capacity is not None:
+            for item in model.limits:
+                if item.limit is Limit.TOKENS_PER_SECOND and capacity.tokens_per_second is not None:
+                    rate = item.target or 0
+                    if rate > capacity.tokens_per_second:
+                        warnings.append(
+                            f"{model.model_id}: the recommended {round_up(rate):,g} tokens/s are more than the "
+                            f"{capacity.tokens_per_second:,.4g} that the benchmark held"
+                        )
+    if trace.notes:
+        warnings.extend(trace.notes)
+    return tuple(warnings)
