@@ -149,8 +149,8 @@ def _remarks(model: ModelTuning) -> list[str]:
     ]
     if found.unused_share is not None and found.freed_share is not None:
         lines.append(
-            f"Of what was reserved {found.unused_share:.1%} was not used; with that default {found.freed_share:.1%} of it "
-            "would be free."
+            f"Of what was reserved {found.unused_share:.1%} was not used; with that default {found.freed_share:.1%} "
+            "of it would be free."
         )
     if model.concurrency is not None:
         open_ = model.concurrency

@@ -250,7 +250,8 @@ def _rate(
         need = offered_levels(seconds, before, costs, rate)
         need -= max(rate, 1.0)
         np.maximum(need, in_second - math.ceil(rate), out=need)
-        return max(0, math.ceil(exceeded_by(need, accepted) - 1e-6))
+        # A millionth is above the rounding of the sums, and below one request or token.
+        return max(0, math.ceil(exceeded_by(need, accepted) + 1e-6))
 
     lower = round_up(points.rates[0])
     target = round_up(knee * (1 + headroom))

@@ -7,6 +7,7 @@ Information Theory 37, 1991); one pass over the requests computes it for one rat
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
 from modelquota.tuning.windows import counted_ns, rolling_sums
 
-__all__ = ["Frontier", "frontier", "needed_burst", "offered_levels"]
+__all__ = ["Frontier", "frontier", "offered_levels"]
 
 POINTS = 24
 
@@ -68,20 +69,15 @@ def offered_levels(seconds: FloatArray, before: FloatArray, costs: FloatArray, r
     return levels
 
 
-def needed_burst(levels: float, second: int, rate: float) -> int:
-    """Return the burst of a quota of this rate with which a level and a second are within its two limits.
-
-    Parameters
-    ----------
-    levels : float
-        The level after a request.
-    second : int
-        What the second that ends with a request held, as a quota counts it.
-    rate : float
-        Per second.
-    """
-    # A millionth is far above the rounding of the sums, and far below one request or token.
-    return max(0, math.ceil(levels - max(rate, 1.0) - 1e-6), second - math.ceil(rate))
+def _highest_level(
+    times_ns: Int64Array, seconds: FloatArray, before: FloatArray, costs: FloatArray, rate: float
+) -> Fraction:
+    """Return the highest of the offered levels: found in floating point, and then computed exactly."""
+    excess = before - rate * seconds
+    last = int((excess - np.minimum.accumulate(excess) + costs).argmax())
+    first = int(excess[: last + 1].argmin())
+    arrived = int(before[last]) - int(before[first]) + int(costs[last])
+    return arrived - Fraction(rate) * int(times_ns[last] - times_ns[first]) / NS_PER_SECOND
 
 
 def frontier(times_ns: Int64Array, counts: Int64Array | None, unit: str, points: int = POINTS) -> Frontier:
@@ -92,9 +88,15 @@ def frontier(times_ns: Int64Array, counts: Int64Array | None, unit: str, points:
     second = int(rolling_sums(times_ns, counts, counted_ns(1)).max())
     span = float(seconds[-1] - seconds[0])
     average = float(costs.sum()) / max(span, 1.0)
-    rates = np.unique(np.geomspace(max(average, 1e-3), max(float(second), average, 1e-3), points))
+    spaced = np.geomspace(max(average, 1e-3), max(float(second), average, 1e-3), points)
+    rates = np.unique([float(f"{rate:.6g}") for rate in spaced.tolist()])
     bursts = [
-        needed_burst(float(offered_levels(seconds, before, costs, rate).max()), second, rate) for rate in rates.tolist()
+        max(
+            0,
+            math.ceil(_highest_level(times_ns, seconds, before, costs, rate) - Fraction(max(rate, 1.0))),
+            second - math.ceil(rate),
+        )
+        for rate in rates.tolist()
     ]
     return Frontier(unit, tuple(rates.tolist()), tuple(bursts), _knee(rates, np.array(bursts, np.float64)))
 
