@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from modelquota import ResourceQuotaManager, __version__
-from modelquota.cli import docs, manage, statefile, tune, tuning
+from modelquota.cli import docs, manage, statefile, tune, tuning, usage
 from modelquota.cli.demo import run_demo
 from modelquota.cli.errors import answering, quiet_log, unusable
 from modelquota.quota.file import load_quotas
@@ -137,6 +137,7 @@ def _open_view(path: Path, trust_file: bool) -> QuotaView:
 
 tuning.add_commands(app)
 tune.add_commands(app)
+usage.add_commands(app)
 manage.add_commands(app, _open_manager, _open_view)
 statefile.add_commands(app)
 docs.add_commands(app)
