@@ -23,6 +23,8 @@ import modelquota.monitoring.ledger
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaManager, TraceError
 from modelquota.cli.app import app
 from modelquota.monitoring.ledger import Ledger
+from modelquota.monitoring.ledgerfile import LedgerFile
+from modelquota.monitoring.ledgerline import request_line
 from modelquota.tuning.trace import read_trace
 from modelquota.tuning.usage import KEYS, read_usage
 
@@ -71,9 +73,7 @@ def test_what_a_line_says(path):
     request_id=st.none() | st.text(max_size=5),
 )
 def test_every_line_is_json_of_what_was_given(ids, tokens, priority, request_id):
-    line = modelquota.monitoring.ledger._request(
-        (5, tuple(ids), tokens, tokens, "warned", None, 6, 7, priority, request_id)
-    )
+    line = request_line((5, tuple(ids), tokens, tokens, "warned", None, 6, 7, priority, request_id))
     assert line.endswith("}\n")
     assert line.count("\n") == 1
     read = json.loads(line.encode("utf-8", "backslashreplace"))
@@ -115,8 +115,8 @@ def test_threads_lose_nothing(path):
 
 
 def test_a_slow_disk_loses_what_it_counts(path, monkeypatch):
-    append = Ledger._append
-    monkeypatch.setattr(Ledger, "_append", lambda self, data: (time.sleep(0.02), append(self, data))[1])
+    append = LedgerFile.append
+    monkeypatch.setattr(LedgerFile, "append", lambda self, data: (time.sleep(0.02), append(self, data))[1])
     with Ledger(path, buffer_size=50) as ledger:
         admitted = sum(ledger.record("m", n) for n in range(20_000))
     assert ledger.lost > 0
@@ -161,9 +161,9 @@ print(ledger.written, ledger.lost)
 
 def test_rotation_by_size_and_day(path, monkeypatch):
     now = [NOON_US]
-    monkeypatch.setattr(modelquota.monitoring.ledger, "_now_us", lambda: now[0])
+    monkeypatch.setattr(modelquota.monitoring.ledgerfile, "now_us", lambda: now[0])
     with Ledger(path, max_bytes=2_000) as ledger:
-        ledger._day = NOON_US // 86_400_000_000
+        ledger._file._day = NOON_US // 86_400_000_000
         for n in range(60):
             ledger.record("m", n)
             ledger.flush()
@@ -171,7 +171,7 @@ def test_rotation_by_size_and_day(path, monkeypatch):
         by_size = list(path.parent.glob("usage-20231115T120000.*.jsonl"))
         assert len(by_size) > 3
         assert all(file.stat().st_size < 2_300 for file in by_size)
-        ledger._day = NOON_US // 86_400_000_000
+        ledger._file._day = NOON_US // 86_400_000_000
         now[0] += 86_400_000_000
         ledger.record("m", 60)
         ledger.flush()
@@ -224,6 +224,42 @@ def test_a_forked_child_writes_its_own_requests(path):
     assert sorted((line["ids"][0], line["estimated"]) for line in requests_of(path.parent)) == [
         ("child", 2), ("parent", 1), ("parent", 3),
     ]  # fmt: skip
+
+
+def test_a_program_that_does_not_close_loses_nothing(path):
+    code = f"""
+from modelquota.monitoring.ledger import Ledger
+ledger = Ledger({str(path)!r})
+for n in range(5_000):
+    ledger.record("m", n)
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+    assert [line["estimated"] for line in requests_of(path.parent)] == list(range(5_000))
+    assert lines_of(path.parent)[-1]["written"] == 5_000
+    assert read_usage([path]).killed == 0
+
+
+def test_requests_that_come_while_it_closes_are_written_or_lost(path):
+    for _ in range(2):
+        ledger = Ledger(path, buffer_size=2_000)
+        counts = []
+
+        def run(ledger=ledger, counts=counts):
+            done = 0
+            while not ledger._closing or done % 100:  # and some more after it has begun to close
+                ledger.record("m", done)
+                done += 1
+            counts.append(done)
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.01)
+        ledger.close()
+        for thread in threads:
+            thread.join()
+        assert ledger.written + ledger.lost == sum(counts)
+    assert read_usage([path]).killed == 0
 
 
 @pytest.mark.parametrize("cut", [1, 7, 60])

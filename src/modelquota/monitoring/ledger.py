@@ -17,11 +17,9 @@ waits for a disk. What does not fit is counted as lost, and the ledger says how 
 `modelquota usage` sums ledgers, and `modelquota replay` and `tune` read them as traces.
 """
 
+import atexit
 import contextlib
-import fcntl
-import json
 import logging
-import operator
 import os
 import threading
 import time
@@ -33,21 +31,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from modelquota.errors import QuotaExceededError
+from modelquota.monitoring.ledgerfile import LEDGER_VERSION, LedgerFile, line_of, now_us
+from modelquota.monitoring.ledgerline import request_line
 
 if TYPE_CHECKING:
     from modelquota._core.table.grant import Grant
     from modelquota.manager import ResourceQuotaManager
 
-__all__ = ["ADMITTED", "DENIED", "Ledger"]
+__all__ = ["ADMITTED", "DENIED", "WARNED", "Ledger"]
 
 ADMITTED = "admitted"
 DENIED = "denied"
 WARNED = "warned"
 
-LEDGER_VERSION = 1
 FLUSH_SECONDS = 0.1
 LINES_PER_WRITE = 2_000
-US_PER_DAY = 86_400_000_000
 # Above a tenth of the buffer the writer is woken before its time.
 WAKE_SHARE = 10
 
@@ -119,7 +117,7 @@ class Ledger:
         self._max_bytes = max_bytes
         self._daily = daily
         self._buffer: deque[tuple[Any, ...]] = deque()
-        self._file = -1
+        self._losing = threading.Lock()
         self._begin()
         _LEDGERS.add(self)
 
@@ -130,8 +128,9 @@ class Ledger:
         self._closing = False
         self._wake = threading.Event()
         self._writing = threading.Lock()
-        self._open()
-        self._append(_line({"ledger": LEDGER_VERSION, "started_us": _now_us(), "pid": self._pid}))
+        self._losing = threading.Lock()
+        self._file: LedgerFile | None = LedgerFile(self.path, self._max_bytes, self._daily)
+        self._file.append(line_of({"ledger": LEDGER_VERSION, "started_us": now_us(), "pid": self._pid}))
         self._thread = threading.Thread(target=self._run, name="modelquota-ledger", daemon=True)
         self._thread.start()
 
@@ -181,7 +180,7 @@ class Ledger:
         """
         buffer = self._buffer
         if len(buffer) >= self._buffer_size or self._closing:
-            self.lost += 1
+            self._lose(1)
             return False
         if time_us is None:
             time_us = time.time_ns() // 1_000 - waited_us - (duration_us or 0)
@@ -190,7 +189,13 @@ class Ledger:
         buffer.append((time_us, ids, estimated, settled, verdict, limit, waited_us, duration_us, priority, request_id))
         if len(buffer) >= self._wake_at and not self._wake.is_set():
             self._wake.set()
+        if self._closing:  # since the look above: the last drain may have been before
+            self._drain()
         return True
+
+    def _lose(self, count: int) -> None:
+        with self._losing:
+            self.lost += count
 
     @contextmanager
     def acquire(
@@ -284,11 +289,13 @@ class Ledger:
             self._thread.join()
         self._drain()
         with self._writing:
-            ended = {"ended_us": _now_us(), "written": self.written, "lost": self.lost, "pid": self._pid}
+            file, self._file = self._file, None
+            if file is None:
+                return
+            ended = {"ended_us": now_us(), "written": self.written, "lost": self.lost, "pid": self._pid}
             with contextlib.suppress(OSError):
-                self._append(_line(ended))
-            os.close(self._file)
-            self._file = -1
+                file.append(line_of(ended))
+            file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -312,156 +319,37 @@ class Ledger:
     def _drain(self) -> None:
         buffer = self._buffer
         with self._writing:
-            if self._file < 0:
+            file = self._file
+            if file is None:
+                self._lose(len(buffer))
+                buffer.clear()
                 return
             while buffer:
                 records = [buffer.popleft() for _ in range(min(len(buffer), LINES_PER_WRITE))]
                 lines: list[str] = []
                 for record in records:
                     try:
-                        lines.append(_request(record))
+                        lines.append(request_line(record))
                     except Exception as error:  # of whatever was recorded: the others are written
-                        self.lost += 1
+                        self._lose(1)
                         logger.error("the ledger at %s cannot write a request: %s", self.path, error)
-                self._write(lines)
+                self._write(file, lines)
             lost = self.lost - self._lost_reported
             if lost:
                 with contextlib.suppress(OSError):
-                    self._append(_line({"lost": lost, "time_us": _now_us(), "pid": self._pid}))
+                    file.append(line_of({"lost": lost, "time_us": now_us(), "pid": self._pid}))
                     self._lost_reported += lost
 
-    def _write(self, lines: list[str]) -> None:
+    def _write(self, file: LedgerFile, lines: list[str]) -> None:
         """Write the lines of some requests; what the disk refuses is lost, and counted."""
         if not lines:
             return
         try:
-            self._append("".join(lines).encode("utf-8", "backslashreplace"))
+            file.append("".join(lines).encode("utf-8", "backslashreplace"))
             self.written += len(lines)
-        except OSError as error:
-            self.lost += len(lines)
+        except Exception as error:
+            self._lose(len(lines))
             logger.error("the ledger at %s has lost %d requests: %s", self.path, len(lines), error)
-
-    def _append(self, data: bytes) -> None:
-        """Append whole lines, after a look whether another process has put the file away."""
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        try:
-            while not self._is_current():
-                self._open()
-                fcntl.flock(self._file, fcntl.LOCK_EX)
-            if self._is_due():
-                self._put_away()
-                fcntl.flock(self._file, fcntl.LOCK_EX)
-            size = os.fstat(self._file).st_size
-            done = 0
-            try:
-                while done < len(data):
-                    done += os.write(self._file, data[done:])
-            except OSError:
-                os.ftruncate(self._file, size)  # half of the lines would be counted as written and as lost
-                raise
-        finally:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-
-    def _open(self) -> None:
-        """Open the file that is at the path now; a line that a killed process has cut off is ended."""
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        old, self._file = self._file, file
-        if old >= 0:
-            os.close(old)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            status = os.fstat(file)
-            if status.st_size and os.pread(file, 1, status.st_size - 1) != b"\n":
-                os.write(file, b"\n")
-            self._day = (status.st_mtime_ns // 1_000 if status.st_size else _now_us()) // US_PER_DAY
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-    def _is_current(self) -> bool:
-        try:
-            there = os.stat(self.path)
-        except FileNotFoundError:
-            return False
-        mine = os.fstat(self._file)
-        return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
-
-    def _is_due(self) -> bool:
-        size = os.fstat(self._file).st_size
-        if not size:
-            return False
-        return (self._max_bytes is not None and size >= self._max_bytes) or (
-            self._daily and _now_us() // US_PER_DAY != self._day
-        )
-
-    def _put_away(self) -> None:
-        """Rename the file and begin a new one. Requires the file's lock."""
-        stem, ending = os.path.splitext(self.path)
-        now_us = _now_us()
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now_us // 1_000_000))
-        os.rename(self.path, f"{stem}-{stamp}.{now_us % 1_000_000:06}{ending}")
-        self._open()
-        os.write(self._file, _line({"ledger": LEDGER_VERSION, "continued_us": now_us, "pid": self._pid}))
-
-
-_FORM = (
-    '{"time_us": %d, "ids": [%s], "estimated": %s, "settled": %s, "verdict": %s, "limit": %s, "waited_us": %d, '
-    '"duration_us": %s}\n'
-)
-
-
-def _request(record: tuple[Any, ...]) -> str:
-    """The line of a request. Formatted by hand, since `json.dumps` of a dict takes three times as long."""
-    time_us, ids, estimated, settled, verdict, limit, waited_us, duration_us, priority, request_id = record
-    line = _FORM % (
-        time_us,
-        _KNOWN.get(ids) or _names(ids),
-        estimated if type(estimated) is int else _tokens(estimated),
-        settled if type(settled) is int else "null" if settled is None else _tokens(settled),
-        _KNOWN.get(verdict) or _names(verdict),
-        _KNOWN.get(limit) or _names(limit),
-        waited_us,
-        "null" if duration_us is None else int(duration_us),
-    )
-    if not priority and request_id is None:
-        return line
-    more = f', "priority": {int(priority)}' if priority else ""
-    if request_id is not None:
-        more += f', "request_id": {json.dumps(str(request_id))}'
-    return f"{line[:-2]}{more}}}\n"
-
-
-# Ids and limits come again and again: what they are in JSON.
-_KNOWN: dict[Any, str] = {None: "null"}
-_MOST_KNOWN = 4_096
-
-
-def _names(names: str | Sequence[str]) -> str:
-    """Return a string, or several with commas, as JSON."""
-    several = (names,) if isinstance(names, str) else tuple(names)
-    if not several or not all(isinstance(name, str) for name in several):
-        raise TypeError(f"expected a str, or several, found {names!r:.100}")
-    known = ", ".join(json.dumps(name) for name in several)
-    if len(_KNOWN) >= _MOST_KNOWN:
-        _KNOWN.clear()
-        _KNOWN[None] = "null"
-    _KNOWN[names if isinstance(names, str) else several] = known
-    return known
-
-
-def _tokens(tokens: Any) -> str:
-    if hasattr(tokens, "output"):
-        tokens = (tokens.input, tokens.cached, tokens.output)
-    if isinstance(tokens, (tuple, list)):
-        return "[%d, %d, %d]" % tuple(tokens)  # noqa: UP031 - an f-string is slower
-    return str(operator.index(tokens))
-
-
-def _line(values: dict[str, Any]) -> bytes:
-    return json.dumps(values).encode() + b"\n"
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1_000
 
 
 _LEDGERS: "weakref.WeakSet[Ledger]" = weakref.WeakSet()
@@ -472,9 +360,8 @@ def _in_forked_child() -> None:
     for ledger in list(_LEDGERS):
         ledger._buffer = deque()
         ledger.written = ledger.lost = 0
-        file, ledger._file = ledger._file, -1
-        if file >= 0:
-            os.close(file)
+        if ledger._file is not None:
+            ledger._file.close()
         try:
             ledger._begin()
         except (OSError, RuntimeError) as error:
@@ -483,3 +370,10 @@ def _in_forked_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_forked_child)
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Threads end with the interpreter: write what they have not."""
+    for ledger in list(_LEDGERS):
+        ledger.close()
