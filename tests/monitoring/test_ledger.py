@@ -365,6 +365,14 @@ def test_parameters_out_of_range(path, how, says):
         Ledger(path / "no" / "where.jsonl")
 
 
+def test_the_ledger_of_the_environment(path, monkeypatch):
+    monkeypatch.delenv("MODELQUOTA_LEDGER", raising=False)
+    assert Ledger.from_environment() is None
+    monkeypatch.setenv("MODELQUOTA_LEDGER", str(path))
+    with Ledger.from_environment() as ledger:
+        assert ledger.path == str(path)
+
+
 # -- usage
 
 

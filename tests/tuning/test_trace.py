@@ -160,7 +160,7 @@ ROW = "2023-11-16 18:17:03,1,2\n"
         (b"\x1f\x8b\x08\x00", 1, None, "the gzip data ends early"),
         (gzip.compress(HEADER.encode())[:-4] + b"beef", 1, None, "the gzip data is damaged"),
         (b"PAR1", 1, None, "convert it to CSV or JSONL"),
-        ("[" + ROW, 1, None, "a JSON array; expected one JSON object a line"),
+        ('[{"timestamp": 5}]', 1, None, "a JSON array; expected one JSON object a line"),
         (b"PK\x03\x04", 1, None, "save it as CSV"),
         (HEADER + ROW + '2023-11-16 18:17:03,"1,2\n' + ROW, 3, None, "a quotation mark left open"),
         (HEADER + ROW + '2023-11-16 18:17:03,"1"2,2\n' + ROW, 3, None, "not a row of CSV"),

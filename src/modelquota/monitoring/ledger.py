@@ -44,6 +44,7 @@ ADMITTED = "admitted"
 DENIED = "denied"
 WARNED = "warned"
 
+LEDGER_VARIABLE = "MODELQUOTA_LEDGER"
 FLUSH_SECONDS = 0.1
 LINES_PER_WRITE = 2_000
 # Above a tenth of the buffer the writer is woken before its time.
@@ -120,6 +121,12 @@ class Ledger:
         self._losing = threading.Lock()
         self._begin()
         _LEDGERS.add(self)
+
+    @classmethod
+    def from_environment(cls) -> Self | None:
+        """Return the ledger of the environment variable ``MODELQUOTA_LEDGER``, a path; None if it is not set."""
+        path = os.environ.get(LEDGER_VARIABLE)
+        return cls(path) if path else None
 
     def _begin(self) -> None:
         """Open the file and start the thread, in this process."""

@@ -136,7 +136,7 @@ def round_up(value: float, digits: int = 3) -> float:
     Examples
     --------
     >>> round_up(1234567), round_up(7.1396), round_up(42)
-    (1240000, 7.14, 42)
+    (1240000, 7.14, 42.0)
     """
     if value <= 0:
         return 0

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from modelquota.errors import TraceError
 from modelquota.tuning.cells import MISSING, NS_PER_SECOND, UNITS_NS, BadRow, Int64Array
 from modelquota.tuning.csvtable import CsvReader, OpenQuote, decoded, header_cells
-from modelquota.tuning.formats import FORMATS, ROLES, Format
+from modelquota.tuning.detect import BadLine, Choice, expected_columns, table_for
+from modelquota.tuning.formats import FORMATS, ROLES
 from modelquota.tuning.jsonlines import JsonReader, parse_record
 from modelquota.tuning.source import Progress, blocks, name_of
 from modelquota.tuning.table import Table
@@ -26,7 +27,6 @@ from modelquota.tuning.table import Table
 __all__ = ["Trace", "read_trace"]
 
 Index32Array = npt.NDArray[np.int32]
-NAMED_IN_ERROR = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -187,11 +187,11 @@ def read_trace(
     for role in columns or ():
         _require("column", role, ROLES)
     name = name_of(path)
-    choice = _Choice(None if format is None else FORMATS[format], time_unit, dict(columns or {}))
+    choice = Choice(None if format is None else FORMATS[format], time_unit, dict(columns or {}))
     try:
         table, ignored = _read(name, blocks(path, progress), choice)
         notes = _finish(table)
-    except _BadLine as bad:
+    except BadLine as bad:
         raise TraceError(bad.message, path=name, line=bad.line, column=bad.column) from None
     return _trace(name, table, ignored, notes)
 
@@ -203,26 +203,7 @@ def _require(what: str, given: str | None, known: Mapping[str, object] | Sequenc
         raise ValueError(f"{what} is {given!r}; expected one of {', '.join(known)}{hint}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """What the caller has said about the file."""
-
-    format: Format | None
-    time_unit: str | None
-    columns: dict[str, str]
-
-
-class _BadLine(Exception):
-    """A line of the file is not as expected."""
-
-    def __init__(self, line: int, column: str | None, message: str) -> None:
-        super().__init__(message)
-        self.line = line
-        self.column = column
-        self.message = message
-
-
-def _read(name: str, data: Iterator[bytes], choice: _Choice) -> tuple[Table, tuple[str, ...]]:
+def _read(name: str, data: Iterator[bytes], choice: Choice) -> tuple[Table, tuple[str, ...]]:
     """Read all blocks; return the table and the columns that are not in it."""
     line = 1
     reader: CsvReader | JsonReader | None = None
@@ -248,13 +229,13 @@ def _read(name: str, data: Iterator[bytes], choice: _Choice) -> tuple[Table, tup
             pending = whole + (block or b"")
             continue
         except BadRow as bad:
-            raise _BadLine(line + bad.index, bad.column, bad.message) from None
+            raise BadLine(line + bad.index, bad.column, bad.message) from None
         if block is None:
             break
     if table is None:
-        raise _BadLine(1, None, f"the file is empty; expected {_expected('CSV')}")
+        raise BadLine(1, None, f"the file is empty; expected {expected_columns('CSV')}")
     if not table.rows:
-        raise _BadLine(line, None, "no requests" + (" below its header" if isinstance(reader, CsvReader) else ""))
+        raise BadLine(line, None, "no requests" + (" below its header" if isinstance(reader, CsvReader) else ""))
     return table, ignored
 
 
@@ -262,15 +243,13 @@ def _line_ends(data: bytes) -> int:
     return data.count(b"\n") + (data.count(b"\r") - data.count(b"\r\n") if b"\r" in data else 0)
 
 
-def _begin(
-    data: bytes, line: int, choice: _Choice
-) -> tuple[bytes, int, CsvReader | JsonReader, Table, tuple[str, ...]]:
+def _begin(data: bytes, line: int, choice: Choice) -> tuple[bytes, int, CsvReader | JsonReader, Table, tuple[str, ...]]:
     """Recognize the format by the first line that is not blank; return what is to be read, from which line."""
     text = data.lstrip(b"\r\n")
     skipped = _line_ends(data[: len(data) - len(text)])
     line += skipped
     if not text.strip():
-        raise _BadLine(1, None, f"the file is empty; expected {_expected('CSV')}")
+        raise BadLine(1, None, f"the file is empty; expected {expected_columns('CSV')}")
     if re.match(rb"\s*\[\s*(\{|\]|$)", text):
         raise BadRow(skipped, None, "a JSON array; expected one JSON object a line (JSONL)")
     if text.lstrip().startswith(b"{"):
@@ -278,12 +257,12 @@ def _begin(
         try:
             record = parse_record(0, first)
         except BadRow as bad:
-            raise _BadLine(line, None, bad.message) from None
-        table, ignored = _table("JSONL", list(record), line, choice)
+            raise BadLine(line, None, bad.message) from None
+        table, ignored = table_for("JSONL", list(record), line, choice)
         return text, line, JsonReader(table), table, ignored
     head, fault = decoded(text[: max(text.find(b"\n"), text.find(b"\r")) + 1] or text)
     if fault is not None:
-        raise _BadLine(line, None, fault)
+        raise BadLine(line, None, fault)
     first_line = head.splitlines(keepends=True)[0] if head else ""
     size = len(first_line.encode())
     if first_line.endswith("\r") and text[size : size + 1] == b"\n":
@@ -291,98 +270,22 @@ def _begin(
     try:
         header = header_cells(first_line.rstrip("\r\n"))
     except BadRow as bad:
-        raise _BadLine(line, None, bad.message) from None
-    table, ignored = _table("CSV", header, line, choice)
+        raise BadLine(line, None, bad.message) from None
+    table, ignored = table_for("CSV", header, line, choice)
     return text[size:], line + 1, CsvReader(table, header), table, ignored
-
-
-def _table(container: str, names: list[str], line: int, choice: _Choice) -> tuple[Table, tuple[str, ...]]:
-    """Choose the format and the columns of a file that has columns of these names."""
-    lower = [name.lower() for name in names]
-    format = choice.format
-    if format is not None and format.container != container:
-        raise _BadLine(line, None, f"the file is {container}, and {format.title} is not")
-    if format is None:
-        format = _recognized(container, lower, choice)
-    if format is None:
-        if {"time"} < choice.columns.keys() & {"time", "prompt", "output"}:
-            format = Format("custom", container, container, {}, ("time",))
-        else:
-            raise _unknown(container, names, line, choice)
-    chosen = {**format.columns, **choice.columns}
-    found = {}
-    for role, column in chosen.items():
-        if column.lower() in lower:
-            if container == "CSV" and lower.count(column.lower()) > 1:
-                raise _BadLine(line, column, "this column is in the header twice")
-            found[role] = names[lower.index(column.lower())] if container == "CSV" else column
-        elif role in choice.columns or (container == "CSV" and role in format.required):
-            where = "the header" if container == "CSV" else "the first record"
-            raise _BadLine(line, column, f"this column is missing from {where}; it has {_listed(names)}")
-        elif container == "JSONL":
-            found[role] = column  # later records may have it
-    unit = choice.time_unit or ("timestamp" if "time" in choice.columns else format.time_unit)
-    used = {column.lower() for column in (*found.values(), *format.unused)}
-    return Table(format, found, unit), tuple(name for name in names if name.lower() not in used)
-
-
-def _recognized(container: str, lower: list[str], choice: _Choice) -> Format | None:
-    """Return the only format that fits, the one with a mark if others have none; None if none fits."""
-    known = [format for format in FORMATS.values() if format.container == container]
-    fitting = [format for format in known if format.fits(lower)]
-    if not fitting:  # unless every column is said, and none is left to recognize it by
-        fitting = [
-            format
-            for format in known
-            if set(format.required) - choice.columns.keys()
-            and replace(format, columns={**format.columns, **choice.columns}).fits(lower)
-        ]
-    fitting = [format for format in fitting if format.marks] or fitting
-    return fitting[0] if len(fitting) == 1 else None
-
-
-def _unknown(container: str, names: list[str], line: int, choice: _Choice) -> _BadLine:
-    """Say what is missing for the format that is nearest, or what could be read at all."""
-    lower = [name.lower() for name in names]
-    known = [format for format in FORMATS.values() if format.container == container]
-    fitting = [format.name for format in known if format.fits(lower)]
-    if len(fitting) > 1:
-        return _BadLine(line, None, f"the columns fit {' and '.join(fitting)}; say which with --format")
-    nearest = max(known, key=lambda format: sum(c.lower() in lower for c in format.required_columns()))
-    missing = [column for column in nearest.required_columns() if column.lower() not in lower]
-    if len(missing) < len(nearest.required_columns()) and len(missing) == 1:
-        what = "the header" if container == "CSV" else "the first record"
-        return _BadLine(line, missing[0], f"this column is missing from {what}; expected {_expected(container)}")
-    return _BadLine(
-        line,
-        None,
-        f"columns {_listed(names)} are of no known format; expected {_expected(container)}, "
-        "or say with --map which columns are time, prompt and output",
-    )
-
-
-def _expected(container: str) -> str:
-    formats = [format for format in FORMATS.values() if format.container == container]
-    separated = ", separated by commas" if container == "CSV" else ""
-    return " or ".join(f"{','.join(f.required_columns())} ({f.name})" for f in formats) + separated
-
-
-def _listed(names: Sequence[str]) -> str:
-    listed = ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in names[:NAMED_IN_ERROR])
-    return listed + (f" and {len(names) - NAMED_IN_ERROR} more" if len(names) > NAMED_IN_ERROR else "")
 
 
 def _finish(table: Table) -> list[str]:
     whole = table.whole()
     if "time" not in whole:
-        raise _BadLine(1, table.format.columns.get("time"), "this column is missing")
+        raise BadLine(1, table.format.columns.get("time"), "this column is missing")
     try:
         notes = table.format.finish(whole, whole.get("user"))
         missing = np.flatnonzero(whole["time"] == MISSING)
         if len(missing):
             raise BadRow(int(missing[0]), table.columns["time"], "no time, and nothing to compute it from")
     except BadRow as bad:
-        raise _BadLine(table.line_of(bad.index), bad.column, bad.message) from None
+        raise BadLine(table.line_of(bad.index), bad.column, bad.message) from None
     if table.torn:
         notes.append(f"{table.torn:,} lines were cut off when their writer was killed; they are skipped")
     return notes
