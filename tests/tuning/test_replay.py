@@ -16,6 +16,7 @@ from strategies import OPEN
 from traces import AZURE_REQUESTS, AZURE_TRACE, SMALL_REQUESTS, needs_azure_trace, write_small_trace
 
 import modelquota.tuning.replay
+import modelquota.tuning.report
 from modelquota import (
     Limit,
     ManualClock,
@@ -261,7 +262,7 @@ def test_speed_makes_the_same_requests_come_closer():
 def test_peaks_are_those_of_every_second(requests):
     requests.sort()
     times_ns, tokens = (np.array([request[i] for request in requests], np.int64) for i in (0, 1))
-    assert modelquota.tuning.replay._peaks(times_ns, tokens) == peaks(requests)
+    assert modelquota.tuning.report._peaks(times_ns, tokens) == peaks(requests)
 
 
 def test_peak_second_is_half_open():

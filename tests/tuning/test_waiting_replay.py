@@ -213,3 +213,11 @@ def test_nothing_is_missed_between_two_events(data):
     for config in configs.values():
         usage = managers[0].get_usage(config.model_id)
         assert (usage.concurrent_requests, usage.queued_requests) == (0, 0)
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_replay_leaves_the_log_alone(caplog, wait):
+    quota = unlimited(max_requests_per_second=1, burst_requests=0, on_violation="queue", grace_period_sec=1)
+    report = replay(make_trace([0] * 9), {"m": quota}, wait=wait)
+    assert report.admitted < 9
+    assert not caplog.records
