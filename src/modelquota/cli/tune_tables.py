@@ -164,7 +164,7 @@ def _remarks(model: ModelTuning) -> list[str]:
 def _users(users: UserTuning) -> Table:
     more = len(users.uses) - USERS_SHOWN
     first = f"{users.per} ({more:,} more in --json)" if more > 0 else users.per
-    table = _plain_table(first, "requests", "tokens", "requests/min", "tokens/min", "tokens/h")
+    table = _plain_table(first, "requests", "tokens", "requests/min", "tokens/min", "tokens/60 min")
     for use in users.uses[:USERS_SHOWN]:
         table.add_row(
             printable(use.name),

@@ -68,7 +68,7 @@ class Ledger:
     max_bytes : int or None
         The size beyond which the file is renamed to ``usage-20261128T212351.123456.jsonl``, with the time, and a new
         one begun; None: never. It is also renamed when a day, in UTC, has ended.
-    daily : bool
+    by_day : bool
         Whether it is.
 
     Attributes
@@ -104,7 +104,7 @@ class Ledger:
         *,
         buffer_size: int = 65_536,
         max_bytes: int | None = 256 << 20,
-        daily: bool = True,
+        by_day: bool = True,
     ) -> None:
         if buffer_size < 1:
             raise ValueError(f"buffer_size is {buffer_size}; give the requests that may wait to be written, 1 or more")
@@ -116,7 +116,7 @@ class Ledger:
         self._buffer_size = buffer_size
         self._wake_at = max(buffer_size // WAKE_SHARE, 1)
         self._max_bytes = max_bytes
-        self._daily = daily
+        self._by_day = by_day
         self._buffer: deque[tuple[Any, ...]] = deque()
         self._losing = threading.Lock()
         self._begin()
@@ -136,7 +136,7 @@ class Ledger:
         self._wake = threading.Event()
         self._writing = threading.Lock()
         self._losing = threading.Lock()
-        self._file: LedgerFile | None = LedgerFile(self.path, self._max_bytes, self._daily)
+        self._file: LedgerFile | None = LedgerFile(self.path, self._max_bytes, self._by_day)
         self._file.append(line_of({"ledger": LEDGER_VERSION, "started_us": now_us(), "pid": self._pid}))
         self._thread = threading.Thread(target=self._run, name="modelquota-ledger", daemon=True)
         self._thread.start()

@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["LEDGER_VERSION", "LedgerFile", "line_of", "now_us"]
 
 LEDGER_VERSION = 1
-US_PER_DAY = 86_400_000_000
+US_OF_A_DAY = 86_400_000_000
 
 
 def line_of(values: dict[str, Any]) -> bytes:
@@ -29,14 +29,14 @@ class LedgerFile:
     ----------
     path : str
     max_bytes : int or None
-    daily : bool
+    by_day : bool
         As for `Ledger`.
     """
 
-    def __init__(self, path: str, max_bytes: int | None, daily: bool) -> None:
+    def __init__(self, path: str, max_bytes: int | None, by_day: bool) -> None:
         self._path = path
         self._max_bytes = max_bytes
-        self._daily = daily
+        self._by_day = by_day
         self._file = -1
         self._day = 0
         self._open()
@@ -77,7 +77,7 @@ class LedgerFile:
             status = os.fstat(file)
             if status.st_size and os.pread(file, 1, status.st_size - 1) != b"\n":
                 os.write(file, b"\n")
-            self._day = (status.st_mtime_ns // 1_000 if status.st_size else now_us()) // US_PER_DAY
+            self._day = (status.st_mtime_ns // 1_000 if status.st_size else now_us()) // US_OF_A_DAY
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
 
@@ -94,7 +94,7 @@ class LedgerFile:
         if not size:
             return False
         return (self._max_bytes is not None and size >= self._max_bytes) or (
-            self._daily and now_us() // US_PER_DAY != self._day
+            self._by_day and now_us() // US_OF_A_DAY != self._day
         )
 
     def _put_away(self) -> None:

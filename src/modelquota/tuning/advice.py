@@ -22,7 +22,7 @@ from modelquota.tuning.windows import counted_ns, rolling_sums
 
 __all__ = ["Concurrency", "Estimates", "LimitAdvice", "advise", "concurrency", "estimates", "fields_of", "round_up"]
 
-HOUR_NS = 3_600 * NS_PER_SECOND
+LEAST_HISTORY_NS = 3_600 * NS_PER_SECOND
 # Shorter histories than a tenth of a window, or of an hour, say no less.
 MAX_WIDTH = 10.0
 
@@ -228,7 +228,7 @@ def advise(
 
 def _width(span_ns: int, window_ns: int) -> float:
     """How much further a peak may be than the one that was seen: by a half after two windows, or hours, of history."""
-    return min(1 + max(window_ns, HOUR_NS) / max(span_ns, 1), MAX_WIDTH)
+    return min(1 + max(window_ns, LEAST_HISTORY_NS) / max(span_ns, 1), MAX_WIDTH)
 
 
 def _rate(

@@ -16,7 +16,7 @@ Int64Array = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 NS_PER_SECOND = 1_000_000_000
-NS_PER_DAY = 86_400 * NS_PER_SECOND
+NS_OF_A_DAY = 86_400 * NS_PER_SECOND
 # The end of the core's manual clock: a replay starts at 0 and cannot go beyond.
 MAX_SPAN_NS = 2**61
 # No request has a billion tokens; with this bound, no sum over a trace that fits in memory overflows int64.
@@ -219,11 +219,11 @@ def _timestamps_of_one_length(
     if (hour > 23).any() or (minute > 59).any() or (second > 59).any():
         return None
     days = _days(year, month, day)
-    origin_day = origin_ns // NS_PER_DAY
-    if days is None or int(np.abs(days - origin_day).max()) > MAX_SPAN_NS // NS_PER_DAY + 2:
+    origin_day = origin_ns // NS_OF_A_DAY
+    if days is None or int(np.abs(days - origin_day).max()) > MAX_SPAN_NS // NS_OF_A_DAY + 2:
         return None
     seconds = (((days - origin_day) * 24 + hour) * 60 + minute) * 60 + second - _offset_seconds(match[8])
-    times_ns = seconds * NS_PER_SECOND + (origin_day * NS_PER_DAY - origin_ns)
+    times_ns = seconds * NS_PER_SECOND + (origin_day * NS_OF_A_DAY - origin_ns)
     for place, digit in enumerate(wide[14:]):
         times_ns += digit * 10 ** (8 - place)
     return np.asarray(times_ns, np.int64)

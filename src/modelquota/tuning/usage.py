@@ -28,9 +28,7 @@ KEYS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "tenant": lambda record: str(record["ids"][0]) if len(record["ids"]) > 1 else "",
     "verdict": lambda record: str(record.get("verdict") or ""),
     "limit": lambda record: str(record.get("limit") or ""),
-    "hour": _moment("%Y-%m-%dT%H"),
-    "day": _moment("%Y-%m-%d"),
-    "month": _moment("%Y-%m"),
+    **dict(zip(["month", "day", "hour"], map(_moment, ("%Y-%m", "%Y-%m-%d", "%Y-%m-%dT%H")), strict=True)),
 }
 """What usage can be summed by. The model is the last id, the user the one before it, the tenant the first of several;
 hours, days and months are UTC."""

@@ -6,13 +6,19 @@ from typing import Any
 
 import numpy as np
 
+from modelquota.quota.limits import WINDOWS
 from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
 from modelquota.tuning.trace import Trace
 
 __all__ = ["KINDS", "LENGTHS", "WindowUse", "counted_ns", "rolling_sums", "window_uses"]
 
-LENGTHS = {"second": 1, "10 s": 10, "minute": 60, "hour": 3_600, "day": 86_400, "month": 2_592_000}
-"""The windows that are looked at, in seconds."""
+LENGTHS = dict(
+    sorted(
+        {"10 s": 10, "minute": 60, "month": 2_592_000, **{window.name: window.seconds for window in WINDOWS}}.items(),
+        key=lambda window: window[1],
+    )
+)
+"""The windows that are looked at, in seconds: those of the limits, and some more."""
 
 KINDS = ("requests", "input", "cached", "output", "tokens")
 """What is counted in them; `tokens` are those of all kinds."""
