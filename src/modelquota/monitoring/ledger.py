@@ -66,10 +66,10 @@ class Ledger:
     buffer_size : int
         Requests that may wait to be written, 1 or more; more are lost, and counted.
     max_bytes : int or None
-        The size beyond which the file is renamed to ``usage-20261128T212351.123456.jsonl``, with the time, and a new
-        one begun; None: never. It is also renamed when a day, in UTC, has ended.
+        The size beyond which the file is renamed to ``usage-20261128T212351.123456.jsonl``, with the time in UTC, and a
+        new one begun; None: never.
     by_day : bool
-        Whether it is.
+        Whether it is also renamed when a day, in UTC, has ended.
 
     Attributes
     ----------

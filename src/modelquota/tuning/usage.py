@@ -28,7 +28,7 @@ KEYS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "tenant": lambda record: str(record["ids"][0]) if len(record["ids"]) > 1 else "",
     "verdict": lambda record: str(record.get("verdict") or ""),
     "limit": lambda record: str(record.get("limit") or ""),
-    **dict(zip(["month", "day", "hour"], map(_moment, ("%Y-%m", "%Y-%m-%d", "%Y-%m-%dT%H")), strict=True)),
+    **{unit: _moment(form) for form, unit in map(str.split, ("%Y-%m month", "%Y-%m-%d day", "%Y-%m-%dT%H hour"))},
 }
 """What usage can be summed by. The model is the last id, the user the one before it, the tenant the first of several;
 hours, days and months are UTC."""
