@@ -116,7 +116,9 @@ def _limits(model: ModelTuning) -> Table:
 
 
 def _limit(value: float | None, none: str = "unlimited") -> str:
-    return none if value is None else f"{value:,.10g}"
+    if value is None:
+        return none
+    return f"{round(value):,}" if value == round(value) else f"{value:,.6g}"
 
 
 def _scenarios(model: ModelTuning) -> Table:

@@ -1,5 +1,6 @@
 """One SVG of what `tune` found: for each model the frontiers of requests and tokens, with the point recommended."""
 
+import math
 from collections.abc import Iterable, Sequence
 from xml.sax.saxutils import escape
 
@@ -63,12 +64,13 @@ def _panel(report: TuneReport, model: ModelTuning, points: Frontier, x: float, y
         return round(across, 1), round(y + PANEL_HEIGHT * (1 - min(burst / most_burst, 1.0)), 1)
 
     yield f'<text x="{x}" y="{y - 28}">{points.unit}: the smallest burst that refuses nobody, by rate</text>'
-    for tick in range(TICKS + 1):
-        rate, burst = most_rate * tick / TICKS, most_burst * tick / TICKS
-        across, down = at(rate, 0)[0], at(0, burst)[1]
+    for rate in _ticks(most_rate):
+        across = at(rate, 0)[0]
         yield f'<line class="grid" x1="{across}" x2="{across}" y1="{y}" y2="{y + PANEL_HEIGHT}"/>'
-        yield f'<line class="grid" x1="{x}" x2="{x + PANEL_WIDTH}" y1="{down}" y2="{down}"/>'
         yield f'<text class="small" x="{across}" y="{y + PANEL_HEIGHT + 16}" text-anchor="middle">{_short(rate)}</text>'
+    for burst in _ticks(most_burst):
+        down = at(0, burst)[1]
+        yield f'<line class="grid" x1="{x}" x2="{x + PANEL_WIDTH}" y1="{down}" y2="{down}"/>'
         yield f'<text class="small" x="{x - 6}" y="{down + 4}" text-anchor="end">{_short(burst)}</text>'
     curve = [at(rate, burst) for rate, burst in zip(points.rates, points.bursts, strict=True)]
     outline = _path([*curve, at(points.rates[-1], 0), at(points.rates[0], 0)])
@@ -85,11 +87,18 @@ def _panel(report: TuneReport, model: ModelTuning, points: Frontier, x: float, y
     for line, (label, kind, rate, burst) in enumerate(shown):
         across, down = at(rate, burst)
         yield f'<circle class="{kind}" cx="{across}" cy="{down}" r="5"/>'
-        yield f'<circle class="{kind}" cx="{x + 8 + 190 * line}" cy="{y - 14}" r="4"/>'
+        yield f'<circle class="{kind}" cx="{x + 8 + 215 * line}" cy="{y - 14}" r="4"/>'
         yield (
-            f'<text class="small" x="{x + 17 + 190 * line}" y="{y - 10}">{label}: {_short(rate)}/s, burst '
+            f'<text class="small" x="{x + 17 + 215 * line}" y="{y - 10}">{label}: {_short(rate)}/s, burst '
             f"{_short(burst)}</text>"
         )
+
+
+def _ticks(most: float) -> list[float]:
+    """Return round numbers from 0 to `most`, some four of them."""
+    unit = 10.0 ** math.floor(math.log10(most / TICKS))
+    step = next(size * unit for size in (1, 2, 5, 10) if size * unit * TICKS >= most * 0.8)
+    return [step * place for place in range(int(most / step) + 1)]
 
 
 def _rate(quota: ResourceQuotaConfig, field: str) -> float | None:
