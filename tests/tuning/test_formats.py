@@ -177,6 +177,14 @@ REFUSED = [
     ('{"timestamp"\n', 1, None, "not a JSON object"),
     (jsonl({"time_us": 5, "ids": ["m"], "estimated": "7"}), 1, "estimated", "found '7'"),
     (jsonl({"time_us": 5, "ids": [], "estimated": 7}), 1, "ids", "found []"),
+    (jsonl({"time_us": 5, "ids": "llama", "estimated": 7}), 1, "ids", "found 'llama'"),
+    (jsonl(mooncake(0), mooncake(10**30)), 2, "timestamp", "found 1000000000000000000000000000000"),
+    (
+        jsonl(mooncake(0, blocks=[10**30]), mooncake(0, blocks=[10**30], output=10**30)),
+        2,
+        "output_length",
+        "found 1000",
+    ),
 ]
 
 
@@ -280,3 +288,35 @@ def test_mooncake_trace():
         cached += min(512 * known, record["input_length"])
         seen.update(record["hash_ids"])
     assert int(trace.cached_tokens.sum()) == cached
+
+
+PIECES = [
+    "0", "5", "-1", "1.5", "1e400", "NaN", "1" * 30, "true", "null", "[]", "[1, 2]", '["a", 3]', "[[1]]", "{}", '"x"',
+    '"\\ud800"', '"2023-11-16 18:17:03"', "{", "}", ",", "\n", "\xff", "\0", "", "[" * 3000,
+]  # fmt: skip
+
+
+@given(
+    start=st.sampled_from([SMALL[case][0] for case in SMALL]),
+    changes=st.lists(st.tuples(st.integers(0, 500), st.integers(0, 12), st.sampled_from(PIECES)), max_size=4),
+)
+def test_broken_traces_of_every_format_give_a_trace_or_a_trace_error(start, changes, tmp_path_factory):
+    text = start
+    for place, length, piece in changes:
+        text = text[:place] + piece + text[place + length :]
+    path = tmp_path_factory.getbasetemp() / "broken"
+    path.write_bytes(text.encode("latin-1"))
+    error = trace = None
+    try:
+        trace = read_trace(path)
+    except TraceError as caught:
+        error = caught
+    if error is not None:
+        assert error.line >= 1
+        assert str(error).isprintable(), "an error is one line"
+        return
+    assert len(trace) > 0
+    assert trace.times_ns[0] == 0
+    assert bool((np.diff(trace.times_ns) >= 0).all())
+    for column in (trace.input_tokens, trace.cached_tokens, trace.output_tokens):
+        assert int(column.min()) >= 0

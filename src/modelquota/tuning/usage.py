@@ -9,7 +9,7 @@ from typing import Any
 
 from modelquota.errors import TraceError
 from modelquota.tuning.cells import shown
-from modelquota.tuning.formats.ledger import tokens_of
+from modelquota.tuning.formats.ledger import ids_of, tokens_of
 from modelquota.tuning.source import Progress, blocks, name_of
 
 __all__ = ["KEYS", "Usage", "UsageReport", "read_usage"]
@@ -23,9 +23,9 @@ def _moment(form: str) -> Callable[[Mapping[str, Any]], str]:
 
 
 KEYS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "model": lambda record: str(record["ids"][-1]),
-    "user": lambda record: str(record["ids"][-2]) if len(record["ids"]) > 1 else "",
-    "tenant": lambda record: str(record["ids"][0]) if len(record["ids"]) > 1 else "",
+    "model": lambda record: ids_of(record)[-1],
+    "user": lambda record: ids_of(record)[-2] if len(record["ids"]) > 1 else "",
+    "tenant": lambda record: ids_of(record)[0] if len(record["ids"]) > 1 else "",
     "verdict": lambda record: str(record.get("verdict") or ""),
     "limit": lambda record: str(record.get("limit") or ""),
     **{unit: _moment(form) for form, unit in map(str.split, ("%Y-%m month", "%Y-%m-%d day", "%Y-%m-%dT%H hour"))},

@@ -1,6 +1,6 @@
 """Our own ledger, as `modelquota.monitoring.ledger` writes it: see there for what each key means."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from modelquota.tuning.formats.base import Format
@@ -13,6 +13,14 @@ def tokens_of(value: Any) -> tuple[int, int, int]:
     if isinstance(value, list) and len(value) == 3 and all(type(part) is int for part in value):
         return value[0], value[1], value[2]
     raise ValueError(value)
+
+
+def ids_of(record: Mapping[str, Any]) -> list[str]:
+    """Return the ids of a request; raises ValueError if they are not a list of text."""
+    ids = record["ids"]
+    if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
+        raise ValueError(ids)
+    return ids
 
 
 class Ledger(Format):
@@ -41,9 +49,9 @@ class Ledger(Format):
         if role == "estimated":
             return [sum(tokens_of(record["estimated"])) for record in records]
         if role == "model":
-            return [record["ids"][-1] for record in records]
+            return [ids_of(record)[-1] for record in records]
         if role == "user":
-            return [record["ids"][-2] if len(record["ids"]) > 1 else None for record in records]
+            return [ids_of(record)[-2] if len(record["ids"]) > 1 else None for record in records]
         return super().values(role, records)
 
 
