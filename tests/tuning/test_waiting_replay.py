@@ -221,3 +221,35 @@ def test_a_replay_leaves_the_log_alone(caplog, wait):
     report = replay(make_trace([0] * 9), {"m": quota}, wait=wait)
     assert report.admitted < 9
     assert not caplog.records
+
+
+@given(data=st.data())
+def test_what_is_decided_as_a_batch_before_the_first_wait_is_the_same(data):
+    """A replay decides up to the first denial as a batch, and simulates the rest: as if all of it were simulated."""
+    count = data.draw(st.integers(1, 30))
+    times_ms = np.cumsum(data.draw(st.lists(st.integers(0, 700), min_size=count, max_size=count)))
+    index = np.array(data.draw(st.lists(st.integers(0, 1), min_size=count, max_size=count)), np.int32)
+    tokens = data.draw(st.lists(st.integers(0, 9), min_size=count, max_size=count))
+    trace = make_trace(times_ms - times_ms[0], tokens, model_index=index, models=("m", "n"))
+    configs = {
+        name: unlimited(
+            name,
+            max_requests_per_second=data.draw(st.sampled_from([1, 2, 5])),
+            burst_requests=data.draw(st.integers(0, 4)),
+            on_violation=data.draw(st.sampled_from(["queue", "throttle", "warn"])),
+            grace_period_sec=1.5,
+        )
+        for name in trace.models
+    }
+    report = replay(trace, configs, wait=True)
+    manager = ResourceQuotaManager(clock=ManualClock(), max_models=2)
+    for config in configs.values():
+        manager.set_quota(config)
+    whole = Simulation(manager, [("m",), ("n",)], wait=True).run(trace.times_ns, index, trace.tokens)
+    for place, model in enumerate(report.models):
+        own = index == place
+        waited = own & (whole.codes == 0) & (whole.waited_ns > 0)
+        assert model.admitted == np.count_nonzero(own & (whole.codes == 0))
+        assert model.waited == np.count_nonzero(waited)
+        assert model.warned == np.count_nonzero(whole.over[own])
+        assert model.longest_wait_ms == (whole.waited_ns[waited].max() / MS if waited.any() else None)

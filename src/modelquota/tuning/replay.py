@@ -87,18 +87,16 @@ def replay(
     quotas = _add_patterns(quotas, templates, names)
     users = _user_ids(trace, quotas, templates) if per_user else {}
     quotas = _add_patterns(quotas, templates, tuple(users.values()))
-    manager = ResourceQuotaManager(clock=ManualClock(), max_models=len(names) + len(users))
-    # What is denied is in the report; in the log of the program it would look as if it had happened.
-    manager._events.on_violation = _ignore  # type: ignore[method-assign]
-    for name in (*names, *users.values()):
-        manager.set_quota(quotas[name].replace(model_id=name))
+    limits = [quotas[name].replace(model_id=name) for name in (*names, *users.values())]
     times_ns = _divided(trace.times_ns, ratio)
     before_ns = perf_counter_ns()
-    waits = wait and any(quotas[name].on_violation in ("throttle", "queue") for name in (*names, *users.values()))
-    if waits or users or trace.durations_ns is not None:
-        outcome = _simulated(manager, trace, times_ns, names, users, waits, progress)
+    waits = wait and any(quota.on_violation in ("throttle", "queue") for quota in limits)
+    if users or trace.durations_ns is not None:
+        outcome = _simulated(_manager(limits), trace, times_ns, names, users, waits, progress)
+    elif waits:
+        outcome = _waited(limits, trace, times_ns, names, progress)
     else:
-        outcome = _decided(manager, trace, times_ns, names, progress)
+        outcome = _decided(_manager(limits), trace, times_ns, names, progress)
     core_time_ns = perf_counter_ns() - before_ns
     return ReplayReport(
         trace=trace.path,
@@ -122,6 +120,15 @@ def replay(
         if users
         else (),
     )
+
+
+def _manager(limits: Sequence[ResourceQuotaConfig]) -> ResourceQuotaManager:
+    manager = ResourceQuotaManager(clock=ManualClock(), max_models=len(limits))
+    # What is denied is in the report; in the log of the program it would look as if it had happened.
+    manager._events.on_violation = _ignore  # type: ignore[method-assign]
+    for quota in limits:
+        manager.set_quota(quota)
+    return manager
 
 
 def _ignore(model_id: str, result: object, stands_for: int) -> None:
@@ -175,6 +182,40 @@ def _warned(
             admitted = rows[codes[rows] == 0]
             over[admitted[: usage.total_violations - (len(rows) - len(admitted))]] = True
     return over
+
+
+def _waited(
+    limits: Sequence[ResourceQuotaConfig],
+    trace: Trace,
+    times_ns: Int64Array,
+    names: Sequence[str],
+    progress: Callable[[int, int], None] | None,
+) -> Outcome:
+    """Let requests wait. Until the first one that would be denied nobody waits: so far a batch decides the same."""
+    requests = len(trace)
+    once = _decided(_manager(limits), trace, times_ns, names, None)
+    denied = np.flatnonzero(once.codes)
+    if not len(denied):
+        if progress is not None:
+            progress(requests, requests)
+        return once
+    first = int(denied[0])
+    manager = _manager(limits)
+    head = _decided(manager, trace.select(slice(first)), times_ns[:first], names, None)
+
+    def step(done: int, _: int) -> None:
+        if progress is not None:
+            progress(first + done, requests)
+
+    rest = _simulated(manager, trace.select(slice(first, None)), times_ns[first:], names, {}, True, step)
+    return Outcome(
+        codes=np.concatenate((head.codes, rest.codes)),
+        waited_ns=np.concatenate((head.waited_ns, rest.waited_ns)),
+        over=np.concatenate((head.over, rest.over)),
+        retry_after_ms=np.concatenate((head.retry_after_ms, rest.retry_after_ms)),
+        most_waiting=rest.most_waiting,
+        most_open=0,
+    )
 
 
 def _simulated(

@@ -143,8 +143,9 @@ def part_of(
     counts = np.bincount(codes, minlength=max(Limit) + 1)
     admitted_ns = (times_ns + waited_ns)[admitted]
     order = np.argsort(admitted_ns, kind="stable") if len(waits_ms) else slice(None)
-    peak_requests, peak_tokens = _peaks(admitted_ns[order], tokens[admitted][order])
-    peak_requests_asked, peak_tokens_asked = _peaks(times_ns, tokens)
+    peak_requests_asked, peak_tokens_asked = peak_requests, peak_tokens = _peaks(times_ns, tokens)
+    if counts[0] < len(codes) or len(waits_ms):
+        peak_requests, peak_tokens = _peaks(admitted_ns[order], tokens[admitted][order])
     return ModelReplay(
         model_id=name,
         requests=len(codes),
