@@ -185,6 +185,20 @@ def test_rotation_by_size_and_day(path, monkeypatch):
             assert read_trace(file).format.startswith("a modelquota ledger")
 
 
+def test_a_file_that_was_taken_away_is_begun_again(path):
+    with Ledger(path) as ledger:
+        ledger.record("m", 1)
+        ledger.flush()
+        os.rename(path, path.parent / "usage-by-hand.jsonl")
+        ledger.record("m", 2)
+        ledger.flush()
+        path.unlink()
+        ledger.record("m", 3)
+    assert [line["estimated"] for line in requests_of(path.parent)] == [1, 3]
+    assert json.loads(path.read_bytes().splitlines()[0])["continued_us"] > 0
+    assert read_trace(path).tokens.tolist() == [3]
+
+
 def test_many_processes_write_one_file_while_it_is_rotated(path):
     code = f"""
 import os, sys

@@ -318,6 +318,22 @@ def test_what_is_written_loads_as_what_was_recommended(traffic, tmp_path):
     assert "-a\n" in shown
 
 
+def test_a_quota_for_users_is_written_and_keeps_what_the_pattern_had(tmp_path):
+    trace = bursts_of_traffic(7)
+    report = tune(trace, per="user", headroom=0, target_denied=0)
+    before = ResourceQuotaConfig("user:*", max_ram_mb=5, max_requests_per_second=1e6, max_tokens_per_second=1e9,
+                                 on_violation="reject", max_tokens_per_day=10**9)  # fmt: skip
+    for patterns in ({}, {"user:*": before}):
+        path = tmp_path / "quotas.toml"
+        path.write_text(quotas_file(report, None, patterns))
+        loaded = load_quotas(path)
+        found = loaded.patterns["user:*"]
+        for field in report.users.reasons:
+            assert getattr(found, field) == getattr(report.users.recommended, field)
+        assert found.max_ram_mb == (5 if patterns else None)
+        assert replay(trace, loaded, per_user=True).admitted == len(trace)
+
+
 def test_the_picture_is_svg_and_has_every_model(traffic):
     report = tune(traffic)
     root = ElementTree.fromstring(svg(report))

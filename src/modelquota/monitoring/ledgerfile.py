@@ -39,6 +39,7 @@ class LedgerFile:
         self._by_day = by_day
         self._file = -1
         self._day = 0
+        self._begun = False
         self._open()
 
     def close(self) -> None:
@@ -56,6 +57,9 @@ class LedgerFile:
                 self._put_away()
                 fcntl.flock(self._file, fcntl.LOCK_EX)
             size = os.fstat(self._file).st_size
+            if not size and self._begun:  # every file says in its first line what it is
+                data = line_of({"ledger": LEDGER_VERSION, "continued_us": now_us(), "pid": os.getpid()}) + data
+            self._begun = True
             done = 0
             try:
                 while done < len(data):
@@ -104,4 +108,3 @@ class LedgerFile:
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(at_us // 1_000_000))
         os.rename(self._path, f"{stem}-{stamp}.{at_us % 1_000_000:06}{ending}")
         self._open()
-        os.write(self._file, line_of({"ledger": LEDGER_VERSION, "continued_us": at_us, "pid": os.getpid()}))

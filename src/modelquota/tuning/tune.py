@@ -15,7 +15,6 @@ from modelquota.tuning.advice import (
     concurrency,
     estimates,
     fields_of,
-    round_up,
 )
 from modelquota.tuning.capacity import Capacity
 from modelquota.tuning.cells import NS_PER_SECOND
@@ -353,14 +352,20 @@ def _warnings(trace: Trace, models: tuple[ModelTuning, ...], capacity: Capacity 
         if model.requests < 1_000:
             warnings.append(f"{model.model_id}: only {model.requests:,} requests; peaks of so few say little")
         if capacity is not None:
-            for item in model.limits:
-                if item.limit is Limit.TOKENS_PER_SECOND and capacity.tokens_per_second is not None:
-                    rate = item.target or 0
-                    if rate > capacity.tokens_per_second:
-                        warnings.append(
-                            f"{model.model_id}: the recommended {round_up(rate):,g} tokens/s are more than the "
-                            f"{capacity.tokens_per_second:,.4g} that the benchmark held"
-                        )
-    if trace.notes:
-        warnings.extend(trace.notes)
-    return tuple(warnings)
+            warnings.extend(_beyond(model, capacity))
+    return (*warnings, *trace.notes)
+
+
+def _beyond(model: ModelTuning, capacity: Capacity) -> list[str]:
+    """Say which recommended limits are above what the benchmark held."""
+    held = {
+        Limit.REQUESTS_PER_SECOND: capacity.requests_per_second,
+        Limit.TOKENS_PER_SECOND: capacity.tokens_per_second,
+        Limit.CONCURRENCY: capacity.concurrency,
+    }
+    return [
+        f"{model.model_id}: the recommended {item.limit.label}, {item.target:,g}, are more than the {most:,.4g} that "
+        "the benchmark held"
+        for item in model.limits
+        if (most := held.get(item.limit)) is not None and item.target is not None and item.target > most
+    ]

@@ -52,7 +52,9 @@ def quotas_file(
     kept = dict(patterns or {})
     if report.users is not None and report.users.recommended is not None and report.users.per == "user":
         recommended = report.users.recommended
-        kept.pop(recommended.model_id, None)
+        before = kept.pop(recommended.model_id, None)
+        if before is not None:
+            recommended = before.replace(**{name: getattr(recommended, name) for name in report.users.reasons})
         lines += ["", f"[defaults.{_quoted(recommended.model_id)}]", *_table(recommended, report.users.reasons)]
     for pattern, quota in kept.items():
         lines += ["", f"[defaults.{_quoted(pattern)}]  # as it was", *_table(quota, {})]
