@@ -4,6 +4,7 @@ import json
 import math
 import xml.etree.ElementTree as ElementTree
 from collections import deque
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -15,6 +16,7 @@ from traces import AZURE_TRACE, needs_azure_trace, write_small_trace
 from modelquota import Limit, ManualClock, ResourceQuotaConfig, ResourceQuotaManager, load_quotas
 from modelquota.quota.file import Quotas
 from modelquota.tuning.advice import concurrency, estimates, round_up
+from modelquota.tuning.charges import Charges
 from modelquota.tuning.conditions import parse_condition
 from modelquota.tuning.frontier import frontier
 from modelquota.tuning.plot import svg
@@ -87,6 +89,24 @@ def test_recommended_limits_deny_no_more_than_promised(traffic, target_denied, h
         once = model.scenario("recommended, tried once")
         assert once.denied_share <= target_denied
         assert model.scenario("recommended").denied_share <= target_denied
+
+
+@pytest.mark.parametrize("estimates", ["too high", "too low", "both"])
+@pytest.mark.parametrize(("target_denied", "headroom"), [(0.0, 0.0), (0.01, 0.0), (0.001, 0.15)])
+def test_the_promise_holds_for_what_is_reserved(estimates, target_denied, headroom):
+    """Requests that reserve what they do not use, or use more: both count until, or from, their end."""
+    trace = bursts_of_traffic(8)
+    rng = np.random.default_rng(9)
+    factors = {"too high": rng.uniform(1, 5, len(trace)), "too low": rng.uniform(0.2, 1, len(trace)),
+               "both": rng.uniform(0.2, 5, len(trace))}[estimates]  # fmt: skip
+    estimated = (trace.tokens * factors).astype(np.int64)
+    estimated[::50] = -1  # some do not say
+    trace = replace(trace, estimated_tokens=estimated).with_durations(ttft_ms=500, tpot_ms=50)
+    report = tune(trace, headroom=headroom, target_denied=target_denied)
+    for model in report.models:
+        assert model.scenario("recommended, tried once").denied_share <= target_denied
+    if not target_denied:
+        assert tune(trace, report.quotas).models[0].scenario("current").denied_share == 0
 
 
 def test_what_is_promised_is_used(traffic):
@@ -221,7 +241,7 @@ def by_definition(times_ns, counts, rate):
 def test_the_frontier_is_what_the_definition_says(gaps, data):
     times_ns = (np.cumsum(gaps) - gaps[0]).tolist()
     counts = data.draw(st.none() | st.lists(st.integers(0, 50), min_size=len(gaps), max_size=len(gaps)))
-    found = frontier(np.array(times_ns), None if counts is None else np.array(counts), "tokens", points=5)
+    found = frontier(Charges(np.array(times_ns), None if counts is None else np.array(counts)), "tokens", points=5)
     for rate, burst in zip(found.rates, found.bursts, strict=True):
         assert burst == by_definition(times_ns, counts or [1] * len(gaps), rate)
     assert list(found.bursts) == sorted(found.bursts, reverse=True)
@@ -233,7 +253,7 @@ def test_the_frontier_is_that_of_the_product(traffic):
         traffic = traffic.select(np.flatnonzero(traffic.model_index == 0))
     trace = make_trace(traffic.times_ns, traffic.tokens)
     for unit, counts in (("requests", None), ("tokens", trace.tokens)):
-        found = frontier(trace.times_ns, counts, unit)
+        found = frontier(Charges(trace.times_ns, counts), unit)
         levels_bind = 0
         for rate, burst in list(zip(found.rates, found.bursts, strict=True))[::4]:
             limits = {f"max_{unit}_per_second": rate, "on_violation": "reject"}

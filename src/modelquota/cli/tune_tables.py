@@ -8,7 +8,7 @@ from rich.text import Text
 from modelquota.cli.format import duration, printable, short
 from modelquota.quota.limits import CATALOGUE
 from modelquota.tuning.capacity import Capacity
-from modelquota.tuning.tune import ModelTuning, Scenario, TuneReport
+from modelquota.tuning.tuned import ModelTuning, Scenario, TuneReport
 from modelquota.tuning.users import UserTuning
 from modelquota.tuning.windows import KINDS, LENGTHS
 

@@ -16,17 +16,16 @@ import numpy.typing as npt
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE, Limit, LimitRecord
 from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
-from modelquota.tuning.frontier import Frontier, offered_levels
+from modelquota.tuning.charges import Charges, reserved_at_once
+from modelquota.tuning.frontier import Frontier
 from modelquota.tuning.trace import Trace
-from modelquota.tuning.windows import counted_ns, rolling_sums
+from modelquota.tuning.windows import counted_ns
 
 __all__ = ["Concurrency", "Estimates", "LimitAdvice", "advise", "concurrency", "estimates", "fields_of", "round_up"]
 
 LEAST_HISTORY_NS = 3_600 * NS_PER_SECOND
 # Shorter histories than a tenth of a window, or of an hour, say no less.
 MAX_WIDTH = 10.0
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +187,12 @@ def estimates(trace: Trace) -> Estimates:
 
 
 def advise(
-    trace: Trace, frontiers: Mapping[str, Frontier], *, headroom: float, target_denied: float
+    trace: Trace,
+    all_charges: Mapping[str, Charges],
+    frontiers: Mapping[str, Frontier],
+    *,
+    headroom: float,
+    target_denied: float,
 ) -> tuple[LimitAdvice, ...]:
     """Return what each limit should be for a trace of one model.
 
@@ -196,7 +200,7 @@ def advise(
     ----------
     trace : Trace
         At least one request.
-    frontiers : mapping of str to Frontier
+    all_charges, frontiers : mapping of str to Charges and of str to Frontier
         By unit.
     headroom : float
         How far above what was needed: 0.15 is 15 %.
@@ -214,13 +218,13 @@ def advise(
     share = target_denied / (len(seen) + (open_found is not None))
     advice = []
     for record in records:
-        counts = None if record.unit == "requests" else trace.tokens
+        charges = all_charges[record.unit]
         if record.is_rate:
-            advice.append(_rate(trace, record, counts, frontiers[record.unit], span_ns, headroom, share))
+            advice.append(_rate(record, charges, frontiers[record.unit], span_ns, headroom, share))
         elif record in seen:
-            advice.append(_window(trace, record, counts, span_ns, headroom, share))
+            advice.append(_window(trace, record, charges, span_ns, headroom, share))
         else:
-            advice.append(_unseen(trace, record, counts, span_ns, headroom))
+            advice.append(_unseen(trace, record, span_ns, headroom))
     if open_found is not None:
         advice.insert(0, _open(open_found[0], open_found[1], span_ns, headroom, share))
     return tuple(advice)
@@ -232,22 +236,18 @@ def _width(span_ns: int, window_ns: int) -> float:
 
 
 def _rate(
-    trace: Trace,
     record: LimitRecord,
-    counts: Int64Array | None,
+    charges: Charges,
     points: Frontier,
     span_ns: int,
     headroom: float,
     share: float,
 ) -> LimitAdvice:
-    seconds = trace.times_ns / NS_PER_SECOND
-    costs = np.ones(len(trace)) if counts is None else counts.astype(np.float64)
-    before = np.cumsum(costs) - costs
-    in_second = rolling_sums(trace.times_ns, counts, counted_ns(1))
+    in_second = charges.windows(counted_ns(1))
     knee = points.rates[points.knee]
 
     def burst(rate: float, accepted: float) -> int:
-        need = offered_levels(seconds, before, costs, rate)
+        need = charges.levels(rate)
         need -= max(rate, 1.0)
         np.maximum(need, in_second - math.ceil(rate), out=need)
         # A millionth is above the rounding of the sums, and below one request or token.
@@ -278,11 +278,11 @@ def _rate(
 
 
 def _window(
-    trace: Trace, record: LimitRecord, counts: Int64Array | None, span_ns: int, headroom: float, share: float
+    trace: Trace, record: LimitRecord, charges: Charges, span_ns: int, headroom: float, share: float
 ) -> LimitAdvice:
     assert record.window is not None
     window_ns = record.window.seconds * NS_PER_SECOND
-    held = rolling_sums(trace.times_ns, counts, counted_ns(record.window.seconds))
+    held = charges.windows(counted_ns(record.window.seconds))
     peak, at = int(held.max()), int(held.argmax())
     needed = exceeded_by(held, share)
     return LimitAdvice(
@@ -304,11 +304,11 @@ def _window(
     )
 
 
-def _unseen(trace: Trace, record: LimitRecord, counts: Int64Array | None, span_ns: int, headroom: float) -> LimitAdvice:
+def _unseen(trace: Trace, record: LimitRecord, span_ns: int, headroom: float) -> LimitAdvice:
     """The window is longer than the trace: what its average would make of a whole window."""
     assert record.window is not None
     window_ns = record.window.seconds * NS_PER_SECOND
-    total = len(trace) if counts is None else int(counts.sum())
+    total = len(trace) if record.unit == "requests" else int(reserved_at_once(trace).sum())
     windows = span_ns / window_ns
     average = total / max(windows, 1e-12) if span_ns >= 60 * NS_PER_SECOND else None
     target = None if average is None else round_count(max(average, total) * (1 + headroom))

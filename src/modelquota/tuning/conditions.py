@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from modelquota.tuning.tune import Scenario
+from modelquota.tuning.tuned import Scenario
 
 __all__ = ["Condition", "parse_condition"]
 

@@ -11,16 +11,14 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
-from modelquota.tuning.windows import counted_ns, rolling_sums
+from modelquota.tuning.cells import NS_PER_SECOND
+from modelquota.tuning.charges import Charges, FloatArray
+from modelquota.tuning.windows import counted_ns
 
-__all__ = ["Frontier", "frontier", "offered_levels"]
+__all__ = ["Frontier", "frontier"]
 
 POINTS = 24
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,52 +48,25 @@ class Frontier:
         return {"unit": self.unit, "rates": list(self.rates), "bursts": list(self.bursts), "knee": self.knee}
 
 
-def offered_levels(seconds: FloatArray, before: FloatArray, costs: FloatArray, rate: float) -> FloatArray:
-    """Return the level of a bucket that drains at `rate` right after each request, if none is refused.
+def frontier(charges: Charges, unit: str, points: int = POINTS) -> Frontier:
+    """Return the frontier of some charges.
 
     Parameters
     ----------
-    seconds : float64 array
-        When each request came, in order.
-    before : float64 array
-        What all requests before it cost.
-    costs : float64 array
-        What each costs.
-    rate : float
-        Per second.
+    charges : Charges
+        At least one.
+    unit : str
+        What is charged: ``"requests"`` or ``"tokens"``.
+    points : int
+        How many rates are looked at.
     """
-    excess = before - rate * seconds
-    levels: FloatArray = excess - np.minimum.accumulate(excess) + costs
-    return levels
-
-
-def _highest_level(
-    times_ns: Int64Array, seconds: FloatArray, before: FloatArray, costs: FloatArray, rate: float
-) -> Fraction:
-    """Return the highest of the offered levels: found in floating point, and then computed exactly."""
-    excess = before - rate * seconds
-    last = int((excess - np.minimum.accumulate(excess) + costs).argmax())
-    first = int(excess[: last + 1].argmin())
-    arrived = int(before[last]) - int(before[first]) + int(costs[last])
-    return arrived - Fraction(rate) * int(times_ns[last] - times_ns[first]) / NS_PER_SECOND
-
-
-def frontier(times_ns: Int64Array, counts: Int64Array | None, unit: str, points: int = POINTS) -> Frontier:
-    """Return the frontier of a trace; `counts` is what each request costs, None for one each."""
-    seconds = times_ns / NS_PER_SECOND
-    costs = np.ones(len(times_ns)) if counts is None else counts.astype(np.float64)
-    before = np.cumsum(costs) - costs
-    second = int(rolling_sums(times_ns, counts, counted_ns(1)).max())
-    span = float(seconds[-1] - seconds[0])
-    average = float(costs.sum()) / max(span, 1.0)
+    second = int(charges.windows(counted_ns(1)).max())
+    span = float(charges.times_ns[-1] - charges.times_ns[0]) / NS_PER_SECOND
+    average = charges.total / max(span, 1.0)
     spaced = np.geomspace(max(average, 1e-3), max(float(second), average, 1e-3), points)
     rates = np.unique([float(f"{rate:.6g}") for rate in spaced.tolist()])
     bursts = [
-        max(
-            0,
-            math.ceil(_highest_level(times_ns, seconds, before, costs, rate) - Fraction(max(rate, 1.0))),
-            second - math.ceil(rate),
-        )
+        max(0, math.ceil(charges.highest_level(rate) - Fraction(max(rate, 1.0))), second - math.ceil(rate))
         for rate in rates.tolist()
     ]
     return Frontier(unit, tuple(rates.tolist()), tuple(bursts), _knee(rates, np.array(bursts, np.float64)))

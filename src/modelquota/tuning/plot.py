@@ -7,7 +7,7 @@ from xml.sax.saxutils import escape
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE, Limit
 from modelquota.tuning.frontier import Frontier
-from modelquota.tuning.tune import ModelTuning, TuneReport
+from modelquota.tuning.tuned import ModelTuning, TuneReport
 
 __all__ = ["svg"]
 

@@ -1,173 +1,36 @@
 """From traffic to quotas: what a trace needs, what its quotas should be, and what either would have done with it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE, Limit
 from modelquota.tuning.advice import (
-    Concurrency,
-    Estimates,
-    LimitAdvice,
     advise,
     concurrency,
     estimates,
     fields_of,
+    round_count,
 )
 from modelquota.tuning.capacity import Capacity
 from modelquota.tuning.cells import NS_PER_SECOND
-from modelquota.tuning.frontier import Frontier, frontier
+from modelquota.tuning.charges import Charges, token_charges
+from modelquota.tuning.frontier import frontier
 from modelquota.tuning.replay import replay, selections, with_patterns
 from modelquota.tuning.report import ModelReplay
 from modelquota.tuning.trace import Trace
-from modelquota.tuning.users import UserTuning, tune_users
-from modelquota.tuning.windows import WindowUse, window_uses
+from modelquota.tuning.tuned import ModelTuning, Scenario, TuneReport
+from modelquota.tuning.users import tune_users
+from modelquota.tuning.windows import window_uses
 
 __all__ = ["ModelTuning", "Scenario", "TuneReport", "tune"]
 
 DEFAULT_MODEL = "default"
 SENSITIVITY = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """What some quotas would have done with the trace.
-
-    Attributes
-    ----------
-    name : str
-        ``"current"``, ``"recommended"``, ``"recommended, tried once"``, and the latter with limits a tenth lower
-        (``"limits -10 %"``), a tenth higher, and with more traffic (``"traffic x1.5"``).
-    replay : ModelReplay
-    """
-
-    name: str
-    replay: ModelReplay
-
-    @property
-    def denied_share(self) -> float:
-        """The share of requests that were denied."""
-        return (self.replay.requests - self.replay.admitted) / max(self.replay.requests, 1)
-
-    @property
-    def binding(self) -> Limit | None:
-        """The limit that denied most; None if nothing was denied."""
-        worst = max(self.replay.denied, key=self.replay.denied.__getitem__)
-        return worst if self.replay.denied[worst] else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The scenario as plain JSON values."""
-        binding = self.binding
-        return {
-            "name": self.name,
-            "denied_share": self.denied_share,
-            "binding_limit": None if binding is None else binding.name.lower(),
-            "replay": self.replay.to_dict(),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class ModelTuning:
-    """What one model's part of a trace needs.
-
-    Attributes
-    ----------
-    model_id : str
-    requests : int
-    uses : tuple of WindowUse
-        Peaks and percentiles of rolling windows.
-    frontiers : tuple of Frontier
-        Of requests and of tokens.
-    limits : tuple of LimitAdvice
-    concurrency : Concurrency or None
-        None if the trace has no durations.
-    estimates : Estimates
-    current, recommended : ResourceQuotaConfig or None
-        `current` is None if no quotas were given.
-    scenarios : tuple of Scenario
-    """
-
-    model_id: str
-    requests: int
-    uses: tuple[WindowUse, ...]
-    frontiers: tuple[Frontier, ...]
-    limits: tuple[LimitAdvice, ...]
-    concurrency: Concurrency | None
-    estimates: Estimates
-    current: ResourceQuotaConfig | None
-    recommended: ResourceQuotaConfig
-    scenarios: tuple[Scenario, ...]
-
-    def scenario(self, name: str) -> Scenario | None:
-        """Return the scenario of a name; None if there is none."""
-        return next((scenario for scenario in self.scenarios if scenario.name == name), None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
-        return {
-            "model_id": self.model_id,
-            "requests": self.requests,
-            "windows": [use.to_dict() for use in self.uses],
-            "frontiers": [points.to_dict() for points in self.frontiers],
-            "limits": [item.to_dict() for item in self.limits],
-            "concurrency": None if self.concurrency is None else self.concurrency.to_dict(),
-            "estimates": self.estimates.to_dict(),
-            "current": None if self.current is None else self.current.to_dict(),
-            "recommended": self.recommended.to_dict(),
-            "scenarios": [scenario.to_dict() for scenario in self.scenarios],
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class TuneReport:
-    """What `tune` returns.
-
-    Attributes
-    ----------
-    trace, format : str
-        The trace's file, and what it was read as.
-    requests : int
-    duration_ns : int
-        From the first request to the last.
-    headroom, target_denied, scale : float
-        As given.
-    models : tuple of ModelTuning
-        In order of first appearance in the trace.
-    users : UserTuning or None
-        None unless asked for.
-    capacity : Capacity or None
-        What the hardware holds, if a benchmark was given.
-    warnings : tuple of str
-    """
-
-    trace: str
-    format: str
-    requests: int
-    duration_ns: int
-    headroom: float
-    target_denied: float
-    scale: float
-    models: tuple[ModelTuning, ...]
-    users: UserTuning | None
-    capacity: Capacity | None
-    warnings: tuple[str, ...]
-
-    @property
-    def quotas(self) -> dict[str, ResourceQuotaConfig]:
-        """The recommended quotas by model."""
-        return {model.model_id: model.recommended for model in self.models}
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return values | {
-            "models": [model.to_dict() for model in self.models],
-            "users": None if self.users is None else self.users.to_dict(),
-            "capacity": None if self.capacity is None else self.capacity.to_dict(),
-            "warnings": list(self.warnings),
-        }
+# Each raise makes a limit a quarter larger, so that all of them make it up to thirty times as large.
+RAISE, MOST_RAISES = 1.25, 15
 
 
 def tune(
@@ -228,6 +91,8 @@ def tune(
     for name, rows in zip(names, selections(trace.model_index, len(names)), strict=True):
         analyses.append(_analyze(name, trace.select(rows), quotas, headroom, target_denied))
         steps.done()
+    if trace.durations_ns is not None and trace.estimated_tokens is not None:
+        analyses = _keep_promise(trace, analyses, target_denied)
     recommended = {analysis.model_id: analysis.recommended for analysis in analyses}
     replays = _replays(trace, quotas, recommended, names, scale, steps)
     users = tune_users(trace, per, headroom=headroom, target_denied=target_denied) if per is not None else None
@@ -246,7 +111,47 @@ def tune(
         models=models,
         users=users,
         capacity=capacity,
-        warnings=_warnings(trace, models, capacity),
+        warnings=_warnings(trace, models, capacity, target_denied),
+    )
+
+
+def _keep_promise(trace: Trace, analyses: list[ModelTuning], target_denied: float) -> list[ModelTuning]:
+    """Raise limits until a replay denies no more than promised.
+
+    How much of a reserve a rate takes back when it is settled depends on how far the rate was used since. Between all
+    of it, as assumed so far, and nothing lies what the quota does, and a replay tells.
+    """
+    only = analyses[0].model_id if trace.model_index is None else None
+    for _ in range(MOST_RAISES):
+        quotas = {analysis.model_id: analysis.recommended for analysis in analyses}
+        found = replay(trace, quotas, model=only).models
+        denied = [Scenario("", model) for model in found]
+        if all(scenario.denied_share <= target_denied for scenario in denied):
+            break
+        analyses = [
+            analysis if scenario.denied_share <= target_denied else _raised(analysis, scenario.binding)
+            for analysis, scenario in zip(analyses, denied, strict=True)
+        ]
+    return analyses
+
+
+def _raised(analysis: ModelTuning, limit: Limit | None) -> ModelTuning:
+    """Return the analysis with one limit raised: the burst, if it is a rate."""
+    limits = []
+    for item in analysis.limits:
+        target, burst = item.target, item.target_burst
+        if item.limit is limit and target is not None:
+            if burst is not None:
+                burst = round_count(max(burst, target) * RAISE)
+                item = replace(item, target_burst=burst, upper_burst=max(burst, item.upper_burst or 0))
+            else:
+                target = round_count(target * RAISE)
+                item = replace(item, target=target, upper=max(target, item.upper or 0))
+        limits.append(item)
+    return replace(
+        analysis,
+        limits=tuple(limits),
+        recommended=fields_of(tuple(limits), analysis.current, analysis.model_id),
     )
 
 
@@ -277,11 +182,9 @@ def _analyze(
     headroom: float,
     target_denied: float,
 ) -> ModelTuning:
-    points = {
-        "requests": frontier(trace.times_ns, None, "requests"),
-        "tokens": frontier(trace.times_ns, trace.tokens, "tokens"),
-    }
-    limits = advise(trace, points, headroom=headroom, target_denied=target_denied)
+    charges = {"requests": Charges(trace.times_ns, None), "tokens": token_charges(trace)}
+    points = {unit: frontier(charged, unit) for unit, charged in charges.items()}
+    limits = advise(trace, charges, points, headroom=headroom, target_denied=target_denied)
     current = None if quotas is None else quotas.get(name)
     found = concurrency(trace)
     return ModelTuning(
@@ -340,7 +243,9 @@ def _scaled(quota: ResourceQuotaConfig, factor: float) -> ResourceQuotaConfig:
     return quota.replace(**changes)
 
 
-def _warnings(trace: Trace, models: tuple[ModelTuning, ...], capacity: Capacity | None) -> tuple[str, ...]:
+def _warnings(
+    trace: Trace, models: tuple[ModelTuning, ...], capacity: Capacity | None, target_denied: float
+) -> tuple[str, ...]:
     warnings = []
     unseen = {CATALOGUE[item.limit].window for model in models for item in model.limits if item.extrapolated}
     for window in sorted((window for window in unseen if window is not None), key=lambda window: window.seconds):
@@ -349,6 +254,11 @@ def _warnings(trace: Trace, models: tuple[ModelTuning, ...], capacity: Capacity 
             "extrapolated"
         )
     for model in models:
+        once = model.scenario("recommended, tried once")
+        if once is not None and once.denied_share > target_denied:
+            warnings.append(
+                f"{model.model_id}: the recommended limits deny {once.denied_share:.2%}, more than promised"
+            )
         if model.requests < 1_000:
             warnings.append(f"{model.model_id}: only {model.requests:,} requests; peaks of so few say little")
         if capacity is not None:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE, Limit
 from modelquota.tuning.cells import NS_PER_SECOND
-from modelquota.tuning.tune import TuneReport
+from modelquota.tuning.tuned import TuneReport
 
 __all__ = ["diff", "quotas_file"]
 
