@@ -11,7 +11,7 @@ waits for a disk. What does not fit is counted as lost, and the ledger says how 
 ``{"lost": 5, "time_us": ..., "pid": ...}``
     So many requests were lost since the process' line before: the buffer was full, or the disk refused them.
 ``{"ended_us": ..., "written": ..., "lost": ..., "pid": ...}``
-    The process ended in order. Where this line is missing the process was killed, and the last tenth of a second may be
+    The process ended in order. If this line is missing, the process was killed, and the last tenth of a second may be
     missing without having been counted. A line that was cut off by that is skipped, and said, by all readers.
 
 `modelquota usage` sums ledgers, and `modelquota replay` and `tune` read them as traces.
@@ -337,7 +337,7 @@ class Ledger:
                 for record in records:
                     try:
                         lines.append(request_line(record))
-                    except Exception as error:  # of whatever was recorded: the others are written
+                    except Exception as error:  # about one record: the others are written
                         self._lose(1)
                         logger.error("the ledger at %s cannot write a request: %s", self.path, error)
                 self._write(file, lines)

@@ -1,7 +1,7 @@
 """Limits from what was seen: for each limit of a quota a lower, a target and an upper value, with the reason.
 
-A limit that may deny a share of the requests is found by what would have been offered to it. Were nobody denied, a
-window or a bucket would hold at least as much as it does with denials, so a request that a limit denies is one whose
+A limit that may deny a share of the requests is found by what would have been offered to it. Without
+denials, a window or a bucket holds at least as much as it does with them, so a request that a limit denies is one whose
 window would have exceeded it. The share of those is known without a simulation, and is never below the share denied.
 """
 

@@ -20,7 +20,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class Charges:
-    """Charges in order of time, if nobody is denied.
+    """Charges in order of time, if no request is denied.
 
     Parameters
     ----------

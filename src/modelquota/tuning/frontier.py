@@ -1,4 +1,4 @@
-"""The rate-burst frontier: for each rate the smallest burst with which nobody is refused.
+"""The rate-burst frontier: for each rate the smallest burst with which no request is refused.
 
 A rate with a burst is a leaky bucket. The smallest burst for a rate is the largest excess of arrivals over what the
 rate drains, the arrival curve of network calculus (R. Cruz, "A calculus for network delay", IEEE Transactions on
@@ -32,7 +32,7 @@ class Frontier:
     rates : tuple of float
         Per second, from the average of the trace up to its busiest second.
     bursts : tuple of int
-        For each rate the smallest burst that refuses nobody, at any alignment of the windows to the clock.
+        For each rate the smallest burst that refuses no request, at any alignment of the windows to the clock.
     knee : int
         Index of the recommended point: the one furthest below the line from the first to the last, both axes scaled to
         the unit square (Satopää et al., "Finding a kneedle in a haystack", ICDCS workshops 2011).

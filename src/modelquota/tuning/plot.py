@@ -23,7 +23,7 @@ text { font: 12px sans-serif; fill: #333 } .title { font-size: 15px; font-weight
 
 
 def svg(report: TuneReport) -> str:
-    """Return the picture: a quota whose point is below a curve would have refused somebody."""
+    """Return the picture: a quota whose point is below a curve would have refused a request."""
     height = ROW * len(report.models) + 20
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
@@ -63,7 +63,7 @@ def _panel(report: TuneReport, model: ModelTuning, points: Frontier, x: float, y
         across = x + PANEL_WIDTH * min(rate / most_rate, 1.0)
         return round(across, 1), round(y + PANEL_HEIGHT * (1 - min(burst / most_burst, 1.0)), 1)
 
-    yield f'<text x="{x}" y="{y - 28}">{points.unit}: the smallest burst that refuses nobody, by rate</text>'
+    yield f'<text x="{x}" y="{y - 28}">{points.unit}: the smallest burst that refuses no request, by rate</text>'
     for rate in _ticks(most_rate):
         across = at(rate, 0)[0]
         yield f'<line class="grid" x1="{across}" x2="{across}" y1="{y}" y2="{y + PANEL_HEIGHT}"/>'

@@ -94,7 +94,7 @@ class Outcome:
 
 
 class Simulation:
-    """One run of requests over a manager with a `ManualClock`, which stands at 0 or later.
+    """One run of requests over a manager with a `ManualClock`, which is at 0 or later.
 
     Parameters
     ----------
