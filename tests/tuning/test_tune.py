@@ -106,6 +106,9 @@ def test_the_promise_holds_for_what_is_reserved(estimates, target_denied, headro
     for model in report.models:
         assert model.scenario("recommended, tried once").denied_share <= target_denied
     if not target_denied:
+        users = tune(trace, headroom=0, target_denied=0, per="user").users.recommended
+        quotas = Quotas({name: ResourceQuotaConfig.unlimited(name) for name in trace.models}, {"user:*": users})
+        assert replay(trace, quotas, per_user=True).admitted == len(trace)
         assert tune(trace, report.quotas).models[0].scenario("current").denied_share == 0
 
 

@@ -191,7 +191,7 @@ def _waited(
     names: Sequence[str],
     progress: Callable[[int, int], None] | None,
 ) -> Outcome:
-    """Let requests wait. Before the first one that would be denied, none waits: up to there a batch decides the same."""
+    """Let requests wait. Before the first one that would be denied none waits, and a batch decides the same."""
     requests = len(trace)
     once = _decided(_manager(limits), trace, times_ns, names, None)
     denied = np.flatnonzero(once.codes)

@@ -10,6 +10,7 @@ from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE
 from modelquota.tuning.advice import exceeded_by, round_count
 from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
+from modelquota.tuning.charges import Charges, token_charges
 from modelquota.tuning.trace import Trace
 from modelquota.tuning.windows import counted_ns, rolling_sums
 
@@ -102,6 +103,7 @@ def tune_users(trace: Trace, per: str, *, headroom: float, target_denied: float)
         if not len(rows):
             continue
         times_ns, costs = trace.times_ns[rows], tokens[rows]
+        charged = token_charges(trace.select(rows))
         minute = MINUTE_S * NS_PER_SECOND - 1
         uses.append(
             UserUse(
@@ -115,8 +117,8 @@ def tune_users(trace: Trace, per: str, *, headroom: float, target_denied: float)
         )
         for record in records:
             assert record.window is not None
-            counts = None if record.unit == "requests" else costs
-            held[record.quota_field].append(rolling_sums(times_ns, counts, counted_ns(record.window.seconds)))
+            charges = charged if record.unit == "tokens" else Charges(times_ns, None)
+            held[record.quota_field].append(charges.windows(counted_ns(record.window.seconds)))
     fields: dict[str, Any] = {}
     reasons = {}
     for record in records:
