@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
@@ -166,7 +166,6 @@ def by_ticks(manager, ids, times_ms, groups, tokens, durations_ms):
     return codes, waited
 
 
-@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_nothing_is_missed_between_two_events(data):
     """The simulation jumps from event to event; looking at every millisecond admits the same, at the same time."""
@@ -253,3 +252,21 @@ def test_what_is_decided_as_a_batch_before_the_first_wait_is_the_same(data):
         assert model.waited == np.count_nonzero(waited)
         assert model.warned == np.count_nonzero(whole.over[own])
         assert model.longest_wait_ms == (whole.waited_ns[waited].max() / MS if waited.any() else None)
+
+
+def test_warnings_are_counted_with_durations_too():
+    trace = make_trace([0, 0, 0, 5000], durations_ns=np.full(4, SECOND))
+    quota = unlimited(max_concurrent_requests=2, on_violation="warn")
+    (model,) = waits_ms(trace, quota).models
+    assert (model.admitted, model.warned) == (4, 1)
+
+
+def test_who_is_told_early_is_told_early():
+    """A wait that another request has made too long ends at once, not at its deadline."""
+    quota = unlimited(max_tokens_per_second=20, burst_tokens=0, on_violation="throttle", grace_period_sec=0.5)
+    trace = make_trace([0, 517, 517], [1, 20, 1])
+    manager = ResourceQuotaManager(clock=ManualClock(), max_models=1)
+    manager.set_quota(quota)
+    outcome = Simulation(manager, [("m",)], wait=True).run(trace.times_ns, None, trace.tokens)
+    assert (outcome.codes > 0).tolist() == [False, True, False]
+    assert outcome.waited_ns.tolist() == [0, 0, 0]

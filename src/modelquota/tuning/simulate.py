@@ -48,12 +48,13 @@ class _SimulatedWaiter(Waiter):
 class _Group:
     """The requests for the same ids."""
 
-    __slots__ = ("action", "costs", "dirty", "grace_ns", "ids", "next_ns", "waiting")
+    __slots__ = ("costs", "dirty", "grace_ns", "ids", "next_ns", "waiting", "warns")
 
     def __init__(self, ids: tuple[str, ...], manager: ResourceQuotaManager) -> None:
         quotas = [quota for model_id in ids if (quota := manager.get_quota(model_id)) is not None]
         self.ids: str | tuple[str, ...] = ids if len(ids) > 1 else ids[0]
         self.grace_ns = sorted({round(quota.grace_period_sec * NS_PER_SECOND) for quota in quotas})
+        self.warns = any(quota.on_violation is ViolationAction.WARN for quota in quotas)
         self.waiting: dict[int, _SimulatedWaiter] = {}
         self.costs: list[tuple[int, int]] = []  # a heap of (tokens, index) of those that wait, and of some that do not
         self.next_ns = NEVER
@@ -112,6 +113,7 @@ class Simulation:
         self._clock = clock
         self._wait = wait
         self._groups = [_Group(ids, manager) for ids in groups]
+        self._warns = any(group.warns for group in self._groups)
         self._busy: set[_Group] = set()
         self._done: list[_SimulatedWaiter] = []
         self._releases: list[tuple[int, int, int, Grant]] = []
@@ -190,6 +192,9 @@ class Simulation:
                 if self._done:
                     self._settle()
             group = all_groups[groups[index]]
+            if self._busy:  # as a grant that is released at once, since a release makes the queues look again
+                self._enter(start + index, group, costs[index], ranks[index])
+                continue
             result = check(group.ids, costs[index])
             if result:
                 if result.limit is not None:
@@ -214,6 +219,9 @@ class Simulation:
 
     def _enter(self, index: int, group: _Group, cost: int, priority: int) -> None:
         """Try to admit a request, or let it wait."""
+        if self._warns:
+            seen = self._manager.peek_quota(group.ids, cost)
+            self._over[index] = seen.allowed and seen.limit is not None
         waiter = _SimulatedWaiter(index, group, self._done)
         timeout = None if self._wait else 0
         try:
@@ -224,6 +232,9 @@ class Simulation:
         assert outcome is not None  # no other process or thread can hold a lock
         if isinstance(outcome, Grant):
             self._admit(index, outcome)
+            if self._done:
+                self._settle()
+                self._look()
             return
         if waiter.done:  # at the first look of the queue
             self._settle()
