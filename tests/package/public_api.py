@@ -62,6 +62,7 @@ from modelquota.control.load import Adjustment, LoadAdjuster, cpu_load
 from modelquota.control.reload import QuotaReloader, Reloaded
 from modelquota.integrations.vllm import EndpointPlugin, engine_load
 from modelquota.monitoring.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
+from modelquota.monitoring.ledger import Ledger
 from modelquota.monitoring.otel import instrument
 from modelquota.monitoring.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 from modelquota.quota.file import Quotas
@@ -69,8 +70,13 @@ from modelquota.quota.schema import quota_file_schema
 from modelquota.reading.utilization import Utilization, read_utilization
 from modelquota.statefile.inspect import StateFileInfo, inspect_file, verify_file
 from modelquota.statefile.migrate import Migration, migrate_file
+from modelquota.tuning.capacity import Capacity, read_capacity
+from modelquota.tuning.plot import svg
 from modelquota.tuning.replay import ReplayReport, replay
 from modelquota.tuning.trace import Trace, read_trace
+from modelquota.tuning.tune import TuneReport, tune
+from modelquota.tuning.usage import UsageReport, read_usage
+from modelquota.tuning.write import quotas_file
 
 
 def configure(path: Path) -> dict[str, ResourceQuotaConfig]:
@@ -198,8 +204,24 @@ def read(manager: ResourceQuotaManager) -> NDArray[np.void]:
 
 def run_trace(path: Path, quotas: dict[str, ResourceQuotaConfig]) -> dict[str, object]:
     trace: Trace = read_trace(path)
-    report: ReplayReport = replay(trace, quotas, model="m", speed=24)
+    report: ReplayReport = replay(trace, quotas, model="m", speed=24, wait=True)
     return report.to_dict()
+
+
+def tune_trace(path: Path, quotas: dict[str, ResourceQuotaConfig]) -> str:
+    trace: Trace = read_trace(path, format="mooncake", time_unit="ms", columns={"user": "who"})
+    held: Capacity = read_capacity(["bench.json"], {"p99_ttft": 2_000})
+    report: TuneReport = tune(trace, quotas, headroom=0.2, target_denied=0.01, per="user", capacity=held)
+    return quotas_file(report) + svg(report)
+
+
+def keep_a_ledger(manager: ResourceQuotaManager) -> UsageReport:
+    with Ledger("usage.jsonl", buffer_size=1_000, max_bytes=None, by_day=False) as ledger:
+        with ledger.acquire(manager, ("acme", "m"), 5, timeout=1) as grant:
+            grant.settle(4)
+        written: bool = ledger.record("m", (1, 2, 3), 5, verdict="admitted", waited_us=1, duration_us=2)
+        print(written, ledger.lost)
+    return read_usage(["usage.jsonl"], by=["tenant", "day"])
 
 
 async def generate(request: IncomingRequest) -> Demand | None:

@@ -40,7 +40,7 @@ TEXTS = {"README": README, **{topic: read_topic(topic) for topic in topics()}}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # These end by themselves, and soon, and change nothing but the files that they are given.
-RUN = {"docs", "inspect", "remove", "replay", "reset-burst", "set", "status", "verify"}
+RUN = {"docs", "inspect", "remove", "replay", "reset-burst", "set", "status", "tune", "usage", "verify"}
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:00.0000000,30,10\n"
 
 
@@ -58,7 +58,11 @@ def folder(tmp_path, monkeypatch):
     """A working directory with the files that the documentation speaks of."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quotas.toml").write_text(blocks("toml", ["README"])[0].values[0])
+    (tmp_path / "tuned.toml").write_text("[models.llama-70b]\n")
     (tmp_path / "TRACE.csv").write_text(TRACE)
+    (tmp_path / "requests.csv").write_text("when,asked,made\n0.5,30,10\n1.25,7,3\n")
+    (tmp_path / "bench.json").write_text('{"request_throughput": 5, "p99_ttft_ms": 900, "p99_tpot_ms": 30}')
+    (tmp_path / "usage.jsonl").write_text('{"time_us": 5, "ids": ["acme", "llama"], "estimated": 7, "settled": 6}\n')
     return tmp_path
 
 

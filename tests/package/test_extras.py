@@ -40,6 +40,7 @@ import sys
 sys.modules.update(dict.fromkeys({OPTIONAL}))
 import modelquota.control.caches, modelquota.control.load, modelquota.control.reload, modelquota.monitoring.alerts
 import modelquota.quota.schema, modelquota.reading.utilization
+import modelquota.monitoring.ledger, modelquota.tuning.plot, modelquota.tuning.usage, modelquota.tuning.write
 """
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
