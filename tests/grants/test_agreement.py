@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from agreement import NOW
 from factories import UNLIMITED
 from grant_agreement import MOST_GRANTS, PARTIES, GrantAgreement
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import HOUR_NS, SECOND_NS
-from strategies import Pause, starts_ns
+from strategies import Arrival, Pause, starts_ns
 
 from modelquota import ResourceQuotaConfig, ViolationAction
 

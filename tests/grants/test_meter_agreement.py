@@ -41,7 +41,9 @@ def kinds() -> st.SearchStrategy[Amount]:
 def meters(model_id: str) -> st.SearchStrategy[ResourceQuotaConfig]:
     """Limits on tokens in any window, some of them weighted."""
     some = {name: field for name, field in limits().items() if "ram" not in name and "ssd" not in name}
-    return st.builds(lambda **fields: ResourceQuotaConfig.unlimited(model_id, **fields), token_weights=weights(), **some)
+    return st.builds(
+        lambda **fields: ResourceQuotaConfig.unlimited(model_id, **fields), token_weights=weights(), **some
+    )
 
 
 class MeterAgreement(GrantAgreement):

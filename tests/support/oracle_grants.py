@@ -246,7 +246,8 @@ class GrantOracle(Oracle):
         self, ids: Sequence[str], tokens: Amount, ram_mb: int, ssd_mb: int
     ) -> tuple[Decision, list[tuple[GrantModel, Charge]]]:
         """One decision over all models and their meters: who denies is named, or else who warns; nothing is charged,
-        or all. An id without a quota may have meters."""
+        or all. An id without a quota may have meters.
+        """
         now_ns = self.clock.now_ns
         for model_id in ids:
             if model_id not in self.models and self.default_quota is not None and "#" not in model_id:
@@ -308,8 +309,7 @@ class OracleGrant:
         self.estimated = self.tokens = estimated
         self.estimates = {id(party): party.charges[0].tokens for party in parties}
         self.free_output = min(
-            [COUNT_MAX]
-            + [most_output(party.model.config, estimated, self.estimates[id(party)]) for party in parties]
+            [COUNT_MAX] + [most_output(party.model.config, estimated, self.estimates[id(party)]) for party in parties]
         )
         self.used: int | None = None  # the output tokens that `add` counted
         self.state = "open"
@@ -339,9 +339,7 @@ class OracleGrant:
         chunk = ahead if all_fits else beyond
         for party in self.living:
             trial = self.oracle.is_trial(party.model)
-            party.charges.append(
-                party.model.charge_for_grant(now_ns, 0, self.more_at(party, chunk), capped=trial)
-            )
+            party.charges.append(party.model.charge_for_grant(now_ns, 0, self.more_at(party, chunk), capped=trial))
         self.free_output += chunk
         return fits
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import operator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, SupportsIndex, TypeAlias
+
+TokenCount: TypeAlias = "SupportsIndex | Tokens"
+"""What is accepted as a count of tokens: an integer that counts as it is, or tokens by kind."""
 
 _MOST: Final = 2**62
 _ACCEPTED: Final = "an integer from 0 to 2**62"

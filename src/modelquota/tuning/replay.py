@@ -131,7 +131,7 @@ def _manager(limits: Sequence[ResourceQuotaConfig]) -> ResourceQuotaManager:
     return manager
 
 
-def _ignore(model_id: str, result: object, stands_for: int) -> None:
+def _ignore(model_id: str, result: object, since_last: int) -> None:
     pass
 
 
