@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from modelquota import ManualClock, ResourceQuotaManager
 from modelquota.asgi import QuotaMiddleware, event_tokens
-from modelquota.protocols import AnswerReader, protocol, settle
+from modelquota.protocols import AnswerReader, protocol
 from modelquota.protocols.answer import MOST_HELD
 
 EVENT_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8")]
@@ -258,7 +258,7 @@ def test_however_a_stream_is_cut_the_same_is_counted(texts, total, end, seed, cl
             at = rng.randrange(1, 40)
             grant.add(reader.feed(stream[:at]))
             stream = stream[at:]
-        settle(grant, reader.tokens())
+        grant.settle(reader.tokens())
     passed = sum(event_tokens(event[6:]) for event in events)
     expected = 2 + passed if total is None else 1 + (total or passed)  # a report of no output is not believed
     assert used(manager)[0] == expected

@@ -138,7 +138,7 @@ def check_in_batches(manager: ResourceQuotaManager) -> NDArray[np.uint8]:
     return manager.check_many(rows, [1, 2], np.zeros(2, np.uint8), times_ns=[5, 6], retry_after_ms=retry)
 
 
-def grant(manager: ResourceQuotaManager) -> tuple[int, bool]:
+def grant(manager: ResourceQuotaManager) -> tuple[int | Tokens, bool]:
     with manager.reserve(("tenant", "m"), estimated_tokens=100, ram_needed_mb=1) as held:
         goes_on: bool = held.add(1)
         names: tuple[str, ...] = held.model_ids

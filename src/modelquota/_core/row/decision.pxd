@@ -445,7 +445,8 @@ cdef inline void decide(
 
 
 cdef inline void decide_in_batch(
-    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Verdict* verdict
+    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing,
+    Verdict* verdict
 ) noexcept nogil:
     """decide() that leaves the windows behind as long as the request fits. Requires the row's lock."""
     cdef Fit fit
@@ -456,7 +457,9 @@ cdef inline void decide_in_batch(
         decide(row, cold, entries, now_ns, request, enforcing, verdict)
 
 
-cdef inline void charge_in_batch(Row* row, ColdRow* cold, int64_t now_ns, int64_t tokens, bint enforcing) noexcept nogil:
+cdef inline void charge_in_batch(
+    Row* row, ColdRow* cold, int64_t now_ns, int64_t tokens, bint enforcing
+) noexcept nogil:
     """charge_tokens() at `now_ns` that leaves the windows behind as long as the tokens fit. Requires the row's lock."""
     cdef Fit fit
     cdef Charge charged
@@ -469,8 +472,10 @@ cdef inline void charge_in_batch(Row* row, ColdRow* cold, int64_t now_ns, int64_
 
 
 cdef inline uint8_t first_over(const Row* row, const ColdRow* cold) noexcept nogil:
-    """The first limit of which more is used than it allows, or 0: tokens are charged past limits too. Requires advance()
-    and the row's lock."""
+    """The first limit of which more is used than it allows, or 0: tokens are charged past limits too.
+
+    Requires advance() and the row's lock.
+    """
     cdef int window
     if in_use(cold.ram_mb, cold.reserved_ram_mb) > <uint64_t> cold.max_ram_mb:
         return RAM_MB

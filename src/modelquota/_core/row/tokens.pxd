@@ -39,7 +39,10 @@ cdef inline int64_t count_at(const ColdRow* cold, const Kinds* kinds) noexcept n
 
 
 cdef inline int64_t with_output(const ColdRow* cold, const Kinds* kinds, int64_t output) noexcept nogil:
-    """What so many output tokens count at a model, with the input and cached tokens of `kinds`. Requires the row's lock."""
+    """What so many output tokens count at a model, with the input and cached tokens of `kinds`.
+
+    Requires the row's lock.
+    """
     cdef int64_t counts[KINDS]
     counts[0] = kinds.counts[0] if kinds.split else 0
     counts[1] = kinds.counts[1] if kinds.split else 0

@@ -101,7 +101,10 @@ cdef inline bint lock_rows(JointRequest* joint, const Shared* shared, int64_t pa
 
 
 cdef inline int first_gone(const JointRequest* joint) noexcept nogil:
-    """Index of the first member whose model has been removed or has other meters, or NO_MEMBER. Requires the rows' locks."""
+    """Index of the first member whose model has been removed or has other meters, or NO_MEMBER.
+
+    Requires the rows' locks.
+    """
     cdef const Holding* member
     cdef int i
     for i in range(joint.count):

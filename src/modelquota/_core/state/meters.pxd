@@ -1,9 +1,9 @@
 # Meters: rows that are decided together with the row of their model. A model's row has a list of them, so that a batch
-# finds them without the GIL. Lists change under the registry's lock and the model's; a reader needs neither, and sees by
-# ColdRow.meters_epoch under the model's lock whether it has read the list as it is.
+# finds them without the GIL. Lists change under the registry's lock and the model's. A reader needs neither: under the
+# model's lock, ColdRow.meters_epoch tells it whether it has read the list as it is.
 #
-# A change of a list is journaled in the header: a meter is in the list of the model that its `meter_of` names, and
-# whoever takes over the registry's lock after a death makes that true again.
+# A change of a list is journaled in the header: a meter is in the list of the model that its `meter_of` names, and the
+# process that takes over the registry's lock after a death makes that true again.
 from libc.stdint cimport uint32_t
 from modelquota._core.atomics cimport compiler_barrier, store_u32
 from modelquota._core.layout cimport ColdRow, Row, Shared
@@ -13,7 +13,10 @@ cdef enum:
 
 
 cdef inline void sync_meter(uint32_t model, uint32_t meter, const Shared* shared) noexcept nogil:
-    """Have a model's list contain a meter if and only if the meter is its. Requires the registry's lock and the model's."""
+    """Have a model's list contain a meter if and only if the meter is its.
+
+    Requires the registry's lock and the model's.
+    """
     cdef Row* row = &shared.rows[model]
     cdef ColdRow* cold = &shared.cold_rows[model]
     cdef ColdRow* one = &shared.cold_rows[meter]

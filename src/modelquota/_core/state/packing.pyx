@@ -6,8 +6,8 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 
 from modelquota._core.layout cimport (
-    ColdRow, DAY, GrantRecord, Header, KINDS, LIMITS, LIMIT_CODES, Limits, LongRing, MAX_COUNT, QueueEntry, Ring, Row, SECOND,
-    SLOTS_PER_SLOT, Seat, UNLIMITED, WINDOWS
+    ColdRow, DAY, GrantRecord, Header, KINDS, LIMITS, LIMIT_CODES, Limits, LongRing, MAX_COUNT, QueueEntry, Ring, Row,
+    SECOND, SLOTS_PER_SLOT, Seat, UNLIMITED, WINDOWS
 )
 from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB
 from modelquota._core.row.level cimport NO_RATE, WIDEST_SHIFT
@@ -16,9 +16,11 @@ from modelquota._core.row.usage cimport NO_LIMIT, Usage, read_usage
 from modelquota._core.state.copy cimport ModelCopy, start_copy
 
 from modelquota.quota.config import UNITS
-from modelquota.quota.limits import CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
+from modelquota.quota.limits import (
+    CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
+)
 
-PARTS = ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring")    # of the mapping, as dtypes() names them
+PARTS = ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring")    # of the mapping, as in dtypes()
 
 cdef tuple ACTIONS = tuple(ViolationAction)
 cdef tuple WINDOW_FIELDS = tuple([      # of a quota: the fields of each window, requests and tokens
@@ -88,7 +90,8 @@ def core_limits():
 def struct_sizes():
     """``sizeof`` of each struct of the layout, for comparison with the dtypes."""
     return {"header": sizeof(Header), "seat": sizeof(Seat), "entry": sizeof(QueueEntry), "grant": sizeof(GrantRecord),
-            "row": sizeof(Row), "cold": sizeof(ColdRow), "ring": sizeof(Ring), "long_ring": sizeof(LongRing), "usage": sizeof(Usage)}
+            "row": sizeof(Row), "cold": sizeof(ColdRow), "ring": sizeof(Ring), "long_ring": sizeof(LongRing),
+            "usage": sizeof(Usage)}
 
 
 def encode_rate(rate, burst):
@@ -151,7 +154,10 @@ cdef int pack(object config, Limits* limits) except -1:
 
 
 cdef inline object _weight(int64_t millionths):
-    """A weight as it was given: an int if it is whole. Two statements: of one expression both branches have one C type."""
+    """A weight as it was given: an int if it is whole.
+
+    Two statements: both branches of one expression would have one C type.
+    """
     if millionths % MICRO == 0:
         return millionths // MICRO
     return <double> millionths / <double> MICRO

@@ -307,7 +307,8 @@ cdef inline void forget_meters(uint32_t model, const Shared* shared) noexcept no
 
 
 cdef inline int link_meter(
-    Row* model, uint32_t model_generation, Row* meter, uint32_t meter_generation, const Shared* shared, int64_t patience_ns
+    Row* model, uint32_t model_generation, Row* meter, uint32_t meter_generation, const Shared* shared,
+    int64_t patience_ns
 ) noexcept nogil:
     """Put a meter into its model's list, if both are still there. Takes the registry's lock and the model's."""
     cdef uint32_t index = <uint32_t> (model - shared.rows)

@@ -41,7 +41,7 @@ cdef class Admission:
     cdef int count_unknown(self, int ids) except -1
     cdef bint adopt(self, str model_id) except -1
     cdef RowRef find_or_adopt(self, str model_id)
-    cdef bint add_meters(self, tuple ids, JointRequest* joint, list refs) except -1
+    cdef bint take_meters(self, tuple ids, JointRequest* joint, list refs) except -1
     cdef int members_of(self, tuple ids, JointRequest* joint, list refs, list templates) except -1
     cdef int take_records(self, JointRequest* joint) except -1
     cdef int give_records(self, JointRequest* joint) except -1

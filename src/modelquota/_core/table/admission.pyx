@@ -6,7 +6,7 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t
 from libc.stdlib cimport free, malloc
 
 from modelquota._core.atomics cimport add_u64_relaxed
-from modelquota._core.layout cimport Charge, ColdRow, Limits, QueueEntry, Row, Shared
+from modelquota._core.layout cimport Charge, Limits, QueueEntry, Shared
 from modelquota._core.row.decision cimport Fit, Request, Verdict, charge_admitted
 from modelquota._core.row.fullest cimport highest_usage
 from modelquota._core.row.grant cimport Holding
@@ -14,8 +14,8 @@ from modelquota._core.row.queue cimport drop_expired, first_in_turn
 from modelquota._core.row.tokens cimport count_at
 from modelquota._core.state.copy cimport ModelCopy, copy_model, start_copy
 from modelquota._core.state.joint cimport (
-    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NO_MEMBER, Places, add_meters, assess_all, decide_rows, first_gone,
-    lock_rows, put_in_order, same_row, unlock_rows
+    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NO_MEMBER, Places, add_meters, assess_all, decide_rows,
+    first_gone, lock_rows, put_in_order, same_row, unlock_rows
 )
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
@@ -131,7 +131,8 @@ cdef class Admission:
                     template = self.events.template_of(model_id)
                     if template is not None:
                         templates.append((model_id, template))
-                        templates += [(f"{model_id}#{name}", config) for name, config in self.events.meters_of(model_id)]
+                        for name, config in self.events.meters_of(model_id):
+                            templates.append((f"{model_id}#{name}", config))
                 else:
                     while ref is None and self.adopt(<str> model_id):
                         ref = self.interned.find(<str> model_id)
@@ -140,7 +141,7 @@ cdef class Admission:
                     refs.append(ref)
                     put_member(joint, ref, self.state.shared.rows)
             known = joint.count
-            if not self.add_meters(ids, joint, refs):
+            if not self.take_meters(ids, joint, refs):
                 continue
             put_in_order(joint)
             shared_row = same_row(joint)
@@ -155,7 +156,7 @@ cdef class Admission:
                     raise CapacityError(self.state.shared.header.max_models)
         return len(ids) - known
 
-    cdef bint add_meters(self, tuple ids, JointRequest* joint, list refs) except -1:
+    cdef bint take_meters(self, tuple ids, JointRequest* joint, list refs) except -1:
         """Add the meters of the members, and those of ids that have meters and no quota; False if they are changing."""
         cdef int i, known = joint.count
         cdef Interned interned = self.interned
@@ -306,7 +307,8 @@ cdef class Admission:
 
 
 cdef object too_many(tuple ids):
-    return ValueError(f"model_id names {len(ids)} ids, and with their meters more than {MOST_MODELS} decide; give fewer")
+    return ValueError(f"model_id names {len(ids)} ids, and with their meters more than {MOST_MODELS} decide; "
+                      "give fewer")
 
 
 cdef list in_order_of_decision(tuple ids, list names):

@@ -42,8 +42,8 @@ cdef cnp.ndarray token_counts(object values, str name, Py_ssize_t count):
     array = int64_copy(values, name, 2)
     require_length(array, name, count)
     if array.ndim == 2 and array.shape[1] != KINDS:
-        raise ValueError(f"{name} has shape {(<object> array).shape}; give ({count},), or ({count}, 3) for input, cached "
-                         "and output tokens")
+        raise ValueError(f"{name} has shape {(<object> array).shape}; give ({count},), or ({count}, 3) for input, "
+                         "cached and output tokens")
     first = <const int64_t*> cnp.PyArray_DATA(array)
     size = cnp.PyArray_SIZE(array)
     with nogil:

@@ -6,7 +6,8 @@ from modelquota._core.layout cimport (
 )
 from modelquota._core.row.advance cimport advance, unlikely
 from modelquota._core.row.decision cimport (
-    LAST_TICKET, LOWEST_PRIORITY, Request, Verdict, charge_in_batch, charge_tokens, decide_in_batch, first_over, is_trial
+    LAST_TICKET, LOWEST_PRIORITY, Request, Verdict, charge_in_batch, charge_tokens, decide_in_batch, first_over,
+    is_trial
 )
 from modelquota._core.row.grant cimport Holding
 from modelquota._core.row.tokens cimport count_at, weigh, with_output
@@ -269,12 +270,13 @@ cdef inline int charge_several(
 cdef inline Py_ssize_t charge_batch(Batch* batch, const Shared* shared, Py_ssize_t i) noexcept nogil:
     """Charge from element `i` on; stop at one whose row stays locked. Returns the index to continue from.
 
-    `batch.limits`, if it is not NULL, is set to the first limit that each element's models are over then, or 0. Takes the
-    rows' locks.
+    `batch.limits`, if it is not NULL, is set to the first limit that each element's models are over then, or 0.
+    Takes the rows' locks.
     """
     cdef Row* rows = shared.rows
     cdef Request request
     cdef Row* row
+    cdef uint8_t* over
     cdef uint32_t index
     cdef bint alone
     batch.waits = False
@@ -291,13 +293,16 @@ cdef inline Py_ssize_t charge_batch(Batch* batch, const Shared* shared, Py_ssize
             if row.generation == generation_of(batch.codes[i]):
                 alone = not row.meters | row.weighted
                 if alone:
-                    charge_in_batch(row, &shared.cold_rows[index], batch.now_ns, batch.tokens[i], shared.header.enforcing)
+                    charge_in_batch(row, &shared.cold_rows[index], batch.now_ns, batch.tokens[i],
+                                    shared.header.enforcing)
             unlock(&row.lock)
         if not alone:
             read_tokens(batch, i, &request)
+            over = NULL
             if batch.limits != NULL:
-                batch.limits[i] = 0
-            if charge_several(batch, i, &request, NULL if batch.limits == NULL else &batch.limits[i], shared) == BUSY_ROW:
+                over = &batch.limits[i]
+                over[0] = 0
+            if charge_several(batch, i, &request, over, shared) == BUSY_ROW:
                 batch.waits = True
                 break
         i += 1

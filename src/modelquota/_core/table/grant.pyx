@@ -391,7 +391,8 @@ cdef int64_t more_at(const Holding* member, const Addition* addition, int place,
 
 
 cdef int charge_rows(
-    JointRequest* joint, int64_t now_ns, Addition* addition, const Stage* stage, const Shared* shared, int64_t patience_ns
+    JointRequest* joint, int64_t now_ns, Addition* addition, const Stage* stage, const Shared* shared,
+    int64_t patience_ns
 ) noexcept nogil:
     """Charge `chunk` output tokens to all models if that fits, or else `over`. Takes the rows' locks.
 

@@ -177,8 +177,10 @@ cdef class Interned:
     # -- meters
 
     cdef int join(self, RowRef ref) except -1:
-        """Link a model and its meters: what has just been interned may be either, and whoever registered it may have died
-        before it was linked."""
+        """Note that a model and its meters may have to be linked: what has just been interned may be either.
+
+        The process that registered it may have died before it linked them.
+        """
         cdef str model_id, name
         cdef RowRef model, meter
         model_id, _, name = (<str> ref.model_id).partition("#")

@@ -362,7 +362,9 @@ cdef class WaitQueue:
                     break
                 i += 1
                 continue
-            grant = make_grant(queues.pools, &joint, refs, &waiter.request, waiter.estimate) if verdict.allowed else None
+            grant = None
+            if verdict.allowed:
+                grant = make_grant(queues.pools, &joint, refs, &waiter.request, waiter.estimate)
             if waiter.done or self not in waiter.waits_in:     # a finalizer ran, and took it out of the queue
                 if grant is not None:
                     (<Grant> grant).cancel()

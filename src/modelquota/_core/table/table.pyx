@@ -48,8 +48,10 @@ cdef inline bint decide_and_unlock(
     Row* row, ColdRow* cold, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request,
     Verdict* verdict
 ) noexcept nogil:
-    """Decide, and release the row's lock; False, undecided, if the model has left the row or its meters are to be decided
-    with it. Requires the row's lock."""
+    """Decide, and release the row's lock; False, undecided, if the model has left the row or has meters.
+
+    Requires the row's lock.
+    """
     cdef bint alive = row.generation == generation and row.meters == 0
     cdef Request weighed
     if alive:
@@ -300,7 +302,8 @@ cdef class QuotaTable:
         self.admission.events.on_violation(model_id, result, verdict.to_log)
         return result
 
-    cdef object answer_metered(self, RowRef ref, object model_id, const Request* request, object handle, int64_t now_ns):
+    cdef object answer_metered(self, RowRef ref, object model_id, const Request* request, object handle,
+                               int64_t now_ns):
         """answer() for a model that has meters: one decision over all of them. Takes the rows' locks."""
         cdef JointRequest joint
         cdef Verdict verdict
@@ -316,7 +319,8 @@ cdef class QuotaTable:
         if verdict.limit and verdict.worth_a_look:
             self.pools.reclaim_if_due()
         if joint.violating > 0:
-            named = self.interned.ref_at(joint.members[joint.violating].index, joint.members[joint.violating].generation)
+            named = self.interned.ref_at(joint.members[joint.violating].index,
+                                         joint.members[joint.violating].generation)
         result = result_of(&verdict, None if named is None else named.model_id)
         if verdict.to_log:
             self.admission.events.on_violation(result.model_id, result, verdict.to_log)
@@ -479,7 +483,7 @@ cdef class QuotaTable:
         cdef Request request
         cdef Verdict verdict
         cdef JointRequest joint
-        cdef Py_ssize_t i, k, width
+        cdef Py_ssize_t i, width
         cdef list grants = []
         cdef list refs
         self.state.require_open()
@@ -634,7 +638,7 @@ cdef class QuotaTable:
     def charge_many(self, codes, tokens, *, over=None):
         """Charge tokens unconditionally, such as those that one decode step produced; no request is counted.
 
-        If a limit is exceeded, nothing is admitted until the excess has aged out. The meters of a model are charged too.
+        If a limit is exceeded, nothing is admitted until the excess has aged out. Meters are charged with their model.
 
         Parameters
         ----------
