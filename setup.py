@@ -4,10 +4,13 @@ MODELQUOTA_SANITIZE=1 builds with the address and undefined-behaviour sanitizers
 annotated HTML beside each source, MODELQUOTA_DEBUG=1 keeps debug information for gdb and perf.
 """
 
+import gc
+import multiprocessing
 import os
 import platform
 import sys
 from glob import glob
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,11 @@ DEBUG = os.environ.get("MODELQUOTA_DEBUG") == "1"
 SANITIZE = os.environ.get("MODELQUOTA_SANITIZE") == "1"
 
 CORE = "src/modelquota/_core"
-COLD = {"arrays", "intern", "packing", "pools", "queue", "records", "snapshot", "state", "view"}
+# gcc takes more than half of a build. -O3 is for what a check runs through. -O1 takes half of its time, and is for what
+# shows in a count of a grant's or a batch's instructions; -Og takes a third, and is for what shows in none.
+LEVELS = dict.fromkeys(["arrays", "intern", "pools", "snapshot"], "-O1") | dict.fromkeys(
+    ["packing", "queue", "records", "state", "view"], "-Og"
+)
 DIRECTIVES = {
     "language_level": 3,
     "binding": False,  # a method descriptor is called some 10 ns faster than a bound Cython function
@@ -39,9 +46,8 @@ DIRECTIVES = {
     "emit_code_comments": ANNOTATE or DEBUG,
 }
 
-# gcc takes about half of the time at -O1. A check runs through no cold module that showed in a count of instructions;
-# a joint check and a grant take under 1 % more of them. CPython's own flags ask for debug information; -g0 undoes that.
-compile_args = ["-g" if DEBUG else "-g0", "-std=c11", "-fno-math-errno", "-D_GNU_SOURCE"]
+# CPython's own flags ask for debug information and for all warnings, which take a tenth of gcc's time.
+compile_args = ["-std=c11", "-fno-math-errno", "-D_GNU_SOURCE", *(["-g"] if DEBUG else ["-g0", "-Wno-all"])]
 link_args = []
 if SANITIZE:
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
@@ -59,6 +65,8 @@ class SourceDistribution(sdist):
             "tests/**/*.py",
             "tests/**/*.c",
             "tests/**/*.pyx",
+            "tests/**/*.json",
+            "tests/**/*.gz",
             "benchmarks/**/*.py",
             "benchmarks/**/*.pyx",
             "benchmarks/**/*.zig",
@@ -73,6 +81,11 @@ class TranslatingBuild(build_ext):
     """Runs Cython when the extensions are built, and not when a build tool only asks for names and requirements."""
 
     def run(self):
+        # Collections take a third of Cython's time: its trees are large, and in use until their module is written.
+        gc.disable()
+        multiprocessing.set_start_method("fork", force=True)  # so that Cython's processes have it disabled as well,
+        for module in ("FlowControl", "MemoryView", "Optimize", "ParseTreeTransforms", "Pipeline"):
+            import_module(f"Cython.Compiler.{module}")  # and find these imported
         translated = cythonize(
             self.extensions,
             include_path=["src"],
@@ -94,7 +107,7 @@ def core_module(source):
         depends=glob(f"{CORE}/**/*.pxd", recursive=True),
         include_dirs=[np.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-        extra_compile_args=[*compile_args, "-O1" if SANITIZE or path.stem in COLD else "-O3"],
+        extra_compile_args=[*compile_args, "-O1" if SANITIZE else LEVELS.get(path.stem, "-O3")],
         extra_link_args=link_args,
     )
 

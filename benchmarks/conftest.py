@@ -31,6 +31,8 @@ ORDER = (
     "memory",
     "reading",
     "import",
+    "ledger",
+    "tuning",
     "floor",
     "growth",
 )

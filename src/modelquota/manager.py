@@ -22,6 +22,7 @@ from modelquota.errors import UnknownModelError
 from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig, plain_model_id, require_fields
 from modelquota.quota.limits import ViolationAction
 from modelquota.quota.patterns import DefaultQuota, QuotaTemplates
+from modelquota.quota.tokens import TokenCount
 from modelquota.reading.reader import QuotaReader
 from modelquota.waiting.decorator import limit
 from modelquota.waiting.thread import acquire
@@ -268,7 +269,7 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     def acquire(
         self,
         model_id: str | Sequence[str],
-        estimated_tokens: SupportsIndex,
+        estimated_tokens: TokenCount,
         ram_needed_mb: SupportsIndex = 0,
         ssd_needed_mb: SupportsIndex = 0,
         *,
@@ -318,7 +319,7 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     def acquire_async(
         self,
         model_id: str | Sequence[str],
-        estimated_tokens: SupportsIndex,
+        estimated_tokens: TokenCount,
         ram_needed_mb: SupportsIndex = 0,
         ssd_needed_mb: SupportsIndex = 0,
         *,
@@ -348,13 +349,13 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     def limit(
         self,
         model_id: str | Sequence[str] | Callable[..., str | Sequence[str]],
-        estimated_tokens: SupportsIndex | Callable[..., SupportsIndex] = 0,
+        estimated_tokens: TokenCount | Callable[..., TokenCount] = 0,
         *,
         ram_needed_mb: SupportsIndex = 0,
         ssd_needed_mb: SupportsIndex = 0,
         timeout: float | None = None,
         priority: SupportsIndex = 0,
-        actual_tokens: Callable[[Any], SupportsIndex] | None = None,
+        actual_tokens: Callable[[Any], TokenCount] | None = None,
     ) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
         """Decorate a function or coroutine function: each call acquires first and releases at its end.
 
@@ -432,6 +433,10 @@ class _Events:
             plain_model_id("model_id", model_id)  # raises if no quota can have this id
         return template
 
+    def meters_of(self, model_id: str) -> list[tuple[str, ResourceQuotaConfig]]:
+        """Return the meters to register with an id without a quota, as names and configs."""
+        return [] if self.templates is None else self.templates.meters_of(model_id)
+
     def on_unknown_model(self, model_id: str) -> None:
         """Log, once a second, that an id without a quota was checked."""
         self._unknown_held += 1
@@ -473,16 +478,16 @@ class ModelQuota(RowHandle):
         def manager(self) -> ResourceQuotaManager: ...
 
     def reserve(
-        self, estimated_tokens: SupportsIndex, ram_needed_mb: SupportsIndex = 0, ssd_needed_mb: SupportsIndex = 0
+        self, estimated_tokens: TokenCount, ram_needed_mb: SupportsIndex = 0, ssd_needed_mb: SupportsIndex = 0
     ) -> Grant:
         """As the manager's `reserve`, for this model."""
         return self._manager().reserve(self.model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb)
 
-    def acquire(self, estimated_tokens: SupportsIndex, *needs_mb: SupportsIndex, **how: Any) -> Grant:
+    def acquire(self, estimated_tokens: TokenCount, *needs_mb: SupportsIndex, **how: Any) -> Grant:
         """As the manager's `acquire`, for this model."""
         return self._manager().acquire(self.model_id, estimated_tokens, *needs_mb, **how)
 
-    def acquire_async(self, estimated_tokens: SupportsIndex, *needs_mb: SupportsIndex, **how: Any) -> Acquisition:
+    def acquire_async(self, estimated_tokens: TokenCount, *needs_mb: SupportsIndex, **how: Any) -> Acquisition:
         """As the manager's `acquire_async`, for this model."""
         return self._manager().acquire_async(self.model_id, estimated_tokens, *needs_mb, **how)
 

@@ -1,7 +1,6 @@
 """The one line that users write, in Starlette and FastAPI, served by uvicorn over HTTP."""
 
 import asyncio
-import time
 
 import httpx
 import pytest
@@ -36,7 +35,7 @@ def with_starlette(manager):
         if body.get("stream"):
             return StreamingResponse(tokens(), media_type="text/event-stream")
         if body.get("slow"):
-            await asyncio.sleep(60)
+            await asyncio.sleep(1)
         return JSONResponse(USAGE)
 
     routes = [Route("/v1/chat/completions", chat, methods=["POST"]), Mount("/quota", QuotaPage(manager))]
@@ -59,7 +58,7 @@ def with_fastapi(manager):
         if body.stream:
             return FastStream(tokens(), media_type="text/event-stream")
         if body.slow:
-            await asyncio.sleep(60)
+            await asyncio.sleep(1)
         return USAGE
 
     app.post("/v1/chat/completions")(chat)
@@ -133,10 +132,9 @@ def test_a_client_that_leaves_a_stream(manager_and_client):
 
 def test_a_client_that_leaves_before_the_first_byte(manager_and_client):
     manager, client = manager_and_client
-    start = time.monotonic()
     with pytest.raises(httpx.ReadTimeout):
         client.post("/v1/chat/completions", json=BODY | {"slow": True}, timeout=0.3)
+    assert manager.get_usage("m").concurrent_requests == 1, "the handler is still at work"
     until_free(manager)
-    assert time.monotonic() - start < 20
-    assert manager.get_usage("m").tokens_this_hour == 0
+    assert manager.get_usage("m").tokens_this_hour == 5, "its answer is settled, though no client reads it"
     assert client.post("/v1/chat/completions", json=BODY).status_code == 200

@@ -111,7 +111,7 @@ def new_manager():
         max_models=6,
     )
     manager.set_quota("m", max_tokens_per_hour=400, on_violation="reject")
-    manager.set_quota("org:a", max_requests_per_hour=30, on_violation="reject")
+    manager.set_quota("tenant/org:a", max_requests_per_hour=30, on_violation="reject")
     return manager
 
 
@@ -146,7 +146,6 @@ def test_any_request_and_any_response(requests):
                 continue
             response = await call.task
             assert response.complete
-            assert call.received * size <= MOST_BODY + 2 * size
             if model.called:
                 assert model.body == body
                 assert response.status == status

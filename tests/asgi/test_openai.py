@@ -204,6 +204,6 @@ def test_the_example_as_it_is_started():
         ask("chat-70b", 130)  # waits
         assert time.monotonic() - start > 0.3
         assert manager.get_usage("chat-70b").total_violations == 1
-        with pytest.raises(openai.RateLimitError, match="Model key:free: requests per hour: 10 of 10 used"):
+        with pytest.raises(openai.RateLimitError, match="Tenant free: requests per hour: 10 of 10 used"):
             ask("dev-7b", times=3)
     assert manager.snapshot()["concurrent_requests"].sum() == 0

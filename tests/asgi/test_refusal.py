@@ -13,9 +13,8 @@ from strategies import configs, extreme_configs, tokens
 from structured_fields import parse_list
 
 from modelquota import Limit, ManualClock, ModelLockedError, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.asgi import Demand, QuotaMiddleware
-from modelquota.asgi.ratelimit import MOST, bounds_of, go_duration, limit_headers
-from modelquota.asgi.refusal import denial as denial_of
+from modelquota.asgi import Demand, QuotaMiddleware, denial_answer
+from modelquota.asgi.ratelimit import MOST, LimitHeaders, bounds_of, go_duration
 
 REJECT = OPEN | {"on_violation": "reject"}
 
@@ -33,7 +32,7 @@ def manager(clock):
 
 
 def ask(manager, body=None, *, model=None, **options):
-    app = QuotaMiddleware(model or Model(tokens=10), manager, **options)
+    app = QuotaMiddleware(model or Model(tokens=10), manager, **{"retry_spread": 0, **options})
     response = asyncio.run(Call(app, body=chat() if body is None else body).run())
     gc.collect()
     return response
@@ -45,7 +44,7 @@ def test_too_many_requests_per_second_are_a_rate_limit(manager, clock):
     response = ask(manager)
     assert response.status == 429
     assert response.error == {
-        "message": "Model m: requests per second: 2 of 2 used, 1 asked; retry in 1,017 ms.",
+        "message": "Model m: requests per second: 2 of 2 used, 1 asked; retry in 1.1 s.",
         "type": "requests",
         "param": None,
         "code": "rate_limit_exceeded",
@@ -80,7 +79,7 @@ def test_an_hour_that_is_used_up_is_an_insufficient_quota(manager):
     response = ask(manager)
     assert response.status == 429
     assert (response.error["type"], response.error["code"]) == ("insufficient_quota", "insufficient_quota")
-    assert "tokens per hour: 100 of 150 used, 110 asked; retry in 3,620,000 ms" in response.error["message"]
+    assert "tokens per hour: 100 of 150 used, 110 asked; retry in 60 min 20 s" in response.error["message"]
     assert response.headers["retry-after"] == "3620"
     assert response.headers["x-should-retry"] == "false"
     assert response.headers["x-ratelimit-reset-tokens"] == "1h0m20s"
@@ -100,7 +99,7 @@ def test_tokens_that_are_only_reserved_are_no_insufficient_quota(manager):
 
 def test_a_model_that_nobody_can_decide_on_is_service_unavailable(manager):
     error = ModelLockedError(manager.check_quota("m", 1))
-    answer = denial_of(error, Demand("m", 1), [], 7)
+    answer = denial_answer(manager, error, demand=Demand("m", 1), busy_retry_seconds=7, retry_spread=0)
     assert (answer.status, dict(answer.headers)[b"retry-after"]) == (503, b"7")
     assert b"its lock is held by a process that does not run" in answer.body
 
@@ -113,7 +112,7 @@ def test_no_known_wait_is_service_unavailable(manager):
     assert (response.error["type"], response.error["code"]) == ("server_error", "overloaded")
     assert "concurrent requests: 1 of 1 used" in response.error["message"]
     assert response.headers["retry-after"] == "7"
-    assert "retry-after-ms" not in response.headers
+    assert response.headers["retry-after-ms"] == "7000"
     assert parse_list(response.headers["ratelimit"])["concurrent-requests"] == {"r": 0}
     manager.update_quota("m", max_concurrent_requests=None, max_ram_mb=100)
     manager.update_memory_usage("m", 50, 0)
@@ -142,10 +141,10 @@ def test_what_never_fits_is_a_bad_request(manager, limits, demand, says):
 
 
 def test_what_never_fits_is_told_even_where_another_limit_denies_first(manager):
-    manager.set_quota("org:acme", **REJECT | {"max_requests_per_second": 1, "burst_requests": 0})
+    manager.set_quota("tenant/acme", **REJECT | {"max_requests_per_second": 1, "burst_requests": 0})
     manager.update_quota("m", max_tokens_per_hour=109)
-    manager.check_quota("org:acme", 0)
-    response = ask(manager, identity=lambda request: "org:acme")
+    manager.check_quota("tenant/acme", 0)
+    response = ask(manager, identity=lambda request: "acme")
     assert response.status == 400
     assert response.error["message"] == "Model m: more than its limit of tokens per hour ever admits at once."
 
@@ -221,8 +220,8 @@ def test_headers_of_a_server_behind_are_replaced(manager):
 
 
 def test_of_several_models_the_tightest_limit_is_told(manager):
-    manager.set_quota("org:acme", **REJECT | {"max_tokens_per_hour": 500, "max_requests_per_hour": 3})
-    response = ask(manager, identity=lambda request: "org:acme")
+    manager.set_quota("tenant/acme", **REJECT | {"max_tokens_per_hour": 500, "max_requests_per_hour": 3})
+    response = ask(manager, identity=lambda request: "acme")
     assert response.headers["x-ratelimit-limit-tokens"] == "500"
     assert response.headers["x-ratelimit-remaining-tokens"] == "390"
     assert parse_list(response.headers["ratelimit-policy"]) == {
@@ -238,7 +237,6 @@ def test_of_several_models_the_tightest_limit_is_told(manager):
         (b"{", 400, "invalid_json", None),
         (b"[]", 400, "invalid_json", None),
         (b"\xff", 400, "invalid_json", None),
-        ('{"model": "m"}'.encode("utf-16"), 400, "invalid_json", None),
         (b'{"model": NaN}', 400, "invalid_json", None),
         (b'{"model": ' + b"[" * 100_000, 400, "invalid_json", None),
         (b'{"model": "m", "n": ' + b"1" * 5000 + b"}", 400, "invalid_json", None),
@@ -249,8 +247,8 @@ def test_of_several_models_the_tightest_limit_is_told(manager):
         (b'{"model": "\\ud800"}', 400, "invalid_value", "model"),
         ({"model": "x" * 256}, 400, "invalid_value", "model"),
         ({"model": "ü" * 128}, 400, "invalid_value", "model"),
-        (chat(max_tokens=-1), 400, "invalid_value", "max_tokens"),
-        (chat(max_tokens="5"), 400, "invalid_value", "max_tokens"),
+        (chat(max_tokens=-2), 400, "invalid_value", "max_tokens"),
+        (chat(max_tokens="5x"), 400, "invalid_value", "max_tokens"),
         (chat(max_tokens=True), 400, "invalid_value", "max_tokens"),
         (chat(max_completion_tokens=1.5), 400, "invalid_value", "max_completion_tokens"),
         (chat(max_output_tokens=2**62 + 1), 400, "invalid_value", "max_output_tokens"),
@@ -265,21 +263,6 @@ def test_bodies_that_are_not_accepted(manager, body, status, code, param):
     assert response.error["type"] == "invalid_request_error"
     assert (response.error["code"], response.error["param"]) == (code, param)
     assert manager.get_stats().total_checks == 0
-
-
-@pytest.mark.parametrize("declared", [True, False])
-def test_a_body_that_is_too_large_is_not_read_to_its_end(manager, declared):
-    async def main():
-        headers = [(b"Content-Length", b"100000")] if declared else []
-        call = Call(QuotaMiddleware(Model(), manager, max_body_bytes=1000), parts=[b" " * 400] * 250, headers=headers)
-        response = await call
-        assert response.status == 413
-        assert response.headers["connection"] == "close"
-        assert call.received == (0 if declared else 3)
-        call = Call(QuotaMiddleware(Model(), manager, max_body_bytes=5), body=b" " * 9, http_version="2")
-        assert "connection" not in (await call).headers
-
-    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
@@ -344,12 +327,11 @@ def test_headers_of_any_quota_keep_the_grammar_and_the_promise(quota, before, as
     manager.set_quota(quota.replace(model_id="m", on_violation="reject"))
     for count in before:
         manager.check_quota("m", count)
-    report = manager.get_model_report("m")
+    manager.set_quota(quota.replace(model_id="n", on_violation="reject"))
     result = manager.check_quota("m", asked)
-    reports = [report, manager.get_model_report("m")]
-    for several in ([report], reports):
+    for several in ("m", ("m", "n")):
         for denial in (None, None if result else result):
-            headers = limit_headers(several, denial)
+            headers = LimitHeaders(manager).of(several, "openai", denial)
             for name, value in headers:
                 assert name == name.lower()
                 assert HEADER_VALUE.fullmatch(value)
@@ -390,8 +372,37 @@ def test_what_is_told_to_be_left_is_admitted(rate, burst, steps):
     for wait_ms, asked in steps:
         clock.advance_ns(wait_ms * 1_000_000)
         manager.check_quota("m", asked)
-    told = dict(limit_headers([manager.get_model_report("m")]))
+    told = dict(LimitHeaders(manager).of("m", "openai"))
     left = int(told[b"x-ratelimit-remaining-tokens"])
     assert left <= burst + max(rate, 1)
     if manager.get_usage("m").burst_tokens_used:
         assert manager.check_quota("m", left)
+
+
+@given(
+    quota=configs() | extreme_configs(),
+    before=st.lists(st.tuples(tokens() | st.integers(0, 2**62), st.integers(0, 90_000_000)), max_size=4),
+)
+@example(quota=ResourceQuotaConfig("m", max_requests_per_second=1e308, burst_requests=2**62), before=[])
+@example(quota=ResourceQuotaConfig("m", max_requests_per_second=5e-324, burst_requests=2**62), before=[(1, 1)] * 3)
+@example(quota=ResourceQuotaConfig("m", max_tokens_per_second=0.3, burst_tokens=7), before=[(5, 1)] * 3)
+def test_the_headers_that_are_compiled_say_what_the_others_say(quota, before):
+    """One id without a denial takes a way of its own, since every response does; the other way is plain Python."""
+    clock = ManualClock(10**12)
+    manager = ResourceQuotaManager(clock=clock)
+    manager.set_quota(quota.replace(model_id="m", on_violation="reject"))
+    headers = LimitHeaders(manager)
+    for count, wait_ms in [*before, (0, 0)]:
+        assert headers.of("m", "openai") == headers.of(("m",), "openai")
+        manager.check_quota("m", count)
+        clock.advance_ns(wait_ms * 1_000_000)
+
+
+def test_headers_follow_a_change_of_limits(manager):
+    headers = LimitHeaders(manager)
+    for limit in (500, 700, 500, None):
+        manager.update_quota("m", max_tokens_per_hour=limit)
+        found = dict(headers.of("m", "openai"))
+        assert found.get(b"x-ratelimit-limit-tokens") == (None if limit is None else b"%d" % limit)
+    manager.remove_quota("m")
+    assert headers.of("m", "openai") == headers.of(("m",), "openai") == []

@@ -68,7 +68,17 @@ def test_warn_admits_all(manager):
 BAD_BATCHES = {
     "rows of float": (lambda m, r: m.check_many(r.astype(float), 1), TypeError, "codes has dtype float64; give int64"),
     "rows of text": (lambda m, r: m.check_many(["a", "b"], 1), TypeError, "codes has dtype <U1"),
-    "rows in two dimensions": (lambda m, r: m.check_many(r.reshape(1, -1), 1), ValueError, r"codes has shape \(1, 2\)"),
+    "rows in three dimensions": (
+        lambda m, r: m.check_many(r.reshape(1, 1, -1), 1),
+        ValueError,
+        r"codes has shape \(1, 1, 2\); give one dimension, or two",
+    ),
+    "rows in two dimensions": (
+        lambda m, r: m.charge_many(r.reshape(1, -1), 1),
+        ValueError,
+        r"codes has shape \(1, 2\); give one dimension",
+    ),
+    "one model twice in a request": (lambda m, r: m.check_many([[r[0], r[0]]], 1), ValueError, "one model twice"),
     "row out of the table": (
         lambda m, r: m.check_many([r[0], r[1] + 7], 1),
         ValueError,

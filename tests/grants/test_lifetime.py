@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import sys
 import warnings
 
 import pytest
@@ -38,6 +39,20 @@ def test_a_grant_in_a_cycle_is_released(manager, ids, first):
     del node, grant
     with pytest.warns(ResourceWarning, match="garbage-collected unreleased"):
         gc.collect()
+    assert held(manager) == (0, 0)
+
+
+def test_a_warning_that_is_an_error_is_reported(manager, monkeypatch):
+    """As every error in a deallocation; and the grant is released in any case."""
+    reported = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: reported.append(unraisable.exc_value))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        grant = manager.reserve("a", 1, ram_needed_mb=5)
+        del grant
+    (error,) = reported
+    assert isinstance(error, ResourceWarning)
+    assert "garbage-collected unreleased" in str(error)
     assert held(manager) == (0, 0)
 
 

@@ -13,6 +13,7 @@ from modelquota import ManualClock, ResourceQuotaManager
 from modelquota.monitoring.metrics import METRICS, OTHERS, Kind
 from modelquota.monitoring.otel import instrument
 from modelquota.monitoring.prometheus import QuotaCollector
+from modelquota.reading.unmetered import unmetered_of
 
 
 class Counting(ResourceQuotaManager):
@@ -36,6 +37,7 @@ def manager():
         manager.check_quota("llama", 30)
         manager.check_quota("qwen", 30)
     manager.update_memory_usage("llama", 600, 10)
+    unmetered_of(manager).count("/generate", "no route covers it")
     return manager
 
 

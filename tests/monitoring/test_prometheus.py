@@ -21,6 +21,7 @@ from modelquota import ResourceQuotaConfig
 from modelquota.monitoring.metrics import METRICS, OTHERS
 from modelquota.monitoring.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 from modelquota.quota.limits import WINDOWS
+from modelquota.reading.unmetered import unmetered_of
 
 QUOTAS = [
     ResourceQuotaConfig(
@@ -286,6 +287,7 @@ def test_the_dashboard_shows_every_window_longer_than_a_second_and_names_none(ma
 
 
 def test_the_documentation_names_only_metrics_that_there_are(manager):
+    unmetered_of(manager).count("/generate", "no route covers it")
     exported = {key[0] for key in scrape(registry_of(manager))}
     topic = files("modelquota.docs").joinpath("metrics.md").read_text(encoding="utf-8")
     for text in (topic, modelquota.monitoring.prometheus.__doc__):

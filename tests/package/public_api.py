@@ -1,9 +1,11 @@
 """Every public name, used as a typed program would use it; nothing runs it. ``mypy --strict`` checks this file."""
 
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,28 +36,47 @@ from modelquota import (
     load_quotas,
 )
 from modelquota.asgi import (
+    Answer,
     Demand,
     IncomingRequest,
+    Quota,
     QuotaMiddleware,
     QuotaPage,
+    Reading,
     RequestRefusedError,
+    Tokens,
+    denial_answer,
     estimate_prompt,
     event_tokens,
     openai_routes,
+    operations,
+    read_demand,
+    route_for,
 )
+from modelquota.asgi.proxy import ReverseProxy
 from modelquota.asgi.request import ASGIApp, Scope
+from modelquota.asgi.settings import Settings
+from modelquota.client import AsyncQuotaTransport, QuotaTransport
 from modelquota.control.caches import MemoryProbe, ModelRegistry, ReportsMemory, register_models
 from modelquota.control.load import Adjustment, LoadAdjuster, cpu_load
 from modelquota.control.reload import QuotaReloader, Reloaded
+from modelquota.integrations.vllm import EndpointPlugin, engine_load
 from modelquota.monitoring.alerts import DEFAULT_RULES, Alert, AlertMonitor, AlertRule, Severity, check_alerts
+from modelquota.monitoring.ledger import Ledger
 from modelquota.monitoring.otel import instrument
 from modelquota.monitoring.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 from modelquota.quota.file import Quotas
 from modelquota.quota.schema import quota_file_schema
 from modelquota.reading.utilization import Utilization, read_utilization
 from modelquota.statefile.inspect import StateFileInfo, inspect_file, verify_file
+from modelquota.statefile.migrate import Migration, migrate_file
+from modelquota.tuning.capacity import Capacity, read_capacity
+from modelquota.tuning.plot import svg
 from modelquota.tuning.replay import ReplayReport, replay
 from modelquota.tuning.trace import Trace, read_trace
+from modelquota.tuning.tune import TuneReport, tune
+from modelquota.tuning.usage import UsageReport, read_usage
+from modelquota.tuning.write import quotas_file
 
 
 def configure(path: Path) -> dict[str, ResourceQuotaConfig]:
@@ -117,7 +138,7 @@ def check_in_batches(manager: ResourceQuotaManager) -> NDArray[np.uint8]:
     return manager.check_many(rows, [1, 2], np.zeros(2, np.uint8), times_ns=[5, 6], retry_after_ms=retry)
 
 
-def grant(manager: ResourceQuotaManager) -> tuple[int, bool]:
+def grant(manager: ResourceQuotaManager) -> tuple[int | Tokens, bool]:
     with manager.reserve(("tenant", "m"), estimated_tokens=100, ram_needed_mb=1) as held:
         goes_on: bool = held.add(1)
         names: tuple[str, ...] = held.model_ids
@@ -163,6 +184,8 @@ def share(path: Path) -> list[str]:
         print(kept, usage, view.get_stats().recoveries, view.snapshot(), view.list_models())
     info: StateFileInfo = inspect_file(path)
     print(info.models, info.processes)
+    done: Migration = migrate_file(path, keep=False, trust_file=True)
+    print(done.models, done.old_file)
     return verify_file(path)
 
 
@@ -181,8 +204,24 @@ def read(manager: ResourceQuotaManager) -> NDArray[np.void]:
 
 def run_trace(path: Path, quotas: dict[str, ResourceQuotaConfig]) -> dict[str, object]:
     trace: Trace = read_trace(path)
-    report: ReplayReport = replay(trace, quotas, model="m", speed=24)
+    report: ReplayReport = replay(trace, quotas, model="m", speed=24, wait=True)
     return report.to_dict()
+
+
+def tune_trace(path: Path, quotas: dict[str, ResourceQuotaConfig]) -> str:
+    trace: Trace = read_trace(path, format="mooncake", time_unit="ms", columns={"user": "who"})
+    held: Capacity = read_capacity(["bench.json"], {"p99_ttft": 2_000})
+    report: TuneReport = tune(trace, quotas, headroom=0.2, target_denied=0.01, per="user", capacity=held)
+    return quotas_file(report) + svg(report)
+
+
+def keep_a_ledger(manager: ResourceQuotaManager) -> UsageReport:
+    with Ledger("usage.jsonl", buffer_size=1_000, max_bytes=None, by_day=False) as ledger:
+        with ledger.acquire(manager, ("acme", "m"), 5, timeout=1) as grant:
+            grant.settle(4)
+        written: bool = ledger.record("m", (1, 2, 3), 5, verdict="admitted", waited_us=1, duration_us=2)
+        print(written, ledger.lost)
+    return read_usage(["usage.jsonl"], by=["tenant", "day"])
 
 
 async def generate(request: IncomingRequest) -> Demand | None:
@@ -215,7 +254,47 @@ def serve(app: ASGIApp, manager: ResourceQuotaManager) -> tuple[ASGIApp, ASGIApp
         busy_retry_seconds=1,
         cancel_on_disconnect=False,
     )
-    return middleware, QuotaPage(manager, allow=allow)
+    print(middleware.unmetered)
+    return serve_all(middleware, manager), QuotaPage(manager, allow=allow)
+
+
+def usage(answer: Any) -> Tokens | None:
+    return Tokens(input=1, cached=2, output=3).replace(output=4) if isinstance(answer, dict) else None
+
+
+def serve_all(app: ASGIApp, manager: ResourceQuotaManager) -> ASGIApp:
+    def read(body: Mapping[str, Any], params: Mapping[str, str]) -> Reading:
+        return Reading(params["model"], len(body), output_bound=5)
+
+    return QuotaMiddleware(
+        app,
+        manager,
+        routes=["openai", "anthropic", {"/models/{model}": route_for("ollama", read), "/x": generate}, operations()],
+        unrouted=generate,
+        unknown_model="refuse",
+        default_model="m",
+        identity=lambda request: None,
+        identity_namespace="org:",
+        default_output_tokens=5,
+        max_inflight_bytes=1 << 30,
+        body_timeout=1.5,
+        usage=usage,
+        charge={404: "request", "5xx": "nothing"},
+        at_limit="stop",
+        headers="openai",
+        retry_spread=0.2,
+    )
+
+
+def own_endpoint(manager: ResourceQuotaManager, path: str, body: bytes) -> Answer | None:
+    demand: Demand | None = read_demand(path, body, manager=manager)
+    if demand is None:
+        return None
+    try:
+        manager.reserve(demand.model_id, demand.estimated_tokens).release()
+    except QuotaExceededError as error:
+        return denial_answer(manager, error, demand=demand, protocol="anthropic")
+    return Answer(200, [], b"")
 
 
 def export(manager: ResourceQuotaManager) -> str:
@@ -263,6 +342,17 @@ def follow(manager: ResourceQuotaManager, path: Path) -> dict[str, object]:
         done: Reloaded = reloader.reload()
         print(done.changed, done.missing, done.error, done.changed_patterns, done.missing_patterns)
     return quota_file_schema()
+
+
+def plug_in(app: ASGIApp, manager: ResourceQuotaManager) -> list[object]:
+    settings = Settings.read({"MODELQUOTA_QUOTAS": "quotas.toml"}, page="/quota", state=None)
+    print(settings.quotas, settings.state, settings.http)
+    protected = Quota(ReverseProxy("http://127.0.0.1:8000", read_timeout=60), settings, {"at_limit": "stop"})
+    print(protected.manager, Quota(app), engine_load("http://127.0.0.1:8000/metrics", most_waiting=8)())
+    transport = QuotaTransport(manager, ids=lambda model: ("account", model), timeout=5, tables=["openai"])
+    with httpx.Client(transport=transport) as client:
+        print(client.get("http://127.0.0.1:8000"))
+    return [EndpointPlugin(), httpx.AsyncClient(transport=AsyncQuotaTransport(manager, default_model="m"))]
 
 
 def handle_errors() -> None:

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import itertools
+import os
 import pkgutil
 import re
 import shlex
@@ -30,6 +31,7 @@ from modelquota.cli.docs import read_topic, topics
 from modelquota.demo.quotas import demo_manager
 from modelquota.demo.server import create_app
 from modelquota.demo.traffic import MODELS
+from modelquota.quota.http import key_digits
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(modelquota.__file__).parent
@@ -38,7 +40,7 @@ TEXTS = {"README": README, **{topic: read_topic(topic) for topic in topics()}}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # These end by themselves, and soon, and change nothing but the files that they are given.
-RUN = {"docs", "inspect", "remove", "replay", "reset-burst", "set", "status", "verify"}
+RUN = {"docs", "inspect", "remove", "replay", "reset-burst", "set", "status", "tune", "usage", "verify"}
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:00.0000000,30,10\n"
 
 
@@ -56,18 +58,25 @@ def folder(tmp_path, monkeypatch):
     """A working directory with the files that the documentation speaks of."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quotas.toml").write_text(blocks("toml", ["README"])[0].values[0])
+    (tmp_path / "tuned.toml").write_text("[models.llama-70b]\n")
     (tmp_path / "TRACE.csv").write_text(TRACE)
+    (tmp_path / "requests.csv").write_text("when,asked,made\n0.5,30,10\n1.25,7,3\n")
+    (tmp_path / "bench.json").write_text('{"request_throughput": 5, "p99_ttft_ms": 900, "p99_tpot_ms": 30}')
+    (tmp_path / "usage.jsonl").write_text('{"time_us": 5, "ids": ["acme", "llama"], "estimated": 7, "settled": 6}\n')
     return tmp_path
 
 
 def test_every_language_is_one_that_is_checked():
     fences = re.findall(r"^```(.*)$", "\n".join(TEXTS.values()), re.MULTILINE)
-    assert set(fences[::2]) == {"python", "toml", "sh", "text"}
+    assert set(fences[::2]) == {"python", "toml", "sh", "yaml", "text"}
     assert set(fences[1::2]) == {""}
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_code_runs(code, capsys, folder):
+def test_code_runs(code, capsys, folder, monkeypatch):
+    for package in re.findall(r"^from (langchain_core)\b", code, re.MULTILINE):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[real]'")
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # an example may set variables
     if '"__main__"' in code:  # a program that starts processes, which import it again
         (folder / "program.py").write_text(code)
         subprocess.run([sys.executable, "-W", "error", "program.py"], check=True, timeout=120)
@@ -80,7 +89,13 @@ def test_quota_files_load(text, tmp_path):
     path = tmp_path / "quotas.toml"
     path.write_text(text)
     quotas = load_quotas(path)
+    if "llama-70b" not in quotas:  # an example of something else
+        assert quotas
+        return
     assert quotas["llama-70b"].max_tokens_per_second == 2000
+    if quotas.http:
+        assert quotas.key_names == {key_digits("secret"): "acme"}
+        return
     assert quotas["llama-70b"].max_requests_per_hour is None
     assert quotas.patterns["user:*"].max_tokens_per_hour == 50_000
 
@@ -117,12 +132,40 @@ def test_commands_exist_and_so_do_their_options(block, folder, pytestconfig):
                 for word in rest:
                     if word.startswith("-"):
                         pytestconfig.getoption(word.partition("=")[0])  # raises if there is no such option
+            case [assigned, *_] if re.match(r"[A-Z_]+=", assigned):
+                check_engine(words)
             case ["modelquota", name, *arguments]:
                 parse(words)
                 if name in RUN:
                     assert main([name, *arguments]) == 0
             case _:
                 pytest.fail(f"nothing checks {words}")
+
+
+def check_engine(words):
+    """The start of an engine: our names in it exist, and it is one that we have an entry point for."""
+    settings = dict(word.split("=", 1) for word in itertools.takewhile(lambda word: "=" in word, words))
+    assert settings.pop("MODELQUOTA_QUOTAS") == "quotas.toml"
+    groups = PYPROJECT["project"]["entry-points"]
+    match words[len(settings) + 1 :]:
+        case ["vllm", "serve", "MODEL", *options]:
+            named = settings.pop("VLLM_PLUGINS", None)
+            assert named is None or named in groups["vllm.endpoint_plugins"]
+            assert named or inspect.isclass(pkgutil.resolve_name(options[options.index("--middleware") + 1]))
+        case ["python", "-m", "sglang.launch_server", *_]:
+            assert groups["sglang.srt.plugins"]
+        case _:
+            pytest.fail(f"nothing checks {words}")
+    assert not settings
+    for group in groups.values():
+        for value in group.values():
+            assert pkgutil.resolve_name(value)
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_what_configurations_name_is_in_the_package(block):
+    for name in re.findall(r"\b(modelquota\.[\w.]+)\.\w+", block):
+        assert importlib.util.find_spec(name)
 
 
 def test_commands_that_the_text_names_exist():
@@ -146,7 +189,7 @@ def test_the_answer_that_readme_shows_is_the_one_that_the_example_server_gives()
         return answer
 
     answer = asyncio.run(refused())
-    numbers = lambda text: re.sub(r"\d+(,\d{3})*", "N", text)  # noqa: E731
+    numbers = lambda text: re.sub(r"\d+([.,]\d+)*( m?s\b)?", "N", text)  # noqa: E731
     status, *headers, _, body = shown.splitlines()
     assert status == f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"
     assert [numbers(header) for header in headers] == [
@@ -289,7 +332,12 @@ def modules():
 
 @pytest.mark.parametrize("name", list(modules()))
 def test_docstring_examples_run(name):
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if name.startswith("modelquota.integrations.") and "needs the extra" in str(error):
+            pytest.skip(str(error))
+        raise
     finder = doctest.DocTestFinder(exclude_empty=True)
     scope = {**vars(modelquota), **vars(module)}
     found = [test for test in finder.find(module, name, globs=scope) if test.examples]

@@ -14,8 +14,8 @@ from modelquota import Limit, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota._core.state import validate
 from modelquota._core.state.packing import bounds_of, core_limits
 from modelquota.asgi.page import page_state
+from modelquota.asgi.ratelimit import LimitHeaders
 from modelquota.asgi.ratelimit import bounds_of as told_bounds
-from modelquota.asgi.ratelimit import limit_headers
 from modelquota.cli.status import WIDE
 from modelquota.control import load
 from modelquota.monitoring.alerts import DEFAULT_RULES
@@ -25,7 +25,6 @@ from modelquota.quota.limits import CATALOGUE, DENYING, SHADOW_NAMES, WINDOWS, s
 from modelquota.quota.schema import quota_file_schema
 from modelquota.reading.report import QuotaStats, ResourceUsage, status_lines
 from modelquota.reading.utilization import LIMITS, read_utilization
-from modelquota.tuning.replay import DENYING_LIMITS
 
 SOURCES = Path(modelquota.__file__).parent
 RECORDS = pytest.mark.parametrize("record", CATALOGUE.values(), ids=lambda record: record.limit.name)
@@ -121,7 +120,6 @@ def test_every_list_has_every_limit(manager):
     (report,) = [manager.get_model_report("m")]
     assert [name.upper() for name in SHADOW_NAMES] == [limit.name for limit in denying]
     assert shadow_mask(ResourceQuotaConfig("m", shadow_limits=SHADOW_NAMES)) == validate._SHADOWS
-    assert list(DENYING_LIMITS) == denying
     heading = status_lines([report], QuotaStats()).splitlines()[0]
     assert " ".join(heading.split()) == " ".join(["model", *(record.heading for record in DENYING), "violations"])
     assert [rule.limit for rule in DEFAULT_RULES] == [None, Limit.RAM, Limit.SSD, *longer, Limit.QUEUE]
@@ -191,7 +189,7 @@ def test_an_allowed_request_is_told_the_fullest_limit(manager):
     usage = manager.get_usage("m")
     assert denied.current_usage == pytest.approx(usage.percent[denied.limit])
     assert read_utilization(manager).of(denied.limit).tolist() == [usage.percent[denied.limit]]
-    remaining = dict(limit_headers([manager.get_model_report("m")]))[b"x-ratelimit-remaining-tokens"]
+    remaining = dict(LimitHeaders(manager).of("m", "openai"))[b"x-ratelimit-remaining-tokens"]
     assert int(remaining) == usage.left[denied.limit]
 
 

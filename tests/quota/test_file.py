@@ -13,11 +13,12 @@ from modelquota import ResourceQuotaManager
 from modelquota.errors import QuotaFileError
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.file import Quotas, load_quotas
+from modelquota.quota.http import HTTP_FIELDS, key_digits
 from modelquota.quota.limits import SHADOW_NAMES, ViolationAction
 
 Write = Callable[[str], pathlib.Path]
 RAM = 'an integer from 0 to 2**62 MB, or no limit (None; "unlimited" in a quota file)'
-TOP = 'the tables [defaults] and [models."<id>"] and nothing else'
+TOP = 'the tables [defaults], [models."<id>"], [http] and [keys] and nothing else'
 QUOTE = 'no table here; quote an id that has a dot: [models."llama-3.2-1b"]'
 PATTERN = (
     'a pattern with * at its end and nowhere else, such as [defaults."user:*"], of 1 to 255 bytes; a model has a table '
@@ -118,6 +119,28 @@ def test_a_byte_order_mark_is_accepted(tmp_path: pathlib.Path, end: str) -> None
         path.write_bytes("[models.a]".encode(encoding))
         with pytest.raises(QuotaFileError, match="expected TOML in UTF-8"):
             load_quotas(path)
+
+
+def test_what_is_for_servers_is_no_model(write: Write) -> None:
+    digits = key_digits("secret")
+    text = f"[http]\nidentity = 'bearer'\npage = '/quota'\n[models.a]\n[keys]\n{digits.upper()}{'0' * 32} = 'acme'"
+    quotas = load_quotas(write(text))
+    assert list(quotas) == ["a"]
+    assert quotas.http == {"identity": "bearer", "page": "/quota"}
+    assert quotas.key_names == {digits: "acme"}
+    again = pickle.loads(pickle.dumps(quotas))
+    assert (again, again.http, again.key_names) == (quotas, quotas.http, quotas.key_names)
+    assert load_quotas(write("[models.a]")).http == load_quotas(write("[models.a]")).key_names == {}
+
+
+def test_a_key_in_the_place_of_its_hash_is_not_repeated(write: Write) -> None:
+    with pytest.raises(QuotaFileError) as caught:
+        load_quotas(write("[models.a]\n[keys]\n# not a hash\nsk-secret = 'acme'"))
+    assert str(caught.value).endswith(
+        "quotas.toml: line 4: [keys]: ...='acme' is not accepted; expected the SHA-256 of an API key as its name: 32 "
+        "to 64 hexadecimal digits"
+    )
+    assert "sk-secret" not in repr(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[defaults]\nmax_ram_mb = 5", "[models]"])
@@ -239,6 +262,27 @@ def test_the_path_may_be_a_str(write: Write) -> None:
             'models."llama-3"',
             "2-1b",
             f"[models.\"llama-3\"]: 2-1b={{'max_ram_mb': 5}} is not accepted; expected {QUOTE}",
+        ),
+        ("http = 5", "", "http", "http=5 is not accepted; expected a table [http]"),
+        ("[[keys]]", "", "keys", "keys=[{}] is not accepted; expected a table [keys]"),
+        (
+            "[models.a]\n[http]\npage = '/quota'\nidentity = 'basic'",
+            "http",
+            "identity",
+            '[http]: identity=\'basic\' is not accepted; expected "bearer", "openai-user" or "header:" and the name of '
+            "a header",
+        ),
+        (
+            "[http]\nbody_timeout = 0",
+            "http",
+            "body_timeout",
+            "[http]: body_timeout=0 is not accepted; expected a number from 0.001 to 86400 s",
+        ),
+        (
+            "[http]\nport = 8000",
+            "http",
+            "port",
+            f"[http]: port=8000 is not accepted; expected a field of [http], one of {', '.join(HTTP_FIELDS)}",
         ),
     ],
 )

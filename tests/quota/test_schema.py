@@ -6,6 +6,7 @@ import pytest
 from jsonschema import Draft4Validator
 
 from modelquota import Limit, QuotaFileError, ResourceQuotaConfig, load_quotas
+from modelquota.quota.http import HTTP_FIELDS
 from modelquota.quota.schema import quota_file_schema
 
 FIELDS = ResourceQuotaConfig("m").to_dict()
@@ -27,6 +28,16 @@ FILES = [
     f"[defaults.'{'x' * 254}*']", f"[defaults.'{'x' * 255}*']", '[defaults."a\\u0000*"]', "[models.'a*']",
     "[defaults.'user:*']\nmodel_id = 'a'", "[defaults.'a\u00fc b/*']", "defaults.'u*'.burst_tokens = -1",
     '[models."a\\u0000b"]', f"[models.{'x' * 255}]", f"[models.{'x' * 256}]",
+    "http = 5", "[[http]]", "[http]", "[http]\nhost = 'a'", "[http.page]", "keys = 5", "[keys]", "[keys.a]",
+    f"[keys]\n{'aB' * 16} = 'acme'", f"[keys]\n{'0f' * 32} = 'acme'", f"[keys]\n{'0' * 31} = 'acme'",
+    f"[keys]\n{'0' * 65} = 'acme'", f"[keys]\n{'g' * 32} = 'acme'", f"[keys]\n{'0' * 32} = ''",
+    f"[keys]\n{'0' * 32} = 7", f"[keys]\n{'0' * 32} = '{'x' * 256}'",
+]  # fmt: skip
+
+HTTP_VALUES = [
+    *VALUES, "false", "''", "'bearer'", "'openai-user'", "'header:x-tenant'", "'header:'", "'header:a b'", "'basic'",
+    "'pass'", "'refuse'", "'stop'", "'finish'", "'all'", "'none'", "'/quota'", "'quota'", "'/a b'", "'tenant/'", "'a*'",
+    "30.5", "86401", "'bearer, header:a'", "'vllm'", "['vllm', 'openai']", "['vllm', 'x']", "[['vllm']]", "['vllm', 5]",
 ]  # fmt: skip
 
 
@@ -56,6 +67,13 @@ def test_every_value_of_every_field(validator, tmp_path, table, field):
     assert not all(loads)
 
 
+@pytest.mark.parametrize("field", HTTP_FIELDS)
+def test_every_value_of_every_field_for_servers(validator, tmp_path, field):
+    loads = [agree(validator, tmp_path / "q.toml", f"[http]\n{field} = {value}") for value in HTTP_VALUES]
+    assert any(loads)
+    assert not all(loads)
+
+
 @pytest.mark.parametrize("spell", [str.lower, str.upper, str.title, str.swapcase])
 @pytest.mark.parametrize("limit", Limit)
 def test_every_name_of_a_limit_in_any_case(validator, tmp_path, limit, spell):
@@ -80,3 +98,5 @@ def test_it_knows_all_fields_and_their_defaults():
     assert quota_file_schema()["definitions"]["defaults"]["properties"] == {
         name: {"$ref": f"#/definitions/quota/properties/{name}"} for name in properties
     }
+    http = quota_file_schema()["definitions"]["http"]["properties"]
+    assert http == {field.name: {"description": field.meaning, **field.schema} for field in HTTP_FIELDS.values()}

@@ -14,9 +14,11 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def serving(app, **options):
+def serving(app, *, lifespan="off", **options):
     """Serve an application, and yield its address."""
-    config = uvicorn.Config(app, log_level="error", ws="none", lifespan="off", timeout_graceful_shutdown=5, **options)
+    config = uvicorn.Config(
+        app, log_level="error", ws="none", lifespan=lifespan, timeout_graceful_shutdown=5, **options
+    )
     server = _Server(config)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))

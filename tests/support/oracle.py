@@ -14,8 +14,10 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 from oracle_answers import COUNTERS, OUTCOMES, TYPES, Decision, Stats, Usage
+from oracle_kinds import Amount, counted, with_output
 
 from modelquota import Limit, ResourceQuotaConfig, UnknownModelError, ViolationAction
+from modelquota.quota.tokens import Tokens
 
 SECOND_NS = 10**9
 MINUTE_NS = 60 * SECOND_NS
@@ -309,9 +311,33 @@ class Model:
         waits = self.waits(now_ns, tokens, ram_mb, ssd_mb) if enforced else {}
         return {limit: moment for limit, moment in waits.items() if moment is None or moment > now_ns}
 
-    def check(self, now_ns: int, tokens: int, ram_mb: int, ssd_mb: int, enforced: bool) -> Decision:
+    def first_over(self, now_ns: int) -> Limit | None:
+        """The first limit of which more is used than it allows; `pass_time` has been called."""
+        c = self.config
+        used_mb = self.ram + self.held_ram, self.ssd + self.held_ssd
+        over = {
+            Limit.RAM: _is_over(used_mb[0], c.max_ram_mb),
+            Limit.SSD: _is_over(used_mb[1], c.max_ssd_mb),
+            Limit.CONCURRENCY: _is_over(self.concurrent, c.max_concurrent_requests),
+            Limit.REQUESTS_PER_SECOND: _rate_is_over(
+                now_ns, self.requests["second"], self.request_level, c.max_requests_per_second, c.burst_requests
+            ),
+            Limit.TOKENS_PER_SECOND: _rate_is_over(
+                now_ns, self.tokens["second"], self.token_level, c.max_tokens_per_second, c.burst_tokens
+            ),
+            **{
+                Limit[f"{what}_per_{name}".upper()]: name in windows
+                and _is_over(windows[name].used(now_ns), getattr(c, f"max_{what}_per_{name}"))
+                for name in LONGER
+                for what, windows in (("tokens", self.tokens), ("requests", self.requests))
+            },
+        }
+        return next((limit for limit, is_over in over.items() if is_over), None)
+
+    def check(self, now_ns: int, amount: Amount, ram_mb: int, ssd_mb: int, enforced: bool) -> Decision:
         """Decide one request; charge it and count it as the decision says."""
         self.pass_time(now_ns)
+        tokens = counted(self.config, amount)
         violated = self.violated(now_ns, tokens, ram_mb, ssd_mb, enforced)
         first = next(iter(violated), None)
         action = None if first is None else self.config.on_violation
@@ -391,6 +417,17 @@ def _rate_percent(now_ns: int, window: Window, level: Level, rate: float | None,
     return max(percent(window.used(now_ns), ceiling), percent(level.value, base(rate) + burst))
 
 
+def _is_over(used: int, limit: int | None) -> bool:
+    return limit is not None and used > limit
+
+
+def _rate_is_over(now_ns: int, window: Window, level: Level, rate: float | None, burst: int) -> bool:
+    if rate is None or rate >= COUNT_MAX:
+        return False
+    ceiling = math.ceil(rate) + burst if rate else 0
+    return window.used(now_ns) > ceiling or level.value > base(rate) + burst
+
+
 def retry_ms(now_ns: int, moments: Iterable[int | None]) -> int | None:
     waits = [None if moment is None else moment - now_ns for moment in moments]
     if any(wait is None or wait > NEVER_NS for wait in waits):
@@ -435,10 +472,10 @@ class Oracle:
         return model is not None
 
     def check_quota(
-        self, model_id: str, estimated_tokens: int, ram_needed_mb: int = 0, ssd_needed_mb: int = 0
+        self, model_id: str, estimated_tokens: Amount, ram_needed_mb: int = 0, ssd_needed_mb: int = 0
     ) -> Decision:
         """Decide one request."""
-        if model_id not in self.models and self.default_quota is not None:
+        if model_id not in self.models and self.default_quota is not None and "#" not in model_id:
             self.set_quota(self.default_quota.replace(model_id=model_id))
         if model_id not in self.models:
             self.elsewhere.add(total_checks=1, allowed_requests=1)
@@ -451,12 +488,26 @@ class Oracle:
         """Row codes: here the ids themselves."""
         return list(model_ids)
 
-    def charge_many(self, rows: Sequence[str], tokens: int | Sequence[int]) -> None:
-        """Charge tokens to models, whatever their limits."""
-        for row, amount in zip(rows, [tokens] * len(rows) if isinstance(tokens, int) else tokens, strict=True):
-            model = self._known(row)
-            model.pass_time(self.clock.now_ns)
-            model.charge(self.clock.now_ns, 0, int(amount), capped=self.is_trial(model))
+    def meters_of(self, model_id: str) -> list[str]:
+        """The meters of a model, the one that was registered first in front."""
+        return [one for one in self.models if one.startswith(f"{model_id}#") and "#" not in model_id]
+
+    def charge_many(self, rows: Sequence[str], tokens: Amount | Sequence[Amount]) -> list[int]:
+        """Charge output tokens, or tokens by kind, to models and their meters, whatever their limits.
+
+        Returns for each the code of the first limit that it, or a meter of it, is over then.
+        """
+        now_ns = self.clock.now_ns
+        over = []
+        for row, amount in zip(rows, tokens if isinstance(tokens, Sequence) else [tokens] * len(rows), strict=True):
+            kinds = amount if isinstance(amount, Tokens) else with_output(0, int(amount))
+            first = []
+            for model in [self._known(row), *(self.models[meter] for meter in self.meters_of(row))]:
+                model.pass_time(now_ns)
+                model.charge(now_ns, 0, counted(model.config, kinds), capped=self.is_trial(model))
+                first.append(model.first_over(now_ns))
+            over.append(next((int(limit) for limit in first if limit is not None), 0))
+        return over
 
     def is_trial(self, model: Model) -> bool:
         """Whether nothing is denied to the model: then no level rises above its cap."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from oracle import COUNT_MAX, SECOND_NS, Level, Model, Oracle, charged, rates_of, retry_ms
 from oracle_answers import COUNTERS, OUTCOMES, TYPES, Decision
+from oracle_kinds import Amount, counted, most_output, with_output
 
 from modelquota import GrantClosedError, Limit, ResourceQuotaConfig, ViolationAction
 
@@ -222,15 +223,16 @@ class GrantOracle(Oracle):
             model.epoch += 1
 
     def check_quota(
-        self, model_id: str | Sequence[str], estimated_tokens: int, ram_needed_mb: int = 0, ssd_needed_mb: int = 0
+        self, model_id: str | Sequence[str], estimated_tokens: Amount, ram_needed_mb: int = 0, ssd_needed_mb: int = 0
     ) -> Decision:
         """Decide one request, of one model or several."""
-        if isinstance(model_id, str):
+        if isinstance(model_id, str) and not self.meters_of(model_id):
             return super().check_quota(model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-        return self.decide_all(model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb)[0]
+        ids = (model_id,) if isinstance(model_id, str) else model_id
+        return self.decide_all(ids, estimated_tokens, ram_needed_mb, ssd_needed_mb)[0]
 
     def reserve(
-        self, model_id: str | Sequence[str], estimated_tokens: int, ram_needed_mb: int = 0, ssd_needed_mb: int = 0
+        self, model_id: str | Sequence[str], estimated_tokens: Amount, ram_needed_mb: int = 0, ssd_needed_mb: int = 0
     ) -> tuple[Decision, OracleGrant | None]:
         """Decide, and hold what was admitted."""
         ids = (model_id,) if isinstance(model_id, str) else model_id
@@ -241,25 +243,36 @@ class GrantOracle(Oracle):
         return decision, OracleGrant(self, parties, estimated_tokens)
 
     def decide_all(
-        self, ids: Sequence[str], tokens: int, ram_mb: int, ssd_mb: int
+        self, ids: Sequence[str], tokens: Amount, ram_mb: int, ssd_mb: int
     ) -> tuple[Decision, list[tuple[GrantModel, Charge]]]:
-        """One decision over all models: who denies is named, or else who warns; nothing is charged, or all."""
+        """One decision over all models and their meters: who denies is named, or else who warns; nothing is charged,
+        or all. An id without a quota may have meters.
+        """
         now_ns = self.clock.now_ns
         for model_id in ids:
-            if model_id not in self.models and self.default_quota is not None:
+            if model_id not in self.models and self.default_quota is not None and "#" not in model_id:
                 self.set_quota(self.default_quota.replace(model_id=model_id))
-        models = [self.models[model_id] for model_id in ids if model_id in self.models]
+        known = [model_id for model_id in ids if model_id in self.models]
+        unknown = [model_id for model_id in ids if model_id not in self.models]
+        meters = [meter for model_id in [*known, *unknown] for meter in self.meters_of(model_id)]
+        models = [self.models[model_id] for model_id in dict.fromkeys([*known, *meters])]
         for model in models:
             model.pass_time(now_ns)
-        found = [(model, model.violated(now_ns, tokens, ram_mb, ssd_mb, self.enforcement_enabled)) for model in models]
+        found = [
+            (model, model.violated(now_ns, counted(model.config, tokens), ram_mb, ssd_mb, self.enforcement_enabled))
+            for model in models
+        ]
         found = [(model, violated) for model, violated in found if violated]
         denials = [(m, violated) for m, violated in found if m.config.on_violation is not ViolationAction.WARN]
         allowed = not denials
         before = {id(model): model.percents(now_ns) for model in models}
-        charges = [(model, model.charge_for_grant(now_ns, 1, tokens)) for model in models] if allowed else []
+        charges = [
+            (model, model.charge_for_grant(now_ns, 1, counted(model.config, tokens)))
+            for model in (models if allowed else [])
+        ]
         usage = max([0.0, *(max(model.percents(now_ns, ram_mb, ssd_mb, 1).values()) for model in models)])
         if allowed:
-            self.elsewhere.add(total_checks=len(ids) - len(models), allowed_requests=len(ids) - len(models))
+            self.elsewhere.add(total_checks=len(unknown), allowed_requests=len(unknown))
             for model in models:
                 model.stats.add(total_checks=1, allowed_requests=1)
         if not found:
@@ -290,11 +303,15 @@ class Party:
 class OracleGrant:
     """An admitted request: what it holds, what it charged, and what its user has said about it."""
 
-    def __init__(self, oracle: GrantOracle, parties: list[Party], estimated: int) -> None:
+    def __init__(self, oracle: GrantOracle, parties: list[Party], estimated: Amount) -> None:
         self.oracle = oracle
         self.parties = parties
-        self.estimated = self.charged = estimated
-        self.used: int | None = None  # what `add` counted or `settle` said
+        self.estimated = self.tokens = estimated
+        self.estimates = {id(party): party.charges[0].tokens for party in parties}
+        self.free_output = min(
+            [COUNT_MAX] + [most_output(party.model.config, estimated, self.estimates[id(party)]) for party in parties]
+        )
+        self.used: int | None = None  # the output tokens that `add` counted
         self.state = "open"
 
     @property
@@ -302,40 +319,45 @@ class OracleGrant:
         """Those whose model has not been removed."""
         return [party for party in self.parties if party.model in self.oracle.models.values()]
 
-    @property
-    def tokens(self) -> int:
-        """What stands for the request now."""
-        return self.charged if self.used is None else self.used
-
     def add(self, tokens: int) -> bool:
-        """Count tokens; charge what goes beyond the estimate."""
+        """Count output tokens; charge what goes beyond the estimate."""
         self.require_open("add")
         self.used = (self.used or 0) + tokens
-        beyond = self.used - self.charged
+        counts = with_output(self.estimated, self.used)
+        self.tokens = self.used if isinstance(self.estimated, int) else counts
+        beyond = self.used - self.free_output
         if beyond <= 0 or not self.parties:
             return True
         now_ns, enforced = self.oracle.clock.now_ns, self.oracle.enforcement_enabled
-        ahead = max(beyond, SMALLEST_CHUNK, self.charged // 8)
-        models = [party.model for party in self.living]
-        for model in models:
-            model.pass_time(now_ns)
+        ahead = max(beyond, SMALLEST_CHUNK, self.free_output // 8)
+        for party in self.living:
+            party.model.pass_time(now_ns)
         all_fits, fits = (
-            all(model.takes_tokens(now_ns, count, enforced) for model in models) for count in (ahead, beyond)
+            all(party.model.takes_tokens(now_ns, self.more_at(party, count), enforced) for party in self.living)
+            for count in (ahead, beyond)
         )
         chunk = ahead if all_fits else beyond
         for party in self.living:
             trial = self.oracle.is_trial(party.model)
-            party.charges.append(party.model.charge_for_grant(now_ns, 0, chunk, capped=trial))
-        self.charged += chunk
+            party.charges.append(party.model.charge_for_grant(now_ns, 0, self.more_at(party, chunk), capped=trial))
+        self.free_output += chunk
         return fits
 
-    def settle(self, actual: int) -> None:
+    def more_at(self, party: Party, output: int) -> int:
+        """What so many more output tokens add to what the estimate, or what was charged since, covers at a model."""
+        before, after = (
+            max(self.estimates[id(party)], counted(party.model.config, with_output(self.estimated, count)))
+            for count in (self.free_output, self.free_output + output)
+        )
+        return after - before
+
+    def settle(self, actual: Amount) -> None:
         """Replace what was charged by the truth."""
-        if self.state == "settled" and self.used == actual:
+        if self.state == "settled" and self.tokens == actual:
             return
         self.require_open("settle")
         self.bring_to(actual)
-        self.used, self.state = actual, "settled"
+        self.tokens, self.state = actual, "settled"
 
     def cancel(self) -> None:
         """Undo everything."""
@@ -348,29 +370,33 @@ class OracleGrant:
             party.model.pass_time(now_ns)
             party.model.refund(now_ns, party.charges[0], 1, 0)
         self.let_go()
-        self.used, self.state = 0, "cancelled"
+        self.tokens, self.state = 0, "cancelled"
 
     def release(self, failed: bool = False) -> None:
         """Give back what is held; settle where nobody has."""
-        if self.state == "open":
-            self.bring_to(self.used if self.used is not None else 0 if failed else self.estimated)
+        if self.state == "open" and self.used is not None:
+            self.bring_to(with_output(self.estimated, self.used))
+        elif self.state == "open" and failed:
+            self.bring_to(0)
+            self.tokens = 0
         if self.state in ("open", "settled"):
             self.let_go()
-            self.used, self.state = self.tokens, "released"
+            self.state = "released"
 
-    def bring_to(self, tokens: int) -> None:
+    def bring_to(self, tokens: Amount) -> None:
         """Charge what is missing now; refund what is too much, what was charged last first."""
         now_ns = self.oracle.clock.now_ns
         for party in self.living:
             party.model.pass_time(now_ns)
-            if tokens > self.charged:
-                party.model.charge(now_ns, 0, tokens - self.charged, capped=self.oracle.is_trial(party.model))
-            too_much = max(0, self.charged - tokens)
+            wanted = counted(party.model.config, tokens)
+            charged = sum(charge.tokens for charge in party.charges)
+            if wanted > charged:
+                party.model.charge(now_ns, 0, wanted - charged, capped=self.oracle.is_trial(party.model))
+            too_much = max(0, charged - wanted)
             for charge in reversed(party.charges):
                 part = min(too_much, charge.tokens)
                 party.model.refund(now_ns, charge, 0, part)
                 too_much -= part
-        self.charged = tokens
 
     def let_go(self) -> None:
         """Give back memory and concurrency."""

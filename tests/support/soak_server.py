@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import gc
+import itertools
 import json
 import socket
 from collections import Counter
@@ -28,7 +29,7 @@ def new_manager():
         "throttle", **OPEN | {"max_requests_per_second": 200, "burst_requests": 5}, on_violation="throttle"
     )
     manager.set_quota("reject", **OPEN, max_ram_mb=4 * RAM_MB, on_violation="reject")
-    manager.set_quota("user", **OPEN, max_concurrent_requests=5000)
+    manager.set_quota("tenant/user", **OPEN, max_concurrent_requests=5000)
     return manager
 
 
@@ -39,11 +40,12 @@ class Soaked:
         self.manager = new_manager()
         self.ended = Counter()
         self.statuses = Counter()
-        self.app = QuotaMiddleware(
-            self.serve,
-            self.manager,
-            routes=dict.fromkeys(openai_routes(), self.demand),
-            identity=lambda request: "user",
+        routes = dict.fromkeys(openai_routes(), self.demand)
+        self.apps = itertools.cycle(
+            QuotaMiddleware(
+                self.serve, self.manager, routes=routes, identity=lambda request: "user", cancel_on_disconnect=cancel
+            )
+            for cancel in (False, True)
         )
         self.read = openai_routes()["/v1/chat/completions"]
         self.model = create_app(ResourceQuotaManager(), tokens_per_second=TOKENS_PER_SECOND)
@@ -75,7 +77,7 @@ class Soaked:
             await send(message)
 
         try:
-            await self.app(scope, receive, noted)
+            await next(self.apps)(scope, receive, noted)
         finally:
             self.ended[scope["came_to"]] += 1
 

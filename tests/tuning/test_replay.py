@@ -16,6 +16,7 @@ from oracle import Oracle
 from traces import AZURE_REQUESTS, AZURE_TRACE, SMALL_REQUESTS, needs_azure_trace, write_small_trace
 
 import modelquota.tuning.replay
+import modelquota.tuning.report
 from modelquota import (
     Limit,
     ManualClock,
@@ -42,7 +43,16 @@ def make_trace(
     index = None if models is None else np.array([names.index(model) for model in models], np.int32)
     context = np.broadcast_to(np.array(tokens, np.int64), times.shape) // 2
     generated = np.broadcast_to(np.array(tokens, np.int64), times.shape) - context
-    return Trace("made", 0, times, context, generated, index, names, **fields)
+    return Trace(
+        path="made",
+        times_ns=times,
+        input_tokens=context,
+        cached_tokens=np.zeros(len(times), np.int64),
+        output_tokens=generated,
+        model_index=index,
+        models=names,
+        **fields,
+    )
 
 
 def peaks(requests: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -68,7 +78,7 @@ def one_by_one(
     for place in range(len(trace)):
         model_id = names[0 if trace.model_index is None else trace.model_index[place]]
         at_ns = int(trace.times_ns[place]) // ratio
-        tokens = int(trace.context_tokens[place] + trace.generated_tokens[place])
+        tokens = int(trace.tokens[place])
         clock.advance_ns(at_ns - clock.now_ns)
         log[model_id].append((at_ns, tokens, manager.check_quota(model_id, tokens)))
     return tuple(_summary(model_id, entries) for model_id, entries in log.items())
@@ -86,8 +96,13 @@ def _summary(model_id: str, entries: list[tuple[int, int, Any]]) -> ModelReplay:
         requests=len(entries),
         admitted=len(admitted),
         warned=sum(bool(result) and result.limit is not None for _, _, result in entries),
-        denied={limit: denied[limit] for limit in Limit if limit is not Limit.QUEUE},
+        denied={limit: denied[limit] for limit in Limit},
         never=waits.count(None),
+        waited=0,
+        timed_out=0,
+        median_wait_ms=None,
+        p99_wait_ms=None,
+        longest_wait_ms=None,
         tokens=sum(tokens for _, tokens, _ in entries),
         tokens_admitted=sum(tokens for _, tokens in admitted),
         longest_retry_after_ms=max(told, default=None),
@@ -247,7 +262,7 @@ def test_speed_makes_the_same_requests_come_closer():
 def test_peaks_are_those_of_every_second(requests):
     requests.sort()
     times_ns, tokens = (np.array([request[i] for request in requests], np.int64) for i in (0, 1))
-    assert modelquota.tuning.replay._peaks(times_ns, tokens) == peaks(requests)
+    assert modelquota.tuning.report._peaks(times_ns, tokens) == peaks(requests)
 
 
 def test_peak_second_is_half_open():
@@ -338,17 +353,21 @@ def test_report_as_json_has_stable_keys():
     trace = make_trace([0, 0, 5], [10, 10**6, 3], models=["m", "m", "n"], out_of_order=2)
     report = replay(trace, quotas(ResourceQuotaConfig("m"), ResourceQuotaConfig("n")))
     read = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert list(read) == ["trace", "requests", "duration_ns", "speed", "out_of_order", "core_time_ns", "models"]
+    assert list(read) == [
+        "trace", "requests", "duration_ns", "speed", "wait", "out_of_order", "core_time_ns", "most_waiting",
+        "most_open", "models", "users",
+    ]  # fmt: skip
     assert (read["trace"], read["requests"], read["duration_ns"], read["out_of_order"]) == ("made", 3, 5, 2)
     assert list(read["models"][0]) == [
-        "model_id", "requests", "admitted", "warned", "denied", "never", "tokens", "tokens_admitted",
+        "model_id", "requests", "admitted", "warned", "denied", "never", "waited", "timed_out",
+        "median_wait_ms", "p99_wait_ms", "longest_wait_ms", "tokens", "tokens_admitted",
         "longest_retry_after_ms", "median_retry_after_ms", "peak_requests", "peak_tokens", "peak_requests_asked",
         "peak_tokens_asked",
     ]  # fmt: skip
     assert read["models"][0]["denied"] == {
         "ram": 0, "ssd": 0, "concurrency": 0, "requests_per_second": 0, "tokens_per_second": 1, "tokens_per_minute": 0,
         "requests_per_minute": 0, "tokens_per_hour": 0, "requests_per_hour": 0, "tokens_per_day": 0,
-        "requests_per_day": 0, "tokens_per_month": 0, "requests_per_month": 0,
+        "requests_per_day": 0, "tokens_per_month": 0, "requests_per_month": 0, "queue": 0,
     }  # fmt: skip
 
 

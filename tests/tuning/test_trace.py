@@ -1,6 +1,7 @@
 """The trace reader: exact times, and for everything that is no trace an error that says where and what to do."""
 
 import csv
+import gzip
 import io
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from traces import AZURE_REQUESTS, AZURE_TRACE, SMALL_REQUESTS, needs_azure_trace, write_small_trace
 
 import modelquota.tuning.cells as cells
-import modelquota.tuning.trace
+import modelquota.tuning.source
 from modelquota import TraceError
-from modelquota.tuning.trace import BLOCK_BYTES, ROWS_PER_CHUNK, read_trace
+from modelquota.tuning.source import BLOCK_BYTES
+from modelquota.tuning.trace import read_trace
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
@@ -33,8 +35,8 @@ def write(tmp_path):
 def test_times_keep_their_100_ns(write):
     trace = read_trace(write(HEADER + "2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:04.0319607,3180,8"))
     assert trace.times_ns.tolist() == [0, 52_000_700]
-    assert trace.context_tokens.tolist() == [4808, 3180]
-    assert trace.generated_tokens.tolist() == [10, 8]
+    assert trace.input_tokens.tolist() == [4808, 3180]
+    assert trace.output_tokens.tolist() == [10, 8]
     assert trace.start_unix_ns == 1_700_158_623_979_960_000
     assert (trace.models, trace.model_index, trace.out_of_order, len(trace)) == ((), None, 0, 2)
     assert trace.duration_ns == 52_000_700
@@ -75,7 +77,7 @@ def test_model_column_stands_anywhere(write, header):
     assert trace.models == ("llama", "qwen, big")
     assert trace.model_index is not None
     assert trace.model_index.tolist() == [0, 1, 0]
-    assert trace.generated_tokens.tolist() == [2, 4, 6]
+    assert trace.output_tokens.tolist() == [2, 4, 6]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -90,10 +92,10 @@ def test_blocks_may_end_anywhere(write, monkeypatch, end):
     good = b"\xef\xbb\xbfModel,TIMESTAMP,ContextTokens,GeneratedTokens" + end
     good += "".join(f"é{i},2023-11-16 18:17:0{i},{i},{i}\n" for i in range(5)).encode().replace(b"\n", end) + end
     for size in range(3, len(good)):
-        monkeypatch.setattr(modelquota.tuning.trace, "BLOCK_BYTES", size)
+        monkeypatch.setattr(modelquota.tuning.source, "BLOCK_BYTES", size)
         trace = read_trace(write(good))
         assert trace.models == ("é0", "é1", "é2", "é3", "é4")
-        assert trace.context_tokens.tolist() == [0, 1, 2, 3, 4]
+        assert trace.input_tokens.tolist() == [0, 1, 2, 3, 4]
         for bad in (b"x", b"\xff", b"\0"):
             with pytest.raises(TraceError) as caught:
                 read_trace(write(good + bad))
@@ -105,7 +107,7 @@ def test_rows_out_of_order_are_sorted_and_counted(write):
     lines = [f"2023-11-16 18:17:0{second},{place},0,m{place}\n" for place, second in enumerate(seconds)]
     trace = read_trace(write("TIMESTAMP,ContextTokens,GeneratedTokens,Model\n" + "".join(lines)))
     assert (trace.times_ns // 10**9).tolist() == [0, 1, 2, 3, 3, 9]
-    assert trace.context_tokens.tolist() == [5, 1, 3, 0, 2, 4]
+    assert trace.input_tokens.tolist() == [5, 1, 3, 0, 2, 4]
     assert trace.model_index is not None
     assert trace.model_index.tolist() == [5, 1, 3, 0, 2, 4]
     assert trace.out_of_order == 3
@@ -114,8 +116,8 @@ def test_rows_out_of_order_are_sorted_and_counted(write):
 
 def test_tokens_up_to_the_bound(write):
     trace = read_trace(write(HEADER + "2023-11-16 18:17:03,0,1000000000\n2023-11-16 18:17:03, 0007 ,0"))
-    assert trace.generated_tokens.tolist() == [1_000_000_000, 0]
-    assert trace.context_tokens.tolist() == [0, 7]
+    assert trace.output_tokens.tolist() == [1_000_000_000, 0]
+    assert trace.input_tokens.tolist() == [0, 7]
 
 
 ROW = "2023-11-16 18:17:03,1,2\n"
@@ -124,13 +126,12 @@ ROW = "2023-11-16 18:17:03,1,2\n"
 @pytest.mark.parametrize(
     ("content", "line", "column", "says"),
     [
-        ("", 1, None, "the file is empty; expected the header TIMESTAMP,ContextTokens,GeneratedTokens"),
+        ("", 1, None, "the file is empty; expected TIMESTAMP,ContextTokens,GeneratedTokens (azure) or Timestamp,"),
         ("\n\n", 1, None, "the file is empty"),
         (HEADER, 2, None, "no requests below its header"),
-        (ROW, 1, None, "unknown column '2023-11-16 18:17:03' in the header; expected TIMESTAMP"),
+        (ROW, 1, None, "columns '2023-11-16 18:17:03', '1', '2' are of no known format; expected TIMESTAMP"),
         ("TIMESTAMP,ContextTokens\n", 1, "GeneratedTokens", "missing from the header"),
         (HEADER.replace(",", ";"), 1, None, "separated by commas"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens,Modell\n", 1, None, "unknown column 'Modell'"),
         ("TIMESTAMP,Model,ContextTokens,GeneratedTokens,model\n", 1, "Model", "twice"),
         (HEADER + ROW + "2023-11-16 18:17:03,1\n", 3, None, "expected 3 columns as in the header, found 2"),
         (HEADER + "\n" + ROW + "2023-11-16 18:17:03,1,2,3\n", 4, None, "expected 3 columns as in the header, found 4"),
@@ -151,16 +152,19 @@ ROW = "2023-11-16 18:17:03,1,2\n"
         (HEADER + "2023-11-16 18:17:03Z,1,2\n" + ROW, 3, "TIMESTAMP", "has no offset from UTC, the first request has"),
         (HEADER + ROW + "2123-11-16 18:17:03,1,2\n", 3, "TIMESTAMP", "more than 73 years"),
         (HEADER + ROW + "9999-11-16 18:17:03,1,2\n", 3, "TIMESTAMP", "more than 73 years"),
-        ("Model," + HEADER + "," + ROW, 2, "Model", "a model id of 1 to 255 bytes, found ''"),
-        ("Model," + HEADER + "ä" * 128 + "," + ROW, 2, "Model", "a model id of 1 to 255 bytes"),
+        ("Model," + HEADER + "," + ROW, 2, "Model", "a name of 1 to 255 bytes, found ''"),
+        ("Model," + HEADER + "ä" * 128 + "," + ROW, 2, "Model", "a name of 1 to 255 bytes"),
         (HEADER + ROW + "2023-11-16 18:17:03,1,\0\n", 3, None, "a NUL byte"),
         (HEADER.encode() + ROW.encode() + b"2023-11-16 18:17:03,1,\xe4\n", 3, None, "0xe4 is not UTF-8"),
         (HEADER.encode("utf-16"), 1, None, "UTF-16; save it as UTF-8"),
-        (b"\x1f\x8b\x08\x00", 1, None, "gzip; unpack it first"),
+        (b"\x1f\x8b\x08\x00", 1, None, "the gzip data ends early"),
+        (gzip.compress(HEADER.encode())[:-4] + b"beef", 1, None, "the gzip data is damaged"),
+        (b"PAR1", 1, None, "convert it to CSV or JSONL"),
+        ('[{"timestamp": 5}]', 1, None, "a JSON array; expected one JSON object a line"),
         (b"PK\x03\x04", 1, None, "save it as CSV"),
         (HEADER + ROW + '2023-11-16 18:17:03,"1,2\n' + ROW, 3, None, "a quotation mark left open"),
         (HEADER + ROW + '2023-11-16 18:17:03,"1"2,2\n' + ROW, 3, None, "not a row of CSV"),
-        (HEADER + ROW + "7" * 100_000, 3, None, "a line of more than 65,536 bytes"),
+        (HEADER + ROW + "7" * 2_500_000, 3, None, "a line of more than 1,048,576 bytes"),
         # Several faults: the first one is named, whatever its column and kind.
         (HEADER + ROW + "2023-11-16 18:17:03,1,x\nwhen,1,2\n1,2\n", 3, "GeneratedTokens", "found 'x'"),
         (HEADER + ROW + "when,1,2\n" + ROW + "\0", 3, "TIMESTAMP", "found 'when'"),
@@ -180,7 +184,6 @@ def test_error_names_line_and_column(write, content, line, column, says):
 
 def test_error_beyond_the_first_block(write):
     rows = (BLOCK_BYTES // len(ROW)) * 2
-    assert rows > ROWS_PER_CHUNK
     path = write("Model," + HEADER + '"two\nlines",' + ROW + ("m," + ROW) * rows + "m,2023-11-16 18:17:03,?,2\n")
     with pytest.raises(TraceError) as caught:
         read_trace(path)
@@ -254,8 +257,8 @@ def test_what_was_written_is_read(case, tmp_path_factory):
     in_order = sorted(rows, key=lambda row: row[0])
     assert trace.start_unix_ns == start_ns + in_order[0][0]
     assert trace.times_ns.tolist() == [row[0] - in_order[0][0] for row in in_order]
-    assert trace.context_tokens.tolist() == [row[1] for row in in_order]
-    assert trace.generated_tokens.tolist() == [row[2] for row in in_order]
+    assert trace.input_tokens.tolist() == [row[1] for row in in_order]
+    assert trace.output_tokens.tolist() == [row[2] for row in in_order]
     assert trace.out_of_order == sum(row[0] < max(r[0] for r in rows[: i + 1]) for i, row in enumerate(rows))
     if with_models:
         assert trace.model_index is not None
@@ -304,33 +307,66 @@ def test_broken_traces_give_a_trace_or_a_trace_error(header, pieces, tmp_path_fa
     read_or_refuse(path)
 
 
+def at_once(parse, column, *arguments):
+    """What a parser of whole blocks makes of some cells."""
+    text = ",".join(column).encode()
+    data = np.frombuffer(text, np.uint8)
+    ends = np.append(np.flatnonzero(data == ord(",")), len(text))
+    return parse(data, np.concatenate(([0], ends[:-1] + 1)), ends, *arguments)
+
+
+def each_alone(parse, column, *arguments):
+    try:
+        return [parse(cell, *arguments) for cell in column]
+    except cells.BadCell:
+        return None
+
+
+def changed(data, choices, letters):
+    """A column of cells of a usual form, some with letters that may not fit."""
+    column = data.draw(st.lists(st.sampled_from(choices), min_size=1, max_size=5))
+    for _ in range(data.draw(st.integers(0, 3))):
+        row = data.draw(st.integers(0, len(column) - 1))
+        place = data.draw(st.integers(0, len(column[row]) - 1))
+        column[row] = column[row][:place] + data.draw(st.sampled_from(letters)) + column[row][place + 1 :]
+    return column
+
+
+STAMPS = ["2023-11-16 18:17:03.9799600", "2024-02-29 00:00:00", "2023-12-31 23:59:59.5"]
+
+
 @settings(max_examples=300)
 @given(data=st.data())
 def test_many_timestamps_at_once_are_read_like_each_alone(data):
-    cell = "2023-11-16 18:17:03.9799600"
-    column = [cell] * data.draw(st.integers(1, 5))
-    for _ in range(data.draw(st.integers(0, 3))):
-        row = data.draw(st.integers(0, len(column) - 1))
-        place = data.draw(st.integers(0, len(cell) - 1))
-        letter = data.draw(st.sampled_from("0123456789-: .TZ/x"))
-        column[row] = column[row][:place] + letter + column[row][place + 1 :]
+    column = changed(data, STAMPS, "0123456789-: .TZ/x")
     origin_ns = 1_700_000_000 * 10**9
-    together = cells.times_of_one_day(column, origin_ns, False)
-    try:
-        alone = [cells.parse_timestamp(index, stamp) for index, stamp in enumerate(column)]
-    except cells.BadRow:
-        assert together is None
-        return
+    together = at_once(cells.timestamps, column, origin_ns, False)
     if together is not None:
+        alone = each_alone(cells.parse_timestamp, column)
+        assert alone is not None
         assert together.tolist() == [time_ns - origin_ns for time_ns, _ in alone]
         assert not any(has_offset for _, has_offset in alone)
 
 
-def test_usual_timestamps_are_read_many_at_once():
-    column = [f"2023-11-16 {hour:02}:17:03.9799600" for hour in range(24)]
-    together = cells.times_of_one_day(column, 0, False)
+@settings(max_examples=300)
+@given(data=st.data())
+def test_many_numbers_at_once_are_read_like_each_alone(data):
+    column = changed(data, ["0", "5", "45.0", "118.25", "61.114999999", "1234567890.5"], "0123456789.- ex")
+    together = at_once(cells.decimals, column, 10**9)
+    if together is not None:
+        assert together.tolist() == each_alone(cells.parse_number, column, 10**9, "a time")
+    counts = at_once(cells.integers, column)
+    if counts is not None and max(counts) <= cells.MAX_TOKENS and max(map(len, column)) <= 10:
+        assert counts.tolist() == each_alone(cells.parse_tokens, column)
+
+
+def test_usual_cells_are_read_many_at_once():
+    column = [f"2023-11-{day} {day - 10:02}:17:03.9799600" for day in range(10, 31)] + STAMPS
+    together = at_once(cells.timestamps, column, 0, False)
     assert together is not None
-    assert together.tolist() == [cells.parse_timestamp(0, stamp)[0] for stamp in column]
+    assert together.tolist() == [cells.parse_timestamp(stamp)[0] for stamp in column]
+    assert at_once(cells.integers, ["1", "1000000000", "007"]).tolist() == [1, 10**9, 7]
+    assert at_once(cells.decimals, ["5", "45.0", "61.114"], 10**9).tolist() == [5 * 10**9, 45 * 10**9, 61_114 * 10**6]
 
 
 @needs_azure_trace
@@ -339,7 +375,7 @@ def test_azure_trace():
     assert len(trace) == AZURE_REQUESTS
     assert trace.duration_ns == 3_435_948_056_000
     assert trace.out_of_order == 0
-    assert int(trace.context_tokens.sum()) == 18_059_974
+    assert int(trace.input_tokens.sum()) == 18_059_974
     assert bool(np.all(np.diff(trace.times_ns) >= 0))
 
 
@@ -351,6 +387,6 @@ def test_small_trace(tmp_path):
     assert len(trace) == SMALL_REQUESTS
     assert trace.duration_ns == 3_633_612_953_600
     assert trace.out_of_order == 0
-    assert int(trace.context_tokens.sum()) == 4_354_566
-    assert int(trace.generated_tokens.sum()) == 156_226
+    assert int(trace.input_tokens.sum()) == 4_354_566
+    assert int(trace.output_tokens.sum()) == 156_226
     assert path.read_text().startswith(HEADER + "2023-11-16 18:17:03.9799600,")

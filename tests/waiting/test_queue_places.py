@@ -167,7 +167,7 @@ def test_processes_with_joint_requests_in_random_orders_end(tmp_path):
 
 
 def test_more_queues_than_a_thousand_at_once(tmp_path):
-    """All models have one: 1,500 of them, over two processes, and 16 by one request."""
+    """All models have one: 1,500 of them, over two processes, and 15 by one request."""
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=2048)
     names = [f"m{number}" for number in range(1500)]
     for name in names:
@@ -231,7 +231,7 @@ def test_all_grant_records_once_and_then_another_process(tmp_path):
 def test_entries_come_back_with_those_who_gave_up(tmp_path):
     """As many waits as there are entries have begun and ended; and no chunk stays with who needs none."""
     manager = ResourceQuotaManager(path=tmp_path / "quota.state", max_models=32)
-    names = [f"n{number}" for number in range(16)]
+    names = [f"n{number}" for number in range(15)]
     for name in names:
         manager.set_quota(one_at_a_time(name))
     held = manager.reserve(names, 1)

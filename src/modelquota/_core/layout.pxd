@@ -94,7 +94,8 @@ cdef struct Row:
     uint8_t dormant_request_shift    # of a level whose rate is no longer set, see level.pxd; NO_RATE = none
     uint8_t dormant_token_shift
     uint16_t shadow          # 1 << Limit code: that limit is evaluated and never denies
-    uint16_t meters          # how many rows are linked from ColdRow.first_meter
+    uint8_t meters           # how many rows are linked from ColdRow.first_meter
+    uint8_t weighted         # not every token counts 1 here, see ColdRow.weights
     Wide request_level
     Wide request_cap         # max(rate, 1) + burst
     Wide token_level
@@ -319,6 +320,10 @@ cdef struct Header:
     uint64_t retired_refunded
     uint64_t retired_violations[5]
     # -- the removal that is under way, for the process that takes over the registry's lock from a dead one
+    uint32_t linking_meter    # 1 + row of a meter that is being linked or unlinked, 0 = none: for the same process
+    uint32_t linking_model    # and 1 + row of its model
+    uint32_t removing         # 1 + row of a model that is being removed with its list of meters, 0 = none
+    uint32_t removing_generation
     int64_t leaving_row       # -1 = none
     uint32_t leaving_generation
     uint64_t staged_retired[12]     # retired_allowed and the fields after it, as they were before

@@ -3,81 +3,99 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from modelquota._core.table.grant import Grant
-from modelquota.asgi.protocols.openai import openai_routes
-from modelquota.asgi.ratelimit import Header, limit_headers
-from modelquota.asgi.refusal import denial, full_table, refusal
-from modelquota.asgi.request import (
-    ASGIApp,
-    Demand,
-    IncomingRequest,
-    Message,
-    Receive,
-    RequestRefusedError,
-    Scope,
-    Send,
-    joined_ids,
-    read_body,
-    route_path,
-)
-from modelquota.asgi.response import ResponseMeter, event_tokens
-from modelquota.errors import CapacityError, QuotaExceededError
+from modelquota.asgi.body import BodyReader, BodyRefusedError
+from modelquota.asgi.charge import Charge, ChargeTable
+from modelquota.asgi.exchange import Exchange, close_unanswered
+from modelquota.asgi.ids import DecidingIds, Identity
+from modelquota.asgi.ratelimit import HeaderStyle, LimitHeaders
+from modelquota.asgi.refusal import Refuser, send_answer
+from modelquota.asgi.request import Demand, IncomingRequest
+from modelquota.asgi.routes import DEFAULT_OUTPUT_TOKENS, ReadDemand, RouteEntry, Routes, route_table
+from modelquota.asgi.types import ASGIApp, Receive, Scope, Send
+from modelquota.protocols.body import LARGE
+from modelquota.protocols.paths import below_root
+from modelquota.protocols.request import Reading, RequestRefusedError
+from modelquota.protocols.tables import TABLES
+from modelquota.quota.config import MAX_COUNT
+from modelquota.quota.tokens import Tokens
+from modelquota.reading.unmetered import unmetered_of
 
 if TYPE_CHECKING:
     from modelquota.asgi.page import QuotaPage
     from modelquota.manager import ResourceQuotaManager
-    from modelquota.reading.report import ModelReport
 
-Route: TypeAlias = Callable[[IncomingRequest], Demand | Awaitable[Demand | None] | None]
-Identity: TypeAlias = Callable[[IncomingRequest], str | Sequence[str] | Awaitable[str | Sequence[str]]]
-
-_CLIENT_CLOSED_REQUEST = 499  # not in the standard, but usual in access logs
-_MOST_STRAY_MESSAGES = 8
-_WATCH_AFTER_SECONDS = 0.005
-_SENT_BY_THE_SERVER = ("http.response.pathsend", "http.response.zerocopysend")
+_NOTHING: Final[Mapping[str, str]] = {}
 
 
 class QuotaMiddleware:
     """ASGI middleware that acquires a grant for each request to a model, and settles it by the tokens really used.
 
     A request waits as the action of its model says (`ResourceQuotaManager.acquire_async`) without blocking the loop. A
-    denied request is answered with 429, 503 or 400, in the format of OpenAI's API, with the time after which a retry is
-    admitted. The grant is settled by the ``usage`` of the response, also in a stream of server-sent events, and
-    released with the last byte, on an error, and when the client disconnects.
-
-    Paths without a route, and methods other than POST, pass through.
+    denied request is answered in the shape of its protocol, with the time after which a retry is admitted. The grant is
+    settled by what the response reports, or else by what passed, also in a stream, and released with the last byte, or
+    when the application returns. ``modelquota docs http`` has all of it.
 
     Parameters
     ----------
     app : ASGI application
         The application to protect. Its responses must be uncompressed: add compression outside of this middleware.
     manager : ResourceQuotaManager
-        The manager that decides. A model without a quota is served, and counted.
-    routes : mapping of str to callable, optional
-        By path below the mount point, a callable that returns the `Demand` of an `IncomingRequest`, or None to let it
-        pass; it may be a coroutine function, and may raise `RequestRefusedError`. By default `openai_routes()`.
+        The manager that decides.
+    routes : str, mapping, or several of both, optional
+        Which requests are counted: names of tables (``"openai"``, ``"anthropic"``, ``"azure"``, ``"gemini"``,
+        ``"vllm"``, ``"sglang"``, ``"ollama"``), and mappings from paths below the mount point, in which ``{model}`` can
+        represent the model, to a callable that returns the `Demand` of an `IncomingRequest`, or None to let it pass; it
+        may be a coroutine function, and may raise `RequestRefusedError`. By default all tables.
+    unrouted : "pass", "refuse" or callable
+        What to do with a POST that no route covers: pass it on, and count and log that; answer 404; or read it as a
+        route would.
+    unknown_model : str
+        What to do with a model that has no quota: ``"pass"`` it on, ``"refuse"`` it with 404, or the id that decides
+        for all of them. With ``"pass"`` it is still up to the manager's `default_quota`.
+    default_model : str, optional
+        The model of requests that name none; without it they are answered with 400.
     identity : callable, optional
-        Given the `IncomingRequest`, returns one or more ids, such as tenant and user, that must admit together with the
-        model. It too may be a coroutine function and may raise `RequestRefusedError`. Clients choose the name of the
-        model: give identities a prefix that no model has. Error messages and the page show ids: do not use a secret,
-        such as an API key, as one.
+        Given the `IncomingRequest`, returns None, or one or more ids, such as tenant and user, that must admit together
+        with the model. It too may be a coroutine function and may raise `RequestRefusedError`. Error messages and the
+        page show ids: do not use a secret, such as an API key, as one.
+    identity_namespace : str
+        Is put in front of what `identity` returns, so that a client cannot name a tenant as its model.
     page : str, optional
         A path, such as ``"/quota"``, at which to show `QuotaPage`. By default there is no page.
     allow_page : callable, optional
         Decides which requests may see the page, as for `QuotaPage`. By default anyone who can connect.
-    max_body_bytes : int
-        A larger body is answered with 413, before any quota is touched, and is never kept in memory.
-    chunk_tokens : callable
-        Given the data of a server-sent event, returns its tokens: used if a stream has no final ``usage``.
+    default_output_tokens : int
+        The guess for an output without a bound. It never makes a request impossible.
+    max_body_bytes, max_inflight_bytes : int
+        The most bytes of one body (otherwise 413), and of all bodies together (otherwise 503).
+    body_timeout : float
+        Seconds in which a body has to arrive (otherwise 408).
+    usage : callable, optional
+        Given a parsed response, or a parsed event of a stream, returns the `Tokens` that it reports, or None: for
+        shapes that the protocol does not have.
+    chunk_tokens : callable, optional
+        Given the data of a server-sent event, returns its tokens, instead of what the protocol counts: used if a stream
+        reports no usage.
+    charge : mapping, optional
+        What responses cost, by status (``404``) or class (``"5xx"``): ``"nothing"``, ``"request"`` or ``"usage"``. By
+        default nothing for 3xx, 401, 403, 404 and 405, the request for other errors.
+    at_limit : "finish" or "stop"
+        Whether a stream that runs past its limits goes on, or ends with the protocol's own last events.
+    headers : "all", "openai" or "none"
+        Which headers report what is left: those of the protocol and the IETF's, only ``x-ratelimit-*``, or none.
+    retry_spread : float
+        The largest part of a wait that is added to ``retry-after`` at random, so that clients that were denied together
+        do not return together.
     busy_retry_seconds : int
-        ``Retry-After`` if memory or concurrency is the obstacle, so that no time is known.
+        ``retry-after`` if memory or concurrency is the obstacle, so that no time is known.
     cancel_on_disconnect : bool
-        Whether the application's task is canceled when the client disconnects; work that it does in a thread goes on.
-        If False, the grant stays open until the application ends, whether or not it notices the disconnect.
+        Whether the application's task is canceled when the client disconnects. Work that it does in a thread goes on,
+        no longer under the grant. By default the application only receives ``http.disconnect``.
 
     Examples
     --------
@@ -89,232 +107,218 @@ class QuotaMiddleware:
         app: ASGIApp,
         manager: ResourceQuotaManager,
         *,
-        routes: Mapping[str, Route] | None = None,
+        routes: Routes | None = None,
+        unrouted: Literal["pass", "refuse"] | ReadDemand = "pass",
+        unknown_model: str = "pass",
+        default_model: str | None = None,
         identity: Identity | None = None,
+        identity_namespace: str = "tenant/",
         page: str | None = None,
         allow_page: Callable[[Scope], bool | Awaitable[bool]] | None = None,
-        max_body_bytes: int = 8 << 20,
-        chunk_tokens: Callable[[bytes], int] = event_tokens,
+        default_output_tokens: int = DEFAULT_OUTPUT_TOKENS,
+        max_body_bytes: int = 32 << 20,
+        max_inflight_bytes: int = 512 << 20,
+        body_timeout: float = 30.0,
+        usage: Callable[[Any], Tokens | None] | None = None,
+        chunk_tokens: Callable[[bytes], int] | None = None,
+        charge: Mapping[int | str, Charge] | None = None,
+        at_limit: Literal["finish", "stop"] = "finish",
+        headers: HeaderStyle = "all",
+        retry_spread: float = 0.1,
         busy_retry_seconds: int = 2,
-        cancel_on_disconnect: bool = True,
+        cancel_on_disconnect: bool = False,
     ) -> None:
+        if unrouted not in ("pass", "refuse") and not callable(unrouted):
+            raise ValueError(f"unrouted is {unrouted!r}; accepted are 'pass', 'refuse' and a callable")
+        if at_limit not in ("finish", "stop"):
+            raise ValueError(f"at_limit is {at_limit!r}; accepted are 'finish' and 'stop'")
+        if not 0 <= retry_spread <= 1:
+            raise ValueError(f"retry_spread is {retry_spread!r}; give a number from 0 to 1")
+        if not 0 < max_body_bytes <= max_inflight_bytes:
+            raise ValueError(
+                f"max_body_bytes is {max_body_bytes!r} and max_inflight_bytes {max_inflight_bytes!r}; "
+                "give 1 or more, and for all bodies at least as much as for one"
+            )
+        if not body_timeout > 0:
+            raise ValueError(f"body_timeout is {body_timeout!r}; give a number of seconds above 0")
         self.app = app
         self.manager = manager
-        self.routes: dict[str, Route] = dict(openai_routes() if routes is None else routes)
         self.identity = identity
-        self.page_path = page
+        self.page_path = None if page is None else page.rstrip("/") or "/"
         self._page: QuotaPage | None = None
         if page is not None:
             from modelquota.asgi.page import QuotaPage
 
             self._page = QuotaPage(manager, allow=allow_page)
-        self.max_body_bytes = max_body_bytes
+        self.default_output_tokens = default_output_tokens
+        self.usage = usage
         self.chunk_tokens = chunk_tokens
-        self.busy_retry_seconds = busy_retry_seconds
+        self.charges = ChargeTable(charge)
+        self.stops_at_limit = at_limit == "stop"
         self.cancel_on_disconnect = cancel_on_disconnect
+        self.bodies = BodyReader(max_body_bytes, max_inflight_bytes, body_timeout)
+        self.limit_headers = LimitHeaders(manager, headers)
+        self.refuser = Refuser(manager, busy_retry_seconds, retry_spread, identity_namespace)
+        self.ids = DecidingIds(manager, identity, identity_namespace, unknown_model, default_model)
+        self._routes = route_table(routes)
+        self._unrouted = RouteEntry(unrouted, TABLES["openai"]) if callable(unrouted) else None
+        self._refuses_unrouted = unrouted == "refuse"
+        self._unmetered = unmetered_of(manager)
+        self._parser: tuple[int, ThreadPoolExecutor] | None = None
+
+    @property
+    def unmetered(self) -> dict[str, int]:
+        """How many POSTs passed without being counted by any quota, by path; of all middlewares of this manager."""
+        return self._unmetered.counts()
+
+    def count_unmetered(self, path: str, why: str) -> None:
+        """Count a request that passes without being counted by any quota; the first one of a path is logged."""
+        self._unmetered.count(path, why)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path = route_path(scope)
-        if self._page is not None and path == self.page_path:
+        path: str = scope["path"]
+        root: str = scope.get("root_path", "")
+        whole = path
+        if root:
+            path = below_root(path, root)
+        if self._page is not None and (path.rstrip("/") or "/") == self.page_path:
             await self._page(scope, receive, send)
             return
-        route = self.routes.get(path) if scope["method"] == "POST" else None
-        if route is None:
+        if scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        try:
-            body = await read_body(scope, receive, self.max_body_bytes)
-            if body is None:
-                await close_unanswered(send, started=False)
+        found = self._routes.find(path)
+        if found is None and root:
+            found = self._routes.find(whole)
+        if found is not None:
+            entry, params = found
+            if entry.operation is None or not entry.operation.free:
+                await self._decide(entry, params, path, scope, receive, send)
                 return
-            demand = await self._demand(route, IncomingRequest(scope, body))
-        except RequestRefusedError as error:
-            await refusal(error, scope.get("http_version", "1.1")).send(send)
+        elif self._unrouted is not None:
+            await self._decide(self._unrouted, _NOTHING, path, scope, receive, send)
             return
-        exchange = Exchange(self, scope, receive, send, body)
-        if demand is None:
-            await self.app(scope, exchange.receive_unwatched, send)
+        elif self._refuses_unrouted:
+            error = RequestRefusedError(404, f"there is nothing at POST {path}", "unknown_path")
+            await send_answer(self.refuser.not_accepted(error, TABLES["openai"]), send)
+            return
         else:
-            await exchange.run(demand)
+            self.count_unmetered(path, "no route covers it (routes=, unrouted=)")
+        await self.app(scope, receive, send)
 
-    async def _demand(self, route: Route, request: IncomingRequest) -> Demand | None:
-        made = route(request)
+    async def _decide(
+        self, entry: RouteEntry, params: Mapping[str, str], path: str, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Read the request, and serve it under a grant."""
+        fields: dict[bytes, bytes] = dict(scope.get("headers", ()))
+        try:
+            body = await self.bodies.read(fields.get(b"content-length"), receive)
+        except BodyRefusedError as error:
+            close = error.more and not await self.bodies.drain(scope, receive)
+            close = close and scope.get("http_version", "1.1").startswith("1")
+            # The unread rest of a body must not be parsed as the next request; HTTP/2 has no such header.
+            await send_answer(self.refuser.not_accepted(error, entry.protocol, close=close), send)
+            return
+        if body is None:
+            await close_unanswered(send)
+            return
+        try:
+            request = IncomingRequest(scope, body, params, fields=fields, max_body_bytes=self.bodies.max_body_bytes)
+            small = len(body) < LARGE and b"content-encoding" not in fields
+            exchange = Exchange(self, scope, receive, send, body, entry.protocol, path)
+            try:
+                if entry.operation is None:
+                    asked = await self._asked(entry, request, small)
+                else:
+                    if small:
+                        reading = entry.operation.read(request.json(), params)
+                    else:
+                        reading = await self._in_thread(entry, request)
+                    tenants = await self.ids.tenants(request) if self.identity is not None else ()
+                    asked = self._of_reading(entry, reading, tenants)
+            except RequestRefusedError as error:
+                await send_answer(self.refuser.not_accepted(error, entry.protocol), send)
+                return
+            if asked is None:
+                self.count_unmetered(path, "no quota decides on it")
+                await self.app(scope, exchange.receive, send)
+            else:
+                await exchange.run(*asked)
+        finally:
+            self.bodies.release(body)
+
+    def _of_reading(self, entry: RouteEntry, reading: Reading, tenants: tuple[str, ...]) -> _Asked | None:
+        model_id = self.ids.of_model(reading.model)
+        ids: str | tuple[str, ...]
+        if not tenants:
+            if model_id is None:
+                return None
+            ids = model_id
+        else:
+            ids = tenants if model_id is None else (*tenants, model_id)
+            ids = ids[0] if len(ids) == 1 else ids
+        _, prompt_tokens, outputs, bound, _, priority = reading
+        if bound is not None or not outputs:
+            tokens = reading.estimate(0)
+        else:
+            default = entry.default_output_tokens
+            default = self.default_output_tokens if default is None else default
+            tokens = reading.estimate(default, self.ids.most_tokens(ids))
+        return ids, tenants, tokens, prompt_tokens, outputs, 0, 0, None, priority
+
+    async def _asked(self, entry: RouteEntry, request: IncomingRequest, small: bool) -> _Asked | None:
+        """What a route of the user's own asks for."""
+        assert entry.read is not None
+        if not small:
+            await self._in_thread(None, request)
+        made = entry.read(request)
         demand = made if made is None or isinstance(made, Demand) else await made
-        if demand is None or self.identity is None:
-            return demand
-        said = self.identity(request)
-        ids = await said if isinstance(said, Awaitable) else said
-        return Demand(
-            joined_ids(ids, demand.model_id),
-            demand.estimated_tokens,
+        if demand is None:
+            return None
+        tenants = await self.ids.tenants(request) if self.identity is not None else ()
+        models = tuple([found for name in demand.model_ids if (found := self.ids.of_model(name)) is not None])
+        ids = tuple(dict.fromkeys(tenants + models))
+        if not ids:
+            return None
+        tokens = demand.estimated_tokens
+        if demand.guessed_tokens:
+            most = self.ids.most_tokens(ids)
+            if most is not None and tokens > most:
+                tokens = max(most, tokens - demand.guessed_tokens)
+        return (
+            ids[0] if len(ids) == 1 else ids,
+            tenants,
+            min(tokens, MAX_COUNT),
             demand.prompt_tokens,
+            1,
             demand.ram_needed_mb,
             demand.ssd_needed_mb,
             demand.timeout,
             demand.priority,
         )
 
-    def reports(self, demand: Demand) -> list[ModelReport]:
-        """Return a report on each model that decides; ids without a quota are left out."""
-        found = [self.manager.get_model_report(model_id) for model_id in demand.model_ids]
-        return [report for report in found if report is not None]
+    async def _in_thread(self, entry: RouteEntry | None, request: IncomingRequest) -> Reading:
+        """Parse and read a large request while the loop goes on; one at a time, since each takes a processor."""
+        parser = self._parser
+        if parser is None or parser[0] != os.getpid():  # a forked process has no thread of its parent's
+            self._parser = parser = (os.getpid(), ThreadPoolExecutor(1, "modelquota-parser"))
 
+        def read() -> Reading:
+            body = request.json()
+            if entry is None or entry.operation is None:
+                return Reading(None, 0)
+            return entry.operation.read(body, request.params)
 
-async def close_unanswered(send: Send, *, started: bool) -> None:
-    """Send status 499 for access logs, if no response has started; the client has disconnected."""
-    if not started:
-        with contextlib.suppress(OSError):
-            await send({"type": "http.response.start", "status": _CLIENT_CLOSED_REQUEST, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
-
-
-class Exchange:
-    """One request and its response.
-
-    A single task reads from the client while the request waits or is served, so that a disconnect is noticed in every
-    phase; it then cancels the task that serves the request. It is started only if the request takes a while, since
-    starting and ending a task costs a third of everything else together.
-    """
-
-    __slots__ = ("_body", "_complete", "_demand", "_gone", "_grant", "_host", "_left", "_meter", "_middleware",
-                 "_receive", "_scope", "_send", "_started", "_watching")  # fmt: skip
-
-    def __init__(self, middleware: QuotaMiddleware, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
-        self._middleware = middleware
-        self._scope = scope
-        self._receive = receive
-        self._send = send
-        self._body: bytes | None = body
-        self._demand: Demand
-        self._gone = asyncio.Event()
-        self._grant: Grant
-        self._meter: ResponseMeter | None = None
-        self._host: asyncio.Task[None]
-        self._watching: asyncio.Task[None] | None = None
-        self._started = False
-        self._complete = False
-        self._left = False
-
-    async def run(self, demand: Demand) -> None:
-        """Wait for a grant, and serve the request under it."""
-        self._demand = demand
-        host = asyncio.current_task()
-        assert host is not None
-        self._host = host
-        cancelling = host.cancelling()
-        timer = host.get_loop().call_later(_WATCH_AFTER_SECONDS, self._start_watch)
         try:
-            await self._serve()
-            if self._left:  # the cancellation may not have been delivered yet, and must not hit later code
-                await asyncio.sleep(0)
-        except asyncio.CancelledError:
-            if not self._left or host.cancelling() > cancelling + 1:
-                raise
-            await close_unanswered(self._send, started=self._started)
-        finally:
-            timer.cancel()
-            if self._watching is not None:
-                self._watching.cancel()
-            if self._left:
-                host.uncancel()
-
-    async def _serve(self) -> None:
-        middleware = self._middleware
-        demand = self._demand
-        try:
-            self._grant = await middleware.manager.acquire_async(
-                demand.model_id,
-                demand.estimated_tokens,
-                demand.ram_needed_mb,
-                demand.ssd_needed_mb,
-                timeout=demand.timeout,
-                priority=demand.priority,
-            )
-        except QuotaExceededError as error:
-            self._complete = True
-            await denial(error, demand, middleware.reports(demand), middleware.busy_retry_seconds).send(self._send)
-            return
-        except CapacityError as error:
-            self._complete = True
-            await full_table(error, middleware.busy_retry_seconds).send(self._send)
-            return
-        with self._grant:
-            try:
-                await middleware.app(self._scope, self.receive, self.send)
-            finally:
-                self._settle(complete=False)
-
-    def _start_watch(self) -> None:
-        if self._watching is None:
-            self._watching = self._host.get_loop().create_task(self._watch())
-
-    async def _watch(self) -> None:
-        """Wait for the client to disconnect, and cancel the task that serves it."""
-        try:
-            for _ in range(_MOST_STRAY_MESSAGES):  # some servers send empty bodies forever
-                if (await self._receive())["type"] == "http.disconnect":
-                    break
-            else:
-                return
-        except OSError:
-            pass
-        self._gone.set()
-        if self._middleware.cancel_on_disconnect and not self._complete:
-            self._left = True
-            self._host.cancel("the client has left")
-
-    async def receive(self) -> Message:
-        """The application's `receive`: the body, in one piece, and then the disconnect."""
-        if self._body is not None:
-            body, self._body = self._body, None
-            return {"type": "http.request", "body": body, "more_body": False}
-        self._start_watch()
-        await self._gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def receive_unwatched(self) -> Message:
-        """The same, for a request that needs no grant."""
-        if self._body is not None:
-            return await self.receive()
-        return await self._receive()
-
-    async def send(self, message: Message) -> None:
-        """The application's `send`: count tokens, add headers, and release the grant with the last piece."""
-        kind = message["type"]
-        if kind == "http.response.start":
-            headers = list(message.get("headers", ()))
-            demand = self._demand
-            self._started = True
-            self._meter = ResponseMeter(
-                self._grant, message["status"], headers, demand.prompt_tokens, self._middleware.chunk_tokens
-            )
-            ours = limit_headers(self._middleware.reports(demand))
-            message = {**message, "headers": _replaced(headers, ours)}
-        elif kind == "http.response.body":
-            if self._meter is not None and not self._complete:
-                self._meter.feed(message.get("body", b""))
-                if not message.get("more_body", False):
-                    self._finish()
-        elif kind in _SENT_BY_THE_SERVER and not message.get("more_body", False) and not self._complete:
-            self._finish()
-        await self._send(message)
-
-    def _finish(self) -> None:
-        """Settle and release before the last piece is sent: a client that has it finds the quotas settled."""
-        self._complete = True
-        self._settle(complete=True)
-        self._grant.release()
-
-    def _settle(self, *, complete: bool) -> None:
-        if self._meter is not None and not self._grant.released:
-            self._meter.finish(complete=complete)
+            return await asyncio.get_running_loop().run_in_executor(parser[1], read)
+        except RequestRefusedError:
+            if entry is None:
+                return Reading(None, 0)  # the route may not need JSON
+            raise
 
 
-def _replaced(headers: list[Header], ours: list[Header]) -> list[Header]:
-    """The headers, with ours in place of any of the same name: the application may have limits of its own."""
-    names = {name for name, _ in ours}
-    return [header for header in headers if header[0].lower() not in names] + ours
+_Asked = tuple[str | tuple[str, ...], tuple[str, ...], int, int, int, int, int, float | None, int]

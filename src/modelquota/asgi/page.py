@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from modelquota.asgi.request import Receive, Scope, Send
+from modelquota.asgi.types import Receive, Scope, Send
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import DENYING, LimitRecord
 from modelquota.reading.counting import denied
+from modelquota.reading.unmetered import unmetered_of
 from modelquota.reading.utilization import LIMITS, Utilization, read_utilization
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def page_state(manager: ResourceQuotaManager) -> dict[str, Any]:
         "refused": stats.denied_requests,
         "tokens_charged": stats.tokens_charged,
         "tokens_refunded": stats.tokens_refunded,
+        "unmetered": unmetered_of(manager).counts(),
     }
 
 

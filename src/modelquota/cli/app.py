@@ -1,7 +1,6 @@
 """The typer application: arguments, help and exit codes of the commands of `modelquota`."""
 
 import io
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,9 @@ import typer
 from rich.console import Console
 
 from modelquota import ResourceQuotaManager, __version__
-from modelquota.cli import docs, manage, statefile
+from modelquota.cli import docs, manage, statefile, tune, tuning, usage
 from modelquota.cli.demo import run_demo
-from modelquota.cli.errors import answering, say, unusable
-from modelquota.cli.tuning import print_json, print_report, replay_file
+from modelquota.cli.errors import answering, quiet_log, unusable
 from modelquota.quota.file import load_quotas
 from modelquota.reading.view import QuotaView
 
@@ -60,57 +58,6 @@ def _options(
     pass
 
 
-@app.command("replay")
-def _replay(
-    trace: Annotated[
-        Path,
-        typer.Argument(
-            metavar="TRACE.csv",
-            help="Requests as CSV: TIMESTAMP,ContextTokens,GeneratedTokens and optionally Model.",
-        ),
-    ],
-    quotas: Annotated[
-        Path, typer.Option("--quotas", "-q", metavar="QUOTAS.toml", help="A table [models.NAME] for each model.")
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME",
-            help="The model to charge if the trace has no Model column; by default the only one with a quota.",
-        ),
-    ] = None,
-    speed: Annotated[
-        float, typer.Option("--speed", "-s", metavar="FACTOR", help="Replay faster: 24 turns a day into an hour.")
-    ] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-) -> None:
-    """Replay a request trace through quotas, and report what they admit and deny.
-
-    Every request is tried once, at its own time, on a simulated clock: an hour of traffic takes
-    milliseconds, and the same input gives the same report.
-
-    **--json** prints one object: trace, requests, duration_ns, speed, out_of_order, core_time_ns, and
-    models, a list of objects with model_id, requests, admitted, warned, denied (a count for each limit),
-    never (denied whatever the wait), tokens, tokens_admitted, longest_retry_after_ms and
-    median_retry_after_ms (null if there was nothing to wait for), peak_requests and peak_tokens
-    (admitted in any second), peak_requests_asked and peak_tokens_asked.
-
-    **Exit code**: 0 when the trace was replayed, whatever was denied; 2 when an argument or a file
-    cannot be used.
-    """
-    errors = Console(stderr=True)
-    with _quiet_log(), answering(errors, trace):
-        report = replay_file(trace, load_quotas(quotas), model=model, speed=speed, errors=errors)
-    if report.out_of_order:
-        say(errors, f"note: {report.out_of_order:,} rows of the trace were out of order and have been sorted by time")
-    if as_json:
-        print_json(report)
-    else:
-        print_report(report, Console())
-
-
 @app.command("demo")
 def _demo(
     seconds: Annotated[float, typer.Option(min=0.1, max=86_400, help="How long to run.")] = 10.0,
@@ -124,7 +71,7 @@ def _demo(
     Threads send requests for four models, one for each action on a violation, on the real clock;
     sizes and mix follow production traces. Ctrl-C ends it early, with the closing report.
     """
-    with _quiet_log():
+    with quiet_log():
         run_demo(Console(), seconds=seconds, threads=threads, seed=seed)
 
 
@@ -161,7 +108,7 @@ def _serve_demo(
         if error.name is None or error.name.partition(".")[0] not in ("starlette", "uvicorn", "anyio"):
             raise
         raise unusable(errors, "serve-demo needs the extra 'asgi': pip install 'modelquota[asgi]'") from None
-    with _quiet_log():
+    with quiet_log():
         with answering(errors, quotas):
             loaded = None if quotas is None else load_quotas(quotas)
             chosen = None if loaded is None else list(loaded.values())
@@ -176,11 +123,77 @@ def _serve_demo(
             raise unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
 
 
+@app.command("proxy")
+def _proxy(
+    upstream: Annotated[
+        str, typer.Option("--upstream", "-u", metavar="URL", help="The server to pass on to: http://127.0.0.1:8000.")
+    ],
+    quotas: Annotated[
+        Path | None,
+        typer.Option(
+            "--quotas",
+            "-q",
+            metavar="QUOTAS.toml",
+            help="Limits, and settings. By default $MODELQUOTA_QUOTAS.",
+        ),
+    ] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="State file, created if missing. By default in the user's run directory."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 chooses a free one.")] = 8080,
+    page: Annotated[str | None, typer.Option(metavar="PATH", help="Show the live page at this path.")] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="PATH", help="Metrics for Prometheus at this path.")] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that serve, sharing one set of limits.")] = 1,
+    max_connections: Annotated[
+        int, typer.Option(min=1, max=65_535, help="Connections to the server at once, of each process.")
+    ] = 1000,
+    connect_timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="To establish a connection to the server.")
+    ] = 5.0,
+    read_timeout: Annotated[
+        float, typer.Option(min=0.001, metavar="SECONDS", help="Until its answer begins, and between two pieces of it.")
+    ] = 600.0,
+    access_log: Annotated[bool, typer.Option(help="Log each request.")] = True,
+) -> None:
+    """Put quotas in front of a model server that takes no Python, such as Ollama or llama.cpp's.
+
+    A reverse proxy with the same middleware: it counts requests, makes them wait or denies them, and settles what
+    their answers report. Streams pass as they come. Needs the extra **proxy**.
+
+    **Exit code**: 0 when it was stopped; 2 when an argument or a file cannot be used, or the address is taken.
+    """
+    errors = Console(stderr=True)
+    try:
+        from modelquota.asgi.proxy import ReverseProxy
+        from modelquota.asgi.quota import guard_of
+        from modelquota.asgi.settings import Settings
+        from modelquota.cli.proxy import serve_proxy
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("httpx", "uvicorn"):
+            raise
+        raise unusable(errors, "proxy needs the extra 'proxy': pip install 'modelquota[proxy]'") from None
+    with answering(errors, quotas):
+        proxy = ReverseProxy(
+            upstream, connect_timeout=connect_timeout, read_timeout=read_timeout, max_connections=max_connections
+        )
+        given = {"quotas": quotas, "state": state}
+        texts = {name: None if path is None else str(path) for name, path in given.items()}
+        settings = Settings.read(os.environ, **texts, page=page, metrics=metrics)
+    try:
+        with answering(errors, settings.state):
+            guard_of(settings)
+        serve_proxy(Console(), proxy, settings, host=host, port=port, workers=workers, access_log=access_log)
+    except OSError as error:
+        raise unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
+
+
 @contextmanager
 def _open_manager(path: Path, trust_file: bool) -> Iterator[ResourceQuotaManager]:
     """Open an existing state file: a mistyped path must not create one."""
     os.stat(path)
-    with _quiet_log():
+    with quiet_log():
         yield ResourceQuotaManager(path=path, trust_file=trust_file)
 
 
@@ -188,17 +201,9 @@ def _open_view(path: Path, trust_file: bool) -> QuotaView:
     return ResourceQuotaManager.open_readonly(path, trust_file=trust_file)
 
 
+tuning.add_commands(app)
+tune.add_commands(app)
+usage.add_commands(app)
 manage.add_commands(app, _open_manager, _open_view)
 statefile.add_commands(app)
 docs.add_commands(app)
-
-
-@contextmanager
-def _quiet_log() -> Iterator[None]:
-    """Keep violations out of the terminal: the commands report all of them."""
-    log = logging.getLogger("modelquota")
-    disabled, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = disabled

@@ -1,5 +1,6 @@
 """Errors of the commands: one line on stderr, and an exit code that a script can distinguish."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from modelquota.cli.format import printable
 from modelquota.errors import QuotaError, UnknownModelError
 
-__all__ = ["EXIT_NO", "EXIT_UNUSABLE_INPUT", "answering", "say", "unusable"]
+__all__ = ["EXIT_NO", "EXIT_UNUSABLE_INPUT", "answering", "quiet_log", "say", "unusable"]
 
 EXIT_NO = 1
 """The answer is no: a model is not known, or a value is above the one given."""
@@ -42,3 +43,14 @@ def answering(errors: Console, path: object, *, unknown_model: int = EXIT_UNUSAB
         raise unusable(errors, f"{error.filename or path}: {error.strerror or error}") from None
     except (QuotaError, ValueError, ImportError) as error:
         raise unusable(errors, str(error)) from None
+
+
+@contextmanager
+def quiet_log() -> Iterator[None]:
+    """Keep violations out of the terminal: the commands report all of them."""
+    log = logging.getLogger("modelquota")
+    disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = disabled

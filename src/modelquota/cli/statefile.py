@@ -1,4 +1,4 @@
-"""`modelquota inspect` and `modelquota verify`: what a state file contains, and whether it is consistent."""
+"""`modelquota inspect`, `verify` and `migrate`: what a state file contains, whether it is right, taking it over."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from modelquota.cli.errors import EXIT_NO, answering
 from modelquota.cli.format import printable
+from modelquota.cli.manage import TrustFile
 from modelquota.statefile.inspect import StateFileInfo, inspect_file, verify_file
 
 __all__ = ["add_commands"]
@@ -52,6 +53,39 @@ def add_commands(app: typer.Typer) -> None:
             print(f"{len(faults)} faults" if faults else f"ok: {info.models:,} models, all sums agree")
         if faults:
             raise typer.Exit(EXIT_NO)
+
+    @app.command("migrate")
+    def migrate(
+        file: _File,
+        keep: Annotated[
+            bool, typer.Option("--keep/--discard", help="Keep the old file as FILE.layout4 (its layout's number).")
+        ] = True,
+        as_json: _Json = False,
+        trust_file: TrustFile = False,
+    ) -> None:
+        """Take over a state file that an earlier version wrote, with its limits and all that was used.
+
+        End every process that has the file open before. The new file is written beside the old one, checked, and
+        put in its place in one step, so after a crash there is either of them, complete.
+
+        **Exit code**: 0; 2 when a process uses the file, it is damaged, or it has no layout that can be taken over:
+        then it is left as it is.
+        """
+        from modelquota.statefile.migrate import migrate_file
+
+        with answering(Console(stderr=True), file):
+            done = migrate_file(file, keep=keep, trust_file=trust_file)
+        if as_json:
+            print(json.dumps(dataclasses.asdict(done), indent=2))
+            return
+        print(printable(f"{done.path}: layout {done.old_version} is now layout {done.version}"))
+        print(
+            f"{done.models:,} models with their limits; their windows of a day have {done.requests:,} requests and "
+            f"{done.tokens:,} tokens"
+        )
+        if done.released:
+            print(f"{done.released:,} grants and waiting requests of dead processes were given back")
+        print("the old file was not kept" if done.old_file is None else printable(f"old file: {done.old_file}"))
 
 
 def _table(info: StateFileInfo) -> Table:

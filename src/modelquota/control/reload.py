@@ -96,11 +96,16 @@ class QuotaReloader(Background):
         self._path = Path(path)
         self._remove_missing = remove_missing
         self._lock = threading.Lock()
-        self._quotas: dict[str, ResourceQuotaConfig] = {}
+        self._quotas = Quotas({}, {})
         self._patterns: dict[str, ResourceQuotaConfig] = {}
         self._named: tuple[str, ...] = ()
         self._base: DefaultQuota | None = None
         self._given: DefaultQuota | None = None
+
+    @property
+    def quotas(self) -> Quotas:
+        """What the file said when it was last accepted; empty before."""
+        return self._quotas
 
     def reload(self) -> Reloaded:
         """Read the file and set the limits that have changed in it; an error is returned and logged, never raised."""

@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from modelquota.asgi.middleware import QuotaMiddleware
-from modelquota.asgi.protocols.openai import openai_routes
-from modelquota.asgi.request import IncomingRequest, RequestRefusedError
+from modelquota.asgi.request import IncomingRequest
+from modelquota.asgi.routes import openai_routes
 from modelquota.demo.quotas import KEY_PREFIX
 from modelquota.manager import ResourceQuotaManager
 
@@ -54,22 +54,19 @@ def create_app(manager: ResourceQuotaManager, *, tokens_per_second: float = 20.0
         ]
     )
 
-    ids = frozenset(manager.list_models())
-    keys = frozenset(name for name in ids if name.startswith(KEY_PREFIX))
+    keys = frozenset(name for name in manager.list_models() if name.startswith(KEY_PREFIX))
 
-    def key(request: IncomingRequest) -> str | tuple[str, ...]:
-        """Return the id of the API key if it has a quota: it then decides together with the model."""
-        name = request.json()["model"]
-        if name not in ids - keys:  # a client that names a key as its model would use up another client's quota
-            raise RequestRefusedError(404, f"The model '{name}' does not exist", "model_not_found", "model")
+    def key(request: IncomingRequest) -> str | None:
+        """Return the API key if it has a quota: it then decides together with the model."""
         scheme, _, token = (request.header("authorization") or "").partition(" ")
-        key_id = KEY_PREFIX + token
-        return key_id if scheme.lower() == "bearer" and key_id in keys else ()
+        return token if scheme.lower() == "bearer" and KEY_PREFIX + token in keys else None
 
     app.add_middleware(
         QuotaMiddleware,
         manager=manager,
         identity=key,
+        identity_namespace=KEY_PREFIX,
+        unknown_model="refuse",
         page="/quota",
         routes=openai_routes(prompt_tokens=count_words, default_output_tokens=DEFAULT_TOKENS),
     )

@@ -21,6 +21,7 @@ import numpy as np
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE, Limit, LimitRecord, ViolationAction, ViolationType
 from modelquota.reading.counting import DENIED, denied_by_action
+from modelquota.reading.unmetered import unmetered_of
 from modelquota.reading.utilization import LIMITS, Utilization, denying, limits_of, read_utilization
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Kind(Enum):
 
     TOTAL = "counter over all models, removed and unknown ones too"
     STATE = "gauge of the manager"
+    PATHS = "counter of this process's servers, by path"
     COUNTER = "counter of a model"
     USE = "gauge of a model; those of the others are summed"
     LIMIT = "gauge of a model; the others have none, since limits of different models do not add up"
@@ -71,12 +73,12 @@ class Metric:
     @property
     def is_counter(self) -> bool:
         """True if the value never falls."""
-        return self.kind in (Kind.TOTAL, Kind.COUNTER)
+        return self.kind in (Kind.TOTAL, Kind.PATHS, Kind.COUNTER)
 
     @property
     def of_model(self) -> bool:
         """True if there is a value for each model."""
-        return self.kind not in (Kind.TOTAL, Kind.STATE)
+        return self.kind not in (Kind.TOTAL, Kind.STATE, Kind.PATHS)
 
 
 def _one(*fields: str) -> dict[tuple[str, ...], tuple[str, ...]]:
@@ -122,6 +124,8 @@ METRICS: Final = (
            _DENIALS, ("action",)),
     Metric("modelquota.violations", Kind.TOTAL, _REQUEST, "Requests that violated a limit, by its class.",
            _VIOLATIONS, ("type",)),
+    Metric("modelquota.http.unmetered", Kind.PATHS, _REQUEST, "Requests over HTTP that no quota counted, by path.",
+           {}, ("path",)),
     Metric("modelquota.models", Kind.STATE, _MODEL_UNIT, "Models that have a quota.", _one("models")),
     Metric("modelquota.enforcing", Kind.STATE, "", "0 while everything is admitted, otherwise 1.", _one("enforcing")),
     Metric("modelquota.pressure", Kind.STATE, "1", "Highest use of a limit that denies, over all models; 1 is full.",
@@ -192,9 +196,16 @@ class Reading:
     """One reading of a manager, from which the values of every metric can be taken in any order."""
 
     def __init__(
-        self, found: Utilization, facts: dict[str, float], shown: "NDArray[np.intp]", own: dict[str, Any], others: bool
+        self,
+        found: Utilization,
+        facts: dict[str, float],
+        paths: dict[str, int],
+        shown: "NDArray[np.intp]",
+        own: dict[str, Any],
+        others: bool,
     ) -> None:
         self._facts = facts
+        self._paths = paths
         quotas = [found.quotas[index] for index in shown]
         self._models = [quota.model_id for quota in quotas]
         self._limits = [_limits(quota) for quota in quotas]
@@ -214,6 +225,9 @@ class Reading:
         if metric.kind in (Kind.TOTAL, Kind.STATE):
             for labels, fields in metric.series.items():
                 yield labels, sum(self._facts[field] for field in fields)
+        elif metric.kind is Kind.PATHS:
+            for path, count in self._paths.items():
+                yield (path,), count
         elif metric.kind is Kind.LIMIT:
             for labels, (name,) in metric.series.items():
                 for model_id, limits in zip(self._models, self._limits, strict=True):
@@ -269,7 +283,7 @@ class MetricSource:
             self._had_others = self._had_others or len(shown) < len(found)
             if self._had_others:
                 own = {name: np.append(values, self._told_of_others[i]) for i, (name, values) in enumerate(own.items())}
-            return Reading(found, facts, shown, own, self._had_others)
+            return Reading(found, facts, unmetered_of(self.manager).counts(), shown, own, self._had_others)
 
     def _choose(self, found: Utilization) -> "NDArray[np.intp]":
         """Assign the labels that are left, and return the indices of the models that have one."""

@@ -24,9 +24,11 @@ tokens_charged              ``sum(modelquota_model_tokens_total)``
 tokens_refunded             ``sum(modelquota_model_tokens_refunded_total)``
 ==========================  ==============================================================================
 
-The same counters of each model are ``modelquota_model_checks_total{model="..."}`` and so on. Tokens charged and tokens
-refunded are two counters: the tokens really used per second are ``rate(modelquota_model_tokens_total[5m]) -
-rate(modelquota_model_tokens_refunded_total[5m])``. Gauges of each model; a limit that is not set has no series:
+Requests over HTTP that no quota counted are ``modelquota_http_unmetered_total{path="..."}``, of the middlewares in this
+process. The same counters of each model are ``modelquota_model_checks_total{model="..."}`` and so on. Tokens charged
+and tokens refunded are two counters: the tokens really used per second are ``rate(modelquota_model_tokens_total[5m]) -
+rate(modelquota_model_tokens_refunded_total[5m])``. Gauges of each model; a limit that is not set
+has no series:
 
 ==========================  ==============================================================================
 of `ResourceUsage`          metric

@@ -10,7 +10,8 @@
     [models."llama-3.2-1b"]
     max_ram_mb = 1024
 
-Fields and units are those of `ResourceQuotaConfig`.
+Fields and units are those of `ResourceQuotaConfig`. The tables ``[http]`` and ``[keys]``, for servers, are described in
+`modelquota.quota.http`.
 """
 
 import os
@@ -22,6 +23,7 @@ from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.patterns import pattern_of
 
 _UNLIMITED = "unlimited"
+_TABLES = 'the tables [defaults], [models."<id>"], [http] and [keys] and nothing else'
 _PATTERN = """a pattern with * at its end and nowhere else, such as [defaults."user:*"], of 1 to 255 bytes; a model \
 has a table [models."<id>"]"""
 
@@ -33,14 +35,26 @@ class Quotas(dict[str, ResourceQuotaConfig]):
     ----------
     patterns : dict of str to ResourceQuotaConfig
         By pattern, in the order of the file, for a manager's `default_quota`; empty if the file has no patterns.
+    http : dict
+        The fields of ``[http]``, for `modelquota.asgi.Quota`.
+    key_names : dict of str to str
+        The names in ``[keys]``, by what `modelquota.quota.http.key_digits` returns for the key.
     """
 
-    def __init__(self, models: Mapping[str, ResourceQuotaConfig], patterns: Mapping[str, ResourceQuotaConfig]) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, ResourceQuotaConfig],
+        patterns: Mapping[str, ResourceQuotaConfig],
+        http: Mapping[str, Any] | None = None,
+        key_names: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(models)
         self.patterns = dict(patterns)
+        self.http = dict(http or {})
+        self.key_names = dict(key_names or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self), self.patterns)
+        return type(self), (dict(self), self.patterns, self.http, self.key_names)
 
 
 def load_quotas(path: str | os.PathLike[str]) -> Quotas:
@@ -49,7 +63,8 @@ def load_quotas(path: str | os.PathLike[str]) -> Quotas:
     The file has a table ``[models."<id>"]`` for each model, with the fields of `ResourceQuotaConfig` in its units, and
     a table ``[defaults."<pattern>"]``, such as ``[defaults."user:*"]``, for all ids that begin with it and have
     no table of their own. A field that is missing from such a table is taken from ``[defaults]``, or else from
-    `ResourceQuotaConfig`. The string ``"unlimited"`` means None. An id that contains a dot must be quoted.
+    `ResourceQuotaConfig`. The string ``"unlimited"`` means None. An id that contains a dot must be quoted. The tables
+    ``[http]`` and ``[keys]`` are for servers.
 
     Parameters
     ----------
@@ -60,7 +75,7 @@ def load_quotas(path: str | os.PathLike[str]) -> Quotas:
     -------
     Quotas
         A dict by model id, in the order of the file, empty if the file names no model. Its `patterns` is a dict of the
-        file's patterns, for a manager's `default_quota`.
+        file's patterns, for a manager's `default_quota`; `http` and `key_names` are for servers.
 
     Raises
     ------
@@ -97,9 +112,9 @@ def load_quotas(path: str | os.PathLike[str]) -> Quotas:
 
 def _quotas(name: str, document: dict[str, Any]) -> Quotas:
     for key, value in document.items():
-        if key not in ("defaults", "models"):
+        if key not in ("defaults", "models", "http", "keys"):
             where = (key, "") if isinstance(value, dict) else ("", key)
-            raise QuotaFileError(name, *where, value, 'the tables [defaults] and [models."<id>"] and nothing else')
+            raise QuotaFileError(name, *where, value, _TABLES)
     everything = _table(name, "", "defaults", document.get("defaults", {}))
     patterns = {
         key: _pattern(name, key, value)
@@ -120,7 +135,28 @@ def _quotas(name: str, document: dict[str, Any]) -> Quotas:
             pattern: _config(name, f'defaults."{pattern}"', pattern, fields, defaults)
             for pattern, fields in patterns.items()
         },
+        *_for_servers(name, document),
     )
+
+
+def _for_servers(name: str, document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what the tables ``[http]`` and ``[keys]`` say, both empty if the file has neither."""
+    tables = {}
+    for key in ("http", "keys"):
+        tables[key] = document.get(key, {})
+        if not isinstance(tables[key], dict):
+            raise QuotaFileError(name, "", key, tables[key], f"a table [{key}]")
+    if not any(tables.values()):
+        return {}, {}
+    from modelquota.quota.http import check_http, check_keys  # most files are about limits only
+
+    table = "http"
+    try:
+        check_http(tables[table])
+        table = "keys"
+        return tables["http"], check_keys(tables[table])
+    except QuotaConfigError as error:
+        raise QuotaFileError(name, table, error.field, error.value, error.accepted) from None
 
 
 def _pattern(name: str, pattern: str, value: Any) -> dict[str, Any]:
@@ -160,7 +196,9 @@ def _with_line(error: QuotaFileError, text: str) -> QuotaFileError:
     parent, dot, model = error.table.partition(".")
     keys = [parent, model[1:-1], error.field] if dot else [key for key in (error.table, error.field) if key]
     line = find_line(text, keys) or find_line(text, keys[:-1]) if keys else None
-    return QuotaFileError(error.path, error.table, error.field, error.value, error.accepted, line)
+    # What is there instead of a hash may be the API key itself, which belongs in no log.
+    field = "..." if error.table == "keys" else error.field
+    return QuotaFileError(error.path, error.table, field, error.value, error.accepted, line)
 
 
 def _table(name: str, parent: str, key: str, value: Any) -> dict[str, Any]:

@@ -16,7 +16,10 @@ DefaultQuota: TypeAlias = (
 )
 """The types that `default_quota` accepts."""
 
-PATTERN_ACCEPTED = f"an id, or a pattern with * at its end and nowhere else, 1 to {MAX_MODEL_ID_BYTES} bytes of UTF-8"
+PATTERN_ACCEPTED = (
+    "an id, or a pattern with * at its end or before the # of a meter, and nowhere else, 1 to "
+    f"{MAX_MODEL_ID_BYTES} bytes of UTF-8"
+)
 
 
 class QuotaTemplates:
@@ -57,6 +60,7 @@ class QuotaTemplates:
         self._ask: Callable[[str], Any] | None = None
         self._exact: dict[str, ResourceQuotaConfig] = {}
         self._by_length: list[tuple[int, dict[str, ResourceQuotaConfig]]] = []
+        self._meters: dict[str, dict[str, ResourceQuotaConfig]] = {}  # by the pattern of their models, then by name
         self.source: DefaultQuota = source
         if isinstance(source, ResourceQuotaConfig):
             self._by_length = [(0, {"": source})]
@@ -78,7 +82,10 @@ class QuotaTemplates:
             pattern = pattern_of(given)
             if not isinstance(config, ResourceQuotaConfig):
                 raise TypeError(f"default_quota[{given!r}] is {config!r}; give a ResourceQuotaConfig")
-            if pattern.endswith("*"):
+            of, _, meter = pattern.partition("#")
+            if meter:
+                self._meters.setdefault(of, {})[meter] = config
+            elif pattern.endswith("*"):
                 prefixes.setdefault(len(pattern) - 1, {})[pattern[:-1]] = config
             else:
                 self._exact[pattern] = config
@@ -96,14 +103,29 @@ class QuotaTemplates:
         """
         if self._ask is not None:
             return self._asked(self._ask, model_id)
+        if "#" in model_id:  # a meter comes with its model, and not by itself
+            return None
+        return self._found(model_id)[1]
+
+    def _found(self, model_id: str) -> tuple[str, ResourceQuotaConfig | None]:
+        """Return the pattern that wins for an id, and its config."""
         found = self._exact.get(model_id)
         if found is not None:
-            return found
+            return model_id, found
         for length, prefixes in self._by_length:
             found = prefixes.get(model_id[:length])
             if found is not None:
-                return found
-        return None
+                return f"{model_id[:length]}*", found
+        return "", None
+
+    def meters_of(self, model_id: str) -> list[tuple[str, ResourceQuotaConfig]]:
+        """Return the meters of an id that `template_of` has a config for: the name and the config of each.
+
+        A meter belongs to the ids that its pattern makes: ``"user:*#usd"`` to those of ``"user:*"``, and to no others.
+        """
+        if not self._meters:
+            return []
+        return list(self._meters.get(self._found(model_id)[0], {}).items())
 
     def resolve(self, model_id: str) -> ResourceQuotaConfig | None:
         """Return the config for an id, under that id; None if there is none. Raises what `template_of` raises."""
@@ -130,7 +152,11 @@ def pattern_of(given: Any) -> str:
         raise TypeError(f"default_quota has the key {given!r}; give a str, such as 'user:*'")
     pattern = str.__str__(given)
     try:
-        if 0 < len(pattern.encode()) <= MAX_MODEL_ID_BYTES and "\0" not in pattern and "*" not in pattern[:-1]:
+        if (
+            0 < len(pattern.encode()) <= MAX_MODEL_ID_BYTES
+            and "\0" not in pattern
+            and "*" not in pattern.partition("#")[0][:-1]
+        ):
             return pattern
     except UnicodeEncodeError:  # half of a surrogate pair
         pass

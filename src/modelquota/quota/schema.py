@@ -18,7 +18,7 @@ def quota_file_schema() -> dict[str, Any]:
     Examples
     --------
     >>> sorted(quota_file_schema()["properties"])
-    ['defaults', 'models']
+    ['defaults', 'http', 'keys', 'models']
     """
     text = files("modelquota.quota").joinpath("quotas.schema.json").read_text(encoding="utf-8")
     schema: dict[str, Any] = json.loads(text)

@@ -1,1 +1,1 @@
-"""Work on and beside a state file: inspecting and verifying it, and the journal of a load adjuster."""
+"""Work on and beside a state file: inspecting, verifying and migrating it, and the journal of a load adjuster."""

@@ -5,10 +5,8 @@ report: change a limit, replay, compare.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from time import perf_counter_ns
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,108 +16,19 @@ from modelquota.errors import UnknownModelError
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.file import Quotas
-from modelquota.quota.limits import DENYING, Limit
+from modelquota.quota.limits import ViolationAction
 from modelquota.quota.patterns import QuotaTemplates
-from modelquota.tuning.cells import MAX_SPAN_NS, NS_PER_SECOND, Int64Array
+from modelquota.tuning.cells import MAX_SPAN_NS, Int64Array
+from modelquota.tuning.report import ModelReplay, ReplayReport, part_of
+from modelquota.tuning.simulate import Outcome, Simulation
 from modelquota.tuning.trace import Trace
 
-__all__ = ["ModelReplay", "ReplayReport", "replay"]
+__all__ = ["ModelReplay", "ReplayReport", "replay", "selections", "with_patterns"]
 
 REQUESTS_PER_CALL = 65_536
 MAX_SPEED = 1e18
-# The limits that `check_many` can return here: nothing queues in a replay.
-DENYING_LIMITS = tuple(record.limit for record in DENYING)
+USER_PREFIX = "user:"
 MODELS_NAMED_IN_ERROR = 5
-
-
-@dataclass(frozen=True, slots=True)
-class ModelReplay:
-    """What one model's quota did with its part of a trace.
-
-    Attributes
-    ----------
-    model_id : str
-    requests, admitted : int
-        Requests in the trace, and how many of them were admitted. Each is tried once, at its own time.
-    warned : int
-        Admitted over a limit, because the model's action is `warn`.
-    denied : dict of Limit to int
-        Denied requests by the first limit each one violated, in the order in which limits are judged; every
-        limit is a key, with 0 if it denied nothing.
-    never : int
-        Denied requests that would not fit after any wait: they cost more than the limit itself.
-    tokens, tokens_admitted : int
-        Context and generated tokens, of all requests and of those admitted.
-    longest_retry_after_ms : int or None
-        Longest retry time that was reported to a denied request; None if none was reported.
-    median_retry_after_ms : float or None
-        The median of the same times.
-    peak_requests, peak_tokens : int
-        The most that was admitted in any second, not just in seconds aligned to the clock.
-    peak_requests_asked, peak_tokens_asked : int
-        The most that was requested in any second, admitted or not.
-    """
-
-    model_id: str
-    requests: int
-    admitted: int
-    warned: int
-    denied: dict[Limit, int]
-    never: int
-    tokens: int
-    tokens_admitted: int
-    longest_retry_after_ms: int | None
-    median_retry_after_ms: float | None
-    peak_requests: int
-    peak_tokens: int
-    peak_requests_asked: int
-    peak_tokens_asked: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values; `denied` by the limits' names in lower case."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return values | {"denied": {limit.name.lower(): count for limit, count in self.denied.items()}}
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayReport:
-    """Outcome of a replay.
-
-    Attributes
-    ----------
-    trace : str
-        Path of the trace's file.
-    requests : int
-        Total number of requests.
-    duration_ns : int
-        From the first request to the last, after `speed` was applied.
-    speed : float
-        How many times faster than in reality the trace was replayed.
-    out_of_order : int
-        Rows that the trace's file had out of order; see `modelquota.tuning.trace.read_trace`.
-    core_time_ns : int
-        Wall time spent deciding, without reading the trace or making this report.
-    models : tuple of ModelReplay
-        The models that the requests are for, in order of first appearance in the trace's file.
-    """
-
-    trace: str
-    requests: int
-    duration_ns: int
-    speed: float
-    out_of_order: int
-    core_time_ns: int
-    models: tuple[ModelReplay, ...]
-
-    @property
-    def admitted(self) -> int:
-        """Requests admitted, of all models."""
-        return sum(model.admitted for model in self.models)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return values | {"models": [model.to_dict() for model in self.models]}
 
 
 def replay(
@@ -128,11 +37,14 @@ def replay(
     *,
     model: str | None = None,
     speed: float | Fraction = 1,
+    wait: bool = False,
+    per_user: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ReplayReport:
     """Check each request of a trace against quotas, at its own time, and report the outcome.
 
-    A request costs its context and generated tokens, and no RAM or SSD. Denied requests are not tried again.
+    A request costs its tokens, of all kinds, and no RAM or SSD. If the trace has durations, requests hold concurrency
+    for that long; if it also has estimates, they are reserved, and settled by the true tokens at the end.
 
     Parameters
     ----------
@@ -142,10 +54,16 @@ def replay(
         The quota of every model in the trace, e.g. from `load_quotas`, whose patterns apply too. Models that the trace
         does not name are left out of the report.
     model : str, optional
-        The model to charge if the trace has no Model column; by default the only model in `quotas`.
+        The model to charge if the trace does not name models; by default the only model in `quotas`.
     speed : float or Fraction
         Above 0 and up to 1e18: 24 replays a day of traffic in an hour, 0.5 makes it last twice as long. Times are
-        divided exactly and rounded down to ns; a float is taken as the decimal number it is written as.
+        divided exactly and rounded down to ns; a float is taken as the decimal number it is written as. Durations stay.
+    wait : bool
+        Whether a request that throttles or queues waits as in `acquire`: in the queue, by priority, until it is
+        admitted or its grace period has passed. Otherwise denied requests are not tried again. Waits are exact to 1 ms.
+    per_user : bool
+        Whether a request is also charged to its user, if that has a quota: that of the user's name as an id, or of
+        that name after ``user:``.
     progress : callable, optional
         Called as `progress(requests_done, total_requests)` from time to time and at the end.
 
@@ -160,45 +78,176 @@ def replay(
         tuning, and there an omitted model is a mistake, so nothing is replayed.
     ValueError
         `model` is missing although `quotas` does not have exactly one, or given although the trace names its models;
-        `speed` is out of range, or so small that the trace would last beyond 2**61 ns (73 years).
+        `speed` is out of range, or so small that the trace would last beyond 2**61 ns (73 years); `per_user`, and the
+        trace names no user, or none of its users has a quota.
     """
     ratio = _ratio(speed, trace)
-    quotas = _with_patterns(quotas, trace.models if model is None else (model,))
-    names = _models(trace, quotas, model)
-    manager = ResourceQuotaManager(clock=ManualClock(), max_models=len(names))
-    for name in names:
-        manager.set_quota(quotas[name])
-    rows_of_models = manager.codes(names)
+    templates = _templates(quotas)
+    names = _models(trace, _add_patterns(quotas, templates, trace.models if model is None else (model,)), model)
+    quotas = _add_patterns(quotas, templates, names)
+    users = _user_ids(trace, quotas, templates) if per_user else {}
+    quotas = _add_patterns(quotas, templates, tuple(users.values()))
+    limits = [quotas[name].replace(model_id=name) for name in (*names, *users.values())]
+    times_ns = _divided(trace.times_ns, ratio)
+    before_ns = perf_counter_ns()
+    waits = wait and any(quota.on_violation in ("throttle", "queue") for quota in limits)
+    if users or trace.durations_ns is not None:
+        outcome = _simulated(_manager(limits), trace, times_ns, names, users, waits, progress)
+    elif waits:
+        outcome = _waited(limits, trace, times_ns, names, progress)
+    else:
+        outcome = _decided(_manager(limits), trace, times_ns, names, progress)
+    core_time_ns = perf_counter_ns() - before_ns
+    return ReplayReport(
+        trace=trace.path,
+        requests=len(trace),
+        duration_ns=int(times_ns[-1]) if len(trace) else 0,
+        speed=float(ratio),
+        wait=wait,
+        out_of_order=trace.out_of_order,
+        core_time_ns=core_time_ns,
+        most_waiting=outcome.most_waiting,
+        most_open=None if trace.durations_ns is None else outcome.most_open,
+        models=tuple(
+            part_of(name, times_ns, trace.tokens, outcome, own)
+            for name, own in zip(names, selections(trace.model_index, len(names)), strict=True)
+        ),
+        users=tuple(
+            part_of(users[index], times_ns, trace.tokens, outcome, own)
+            for index, own in enumerate(selections(trace.user_index, len(trace.users)))
+            if index in users
+        )
+        if users
+        else (),
+    )
+
+
+def _manager(limits: Sequence[ResourceQuotaConfig]) -> ResourceQuotaManager:
+    manager = ResourceQuotaManager(clock=ManualClock(), max_models=len(limits))
+    # What is denied is in the report; in the log of the program it would look as if it had happened.
+    manager._events.on_violation = _ignore  # type: ignore[method-assign]
+    for quota in limits:
+        manager.set_quota(quota)
+    return manager
+
+
+def _ignore(model_id: str, result: object, since_last: int) -> None:
+    pass
+
+
+def _decided(
+    manager: ResourceQuotaManager,
+    trace: Trace,
+    times_ns: Int64Array,
+    names: Sequence[str],
+    progress: Callable[[int, int], None] | None,
+) -> Outcome:
+    """Try every request once, at its time, as a batch."""
     requests = len(trace)
-    times_ns = np.empty(requests, np.int64)
-    tokens = np.empty(requests, np.int64)
+    tokens = trace.tokens
+    rows_of_models = manager.codes(names)
     codes = np.empty(requests, np.uint8)
     retry_after_ms = np.empty(requests, np.int64)
-    core_time_ns = 0
     for start in range(0, requests, REQUESTS_PER_CALL):
         part = slice(start, min(start + REQUESTS_PER_CALL, requests))
-        times_ns[part] = _divided(trace.times_ns[part], ratio)
-        np.add(trace.context_tokens[part], trace.generated_tokens[part], out=tokens[part])
         index = 0 if trace.model_index is None else trace.model_index[part]
         rows = np.ascontiguousarray(np.broadcast_to(rows_of_models[index], (part.stop - start,)))
-        before_ns = perf_counter_ns()
         manager.check_many(
             rows, tokens[part], codes[part], times_ns=times_ns[part], retry_after_ms=retry_after_ms[part]
         )
-        core_time_ns += perf_counter_ns() - before_ns
         if progress is not None:
             progress(part.stop, requests)
-    return ReplayReport(
-        trace=trace.path,
-        requests=requests,
-        duration_ns=int(times_ns[-1]) if requests else 0,
-        speed=float(ratio),
-        out_of_order=trace.out_of_order,
-        core_time_ns=core_time_ns,
-        models=tuple(
-            _model_replay(manager, name, times_ns[own], tokens[own], codes[own], retry_after_ms[own])
-            for name, own in zip(names, _selections(trace), strict=True)
-        ),
+    return Outcome(
+        codes=codes,
+        waited_ns=np.zeros(requests, np.int64),
+        # A batch does not say which requests violated a limit of `warn`: _warned counts them by the manager's use.
+        over=_warned(manager, trace, names, codes),
+        retry_after_ms=retry_after_ms,
+        most_waiting=0,
+        most_open=0,
+    )
+
+
+def _warned(
+    manager: ResourceQuotaManager, trace: Trace, names: Sequence[str], codes: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.bool_]:
+    """Mark as many admitted requests of each model as were admitted over a limit."""
+    over = np.zeros(len(codes), np.bool_)
+    for name, own in zip(names, selections(trace.model_index, len(names)), strict=True):
+        usage, quota = manager.get_usage(name), manager.get_quota(name)
+        assert usage is not None
+        assert quota is not None
+        if quota.on_violation is ViolationAction.WARN:
+            rows = np.arange(len(codes))[own]
+            admitted = rows[codes[rows] == 0]
+            over[admitted[: usage.total_violations - (len(rows) - len(admitted))]] = True
+    return over
+
+
+def _waited(
+    limits: Sequence[ResourceQuotaConfig],
+    trace: Trace,
+    times_ns: Int64Array,
+    names: Sequence[str],
+    progress: Callable[[int, int], None] | None,
+) -> Outcome:
+    """Let requests wait. Before the first one that would be denied none waits, and a batch decides the same."""
+    requests = len(trace)
+    once = _decided(_manager(limits), trace, times_ns, names, None)
+    denied = np.flatnonzero(once.codes)
+    if not len(denied):
+        if progress is not None:
+            progress(requests, requests)
+        return once
+    first = int(denied[0])
+    manager = _manager(limits)
+    head = _decided(manager, trace.select(slice(first)), times_ns[:first], names, None)
+
+    def step(done: int, _: int) -> None:
+        if progress is not None:
+            progress(first + done, requests)
+
+    rest = _simulated(manager, trace.select(slice(first, None)), times_ns[first:], names, {}, True, step)
+    return Outcome(
+        codes=np.concatenate((head.codes, rest.codes)),
+        waited_ns=np.concatenate((head.waited_ns, rest.waited_ns)),
+        over=np.concatenate((head.over, rest.over)),
+        retry_after_ms=np.concatenate((head.retry_after_ms, rest.retry_after_ms)),
+        most_waiting=rest.most_waiting,
+        most_open=0,
+    )
+
+
+def _simulated(
+    manager: ResourceQuotaManager,
+    trace: Trace,
+    times_ns: Int64Array,
+    names: Sequence[str],
+    users: Mapping[int, str],
+    wait: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Outcome:
+    """Let requests wait, hold concurrency, and be charged to several ids."""
+    tokens = trace.tokens
+    models = np.zeros(len(trace), np.int64) if trace.model_index is None else trace.model_index
+    pairs = models if trace.user_index is None or not users else models + len(names) * (trace.user_index + 1)
+    numbers, groups = np.unique(pairs, return_inverse=True)
+    ids = []
+    for number in numbers.tolist():
+        user = users.get(number // len(names) - 1) if users else None
+        ids.append((names[number % len(names)],) if user is None else (user, names[number % len(names)]))
+    durations_ns, estimated = trace.durations_ns, trace.estimated_tokens
+    reserved = None
+    if durations_ns is not None and estimated is not None:
+        reserved = np.where(estimated < 0, tokens, estimated)
+    return Simulation(manager, ids, wait=wait).run(
+        times_ns,
+        groups,
+        tokens,
+        reserved=reserved,
+        durations_ns=durations_ns,
+        priorities=trace.priorities,
+        progress=progress,
     )
 
 
@@ -225,15 +274,43 @@ def _divided(times_ns: Int64Array, ratio: Fraction) -> Int64Array:
     return np.array([time_ns * denominator // numerator for time_ns in times_ns.tolist()], np.int64)
 
 
-def _with_patterns(
-    quotas: Mapping[str, ResourceQuotaConfig], names: Sequence[str]
+def with_patterns(quotas: Mapping[str, ResourceQuotaConfig], names: Sequence[str]) -> Mapping[str, ResourceQuotaConfig]:
+    """Return quotas, and for the ids that have none those of the patterns of a quota file."""
+    return _add_patterns(quotas, _templates(quotas), names)
+
+
+def _templates(quotas: Mapping[str, ResourceQuotaConfig]) -> QuotaTemplates | None:
+    return QuotaTemplates(quotas.patterns) if isinstance(quotas, Quotas) and quotas.patterns else None
+
+
+def _add_patterns(
+    quotas: Mapping[str, ResourceQuotaConfig], templates: QuotaTemplates | None, names: Sequence[str]
 ) -> Mapping[str, ResourceQuotaConfig]:
-    """Add quotas from the patterns of a quota file for the models that have none of their own."""
-    if not isinstance(quotas, Quotas) or not quotas.patterns:
+    """Add quotas from the patterns of a quota file for the ids that have none of their own."""
+    if templates is None:
         return quotas
-    templates = QuotaTemplates(quotas.patterns)
     found = {name: templates.resolve(name) for name in names if name not in quotas}
     return {**quotas, **{name: quota for name, quota in found.items() if quota is not None}}
+
+
+def _user_ids(
+    trace: Trace, quotas: Mapping[str, ResourceQuotaConfig], templates: QuotaTemplates | None
+) -> dict[int, str]:
+    """Return, by index, the ids of the users that have a quota."""
+    if trace.user_index is None:
+        raise ValueError("the trace names no users: a replay per user needs a column that says who made each request")
+    ids = {}
+    for index, user in enumerate(trace.users):
+        for model_id in (user, USER_PREFIX + user):
+            if model_id in quotas or (templates is not None and templates.resolve(model_id) is not None):
+                ids[index] = model_id
+                break
+    if not ids:
+        raise ValueError(
+            f"none of the trace's {len(trace.users)} users has a quota, such as {trace.users[0]!r}; "
+            f'add a table [defaults."{USER_PREFIX}*"] to the quotas'
+        )
+    return ids
 
 
 def _models(trace: Trace, quotas: Mapping[str, ResourceQuotaConfig], model: str | None) -> tuple[str, ...]:
@@ -265,55 +342,10 @@ def _named(models: Mapping[str, object] | list[str]) -> str:
     return ", ".join(names) + (f" and {more} more" if more else "") if names else "no model at all"
 
 
-def _selections(trace: Trace) -> list[npt.NDArray[np.intp] | slice]:
-    """Return, for each model, the indices of its requests, in order."""
-    if trace.model_index is None:
+def selections(index: npt.NDArray[np.int32] | None, names: int) -> Sequence[npt.NDArray[np.intp] | slice]:
+    """Return, for each name, the places of its requests, in order; a request with -1 has no name."""
+    if index is None:
         return [slice(None)]
-    order = np.argsort(trace.model_index, kind="stable")
-    ends = np.cumsum(np.bincount(trace.model_index, minlength=len(trace.models)))
-    return list(np.split(order, ends[:-1]))
-
-
-def _model_replay(
-    manager: ResourceQuotaManager,
-    model_id: str,
-    times_ns: Int64Array,
-    tokens: Int64Array,
-    codes: npt.NDArray[np.uint8],
-    retry_after_ms: Int64Array,
-) -> ModelReplay:
-    admitted = codes == 0
-    waits_ms = retry_after_ms[retry_after_ms > 0]
-    counts = np.bincount(codes, minlength=max(Limit) + 1)
-    denied: dict[Limit, int] = {limit: int(counts[limit]) for limit in DENYING_LIMITS}
-    usage = manager.get_usage(model_id)
-    assert usage is not None
-    peak_requests, peak_tokens = _peaks(times_ns[admitted], tokens[admitted])
-    peak_requests_asked, peak_tokens_asked = _peaks(times_ns, tokens)
-    return ModelReplay(
-        model_id=model_id,
-        requests=len(codes),
-        admitted=int(counts[0]),
-        warned=usage.total_violations - sum(denied.values()),
-        denied=denied,
-        never=int(np.count_nonzero(retry_after_ms < 0)),
-        tokens=int(tokens.sum()),
-        tokens_admitted=int(tokens[admitted].sum()),
-        longest_retry_after_ms=int(waits_ms.max()) if len(waits_ms) else None,
-        median_retry_after_ms=float(np.median(waits_ms)) if len(waits_ms) else None,
-        peak_requests=peak_requests,
-        peak_tokens=peak_tokens,
-        peak_requests_asked=peak_requests_asked,
-        peak_tokens_asked=peak_tokens_asked,
-    )
-
-
-def _peaks(times_ns: Int64Array, tokens: Int64Array) -> tuple[int, int]:
-    """Return the most requests and the most tokens in any half-open second. `times_ns` is in order."""
-    if not len(times_ns):
-        return 0, 0
-    # The busiest second can be assumed to start with a request.
-    first = np.arange(len(times_ns))
-    end = np.searchsorted(times_ns, times_ns + NS_PER_SECOND, side="left")
-    tokens_before = np.concatenate(([0], np.cumsum(tokens)))
-    return int((end - first).max()), int((tokens_before[end] - tokens_before[first]).max())
+    order = np.argsort(index, kind="stable")
+    ends = np.cumsum(np.bincount(index + 1, minlength=names + 1))
+    return list(np.split(order, ends[:-1]))[1:]

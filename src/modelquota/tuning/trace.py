@@ -1,61 +1,35 @@
-"""Request traces: a CSV file of past requests, read into arrays that `replay` checks against quotas.
+"""Request traces: past requests, read from any of the formats in `formats` into arrays that `replay` and `tune` take.
 
-The format is that of the public Azure LLM inference traces, one request per row:
-
-    TIMESTAMP,ContextTokens,GeneratedTokens
-    2023-11-16 18:17:03.9799600,4808,10
-
-There may be a fourth column, `Model`, in any position. Columns are converted a chunk at a time; any error in a file
-raises a `TraceError` that names file, line and column.
+A file is CSV or JSONL, maybe compressed with gzip. Its format is recognized by its columns, and `Trace.format` says
+which it is. What fits no format, or two, is refused, and so is every row that is malformed: a `TraceError` names file,
+line and column.
 """
 
-import csv
-import io
+import difflib
 import os
 import re
-from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import BinaryIO
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from modelquota.errors import TraceError
-from modelquota.tuning.cells import (
-    EXPECTED_MODEL,
-    MAX_MODEL_ID_BYTES,
-    MAX_SPAN_NS,
-    BadRow,
-    Int64Array,
-    parse_timestamp,
-    shown,
-    times_of_one_day,
-    token_counts,
-    too_far,
-)
+from modelquota.tuning.cells import MISSING, NS_PER_SECOND, UNITS_NS, BadRow, Int64Array
+from modelquota.tuning.csvtable import CsvReader, OpenQuote, decoded, header_cells
+from modelquota.tuning.detect import BadLine, Choice, expected_columns, table_for
+from modelquota.tuning.formats import FORMATS, ROLES
+from modelquota.tuning.jsonlines import JsonReader, parse_record
+from modelquota.tuning.source import Progress, blocks, name_of
+from modelquota.tuning.table import Table
 
 __all__ = ["Trace", "read_trace"]
 
-MAX_LINE_BYTES = 65_536
-BLOCK_BYTES = 1 << 20
-ROWS_PER_CHUNK = 16_384
-
-REQUIRED_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-MODEL_COLUMN = "Model"
-EXPECTED_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens and, in any place, Model, separated by commas"
-
-_LINE_END = re.compile(r"\r\n|\r|\n")
-_NOT_CSV = {
-    b"\xff\xfe": "the file is UTF-16; save it as UTF-8",
-    b"\xfe\xff": "the file is UTF-16; save it as UTF-8",
-    b"\x1f\x8b": "the file is compressed with gzip; unpack it first",
-    b"PK": "the file is a ZIP archive or a spreadsheet; unpack it, or save it as CSV",
-}
+Index32Array = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Trace:
     """The requests of a trace in order of time, as columns; every array has one element per request.
 
@@ -63,27 +37,51 @@ class Trace:
     ----------
     path : str
         Path of the trace's file.
-    start_unix_ns : int
-        Time of the first request, ns since 1970-01-01 UTC. A timestamp without an offset counts as UTC.
     times_ns : int64 array
         ns since the first request, never decreasing, at most 2**61.
-    context_tokens, generated_tokens : int64 array
-        Tokens of the prompt and of the response, each 0 to 1,000,000,000.
+    input_tokens, cached_tokens, output_tokens : int64 array
+        Tokens of the prompt that were not cached, of the prompt that were, and of the response.
     model_index : int32 array or None
-        Index in `models` of the requested model; None if the trace has no Model column.
+        Index in `models` of the requested model; None if the trace does not name models.
     models : tuple of str
-        The models in order of first appearance in the file; empty if the trace has no Model column.
+        The models in order of first appearance in the file.
+    user_index : int32 array or None
+        Index in `users` of who made the request, -1 if the row does not say; None if the trace does not name users.
+    users : tuple of str
+    estimated_tokens : int64 array or None
+        Tokens that the request reserved; -1 if the row does not say.
+    durations_ns : int64 array or None
+        From admission to the end of the response; -1 if the row does not say.
+    priorities : int64 array or None
+    start_unix_ns : int or None
+        Time of the first request, ns since 1970-01-01 UTC; None if the trace has no dates. A timestamp without an
+        offset counts as UTC.
+    format : str
+        What the file was read as, such as ``"Mooncake JSONL, times in ms"``.
+    ignored : tuple of str
+        Columns of the file that were not used.
+    notes : tuple of str
+        What a reader of results should know about how the file was read.
     out_of_order : int
         How many rows of the file have an earlier time than some row above them; see `read_trace`.
     """
 
     path: str
-    start_unix_ns: int
     times_ns: Int64Array
-    context_tokens: Int64Array
-    generated_tokens: Int64Array
-    model_index: npt.NDArray[np.int32] | None
-    models: tuple[str, ...]
+    input_tokens: Int64Array
+    cached_tokens: Int64Array
+    output_tokens: Int64Array
+    model_index: Index32Array | None = None
+    models: tuple[str, ...] = ()
+    user_index: Index32Array | None = None
+    users: tuple[str, ...] = ()
+    estimated_tokens: Int64Array | None = None
+    durations_ns: Int64Array | None = None
+    priorities: Int64Array | None = None
+    start_unix_ns: int | None = None
+    format: str = ""
+    ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     out_of_order: int = 0
 
     def __len__(self) -> int:
@@ -94,16 +92,75 @@ class Trace:
         """Ns from the first request to the last; 0 for a single request."""
         return int(self.times_ns[-1]) if len(self.times_ns) else 0
 
+    @property
+    def prompt_tokens(self) -> Int64Array:
+        """Tokens of the prompt, cached or not."""
+        return self.input_tokens + self.cached_tokens
 
-def read_trace(path: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> Trace:
-    """Read a request trace from a CSV file.
+    @property
+    def tokens(self) -> Int64Array:
+        """What a request costs at a quota whose tokens all count alike: the only place where kinds are added up."""
+        return self.input_tokens + self.cached_tokens + self.output_tokens
+
+    def select(self, rows: npt.NDArray[np.intp] | slice) -> "Trace":
+        """Return the trace of some of its rows, given in order; times still count from the first row of this trace."""
+
+        def some(column: Any) -> Any:
+            return None if column is None else column[rows]
+
+        return replace(
+            self,
+            times_ns=self.times_ns[rows],
+            input_tokens=self.input_tokens[rows],
+            cached_tokens=self.cached_tokens[rows],
+            output_tokens=self.output_tokens[rows],
+            model_index=some(self.model_index),
+            user_index=some(self.user_index),
+            estimated_tokens=some(self.estimated_tokens),
+            durations_ns=some(self.durations_ns),
+            priorities=some(self.priorities),
+        )
+
+    def with_durations(self, *, ttft_ms: float, tpot_ms: float) -> "Trace":
+        """Return the trace with the duration of each request computed from its output tokens.
+
+        Parameters
+        ----------
+        ttft_ms : float
+            Time to the first token.
+        tpot_ms : float
+            Time per output token after the first.
+        """
+        for name, value in (("ttft", ttft_ms), ("tpot", tpot_ms)):
+            if not 0 <= value <= 1e9:
+                raise ValueError(f"{name} is {value}; give milliseconds from 0 to 1e9")
+        later = np.maximum(self.output_tokens - 1, 0)
+        durations_ns = np.rint((ttft_ms + later * tpot_ms) * UNITS_NS["ms"]).astype(np.int64)
+        return replace(self, durations_ns=durations_ns)
+
+
+def read_trace(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    time_unit: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """Read a request trace.
 
     Parameters
     ----------
     path : str or path-like
-        A UTF-8 CSV file with a header: TIMESTAMP, ContextTokens, GeneratedTokens and optionally Model, in any
-        order and case. Timestamps are `2023-11-16 18:17:03` with up to nine fractional digits, with a space or a T
-        in the middle, and either all or none with `Z` or an offset from UTC. Blank lines are skipped.
+        A file in UTF-8, maybe compressed with gzip, or ``-`` for standard input.
+    format : str, optional
+        One of `modelquota.tuning.formats.FORMATS`; by default it is recognized by the columns.
+    time_unit : str, optional
+        ``"timestamp"``, ``"s"``, ``"ms"``, ``"us"`` or ``"ns"``, in place of the format's own.
+    columns : mapping of str to str, optional
+        The column of some roles, such as ``{"prompt": "Request tokens"}``, in place of the format's own. With time and
+        prompt or output, the file need not be of a known format. The roles are time, prompt, cached, output, estimated,
+        model, user, duration, priority, delay and blocks.
     progress : callable, optional
         Called as `progress(bytes_read, total_bytes)` after every megabyte and at the end; `total_bytes` is 0 if it is
         not known (a pipe).
@@ -120,239 +177,165 @@ def read_trace(path: str | os.PathLike[str], *, progress: Callable[[int, int], N
     TraceError
         The file is not such a trace. The error has `path`, `line` (from 1) and `column` (its name, None if the whole
         line is meant). Correct that line and read again.
+    ValueError
+        The format, unit of time or a role does not exist.
     OSError
         The file cannot be opened or read.
     """
-    name = os.fspath(path)
-    with open(name, "rb") as file:
-        rows = csv.reader(_lines(file, progress), strict=True)
-        line = 1
-        builder: _TraceBuilder | None = None
-        ended = False
-        while not ended:
-            chunk: list[list[str]] = []
-            problem: _BadLine | None = None
-            try:
-                # extend, unlike list(), keeps what came before an exception: an earlier bad row is reported first.
-                chunk.extend(islice(rows, ROWS_PER_CHUNK if builder else 1))
-                ended = not chunk
-            except csv.Error as error:
-                problem = _BadLine(f"not a row of CSV ({error}); is a quotation mark left open?")
-            except _BadLine as error:
-                problem = error
-            try:
-                if builder is not None:
-                    builder.add(chunk)
-                elif chunk and chunk[0]:
-                    builder = _TraceBuilder(chunk[0])
-            except BadRow as bad:
-                raise TraceError(
-                    bad.message, path=name, line=_line_of(chunk, line, bad.index), column=bad.column
-                ) from None
-            line = _line_of(chunk, line, len(chunk)) if problem else rows.line_num + 1
-            if problem:
-                raise TraceError(problem.message, path=name, line=line, column=None) from None
-    if builder is None:
-        raise TraceError(f"the file is empty; expected the header {EXPECTED_HEADER}", path=name, line=1, column=None)
-    if not builder.times_ns:
-        raise TraceError("the file has no requests below its header", path=name, line=line, column=None)
-    return builder.finish(name)
-
-
-class _BadLine(Exception):
-    """The line after those already yielded cannot be text of a CSV file."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
-
-
-def _lines(file: BinaryIO, progress: Callable[[int, int], None] | None) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file with their ends, one block in memory; raise `_BadLine` at the first fault."""
-    size = os.fstat(file.fileno()).st_size
-    rest = b""
-    bytes_read = 0
-    while True:
-        block = file.read(BLOCK_BYTES)
-        data = rest + block
-        if not bytes_read:
-            for magic, advice in _NOT_CSV.items():
-                if data.startswith(magic):
-                    raise _BadLine(advice)
-            data = data.removeprefix(b"\xef\xbb\xbf")
-        bytes_read += len(block)
-        # Cut after a \r only if there is no \n, and never after one at the very end, which may be half of \r\n.
-        cut = (data.rfind(b"\n") + 1 or data.rfind(b"\r", 0, -1) + 1) if block else len(data)
-        data, rest = data[:cut], data[cut:]
-        text, problem = _decode(data)
-        yield from io.StringIO(text, newline="")
-        if problem:
-            raise _BadLine(problem)
-        if len(rest) > MAX_LINE_BYTES:
-            raise _BadLine(f"a line of more than {MAX_LINE_BYTES:,} bytes; expected {EXPECTED_HEADER}")
-        if progress is not None:
-            progress(bytes_read, size)
-        if not block:
-            return
-
-
-def _decode(data: bytes) -> tuple[str, str | None]:
-    """Return the text of the whole lines before the first fault in `data`, and a description of that fault."""
-    problem = None
-    end = data.find(b"\0")
-    if end >= 0:
-        problem = "a NUL byte; is this a text file?"
-        data = _whole_lines(data, end)
+    _require("format", format, FORMATS)
+    _require("time_unit", time_unit, ("timestamp", *UNITS_NS))
+    for role in columns or ():
+        _require("column", role, ROLES)
+    name = name_of(path)
+    choice = Choice(None if format is None else FORMATS[format], time_unit, dict(columns or {}))
     try:
-        return data.decode("utf-8"), problem
-    except UnicodeDecodeError as error:
-        problem = f"the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        return _whole_lines(data, error.start).decode("utf-8"), problem
+        table, ignored = _read(name, blocks(path, progress), choice)
+        notes = _finish(table)
+    except BadLine as bad:
+        raise TraceError(bad.message, path=name, line=bad.line, column=bad.column) from None
+    return _trace(name, table, ignored, notes)
 
 
-def _whole_lines(data: bytes, end: int) -> bytes:
-    return data[: max(data.rfind(b"\n", 0, end), data.rfind(b"\r", 0, end)) + 1]
+def _require(what: str, given: str | None, known: Mapping[str, object] | Sequence[str]) -> None:
+    if given is not None and given not in known:
+        near = difflib.get_close_matches(given, list(known), n=1)
+        hint = f", perhaps {near[0]}" if near else ""
+        raise ValueError(f"{what} is {given!r}; expected one of {', '.join(known)}{hint}")
 
 
-def _line_of(rows: Sequence[Sequence[str]], first_line: int, index: int) -> int:
-    """Return the line on which `rows[index]` starts, given that of `rows[0]`; a quoted cell may span lines."""
-    return first_line + sum(1 + sum(len(_LINE_END.findall(cell)) for cell in row) for row in rows[:index])
-
-
-class _TraceBuilder:
-    """Collects the columns of a trace chunk by chunk. A chunk with a bad row is discarded as a whole."""
-
-    def __init__(self, header: Sequence[str]) -> None:
-        self.times_ns = array("q")
-        self._context_tokens = array("q")
-        self._generated_tokens = array("q")
-        self._model_index = array("i")
-        self._width = len(header)
-        self._columns = _column_positions(header)
-        self._has_models = MODEL_COLUMN in self._columns
-        self._models: dict[str, int] = {}
-        # Maps a cell as written in the file to its model, so that each spelling is validated only once.
-        self._model_cells: dict[str, int] = {}
-        self._origin_ns: int | None = None
-        self._has_offset = False
-        self._earliest_ns = 0
-        self._latest_ns = 0
-
-    def add(self, rows: list[list[str]]) -> None:
-        """Append rows, skipping empty ones; raise `BadRow` for the first one that is malformed."""
-        bad: BadRow | None = None
-        good = rows
-        while True:
-            try:
-                columns = self._convert(good)
+def _read(name: str, data: Iterator[bytes], choice: Choice) -> tuple[Table, tuple[str, ...]]:
+    """Read all blocks; return the table and the columns that are not in it."""
+    line = 1
+    reader: CsvReader | JsonReader | None = None
+    table: Table | None = None
+    ignored: tuple[str, ...] = ()
+    pending: bytes | None = None
+    while True:
+        block = next(data, None)
+        if pending is None:
+            pending = block
+            if block is None:
                 break
-            except BadRow as error:
-                # Columns are converted one after another: look for an earlier row that is bad in a later column.
-                bad = error
-                good = rows[: error.index]
-        if bad is not None:
-            raise bad
-        times_ns, context_tokens, generated_tokens, model_index = columns
-        self.times_ns.frombytes(times_ns.tobytes())
-        self._context_tokens.frombytes(context_tokens.tobytes())
-        self._generated_tokens.frombytes(generated_tokens.tobytes())
-        self._model_index.extend(model_index)
-
-    def _convert(self, rows: list[list[str]]) -> tuple[Int64Array, Int64Array, Int64Array, list[int]]:
-        places = [index for index, row in enumerate(rows) if row]
-        if not places:
-            nothing = np.zeros(0, np.int64)
-            return nothing, nothing, nothing, []
-        for index in places:
-            if len(rows[index]) != self._width:
-                found = len(rows[index])
-                raise BadRow(index, None, f"expected {self._width} columns as in the header, found {found}")
-        cells = list(zip(*(rows[index] for index in places), strict=True))
+            continue
+        whole = pending
         try:
-            times_ns = self._times(cells[self._columns["TIMESTAMP"]])
-            context_tokens, generated_tokens = (
-                token_counts(name, cells[self._columns[name]]) for name in REQUIRED_COLUMNS[1:]
-            )
-            model_index = self._model_indices(cells[self._columns[MODEL_COLUMN]]) if self._has_models else []
+            if reader is None:
+                whole, line, reader, table, ignored = _begin(whole, line, choice)
+            if whole:
+                reader.add(whole, line, block is None)
+            line += _line_ends(whole)
+            pending = block
+        except OpenQuote:
+            pending = whole + (block or b"")
+            continue
         except BadRow as bad:
-            raise BadRow(places[bad.index], bad.column, bad.message) from None
-        return times_ns, context_tokens, generated_tokens, model_index
+            raise BadLine(line + bad.index, bad.column, bad.message) from None
+        if block is None:
+            break
+    if table is None:
+        raise BadLine(1, None, f"the file is empty; expected {expected_columns('CSV')}")
+    if not table.rows:
+        raise BadLine(line, None, "no requests" + (" below its header" if isinstance(reader, CsvReader) else ""))
+    return table, ignored
 
-    def _times(self, cells: Sequence[str]) -> Int64Array:
-        """Return ns since the trace's first row."""
-        if self._origin_ns is None:
-            self._origin_ns, self._has_offset = parse_timestamp(0, cells[0])
-        times_ns = times_of_one_day(cells, self._origin_ns, self._has_offset)
-        if times_ns is None:
-            times_ns = np.fromiter(map(self._since_origin, range(len(cells)), cells), np.int64, len(cells))
-        earliest_ns = min(self._earliest_ns, int(times_ns.min()))
-        latest_ns = max(self._latest_ns, int(times_ns.max()))
-        if latest_ns - earliest_ns > MAX_SPAN_NS:
-            place = int(times_ns.argmin() if earliest_ns < self._earliest_ns else times_ns.argmax())
-            raise BadRow(place, "TIMESTAMP", too_far(cells[place]))
-        self._earliest_ns, self._latest_ns = earliest_ns, latest_ns
-        return times_ns
 
-    def _since_origin(self, index: int, cell: str) -> int:
-        time_ns, has_offset = parse_timestamp(index, cell)
-        if has_offset != self._has_offset:
-            here, there = ("an", "none") if has_offset else ("no", "one")
-            raise BadRow(index, "TIMESTAMP", f"{shown(cell)} has {here} offset from UTC, the first request has {there}")
-        assert self._origin_ns is not None
-        since_ns = time_ns - self._origin_ns
-        if abs(since_ns) > MAX_SPAN_NS:
-            raise BadRow(index, "TIMESTAMP", too_far(cell))
-        return since_ns
+def _line_ends(data: bytes) -> int:
+    return data.count(b"\n") + (data.count(b"\r") - data.count(b"\r\n") if b"\r" in data else 0)
 
-    def _model_indices(self, cells: Sequence[str]) -> list[int]:
-        known = self._model_cells
+
+def _begin(data: bytes, line: int, choice: Choice) -> tuple[bytes, int, CsvReader | JsonReader, Table, tuple[str, ...]]:
+    """Recognize the format by the first line that is not blank; return what is to be read, from which line."""
+    text = data.lstrip(b"\r\n")
+    skipped = _line_ends(data[: len(data) - len(text)])
+    line += skipped
+    if not text.strip():
+        raise BadLine(1, None, f"the file is empty; expected {expected_columns('CSV')}")
+    if re.match(rb"\s*\[\s*(\{|\]|$)", text):
+        raise BadRow(skipped, None, "a JSON array; expected one JSON object a line (JSONL)")
+    if text.lstrip().startswith(b"{"):
+        first = text.split(b"\n", 1)[0]
         try:
-            return [known[cell] for cell in cells]
-        except KeyError:
-            return [known[cell] if cell in known else self._new_model(i, cell) for i, cell in enumerate(cells)]
-
-    def _new_model(self, index: int, cell: str) -> int:
-        name = cell.strip()
-        if not 0 < len(name.encode()) <= MAX_MODEL_ID_BYTES:
-            raise BadRow(index, MODEL_COLUMN, f"expected {EXPECTED_MODEL}, found {shown(cell)}")
-        return self._model_cells.setdefault(cell, self._models.setdefault(name, len(self._models)))
-
-    def finish(self, path: str) -> Trace:
-        """Return the trace of all rows added, at least one, in order of time."""
-        times_ns: Int64Array = np.frombuffer(self.times_ns, np.int64)
-        columns = [np.frombuffer(self._context_tokens, np.int64), np.frombuffer(self._generated_tokens, np.int64)]
-        model_index = np.frombuffer(self._model_index, np.int32) if self._has_models else None
-        out_of_order = int(np.count_nonzero(times_ns < np.maximum.accumulate(times_ns)))
-        if out_of_order:
-            order = np.argsort(times_ns, kind="stable")
-            times_ns = times_ns[order]
-            columns = [column[order] for column in columns]
-            model_index = None if model_index is None else model_index[order]
-        times_ns -= times_ns[0]
-        assert self._origin_ns is not None
-        return Trace(
-            path=path,
-            start_unix_ns=self._origin_ns + self._earliest_ns,
-            times_ns=times_ns,
-            context_tokens=columns[0],
-            generated_tokens=columns[1],
-            model_index=model_index,
-            models=tuple(self._models),
-            out_of_order=out_of_order,
-        )
+            record = parse_record(0, first)
+        except BadRow as bad:
+            raise BadLine(line, None, bad.message) from None
+        table, ignored = table_for("JSONL", list(record), line, choice)
+        return text, line, JsonReader(table), table, ignored
+    head, fault = decoded(text[: max(text.find(b"\n"), text.find(b"\r")) + 1] or text)
+    if fault is not None:
+        raise BadLine(line, None, fault)
+    first_line = head.splitlines(keepends=True)[0] if head else ""
+    size = len(first_line.encode())
+    if first_line.endswith("\r") and text[size : size + 1] == b"\n":
+        size += 1
+    try:
+        header = header_cells(first_line.rstrip("\r\n"))
+    except BadRow as bad:
+        raise BadLine(line, None, bad.message) from None
+    table, ignored = table_for("CSV", header, line, choice)
+    return text[size:], line + 1, CsvReader(table, header), table, ignored
 
 
-def _column_positions(header: Sequence[str]) -> dict[str, int]:
-    known = {name.lower(): name for name in (*REQUIRED_COLUMNS, MODEL_COLUMN)}
-    positions: dict[str, int] = {}
-    for position, cell in enumerate(header):
-        name = known.get(cell.strip().lower())
-        if name is None:
-            raise BadRow(0, None, f"unknown column {shown(cell)} in the header; expected {EXPECTED_HEADER}")
-        if name in positions:
-            raise BadRow(0, name, "this column is in the header twice")
-        positions[name] = position
-    for name in REQUIRED_COLUMNS:
-        if name not in positions:
-            raise BadRow(0, name, f"this column is missing from the header; expected {EXPECTED_HEADER}")
-    return positions
+def _finish(table: Table) -> list[str]:
+    whole = table.whole()
+    if "time" not in whole:
+        raise BadLine(1, table.format.columns.get("time"), "this column is missing")
+    try:
+        notes = table.format.finish(whole, whole.get("user"))
+        missing = np.flatnonzero(whole["time"] == MISSING)
+        if len(missing):
+            raise BadRow(int(missing[0]), table.columns["time"], "no time, and nothing to compute it from")
+    except BadRow as bad:
+        raise BadLine(table.line_of(bad.index), bad.column, bad.message) from None
+    if table.torn:
+        notes.append(f"{table.torn:,} lines were cut off when their writer was killed; they are skipped")
+    return notes
+
+
+def _trace(name: str, table: Table, ignored: tuple[str, ...], notes: list[str]) -> Trace:
+    """Return the trace of all rows added, at least one, in order of time."""
+    columns = table.whole()
+    times_ns = columns.pop("time")
+    out_of_order = int(np.count_nonzero(times_ns < np.maximum.accumulate(times_ns)))
+    if out_of_order:
+        order = np.argsort(times_ns, kind="stable")
+        times_ns = times_ns[order]
+        columns = {role: column[order] for role, column in columns.items()}
+    first_ns = int(times_ns[0])
+    times_ns = times_ns - first_ns
+    assert table.origin_ns is not None
+    dated = not table.unit_ns or table.format.absolute or first_ns > 946_684_800 * NS_PER_SECOND
+    nothing = np.zeros(len(times_ns), np.int64)
+    prompt = _known(columns.get("prompt"), nothing)
+    cached = np.minimum(_known(columns.get("cached"), nothing), prompt)
+    models, users = (tuple(table.names.get(role, ())) for role in ("model", "user"))
+    unit = "timestamps" if not table.unit_ns else f"times in {table.time_unit}"
+    return Trace(
+        path=name,
+        times_ns=times_ns,
+        input_tokens=prompt - cached,
+        cached_tokens=cached,
+        output_tokens=_known(columns.get("output"), nothing),
+        model_index=columns["model"].astype(np.int32) if models else None,
+        models=models,
+        user_index=columns["user"].astype(np.int32) if users else None,
+        users=users,
+        estimated_tokens=_optional(columns.get("estimated")),
+        durations_ns=_optional(columns.get("duration")),
+        priorities=None if (some := columns.get("priority")) is None else np.where(some == MISSING, 0, some),
+        start_unix_ns=table.origin_ns + first_ns if dated else None,
+        format=f"{table.format.title}, {unit}",
+        ignored=ignored,
+        notes=tuple(notes),
+        out_of_order=out_of_order,
+    )
+
+
+def _known(column: Int64Array | None, nothing: Int64Array) -> Int64Array:
+    return nothing if column is None else np.where(column == MISSING, 0, column)
+
+
+def _optional(column: Int64Array | None) -> Int64Array | None:
+    """Return a column with -1 in the rows that do not say; None if none says."""
+    if column is None or not (column != MISSING).any():
+        return None
+    return np.where(column == MISSING, -1, column)

@@ -16,8 +16,9 @@ from modelquota._core.row.fullest cimport in_use, percent, rate_in_use
 from modelquota._core.row.level cimport (
     NO_RATE, NS_PER_SECOND, level_cost, level_wait_ns, load, raise_level, store, wide
 )
+from modelquota._core.row.tokens cimport Kinds
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
-from modelquota._core.row.window cimport NEVER, most_tokens_used, requests_used, tokens_used, window_wait_ns
+from modelquota._core.row.window cimport NEVER, is_counted, most_tokens_used, requests_used, tokens_used, window_wait_ns
 
 cdef enum:  # Limit codes, in the order in which limits are judged; 0 = none. Those of the windows are in LIMIT_CODES
     RAM_MB = 1
@@ -58,7 +59,8 @@ cdef enum:
 
 
 cdef struct Request:
-    int64_t tokens      # 0 .. MAX_COUNT, as are the others
+    int64_t tokens      # what it counts at the model that is decided; 0 .. MAX_COUNT, as are the others
+    Kinds kinds         # from which that follows at each model
     int64_t ram_mb
     int64_t ssd_mb
     int64_t ticket      # its order in a queue, or LAST_TICKET
@@ -443,7 +445,8 @@ cdef inline void decide(
 
 
 cdef inline void decide_in_batch(
-    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing, Verdict* verdict
+    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing,
+    Verdict* verdict
 ) noexcept nogil:
     """decide() that leaves the windows behind as long as the request fits. Requires the row's lock."""
     cdef Fit fit
@@ -454,7 +457,9 @@ cdef inline void decide_in_batch(
         decide(row, cold, entries, now_ns, request, enforcing, verdict)
 
 
-cdef inline void charge_in_batch(Row* row, ColdRow* cold, int64_t now_ns, int64_t tokens, bint enforcing) noexcept nogil:
+cdef inline void charge_in_batch(
+    Row* row, ColdRow* cold, int64_t now_ns, int64_t tokens, bint enforcing
+) noexcept nogil:
     """charge_tokens() at `now_ns` that leaves the windows behind as long as the tokens fit. Requires the row's lock."""
     cdef Fit fit
     cdef Charge charged
@@ -464,6 +469,34 @@ cdef inline void charge_in_batch(Row* row, ColdRow* cold, int64_t now_ns, int64_
     else:
         advance(row, cold, now_ns)
         charge_tokens(row, cold, tokens, is_trial(row, cold, enforcing), &charged)
+
+
+cdef inline uint8_t first_over(const Row* row, const ColdRow* cold) noexcept nogil:
+    """The first limit of which more is used than it allows, or 0: tokens are charged past limits too.
+
+    Requires advance() and the row's lock.
+    """
+    cdef int window
+    if in_use(cold.ram_mb, cold.reserved_ram_mb) > <uint64_t> cold.max_ram_mb:
+        return RAM_MB
+    if in_use(cold.ssd_mb, cold.reserved_ssd_mb) > <uint64_t> cold.max_ssd_mb:
+        return SSD_MB
+    if cold.concurrent > cold.max_concurrent:
+        return CONCURRENCY
+    if load(&row.request_level) > load(&row.request_cap) and row.request_shift != NO_RATE:
+        return LIMIT_CODES[SECOND][False]
+    if load(&row.token_level) > load(&row.token_cap) and row.token_shift != NO_RATE:
+        return LIMIT_CODES[SECOND][True]
+    for window in range(WINDOWS):
+        if not is_counted(cold, window):
+            continue
+        if window > SECOND and tokens_used(row, cold, window) > cold.token_limit[window]:
+            return LIMIT_CODES[window][True]
+        if requests_used(row, cold, window) > cold.request_limit[window]:
+            return LIMIT_CODES[window][False]
+        if window == SECOND and tokens_used(row, cold, window) > cold.token_limit[window]:
+            return LIMIT_CODES[window][True]
+    return 0
 
 
 cdef inline uint32_t token_limits() noexcept nogil:

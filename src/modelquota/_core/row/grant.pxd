@@ -17,6 +17,8 @@ cdef struct Holding:
     GrantRecord* record     # what is held, in shared memory; NULL if nothing is
     QueueEntry* entry       # the request's entry in the model's queue, or NULL
     uint32_t index          # the number of the row
+    bint decides_meters     # whether the meters of the model are members too,
+    uint32_t meters_epoch   # and which ones those were
 
 
 cdef inline void reserve_tokens(ColdRow* cold, GrantRecord* record, int64_t tokens) noexcept nogil:

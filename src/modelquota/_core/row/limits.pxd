@@ -5,6 +5,7 @@ from libc.string cimport memcpy
 from modelquota._core.layout cimport ALWAYS_COUNTED, ColdRow, KINDS, Limits, Row, UNLIMITED, WINDOWS
 from modelquota._core.row.fullest cimport NOT_KNOWN
 from modelquota._core.row.level cimport NO_RATE, as_double, change_rate
+from modelquota._core.row.tokens cimport MICRO
 from modelquota._core.row.window cimport (
     begin_counting, drop_trail, is_counted, measure_room, requests_in_slot, slot_at, slot_start_ns, tokens_in_slot
 )
@@ -13,6 +14,11 @@ from modelquota._core.row.window cimport (
 cdef inline bint is_limited(const Limits* limits, int window) noexcept nogil:
     """Whether requests or tokens have a limit in the window."""
     return limits.request_limits[window] != UNLIMITED or limits.token_limits[window] != UNLIMITED
+
+
+cdef inline bint is_weighted(const Limits* limits) noexcept nogil:
+    """Whether a token of some kind does not count 1."""
+    return not (limits.weights[0] == MICRO and limits.weights[1] == MICRO and limits.weights[2] == MICRO)
 
 
 cdef inline uint32_t limited_windows(const Limits* limits) noexcept nogil:
@@ -58,6 +64,7 @@ cdef inline void put_limits(Row* row, ColdRow* cold, const Limits* limits) noexc
     cold.grace_period_sec = limits.grace_period_sec
     for i in range(KINDS):
         cold.weights[i] = limits.weights[i]
+    row.weighted = is_weighted(limits)
     cold.unit = limits.unit
     cold.action = limits.action
     row.shadow = limits.shadow

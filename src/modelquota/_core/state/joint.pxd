@@ -4,20 +4,21 @@
 # Locks are taken in the order of the rows, whatever the order of the ids, so there is no deadlock. None is kept during
 # the wait for another one, so a process that is stopped with one row locked does not block the others.
 from libc.stdint cimport int64_t, uint32_t
-from modelquota._core.atomics cimport add_u64
-from modelquota._core.layout cimport Charge, QueueEntry, Row, Shared
+from modelquota._core.atomics cimport add_u64, load_u32
+from modelquota._core.layout cimport Charge, MAX_COUNT, QueueEntry, Row, Shared
 from modelquota._core.row.decision cimport (
     Fit, NEVER, QUEUE_PLACE, Request, Verdict, assess, charge_admitted, count_violation, start_verdict
 )
 from modelquota._core.row.fullest cimport highest_usage
 from modelquota._core.row.grant cimport Holding, take_holding
 from modelquota._core.row.queue cimport unlink_entry
+from modelquota._core.row.tokens cimport count_at, most_output
 from modelquota._core.state.lock cimport unlock, wait_clock_ns
 from modelquota._core.state.repair cimport lock_row, try_row
 from modelquota._core.state.unclaimed cimport set_unclaimed
 
 cdef enum:
-    MOST_MODELS = 16
+    MOST_MODELS = 15        # ids and meters of one decision
     NO_MEMBER = -1
 
 cdef enum:  # the outcome of a joint decision
@@ -29,19 +30,20 @@ cdef enum:  # the outcome of a joint decision
 cdef struct Places:
     # The queue entries of one waiting request, one per model.
     int count
-    QueueEntry* entries[16]
+    QueueEntry* entries[MOST_MODELS]
 
 
 cdef struct JointRequest:
     # A request for several models.
     int count
-    Holding members[16]     # in the order of the caller's ids; no two have the same row
-    int by_row[16]          # indices of members, in the order of their rows
-    Charge charges[16]      # out: what was charged to each
+    Holding members[MOST_MODELS]    # in the order of the caller's ids, then their meters; no two have the same row
+    int by_row[MOST_MODELS]         # indices of members, in the order of their rows
+    Charge charges[MOST_MODELS]     # out: what was charged to each
     int64_t unclaimed_until_ns      # in, if it holds: when others may release what is admitted now; 0 = never
     int violating           # out: index of the member that the verdict is about, or NO_MEMBER
     bint adopted            # whether a member was registered from default_quota for this decision
-    int gone                # out: index of a member whose model has been removed, or NO_MEMBER
+    int gone                # out: index of a member whose model has been removed or has other meters, or NO_MEMBER
+    int64_t free_output     # out, if it holds: the most output tokens that are within what was charged to each
 
 
 cdef inline void put_in_order(JointRequest* joint) noexcept nogil:
@@ -99,12 +101,55 @@ cdef inline bint lock_rows(JointRequest* joint, const Shared* shared, int64_t pa
 
 
 cdef inline int first_gone(const JointRequest* joint) noexcept nogil:
-    """Index of the first member whose model has been removed, or NO_MEMBER. Requires the rows' locks."""
+    """Index of the first member whose model has been removed or has other meters, or NO_MEMBER.
+
+    Requires the rows' locks.
+    """
+    cdef const Holding* member
     cdef int i
     for i in range(joint.count):
-        if joint.members[i].row.generation != joint.members[i].generation:
+        member = &joint.members[i]
+        if member.row.generation != member.generation:
+            return i
+        if member.decides_meters and member.cold.meters_epoch != member.meters_epoch:
             return i
     return NO_MEMBER
+
+
+cdef inline bint add_meters(JointRequest* joint, int count, const Shared* shared) noexcept nogil:
+    """Add the meters of the first `count` members, unless they are members already; False if there are too many.
+
+    Needs no lock: first_gone() sees whether they are still the same.
+    """
+    cdef Holding* model
+    cdef Holding* member
+    cdef uint32_t link
+    cdef int i, k, step
+    for i in range(count):
+        model = &joint.members[i]
+        model.meters_epoch = load_u32(&model.cold.meters_epoch)
+        model.decides_meters = True
+        link = load_u32(&model.cold.first_meter)
+        for step in range(MOST_MODELS):
+            if link == 0 or <int64_t> link > shared.header.max_models:
+                break
+            for k in range(joint.count):
+                if joint.members[k].index == link - 1:
+                    break
+            else:
+                if joint.count == MOST_MODELS:
+                    return False
+                member = &joint.members[joint.count]
+                member.index = link - 1
+                member.row = &shared.rows[link - 1]
+                member.cold = &shared.cold_rows[link - 1]
+                member.generation = load_u32(&member.row.generation)
+                member.decides_meters = False
+                member.record = NULL
+                member.entry = NULL
+                joint.count += 1
+            link = load_u32(&shared.cold_rows[link - 1].next_meter)
+    return True
 
 
 cdef inline void add_wait(Verdict* verdict, const Verdict* other) noexcept nogil:
@@ -134,13 +179,15 @@ cdef inline int assess_all(
     with a violation that does not deny. The wait is the longest of those that deny.
     """
     cdef Verdict one
+    cdef Request there = request[0]
     cdef int named = NO_MEMBER
     cdef Holding* member
     cdef int i
     start_verdict(verdict)
     for i in range(joint.count):
         member = &joint.members[i]
-        assess(member.row, member.cold, entries, now_ns, request, enforcing, &fits[i], &one)
+        there.tokens = count_at(member.cold, &request.kinds)
+        assess(member.row, member.cold, entries, now_ns, &there, enforcing, &fits[i], &one)
         if one.limit == 0:
             continue
         if named == NO_MEMBER or (verdict.allowed and not one.allowed):
@@ -174,6 +221,7 @@ cdef inline void decide_jointly(
     A violation counts once, for the member that the verdict is about. A request that is admitted leaves its queues.
     """
     cdef Fit fits[MOST_MODELS]
+    cdef Request there = request[0]
     cdef Holding* member
     cdef int i
     joint.violating = assess_all(joint, now_ns, request, shared.header.enforcing, shared.entries, fits, verdict)
@@ -183,15 +231,19 @@ cdef inline void decide_jointly(
         update_entries(joint, verdict)
         return
     verdict.usage = 0.0
+    joint.free_output = MAX_COUNT
     for i in range(joint.count):
         member = &joint.members[i]
+        there.tokens = count_at(member.cold, &request.kinds)
         if member.cold == request.counted and member.generation == request.counted_generation:
             member.cold.waited += 1
-        charge_admitted(member.row, member.cold, request, &fits[i], &joint.charges[i])
+        charge_admitted(member.row, member.cold, &there, &fits[i], &joint.charges[i])
         if is_in_queue(member):
             unlink_entry(member.row, member.cold, shared.entries, member.entry)
         if holding:
             take_holding(member, request, joint.charges[i].tokens, shared.me)
+            joint.free_output = min(
+                joint.free_output, most_output(member.cold, &request.kinds, joint.charges[i].tokens))
             if joint.unclaimed_until_ns:
                 set_unclaimed(member.record, <uint32_t> (joint.members[0].record - shared.grants) + 1,
                               joint.unclaimed_until_ns, &joint.charges[i])

@@ -6,27 +6,27 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t
 
 from modelquota._core.layout cimport (
-    ColdRow, DAY, GrantRecord, Header, KINDS, LIMITS, LIMIT_CODES, Limits, LongRing, MAX_COUNT, QueueEntry, Ring, Row, SECOND,
-    SLOTS_PER_SLOT, Seat, UNLIMITED, WINDOWS
+    ColdRow, DAY, GrantRecord, Header, KINDS, LIMITS, LIMIT_CODES, Limits, LongRing, MAX_COUNT, QueueEntry, Ring, Row,
+    SECOND, SLOTS_PER_SLOT, Seat, UNLIMITED, WINDOWS
 )
 from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB
 from modelquota._core.row.level cimport NO_RATE, WIDEST_SHIFT
+from modelquota._core.row.tokens cimport MICRO
 from modelquota._core.row.usage cimport NO_LIMIT, Usage, read_usage
 from modelquota._core.state.copy cimport ModelCopy, start_copy
 
 from modelquota.quota.config import UNITS
-from modelquota.quota.limits import CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
+from modelquota.quota.limits import (
+    CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
+)
 
-PARTS = ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring")    # of the mapping, as dtypes() names them
-
-cdef enum:
-    MICRO = 1_000_000
+PARTS = ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring")    # of the mapping, as in dtypes()
 
 cdef tuple ACTIONS = tuple(ViolationAction)
-cdef tuple WINDOW_FIELDS = tuple(       # of a quota: the fields of each window, requests and tokens
-    tuple(CATALOGUE[Limit(LIMIT_CODES[window][of_tokens])].quota_field for of_tokens in range(2))
+cdef tuple WINDOW_FIELDS = tuple([      # of a quota: the fields of each window, requests and tokens
+    tuple([CATALOGUE[Limit(LIMIT_CODES[window][of_tokens])].quota_field for of_tokens in range(2)])
     for window in range(WINDOWS)
-)
+])
 
 
 @functools.cache
@@ -35,6 +35,7 @@ def dtypes():
 
     The dict is shared: do not modify it.
     """
+    # views of constants: of others Cython would compile what writes an element, field by field
     cdef Header header
     cdef Seat seat
     cdef QueueEntry entry
@@ -45,15 +46,15 @@ def dtypes():
     cdef LongRing long_ring
     cdef Usage usage
     return {
-        "header": np.asarray(<Header[:1]> &header).dtype,
-        "seat": np.asarray(<Seat[:1]> &seat).dtype,
-        "entry": np.asarray(<QueueEntry[:1]> &entry).dtype,
-        "grant": np.asarray(<GrantRecord[:1]> &grant).dtype,
-        "row": np.asarray(<Row[:1]> &row).dtype,
-        "cold": np.asarray(<ColdRow[:1]> &cold).dtype,
-        "ring": np.asarray(<Ring[:1]> &ring).dtype,
-        "long_ring": np.asarray(<LongRing[:1]> &long_ring).dtype,
-        "usage": _with_names_of_windows(np.asarray(<Usage[:1]> &usage).dtype),
+        "header": np.asarray(<const Header[:1]> &header).dtype,
+        "seat": np.asarray(<const Seat[:1]> &seat).dtype,
+        "entry": np.asarray(<const QueueEntry[:1]> &entry).dtype,
+        "grant": np.asarray(<const GrantRecord[:1]> &grant).dtype,
+        "row": np.asarray(<const Row[:1]> &row).dtype,
+        "cold": np.asarray(<const ColdRow[:1]> &cold).dtype,
+        "ring": np.asarray(<const Ring[:1]> &ring).dtype,
+        "long_ring": np.asarray(<const LongRing[:1]> &long_ring).dtype,
+        "usage": _with_names_of_windows(np.asarray(<const Usage[:1]> &usage).dtype),
     }
 
 
@@ -89,7 +90,8 @@ def core_limits():
 def struct_sizes():
     """``sizeof`` of each struct of the layout, for comparison with the dtypes."""
     return {"header": sizeof(Header), "seat": sizeof(Seat), "entry": sizeof(QueueEntry), "grant": sizeof(GrantRecord),
-            "row": sizeof(Row), "cold": sizeof(ColdRow), "ring": sizeof(Ring), "long_ring": sizeof(LongRing), "usage": sizeof(Usage)}
+            "row": sizeof(Row), "cold": sizeof(ColdRow), "ring": sizeof(Ring), "long_ring": sizeof(LongRing),
+            "usage": sizeof(Usage)}
 
 
 def encode_rate(rate, burst):
@@ -152,7 +154,13 @@ cdef int pack(object config, Limits* limits) except -1:
 
 
 cdef inline object _weight(int64_t millionths):
-    return millionths // MICRO if millionths % MICRO == 0 else millionths / MICRO
+    """A weight as it was given: an int if it is whole.
+
+    Two statements: both branches of one expression would have one C type.
+    """
+    if millionths % MICRO == 0:
+        return millionths // MICRO
+    return <double> millionths / <double> MICRO
 
 
 cdef dict unpack(const Limits* limits):

@@ -12,6 +12,7 @@ from modelquota._core.row.level cimport NO_RATE, load
 from modelquota._core.row.limits cimport limits_digest, put_limits, read_limits, same_limits, start_row
 from modelquota._core.row.window cimport requests_charged, requests_used, tokens_charged, tokens_used
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, unlock, wait_clock_ns
+from modelquota._core.state.meters cimport MOST_METERS, assign_meter, sync_meter
 from modelquota._core.state.repair cimport clear, lock_row
 
 cdef enum:
@@ -28,6 +29,7 @@ cdef enum:  # the outcome of a change
     REGISTRY_BUSY = -1      # a lock could not be taken; nothing was done
     TABLE_FULL = -2
     OTHER_VERSION = -3
+    TOO_MANY_METERS = -4
 
 cdef enum:  # Header.clock_kind
     MONOTONIC = 1
@@ -44,6 +46,32 @@ cdef inline void log_change(const Shared* shared, uint32_t row) noexcept nogil:
     store_u64(&header.registry_version, header.registry_version + 1)
 
 
+cdef inline bint finish_meters(const Shared* shared) noexcept nogil:
+    """The part of finish_changes() about lists of meters. Requires the registry's lock; takes a row's."""
+    cdef Header* header = shared.header
+    cdef uint32_t meter = header.linking_meter
+    cdef uint32_t model = header.linking_model
+    cdef Row* row
+    if 0 < meter <= header.max_models and 0 < model <= header.max_models:
+        row = &shared.rows[model - 1]
+        if not lock_row(row, shared, ROW_PATIENCE_NS):
+            return False
+        sync_meter(model - 1, meter - 1, shared)
+        unlock(&row.lock)
+    header.linking_meter = 0
+    model = header.removing
+    if 0 < model <= header.max_models:
+        row = &shared.rows[model - 1]
+        if not lock_row(row, shared, ROW_PATIENCE_NS):
+            return False
+        if row.generation == header.removing_generation:
+            free_meters(model - 1, shared)
+            vacate_row(row, &shared.cold_rows[model - 1], shared)
+        unlock(&row.lock)
+    header.removing = 0
+    return True
+
+
 cdef inline bint finish_changes(const Shared* shared) noexcept nogil:
     """Finish the change that a dead owner of the registry's lock had begun; False if a row stays locked.
 
@@ -57,6 +85,8 @@ cdef inline bint finish_changes(const Shared* shared) noexcept nogil:
             return False
         unlock(&shared.rows[row].lock)
     header.staged_row = -1
+    if not finish_meters(shared):
+        return False
     row = header.leaving_row
     if 0 <= row < header.max_models and shared.rows[row].generation == header.leaving_generation:
         memcpy(&header.retired_allowed, header.staged_retired, sizeof(header.staged_retired))   # not removed
@@ -222,6 +252,85 @@ cdef inline bint is_unused(Row* row, ColdRow* cold, int64_t now_ns) noexcept nog
     return <uint32_t> limits_digest(&limits) == cold.sight_digest
 
 
+cdef inline void free_meters(uint32_t model, const Shared* shared) noexcept nogil:
+    """Take all meters out of a model's list. Requires the registry's lock and the model's."""
+    cdef uint32_t link
+    for _ in range(MOST_METERS):
+        link = shared.cold_rows[model].first_meter
+        if link == 0 or link > shared.header.max_models:
+            break
+        assign_meter(model, link - 1, False, shared)
+
+
+cdef inline bint lock_unused_meters(const ColdRow* cold, int64_t now_ns, const Shared* shared) noexcept nogil:
+    """Lock all meters of a model if all of them are unused, or none. Requires the registry's lock and the model's."""
+    cdef uint32_t locked[MOST_METERS]
+    cdef int count = 0
+    cdef uint32_t link = cold.first_meter
+    cdef ColdRow* one
+    for _ in range(MOST_METERS):
+        if link == 0 or link > shared.header.max_models:
+            return True
+        one = &shared.cold_rows[link - 1]
+        if not one.on_sight or not lock_row(&shared.rows[link - 1], shared, 0):
+            break
+        locked[count] = link - 1
+        count += 1
+        if not is_unused(&shared.rows[link - 1], one, now_ns):
+            break
+        link = one.next_meter
+    else:
+        if link == 0:
+            return True
+    while count:
+        count -= 1
+        unlock(&shared.rows[locked[count]].lock)
+    return False
+
+
+cdef inline void forget_meters(uint32_t model, const Shared* shared) noexcept nogil:
+    """Remove a model's meters, which lock_unused_meters() has locked. Requires the registry's lock and the model's."""
+    cdef Header* header = shared.header
+    cdef uint32_t link, index
+    cdef Row* row
+    for _ in range(MOST_METERS):
+        link = shared.cold_rows[model].first_meter
+        if link == 0 or link > header.max_models:
+            break
+        index = link - 1
+        row = &shared.rows[index]
+        assign_meter(model, index, False, shared)
+        vacate_row(row, &shared.cold_rows[index], shared)
+        unlock(&row.lock)
+        header.lowest_free = min(header.lowest_free, <int64_t> index)
+        log_change(shared, index)
+
+
+cdef inline int link_meter(
+    Row* model, uint32_t model_generation, Row* meter, uint32_t meter_generation, const Shared* shared,
+    int64_t patience_ns
+) noexcept nogil:
+    """Put a meter into its model's list, if both are still there. Takes the registry's lock and the model's."""
+    cdef uint32_t index = <uint32_t> (model - shared.rows)
+    cdef uint32_t place = <uint32_t> (meter - shared.rows)
+    cdef int outcome = DONE
+    if not lock_registry(shared, patience_ns):
+        return REGISTRY_BUSY
+    if model.generation != model_generation or meter.generation != meter_generation:
+        outcome = NOT_DONE
+    elif shared.cold_rows[place].meter_of != index + 1:
+        if not lock_row(model, shared, ROW_PATIENCE_NS):
+            outcome = REGISTRY_BUSY
+        else:
+            if model.meters >= MOST_METERS:
+                outcome = TOO_MANY_METERS
+            else:
+                assign_meter(index, place, True, shared)
+            unlock(&model.lock)
+    unlock_registry(shared)
+    return outcome
+
+
 cdef inline int64_t forget_one(const Shared* shared, int64_t now_ns) noexcept nogil:
     """Remove an unused model, and return its row, locked; TABLE_FULL if there is none.
 
@@ -231,6 +340,7 @@ cdef inline int64_t forget_one(const Shared* shared, int64_t now_ns) noexcept no
     cdef Header* header = shared.header
     cdef int64_t index, i, began_ns
     cdef Row* row
+    cdef ColdRow* cold
     cdef int64_t searching = SEARCHING
     if now_ns < header.full_until_ns:
         return TABLE_FULL
@@ -240,10 +350,12 @@ cdef inline int64_t forget_one(const Shared* shared, int64_t now_ns) noexcept no
         index = header.forget_hand if header.forget_hand < header.row_count else 0
         header.forget_hand = index + 1
         row = &shared.rows[index]
-        if not shared.cold_rows[index].on_sight or not lock_row(row, shared, 0):
+        cold = &shared.cold_rows[index]
+        if not cold.on_sight or cold.meter_of or not lock_row(row, shared, 0):     # a meter goes with its model
             continue
-        if row.generation & 1 and is_unused(row, &shared.cold_rows[index], now_ns):
-            vacate_row(row, &shared.cold_rows[index], shared)
+        if row.generation & 1 and is_unused(row, cold, now_ns) and lock_unused_meters(cold, now_ns, shared):
+            forget_meters(<uint32_t> index, shared)
+            vacate_row(row, cold, shared)
             return index
         unlock(&row.lock)
     if header.clock_kind != MANUAL:     # a manual clock does not move by itself: the same time gives the same answer
@@ -315,15 +427,30 @@ cdef inline int remove_model(Row* row, uint32_t generation, const Shared* shared
     """Remove a model; NOT_DONE if it had been removed before. Takes the registry's lock and the row's."""
     cdef Header* header = shared.header
     cdef int64_t index = row - shared.rows
+    cdef uint32_t model
     cdef bint alive
     if not lock_registry(shared, patience_ns):
         return REGISTRY_BUSY
+    model = shared.cold_rows[index].meter_of
+    if model and row.generation == generation:      # first, since only one row's lock is waited for at a time
+        if not lock_row(&shared.rows[model - 1], shared, ROW_PATIENCE_NS):
+            unlock_registry(shared)
+            return REGISTRY_BUSY
+        assign_meter(model - 1, <uint32_t> index, False, shared)
+        unlock(&shared.rows[model - 1].lock)
     if not lock_row(row, shared, ROW_PATIENCE_NS):
         unlock_registry(shared)
         return REGISTRY_BUSY
     alive = row.generation == generation
     if alive:
+        if row.meters:
+            header.removing_generation = generation
+            compiler_barrier()
+            header.removing = <uint32_t> index + 1
+            compiler_barrier()
+            free_meters(<uint32_t> index, shared)
         vacate_row(row, &shared.cold_rows[index], shared)
+        header.removing = 0
         if index < header.lowest_free:
             header.lowest_free = index
         header.full_until_ns = 0

@@ -159,7 +159,7 @@ def regions_for(max_models):
 def layout_fingerprint():
     """The fingerprint of this version's layout."""
     layout = dtypes()
-    return fingerprint(*(layout[part] for part in PARTS))
+    return fingerprint(*[layout[part] for part in PARTS])
 
 
 def new_header(max_models):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ from modelquota.quota.limits import DENYING, WINDOWS
 
 MAGIC = CONSTANTS["magic"]
 LAYOUT_VERSION = CONSTANTS["version"]
+OLDEST_MIGRATED = 3
+"""The oldest layout that ``modelquota migrate`` takes over."""
 NAME_UNIT = CONSTANTS["name_unit"]
 _MAX_COUNT = CONSTANTS["max_count"]
 _UNLIMITED = CONSTANTS["unlimited"]
@@ -156,6 +159,12 @@ class Reader:
                 self.path,
                 f"it has version {header['version']}, and this modelquota knows {LAYOUT_VERSION}: "
                 "use the newer modelquota that wrote it",
+            )
+        if OLDEST_MIGRATED <= int(header["version"]) < LAYOUT_VERSION:
+            raise StateFileError(
+                self.path,
+                f"it has layout {header['version']}, and this modelquota uses {LAYOUT_VERSION}: end every process that "
+                f"has it open, then take it over, with its usage, by: modelquota migrate {shlex.quote(self.path)}",
             )
         if int(header["version"]) < LAYOUT_VERSION or int(header["fingerprint"]) != layout_fingerprint():
             raise StateFileError(

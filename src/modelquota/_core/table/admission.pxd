@@ -1,5 +1,7 @@
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint32_t
+from modelquota._core.layout cimport Row
 from modelquota._core.row.decision cimport Request, Verdict
+from modelquota._core.row.grant cimport Holding
 from modelquota._core.state.joint cimport JointRequest, Places
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.state cimport State
@@ -15,6 +17,19 @@ cdef enum:
 cdef tuple ids_of(object model_id)
 
 
+cdef inline void put_member(JointRequest* joint, RowRef ref, const Row* rows) noexcept:
+    """Make a model the next member."""
+    cdef Holding* member = &joint.members[joint.count]
+    member.row = ref.row
+    member.cold = ref.cold
+    member.generation = ref.generation
+    member.index = <uint32_t> (ref.row - rows)
+    member.decides_meters = False
+    member.record = NULL
+    member.entry = NULL
+    joint.count += 1
+
+
 cdef class Admission:
     cdef State state
     cdef Pools pools
@@ -22,10 +37,11 @@ cdef class Admission:
     cdef object events              # the callbacks of the facade: template_of, on_unknown_model, on_violation
 
     cdef object check_several(self, object model_ids, const Request* request, bint peek)
-    cdef Grant reserve(self, tuple ids, const Request* request)
+    cdef Grant reserve(self, tuple ids, const Request* request, object estimate)
     cdef int count_unknown(self, int ids) except -1
     cdef bint adopt(self, str model_id) except -1
     cdef RowRef find_or_adopt(self, str model_id)
+    cdef bint take_meters(self, tuple ids, JointRequest* joint, list refs) except -1
     cdef int members_of(self, tuple ids, JointRequest* joint, list refs, list templates) except -1
     cdef int take_records(self, JointRequest* joint) except -1
     cdef int give_records(self, JointRequest* joint) except -1

@@ -6,15 +6,16 @@ from libc.stdint cimport INT64_MAX, int64_t, uint32_t
 from libc.stdlib cimport free, malloc
 
 from modelquota._core.atomics cimport add_u64_relaxed
-from modelquota._core.layout cimport Charge, ColdRow, Limits, QueueEntry, Row, Shared
+from modelquota._core.layout cimport Charge, Limits, QueueEntry, Shared
 from modelquota._core.row.decision cimport Fit, Request, Verdict, charge_admitted
 from modelquota._core.row.fullest cimport highest_usage
 from modelquota._core.row.grant cimport Holding
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
+from modelquota._core.row.tokens cimport count_at
 from modelquota._core.state.copy cimport ModelCopy, copy_model, start_copy
 from modelquota._core.state.joint cimport (
-    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NO_MEMBER, Places, assess_all, decide_rows, first_gone,
-    lock_rows, put_in_order, same_row, unlock_rows
+    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NO_MEMBER, Places, add_meters, assess_all, decide_rows,
+    first_gone, lock_rows, put_in_order, same_row, unlock_rows
 )
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.pool cimport give_record
@@ -60,7 +61,7 @@ cdef class Admission:
             self.events.on_violation(result.model_id, result, verdict.to_log)
         return result
 
-    cdef Grant reserve(self, tuple ids, const Request* request):
+    cdef Grant reserve(self, tuple ids, const Request* request, object estimate):
         """A grant; raises QuotaExceededError if the request is denied. Takes the rows' locks."""
         cdef JointRequest joint
         cdef Verdict verdict
@@ -68,7 +69,7 @@ cdef class Admission:
         cdef Grant grant
         joint.unclaimed_until_ns = 0
         self.decide_all(ids, request, True, MAY_WAIT, refs, &joint, &verdict, NULL)
-        grant = make_grant(self.pools, &joint, refs, request) if verdict.allowed else None
+        grant = make_grant(self.pools, &joint, refs, request, estimate) if verdict.allowed else None
         if joint.violating != NO_MEMBER:
             result = result_of(&verdict, (<RowRef> refs[joint.violating]).model_id)
             if verdict.to_log:
@@ -90,6 +91,12 @@ cdef class Admission:
             self.events.on_unknown_model(model_id)
             return False
         self.interned.put(model_id, template, True)
+        try:
+            for name, config in self.events.meters_of(model_id):
+                self.interned.put(f"{model_id}#{name}", config, True)
+        except BaseException:       # without its meters it would admit too much
+            self.interned.remove(model_id)
+            raise
         return True
 
     cdef RowRef find_or_adopt(self, str model_id):
@@ -108,7 +115,7 @@ cdef class Admission:
         With `templates`, their configs from `default_quota` are put there, and they are not registered.
         """
         cdef RowRef ref
-        cdef Holding* member
+        cdef int known = 0
         cdef int shared_row = 0
         cdef int rounds = 0
         cdef uint32_t index
@@ -124,21 +131,18 @@ cdef class Admission:
                     template = self.events.template_of(model_id)
                     if template is not None:
                         templates.append((model_id, template))
+                        for name, config in self.events.meters_of(model_id):
+                            templates.append((f"{model_id}#{name}", config))
                 else:
                     while ref is None and self.adopt(<str> model_id):
                         ref = self.interned.find(<str> model_id)
                         joint.adopted = True
-                if ref is None:
-                    continue
-                refs.append(ref)
-                member = &joint.members[joint.count]
-                member.row = ref.row
-                member.cold = ref.cold
-                member.generation = ref.generation
-                member.index = <uint32_t> (ref.row - self.state.shared.rows)
-                member.record = NULL
-                member.entry = NULL
-                joint.count += 1
+                if ref is not None:
+                    refs.append(ref)
+                    put_member(joint, ref, self.state.shared.rows)
+            known = joint.count
+            if not self.take_meters(ids, joint, refs):
+                continue
             put_in_order(joint)
             shared_row = same_row(joint)
             if shared_row != NO_MEMBER:    # one model left the row and another came during the look-up
@@ -150,7 +154,35 @@ cdef class Admission:
                 rounds += 1
                 if rounds > MOST_ROUNDS:    # registering one evicts another: they do not fit together
                     raise CapacityError(self.state.shared.header.max_models)
-        return len(ids) - joint.count
+        return len(ids) - known
+
+    cdef bint take_meters(self, tuple ids, JointRequest* joint, list refs) except -1:
+        """Add the meters of the members, and those of ids that have meters and no quota; False if they are changing."""
+        cdef int i, known = joint.count
+        cdef Interned interned = self.interned
+        cdef RowRef ref
+        if not interned.meters:
+            interned.refresh()      # another process may have registered the first one
+        if not add_meters(joint, known, &self.state.shared):
+            raise too_many(ids)
+        for i in range(known, joint.count):
+            ref = interned.ref_at(joint.members[i].index, joint.members[i].generation)
+            if ref is None:
+                self.state.pause()
+                interned.refresh()
+                return False
+            refs.append(ref)
+        if known < len(ids) and interned.meters:
+            for model_id in ids:
+                if model_id in interned.ids:
+                    continue
+                for ref in interned.meters.get(model_id, ()):
+                    if joint.count == MOST_MODELS:
+                        raise too_many(ids)
+                    if ref not in refs:
+                        refs.append(ref)
+                        put_member(joint, ref, self.state.shared.rows)
+        return True
 
     cdef int decide_all(self, tuple ids, const Request* request, bint holding, int64_t patience_ns, list refs,
                         JointRequest* joint, Verdict* verdict, const Places* places) except -3:
@@ -184,7 +216,7 @@ cdef class Admission:
                 break
             self.give_records(joint)
             if outcome == GONE:
-                self.interned.unintern(<RowRef> refs[joint.gone])
+                self.interned.unintern_if_removed(<RowRef> refs[joint.gone])
                 rounds += joint.adopted
                 if rounds > MOST_ROUNDS:    # registering one evicts another: they do not fit together
                     raise CapacityError(shared.header.max_models)
@@ -234,7 +266,7 @@ cdef class Admission:
         cdef ModelCopy* copies = <ModelCopy*> malloc(MOST_MODELS * sizeof(ModelCopy))
         cdef QueueEntry heads[MOST_MODELS]
         cdef int i
-        cdef int known = 0
+        cdef list names, places
         if copies == NULL:
             raise MemoryError()
         try:
@@ -243,7 +275,6 @@ cdef class Admission:
                 if now_ns >= self.state.shared.fine_until_ns:
                     self.state.look(now_ns)
                 self.members_of(ids, &joint, refs, templates)
-                known = joint.count
                 outcome = copy_rows(&joint, now_ns, copies, heads, &self.state.shared, 0)
                 if outcome == BUSY_ROW:
                     self.state.inside += 1
@@ -251,25 +282,43 @@ cdef class Admission:
                         outcome = copy_rows(&joint, now_ns, copies, heads, &self.state.shared, SLICE_NS)
                     self.state.exit()
                 if outcome == GONE:
-                    self.interned.unintern(<RowRef> refs[joint.gone])
+                    self.interned.unintern_if_removed(<RowRef> refs[joint.gone])
                 elif outcome == BUSY_ROW:
                     self.state.pause()
-            for _, template in templates:   # as if the id were registered now
-                i = joint.count
+            names = [(<RowRef> ref).model_id for ref in refs]
+            for model_id, template in templates:        # as if the id were registered now
+                if model_id in names:
+                    continue
+                if len(names) == MOST_MODELS:
+                    raise too_many(ids)
                 self.interned.pack_limits(template, &limits)
-                start_copy(&copies[i], &limits, now_ns)
-                joint.members[i].entry = NULL
-                joint.count += 1
+                start_copy(&copies[len(names)], &limits, now_ns)
+                names.append(model_id)
+            places = in_order_of_decision(ids, names)
+            joint.count = len(places)
             for i in range(joint.count):
-                joint.members[i].row = &copies[i].row
-                joint.members[i].cold = &copies[i].cold
+                joint.members[i].row = &copies[<int> places[i]].row
+                joint.members[i].cold = &copies[<int> places[i]].cold
+                joint.members[i].entry = NULL
             peek(&joint, now_ns, request, self.state.shared.header.enforcing, heads, &verdict)
         finally:
             free(copies)
-        if joint.violating == NO_MEMBER:
-            return result_of(&verdict, None)
-        return result_of(&verdict, (<RowRef> refs[joint.violating]).model_id if joint.violating < known
-                         else templates[joint.violating - known][0])
+        return result_of(&verdict, None if joint.violating == NO_MEMBER else names[places[joint.violating]])
+
+
+cdef object too_many(tuple ids):
+    return ValueError(f"model_id names {len(ids)} ids, and with their meters more than {MOST_MODELS} decide; "
+                      "give fewer")
+
+
+cdef list in_order_of_decision(tuple ids, list names):
+    """Indices of `names`, models and meters, in the order of a decision: the ids, then their meters, those of ids
+    without a quota last."""
+    known = [model_id for model_id in ids if model_id in names]
+    places = [names.index(model_id) for model_id in known]
+    for model_id in known + [model_id for model_id in ids if model_id not in names]:
+        places += [i for i, name in enumerate(names) if name not in ids and name.partition("#")[0] == model_id]
+    return places
 
 
 cdef tuple ids_of(object model_id):
@@ -343,6 +392,7 @@ cdef void peek(
     """decide_jointly() on copies, which need no lock."""
     cdef Fit fits[MOST_MODELS]
     cdef Charge charged
+    cdef Request there = request[0]
     cdef int i
     cdef Holding* member
     joint.violating = assess_all(joint, now_ns, request, enforcing, heads, fits, verdict)
@@ -352,5 +402,6 @@ cdef void peek(
     verdict.usage = 0.0
     for i in range(joint.count):
         member = &joint.members[i]
-        charge_admitted(member.row, member.cold, request, &fits[i], &charged)
+        there.tokens = count_at(member.cold, &request.kinds)
+        charge_admitted(member.row, member.cold, &there, &fits[i], &charged)
         verdict.usage = max(verdict.usage, highest_usage(member.row, member.cold, request.ram_mb, request.ssd_mb))

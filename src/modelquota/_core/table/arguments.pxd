@@ -4,6 +4,7 @@ from cpython.number cimport PyIndex_Check, PyNumber_Index
 from libc.stdint cimport int64_t
 from modelquota._core.layout cimport MAX_COUNT
 from modelquota._core.row.decision cimport LAST_TICKET, LOWEST_PRIORITY, Request
+from modelquota._core.row.tokens cimport Kinds
 
 cdef extern from *:
     """
@@ -40,9 +41,30 @@ cdef inline int64_t as_count(object value, str name) except -1:
     return count if count >= 0 else any_count(value, name)
 
 
+cdef inline int as_kinds(object tokens, str name, Kinds* kinds) except -1:
+    """Tokens by kind, or a count that is the same at each model."""
+    kinds.count = small_count(tokens)
+    kinds.split = False
+    return 0 if kinds.count >= 0 else any_kinds(tokens, name, kinds)
+
+
+cdef inline int any_kinds(object tokens, str name, Kinds* kinds) except -1:
+    """The rest of as_kinds(). Whatever has the counts of a `Tokens` is one: here no Python class is known."""
+    if PyIndex_Check(tokens) or not hasattr(tokens, "cached"):
+        kinds.count = any_count(tokens, name)
+        return 0
+    kinds.split = True
+    kinds.counts[0] = as_count(tokens.input, name)
+    kinds.counts[1] = as_count(tokens.cached, name)
+    kinds.counts[2] = as_count(tokens.output, name)
+    kinds.count = 0
+    return 0
+
+
 cdef inline int parse_request(Request* request, object tokens, object ram_mb, object ssd_mb) except -1:
     """Fill in a request that does not wait."""
-    request.tokens = as_count(tokens, "estimated_tokens")
+    as_kinds(tokens, "estimated_tokens", &request.kinds)
+    request.tokens = request.kinds.count
     request.ram_mb = as_count(ram_mb, "ram_needed_mb")
     request.ssd_mb = as_count(ssd_mb, "ssd_needed_mb")
     request.ticket = LAST_TICKET

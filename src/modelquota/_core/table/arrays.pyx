@@ -3,13 +3,15 @@ import numpy as np
 cimport numpy as cnp
 from libc.stdint cimport int64_t
 
-from modelquota._core.table.arguments cimport as_count
+from modelquota._core.layout cimport KINDS
+from modelquota._core.row.tokens cimport Kinds
+from modelquota._core.table.arguments cimport as_kinds
 from modelquota._core.table.batch cimport first_out_of_range
 
 cnp.import_array()
 
 
-cdef cnp.ndarray int64_copy(object values, str name):
+cdef cnp.ndarray int64_copy(object values, str name, int most_dimensions=1):
     """A private, contiguous copy: what was validated is what is charged, even if the original has changed."""
     cdef cnp.ndarray array
     if cnp.PyArray_CheckExact(values) and cnp.PyArray_TYPE(values) == cnp.NPY_INT64 \
@@ -18,26 +20,37 @@ cdef cnp.ndarray int64_copy(object values, str name):
     array = np.asarray(values)
     if (<object> array).size and (<object> array).dtype.kind not in "iu":
         raise TypeError(f"{name} has dtype {(<object> array).dtype}; give int64")
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {(<object> array).shape}; give one dimension")
+    if not 1 <= array.ndim <= most_dimensions:
+        raise ValueError(f"{name} has shape {(<object> array).shape}; give one dimension"
+                         + (", or two" if most_dimensions == 2 else ""))
     if isinstance(values, np.ndarray) and np.ma.is_masked(values):
         raise ValueError(f"{name} has masked elements; give only those that are to be decided")
     return np.array(array, np.int64, order="C", copy=True)
 
 
 cdef cnp.ndarray token_counts(object values, str name, Py_ssize_t count):
+    """Tokens of each element: shape (count,), or (count, KINDS) for input, cached and output tokens."""
     cdef cnp.ndarray array
     cdef const int64_t* first
-    cdef Py_ssize_t bad
-    if not isinstance(values, np.ndarray) and hasattr(values, "__index__"):
-        return np.full(count, as_count(values, name), np.int64)
-    array = int64_copy(values, name)
+    cdef Py_ssize_t bad, size
+    cdef Kinds kinds
+    if not isinstance(values, np.ndarray) and (hasattr(values, "__index__") or hasattr(values, "cached")):
+        as_kinds(values, name, &kinds)
+        if not kinds.split:
+            return np.full(count, kinds.count, np.int64)
+        return np.tile(np.array([kinds.counts[0], kinds.counts[1], kinds.counts[2]], np.int64), (count, 1))
+    array = int64_copy(values, name, 2)
     require_length(array, name, count)
+    if array.ndim == 2 and array.shape[1] != KINDS:
+        raise ValueError(f"{name} has shape {(<object> array).shape}; give ({count},), or ({count}, 3) for input, "
+                         "cached and output tokens")
     first = <const int64_t*> cnp.PyArray_DATA(array)
+    size = cnp.PyArray_SIZE(array)
     with nogil:
-        bad = first_out_of_range(first, count)
-    if bad < count:
-        raise ValueError(f"{name}[{bad}] is {first[bad]}; give an integer, 0 .. 2**62")
+        bad = first_out_of_range(first, size)
+    if bad < size:
+        place = f"{bad // KINDS}, {bad % KINDS}" if array.ndim == 2 else str(bad)
+        raise ValueError(f"{name}[{place}] is {first[bad]}; give an integer, 0 .. 2**62")
     return array
 
 

@@ -1,32 +1,45 @@
 # Batches: the loops around one decision, entirely without the GIL. Codes are generation << 32 | row number.
 from libc.stdint cimport int64_t, uint8_t, uint32_t
-from modelquota._core.atomics cimport load_char_relaxed, load_i64, load_u32_relaxed
+from modelquota._core.atomics cimport load_char_relaxed, load_i64, load_u32, load_u32_relaxed
 from modelquota._core.layout cimport (
-    ColdRow, Header, MAX_COUNT, Row, SECOND, SLOTS, Shared, TRAIL
+    Charge, ColdRow, Header, KINDS, MAX_COUNT, Row, SECOND, SLOTS, Shared, TRAIL
 )
-from modelquota._core.row.advance cimport unlikely
+from modelquota._core.row.advance cimport advance, unlikely
 from modelquota._core.row.decision cimport (
-    LAST_TICKET, LOWEST_PRIORITY, Request, Verdict, charge_in_batch, decide_in_batch
+    LAST_TICKET, LOWEST_PRIORITY, Request, Verdict, charge_in_batch, charge_tokens, decide_in_batch, first_over,
+    is_trial
 )
+from modelquota._core.row.grant cimport Holding
+from modelquota._core.row.tokens cimport count_at, weigh, with_output
 from modelquota._core.row.window cimport current_slot
+from modelquota._core.state.joint cimport (
+    BUSY_ROW, DECIDED, GONE, JointRequest, NO_MEMBER, add_meters, decide_rows, first_gone, lock_rows, put_in_order,
+    unlock_rows
+)
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.repair cimport lock_row
 
 cdef enum:
     BLOCK = 16              # elements whose memory is fetched together
+    NO_CODE = 0             # of an element that has fewer models than others
+    TOO_MANY_MODELS = 4     # in addition to the outcomes of a joint decision
     LINE = 64
 
 
 cdef struct Batch:
     Py_ssize_t count
+    int width                   # codes of one element
     const int64_t* codes
-    const int64_t* tokens
+    const int64_t* tokens       # one of each element; or, if `split`, KINDS
+    bint split
     const int64_t* times_ns     # or NULL: all at now_ns
     int64_t now_ns
     uint8_t* limits             # out
     int64_t* waits_ms           # out, or NULL
+    int64_t violating           # out: the row that the last violation is about
     bint others_may_free                # out: a request was denied because of what others hold
     bint waits                  # out: the next element's row stayed locked; its owner is probably not running
+    bint too_many               # out: the next element has more models and meters than one decision may have
 
 
 cdef inline uint32_t index_of(int64_t code) noexcept nogil:
@@ -87,12 +100,14 @@ cdef inline Py_ssize_t first_out_of_range(const int64_t* counts, Py_ssize_t n) n
 
 
 cdef inline Py_ssize_t first_bad_code(
-    const int64_t* codes, Py_ssize_t n, Row* rows, const Header* header
+    const int64_t* codes, Py_ssize_t n, bint several, Row* rows, const Header* header
 ) noexcept nogil:
     """Index of the first code that does not belong to a living model; n if there is none. Needs no lock."""
     cdef int64_t row_count = load_i64(&header.row_count)
     cdef Py_ssize_t i
     for i in range(n):
+        if several and codes[i] == NO_CODE:
+            continue
         if <int64_t> index_of(codes[i]) >= row_count or not generation_of(codes[i]) & 1:
             return i
         if load_u32_relaxed(&rows[index_of(codes[i])].generation) != generation_of(codes[i]):
@@ -100,11 +115,65 @@ cdef inline Py_ssize_t first_bad_code(
     return n
 
 
+cdef inline void read_tokens(const Batch* batch, Py_ssize_t i, Request* request) noexcept nogil:
+    """The tokens of an element."""
+    cdef int kind
+    request.kinds.split = batch.split
+    if not batch.split:
+        request.tokens = request.kinds.count = batch.tokens[i]
+        return
+    for kind in range(KINDS):
+        request.kinds.counts[kind] = batch.tokens[i * KINDS + kind]
+
+
+cdef inline bint gather(const Batch* batch, Py_ssize_t i, JointRequest* joint, const Shared* shared) noexcept nogil:
+    """The models of an element and their meters, without those that have been removed; False if they are too many."""
+    cdef int k
+    cdef int64_t code
+    cdef Holding* member
+    joint.count = 0
+    joint.unclaimed_until_ns = 0
+    for k in range(batch.width):
+        code = batch.codes[i * batch.width + k]
+        if code == NO_CODE or load_u32(&shared.rows[index_of(code)].generation) != generation_of(code):
+            continue
+        member = &joint.members[joint.count]
+        member.index = index_of(code)
+        member.row = &shared.rows[member.index]
+        member.cold = &shared.cold_rows[member.index]
+        member.generation = generation_of(code)
+        member.record = NULL
+        member.entry = NULL
+        joint.count += 1
+    if not add_meters(joint, joint.count, shared):
+        return False
+    put_in_order(joint)
+    return True
+
+
+cdef inline int decide_several(
+    Batch* batch, Py_ssize_t i, int64_t now_ns, const Request* request, const Shared* shared, Verdict* verdict
+) noexcept nogil:
+    """Decide an element that has several models or meters; an outcome of a joint decision, or TOO_MANY_MODELS.
+
+    Takes the rows' locks.
+    """
+    cdef JointRequest joint
+    cdef int outcome = GONE
+    while outcome == GONE:
+        if not gather(batch, i, &joint, shared):
+            return TOO_MANY_MODELS
+        outcome = decide_rows(&joint, now_ns, request, False, shared, SLICE_NS, verdict)
+    if outcome == DECIDED and joint.violating != NO_MEMBER:
+        batch.violating = joint.members[joint.violating].index
+    return outcome
+
+
 cdef inline Py_ssize_t check_batch(
     Batch* batch, const Shared* shared, Py_ssize_t i, Verdict* verdict
 ) noexcept nogil:
     """Decide from element `i` on; stop after one whose violation is to be logged, or at one whose row stays locked.
-    Returns the index to continue from. Takes the rows' locks, one at a time.
+    Returns the index to continue from. Takes the rows' locks.
 
     A model that was removed after the codes were validated no longer has limits: its requests are admitted.
     """
@@ -112,27 +181,45 @@ cdef inline Py_ssize_t check_batch(
     cdef ColdRow* cold_rows = shared.cold_rows
     cdef Request request
     cdef Row* row
+    cdef ColdRow* cold
     cdef int64_t now_ns
+    cdef uint32_t index
+    cdef bint alone
+    cdef int outcome
     request.ram_mb = request.ssd_mb = 0
     request.ticket = LAST_TICKET
     request.priority = LOWEST_PRIORITY
     request.counted = NULL
     verdict.to_log = 0
-    batch.waits = False
+    batch.waits = batch.too_many = False
     while i < batch.count:
         now_ns = batch.times_ns[i] if batch.times_ns else batch.now_ns
-        if i % BLOCK == 0:
+        if batch.width == 1 and i % BLOCK == 0:
             fetch_block(batch, rows, cold_rows, i, now_ns)
-        row = &rows[index_of(batch.codes[i])]
-        request.tokens = batch.tokens[i]
+        read_tokens(batch, i, &request)
         verdict.allowed = True
-        if unlikely(not try_lock(&row.lock, shared.me)) and not lock_row(row, shared, SLICE_NS):
-            batch.waits = True
-            break
-        if row.generation == generation_of(batch.codes[i]):
-            decide_in_batch(row, &cold_rows[index_of(batch.codes[i])], shared.entries, now_ns, &request,
-                            shared.header.enforcing, verdict)
-        unlock(&row.lock)
+        alone = batch.width == 1
+        if alone:
+            index = index_of(batch.codes[i])
+            row = &rows[index]
+            if unlikely(not try_lock(&row.lock, shared.me)) and not lock_row(row, shared, SLICE_NS):
+                batch.waits = True
+                break
+            if row.generation == generation_of(batch.codes[i]):
+                cold = &cold_rows[index]
+                alone = row.meters == 0
+                if alone:
+                    if batch.split:
+                        request.tokens = count_at(cold, &request.kinds)
+                    decide_in_batch(row, cold, shared.entries, now_ns, &request, shared.header.enforcing, verdict)
+                    batch.violating = index
+            unlock(&row.lock)
+        if not alone:
+            outcome = decide_several(batch, i, now_ns, &request, shared, verdict)
+            if outcome != DECIDED:
+                batch.waits = outcome == BUSY_ROW
+                batch.too_many = outcome == TOO_MANY_MODELS
+                break
         if verdict.allowed:
             batch.limits[i] = 0
         else:
@@ -146,25 +233,77 @@ cdef inline Py_ssize_t check_batch(
     return i
 
 
+cdef inline int64_t added_at(const ColdRow* cold, const Request* request) noexcept nogil:
+    """What tokens that are charged without a decision count at a model: plain ones are output tokens."""
+    return weigh(cold, request.kinds.counts) if request.kinds.split else with_output(
+        cold, &request.kinds, request.kinds.count)
+
+
+cdef inline int charge_several(
+    Batch* batch, Py_ssize_t i, const Request* request, uint8_t* over, const Shared* shared
+) noexcept nogil:
+    """Charge an element whose model has meters or weights, or of which it is asked what is over; an outcome of a joint
+    decision. Takes the rows' locks."""
+    cdef JointRequest joint
+    cdef Holding* member
+    cdef Charge charged
+    cdef bint enforcing = shared.header.enforcing
+    cdef int k
+    joint.gone = 0
+    while joint.gone != NO_MEMBER:
+        if not gather(batch, i, &joint, shared):
+            return TOO_MANY_MODELS
+        if not lock_rows(&joint, shared, SLICE_NS):
+            return BUSY_ROW
+        joint.gone = first_gone(&joint)
+        for k in range(joint.count if joint.gone == NO_MEMBER else 0):
+            member = &joint.members[k]
+            advance(member.row, member.cold, batch.now_ns)
+            charge_tokens(member.row, member.cold, added_at(member.cold, request),
+                          is_trial(member.row, member.cold, enforcing), &charged)
+            if over != NULL and over[0] == 0:
+                over[0] = first_over(member.row, member.cold)
+        unlock_rows(&joint, joint.count)
+    return DECIDED
+
+
 cdef inline Py_ssize_t charge_batch(Batch* batch, const Shared* shared, Py_ssize_t i) noexcept nogil:
     """Charge from element `i` on; stop at one whose row stays locked. Returns the index to continue from.
 
-    Takes the rows' locks, one at a time.
+    `batch.limits`, if it is not NULL, is set to the first limit that each element's models are over then, or 0.
+    Takes the rows' locks.
     """
     cdef Row* rows = shared.rows
-    cdef ColdRow* cold_rows = shared.cold_rows
+    cdef Request request
     cdef Row* row
+    cdef uint8_t* over
+    cdef uint32_t index
+    cdef bint alone
     batch.waits = False
     while i < batch.count:
         if i % BLOCK == 0:
-            fetch_block(batch, rows, cold_rows, i, batch.now_ns)
-        row = &rows[index_of(batch.codes[i])]
-        if unlikely(not try_lock(&row.lock, shared.me)) and not lock_row(row, shared, SLICE_NS):
-            batch.waits = True
-            break
-        if row.generation == generation_of(batch.codes[i]):
-            charge_in_batch(row, &cold_rows[index_of(batch.codes[i])], batch.now_ns, batch.tokens[i],
-                            shared.header.enforcing)
-        unlock(&row.lock)
+            fetch_block(batch, rows, shared.cold_rows, i, batch.now_ns)
+        alone = batch.limits == NULL and not batch.split
+        if alone:
+            index = index_of(batch.codes[i])
+            row = &rows[index]
+            if unlikely(not try_lock(&row.lock, shared.me)) and not lock_row(row, shared, SLICE_NS):
+                batch.waits = True
+                break
+            if row.generation == generation_of(batch.codes[i]):
+                alone = not row.meters | row.weighted
+                if alone:
+                    charge_in_batch(row, &shared.cold_rows[index], batch.now_ns, batch.tokens[i],
+                                    shared.header.enforcing)
+            unlock(&row.lock)
+        if not alone:
+            read_tokens(batch, i, &request)
+            over = NULL
+            if batch.limits != NULL:
+                over = &batch.limits[i]
+                over[0] = 0
+            if charge_several(batch, i, &request, over, shared) == BUSY_ROW:
+                batch.waits = True
+                break
         i += 1
     return i

@@ -2,7 +2,8 @@ from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.layout cimport Charge
 from modelquota._core.row.decision cimport Request
 from modelquota._core.row.grant cimport Holding
-from modelquota._core.state.joint cimport JointRequest
+from modelquota._core.row.tokens cimport Kinds
+from modelquota._core.state.joint cimport JointRequest, MOST_MODELS
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.state cimport State
 from modelquota._core.table.intern cimport RowRef
@@ -14,11 +15,30 @@ cdef enum Stage:
     SETTLED = 2         # the actual tokens are known; memory and concurrency are still held
 
 
+cdef enum:  # what the end of a grant makes of its charges
+    KEEP = 0            # they stay: the estimate is the truth, or they were settled before
+    SETTLE = 1          # the actual tokens take their place,
+    COUNTED = 2         # or the output tokens that add() counted, with the input and cached tokens of the estimate,
+    NOTHING = 3         # or none
+    UNDO = 4            # none, and the request is refunded too
+
+
+cdef struct Addition:
+    # Output tokens that add() charges beyond the estimate.
+    const Kinds* kinds      # of the estimate
+    int64_t estimates[MOST_MODELS]      # what it was charged at each member
+    int64_t begin           # output tokens that are covered already
+    int64_t over            # those that were generated since,
+    int64_t chunk           # and as many as are charged; out: what was
+    bint fits               # out: whether that is within all limits
+
+
 cdef struct Ending:
     # What the end of a grant does to one model.
     int member
-    int64_t surplus         # tokens to refund; negative: to charge
-    bint undo               # refund the request too
+    int end
+    Kinds kinds             # of the estimate, or the actual tokens
+    int64_t output          # what add() counted
     bint close              # release what is held
     bint lapsed             # other processes may already have done all of this
 
@@ -52,9 +72,11 @@ cdef class Grant:
     cdef bint lapsed            # and no longer can: its deadline has passed
     cdef bint counting          # add() was called
     cdef readonly bint limit_reached
-    cdef readonly int64_t estimated_tokens
-    cdef int64_t charged        # the estimate and what add() charged beyond it
-    cdef int64_t used           # what add() counted, or settle() was given
+    cdef Kinds kinds            # of the estimate, from settle() on the actual tokens
+    cdef object estimate        # the same as an int or Tokens,
+    cdef object truth           # and what it turned out to be as far as that is known
+    cdef int64_t free_output    # output tokens up to which add() has nothing to charge
+    cdef int64_t used           # those that add() counted
 
     cdef Holding* hold(self, int member) noexcept nogil
     cdef Charge* charge_of(self, int time, int member) noexcept nogil
@@ -64,12 +86,13 @@ cdef class Grant:
     cdef bint ours(self) noexcept
     cdef bint charge_more(self) except -1
     cdef int reserve_charges(self) except -1
-    cdef int finish(self, int64_t tokens, bint undo, bint close) except -1
+    cdef int finish(self, int end, bint close) except -1
     cdef bint finish_or_defer(self, const Ending* ending) except -1
     cdef int refund_joint(self, JointRequest* joint, int64_t now_ns) except -1
     cdef int tell(self, uint32_t members) except -1
     cdef int release_as(self, bint failed) except -1
 
 
+cdef bint same_kinds(const Kinds* kinds, const Kinds* other) noexcept
 cdef int finish_deferred(Pools pools) except -1
-cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request)
+cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request, object estimate)

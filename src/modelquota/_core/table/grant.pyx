@@ -4,14 +4,15 @@ A grant belongs to the process that made it. Its own fields are guarded by the G
 row's lock. A closed grant stays closed, so nothing is given back twice.
 """
 cimport cython
-from cpython.exc cimport PyErr_WarnEx, PyErr_WriteUnraisable
+from cpython.exc cimport PyErr_SetObject, PyErr_WarnEx, PyErr_WriteUnraisable
 from libc.stdint cimport int64_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 
 from modelquota._core.atomics cimport store_u32
-from modelquota._core.layout cimport Charge, ColdRow, MAX_COUNT, Row, Shared
+from modelquota._core.layout cimport Charge, ColdRow, KINDS, MAX_COUNT, Row, Shared
 from modelquota._core.row.advance cimport advance
 from modelquota._core.row.decision cimport Request, admits_tokens, charge_tokens, is_trial
+from modelquota._core.row.tokens cimport Kinds, count_at, with_output
 from modelquota._core.row.grant cimport Holding, refund, release_holding, reserve_tokens, settle_tokens
 from modelquota._core.state.joint cimport JointRequest, lock_rows, put_in_order, unlock_rows
 from modelquota._core.state.lock cimport SLICE_NS, unlock
@@ -20,7 +21,7 @@ from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.repair cimport lock_row
 from modelquota._core.state.state cimport State, fork_count
 from modelquota._core.state.unclaimed cimport claim_record
-from modelquota._core.table.arguments cimport as_count
+from modelquota._core.table.arguments cimport as_count, as_kinds
 from modelquota._core.table.intern cimport RowRef
 
 from modelquota.errors import GrantClosedError
@@ -53,7 +54,7 @@ cdef class Grant:
 
     Attributes
     ----------
-    estimated_tokens : int
+    estimated_tokens : int or Tokens
         The tokens that were requested.
     limit_reached : bool
         Whether `add` has returned False: tokens beyond the estimate no longer fit.
@@ -68,8 +69,9 @@ cdef class Grant:
                 self.release_as(False)
                 PyErr_WarnEx(ResourceWarning,
                              b"a grant was garbage-collected unreleased; use it in a with statement", 1)
-            except BaseException:
-                PyErr_WriteUnraisable(None)     # warnings may be errors, and an error here cannot be caught
+            except BaseException as error:      # warnings may be errors, and an error here cannot be caught
+                PyErr_SetObject(type(error), error)     # only an error that is set is reported
+                PyErr_WriteUnraisable(None)
         free(self.more)
         if self.capacity:
             free(self.charges)
@@ -113,9 +115,19 @@ cdef class Grant:
         return tuple([self.ref_of(i).model_id for i in range(self.members)])
 
     @property
+    def estimated_tokens(self):
+        """The tokens that were requested."""
+        return self.estimate
+
+    @property
     def tokens(self):
-        """The tokens of the request so far: those that were settled or counted by `add`, otherwise the estimate."""
-        return self.used if self.counting or self.stage == SETTLED else self.charged
+        """The tokens of the request so far: those that were settled or counted by `add`, otherwise the estimate.
+
+        Of an estimate in `Tokens`, what `add` counts replaces the output tokens.
+        """
+        if self.stage != SETTLED and self.counting:
+            return self.estimate.replace(output=self.used) if self.kinds.split else self.used
+        return self.truth
 
     @property
     def released(self):
@@ -145,7 +157,7 @@ cdef class Grant:
             raise ValueError(f"tokens is {more}, and {self.used} were counted before; the sum may be 2**62 at most")
         self.counting = True
         self.used += more
-        if self.used <= self.charged:
+        if self.used <= self.free_output:
             return True
         return self.charge_more()
 
@@ -155,42 +167,45 @@ cdef class Grant:
         If a row stays locked, the excess is charged at the next call, or at the end.
         """
         cdef JointRequest joint
-        cdef int64_t over = self.used - self.charged - self.claimed    # other threads are charging the rest
-        cdef int64_t chunk, now_ns
-        cdef bint fits = True
+        cdef Addition addition
+        cdef int64_t now_ns
         cdef int i, outcome
-        if not self.ours() or self.members == 0 or over <= 0:
+        addition.begin = self.free_output + self.claimed        # other threads are charging what is before it
+        addition.over = self.used - addition.begin
+        if not self.ours() or self.members == 0 or addition.over <= 0:
             return True
         self.reserve_charges()
         joint.count = self.members
         for i in range(self.members):
             joint.members[i] = self.hold(i)[0]
+            addition.estimates[i] = self.charge_of(0, i).tokens
         put_in_order(&joint)
-        chunk = min(max(over, max(<int64_t> LEAST_CHUNK, self.charged // CHUNK_SHARE)), MAX_COUNT - self.charged)
+        addition.kinds = &self.kinds
+        addition.chunk = min(max(addition.over, max(<int64_t> LEAST_CHUNK, self.free_output // CHUNK_SHARE)),
+                             MAX_COUNT - addition.begin)
         self.adding += 1
-        self.claimed += over
+        self.claimed += addition.over
         now_ns = self.state.now_ns()
-        outcome = charge_rows(&joint, now_ns, over, &chunk, &fits, &self.stage, &self.state.shared, 0)
+        outcome = charge_rows(&joint, now_ns, &addition, &self.stage, &self.state.shared, 0)
         if outcome == LOCKED_OUT:
             self.state.inside += 1
             with nogil:
-                outcome = charge_rows(&joint, now_ns, over, &chunk, &fits, &self.stage, &self.state.shared,
-                                      END_PATIENCE_NS)
+                outcome = charge_rows(&joint, now_ns, &addition, &self.stage, &self.state.shared, END_PATIENCE_NS)
             self.state.exit()
         self.adding -= 1
-        self.claimed -= over
+        self.claimed -= addition.over
         if outcome != DONE:
             return True
         if self.stage != OPEN:      # another thread has closed it, unaware of this charge
             self.refund_joint(&joint, now_ns)
-            return fits
+            return addition.fits
         for i in range(self.members):
             self.charge_of(self.times, i)[0] = joint.charges[i]
         self.times += 1
-        self.charged += chunk
-        if not fits:
+        self.free_output += addition.chunk
+        if not addition.fits:
             self.limit_reached = True
-        return fits
+        return addition.fits
 
     cdef int refund_joint(self, JointRequest* joint, int64_t now_ns) except -1:
         """Refund what charge_rows() charged. Takes the rows' locks."""
@@ -228,18 +243,21 @@ cdef class Grant:
         Raises
         ------
         TypeError, ValueError
-            Not an integer from 0 to 2**62; nothing is changed.
+            Not an integer from 0 to 2**62, or `Tokens`; nothing is changed.
         GrantClosedError
             The grant has been settled with another number, or cancelled, or released.
         """
-        cdef int64_t actual = as_count(actual_tokens, "actual_tokens")
-        if self.stage == SETTLED and self.used == actual:
+        cdef Kinds actual
+        as_kinds(actual_tokens, "actual_tokens", &actual)
+        if self.stage == SETTLED and same_kinds(&self.kinds, &actual):
             return
         if self.stage != OPEN or not self.state.usable():
             self.require_open("settle")
-        self.used = actual
+        self.kinds = actual
+        self.truth = actual_tokens if actual.split else actual.count
+        self.counting = False
         self.stage = SETTLED
-        self.finish(actual, False, False)
+        self.finish(SETTLE, False)
 
     def cancel(self):
         """Undo the request: refund its tokens and the request itself, and release all that is held.
@@ -251,8 +269,9 @@ cdef class Grant:
         self.require_open("cancel")
         self.stage = CLOSED
         self.cancelled = True
-        self.used = 0
-        self.finish(0, True, True)
+        self.truth = 0
+        self.counting = False
+        self.finish(UNDO, True)
 
     def release(self):
         """Release memory and concurrency, as at the end of ``with`` without an exception. Again, it does nothing."""
@@ -260,17 +279,17 @@ cdef class Grant:
             self.release_as(False)
 
     cdef int release_as(self, bint failed) except -1:
-        cdef int64_t tokens = self.used
-        if self.stage == SETTLED:
-            tokens = self.charged       # nothing is left to refund
-        elif not self.counting:
-            tokens = 0 if failed else self.estimated_tokens
-            self.used = tokens
+        cdef int end = KEEP
+        if self.stage != SETTLED and self.counting:
+            end = COUNTED
+        elif self.stage != SETTLED and failed:
+            end = NOTHING
+            self.truth = 0
         self.stage = CLOSED
-        return self.finish(tokens, False, True)
+        return self.finish(end, True)
 
-    cdef int finish(self, int64_t tokens, bint undo, bint close) except -1:
-        """Change the charge to `tokens`; `undo` refunds the request, `close` releases holdings. Takes the rows' locks.
+    cdef int finish(self, int end, bint close) except -1:
+        """Change the charges as `end` says; `close` releases holdings. Takes the rows' locks.
 
         Other threads run during the wait for a row, so the grant's own fields are set before. If a row stays
         locked, the rest is put off: a stopped process must not block an event loop.
@@ -278,10 +297,10 @@ cdef class Grant:
         cdef Ending ending
         cdef uint32_t waited_for = 0    # bits of members
         cdef int i
-        ending.surplus = self.charged - tokens
-        ending.undo = undo
+        ending.end = end
+        ending.kinds = self.kinds
+        ending.output = self.used
         ending.close = close
-        self.charged = tokens
         if not self.ours() or not self.state.usable():
             return 0
         if self.unclaimed:
@@ -303,7 +322,7 @@ cdef class Grant:
         cdef Pools pools = self.pools
         cdef const Holding* member = self.hold(ending.member)
         cdef const Charge* charges = self.charge_of(0, ending.member)
-        cdef int64_t now_ns = state.now_ns() if ending.surplus != 0 or ending.undo else 0
+        cdef int64_t now_ns = state.now_ns() if ending.end != KEEP else 0
         cdef int outcome = LOCKED_OUT
         if not (pools.deferred and is_deferred(pools, member.row)):      # what was put off earlier comes first
             outcome = finish_member(member, charges, self.members, self.times, ending, now_ns, &state.shared, 0)
@@ -349,11 +368,33 @@ cdef class Grant:
         return f"<Grant {ids}, {self.tokens} tokens, {stage}>"
 
 
+cdef bint same_kinds(const Kinds* kinds, const Kinds* other) noexcept:
+    cdef int kind
+    if kinds.split != other.split:
+        return False
+    if not kinds.split:
+        return kinds.count == other.count
+    for kind in range(KINDS):
+        if kinds.counts[kind] != other.counts[kind]:
+            return False
+    return True
+
+
+cdef int64_t more_at(const Holding* member, const Addition* addition, int place, int64_t output) noexcept nogil:
+    """What so many output tokens from `begin` on add to a member's charge. Requires the row's lock.
+
+    The estimate covers the first of them: two additions charge together what one does.
+    """
+    cdef int64_t estimate = addition.estimates[place]
+    return (max(with_output(member.cold, addition.kinds, addition.begin + output), estimate)
+            - max(with_output(member.cold, addition.kinds, addition.begin), estimate))
+
+
 cdef int charge_rows(
-    JointRequest* joint, int64_t now_ns, int64_t over, int64_t* chunk, bint* fits, const Stage* stage,
-    const Shared* shared, int64_t patience_ns
+    JointRequest* joint, int64_t now_ns, Addition* addition, const Stage* stage, const Shared* shared,
+    int64_t patience_ns
 ) noexcept nogil:
-    """Charge `chunk` tokens to all models if that fits, or else `over`. Takes the rows' locks.
+    """Charge `chunk` output tokens to all models if that fits, or else `over`. Takes the rows' locks.
 
     Sets `chunk` to what was charged, `fits` to whether that was within all limits, and the charges of `joint`.
     """
@@ -365,20 +406,21 @@ cdef int charge_rows(
     if stage[0] != OPEN:
         unlock_rows(joint, joint.count)
         return TOO_LATE
-    fits[0] = True
+    addition.fits = True
     for i in range(joint.count):
         member = &joint.members[i]
         if member.row.generation == member.generation:
             advance(member.row, member.cold, now_ns)
-            if not admits_tokens(member.row, member.cold, chunk[0], enforcing):
-                chunk[0] = over
-                fits[0] = fits[0] and admits_tokens(member.row, member.cold, over, enforcing)
+            if not admits_tokens(member.row, member.cold, more_at(member, addition, i, addition.chunk), enforcing):
+                addition.chunk = addition.over
+                addition.fits = addition.fits and admits_tokens(
+                    member.row, member.cold, more_at(member, addition, i, addition.over), enforcing)
     for i in range(joint.count):
         member = &joint.members[i]
         joint.charges[i].tokens = 0
         if member.row.generation == member.generation:
-            charge_tokens(member.row, member.cold, chunk[0], is_trial(member.row, member.cold, enforcing),
-                          &joint.charges[i])
+            charge_tokens(member.row, member.cold, more_at(member, addition, i, addition.chunk),
+                          is_trial(member.row, member.cold, enforcing), &joint.charges[i])
             reserve_tokens(member.cold, member.record, joint.charges[i].tokens)
     unlock_rows(joint, joint.count)
     return DONE
@@ -399,6 +441,13 @@ cdef bint refund_rows(JointRequest* joint, int64_t now_ns, const Shared* shared,
     return True
 
 
+cdef int64_t tokens_at_end(const ColdRow* cold, const Ending* ending) noexcept nogil:
+    """What the grant counts at a model from its end on, unless its charges are kept. Requires the row's lock."""
+    if ending.end == SETTLE:
+        return count_at(cold, &ending.kinds)
+    return with_output(cold, &ending.kinds, ending.output) if ending.end == COUNTED else 0
+
+
 cdef int finish_member(
     const Holding* member, const Charge* charges, int stride, int times, const Ending* ending, int64_t now_ns,
     const Shared* shared, int64_t patience_ns
@@ -409,7 +458,7 @@ cdef int finish_member(
     """
     cdef Row* row = member.row
     cdef ColdRow* cold = member.cold
-    cdef int64_t left = ending.surplus
+    cdef int64_t left = 0
     cdef int64_t part
     cdef int time
     cdef bint alive, waiting
@@ -420,16 +469,19 @@ cdef int finish_member(
     alive = row.generation == member.generation
     if ending.lapsed and member.record.seat != shared.me:    # another process has refunded it too
         alive = False
-    if alive and (left != 0 or ending.undo):
+    if alive and ending.end != KEEP:
+        for time in range(times):
+            left += charges[time * stride].tokens
+        left -= tokens_at_end(cold, ending)
         advance(row, cold, now_ns)
         if left < 0:
             charge_tokens(row, cold, -left, is_trial(row, cold, shared.header.enforcing), &charged)
         for time in range(times - 1, -1, -1):
-            if left <= 0 and not (ending.undo and time == 0):
+            if left <= 0 and not (ending.end == UNDO and time == 0):
                 continue
             charge = &charges[time * stride]
             part = min(max(left, <int64_t> 0), charge.tokens)
-            refund(row, cold, 1 if ending.undo and time == 0 else 0, part, charge)
+            refund(row, cold, 1 if ending.end == UNDO and time == 0 else 0, part, charge)
             left -= part
     if member.record.seat == shared.me:      # otherwise another process took this one for dead, and released it
         if ending.close and alive:
@@ -506,14 +558,16 @@ cdef int finish_deferred(Pools pools) except -1:
     return 0
 
 
-cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request):
+cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request, object estimate):
     """The grant of what decide_all() has just taken. Defined in this file because the type's freelist is here."""
     cdef Grant grant = Grant.__new__(Grant)
     cdef int i
     grant.state = pools.state
     grant.pools = pools
     grant.forks = fork_count()
-    grant.estimated_tokens = grant.charged = request.tokens
+    grant.kinds = request.kinds
+    grant.estimate = grant.truth = estimate if request.kinds.split else request.kinds.count
+    grant.free_output = joint.free_output if joint.count else MAX_COUNT
     grant.members = joint.count
     grant.unclaimed = joint.unclaimed_until_ns != 0 and joint.count != 0
     for i in range(joint.count):

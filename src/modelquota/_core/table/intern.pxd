@@ -25,6 +25,8 @@ cdef class RowRef:
 cdef class Interned:
     cdef State state
     cdef dict ids                   # model id -> RowRef
+    cdef dict meters                # model id -> RowRefs of its meters, if it has any
+    cdef list unlinked              # pairs of RowRefs, model and meter, that may not be linked yet
     cdef uint64_t seen_version      # the registry version that `ids` reflects
     cdef PyObject** refs            # the RowRef of each row, or NULL
     cdef int64_t refs_used          # no row at or above this index has had one
@@ -37,6 +39,10 @@ cdef class Interned:
     cdef int refresh_all(self) except -1
     cdef int intern(self, object model_id, int64_t index, uint32_t generation) except -1
     cdef int unintern(self, RowRef ref) except -1
+    cdef int unintern_if_removed(self, RowRef ref) except -1
+    cdef RowRef ref_at(self, int64_t index, uint32_t generation)
+    cdef int join(self, RowRef ref) except -1
+    cdef int link_meters(self, bint wait) except -1
     cdef RowRef find(self, str model_id)
     cdef RowRef require(self, object model_id)
     cdef int put(self, str model_id, object config, bint on_sight) except -1

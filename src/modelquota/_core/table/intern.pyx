@@ -13,15 +13,16 @@ from modelquota._core.layout cimport CHANGES, ColdRow, Limits
 from modelquota._core.row.limits cimport limited_windows
 from modelquota._core.row.usage cimport Usage
 from modelquota._core.state.lock cimport SLICE_NS
+from modelquota._core.state.meters cimport MOST_METERS
 from modelquota._core.state.packing cimport pack, unpack
 from modelquota._core.state.read cimport READ_PATIENCE_NS, read_and_unlock, read_locked
 from modelquota._core.state.registry cimport (
-    ANY_ROW, DONE, NAME_UNIT, REGISTRY_BUSY, TABLE_FULL, add_model, remove_model, replace_limits
+    ANY_ROW, DONE, NAME_UNIT, REGISTRY_BUSY, TABLE_FULL, add_model, link_meter, remove_model, replace_limits
 )
 from modelquota._core.state.repair cimport lock_row, try_row
 from modelquota._core.state.state cimport State
 
-from modelquota.errors import CapacityError, UnknownModelError
+from modelquota.errors import CapacityError, QuotaConfigError, UnknownModelError
 
 
 @cython.final
@@ -37,6 +38,8 @@ cdef class Interned:
     def __cinit__(self, State state not None):
         self.state = state
         self.ids = {}
+        self.meters = {}
+        self.unlinked = []
 
     cdef int open(self) except -1:
         """Intern the models that are in the state."""
@@ -88,7 +91,7 @@ cdef class Interned:
         cdef uint64_t change
         cdef uint32_t index
         if version == self.seen_version:
-            return 0
+            return 0 if not self.unlinked else self.link_meters(False)
         if version - self.seen_version <= CHANGES // 2:
             for change in range(self.seen_version, version):
                 index = self.state.shared.changes[change % CHANGES]
@@ -98,10 +101,10 @@ cdef class Interned:
                 # what was read has not been overwritten in the meantime
                 if load_u64(&self.state.shared.header.registry_version) - self.seen_version <= CHANGES:
                     self.seen_version = version
-                    return 0
+                    return self.link_meters(False)
         if self.refresh_all():
             self.seen_version = version
-        return 0
+        return self.link_meters(False)
 
     cdef int refresh_all(self) except -1:
         """Refresh all rows; False if one is changing at this moment."""
@@ -153,6 +156,64 @@ cdef class Interned:
         Py_INCREF(ref)
         self.refs[index] = <PyObject*> ref
         self.refs_used = max(self.refs_used, index + 1)
+        if self.meters or "#" in <str> model_id:
+            self.join(ref)
+        return 0
+
+    cdef int unintern_if_removed(self, RowRef ref) except -1:
+        """unintern() if the model has been removed; after a change of its meters there is nothing to do."""
+        if ref.row.generation != ref.generation:
+            self.unintern(ref)
+        return 0
+
+    cdef RowRef ref_at(self, int64_t index, uint32_t generation):
+        """The model in a row, if it is still the one of this generation, or None."""
+        if self.refs[index] == NULL or (<RowRef> self.refs[index]).generation != generation:
+            self.refresh_row(index)
+        if self.refs[index] == NULL or (<RowRef> self.refs[index]).generation != generation:
+            return None
+        return <RowRef> self.refs[index]
+
+    # -- meters
+
+    cdef int join(self, RowRef ref) except -1:
+        """Note that a model and its meters may have to be linked: what has just been interned may be either.
+
+        The process that registered it may have died before it linked them.
+        """
+        cdef str model_id, name
+        cdef RowRef model, meter
+        model_id, _, name = (<str> ref.model_id).partition("#")
+        if name:
+            self.meters.setdefault(model_id, []).append(ref)
+            model = self.ids.get(model_id)
+            if model is not None:
+                self.unlinked.append((model, ref))
+        else:
+            for meter in self.meters.get(model_id, ()):
+                self.unlinked.append((ref, meter))
+        return 0
+
+    cdef int link_meters(self, bint wait) except -1:
+        """Link what join() has found. Takes the registry's lock and the model's; without `wait` it only tries them."""
+        cdef RowRef model, meter
+        cdef int outcome
+        while self.unlinked:
+            model, meter = self.unlinked[0]
+            outcome = link_meter(model.row, model.generation, meter.row, meter.generation, &self.state.shared, 0)
+            if outcome == REGISTRY_BUSY and not wait:
+                break
+            if outcome == REGISTRY_BUSY:
+                self.state.inside += 1
+                with nogil:
+                    outcome = link_meter(model.row, model.generation, meter.row, meter.generation, &self.state.shared,
+                                         SLICE_NS)
+                self.state.exit()
+            if outcome == REGISTRY_BUSY:
+                self.state.pause()
+                continue
+            if (model, meter) in self.unlinked:
+                self.unlinked.remove((model, meter))
         return 0
 
     cdef int unintern(self, RowRef ref) except -1:
@@ -160,6 +221,11 @@ cdef class Interned:
         cdef int64_t index = ref.row - self.state.shared.rows
         if self.ids.get(ref.model_id) is ref:
             del self.ids[ref.model_id]
+        siblings = self.meters.get((<str> ref.model_id).partition("#")[0]) if self.meters else None
+        if siblings is not None and ref in siblings:
+            siblings.remove(ref)
+            if not siblings:
+                del self.meters[(<str> ref.model_id).partition("#")[0]]
         if self.refs[index] == <PyObject*> ref:
             self.refs[index] = NULL
             Py_XDECREF(<PyObject*> ref)
@@ -179,6 +245,7 @@ cdef class Interned:
         cdef bytes name = model_id.encode()
         cdef const char* text = name
         cdef int64_t size = len(name)
+        cdef str parent = model_id.partition("#")[0]
         self.state.require_open()
         self.pack_limits(config, &limits)
         while True:
@@ -194,6 +261,8 @@ cdef class Interned:
             if version != self.seen_version:
                 self.refresh()
                 continue
+            if len(self.meters.get(parent, ())) >= MOST_METERS and "#" in model_id:
+                raise QuotaConfigError("model_id", model_id, f"at most {MOST_METERS} meters of one model")
             # if another model is registered first, `version` differs
             self.state.reserve_next_model(limited_windows(&limits))
             now_ns = self.state.now_ns()
@@ -213,7 +282,7 @@ cdef class Interned:
                 self.intern(model_id, index, generation)
                 if self.seen_version == version:
                     self.seen_version = version + 1     # no other model was added or removed
-                return 0
+                return self.link_meters(True)
 
     cdef int pack_limits(self, object config, Limits* limits) except -1:
         """The limits of a config as a row stores them. The last result is cached, for a shared template."""

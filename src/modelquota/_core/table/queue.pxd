@@ -12,6 +12,7 @@ from modelquota._core.table.intern cimport RowRef
 cdef class Waiter:
     cdef Queues queues              # None before it waits
     cdef Request request
+    cdef object estimate            # its tokens, as they were given
     cdef tuple ids
     cdef list waits_in              # the WaitQueues in which it is; empty before and after
     cdef Places places              # its entries in the queues of the state

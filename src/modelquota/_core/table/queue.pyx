@@ -49,7 +49,7 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int32_t, int64_t
 
 from modelquota._core.atomics cimport add_i64_relaxed, store_i64_relaxed
-from modelquota._core.layout cimport MAX_TIME_NS
+from modelquota._core.layout cimport KINDS, MAX_TIME_NS
 from modelquota._core.row.decision cimport NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, Request, Verdict
 from modelquota._core.state.clock cimport Watcher
 from modelquota._core.state.joint cimport BUSY_ROW, DECIDED, GONE, JointRequest, NO_MEMBER, Places
@@ -80,7 +80,16 @@ cdef inline bint precedes(const Request* request, const Request* other) noexcept
 
 cdef inline bint needs_as_much(const Request* request, const Request* other) noexcept:
     """Whether a request cannot fit if the other one does not."""
-    return request.tokens >= other.tokens and request.ram_mb >= other.ram_mb and request.ssd_mb >= other.ssd_mb
+    cdef int kind
+    if request.kinds.split != other.kinds.split:
+        return False        # which of them counts more depends on the weights of each model
+    if request.kinds.split:
+        for kind in range(KINDS):
+            if request.kinds.counts[kind] < other.kinds.counts[kind]:
+                return False
+    elif request.kinds.count < other.kinds.count:
+        return False
+    return request.ram_mb >= other.ram_mb and request.ssd_mb >= other.ssd_mb
 
 
 cdef inline bint can_wait(const Verdict* verdict, int64_t now_ns, int64_t deadline_ns) noexcept:
@@ -353,7 +362,9 @@ cdef class WaitQueue:
                     break
                 i += 1
                 continue
-            grant = make_grant(queues.pools, &joint, refs, &waiter.request) if verdict.allowed else None
+            grant = None
+            if verdict.allowed:
+                grant = make_grant(queues.pools, &joint, refs, &waiter.request, waiter.estimate)
             if waiter.done or self not in waiter.waits_in:     # a finalizer ran, and took it out of the queue
                 if grant is not None:
                     (<Grant> grant).cancel()
@@ -541,6 +552,7 @@ cdef class Queues(Watcher):
         cdef int unknown, outcome
         if waiter.queues is None:
             parse_request(&waiter.request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+            waiter.estimate = estimated_tokens
             waiter.request.priority = <int32_t> as_priority(priority)
             waiter.timeout_ns = as_wait_ns(timeout)
             waiter.ids = ids_of(model_id)
@@ -554,7 +566,7 @@ cdef class Queues(Watcher):
                                                 &joint, &verdict, NULL)
             if unknown == BUSY:
                 return self.try_again(waiter)
-            grant = make_grant(self.pools, &joint, refs, &waiter.request) if verdict.allowed else None
+            grant = make_grant(self.pools, &joint, refs, &waiter.request, waiter.estimate) if verdict.allowed else None
             if joint.violating == NO_MEMBER:
                 return grant
             ref = refs[joint.violating]
@@ -580,7 +592,7 @@ cdef class Queues(Watcher):
             outcome = waiter.enter(&joint, refs, 0 if nowait else SLICE_NS)
             if outcome != GONE:
                 break
-            self.admission.interned.unintern(<RowRef> refs[joint.gone])
+            self.admission.interned.unintern_if_removed(<RowRef> refs[joint.gone])
         else:
             raise CapacityError(self.state.shared.header.max_models)
         if outcome == BUSY_ROW:

@@ -1,3 +1,4 @@
+from libc.stdint cimport int64_t
 from modelquota._core.layout cimport Shared
 from modelquota._core.row.decision cimport Request
 from modelquota._core.state.pools cimport Pools
@@ -17,5 +18,6 @@ cdef class QuotaTable:
     cdef Queues queues
 
     cdef object answer(self, RowRef ref, object model_id, const Request* request, object handle)
+    cdef object answer_metered(self, RowRef ref, object model_id, const Request* request, object handle, int64_t now_ns)
     cdef object answer_unknown(self, object model_id, const Request* request)
     cdef object answer_late(self, RowRef ref, object model_id, const Request* request, object handle)

@@ -13,23 +13,27 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from modelquota._core.layout cimport ColdRow, MAX_TIME_NS, Row, Shared
 from modelquota._core.row.decision cimport NEVER, Request, Verdict, decide
+from modelquota._core.row.advance cimport unlikely
 from modelquota._core.row.fullest cimport highest_usage
+from modelquota._core.row.tokens cimport Kinds, count_at
+from modelquota._core.state.joint cimport DECIDED, JointRequest, MOST_MODELS, add_meters, decide_rows, put_in_order
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.pools cimport Pools
 from modelquota._core.state.repair cimport lock_row
 from modelquota._core.state.state cimport State, rows_now_ns
 from modelquota._core.state.write cimport LEFT, ROW_BUSY, forgive_burst, record_memory
-from modelquota._core.table.admission cimport Admission, ids_of
-from modelquota._core.table.arguments cimport as_count, parse_request
+from modelquota._core.table.admission cimport Admission, MAY_WAIT, ids_of, put_member
+from modelquota._core.table.arguments cimport as_kinds, parse_request
 from modelquota._core.table.arrays cimport int64_copy, require_length, require_target, token_counts
-from modelquota._core.table.batch cimport Batch, charge_batch, check_batch, first_bad_code, index_of
-from modelquota._core.table.grant cimport Grant, SETTLED
+from modelquota._core.table.batch cimport Batch, NO_CODE, charge_batch, check_batch, first_bad_code, index_of
+from modelquota._core.table.grant cimport Grant, SETTLED, make_grant, same_kinds
 from modelquota._core.table.intern cimport Interned, RowRef, plain_id
 from modelquota._core.table.queue cimport Queues, Waiter
 from modelquota._core.table.result cimport result_of
 from modelquota._core.table.snapshot cimport read_model, read_models, totals_of
 
 from modelquota.errors import UnknownModelError
+from modelquota.quota.tokens import Tokens
 
 cnp.import_array()
 
@@ -44,10 +48,19 @@ cdef inline bint decide_and_unlock(
     Row* row, ColdRow* cold, uint32_t generation, const Shared* shared, int64_t now_ns, const Request* request,
     Verdict* verdict
 ) noexcept nogil:
-    """Decide, and release the row's lock; False, undecided, if the model has left the row. Requires the row's lock."""
-    cdef bint alive = row.generation == generation
+    """Decide, and release the row's lock; False, undecided, if the model has left the row or has meters.
+
+    Requires the row's lock.
+    """
+    cdef bint alive = row.generation == generation and row.meters == 0
+    cdef Request weighed
     if alive:
-        decide(row, cold, shared.entries, now_ns, request, shared.header.enforcing, verdict)
+        if unlikely(request.kinds.split):
+            weighed = request[0]
+            weighed.tokens = count_at(cold, &request.kinds)
+            decide(row, cold, shared.entries, now_ns, &weighed, shared.header.enforcing, verdict)
+        else:
+            decide(row, cold, shared.entries, now_ns, request, shared.header.enforcing, verdict)
         if verdict.allowed:
             verdict.usage = highest_usage(row, cold, request.ram_mb, request.ssd_mb)
     unlock(&row.lock)
@@ -275,6 +288,8 @@ cdef class QuotaTable:
         cdef Verdict verdict
         cdef Row* row = ref.row
         cdef int64_t now_ns = rows_now_ns(self.shared)
+        if unlikely(row.meters):
+            return self.answer_metered(ref, model_id, request, handle, now_ns)
         if now_ns >= self.shared.fine_until_ns or not try_lock(&row.lock, self.shared.me):
             return self.answer_late(ref, model_id, request, handle)
         if not decide_and_unlock(row, ref.cold, ref.generation, self.shared, now_ns, request, &verdict):
@@ -285,6 +300,30 @@ cdef class QuotaTable:
             return result_of(&verdict, <str> model_id)
         result = result_of(&verdict, <str> model_id)
         self.admission.events.on_violation(model_id, result, verdict.to_log)
+        return result
+
+    cdef object answer_metered(self, RowRef ref, object model_id, const Request* request, object handle,
+                               int64_t now_ns):
+        """answer() for a model that has meters: one decision over all of them. Takes the rows' locks."""
+        cdef JointRequest joint
+        cdef Verdict verdict
+        cdef RowRef named = ref
+        joint.count = 0
+        put_member(&joint, ref, self.shared.rows)
+        joint.unclaimed_until_ns = 0
+        if now_ns >= self.shared.fine_until_ns or not add_meters(&joint, 1, self.shared):
+            return self.answer_late(ref, model_id, request, handle)
+        put_in_order(&joint)
+        if decide_rows(&joint, now_ns, request, False, self.shared, 0, &verdict) != DECIDED:
+            return self.answer_late(ref, model_id, request, handle)
+        if verdict.limit and verdict.worth_a_look:
+            self.pools.reclaim_if_due()
+        if joint.violating > 0:
+            named = self.interned.ref_at(joint.members[joint.violating].index,
+                                         joint.members[joint.violating].generation)
+        result = result_of(&verdict, None if named is None else named.model_id)
+        if verdict.to_log:
+            self.admission.events.on_violation(result.model_id, result, verdict.to_log)
         return result
 
     cdef object answer_late(self, RowRef ref, object model_id, const Request* request, object handle):
@@ -309,6 +348,8 @@ cdef class QuotaTable:
                 self.state.exit()
             if outcome == LOCKED_OUT:
                 self.state.pause()
+        if outcome == 0 and row.generation == ref.generation:      # it has meters
+            return self.admission.check_several(ref.model_id, request, False)
         if outcome == 0:
             if handle is not None:
                 raise UnknownModelError(model_id)
@@ -335,6 +376,8 @@ cdef class QuotaTable:
         ref = self.admission.find_or_adopt(<str> model_id)
         if ref is not None:
             return self.answer(ref, model_id, request, None)
+        if model_id in self.interned.meters:
+            return self.admission.check_several(model_id, request, False)
         self.admission.count_unknown(1)
         verdict.allowed = True
         verdict.limit = 0
@@ -349,8 +392,8 @@ cdef class QuotaTable:
         Parameters
         ----------
         model_id : str or sequence of str
-            One model, or up to 16 that must all admit, such as ``("acme", "acme/bob", "llama-70b")``: one decision,
-            all or nothing. An id without a quota admits, and holds nothing.
+            One model, or up to 15 that must all admit, such as ``("acme", "acme/bob", "llama-70b")``: one decision,
+            all or nothing, meters included. An id without a quota admits, and holds nothing.
         estimated_tokens : int
             Tokens, 0 .. 2**62.
         ram_needed_mb, ssd_needed_mb : int
@@ -378,7 +421,7 @@ cdef class QuotaTable:
         """
         cdef Request request
         parse_request(&request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-        return self.admission.reserve(ids_of(model_id), &request)
+        return self.admission.reserve(ids_of(model_id), &request, estimated_tokens)
 
     def settle_many(self, grants, actual_tokens):
         """Settle many grants at once, such as those that one step of continuous batching completed.
@@ -396,6 +439,7 @@ cdef class QuotaTable:
             As for `Grant.settle`; everything is validated before anything is settled.
         """
         cdef Grant grant
+        cdef Kinds actual
         cdef list open_grants = list(grants)
         cdef list counts = actual_tokens.tolist() if hasattr(actual_tokens, "tolist") else list(actual_tokens)
         cdef Py_ssize_t i
@@ -405,14 +449,66 @@ cdef class QuotaTable:
         for i in range(len(counts)):
             if type(open_grants[i]) is not Grant:
                 raise TypeError(f"grants[{i}] is {open_grants[i]!r}; give a Grant")
-            counts[i] = as_count(counts[i], f"actual_tokens[{i}]")
+            as_kinds(counts[i], f"actual_tokens[{i}]", &actual)
             grant = open_grants[i]
-            if not (grant.stage == SETTLED and grant.used == counts[i]):
+            if not (grant.stage == SETTLED and same_kinds(&grant.kinds, &actual)):
                 grant.require_open("settle")
         if len(set(map(id, open_grants))) != len(open_grants):
             raise ValueError("grants has one grant twice; give each once")
         for i in range(len(counts)):
             (<Grant> open_grants[i]).settle(counts[i])
+
+    def reserve_many(self, codes, estimated_tokens, *, out=None):
+        """Reserve for many requests in order, such as those that a scheduler may start in its next step.
+
+        Parameters
+        ----------
+        codes : int64 array, shape (n,) or (n, k)
+            From `codes`, as for `check_many`.
+        estimated_tokens : int64 array, shape (n,) or (n, 3), int or Tokens
+            Tokens of each request, 0 .. 2**62; or its input, cached and output tokens.
+        out : uint8 array, shape (n,), optional
+            Filled: 0 if admitted, otherwise the code of the violated `Limit`.
+
+        Returns
+        -------
+        list of Grant or None
+            A grant for each request that was admitted, None for each that was denied.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for `check_many`; nothing has been charged.
+        """
+        cdef Request request
+        cdef Verdict verdict
+        cdef JointRequest joint
+        cdef Py_ssize_t i, width
+        cdef list grants = []
+        cdef list refs
+        self.state.require_open()
+        rows = int64_copy(codes, "codes", 2)
+        width = self._width(rows)
+        tokens = token_counts(estimated_tokens, "estimated_tokens", rows.shape[0])
+        if out is not None:
+            require_target(out, "out", np.uint8, rows.shape[0])
+        self._require_codes(rows)
+        estimates = tokens.tolist()
+        names = [self.interned.name_of(index_of(code)) if code != NO_CODE else None for code in rows.ravel().tolist()]
+        for i in range(len(estimates)):
+            estimate = Tokens(*estimates[i]) if tokens.ndim == 2 else estimates[i]
+            parse_request(&request, estimate, 0, 0)
+            ids = tuple([name for name in names[i * width:(i + 1) * width] if name is not None])
+            refs = []
+            joint.unclaimed_until_ns = 0
+            self.admission.decide_all(ids, &request, True, MAY_WAIT, refs, &joint, &verdict, NULL)
+            grants.append(make_grant(self.pools, &joint, refs, &request, estimate) if verdict.allowed else None)
+            if out is not None:
+                out[i] = 0 if verdict.allowed else verdict.limit
+            if verdict.to_log:
+                name = (<RowRef> refs[joint.violating]).model_id
+                self.admission.events.on_violation(name, result_of(&verdict, name), verdict.to_log)
+        return grants
 
     def _admit_or_queue(self, Waiter waiter not None, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout,
                         priority, *, nowait):
@@ -456,10 +552,10 @@ cdef class QuotaTable:
 
         Parameters
         ----------
-        codes : int64 array, shape (n,)
-            From `codes`.
-        estimated_tokens : int64 array, shape (n,), or int
-            Tokens of each request, 0 .. 2**62.
+        codes : int64 array, shape (n,) or (n, k)
+            From `codes`. With k codes a request, up to 15, these admit all or none; 0 stands for no model.
+        estimated_tokens : int64 array, shape (n,) or (n, 3), int or Tokens
+            Tokens of each request, 0 .. 2**62; or its input, cached and output tokens.
         out : uint8 array, shape (n,), optional
             Filled and returned instead of a new array.
         times_ns : int64 array, shape (n,), optional
@@ -492,9 +588,11 @@ cdef class QuotaTable:
         cdef Py_ssize_t i = 0
         cdef list due = []
         self.state.require_open()
-        rows = int64_copy(codes, "codes")
+        rows = int64_copy(codes, "codes", 2)
         batch.count = rows.shape[0]
+        batch.width = self._width(rows)
         tokens = token_counts(estimated_tokens, "estimated_tokens", batch.count)
+        batch.split = tokens.ndim == 2
         if times_ns is not None:    # before the targets: a conversion may run foreign code, which may resize them
             times_ns = self._times(times_ns, batch.count)
         if out is None:
@@ -523,8 +621,10 @@ cdef class QuotaTable:
             self.state.exit()
             if batch.waits:
                 self.state.pause()
+            if batch.too_many:
+                raise ValueError(f"codes[{i}] has too many ids: with their meters more than {MOST_MODELS} decide")
             if verdict.to_log:
-                name = self.interned.name_of(index_of(batch.codes[i - 1]))
+                name = self.interned.name_of(batch.violating)
                 due.append((name, result_of(&verdict, name), verdict.to_log))
         if times_ns is not None and batch.count:
             if batch.times_ns[batch.count - 1] > self.state.manual.time_ns:
@@ -535,18 +635,37 @@ cdef class QuotaTable:
             self.admission.events.on_violation(model_id, result, held)
         return out
 
-    def charge_many(self, codes, tokens):
+    def charge_many(self, codes, tokens, *, over=None):
         """Charge tokens unconditionally, such as those that one decode step produced; no request is counted.
 
-        Parameters and errors are those of `check_many`; nothing is charged if an error is raised. If a limit is
-        exceeded, nothing is admitted until the excess has aged out.
+        If a limit is exceeded, nothing is admitted until the excess has aged out. Meters are charged with their model.
+
+        Parameters
+        ----------
+        codes : int64 array, shape (n,)
+            From `codes`.
+        tokens : int64 array, shape (n,) or (n, 3), or int
+            Output tokens of each; or its input, cached and output tokens.
+        over : uint8 array, shape (n,), optional
+            Filled: the code of the first `Limit` that the model, or one of its meters, is over now, otherwise 0.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for `check_many`; nothing has been charged.
         """
         cdef Batch batch
         cdef Py_ssize_t i = 0
         self.state.require_open()
         rows = int64_copy(codes, "codes")
         batch.count = rows.shape[0]
+        batch.width = 1
         counts = token_counts(tokens, "tokens", batch.count)
+        batch.split = counts.ndim == 2
+        batch.limits = NULL
+        if over is not None:
+            require_target(over, "over", np.uint8, batch.count)
+            batch.limits = <uint8_t*> cnp.PyArray_DATA(over)
         self._require_codes(rows)
         batch.codes = <const int64_t*> cnp.PyArray_DATA(rows)
         batch.tokens = <const int64_t*> cnp.PyArray_DATA(counts)
@@ -561,13 +680,26 @@ cdef class QuotaTable:
             if batch.waits:
                 self.state.pause()
 
+    def _width(self, cnp.ndarray rows):
+        """How many codes an element has; raises ValueError for two of the same model in one."""
+        if rows.ndim == 1:
+            return 1
+        if not 1 <= rows.shape[1] <= MOST_MODELS:
+            raise ValueError(f"codes has shape {(<object> rows).shape}; give 1 to {MOST_MODELS} for each request")
+        ordered = np.sort(rows, axis=1)
+        twice = np.argwhere((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != NO_CODE))
+        if twice.size:
+            raise ValueError(f"codes[{twice[0][0]}] has one model twice; give each once, and 0 for none")
+        return rows.shape[1]
+
     def _require_codes(self, cnp.ndarray rows):
         cdef const int64_t* first = <const int64_t*> cnp.PyArray_DATA(rows)
-        cdef Py_ssize_t count = rows.shape[0]
+        cdef Py_ssize_t count = cnp.PyArray_SIZE(rows)
+        cdef bint several = rows.ndim == 2
         cdef Py_ssize_t bad
         self.state.inside += 1
         with nogil:
-            bad = first_bad_code(first, count, self.shared.rows, self.shared.header)
+            bad = first_bad_code(first, count, several, self.shared.rows, self.shared.header)
         self.state.exit()
         self.state.require_open()
         if bad < count:

@@ -1,1 +1,0 @@
-"""The protocols of inference servers, one file each: how to read a request."""

@@ -1,0 +1,109 @@
+"""What the environment and ``[http]`` of a quota file say about a server."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from modelquota.errors import QuotaConfigError
+from modelquota.quota.file import load_quotas
+
+_QUOTAS: Final = "MODELQUOTA_QUOTAS"
+_REDIS: Final = "MODELQUOTA_REDIS_URL"
+_OVERRIDES: Final = {"MODELQUOTA_STATE": "state", "MODELQUOTA_PAGE": "page", "MODELQUOTA_METRICS": "metrics"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the environment and the quota file say about a server.
+
+    Attributes
+    ----------
+    quotas : pathlib.Path
+        The quota file.
+    state : pathlib.Path
+        The state file.
+    http : dict
+        The fields of ``[http]``, with those that the environment overrides.
+    """
+
+    quotas: Path
+    state: Path
+    http: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] = os.environ, **overrides: str | None) -> Settings:
+        """Read the settings, and with them the whole quota file.
+
+        Parameters
+        ----------
+        environ : mapping
+            The environment: ``MODELQUOTA_QUOTAS`` is required; ``MODELQUOTA_STATE``, ``MODELQUOTA_PAGE`` and
+            ``MODELQUOTA_METRICS`` go before the fields ``state``, ``page`` and ``metrics`` of the file.
+        **overrides
+            ``quotas``, ``state``, ``page`` or ``metrics``, which go before the environment unless they are None.
+
+        Raises
+        ------
+        QuotaConfigError
+            A variable, or something in the file, is not accepted; the error names it.
+        OSError
+            The file cannot be read.
+        """
+        given = overrides.get("quotas") or environ.get(_QUOTAS)
+        if not given:
+            raise QuotaConfigError(_QUOTAS, given, "the path of a quota file (TOML)")
+        if environ.get(_REDIS):
+            raise QuotaConfigError(_REDIS, "...", "it to be unset: this version shares limits on one machine only")
+        path = Path(given).absolute()
+        quotas = load_quotas(path)
+        http = dict(quotas.http)
+        for variable, name in _OVERRIDES.items():
+            value = overrides.get(name) or environ.get(variable)
+            if value:
+                _require(variable if overrides.get(name) is None else f"--{name}", name, value)
+                # A path in the environment is relative to the working directory, one in the file to the file's folder.
+                http[name] = os.path.abspath(value) if name == "state" else value
+        state = path.parent / http["state"] if "state" in http else default_state(path)
+        return cls(path, state, http)
+
+
+def _require(variable: str, name: str, value: str) -> None:
+    from modelquota.quota.http import HTTP_FIELDS
+
+    if not HTTP_FIELDS[name].accepts(value):
+        raise QuotaConfigError(variable, value, HTTP_FIELDS[name].accepted)
+
+
+def default_state(quotas: Path) -> Path:
+    """Return the state file for a quota file: in the user's run directory, and named after the quota file.
+
+    Servers with the same quota file share it, and with it their limits. A run directory is empty after a reboot.
+    """
+    name = f"{quotas.stem}-{hashlib.sha256(os.fsencode(quotas.resolve())).hexdigest()[:8]}.state"
+    return _run_directory() / name
+
+
+def _run_directory() -> Path:
+    """Return the folder of this user's state files, created if it does not exist, with access for nobody else."""
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if base and os.path.isdir(base):
+        folder = Path(base, "modelquota")
+    elif os.geteuid() == 0 and os.access("/run", os.W_OK):
+        folder = Path("/run/modelquota")
+    else:
+        folder = Path(tempfile.gettempdir(), f"modelquota-{os.geteuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    # Anyone can create a folder in /tmp first, and would then decide which state file is used.
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise QuotaConfigError(
+            "MODELQUOTA_STATE", None, f"the path of a state file, since {folder} can be changed by other users"
+        )
+    return folder

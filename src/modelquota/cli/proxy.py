@@ -1,0 +1,62 @@
+"""The command `modelquota proxy`: quotas in front of a server that takes no Python. Needs the extra `proxy`."""
+
+import contextlib
+import signal
+import sys
+
+import uvicorn
+from rich.console import Console
+
+from modelquota.asgi.proxy import UPSTREAM_CHARGES, Dated, ReverseProxy
+from modelquota.asgi.quota import Quota
+from modelquota.asgi.settings import Settings
+from modelquota.cli.format import printable
+from modelquota.cli.processes import listening, run_in_processes
+
+__all__ = ["serve_proxy"]
+
+SHUTDOWN_SECONDS = 30
+KEEP_ALIVE_SECONDS = 75
+
+
+def serve_proxy(
+    console: Console, proxy: ReverseProxy, settings: Settings, *, host: str, port: int, workers: int, access_log: bool
+) -> None:
+    """Serve until Ctrl-C or SIGTERM; open requests get a while to end.
+
+    Raises what `modelquota.asgi.Quota` raises, and OSError if it cannot listen at the address.
+    """
+    protected = Quota(proxy, settings, {"charge": UPSTREAM_CHARGES})
+    config = uvicorn.Config(
+        Dated(protected),
+        log_level="info" if access_log else "warning",
+        access_log=access_log,
+        ws="none",
+        lifespan="on",
+        server_header=False,  # those of the server behind are passed on
+        date_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+    with listening(host, port) as listener:
+        name = f"[{host}]" if ":" in host else host
+        address = f"http://{name}:{listener.getsockname()[1]}"
+        page = settings.http.get("page")
+        lines = [
+            f"{address} passes on to {proxy.upstream}, with the quotas of {settings.quotas}",
+            f"their state is in {settings.state}" + (f"; live page: {address}{page}" if page else ""),
+            "Ctrl-C stops it.",
+        ]
+        for line in lines:
+            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+        def run() -> None:
+            with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
+                uvicorn.Server(config).run(sockets=[listener])
+
+        if workers == 1:
+            # uvicorn sends itself the signal again once it has shut down
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+            run()
+        else:
+            run_in_processes(workers, run)

@@ -1,0 +1,386 @@
+"""The ledger: one line of JSON for each request, for billing, audit and tuning.
+
+A request is put into a bounded buffer, and one thread writes what is there every tenth of a second, so that no request
+waits for a disk. What does not fit is counted as lost, and the ledger says how many. The lines are:
+
+``{"ledger": 1, "started_us": ..., "pid": ...}``
+    A process begins to write. Times are microseconds since 1970-01-01 UTC. With ``continued_us``, it goes on from the
+    file before.
+``{"time_us": ..., "ids": ["acme", "llama-70b"], "estimated": ..., "settled": ..., "verdict": ..., ...}``
+    A request: see `Ledger.record`. The last id is the model; those before it are whom else the request is charged to.
+``{"lost": 5, "time_us": ..., "pid": ...}``
+    So many requests were lost since the process' line before: the buffer was full, or the disk refused them.
+``{"ended_us": ..., "written": ..., "lost": ..., "pid": ...}``
+    The process ended in order. If this line is missing, the process was killed, and the last tenth of a second may be
+    missing without having been counted. A line that was cut off by that is skipped, and said, by all readers.
+
+`modelquota usage` sums ledgers, and `modelquota replay` and `tune` read them as traces.
+"""
+
+import atexit
+import contextlib
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from modelquota.errors import QuotaExceededError
+from modelquota.monitoring.ledgerfile import LEDGER_VERSION, LedgerFile, line_of, now_us
+from modelquota.monitoring.ledgerline import request_line
+
+if TYPE_CHECKING:
+    from modelquota._core.table.grant import Grant
+    from modelquota.manager import ResourceQuotaManager
+
+__all__ = ["ADMITTED", "DENIED", "WARNED", "Ledger"]
+
+ADMITTED = "admitted"
+DENIED = "denied"
+WARNED = "warned"
+
+LEDGER_VARIABLE = "MODELQUOTA_LEDGER"
+FLUSH_SECONDS = 0.1
+LINES_PER_WRITE = 2_000
+# Above a tenth of the buffer the writer is woken before its time.
+WAKE_SHARE = 10
+
+logger = logging.getLogger("modelquota")
+
+
+class Ledger:
+    """A file of requests, written in the background.
+
+    Several processes may write one file, each with a `Ledger` of its own; a forked child continues with one of its own
+    by itself. Every method may be called from any thread.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file; created with mode 0600, appended to if it exists.
+    buffer_size : int
+        Requests that may wait to be written, 1 or more; more are lost, and counted.
+    max_bytes : int or None
+        The size beyond which the file is renamed to ``usage-20261128T212351.123456.jsonl``, with the time in UTC, and a
+        new one begun; None: never.
+    by_day : bool
+        Whether it is also renamed when a day, in UTC, has ended.
+
+    Attributes
+    ----------
+    path : str
+    written, lost : int
+        Requests of this process.
+
+    Raises
+    ------
+    OSError
+        The file cannot be opened for writing.
+    ValueError
+        A parameter is out of range.
+
+    Examples
+    --------
+    >>> import tempfile, os
+    >>> from modelquota import ManualClock, ResourceQuotaManager
+    >>> manager = ResourceQuotaManager(clock=ManualClock())
+    >>> manager.set_quota("llama")
+    >>> with tempfile.TemporaryDirectory() as folder, Ledger(os.path.join(folder, "usage.jsonl")) as ledger:
+    ...     with ledger.acquire(manager, "llama", 300) as grant:
+    ...         grant.settle(120)
+    ...     ledger.flush()
+    ...     ledger.written, ledger.lost
+    (1, 0)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        buffer_size: int = 65_536,
+        max_bytes: int | None = 256 << 20,
+        by_day: bool = True,
+    ) -> None:
+        if buffer_size < 1:
+            raise ValueError(f"buffer_size is {buffer_size}; give the requests that may wait to be written, 1 or more")
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError(f"max_bytes is {max_bytes}; give a number of bytes above 0, or None")
+        self.path = os.fspath(path)
+        self.written = 0
+        self.lost = 0
+        self._buffer_size = buffer_size
+        self._wake_at = max(buffer_size // WAKE_SHARE, 1)
+        self._max_bytes = max_bytes
+        self._by_day = by_day
+        self._buffer: deque[tuple[Any, ...]] = deque()
+        self._losing = threading.Lock()
+        self._begin()
+        _LEDGERS.add(self)
+
+    @classmethod
+    def from_environment(cls) -> Self | None:
+        """Return the ledger of the environment variable ``MODELQUOTA_LEDGER``, a path; None if it is not set."""
+        path = os.environ.get(LEDGER_VARIABLE)
+        return cls(path) if path else None
+
+    def _begin(self) -> None:
+        """Open the file and start the thread, in this process."""
+        self._pid = os.getpid()
+        self._lost_reported = self.lost
+        self._closing = False
+        self._wake = threading.Event()
+        self._writing = threading.Lock()
+        self._losing = threading.Lock()
+        self._file: LedgerFile | None = LedgerFile(self.path, self._max_bytes, self._by_day)
+        self._file.append(line_of({"ledger": LEDGER_VERSION, "started_us": now_us(), "pid": self._pid}))
+        self._thread = threading.Thread(target=self._run, name="modelquota-ledger", daemon=True)
+        self._thread.start()
+
+    # -- what a request calls
+
+    def record(
+        self,
+        ids: str | Sequence[str],
+        estimated: Any,
+        settled: Any = None,
+        *,
+        verdict: str = ADMITTED,
+        limit: str | None = None,
+        time_us: int | None = None,
+        waited_us: int = 0,
+        duration_us: int | None = None,
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> bool:
+        """Write a request when it has ended; never blocks, and takes well under two microseconds.
+
+        Parameters
+        ----------
+        ids : str or sequence of str
+            What it was charged to; the last one is the model.
+        estimated, settled : int, or (input, cached, output), or an object with these attributes
+            The tokens reserved, and those used in the end; None if it was denied.
+        verdict : str
+            ``"admitted"``, ``"denied"`` or ``"warned"`` (admitted over a limit).
+        limit : str, optional
+            The name of the limit that was violated, in lower case, such as ``"tokens_per_hour"``.
+        time_us : int, optional
+            When it arrived, in microseconds since 1970; by default now, less its wait and duration.
+        waited_us : int
+            From arrival to admission or denial.
+        duration_us : int, optional
+            From admission to its end.
+        priority : int
+            As it was given to `acquire`.
+        request_id : str, optional
+            To find it in other logs.
+
+        Returns
+        -------
+        bool
+            False if it is lost: the buffer is full, or the ledger is closed. It is counted in `lost`.
+        """
+        buffer = self._buffer
+        if len(buffer) >= self._buffer_size or self._closing:
+            self._lose(1)
+            return False
+        if time_us is None:
+            time_us = time.time_ns() // 1_000 - waited_us - (duration_us or 0)
+        if type(ids) is list:  # which can change, and not be looked up
+            ids = tuple(ids)
+        buffer.append((time_us, ids, estimated, settled, verdict, limit, waited_us, duration_us, priority, request_id))
+        if len(buffer) >= self._wake_at and not self._wake.is_set():
+            self._wake.set()
+        if self._closing:  # since the look above: the last drain may have been before
+            self._drain()
+        return True
+
+    def _lose(self, count: int) -> None:
+        with self._losing:
+            self.lost += count
+
+    @contextmanager
+    def acquire(
+        self, manager: "ResourceQuotaManager", model_id: str | Sequence[str], estimated_tokens: int, **how: Any
+    ) -> "Iterator[Grant]":
+        """Acquire a grant as ``manager.acquire`` does, and record what became of the request when the block ends.
+
+        Parameters
+        ----------
+        manager : ResourceQuotaManager
+            Of any kind.
+        model_id, estimated_tokens, how
+            As for `ResourceQuotaManager.acquire`.
+        """
+        arrived_ns = time.monotonic_ns()
+        try:
+            grant = manager.acquire(model_id, estimated_tokens, **how)
+        except QuotaExceededError as error:
+            self._record_denial(model_id, estimated_tokens, error, arrived_ns, how)
+            raise
+        admitted_ns = time.monotonic_ns()
+        try:
+            with grant:
+                yield grant
+        finally:
+            self._record_grant(model_id, estimated_tokens, grant, arrived_ns, admitted_ns, how)
+
+    @asynccontextmanager
+    async def acquire_async(
+        self, manager: "ResourceQuotaManager", model_id: str | Sequence[str], estimated_tokens: int, **how: Any
+    ) -> "AsyncIterator[Grant]":
+        """Acquire a grant in asyncio, and record it likewise."""
+        arrived_ns = time.monotonic_ns()
+        try:
+            grant = await manager.acquire_async(model_id, estimated_tokens, **how)
+        except QuotaExceededError as error:
+            self._record_denial(model_id, estimated_tokens, error, arrived_ns, how)
+            raise
+        admitted_ns = time.monotonic_ns()
+        try:
+            with grant:
+                yield grant
+        finally:
+            self._record_grant(model_id, estimated_tokens, grant, arrived_ns, admitted_ns, how)
+
+    def _record_denial(
+        self, ids: str | Sequence[str], estimated: int, error: QuotaExceededError, arrived_ns: int, how: dict[str, Any]
+    ) -> None:
+        limit = error.result.limit
+        self.record(
+            ids,
+            estimated,
+            verdict=DENIED,
+            limit=None if limit is None else limit.name.lower(),
+            waited_us=(time.monotonic_ns() - arrived_ns) // 1_000,
+            priority=how.get("priority", 0),
+        )
+
+    def _record_grant(
+        self,
+        ids: str | Sequence[str],
+        estimated: int,
+        grant: "Grant",
+        arrived_ns: int,
+        admitted_ns: int,
+        how: dict[str, Any],
+    ) -> None:
+        self.record(
+            ids,
+            estimated,
+            grant.tokens,
+            waited_us=(admitted_ns - arrived_ns) // 1_000,
+            duration_us=(time.monotonic_ns() - admitted_ns) // 1_000,
+            priority=how.get("priority", 0),
+        )
+
+    # -- ending
+
+    def flush(self) -> None:
+        """Write what is in the buffer now, in this thread."""
+        self._drain()
+
+    def close(self) -> None:
+        """Write what is in the buffer, and the line that the process ended in order; closing twice is harmless."""
+        if self._closing:
+            return
+        self._closing = True
+        _LEDGERS.discard(self)
+        self._wake.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        self._drain()
+        with self._writing:
+            file, self._file = self._file, None
+            if file is None:
+                return
+            ended = {"ended_us": now_us(), "written": self.written, "lost": self.lost, "pid": self._pid}
+            with contextlib.suppress(OSError):
+                file.append(line_of(ended))
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- the thread
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.wait(FLUSH_SECONDS)
+            self._wake.clear()
+            try:
+                self._drain()
+            except Exception:
+                logger.exception("the ledger at %s has failed to write; requests may be lost", self.path)
+
+    def _drain(self) -> None:
+        buffer = self._buffer
+        with self._writing:
+            file = self._file
+            if file is None:
+                self._lose(len(buffer))
+                buffer.clear()
+                return
+            while buffer:
+                records = [buffer.popleft() for _ in range(min(len(buffer), LINES_PER_WRITE))]
+                lines: list[str] = []
+                for record in records:
+                    try:
+                        lines.append(request_line(record))
+                    except Exception as error:  # about one record: the others are written
+                        self._lose(1)
+                        logger.error("the ledger at %s cannot write a request: %s", self.path, error)
+                self._write(file, lines)
+            lost = self.lost - self._lost_reported
+            if lost:
+                with contextlib.suppress(OSError):
+                    file.append(line_of({"lost": lost, "time_us": now_us(), "pid": self._pid}))
+                    self._lost_reported += lost
+
+    def _write(self, file: LedgerFile, lines: list[str]) -> None:
+        """Write the lines of some requests; what the disk refuses is lost, and counted."""
+        if not lines:
+            return
+        try:
+            file.append("".join(lines).encode("utf-8", "backslashreplace"))
+            self.written += len(lines)
+        except Exception as error:
+            self._lose(len(lines))
+            logger.error("the ledger at %s has lost %d requests: %s", self.path, len(lines), error)
+
+
+_LEDGERS: "weakref.WeakSet[Ledger]" = weakref.WeakSet()
+
+
+def _in_forked_child() -> None:
+    """What the parent had not written is the parent's to write; threads do not survive a fork."""
+    for ledger in list(_LEDGERS):
+        ledger._buffer = deque()
+        ledger.written = ledger.lost = 0
+        if ledger._file is not None:
+            ledger._file.close()
+        try:
+            ledger._begin()
+        except (OSError, RuntimeError) as error:
+            ledger._closing = True
+            logger.error("the ledger at %s cannot be continued in a forked process: %s", ledger.path, error)
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Threads end with the interpreter: write what they have not."""
+    for ledger in list(_LEDGERS):
+        ledger.close()

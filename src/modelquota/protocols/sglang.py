@@ -1,0 +1,82 @@
+"""SGLang's server: its own paths; it speaks OpenAI's API too, which has a table of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from modelquota.protocols.estimate import BYTES_PER_TOKEN, estimate_values
+from modelquota.protocols.openai import OpenAI, model_of, sse
+from modelquota.protocols.protocol import Operation, Params, nothing
+from modelquota.protocols.request import Reading, output_bound, whole_number
+from modelquota.protocols.usage import ANY, CACHED, OUTPUT, PROMPT, Places, under
+from modelquota.protocols.vllm import read_input
+from modelquota.quota.config import MAX_COUNT
+
+_FIELDS: Final[Places] = {
+    ("prompt_tokens",): PROMPT,
+    ("cached_tokens",): CACHED,
+    ("completion_tokens",): OUTPUT,
+}
+_INPUT: Final = ("text", "input_ids", "prompt", "image_data", "audio_data", "video_data", "input_embeds")
+_INPUT_PATHS: Final = ("/encode", "/classify", "/v1/score", "/v1/rerank", "/api/v1/embeddings")
+
+
+def _read_generation(body: Mapping[str, Any], params: Params) -> Reading:
+    """Read a request to ``/generate``, of SGLang or of vLLM's older server."""
+    sampling = body.get("sampling_params")
+    sampling = sampling if isinstance(sampling, dict) else {}
+    outputs = whole_number(sampling, "n", least=1) or whole_number(body, "n", least=1) or 1
+    for field in ("text", "input_ids"):
+        batch = body.get(field)
+        if isinstance(batch, list) and batch and isinstance(batch[0], str | list):
+            outputs *= len(batch)
+            break
+    bounds = [output_bound(part, "max_new_tokens", "max_tokens") for part in (sampling, body)]
+    known = [bound for bound in bounds if bound is not None]
+    return Reading(
+        model_of(body, params),
+        min(estimate_values([body[field] for field in _INPUT if field in body]), MAX_COUNT),
+        outputs,
+        max(known) if known else None,
+        body.get("stream") is True,
+    )
+
+
+class SGLang(OpenAI):
+    """SGLang's own API. The text in each event of a stream is all text so far; of a batch, each item has a report."""
+
+    name = "sglang"
+    usage = OpenAI.usage | under(("meta_info",), _FIELDS) | under((ANY, "meta_info"), _FIELDS)
+    adds_lists = True
+
+    def operations(self) -> dict[str, Operation]:
+        """See `Protocol`."""
+        found = {path: Operation(self, read_input) for path in _INPUT_PATHS}
+        free = Operation(self, nothing, free=True)
+        return {**found, "/generate": Operation(self, _read_generation), "/tokenize": free, "/detokenize": free}
+
+    def event_tokens(self, event: Any, seen: int) -> int:
+        """See `Protocol`."""
+        text = event.get("text") if isinstance(event, dict) else None
+        return max(_tokens(text) - seen, 0) if isinstance(text, str) else super().event_tokens(event, seen)
+
+    def answer_tokens(self, answer: Any) -> int:
+        """See `Protocol`."""
+        items = answer if isinstance(answer, list) else [answer]
+        texts = [item["text"] for item in items if isinstance(item, dict) and isinstance(item.get("text"), str)]
+        return sum(map(_tokens, texts)) if texts else super().answer_tokens(answer)
+
+    def ending(self, last: Mapping[str, dict[str, Any]], output_tokens: int) -> bytes:
+        """See `Protocol`."""
+        event = last.get("", {})
+        if "text" not in event:
+            return super().ending(last, output_tokens)
+        meta = event.get("meta_info")
+        reason = {"finish_reason": {"type": "length", "length": output_tokens}}
+        meta = meta | reason if isinstance(meta, dict) else reason
+        return sse({**event, "meta_info": meta}) + b"data: [DONE]\n\n"
+
+
+def _tokens(text: str) -> int:
+    return -(-len(text.encode("utf-8", "surrogatepass")) // BYTES_PER_TOKEN)

@@ -1,0 +1,34 @@
+"""The BurstGPT trace: seconds since the first day, and failures among the requests."""
+
+import numpy as np
+
+from modelquota.tuning.cells import Int64Array
+from modelquota.tuning.formats.base import Format
+
+
+class BurstGPT(Format):
+    """Its failed requests have no response; they arrived all the same, and stay in the trace."""
+
+    __slots__ = ()
+
+    def finish(self, columns: dict[str, Int64Array], users: Int64Array | None) -> list[str]:
+        """Report the requests that failed."""
+        failed = int(np.count_nonzero(columns["output"] == 0))
+        return [f"{failed:,} requests have no response tokens (they failed); they are kept"] if failed else []
+
+
+BURSTGPT = BurstGPT(
+    name="burstgpt",
+    title="BurstGPT CSV",
+    container="CSV",
+    columns={
+        "time": "Timestamp",
+        "prompt": "Request tokens",
+        "output": "Response tokens",
+        "model": "Model",
+        "user": "Session ID",
+        "duration": "Elapsed time",
+    },
+    required=("time", "prompt", "output", "model"),
+    time_unit="s",
+)

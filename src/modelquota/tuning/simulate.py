@@ -1,0 +1,335 @@
+"""Simulation of requests that wait: the manager's own queue, on a clock that jumps from one event to the next.
+
+The events are arrivals, releases, deadlines, and the times at which a waiting request may fit. The last come from the
+manager too: `peek_quota` says how long the first in line, or the smallest of those that are throttled, has to wait.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from modelquota._core.table.grant import Grant
+from modelquota._core.table.queue import Waiter
+from modelquota._core.table.result import QuotaCheckResult
+from modelquota.errors import QuotaExceededError
+from modelquota.manager import ResourceQuotaManager
+from modelquota.quota.limits import ViolationAction
+from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
+
+REQUESTS_PER_STEP = 16_384
+NS_PER_MS = 1_000_000
+NEVER = 2**62
+WAITING_ACTIONS = (ViolationAction.THROTTLE, ViolationAction.QUEUE)
+
+
+class _SimulatedWaiter(Waiter):
+    """A request that waits in simulated time: the simulation moves the clock, so it has nothing to watch."""
+
+    def __init__(self, index: int, group: "_Group", done: list["_SimulatedWaiter"]) -> None:
+        self.context = None
+        self.index = index
+        self.group = group
+        self._done = done
+
+    def prepare(self) -> None:
+        """Nothing: the simulation does not sleep."""
+
+    def wake(self) -> None:
+        """It is admitted or denied."""
+        self._done.append(self)
+
+    def arm(self) -> None:
+        """Nothing: the next time to check is computed from `peek_quota`."""
+
+
+class _Group:
+    """The requests for the same ids."""
+
+    __slots__ = ("costs", "dirty", "grace_ns", "ids", "next_ns", "waiting", "warns")
+
+    def __init__(self, ids: tuple[str, ...], manager: ResourceQuotaManager) -> None:
+        quotas = [quota for model_id in ids if (quota := manager.get_quota(model_id)) is not None]
+        self.ids: str | tuple[str, ...] = ids if len(ids) > 1 else ids[0]
+        self.grace_ns = sorted({round(quota.grace_period_sec * NS_PER_SECOND) for quota in quotas})
+        self.warns = any(quota.on_violation is ViolationAction.WARN for quota in quotas)
+        self.waiting: dict[int, _SimulatedWaiter] = {}
+        self.costs: list[tuple[int, int]] = []  # a heap of (tokens, index) of those that wait, and of some that do not
+        self.next_ns = NEVER
+        self.dirty = False
+
+    def least_cost(self) -> int:
+        while self.costs[0][1] not in self.waiting:
+            heapq.heappop(self.costs)
+        return self.costs[0][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of each request, in the order of the trace.
+
+    Attributes
+    ----------
+    codes : uint8 array
+        0 if it was admitted, otherwise the `Limit` for which it was denied.
+    waited_ns : int64 array
+        From its arrival to its admission or denial.
+    over : bool array
+        Admitted over a limit, because the action is `warn`.
+    retry_after_ms : int64 array
+        What a denied request was told; 0 if it was admitted, -1 if no wait helps.
+    most_waiting : int
+        The most requests that waited at one time.
+    most_open : int
+        The most requests that were admitted and not finished; 0 without durations.
+    """
+
+    codes: npt.NDArray[np.uint8]
+    waited_ns: Int64Array
+    over: npt.NDArray[np.bool_]
+    retry_after_ms: Int64Array
+    most_waiting: int
+    most_open: int
+
+
+class Simulation:
+    """One run of requests over a manager with a `ManualClock`, which is at 0 or later.
+
+    Parameters
+    ----------
+    manager : ResourceQuotaManager
+    groups : sequence of tuple of str
+        The ids of each group of requests.
+    wait : bool
+        Whether requests that throttle or queue wait, rather than being denied at once.
+    """
+
+    def __init__(self, manager: ResourceQuotaManager, groups: Sequence[tuple[str, ...]], *, wait: bool) -> None:
+        clock = manager.clock
+        assert clock is not None
+        self._manager = manager
+        self._clock = clock
+        self._wait = wait
+        self._groups = [_Group(ids, manager) for ids in groups]
+        self._warns = any(group.warns for group in self._groups)
+        self._busy: set[_Group] = set()
+        self._done: list[_SimulatedWaiter] = []
+        self._releases: list[tuple[int, int, int, Grant]] = []
+        self._deadlines: list[tuple[int, int, _SimulatedWaiter]] = []
+        self._next_ns = NEVER  # of all releases, deadlines and groups: the earliest
+        self._serial = 0
+        self._waiting = self._most_waiting = 0
+        self._open = self._most_open = 0
+
+    def run(
+        self,
+        times_ns: Int64Array,
+        group_index: npt.NDArray[np.integer] | None,
+        tokens: Int64Array,
+        *,
+        reserved: Int64Array | None = None,
+        durations_ns: Int64Array | None = None,
+        priorities: Int64Array | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Outcome:
+        """Run the requests, given in order of time, and then those that still wait.
+
+        Parameters
+        ----------
+        times_ns : int64 array
+            When each request arrives.
+        tokens : int64 array
+            What it costs.
+        group_index : integer array or None
+            The group of each request; None if there is only one.
+        reserved : int64 array, optional
+            What is reserved until the request ends and is settled by `tokens`; needs `durations_ns`.
+        durations_ns : int64 array, optional
+            From admission to release, during which concurrency is held; by default nothing is held.
+        priorities : int64 array, optional
+            As for `acquire`; 0 by default.
+        progress : callable, optional
+            Called as `progress(requests_done, total_requests)`.
+        """
+        requests = len(times_ns)
+        self._codes = np.zeros(requests, np.uint8)
+        self._waited_ns = np.zeros(requests, np.int64)
+        self._over = np.zeros(requests, np.bool_)
+        self._retry_after_ms = np.zeros(requests, np.int64)
+        self._times_ns, self._tokens = times_ns, tokens
+        self._durations_ns, self._reserved = durations_ns, reserved
+        for start in range(0, requests, REQUESTS_PER_STEP):
+            part = slice(start, min(start + REQUESTS_PER_STEP, requests))
+            columns = (times_ns, tokens if reserved is None else reserved)
+            times, costs = (column[part].tolist() for column in columns)
+            groups = [0] * len(times) if group_index is None else group_index[part].tolist()
+            ranks = [0] * len(times) if priorities is None else priorities[part].tolist()
+            step = self._step if durations_ns is None else self._step_held
+            step(start, times, groups, costs, ranks)
+            if progress is not None:
+                progress(part.stop, requests)
+        while self._next_ns < NEVER:
+            self._go_to(self._next_ns)
+        return Outcome(
+            self._codes, self._waited_ns, self._over, self._retry_after_ms, self._most_waiting, self._most_open
+        )
+
+    def _step(self, start: int, times: list[int], groups: list[int], costs: list[int], ranks: list[int]) -> None:
+        """Requests that hold nothing: a check that admits is all there is to do."""
+        now_ns = self._clock.now_ns
+        advance_ns, check = self._clock.advance_ns, self._manager.check_quota
+        all_groups = self._groups
+        for index, at_ns in enumerate(times):
+            if self._next_ns <= at_ns:
+                while self._next_ns <= at_ns:
+                    self._go_to(self._next_ns)
+                now_ns = self._clock.now_ns
+            if at_ns != now_ns:
+                advance_ns(at_ns - now_ns)
+                now_ns = at_ns
+                if self._done:
+                    self._settle()
+            group = all_groups[groups[index]]
+            if self._busy:  # as a grant that is released at once, since a release makes the queues look again
+                self._enter(start + index, group, costs[index], ranks[index])
+                continue
+            result = check(group.ids, costs[index])
+            if result:
+                if result.limit is not None:
+                    self._over[start + index] = True
+            elif self._wait and result.action in WAITING_ACTIONS:
+                self._enter(start + index, group, costs[index], ranks[index])
+            else:
+                self._deny(start + index, result)
+
+    def _step_held(self, start: int, times: list[int], groups: list[int], costs: list[int], ranks: list[int]) -> None:
+        """Requests that hold concurrency, and maybe tokens, until they end."""
+        for index, at_ns in enumerate(times):
+            while self._next_ns <= at_ns:
+                self._go_to(self._next_ns)
+            if at_ns != self._clock.now_ns:
+                self._clock.advance_ns(at_ns - self._clock.now_ns)
+                if self._done:
+                    self._settle()
+            self._enter(start + index, self._groups[groups[index]], costs[index], ranks[index])
+
+    # -- events
+
+    def _enter(self, index: int, group: _Group, cost: int, priority: int) -> None:
+        """Try to admit a request, or let it wait."""
+        if self._warns:
+            seen = self._manager.peek_quota(group.ids, cost)
+            self._over[index] = seen.allowed and seen.limit is not None
+        waiter = _SimulatedWaiter(index, group, self._done)
+        timeout = None if self._wait else 0
+        try:
+            outcome = self._manager._admit_or_queue(waiter, group.ids, cost, 0, 0, timeout, priority, nowait=False)
+        except QuotaExceededError as error:
+            self._deny(index, error.result)
+            return
+        assert outcome is not None  # no other process or thread can hold a lock
+        if isinstance(outcome, Grant):
+            self._admit(index, outcome)
+            if self._done:
+                self._settle()
+                self._look()
+            return
+        if waiter.done:  # at the first look of the queue
+            self._settle()
+            return
+        now_ns = self._clock.now_ns
+        group.waiting[index] = waiter
+        heapq.heappush(group.costs, (cost, index))
+        for grace_ns in group.grace_ns:
+            self._serial += 1
+            heapq.heappush(self._deadlines, (now_ns + grace_ns, self._serial, waiter))
+        self._waiting += 1
+        self._most_waiting = max(self._most_waiting, self._waiting)
+        self._busy.add(group)
+        group.dirty = True
+        self._look()
+
+    def _admit(self, index: int, grant: Grant) -> None:
+        """Hold what was granted until the request ends."""
+        if self._durations_ns is None:
+            grant.release()
+            return
+        self._open += 1
+        self._most_open = max(self._most_open, self._open)
+        self._serial += 1
+        ends_ns = self._clock.now_ns + max(int(self._durations_ns[index]), 0)
+        heapq.heappush(self._releases, (ends_ns, self._serial, index, grant))
+        self._next_ns = min(self._next_ns, ends_ns)
+
+    def _deny(self, index: int, result: QuotaCheckResult) -> None:
+        assert result.limit is not None
+        self._codes[index] = result.limit
+        self._waited_ns[index] = self._clock.now_ns - int(self._times_ns[index])
+        retry_ms = result.retry_after_ms
+        self._retry_after_ms[index] = -1 if retry_ms is None else retry_ms
+
+    def _go_to(self, at_ns: int) -> None:
+        """Move the clock, which serves the queues, and end what ends now."""
+        now_ns = self._clock.now_ns
+        if at_ns > now_ns:
+            self._clock.advance_ns(at_ns - now_ns)
+        self._settle()
+        released = False
+        while self._releases and self._releases[0][0] <= at_ns:
+            _, _, index, grant = heapq.heappop(self._releases)
+            if self._reserved is not None:
+                grant.settle(int(self._tokens[index]))
+            grant.release()
+            self._open -= 1
+            released = True
+            self._settle()
+        for group in self._busy:
+            if released or group.next_ns <= at_ns:
+                group.dirty = True
+        self._look()
+
+    def _settle(self) -> None:
+        """Take what the queues have decided."""
+        while self._done:
+            waiter = self._done.pop(0)
+            group, index = waiter.group, waiter.index
+            if group.waiting.pop(index, None) is not None:
+                self._waiting -= 1
+            group.dirty = True
+            try:
+                grant = waiter.take()
+            except QuotaExceededError as error:
+                self._deny(index, error.result)
+            else:
+                self._waited_ns[index] = self._clock.now_ns - int(self._times_ns[index])
+                self._admit(index, grant)
+            waiter.leave()
+
+    def _look(self) -> None:
+        """Find the next event that is not an arrival."""
+        now_ns = self._clock.now_ns
+        next_ns = self._releases[0][0] if self._releases else NEVER
+        deadlines = self._deadlines
+        while deadlines and (deadlines[0][2].done or deadlines[0][0] <= now_ns):
+            heapq.heappop(deadlines)
+        if deadlines:
+            next_ns = min(next_ns, deadlines[0][0])
+        for group in list(self._busy):
+            if group.dirty:
+                group.dirty = False
+                if not group.waiting:
+                    self._busy.discard(group)
+                    group.next_ns = NEVER
+                    continue
+                group.next_ns = self._ready_ns(group, now_ns)
+            next_ns = min(next_ns, group.next_ns)
+        self._next_ns = next_ns
+
+    def _ready_ns(self, group: _Group, now_ns: int) -> int:
+        """When the first of a group may fit if nothing is released: of equals, the smallest is the first."""
+        result = self._manager.peek_quota(group.ids, group.least_cost())
+        if result:
+            return now_ns + NS_PER_MS
+        return NEVER if result.retry_after_ms is None else now_ns + max(result.retry_after_ms, 1) * NS_PER_MS

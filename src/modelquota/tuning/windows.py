@@ -1,0 +1,124 @@
+"""What rolling windows held: the exact peaks of a trace, and percentiles over its whole length."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from modelquota.quota.limits import WINDOWS
+from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
+from modelquota.tuning.trace import Trace
+
+__all__ = ["KINDS", "LENGTHS", "WindowUse", "counted_ns", "rolling_sums", "window_uses"]
+
+LENGTHS = dict(
+    sorted(
+        {"10 s": 10, "minute": 60, "month": 2_592_000, **{window.name: window.seconds for window in WINDOWS}}.items(),
+        key=lambda window: window[1],
+    )
+)
+"""The windows that are looked at, in seconds: those of the limits, and some more."""
+
+KINDS = ("requests", "input", "cached", "output", "tokens")
+"""What is counted in them; `tokens` are those of all kinds."""
+
+# A quota's window keeps the partly expired one of its 60 slots, and each slot may be a nanosecond longer by rounding.
+_SLOTS = 60
+# Percentiles are over this many moments, evenly spaced.
+MOMENTS = 20_001
+
+
+@dataclass(frozen=True, slots=True)
+class WindowUse:
+    """How much of one kind a rolling window held.
+
+    Attributes
+    ----------
+    window : str
+        One of `LENGTHS`.
+    kind : str
+        One of `KINDS`.
+    peak : int
+        The most in any window, wherever it starts: exact.
+    peak_at_ns : int
+        When the first such window ends, in ns since the first request.
+    p50, p90, p99 : float or None
+        Percentiles over 20,001 evenly spaced moments at which a whole window had passed; None if there is none.
+    """
+
+    window: str
+    kind: str
+    peak: int
+    peak_at_ns: int
+    p50: float | None
+    p90: float | None
+    p99: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def counted_ns(seconds: int) -> int:
+    """Return the longest time over which a quota's window of this length may count, however its slots lie."""
+    return -(-seconds * NS_PER_SECOND * (_SLOTS + 1) // _SLOTS) + _SLOTS + 1
+
+
+def rolling_sums(times_ns: Int64Array, counts: Int64Array | None, window_ns: int) -> Int64Array:
+    """Return what the window that ends with each request held, itself included; None counts requests.
+
+    The window is closed at both ends, so that it holds at least what a quota's does.
+    """
+    first = np.searchsorted(times_ns, times_ns - window_ns, side="left")
+    last = np.arange(1, len(times_ns) + 1)
+    if counts is None:
+        return last - first
+    before = _before(counts)
+    sums: Int64Array = before[last] - before[first]
+    return sums
+
+
+def _before(counts: Int64Array) -> Int64Array:
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
+
+
+def counts_of(trace: Trace) -> Mapping[str, Int64Array | None]:
+    """Return what each request counts in each kind; None is one."""
+    return {
+        "requests": None,
+        "input": trace.input_tokens,
+        "cached": trace.cached_tokens,
+        "output": trace.output_tokens,
+        "tokens": trace.tokens,
+    }
+
+
+def window_uses(trace: Trace) -> Iterator[WindowUse]:
+    """Yield the use of every window that is not much longer than the trace, by window and then by kind."""
+    times_ns = trace.times_ns
+    if not len(times_ns):
+        return
+    before = {
+        kind: np.arange(len(times_ns) + 1) if counts is None else _before(counts)
+        for kind, counts in counts_of(trace).items()
+    }
+    last = np.arange(1, len(times_ns) + 1)
+    span_ns = int(times_ns[-1] - times_ns[0])
+    for window, seconds in LENGTHS.items():
+        window_ns = seconds * NS_PER_SECOND
+        if span_ns < window_ns and window not in ("second", "10 s", "minute"):
+            continue
+        first = np.searchsorted(times_ns, times_ns - window_ns, side="right")
+        moments = None
+        if span_ns >= window_ns:
+            ends = np.linspace(int(times_ns[0]) + window_ns, int(times_ns[-1]), MOMENTS).astype(np.int64)
+            moments = [np.searchsorted(times_ns, at, side="right") for at in (ends, ends - window_ns)]
+        for kind in KINDS:
+            held = before[kind]
+            sums = held[last] - held[first]
+            at = int(sums.argmax())
+            shares: list[float | None] = [None, None, None]
+            if moments is not None:
+                shares = np.percentile(held[moments[0]] - held[moments[1]], (50, 90, 99)).tolist()
+            yield WindowUse(window, kind, int(sums[at]), int(times_ns[at] - times_ns[0]), *shares)

@@ -1,0 +1,348 @@
+"""`Quota`: the middleware that the environment and the quota file configure, and how it refuses to start."""
+
+import asyncio
+import hashlib
+import inspect
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from asgi_client import Call, Model, chat, used
+from patience import until
+from starlette.applications import Starlette
+
+import modelquota.asgi.quota as quota_module
+import modelquota.asgi.settings as settings_module
+from modelquota import QuotaConfigError, QuotaFileError, ResourceQuotaManager
+from modelquota.asgi import IncomingRequest, Quota, QuotaMiddleware, RequestRefusedError
+from modelquota.asgi.identity import api_key, identity_of
+from modelquota.asgi.settings import Settings, default_state
+from modelquota.protocols.tables import TABLES
+from modelquota.quota.http import HTTP_FIELDS, ROUTE_TABLES
+
+MODEL = '[models.m]\nmax_requests_per_second = "unlimited"\nmax_tokens_per_second = "unlimited"\n'
+SECRET = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b"  # printf %s secret | sha256sum
+
+
+@pytest.fixture
+def configure(tmp_path, monkeypatch):
+    """Write the quota file that the environment names; with a state file in the same folder."""
+    path = tmp_path / "quotas.toml"
+    monkeypatch.setenv("MODELQUOTA_QUOTAS", str(path))
+    monkeypatch.setenv("MODELQUOTA_STATE", str(tmp_path / "quota.state"))
+    monkeypatch.setattr(quota_module, "_LOOK_SECONDS", 0.0)
+
+    def write(text=MODEL):
+        new = tmp_path / "new"
+        new.write_text(text)
+        os.replace(new, path)
+        return path
+
+    yield write
+    for guard in quota_module._guards.values():
+        guard.manager.close()
+    quota_module._guards.clear()
+
+
+def ask(app, **headers):
+    """The answer to one request."""
+    fields = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return asyncio.run(Call(app, body=chat(), headers=fields).run())
+
+
+def test_servers_take_it_as_a_class_without_arguments(configure):
+    configure()
+    app = Quota(Model(7))
+    answer = ask(app)
+    assert (answer.status, used(app.manager)) == (200, (7, 0, 0))
+    assert "x-ratelimit-limit-tokens" in answer.headers
+
+
+def test_all_applications_and_processes_share_the_limits(configure, tmp_path):
+    configure()
+    first, second = Quota(Model(7)), Quota(Model(5))
+    ask(first)
+    ask(second)
+    assert first.manager is second.manager
+    code = (
+        "from modelquota.asgi import Quota\nmanager = Quota(None).manager\n"
+        "print(manager.get_usage('m').tokens_this_hour, manager.path)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["12", str(tmp_path / "quota.state")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "[models.m]\nmax_ram_mb = -1",
+            "{}: line 2: [models.\"m\"]: max_ram_mb=-1 is not accepted; expected an integer from 0 to 2**62 MB, or no "
+            'limit (None; "unlimited" in a quota file)',
+        ),
+        ("[models.m]\n[http]\npage = 'quota'", "{}: line 3: [http]: page='quota' is not accepted; expected a path that "
+         'begins with "/"'),
+        ("[http]\nidentity = 'bearer'", '{}: [models] is not accepted; expected at least one table [models."<id>"]'),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_refused_with_file_line_and_field(configure, text, message):
+    path = configure(text)
+    with pytest.raises(QuotaFileError) as caught:
+        Quota(Model())
+    assert str(caught.value) == message.format(path)
+
+
+def test_what_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.delenv("MODELQUOTA_QUOTAS", raising=False)
+    with pytest.raises(QuotaConfigError, match=r"^MODELQUOTA_QUOTAS=None is not accepted; expected the path of a"):
+        Quota(Model())
+    monkeypatch.setenv("MODELQUOTA_QUOTAS", str(tmp_path / "none.toml"))
+    with pytest.raises(FileNotFoundError, match="none.toml"):
+        Quota(Model())
+    (tmp_path / "none.toml").write_text(MODEL)
+    monkeypatch.setenv("MODELQUOTA_PAGE", "quota")
+    with pytest.raises(QuotaConfigError, match=r"^MODELQUOTA_PAGE='quota' is not accepted; expected a path that"):
+        Quota(Model())
+    monkeypatch.delenv("MODELQUOTA_PAGE")
+    monkeypatch.setenv("MODELQUOTA_REDIS_URL", "redis://user:password@host")
+    with pytest.raises(QuotaConfigError, match=r"^MODELQUOTA_REDIS_URL='...' is not accepted; expected it to be unset"):
+        Quota(Model())
+
+
+def test_a_framework_that_creates_it_late_is_told_at_its_start(configure, caplog):
+    """Starlette creates middleware at the first message: an exception then would be an answer of 500 to everyone."""
+    path = configure("[models.m]\nmax_ram_mb = -1")
+    app = Starlette()
+    app.add_middleware(Quota)
+    said = []
+
+    async def receive():
+        return {"type": "lifespan.startup"}
+
+    async def send(message):
+        said.append(message)
+
+    asyncio.run(app({"type": "lifespan", "app": app, "state": {}}, receive, send))
+    assert [message["type"] for message in said] == ["lifespan.startup.failed"]
+    assert said[0]["message"].startswith(f"{path}: line 2: [models.")
+    assert f"{path}: line 2" in caplog.text
+    answer = ask(app)  # by a server that does not speak the lifespan protocol
+    assert (answer.status, answer.error["code"]) == (503, "quotas_unusable")
+    assert str(path) not in answer.body.decode()
+
+
+def test_uvicorn_ends_if_the_file_is_bad(configure, tmp_path):
+    path = configure("[models.m]\nmax_ram_mb = -1")
+    (tmp_path / "served.py").write_text(
+        "from starlette.applications import Starlette\nfrom modelquota.asgi import Quota\n"
+        "app = Starlette()\napp.add_middleware(Quota)\n"
+    )
+    command = [sys.executable, "-m", "uvicorn", "--port", "0", "served:app"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert f"{path}: line 2: [models." in done.stderr
+    assert "Application startup failed" in done.stderr
+
+
+def test_limits_follow_the_file_and_use_is_kept(configure):
+    configure(MODEL + "max_tokens_per_hour = 1000")
+    app = Quota(Model(7))
+    assert ask(app).headers["x-ratelimit-remaining-tokens"] == "890"
+    configure(MODEL + "max_tokens_per_hour = 500")
+    assert ask(app).headers["x-ratelimit-remaining-tokens"] == str(500 - 7 - 110)
+    assert used(app.manager)[0] == 14
+
+
+def test_a_bad_edit_changes_nothing(configure, caplog):
+    path = configure(MODEL + "max_tokens_per_hour = 1000")
+    app = Quota(Model(7))
+    configure(MODEL + "max_tokens_per_hour = -5")
+    assert ask(app).status == 200
+    assert f"{path}: line 4" in caplog.text
+    assert app.manager.get_quota("m").max_tokens_per_hour == 1000
+    path.unlink()
+    assert ask(app).status == 200
+
+
+def test_an_edit_of_http_is_reported(configure, caplog):
+    path = configure()
+    app = Quota(Model(7))
+    configure(MODEL + "[http]\npage = '/quota'")
+    assert ask(app).status == 200
+    assert f"[http] of {path} has changed: it takes effect after a restart" in caplog.text
+
+
+def test_the_file_is_looked_at_once_a_second(configure, monkeypatch):
+    monkeypatch.setattr(quota_module, "_LOOK_SECONDS", 1.0)
+    configure()
+    app = Quota(Model(7))
+    looks = []
+    monkeypatch.setattr(app._guard, "_read_stamp", lambda: looks.append(1) or app._guard._stamp)
+    for _ in range(20):
+        ask(app)
+    assert 1 <= len(looks) < 20
+
+
+def test_page_and_metrics_are_served_if_they_are_asked_for(configure, monkeypatch):
+    pytest.importorskip("prometheus_client")
+    configure(MODEL + "[http]\npage = '/quota'\nmetrics = '/quota/metrics'")
+    monkeypatch.setenv("MODELQUOTA_PAGE", "/limits")
+    app = Quota(Model(7))
+    ask(app)
+    get = lambda path, method="GET": asyncio.run(Call(app, path, method=method).run())  # noqa: E731
+    assert get("/limits").body.startswith(b"<!doctype html>")
+    text = get("/quota/metrics").body.decode()
+    assert 'modelquota_tokens_total{model="m"} 7.0' in text or "modelquota" in text
+    assert get("/quota/metrics", "HEAD").body == b""
+    assert get("/quota/metrics", "POST").status == 405
+
+
+def test_metrics_need_their_extra_at_the_start(configure, monkeypatch):
+    configure(MODEL + "[http]\nmetrics = '/metrics'")
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(ImportError, match=r"this needs the extra 'prometheus': pip install 'modelquota\[prometheus\]'"):
+        Quota(Model())
+
+
+def test_the_state_file_is_in_the_run_directory_and_named_after_the_quota_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    first, second = default_state(Path("/a/quotas.toml")), default_state(Path("/b/quotas.toml"))
+    assert first.parent == tmp_path / "modelquota"
+    assert first.name == f"quotas-{hashlib.sha256(b'/a/quotas.toml').hexdigest()[:8]}.state"
+    assert first != second
+    assert stat.S_IMODE(first.parent.stat().st_mode) == 0o700
+    monkeypatch.setenv("MODELQUOTA_QUOTAS", str(tmp_path / "q.toml"))
+    monkeypatch.delenv("MODELQUOTA_STATE", raising=False)
+    (tmp_path / "q.toml").write_text(MODEL)
+    assert Settings.read().state.parent == tmp_path / "modelquota"
+    (tmp_path / "q.toml").write_text(MODEL + "[http]\nstate = 'q.state'")
+    assert Settings.read().state == tmp_path / "q.state"
+    assert Settings.read(state=str(tmp_path / "other")).state == tmp_path / "other"
+
+
+def test_a_folder_that_others_can_change_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(settings_module.os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(settings_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    with pytest.raises(QuotaConfigError, match=r"modelquota-12345 can be changed by other users$"):
+        default_state(Path("/a/quotas.toml"))  # since it belongs to this user
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "modelquota").mkdir(mode=0o700)
+    (tmp_path / "modelquota").chmod(0o777)
+    with pytest.raises(QuotaConfigError, match=r"modelquota can be changed by other users$"):
+        default_state(Path("/a/quotas.toml"))
+
+
+def request(body=b"{}", **headers):
+    fields = [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in headers.items()]
+    return IncomingRequest({"headers": fields}, body)
+
+
+@pytest.mark.parametrize(
+    ("headers", "key"),
+    [
+        ({"authorization": "Bearer secret"}, "secret"),
+        ({"authorization": "bearer   secret "}, "secret"),
+        ({"authorization": "Bearer secret", "x_api_key": "other"}, "secret"),
+        ({"authorization": "Basic c2VjcmV0", "x_api_key": "secret"}, "secret"),
+        ({"api_key": "secret"}, "secret"),
+        ({"x_goog_api_key": "secret"}, "secret"),
+        ({"authorization": "Bearer "}, None),
+        ({"authorization": "secret"}, None),
+        ({}, None),
+    ],
+)
+def test_the_api_key_of_every_protocol(headers, key):
+    assert api_key(request(**headers)) == key
+
+
+def test_a_key_is_known_by_its_hash_and_never_shown():
+    names = {}
+    who = identity_of("bearer", lambda: names)
+    asked = request(authorization="Bearer secret")
+    assert who(asked) == f"key:{SECRET[:32]}"
+    names[SECRET[:32]] = "acme"
+    assert who(asked) == "acme"
+    assert who(request()) is None
+    refuses = identity_of("bearer", lambda: names, refuse_unknown_keys=True)
+    assert refuses(asked) == "acme"
+    for stranger in (request(), request(authorization="Bearer other")):
+        with pytest.raises(RequestRefusedError) as caught:
+            refuses(stranger)
+        assert (caught.value.status, caught.value.code) == (401, "invalid_api_key")
+
+
+def test_other_identities():
+    assert identity_of("header:X-Tenant")(request(x_tenant="acme")) == "acme"
+    assert identity_of("header:x-tenant")(request()) is None
+    assert identity_of("header:x-tenant")(request(x_tenant="")) is None
+    user = identity_of("openai-user")
+    assert user(request(b'{"user": "bob"}')) == "bob"
+    assert user(request(b'{"safety_identifier": "bob"}')) == "bob"
+    assert user(request(b'{"user": 5}')) is user(request(b'{"user": ""}')) is user(request()) is None
+    long = user(request(b'{"user": "%s"}' % (b"x" * 1000)))
+    assert long == f"user:{hashlib.sha256(b'x' * 1000).hexdigest()[:32]}"
+    with pytest.raises(RequestRefusedError):
+        user(request(b"{"))
+    for wrong in ("basic", "header:", ""):
+        with pytest.raises(ValueError, match="is not accepted; expected"):
+            identity_of(wrong)
+
+
+def test_keys_are_hot(configure):
+    limits = 'on_violation = "reject"\n[models."tenant/acme"]\nmax_requests_per_hour = 1\non_violation = "reject"\n'
+    identity = "[http]\nidentity = 'bearer'\n"
+    configure(MODEL + limits + identity)
+    app = Quota(Model(7))
+    assert [ask(app, authorization="Bearer secret").status for _ in range(2)] == [200, 200]
+    configure(MODEL + limits + identity + f"[keys]\n{SECRET} = 'acme'\n")
+    assert [ask(app, authorization="Bearer secret").status for _ in range(2)] == [200, 429]
+
+
+def test_every_field_of_http_is_used(configure):
+    parameters = set(inspect.signature(QuotaMiddleware).parameters)
+    assert set(quota_module._PASSED_ON) <= HTTP_FIELDS.keys() & parameters
+    assert tuple(TABLES) == ROUTE_TABLES
+    assert HTTP_FIELDS.keys() - set(quota_module._PASSED_ON) == {"identity", "unknown_key", "metrics", "state"}
+    configure(
+        MODEL
+        + """[http]
+        routes = ['openai', 'ollama']
+        unknown_model = 'refuse'
+        unrouted = 'refuse'
+        default_model = 'm'
+        headers = 'none'
+        retry_spread = 0
+        max_body_bytes = 1000
+        max_inflight_bytes = 1000
+    """
+    )
+    app = Quota(Model(7))
+    assert "x-ratelimit-limit-tokens" not in ask(app).headers
+    call = lambda body, path="/v1/chat/completions": asyncio.run(Call(app, path, body).run()).status  # noqa: E731
+    assert call({**chat(), "model": "other"}) == 404
+    assert call(chat(), "/v1/unheard/of") == call(chat(), "/v1/messages") == 404
+    assert call({**chat(), "model": None}) == 200
+    assert call({**chat(), "messages": [{"role": "user", "content": "x" * 1000}]}) == 413
+
+
+def test_workers_that_start_at_the_same_time(configure, tmp_path):
+    """As the API servers of vLLM, which are spawned."""
+    configure(MODEL + "max_requests_per_hour = 5")
+    code = (
+        "import asyncio, sys\nsys.path.insert(0, sys.argv[1])\nfrom asgi_client import Call, Model, chat\n"
+        "from modelquota.asgi import Quota\napp = Quota(Model(1))\n"
+        "print(asyncio.run(Call(app, body=chat()).run()).status)"
+    )
+    support = str(Path(__file__).parents[1] / "support")
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, support], stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    assert [worker.communicate(timeout=60)[0].strip() for worker in workers] == ["200"] * 4
+    with ResourceQuotaManager(path=tmp_path / "quota.state") as manager:
+        until(lambda: manager.get_usage("m").concurrent_requests == 0)
+        assert manager.get_usage("m").requests_this_hour == 4
