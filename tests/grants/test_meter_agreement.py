@@ -14,8 +14,7 @@ from hypothesis.stateful import rule
 from oracle_kinds import Amount
 from strategies import Arrival, Step, limits, steps, tokens
 
-from modelquota import QuotaExceededError, ResourceQuotaConfig
-from modelquota.quota.tokens import Tokens
+from modelquota import QuotaExceededError, ResourceQuotaConfig, Tokens
 
 METERS = ("a#x", "a#y", "b#z", "c#w")
 IDS = ("a", "b", *METERS)
@@ -41,7 +40,9 @@ def kinds() -> st.SearchStrategy[Amount]:
 def meters(model_id: str) -> st.SearchStrategy[ResourceQuotaConfig]:
     """Limits on tokens in any window, some of them weighted."""
     some = {name: field for name, field in limits().items() if "ram" not in name and "ssd" not in name}
-    return st.builds(lambda **fields: ResourceQuotaConfig.unlimited(model_id, **fields), token_weights=weights(), **some)
+    return st.builds(
+        lambda **fields: ResourceQuotaConfig.unlimited(model_id, **fields), token_weights=weights(), **some
+    )
 
 
 class MeterAgreement(GrantAgreement):

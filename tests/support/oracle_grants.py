@@ -309,8 +309,7 @@ class OracleGrant:
         self.estimated = self.tokens = estimated
         self.estimates = {id(party): party.charges[0].tokens for party in parties}
         self.free_output = min(
-            [COUNT_MAX]
-            + [most_output(party.model.config, estimated, self.estimates[id(party)]) for party in parties]
+            [COUNT_MAX] + [most_output(party.model.config, estimated, self.estimates[id(party)]) for party in parties]
         )
         self.used: int | None = None  # the output tokens that `add` counted
         self.state = "open"
@@ -340,9 +339,7 @@ class OracleGrant:
         chunk = ahead if all_fits else beyond
         for party in self.living:
             trial = self.oracle.is_trial(party.model)
-            party.charges.append(
-                party.model.charge_for_grant(now_ns, 0, self.more_at(party, chunk), capped=trial)
-            )
+            party.charges.append(party.model.charge_for_grant(now_ns, 0, self.more_at(party, chunk), capped=trial))
         self.free_output += chunk
         return fits
 
