@@ -18,7 +18,7 @@ from oracle import COUNT_MAX, SECOND_NS, Level, Model, Oracle, charged, rates_of
 from oracle_answers import COUNTERS, OUTCOMES, TYPES, Decision
 from oracle_kinds import Amount, counted, most_output, with_output
 
-from modelquota import GrantClosedError, Limit, ResourceQuotaConfig, ViolationAction
+from modelquota import GrantClosedError, ResourceQuotaConfig, ViolationAction
 from modelquota.quota.limits import CATALOGUE
 
 ROUNDING = Fraction(1, 10**9)
@@ -247,7 +247,8 @@ class GrantOracle(Oracle):
         self, ids: Sequence[str], tokens: Amount, ram_mb: int, ssd_mb: int
     ) -> tuple[Decision, list[tuple[GrantModel, Charge]]]:
         """One decision over all models and their meters: who denies is named, or else who warns; nothing is charged,
-        or all. An id without a quota may have meters."""
+        or all. An id without a quota may have meters.
+        """
         now_ns = self.clock.now_ns
         for model_id in ids:
             if model_id not in self.models and self.default_quota is not None and "#" not in model_id:
