@@ -56,7 +56,7 @@ def test_add_within_the_estimate_touches_no_shared_state():
         return b"".join(array.tobytes() for array in manager._arrays()[1:])
 
     before = state()
-    assert all([grant.add(1) for _ in range(40)])
+    assert all(grant.add(1) for _ in range(40))
     assert state() == before
     assert grant.add(1)
     assert state() != before

@@ -17,8 +17,8 @@ DefaultQuota: TypeAlias = (
 """The types that `default_quota` accepts."""
 
 PATTERN_ACCEPTED = (
-    f"an id, or a pattern with * at its end or before the # of a meter, and nowhere else, 1 to {MAX_MODEL_ID_BYTES} bytes"
-    " of UTF-8"
+    "an id, or a pattern with * at its end or before the # of a meter, and nowhere else, 1 to "
+    f"{MAX_MODEL_ID_BYTES} bytes of UTF-8"
 )
 
 
