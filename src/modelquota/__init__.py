@@ -22,6 +22,7 @@ from modelquota.errors import (
 from modelquota.manager import ModelQuota, ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import Limit, ViolationAction, ViolationType
+from modelquota.quota.tokens import Tokens
 from modelquota.waiting.stream import count_stream
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ __all__ = [
     "ResourceQuotaManager",
     "ResourceUsage",
     "StateFileError",
+    "Tokens",
     "TraceError",
     "UnknownModelError",
     "ViolationAction",

@@ -14,8 +14,7 @@ from hypothesis.stateful import rule
 from oracle_kinds import Amount
 from strategies import Arrival, Step, limits, steps, tokens
 
-from modelquota import QuotaExceededError, ResourceQuotaConfig
-from modelquota.quota.tokens import Tokens
+from modelquota import QuotaExceededError, ResourceQuotaConfig, Tokens
 
 METERS = ("a#x", "a#y", "b#z", "c#w")
 IDS = ("a", "b", *METERS)

@@ -21,7 +21,8 @@ RAM = 'an integer from 0 to 2**62 MB, or no limit (None; "unlimited" in a quota 
 TOP = 'the tables [defaults], [models."<id>"], [http] and [keys] and nothing else'
 QUOTE = 'no table here; quote an id that has a dot: [models."llama-3.2-1b"]'
 PATTERN = (
-    'a pattern with * at its end and nowhere else, such as [defaults."user:*"], of 1 to 255 bytes; a model has a table '
+    'a pattern with * at its end, or before the # of a meter, and nowhere else, such as [defaults."user:*"], of 1 to '
+    "255 bytes; a model has a table "
     '[models."<id>"]'
 )
 IS_ID = "no model_id: the name of a table under [models] is the id"
@@ -219,7 +220,7 @@ def test_the_path_may_be_a_str(write: Write) -> None:
                 "",
                 f'[defaults."{key}"] is not accepted; expected {PATTERN}',
             )
-            for key in ("vip", "", "a*b", "*a", "user:**", "x" * 255 + "*")
+            for key in ("vip", "", "a*b", "*a", "user:**", "user:#*", "user:*#", "x" * 255 + "*")
         ),
         (
             "[models.a]\n[defaults.llama-3.2-1b]\nmax_ram_mb = 5",

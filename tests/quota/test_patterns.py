@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from modelquota import ManualClock, QuotaConfigError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.quota.patterns import QuotaTemplates, overlaid
 
-ACCEPTED = "an id, or a pattern with * at its end and nowhere else, 1 to 255 bytes of UTF-8"
+ACCEPTED = "an id, or a pattern with * at its end or before the # of a meter, and nowhere else, 1 to 255 bytes of UTF-8"
 
 
 def expected(patterns, model_id):
@@ -77,7 +77,8 @@ def test_a_look_up_does_not_grow_with_the_number_of_patterns():
 
 
 @pytest.mark.parametrize(
-    "pattern", ["", "a*b", "*a", "**", "user:**", "*:*", "a\0*", "\0", "x" * 255 + "*", "é" * 128, "\ud800*", "a*#usd"]
+    "pattern",
+    ["", "a*b", "*a", "**", "user:**", "*:*", "a\0*", "\0", "x" * 255 + "*", "é" * 128, "\ud800*", "a*#", "a#b*"],
 )
 def test_a_pattern_that_is_not_one_is_named(pattern):
     for make in (

@@ -26,12 +26,13 @@ import pytest
 from crew import shared_array
 from patience import until
 
-from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager, Tokens
 from modelquota._core.state.validate import validate
 from modelquota.waiting.thread import ThreadWaiter
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")  # what lands is not left to chance
 MOST = (int(os.environ.get("MODELQUOTA_EVERY", "0")) and 10**9) or 4  # deaths per verb
+METERS = ("m#a", "m#b", "m#c", "s1", "s1#1", "s1#2")
 HELD = {"concurrent_requests", "reserved_ram_mb", "reserved_ssd_mb", "queued_requests"}
 START_NS = 10**15 + 12_345
 SLOT_NS = 16_666_667
@@ -218,6 +219,36 @@ def changes(**fields: Any) -> Begin:
     return begin
 
 
+def metered(case: Case) -> Any:
+    """The model "m" with two meters, one of which has been removed before and has counted something."""
+    for name in ("gone", "a", "b"):
+        case.manager.set_quota(f"m#{name}", **LIMITS | {"token_weights": (1, 0.5, 3)})
+    case.manager.remove_quota("m#gone")
+    case.manager.check_quota("m", Tokens(1, 2, 3))
+    return case.manager.codes(["m"])
+
+
+def granted_by_kind(case: Case) -> Any:
+    metered(case)
+    return case.manager.reserve("m", Tokens(5, 4, 3), 7, 9)
+
+
+def check_kinds(case: Case, _: Any) -> None:
+    case.manager.check_quota("m", Tokens(5, 4, 3))
+
+
+def reserve_kinds(case: Case, _: Any) -> None:
+    case.kept = case.manager.reserve(("y", "m"), Tokens(5, 4, 3), 5, 6)  # type: ignore[attr-defined]
+
+
+def charge(case: Case, codes: Any) -> None:
+    case.manager.charge_many(codes, Tokens(5, 4, 3))
+
+
+def meters_by_pattern(case: Case) -> Any:
+    case.manager.default_quota = {"s*": LONG, "s*#1": LONG, "s*#2": LONG}
+
+
 CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
     "check in the same slot": (nothing, check),
     "check in the next slot": (later(0.02), check),
@@ -278,6 +309,20 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
         full_on_sight,
         lambda case, model_id: case.manager._set_quota(model_id, LONG),
     ),
+    "check with meters": (later(0.1, metered), check_kinds),
+    "batch with meters": (metered, batch),
+    "charge with meters": (metered, charge),
+    "reserve with meters": (metered, reserve_kinds),
+    "settle with meters": (granted_by_kind, lambda case, grant: grant.settle(Tokens(9, 9, 1))),
+    "cancel with meters": (granted_by_kind, lambda case, grant: grant.cancel()),
+    "add a meter": (metered, lambda case, _: case.manager._set_quota("m#c", LONG)),
+    "remove a meter": (metered, lambda case, _: case.manager.remove_quota("m#a")),
+    "remove a model with meters": (metered, lambda case, _: case.manager.remove_quota("m")),
+    "add a model to its meters": (
+        lambda case: metered(case) is None or case.manager.remove_quota("m"),
+        lambda case, _: case.manager._set_quota("m", LONG),
+    ),
+    "register a family on sight": (meters_by_pattern, lambda case, _: case.manager.codes(["s1"])),
     "report memory": (nothing, lambda case, _: case.manager.update_memory_usage("m", 3, 4)),
     "forgive a burst": (later(0.1, granted), lambda case, _: case.manager.reset_burst("m")),
 }
@@ -289,7 +334,7 @@ def run_and_die(
     """In a forked process: whether it was killed on the way, otherwise how many instructions there were."""
     count = shared_array("i8", 1)
     header, rows, _ = case.manager._arrays()
-    words = [header["registry_lock"].ctypes.data, *(rows["lock"][i : i + 1].ctypes.data for i in range(3))]
+    words = [header["registry_lock"].ctypes.data, *(rows["lock"][i : i + 1].ctypes.data for i in range(8))]
     pid = os.fork()
     if pid == 0:
         try:
@@ -312,7 +357,23 @@ def run_and_die(
 
 def look(case: Case) -> dict[str, Any]:
     """What everybody finds afterwards, when those who died have been looked for."""
-    return {model_id: case.seen(model_id) for model_id in ("m", "y", LONG.model_id)}
+    return {model_id: case.seen(model_id) for model_id in ("m", "y", LONG.model_id, *METERS)}
+
+
+def assert_linked(manager: ResourceQuotaManager, where: str) -> None:
+    """The list of each model has its meters, each once, and nothing else."""
+    _, rows, cold_rows = manager._arrays()
+    ids = manager.list_models()
+    places = {model_id: int(manager.codes([model_id])[0]) & 0xFFFF_FFFF for model_id in ids}
+    for model_id, place in places.items():
+        found, link = [], int(cold_rows["first_meter"][place])
+        while link:
+            found.append(link - 1)
+            link = int(cold_rows["next_meter"][link - 1])
+            assert len(found) <= 14, where
+        meters = [places[one] for one in ids if one.partition("#")[0] == model_id and "#" in one]
+        assert sorted(found) == sorted(meters), (where, model_id)
+        assert rows["meters"][place] == len(meters), (where, model_id)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -346,12 +407,13 @@ def test_after_any_instruction(name, stepper, tmp_path, monkeypatch):
         header, rows, _ = case.manager._arrays()
         assert header["registry_lock"] == 0
         assert not rows["lock"].any()
+        assert_linked(case.manager, where)
         found = look(case)
         for model_id in found:
             assert_either(where, found[model_id], before[model_id], after[model_id])
         total = case.manager.get_stats().total_checks
         assert min(total_before, total_after) <= total <= max(total_before, total_after), where
-        for model_id in ("m", "y"):
+        for model_id in ("m", "y", *METERS):
             usage = case.manager.get_usage(model_id)
             assert usage is None or not any(getattr(usage, field) for field in HELD), where
         case.manager.set_quota("new")

@@ -16,8 +16,7 @@ from typing import Any, Protocol
 from oracle_answers import COUNTERS, OUTCOMES, TYPES, Decision, Stats, Usage
 from oracle_kinds import Amount, counted, with_output
 
-from modelquota import Limit, ResourceQuotaConfig, UnknownModelError, ViolationAction
-from modelquota.quota.tokens import Tokens
+from modelquota import Limit, ResourceQuotaConfig, Tokens, UnknownModelError, ViolationAction
 
 SECOND_NS = 10**9
 MINUTE_NS = 60 * SECOND_NS

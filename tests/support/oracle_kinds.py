@@ -6,8 +6,7 @@ import math
 from decimal import Decimal
 from fractions import Fraction
 
-from modelquota import ResourceQuotaConfig
-from modelquota.quota.tokens import Tokens
+from modelquota import ResourceQuotaConfig, Tokens
 
 Amount = int | Tokens
 """Tokens of a request, by kind or as one count."""

@@ -12,10 +12,10 @@ from modelquota.cli.bars import ACTION_STYLES, bar_text
 from modelquota.cli.format import narrow_heading, printable, short
 from modelquota.cli.lines import Column, Lines
 from modelquota.quota.config import ResourceQuotaConfig
-from modelquota.quota.limits import CATALOGUE, DENYING
+from modelquota.quota.limits import CATALOGUE, DENYING, dollars
 from modelquota.reading.counting import denied
 from modelquota.reading.reader import QuotaReader
-from modelquota.reading.report import QuotaStats
+from modelquota.reading.report import QuotaStats, shown_under_models
 from modelquota.reading.utilization import LIMITS, Utilization, limits_of, read_utilization
 
 __all__ = ["print_status", "print_status_json", "status_table", "totals_line"]
@@ -37,7 +37,7 @@ def print_status(manager: QuotaReader, console: Console) -> float:
     """Print use against limits of all models; return the highest pressure of those that deny, in percent, or 0."""
     found = read_utilization(manager)
     if len(found):
-        table = status_table(found, found.by_pressure().tolist(), console=console)
+        table = status_table(found, found.by_family(), console=console)
         if console.color_system is None:
             print("\n".join(table.texts(console.width)), file=console.file)
         else:
@@ -115,7 +115,13 @@ def status_table(found: Utilization, indices: Sequence[int], *, console: Console
     pressure, percents = found.pressure[shown].tolist(), found.percent[shown]
     warned, refused = counters["warned_total"].tolist(), denied(counters).tolist()
     columns = [
-        Column("model", list(map(printable, counters["model_id"].tolist())), lambda row: "bold", cut=True, most=28)
+        Column(
+            "model",
+            shown_under_models(list(map(printable, counters["model_id"].tolist()))),
+            lambda row: "bold",
+            cut=True,
+            most=28,
+        )
     ]
     if width >= BAR_COLUMNS:
         bars = [bar_text(percent / 100, _BAR_WIDTH, ascii_only=ascii_only) for percent in pressure]
@@ -171,6 +177,8 @@ def _nearest(found: Utilization, index: int, quota: ResourceQuotaConfig, limits:
     column = int(found.nearest_column[index])
     limit, used, bound = CATALOGUE[LIMITS[column]], int(found.uses[index, column]), limits[column] or 0
     words = f"{limit.unit} {limit.label}" if limit.unit == "MB" else limit.label.replace(" per ", "/")
+    if quota.unit == "usd" and limit.unit == "tokens" and not limit.is_rate:
+        return f"{dollars(used)} of {dollars(bound)} / {limit.label.removeprefix('tokens per ')}"
     if not limit.is_rate:
         return f"{short(used)} of {short(bound)} {words}"
     burst, ahead = getattr(quota, limit.burst_field), int(found.counters[limit.ahead_field][index])

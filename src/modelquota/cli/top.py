@@ -36,7 +36,7 @@ class Top:
         """Read the manager and draw as many models as the terminal has lines for."""
         found, stats, now = read_utilization(self._manager), self._manager.get_stats(), monotonic()
         room = max(self._console.height - OTHER_LINES, 1)
-        shown = found.by_pressure().tolist()[:room]
+        shown = found.by_family()[:room]
         left = len(found) - len(shown)
         table = status_table(found, shown, console=self._console) if shown else Text("no models")
         lines = [self._headline(len(found), stats, now), Text(), table]

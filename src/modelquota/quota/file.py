@@ -24,8 +24,8 @@ from modelquota.quota.patterns import pattern_of
 
 _UNLIMITED = "unlimited"
 _TABLES = 'the tables [defaults], [models."<id>"], [http] and [keys] and nothing else'
-_PATTERN = """a pattern with * at its end and nowhere else, such as [defaults."user:*"], of 1 to 255 bytes; a model \
-has a table [models."<id>"]"""
+_PATTERN = """a pattern with * at its end, or before the # of a meter, and nowhere else, such as [defaults."user:*"], \
+of 1 to 255 bytes; a model has a table [models."<id>"]"""
 
 
 class Quotas(dict[str, ResourceQuotaConfig]):
@@ -163,7 +163,7 @@ def _pattern(name: str, pattern: str, value: Any) -> dict[str, Any]:
     """Return the table of a pattern; raises if its name is a plain id, which belongs under [models]."""
     fields = _table(name, "defaults", pattern, value)
     try:
-        fits = pattern_of(pattern).endswith("*")
+        fits = pattern_of(pattern).partition("#")[0].endswith("*")
     except QuotaConfigError:
         fits = False
     if not fits:

@@ -270,3 +270,15 @@ def shadow_names(mask: int) -> tuple[str, ...]:
     ('ram', 'tokens_per_hour')
     """
     return tuple(name for name in SHADOW_NAMES if mask >> Limit[name.upper()] & 1)
+
+
+def dollars(millionths: float) -> str:
+    """Return an amount in millionths of a dollar as text: two decimals, or as many as it has.
+
+    Examples
+    --------
+    >>> dollars(500_000_000), dollars(7_680), dollars(1)
+    ('$500.00', '$0.00768', '$0.000001')
+    """
+    whole, rest = divmod(int(millionths), 1_000_000)
+    return f"${whole:,}.{f'{rest:06}'.rstrip('0'):0<2}"

@@ -151,12 +151,10 @@ def pattern_of(given: Any) -> str:
     if not isinstance(given, str):
         raise TypeError(f"default_quota has the key {given!r}; give a str, such as 'user:*'")
     pattern = str.__str__(given)
+    of, mark, meter = pattern.partition("#")
+    star_fits = "*" not in of[:-1] + meter and not (of.endswith("*") and mark and not meter)
     try:
-        if (
-            0 < len(pattern.encode()) <= MAX_MODEL_ID_BYTES
-            and "\0" not in pattern
-            and "*" not in pattern.partition("#")[0][:-1]
-        ):
+        if 0 < len(pattern.encode()) <= MAX_MODEL_ID_BYTES and "\0" not in pattern and star_fits:
             return pattern
     except UnicodeEncodeError:  # half of a surrogate pair
         pass

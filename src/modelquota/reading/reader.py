@@ -38,6 +38,7 @@ class QuotaReader:
         @property
         def max_models(self) -> int: ...
         def list_models(self) -> list[str]: ...
+        def _meters_of(self, model_id: str) -> list[str]: ...
         def close(self) -> None: ...
         def _read(self, model_id: str) -> tuple[dict[str, Any], dict[str, Any]] | None: ...
         def _read_all(self) -> NDArray[np.void]: ...
@@ -62,7 +63,10 @@ class QuotaReader:
         return None if read is None else _usage_of(read[1])
 
     def get_model_report(self, model_id: str) -> ModelReport | None:
-        """Return quota, usage and utilization of a model, read at one moment; None if it has no quota."""
+        """Return quota, usage and utilization of a model, read at one moment; None if it has no quota.
+
+        The reports of its meters are in ``meters``.
+        """
         read = self._read(model_id)
         if read is None:
             return None
@@ -72,7 +76,9 @@ class QuotaReader:
         fields, record = read
         counts = {f"{name}_requests": record[f"{name}_total"] for name in ("allowed", "waited", "warned")}
         counts["denied_requests"] = int(denied(record))
-        return model_report(model_id, _quota_of(model_id, tuple(fields.items())), _usage_of(record), counts)
+        meters = tuple(filter(None, map(self.get_model_report, sorted(self._meters_of(model_id)))))
+        quota = _quota_of(model_id, tuple(fields.items()))
+        return model_report(model_id, quota, _usage_of(record), counts, meters)
 
     def get_stats(self) -> QuotaStats:
         """Return the totals over all models, including removed ones."""

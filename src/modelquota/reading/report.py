@@ -1,10 +1,10 @@
 """The frozen records that reading returns for a model and for a manager, and the text of a status report."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from modelquota.quota.config import ResourceQuotaConfig
-from modelquota.quota.limits import DENYING, Limit, LimitRecord
+from modelquota.quota.limits import DENYING, Limit, LimitRecord, dollars
 
 _NO_LIMIT: tuple[None, ...] = (None,) * (len(Limit) + 1)
 _NOTHING = (0.0,) * (len(Limit) + 1)
@@ -112,6 +112,8 @@ class ModelReport:
         and how many violated a limit.
     tokens_charged, tokens_refunded : int
         As ``usage.tokens_total`` and ``usage.tokens_refunded_total``.
+    meters : tuple of ModelReport
+        The reports of the model's meters, by name, each read at a moment of its own.
     """
 
     model_id: str
@@ -131,6 +133,7 @@ class ModelReport:
     warned_requests: int = 0
     tokens_charged: int = 0
     tokens_refunded: int = 0
+    meters: "tuple[ModelReport, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +190,11 @@ class QuotaStats:
 
 
 def model_report(
-    model_id: str, quota: ResourceQuotaConfig, usage: ResourceUsage, counts: Mapping[str, int] | None = None
+    model_id: str,
+    quota: ResourceQuotaConfig,
+    usage: ResourceUsage,
+    counts: Mapping[str, int] | None = None,
+    meters: "tuple[ModelReport, ...]" = (),
 ) -> ModelReport:
     """Return the report that compares a model's usage with its quota; `counts` are the fields that count requests.
 
@@ -216,6 +223,7 @@ def model_report(
         daily_requests_used=usage.percent[Limit.REQUESTS_PER_DAY],
         tokens_charged=usage.tokens_total,
         tokens_refunded=usage.tokens_refunded_total,
+        meters=meters,
         **(counts or {}),
     )
 
@@ -225,7 +233,7 @@ def status_lines(reports: Sequence[ModelReport], stats: QuotaStats) -> str:
 
     A cell is usage / limit; ``-`` means no limit, and a limit per second is shown as rate+burst. ``open`` is the grants
     open now. Numbers from 10,000 are cut, not rounded, to three digits, so that usage never looks larger than
-    it is.
+    it is. Meters are below their model, and tokens that are money are shown as dollars.
 
     Examples
     --------
@@ -237,7 +245,8 @@ def status_lines(reports: Sequence[ModelReport], stats: QuotaStats) -> str:
     model      RAM MB  SSD MB   open     requests/s
     llama  512 / 2048   0 / -  0 / -  150 / 100+200
     """
-    models = ["model", *(_printable(report.model_id) for report in reports)]
+    reports = [reports[place] for place in under_models([report.model_id for report in reports])]
+    models = ["model", *shown_under_models([_printable(report.model_id) for report in reports])]
     violations = ["violations", *(_short(report.usage.total_violations) for report in reports)]
     shown = [record for record in DENYING if _is_counted(record, reports)]
     uses = [_uses(report, shown) for report in reports]
@@ -258,18 +267,49 @@ def _is_counted(record: LimitRecord, reports: Sequence[ModelReport]) -> bool:
 def _uses(report: ModelReport, shown: Sequence[LimitRecord]) -> list[tuple[str, str]]:
     """Return usage and limit for every column."""
     quota, usage = report.quota, report.usage
-    return [
-        (
-            _used([getattr(usage, field) for field in record.usage_fields]),
-            _limit(getattr(quota, record.quota_field), getattr(quota, record.burst_field) if record.is_rate else 0),
-        )
-        for record in shown
-    ]
+    cells = []
+    for record in shown:
+        text = dollars if quota.unit == "usd" and record.unit == "tokens" else _short
+        burst = getattr(quota, record.burst_field) if record.is_rate else 0
+        used = _used([getattr(usage, field) for field in record.usage_fields], text)
+        cells.append((used, _limit(getattr(quota, record.quota_field), burst, text)))
+    return cells
 
 
-def _used(counts: Sequence[int | None]) -> str:
+def _used(counts: Sequence[int | None], text: Callable[[float], str]) -> str:
     known = [count for count in counts if count is not None]
-    return _short(sum(known)) if known else "-"
+    return text(sum(known)) if known else "-"
+
+
+def under_models(model_ids: Sequence[str]) -> list[int]:
+    """Return the indices of the ids with each meter after its model; models and the meters of one stay in order.
+
+    Examples
+    --------
+    >>> ids = ["a#x", "b", "a", "b#y", "c#z"]
+    >>> [ids[place] for place in under_models(ids)]
+    ['a', 'a#x', 'b', 'b#y', 'c#z']
+    """
+    families: dict[str, list[int]] = {}
+    for place, model_id in enumerate(model_ids):
+        families.setdefault(model_id.partition("#")[0], []).append(place)
+    return [place for family in families.values() for place in sorted(family, key=lambda one: "#" in model_ids[one])]
+
+
+def shown_under_models(model_ids: Sequence[str]) -> list[str]:
+    """Return the ids, ordered by `under_models`, with a meter that is below its model as its name only.
+
+    Examples
+    --------
+    >>> shown_under_models(["a", "a#x", "c#z"])
+    ['a', '  #x', 'c#z']
+    """
+    there = set(model_ids)
+    return [
+        f"  #{name}" if name and model in there else model_id
+        for model_id in model_ids
+        for model, _, name in [model_id.partition("#")]
+    ]
 
 
 def _column(heading: str, uses: Sequence[tuple[str, str]]) -> list[str]:
@@ -293,10 +333,10 @@ def _totals(stats: QuotaStats) -> str:
     )
 
 
-def _limit(limit: float | None, burst: int = 0) -> str:
+def _limit(limit: float | None, burst: int, text: Callable[[float], str]) -> str:
     if limit is None:
         return "-"
-    return f"{_short(limit)}+{_short(burst)}" if limit and burst else _short(limit)
+    return f"{text(limit)}+{text(burst)}" if limit and burst else text(limit)
 
 
 def _short(count: float) -> str:

@@ -12,6 +12,7 @@ from modelquota._core.table.records import percents_of
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE, Limit, ViolationAction
 from modelquota.reading.reader import quotas_of
+from modelquota.reading.report import under_models
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,6 +96,14 @@ class Utilization:
         Models that deny nothing come last, so that a limit that is only being tried out does not hide a real one.
         """
         return np.lexsort((-self.pressure, ~self.denies))
+
+    def by_family(self) -> list[int]:
+        """Indices as `by_pressure`, but a model and its meters are together, the model first."""
+        order: list[int] = self.by_pressure().tolist()
+        ids = self.model_ids
+        if not any("#" in model_id for model_id in ids):
+            return order
+        return [order[place] for place in under_models([ids[index] for index in order])]
 
     def used(self, limit: Limit) -> "NDArray[np.int64]":
         """Usage of one limit in its own unit, one number for each model; for a rate, that of the rolling second."""

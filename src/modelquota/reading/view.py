@@ -117,6 +117,10 @@ class QuotaView(QuotaReader):
         """Return the ids of all models that have a quota."""
         return list(self._index(self._reader()))
 
+    def _meters_of(self, model_id: str) -> list[str]:
+        """Return the ids of a model's meters."""
+        return [one for one in self.list_models() if "#" in one and one.partition("#")[0] == model_id]
+
     def _reader(self) -> Reader:
         reader = Reader(self._descriptor, self.path)
         reader.check_header()

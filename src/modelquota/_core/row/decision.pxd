@@ -93,6 +93,7 @@ cdef struct Verdict:
     double used              # of the violated limit
     double bound
     int64_t asked
+    bint in_dollars          # whether counts of tokens are millionths of a dollar
 
 
 cdef inline bint exceeds(int64_t asked, uint64_t used, int64_t cap) noexcept nogil:
@@ -234,6 +235,7 @@ cdef inline void find_violations(
     cdef int window
     verdict.wait_ns = verdict.soonest_ns = 0
     verdict.judged = limits
+    verdict.in_dollars = cold.unit != 0
     if exceeds(request.ram_mb, used_ram_mb, cold.max_ram_mb):
         record_violation(verdict, RAM_MB, NEVER, 0 if request.ram_mb <= cold.max_ram_mb else NEVER,
                          <double> used_ram_mb, <double> cold.max_ram_mb, request.ram_mb)

@@ -85,13 +85,13 @@ cdef inline bint finish_changes(const Shared* shared) noexcept nogil:
             return False
         unlock(&shared.rows[row].lock)
     header.staged_row = -1
-    if not finish_meters(shared):
-        return False
     row = header.leaving_row
     if 0 <= row < header.max_models and shared.rows[row].generation == header.leaving_generation:
         memcpy(&header.retired_allowed, header.staged_retired, sizeof(header.staged_retired))   # not removed
     compiler_barrier()
     header.leaving_row = -1
+    if not finish_meters(shared):       # after that: it may remove the model again
+        return False
     while header.row_count < header.max_models and shared.rows[header.row_count].generation != 0:
         header.row_count += 1
     header.lowest_free = 0
@@ -432,23 +432,26 @@ cdef inline int remove_model(Row* row, uint32_t generation, const Shared* shared
     if not lock_registry(shared, patience_ns):
         return REGISTRY_BUSY
     model = shared.cold_rows[index].meter_of
-    if model and row.generation == generation:      # first, since only one row's lock is waited for at a time
-        if not lock_row(&shared.rows[model - 1], shared, ROW_PATIENCE_NS):
-            unlock_registry(shared)
-            return REGISTRY_BUSY
-        assign_meter(model - 1, <uint32_t> index, False, shared)
-        unlock(&shared.rows[model - 1].lock)
-    if not lock_row(row, shared, ROW_PATIENCE_NS):
+    if row.generation != generation or model > header.max_models:
+        model = 0
+    if model and not lock_row(&shared.rows[model - 1], shared, ROW_PATIENCE_NS):
+        unlock_registry(shared)
+        return REGISTRY_BUSY
+    if not lock_row(row, shared, 0 if model else ROW_PATIENCE_NS):      # only one row's lock is waited for at a time
+        if model:
+            unlock(&shared.rows[model - 1].lock)
         unlock_registry(shared)
         return REGISTRY_BUSY
     alive = row.generation == generation
     if alive:
-        if row.meters:
+        if model or row.meters:     # if its owner dies in between, the removal is finished
             header.removing_generation = generation
             compiler_barrier()
             header.removing = <uint32_t> index + 1
             compiler_barrier()
-            free_meters(<uint32_t> index, shared)
+        if model:
+            assign_meter(model - 1, <uint32_t> index, False, shared)
+        free_meters(<uint32_t> index, shared)
         vacate_row(row, &shared.cold_rows[index], shared)
         header.removing = 0
         if index < header.lowest_free:
@@ -456,5 +459,7 @@ cdef inline int remove_model(Row* row, uint32_t generation, const Shared* shared
         header.full_until_ns = 0
         log_change(shared, <uint32_t> index)
     unlock(&row.lock)
+    if model:
+        unlock(&shared.rows[model - 1].lock)
     unlock_registry(shared)
     return DONE if alive else NOT_DONE

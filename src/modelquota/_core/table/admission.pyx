@@ -90,14 +90,15 @@ cdef class Admission:
         if template is None:
             self.events.on_unknown_model(model_id)
             return False
-        self.interned.put(model_id, template, True)
-        try:
-            for name, config in self.events.meters_of(model_id):
-                self.interned.put(f"{model_id}#{name}", config, True)
-        except BaseException:       # without its meters it would admit too much
-            self.interned.remove(model_id)
-            raise
-        return True
+        family = [(f"{model_id}#{name}", config) for name, config in self.events.meters_of(model_id)]
+        for _ in range(MOST_ROUNDS):
+            for one, config in family:      # before the model, which would admit too much without them
+                self.interned.put(one, config, True)
+            self.interned.put(model_id, template, True)
+            if not family or all([self.interned.find(one) is not None for one, _ in family]):
+                return True
+        self.interned.remove(model_id)      # registering one evicts another: they do not fit together
+        raise CapacityError(self.state.shared.header.max_models)
 
     cdef RowRef find_or_adopt(self, str model_id):
         """The row of a model, registered on sight if need be, or None. Repeated if it is removed in between: a new row

@@ -15,6 +15,7 @@ cdef class QuotaCheckResult:
     cdef double bound
     cdef int64_t asked
     cdef readonly str model_id
+    cdef bint in_dollars            # whether the three are millionths of a dollar
 
 
 cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id)

@@ -3,7 +3,7 @@ cimport cython
 
 from modelquota._core.row.decision cimport NEVER, QUEUE_PLACE, Verdict
 
-from modelquota.quota.limits import Limit, ViolationAction
+from modelquota.quota.limits import Limit, ViolationAction, dollars
 
 cdef tuple LIMITS = (None, *Limit)
 cdef tuple ACTIONS = tuple(ViolationAction)
@@ -64,10 +64,13 @@ cdef class QuotaCheckResult:
         if self.limit_code == 0:
             return None
         limit = LIMITS[self.limit_code]
+        label, figure, asked = limit.label, _figure, f"{self.asked:,}"
+        if self.in_dollars:
+            label, figure, asked = label.replace("tokens", "dollars"), dollars, dollars(self.asked)
         wait = (f"retry in {self.wait_ms:,} ms" if self.wait_ms >= 0
                 else "never fits: more than the limit itself" if self.asked > self.bound
                 else "no wait is known to help")
-        return (f"{limit.label}: {_figure(self.used)} of {_figure(self.bound)} used, {self.asked:,} asked; {wait}")
+        return f"{label}: {figure(self.used)} of {figure(self.bound)} used, {asked} asked; {wait}"
 
     def __bool__(self):
         return self.allowed
@@ -106,17 +109,18 @@ cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id):
         result.used = verdict.used
         result.bound = verdict.bound
         result.asked = verdict.asked
+        result.in_dollars = verdict.in_dollars and LIMITS[verdict.limit].unit == "tokens"
     return result
 
 
 cdef tuple _fields(QuotaCheckResult result):
     return (result.allowed, result.limit_code, result.cause_code, result.action_code, result.wait_ms,
             result.current_usage, result.used, result.bound, result.asked, result.model_id, result.others_hold,
-            result.never_fits)
+            result.never_fits, result.in_dollars)
 
 
 def _restore(allowed, limit_code, cause_code, action_code, wait_ms, current_usage, used, bound, asked, model_id,
-             others_hold, never_fits=False):
+             others_hold, never_fits=False, in_dollars=False):
     cdef QuotaCheckResult result = QuotaCheckResult.__new__(QuotaCheckResult)
     if not (0 <= limit_code < len(LIMITS) and 0 <= cause_code < len(LIMITS) and -1 <= action_code < len(ACTIONS)):
         raise ValueError("not the fields of a QuotaCheckResult")
@@ -131,10 +135,11 @@ def _restore(allowed, limit_code, cause_code, action_code, wait_ms, current_usag
     result.used = used
     result.bound = bound
     result.asked = asked
+    result.in_dollars = in_dollars
     result.model_id = model_id
     return result
 
 
-cdef str _figure(double value):
+def _figure(double value):
     """A number as text, with two decimals only if it has a fraction."""
     return f"{value:,.0f}" if value >= 1e15 or value == <double> <long long> value else f"{value:,.2f}"

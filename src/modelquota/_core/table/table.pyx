@@ -175,6 +175,12 @@ cdef class QuotaTable:
         self.interned.refresh()
         return list(self.ids)
 
+    def _meters_of(self, model_id):
+        """The ids of a model's meters."""
+        self.state.require_open()
+        self.interned.refresh()
+        return [(<RowRef> ref).model_id for ref in self.interned.meters.get(model_id, ())]
+
     def _set_quota(self, str model_id not None, config):
         """Register a model, or replace the limits of a known one and keep its use."""
         self.interned.put(model_id, config, False)
