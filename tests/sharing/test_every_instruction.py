@@ -241,7 +241,7 @@ def reserve_kinds(case: Case, _: Any) -> None:
     case.kept = case.manager.reserve(("y", "m"), Tokens(5, 4, 3), 5, 6)  # type: ignore[attr-defined]
 
 
-def charge(case: Case, codes: Any) -> None:
+def charge_meters(case: Case, codes: Any) -> None:
     case.manager.charge_many(codes, Tokens(5, 4, 3))
 
 
@@ -311,7 +311,7 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
     ),
     "check with meters": (later(0.1, metered), check_kinds),
     "batch with meters": (metered, batch),
-    "charge with meters": (metered, charge),
+    "charge with meters": (metered, charge_meters),
     "reserve with meters": (metered, reserve_kinds),
     "settle with meters": (granted_by_kind, lambda case, grant: grant.settle(Tokens(9, 9, 1))),
     "cancel with meters": (granted_by_kind, lambda case, grant: grant.cancel()),
