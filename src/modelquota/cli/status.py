@@ -74,7 +74,7 @@ def _models_as_json(found: Utilization) -> Iterator[list[str]]:
     order = found.by_pressure()
     names = [name for name in found.counters.dtype.names or () if name != "model_id"]
     limits = [limit.name.lower() for limit in LIMITS]
-    usage = "{" + ", ".join(f'"{name}": %d' for name in names) + "}"
+    usage = "{" + ", ".join(f'"{name}": %s' for name in names) + "}"
     percents = "{" + ", ".join(f'"{name}": %r' for name in limits) + "}"
     quotas = []
     for kind in found.quotas.kinds:
@@ -99,7 +99,7 @@ def _models_as_json(found: Utilization) -> Iterator[list[str]]:
             lines.append(
                 f'{{"model_id": {name}, "pressure": {pressure!r}, "denies": {"true" if denies else "false"}, '
                 f'"nearest_limit": "{limits[column]}", "percent": {percents % tuple(percent)}, '
-                f'"denied": {denials}, "usage": {usage % tuple(counts)}, '
+                f'"denied": {denials}, "usage": {usage % tuple(["null" if count < 0 else count for count in counts])}, '
                 f'"quota": {{"model_id": {name}, {quotas[kind]}}}'
             )
         yield lines
