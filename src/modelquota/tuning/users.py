@@ -17,7 +17,7 @@ from modelquota.tuning.windows import counted_ns, rolling_sums
 __all__ = ["UserTuning", "UserUse", "tune_users"]
 
 PATTERN = "user:*"
-MINUTE_S = 60
+_RPM_WINDOW_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def tune_users(trace: Trace, per: str, *, headroom: float, target_denied: float)
             continue
         times_ns, costs = trace.times_ns[rows], tokens[rows]
         charged = token_charges(trace.select(rows))
-        minute = MINUTE_S * NS_PER_SECOND - 1
+        minute = _RPM_WINDOW_S * NS_PER_SECOND - 1
         uses.append(
             UserUse(
                 name=user,

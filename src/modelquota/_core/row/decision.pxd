@@ -9,7 +9,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.layout cimport (
-    Charge, ColdRow, LIMITS, LIMIT_CODES, MAX_COUNT, QueueEntry, Row, SECOND, UNLIMITED, WINDOWS, Wide
+    Charge, ColdRow, LIMITS, LIMIT_CODES, MAX_COUNT, MINUTE, QueueEntry, Row, SECOND, UNLIMITED, WINDOWS, Wide
 )
 from modelquota._core.row.advance cimport advance, advance_levels, unlikely
 from modelquota._core.row.fullest cimport in_use, percent, rate_in_use
@@ -26,7 +26,6 @@ cdef enum:  # Limit codes, in the order in which limits are judged; 0 = none. Th
     CONCURRENCY = 3
     REQUESTS_PER_SECOND = 4
     TOKENS_PER_SECOND = 5
-    REQUESTS_PER_MINUTE = 7
     QUEUE_PLACE = LIMITS - 1
 
 cdef enum:  # indices of ColdRow.violations
@@ -211,7 +210,7 @@ cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
         return SSD_VIOLATION
     if limit == CONCURRENCY:
         return CONCURRENCY_VIOLATION
-    return RATE_VIOLATION if limit <= REQUESTS_PER_MINUTE else QUOTA_VIOLATION
+    return RATE_VIOLATION if limit <= LIMIT_CODES[MINUTE][False] else QUOTA_VIOLATION
 
 
 cdef inline bint is_behind(const QueueEntry* head, const Request* request) noexcept nogil:
