@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from modelquota.quota.tokens import Tokens
     from modelquota.reading.report import ModelReport, ResourceUsage
     from modelquota.reading.view import QuotaView
     from modelquota.waiting.task import Acquisition
@@ -268,7 +269,7 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     def acquire(
         self,
         model_id: str | Sequence[str],
-        estimated_tokens: SupportsIndex,
+        estimated_tokens: SupportsIndex | Tokens,
         ram_needed_mb: SupportsIndex = 0,
         ssd_needed_mb: SupportsIndex = 0,
         *,
@@ -318,7 +319,7 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     def acquire_async(
         self,
         model_id: str | Sequence[str],
-        estimated_tokens: SupportsIndex,
+        estimated_tokens: SupportsIndex | Tokens,
         ram_needed_mb: SupportsIndex = 0,
         ssd_needed_mb: SupportsIndex = 0,
         *,
@@ -348,13 +349,13 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     def limit(
         self,
         model_id: str | Sequence[str] | Callable[..., str | Sequence[str]],
-        estimated_tokens: SupportsIndex | Callable[..., SupportsIndex] = 0,
+        estimated_tokens: SupportsIndex | Tokens | Callable[..., SupportsIndex | Tokens] = 0,
         *,
         ram_needed_mb: SupportsIndex = 0,
         ssd_needed_mb: SupportsIndex = 0,
         timeout: float | None = None,
         priority: SupportsIndex = 0,
-        actual_tokens: Callable[[Any], SupportsIndex] | None = None,
+        actual_tokens: Callable[[Any], SupportsIndex | Tokens] | None = None,
     ) -> Callable[[Callable[_P, _T]], Callable[_P, _T]]:
         """Decorate a function or coroutine function: each call acquires first and releases at its end.
 
@@ -477,16 +478,21 @@ class ModelQuota(RowHandle):
         def manager(self) -> ResourceQuotaManager: ...
 
     def reserve(
-        self, estimated_tokens: SupportsIndex, ram_needed_mb: SupportsIndex = 0, ssd_needed_mb: SupportsIndex = 0
+        self,
+        estimated_tokens: SupportsIndex | Tokens,
+        ram_needed_mb: SupportsIndex = 0,
+        ssd_needed_mb: SupportsIndex = 0,
     ) -> Grant:
         """As the manager's `reserve`, for this model."""
         return self._manager().reserve(self.model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb)
 
-    def acquire(self, estimated_tokens: SupportsIndex, *needs_mb: SupportsIndex, **how: Any) -> Grant:
+    def acquire(self, estimated_tokens: SupportsIndex | Tokens, *needs_mb: SupportsIndex, **how: Any) -> Grant:
         """As the manager's `acquire`, for this model."""
         return self._manager().acquire(self.model_id, estimated_tokens, *needs_mb, **how)
 
-    def acquire_async(self, estimated_tokens: SupportsIndex, *needs_mb: SupportsIndex, **how: Any) -> Acquisition:
+    def acquire_async(
+        self, estimated_tokens: SupportsIndex | Tokens, *needs_mb: SupportsIndex, **how: Any
+    ) -> Acquisition:
         """As the manager's `acquire_async`, for this model."""
         return self._manager().acquire_async(self.model_id, estimated_tokens, *needs_mb, **how)
 

@@ -26,6 +26,7 @@ from modelquota import (
     ResourceQuotaManager,
     ResourceUsage,
     StateFileError,
+    Tokens,
     TraceError,
     UnknownModelError,
     ViolationAction,
@@ -117,7 +118,7 @@ def check_in_batches(manager: ResourceQuotaManager) -> NDArray[np.uint8]:
     return manager.check_many(rows, [1, 2], np.zeros(2, np.uint8), times_ns=[5, 6], retry_after_ms=retry)
 
 
-def grant(manager: ResourceQuotaManager) -> tuple[int, bool]:
+def grant(manager: ResourceQuotaManager) -> tuple[int | Tokens, bool]:
     with manager.reserve(("tenant", "m"), estimated_tokens=100, ram_needed_mb=1) as held:
         goes_on: bool = held.add(1)
         names: tuple[str, ...] = held.model_ids
@@ -130,6 +131,15 @@ def grant(manager: ResourceQuotaManager) -> tuple[int, bool]:
     manager.reserve("m", 1).cancel()
     manager.model("m").reserve(1).cancel()
     manager.model("m").acquire(1, timeout=1).cancel()
+    by_kind = Tokens(input=1_200, cached=800, output=256)
+    total: int = by_kind.total + by_kind.replace(output=1).output
+    manager.check_quota("m", by_kind)
+    with manager.reserve("m", by_kind) as held:
+        held.settle(by_kind)
+    codes, over = manager.codes(["m"]), np.zeros(1, np.uint8)
+    many: list[Grant | None] = manager.reserve_many(codes, by_kind, out=over)
+    manager.charge_many(codes, by_kind, over=over)
+    print(total, many, manager.check_many(codes.reshape(1, 1), by_kind))
     return other.tokens, goes_on
 
 

@@ -18,7 +18,7 @@ HOT = {
     ResourceQuotaManager.check_quota: "(model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0)",
     ResourceQuotaManager.reserve: "(model_id, estimated_tokens, ram_needed_mb=0, ssd_needed_mb=0)",
     ResourceQuotaManager.check_many: "(codes, estimated_tokens, out=None, *, times_ns=None, retry_after_ms=None)",
-    ResourceQuotaManager.charge_many: "(codes, tokens)",
+    ResourceQuotaManager.charge_many: "(codes, tokens, *, over=None)",
     ResourceQuotaManager.settle_many: "(grants, actual_tokens)",
     ResourceQuotaManager.codes: "(model_ids)",
     ResourceQuotaManager.list_models: "()",

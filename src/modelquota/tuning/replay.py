@@ -44,8 +44,8 @@ class ModelReplay:
     warned : int
         Admitted over a limit, because the model's action is `warn`.
     denied : dict of Limit to int
-        Denied requests by the first limit each one violated, in the order in which limits are judged; every
-        limit is a key, with 0 if it denied nothing.
+        Denied requests by the first limit each one violated, be it one of the model or of a meter of it, in the order
+        in which limits are judged; every limit is a key, with 0 if it denied nothing.
     never : int
         Denied requests that would not fit after any wait: they cost more than the limit itself.
     tokens, tokens_admitted : int
@@ -165,20 +165,25 @@ def replay(
     ratio = _ratio(speed, trace)
     quotas = _with_patterns(quotas, trace.models if model is None else (model,))
     names = _models(trace, quotas, model)
-    manager = ResourceQuotaManager(clock=ManualClock(), max_models=len(names))
-    for name in names:
+    meters = {name: _meters_of(name, quotas) for name in names}
+    registered = dict.fromkeys([*names, *(meter for some in meters.values() for meter in some)])
+    manager = ResourceQuotaManager(clock=ManualClock(), max_models=len(registered))
+    for name in registered:
         manager.set_quota(quotas[name])
     rows_of_models = manager.codes(names)
     requests = len(trace)
     times_ns = np.empty(requests, np.int64)
-    tokens = np.empty(requests, np.int64)
+    tokens = np.empty((requests, 3), np.int64)
     codes = np.empty(requests, np.uint8)
     retry_after_ms = np.empty(requests, np.int64)
     core_time_ns = 0
     for start in range(0, requests, REQUESTS_PER_CALL):
         part = slice(start, min(start + REQUESTS_PER_CALL, requests))
         times_ns[part] = _divided(trace.times_ns[part], ratio)
-        np.add(trace.context_tokens[part], trace.generated_tokens[part], out=tokens[part])
+        cached = 0 if trace.cached_tokens is None else trace.cached_tokens[part]
+        np.subtract(trace.context_tokens[part], cached, out=tokens[part, 0])
+        tokens[part, 1] = cached
+        tokens[part, 2] = trace.generated_tokens[part]
         index = 0 if trace.model_index is None else trace.model_index[part]
         rows = np.ascontiguousarray(np.broadcast_to(rows_of_models[index], (part.stop - start,)))
         before_ns = perf_counter_ns()
@@ -188,6 +193,7 @@ def replay(
         core_time_ns += perf_counter_ns() - before_ns
         if progress is not None:
             progress(part.stop, requests)
+    totals = tokens.sum(axis=1)
     return ReplayReport(
         trace=trace.path,
         requests=requests,
@@ -196,7 +202,7 @@ def replay(
         out_of_order=trace.out_of_order,
         core_time_ns=core_time_ns,
         models=tuple(
-            _model_replay(manager, name, times_ns[own], tokens[own], codes[own], retry_after_ms[own])
+            _model_replay(manager, [name, *meters[name]], times_ns[own], totals[own], codes[own], retry_after_ms[own])
             for name, own in zip(names, _selections(trace), strict=True)
         ),
     )
@@ -233,14 +239,23 @@ def _with_patterns(
         return quotas
     templates = QuotaTemplates(quotas.patterns)
     found = {name: templates.resolve(name) for name in names if name not in quotas}
+    for name in list(found):
+        for meter, quota in templates.meters_of(name):
+            found.setdefault(f"{name}#{meter}", quota.replace(model_id=f"{name}#{meter}"))
     return {**quotas, **{name: quota for name, quota in found.items() if quota is not None}}
+
+
+def _meters_of(model_id: str, quotas: Mapping[str, ResourceQuotaConfig]) -> list[str]:
+    """Return the ids of a model's meters."""
+    return [name for name in quotas if "#" in name and name.partition("#")[0] == model_id]
 
 
 def _models(trace: Trace, quotas: Mapping[str, ResourceQuotaConfig], model: str | None) -> tuple[str, ...]:
     """Return the models that the trace's requests are charged to."""
     if trace.model_index is None:
-        if model is None and len(quotas) == 1:
-            return tuple(quotas)
+        alone = [name for name in quotas if "#" not in name or name.partition("#")[0] not in quotas]
+        if model is None and len(alone) == 1:
+            return tuple(alone)
         if model is None:
             raise ValueError(
                 f"the trace has no Model column and there is not one quota but {len(quotas)}: "
@@ -276,7 +291,7 @@ def _selections(trace: Trace) -> list[npt.NDArray[np.intp] | slice]:
 
 def _model_replay(
     manager: ResourceQuotaManager,
-    model_id: str,
+    model_ids: Sequence[str],
     times_ns: Int64Array,
     tokens: Int64Array,
     codes: npt.NDArray[np.uint8],
@@ -286,15 +301,15 @@ def _model_replay(
     waits_ms = retry_after_ms[retry_after_ms > 0]
     counts = np.bincount(codes, minlength=max(Limit) + 1)
     denied: dict[Limit, int] = {limit: int(counts[limit]) for limit in DENYING_LIMITS}
-    usage = manager.get_usage(model_id)
-    assert usage is not None
+    usages = filter(None, map(manager.get_usage, model_ids))
+    violations = sum(usage.total_violations for usage in usages)
     peak_requests, peak_tokens = _peaks(times_ns[admitted], tokens[admitted])
     peak_requests_asked, peak_tokens_asked = _peaks(times_ns, tokens)
     return ModelReplay(
-        model_id=model_id,
+        model_id=model_ids[0],
         requests=len(codes),
         admitted=int(counts[0]),
-        warned=usage.total_violations - sum(denied.values()),
+        warned=violations - sum(denied.values()),
         denied=denied,
         never=int(np.count_nonzero(retry_after_ms < 0)),
         tokens=int(tokens.sum()),

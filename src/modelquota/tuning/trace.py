@@ -5,7 +5,8 @@ The format is that of the public Azure LLM inference traces, one request per row
     TIMESTAMP,ContextTokens,GeneratedTokens
     2023-11-16 18:17:03.9799600,4808,10
 
-There may be a fourth column, `Model`, in any position. Columns are converted a chunk at a time; any error in a file
+There may be two more columns, in any position: `Model`, and `CachedTokens`, the part of the context that was served
+from a cache. Columns are converted a chunk at a time; any error in a file
 raises a `TraceError` that names file, line and column.
 """
 
@@ -44,7 +45,10 @@ ROWS_PER_CHUNK = 16_384
 
 REQUIRED_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MODEL_COLUMN = "Model"
-EXPECTED_HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens and, in any place, Model, separated by commas"
+CACHED_COLUMN = "CachedTokens"
+EXPECTED_HEADER = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens and, in any place, Model and CachedTokens, separated by commas"
+)
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _NOT_CSV = {
@@ -69,6 +73,8 @@ class Trace:
         ns since the first request, never decreasing, at most 2**61.
     context_tokens, generated_tokens : int64 array
         Tokens of the prompt and of the response, each 0 to 1,000,000,000.
+    cached_tokens : int64 array or None
+        Tokens of the prompt that were served from a cache; None if the trace has no CachedTokens column.
     model_index : int32 array or None
         Index in `models` of the requested model; None if the trace has no Model column.
     models : tuple of str
@@ -85,6 +91,7 @@ class Trace:
     model_index: npt.NDArray[np.int32] | None
     models: tuple[str, ...]
     out_of_order: int = 0
+    cached_tokens: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.times_ns)
@@ -101,9 +108,10 @@ def read_trace(path: str | os.PathLike[str], *, progress: Callable[[int, int], N
     Parameters
     ----------
     path : str or path-like
-        A UTF-8 CSV file with a header: TIMESTAMP, ContextTokens, GeneratedTokens and optionally Model, in any
-        order and case. Timestamps are `2023-11-16 18:17:03` with up to nine fractional digits, with a space or a T
-        in the middle, and either all or none with `Z` or an offset from UTC. Blank lines are skipped.
+        A UTF-8 CSV file with a header: TIMESTAMP, ContextTokens, GeneratedTokens and optionally Model and
+        CachedTokens, in any order and case. Timestamps are `2023-11-16 18:17:03` with up to nine fractional digits,
+        with a space or a T in the middle, and either all or none with `Z` or an offset from UTC. Blank lines are
+        skipped.
     progress : callable, optional
         Called as `progress(bytes_read, total_bytes)` after every megabyte and at the end; `total_bytes` is 0 if it is
         not known (a pipe).
@@ -226,10 +234,12 @@ class _TraceBuilder:
         self.times_ns = array("q")
         self._context_tokens = array("q")
         self._generated_tokens = array("q")
+        self._cached_tokens = array("q")
         self._model_index = array("i")
         self._width = len(header)
         self._columns = _column_positions(header)
         self._has_models = MODEL_COLUMN in self._columns
+        self._has_cached = CACHED_COLUMN in self._columns
         self._models: dict[str, int] = {}
         # Maps a cell as written in the file to its model, so that each spelling is validated only once.
         self._model_cells: dict[str, int] = {}
@@ -252,17 +262,18 @@ class _TraceBuilder:
                 good = rows[: error.index]
         if bad is not None:
             raise bad
-        times_ns, context_tokens, generated_tokens, model_index = columns
+        times_ns, context_tokens, generated_tokens, cached_tokens, model_index = columns
         self.times_ns.frombytes(times_ns.tobytes())
         self._context_tokens.frombytes(context_tokens.tobytes())
         self._generated_tokens.frombytes(generated_tokens.tobytes())
+        self._cached_tokens.frombytes(cached_tokens.tobytes())
         self._model_index.extend(model_index)
 
-    def _convert(self, rows: list[list[str]]) -> tuple[Int64Array, Int64Array, Int64Array, list[int]]:
+    def _convert(self, rows: list[list[str]]) -> tuple[Int64Array, Int64Array, Int64Array, Int64Array, list[int]]:
         places = [index for index, row in enumerate(rows) if row]
         if not places:
             nothing = np.zeros(0, np.int64)
-            return nothing, nothing, nothing, []
+            return nothing, nothing, nothing, nothing, []
         for index in places:
             if len(rows[index]) != self._width:
                 found = len(rows[index])
@@ -273,10 +284,22 @@ class _TraceBuilder:
             context_tokens, generated_tokens = (
                 token_counts(name, cells[self._columns[name]]) for name in REQUIRED_COLUMNS[1:]
             )
+            cached_tokens = self._cached(cells, context_tokens)
             model_index = self._model_indices(cells[self._columns[MODEL_COLUMN]]) if self._has_models else []
         except BadRow as bad:
             raise BadRow(places[bad.index], bad.column, bad.message) from None
-        return times_ns, context_tokens, generated_tokens, model_index
+        return times_ns, context_tokens, generated_tokens, cached_tokens, model_index
+
+    def _cached(self, cells: Sequence[Sequence[str]], context_tokens: Int64Array) -> Int64Array:
+        """Return the cached tokens of each row, which are part of its context; none if there is no such column."""
+        if not self._has_cached:
+            return np.zeros(0, np.int64)
+        cached = token_counts(CACHED_COLUMN, cells[self._columns[CACHED_COLUMN]])
+        beyond = np.flatnonzero(cached > context_tokens)
+        if beyond.size:
+            row = int(beyond[0])
+            raise BadRow(row, CACHED_COLUMN, f"{cached[row]} is more than the ContextTokens, {context_tokens[row]}")
+        return cached
 
     def _times(self, cells: Sequence[str]) -> Int64Array:
         """Return ns since the trace's first row."""
@@ -321,6 +344,8 @@ class _TraceBuilder:
         """Return the trace of all rows added, at least one, in order of time."""
         times_ns: Int64Array = np.frombuffer(self.times_ns, np.int64)
         columns = [np.frombuffer(self._context_tokens, np.int64), np.frombuffer(self._generated_tokens, np.int64)]
+        if self._has_cached:
+            columns.append(np.frombuffer(self._cached_tokens, np.int64))
         model_index = np.frombuffer(self._model_index, np.int32) if self._has_models else None
         out_of_order = int(np.count_nonzero(times_ns < np.maximum.accumulate(times_ns)))
         if out_of_order:
@@ -339,11 +364,12 @@ class _TraceBuilder:
             model_index=model_index,
             models=tuple(self._models),
             out_of_order=out_of_order,
+            cached_tokens=columns[2] if self._has_cached else None,
         )
 
 
 def _column_positions(header: Sequence[str]) -> dict[str, int]:
-    known = {name.lower(): name for name in (*REQUIRED_COLUMNS, MODEL_COLUMN)}
+    known = {name.lower(): name for name in (*REQUIRED_COLUMNS, MODEL_COLUMN, CACHED_COLUMN)}
     positions: dict[str, int] = {}
     for position, cell in enumerate(header):
         name = known.get(cell.strip().lower())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar, cast
 if TYPE_CHECKING:
     from modelquota._core.table.grant import Grant
     from modelquota.manager import ResourceQuotaManager
+    from modelquota.quota.tokens import Tokens
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -18,12 +19,12 @@ R = TypeVar("R")
 def limit(
     manager: ResourceQuotaManager,
     model_id: str | Sequence[str] | Callable[..., str | Sequence[str]],
-    estimated_tokens: SupportsIndex | Callable[..., SupportsIndex],
+    estimated_tokens: SupportsIndex | Tokens | Callable[..., SupportsIndex | Tokens],
     ram_needed_mb: SupportsIndex,
     ssd_needed_mb: SupportsIndex,
     timeout: float | None,
     priority: SupportsIndex,
-    actual_tokens: Callable[[Any], SupportsIndex] | None,
+    actual_tokens: Callable[[Any], SupportsIndex | Tokens] | None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """As `ResourceQuotaManager.limit`."""
     import inspect  # takes long to import

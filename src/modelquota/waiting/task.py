@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 from modelquota._core.table.grant import Grant
 from modelquota._core.table.queue import Waiter
 from modelquota._core.table.table import QuotaTable
+from modelquota.quota.tokens import Tokens
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop, Future, TimerHandle
@@ -89,7 +90,7 @@ def _running_loop() -> AbstractEventLoop:
 async def _acquire_in_task(
     manager: QuotaTable,
     model_id: str | Sequence[str],
-    estimated_tokens: SupportsIndex,
+    estimated_tokens: SupportsIndex | Tokens,
     ram_needed_mb: SupportsIndex,
     ssd_needed_mb: SupportsIndex,
     timeout: float | None,

@@ -10,6 +10,7 @@ from typing import SupportsIndex
 from modelquota._core.table.grant import Grant
 from modelquota._core.table.queue import Waiter
 from modelquota._core.table.table import QuotaTable
+from modelquota.quota.tokens import Tokens
 
 
 class ThreadWaiter(Waiter):
@@ -39,7 +40,7 @@ class ThreadWaiter(Waiter):
 def acquire(
     manager: QuotaTable,
     model_id: str | Sequence[str],
-    estimated_tokens: SupportsIndex,
+    estimated_tokens: SupportsIndex | Tokens,
     ram_needed_mb: SupportsIndex,
     ssd_needed_mb: SupportsIndex,
     timeout: float | None,

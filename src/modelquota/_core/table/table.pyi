@@ -11,6 +11,7 @@ from modelquota._core.table.grant import Grant
 from modelquota._core.table.queue import Waiter
 from modelquota._core.table.result import QuotaCheckResult
 from modelquota.quota.config import ResourceQuotaConfig
+from modelquota.quota.tokens import Tokens
 
 @disjoint_base
 class QuotaTable:
@@ -41,14 +42,14 @@ class QuotaTable:
     def check_quota(
         self,
         model_id: str | Sequence[str],
-        estimated_tokens: SupportsIndex,
+        estimated_tokens: SupportsIndex | Tokens,
         ram_needed_mb: SupportsIndex = 0,
         ssd_needed_mb: SupportsIndex = 0,
     ) -> QuotaCheckResult: ...
     def peek_quota(
         self,
         model_id: str | Sequence[str],
-        estimated_tokens: SupportsIndex,
+        estimated_tokens: SupportsIndex | Tokens,
         ram_needed_mb: SupportsIndex = 0,
         ssd_needed_mb: SupportsIndex = 0,
     ) -> QuotaCheckResult: ...
@@ -56,30 +57,41 @@ class QuotaTable:
     def check_many(
         self,
         codes: NDArray[np.int64],
-        estimated_tokens: NDArray[np.int64] | Sequence[int] | SupportsIndex,
+        estimated_tokens: NDArray[np.int64] | Sequence[int] | SupportsIndex | Tokens,
         out: NDArray[np.uint8] | None = None,
         *,
         times_ns: NDArray[np.int64] | Sequence[int] | None = None,
         retry_after_ms: NDArray[np.int64] | None = None,
     ) -> NDArray[np.uint8]: ...
     def charge_many(
-        self, codes: NDArray[np.int64], tokens: NDArray[np.int64] | Sequence[int] | SupportsIndex
+        self,
+        codes: NDArray[np.int64],
+        tokens: NDArray[np.int64] | Sequence[int] | SupportsIndex | Tokens,
+        *,
+        over: NDArray[np.uint8] | None = None,
     ) -> None: ...
+    def reserve_many(
+        self,
+        codes: NDArray[np.int64],
+        estimated_tokens: NDArray[np.int64] | Sequence[int] | SupportsIndex | Tokens,
+        *,
+        out: NDArray[np.uint8] | None = None,
+    ) -> list[Grant | None]: ...
     def reserve(
         self,
         model_id: str | Sequence[str],
-        estimated_tokens: SupportsIndex,
+        estimated_tokens: SupportsIndex | Tokens,
         ram_needed_mb: SupportsIndex = 0,
         ssd_needed_mb: SupportsIndex = 0,
     ) -> Grant: ...
     def settle_many(
-        self, grants: Sequence[Grant], actual_tokens: Sequence[SupportsIndex] | NDArray[np.int64]
+        self, grants: Sequence[Grant], actual_tokens: Sequence[SupportsIndex | Tokens] | NDArray[np.int64]
     ) -> None: ...
     def _admit_or_queue(
         self,
         waiter: Waiter,
         model_id: str | Sequence[str],
-        estimated_tokens: SupportsIndex,
+        estimated_tokens: SupportsIndex | Tokens,
         ram_needed_mb: SupportsIndex,
         ssd_needed_mb: SupportsIndex,
         timeout: float | None,
