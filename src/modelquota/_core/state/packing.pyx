@@ -151,7 +151,7 @@ cdef int pack(object config, Limits* limits) except -1:
 
 
 cdef inline object _weight(int64_t millionths):
-    """A weight as it was given: an int if it is whole. Two statements: both branches of an expression have one C type."""
+    """A weight as it was given: an int if it is whole. Both branches of an expression would have one C type."""
     if millionths % MICRO == 0:
         return millionths // MICRO
     return <double> millionths / <double> MICRO
