@@ -13,11 +13,12 @@ import urllib.request
 from importlib.resources import files
 
 import pytest
+from factories import make_manager, open_quota
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 import modelquota.monitoring.prometheus
-from modelquota import ResourceQuotaConfig
+from modelquota import ResourceQuotaConfig, Tokens
 from modelquota.monitoring.metrics import METRICS, OTHERS
 from modelquota.monitoring.prometheus import QuotaCollector, grafana_dashboard, make_exporter_app, start_exporter
 from modelquota.quota.limits import WINDOWS
@@ -378,3 +379,14 @@ def test_clients_that_leave_are_no_error_of_the_exporter(manager, capfd):
     server.shutdown()
     server.server_close()
     thread.join(30)
+
+
+def test_a_meter_has_the_label_of_its_id():
+    manager = make_manager(open_quota("m"), open_quota("m#out", token_weights=(0, 0, 1), max_tokens_per_hour=100))
+    assert manager.check_quota("m", Tokens(3, 2, 1))
+    registry = CollectorRegistry()
+    registry.register(QuotaCollector(manager))
+    tokens = [registry.get_sample_value("modelquota_model_tokens_total", {"model": name}) for name in ("m", "m#out")]
+    assert tokens == [6, 1]
+    labels = {"model": "m#out", "window": "hour"}
+    assert registry.get_sample_value("modelquota_model_window_tokens_limit", labels) == 100

@@ -28,6 +28,7 @@ from modelquota import (
     ResourceQuotaManager,
     ResourceUsage,
     StateFileError,
+    Tokens,
     TraceError,
     UnknownModelError,
     ViolationAction,
@@ -151,6 +152,15 @@ def grant(manager: ResourceQuotaManager) -> tuple[int | Tokens, bool]:
     manager.reserve("m", 1).cancel()
     manager.model("m").reserve(1).cancel()
     manager.model("m").acquire(1, timeout=1).cancel()
+    by_kind = Tokens(input=1_200, cached=800, output=256)
+    total: int = by_kind.total + by_kind.replace(output=1).output
+    manager.check_quota("m", by_kind)
+    with manager.reserve("m", by_kind) as held:
+        held.settle(by_kind)
+    codes, over = manager.codes(["m"]), np.zeros(1, np.uint8)
+    many: list[Grant | None] = manager.reserve_many(codes, by_kind, out=over)
+    manager.charge_many(codes, by_kind, over=over)
+    print(total, many, manager.check_many(codes.reshape(1, 1), by_kind))
     return other.tokens, goes_on
 
 

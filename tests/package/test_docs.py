@@ -228,6 +228,11 @@ def test_readme_is_read_in_five_minutes():
     assert {"modelquota demo", "modelquota serve-demo"} <= set(shown)
 
 
+def anchor(heading):
+    """The fragment of a link to a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 def test_readme_lists_every_topic_and_the_topics_link_to_topics():
     assert set(re.findall(r"\]\(src/modelquota/docs/(\w+)\.md\)", README)) == set(topics())
     for name, text in TEXTS.items():
@@ -235,8 +240,10 @@ def test_readme_lists_every_topic_and_the_topics_link_to_topics():
             if name == "README":
                 assert (ROOT / target).exists() or target.startswith("src/modelquota/docs/"), target
             elif not target.startswith("https://"):
-                assert target == f"{words}.md"
-                assert words in topics()
+                topic, _, heading = target.partition("#")
+                assert topic == (f"{words}.md" if not heading else topic)
+                assert topic.removesuffix(".md") in topics()
+                assert not heading or heading in map(anchor, re.findall(r"^#+ (.*)$", TEXTS[topic[:-3]], re.M))
 
 
 def test_a_topic_says_in_its_first_line_what_it_is_about():

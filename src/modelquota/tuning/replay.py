@@ -290,6 +290,9 @@ def _add_patterns(
     if templates is None:
         return quotas
     found = {name: templates.resolve(name) for name in names if name not in quotas}
+    for name in list(found):
+        for meter, quota in templates.meters_of(name):
+            found.setdefault(f"{name}#{meter}", quota.replace(model_id=f"{name}#{meter}"))
     return {**quotas, **{name: quota for name, quota in found.items() if quota is not None}}
 
 
@@ -316,8 +319,9 @@ def _user_ids(
 def _models(trace: Trace, quotas: Mapping[str, ResourceQuotaConfig], model: str | None) -> tuple[str, ...]:
     """Return the models that the trace's requests are charged to."""
     if trace.model_index is None:
-        if model is None and len(quotas) == 1:
-            return tuple(quotas)
+        alone = [name for name in quotas if "#" not in name or name.partition("#")[0] not in quotas]
+        if model is None and len(alone) == 1:
+            return tuple(alone)
         if model is None:
             raise ValueError(
                 f"the trace has no Model column and there is not one quota but {len(quotas)}: "

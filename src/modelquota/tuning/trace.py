@@ -83,6 +83,7 @@ class Trace:
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     out_of_order: int = 0
+    cached_tokens: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.times_ns)

@@ -51,6 +51,7 @@ cdef inline bint finish_meters(const Shared* shared) noexcept nogil:
     cdef Header* header = shared.header
     cdef uint32_t meter = header.linking_meter
     cdef uint32_t model = header.linking_model
+    cdef uint32_t parent
     cdef Row* row
     if 0 < meter <= header.max_models and 0 < model <= header.max_models:
         row = &shared.rows[model - 1]
@@ -62,6 +63,12 @@ cdef inline bint finish_meters(const Shared* shared) noexcept nogil:
     model = header.removing
     if 0 < model <= header.max_models:
         row = &shared.rows[model - 1]
+        parent = shared.cold_rows[model - 1].meter_of if row.generation == header.removing_generation else 0
+        if 0 < parent <= header.max_models:
+            if not lock_row(&shared.rows[parent - 1], shared, ROW_PATIENCE_NS):
+                return False
+            assign_meter(parent - 1, model - 1, False, shared)
+            unlock(&shared.rows[parent - 1].lock)
         if not lock_row(row, shared, ROW_PATIENCE_NS):
             return False
         if row.generation == header.removing_generation:
