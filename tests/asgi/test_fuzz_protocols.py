@@ -17,8 +17,8 @@ import pytest
 from asgi_client import Call
 from protocol_samples import EVENTS, FREE, JSON_TYPE, LINES, SAMPLES
 
-from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.asgi import Demand, QuotaMiddleware, RequestRefusedError, Tokens
+from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager, Tokens
+from modelquota.asgi import Demand, QuotaMiddleware, RequestRefusedError
 
 COUNT = int(os.environ.get("MODELQUOTA_FUZZ", "600"))
 SEEDS = 4

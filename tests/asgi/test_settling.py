@@ -7,8 +7,8 @@ import json
 import pytest
 from asgi_client import CHAT_PROMPT, OPEN, Call, Model, chat, used
 
-from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
-from modelquota.asgi import Demand, QuotaMiddleware, RequestRefusedError, Tokens, denial_answer, read_demand
+from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager, Tokens
+from modelquota.asgi import Demand, QuotaMiddleware, RequestRefusedError, denial_answer, read_demand
 from modelquota.protocols.durations import duration
 
 REJECT = OPEN | {"on_violation": "reject"}

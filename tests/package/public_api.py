@@ -45,7 +45,6 @@ from modelquota.asgi import (
     QuotaPage,
     Reading,
     RequestRefusedError,
-    Tokens,
     denial_answer,
     estimate_prompt,
     event_tokens,

@@ -84,11 +84,12 @@ cdef int work_off(Actor* actor, bint charging) noexcept nogil:
         tokens[i] = 1
     memset(&batch, 0, sizeof(batch))
     batch.count = ELEMENTS
+    batch.width = 1
     batch.codes = codes
     batch.tokens = tokens
     batch.limits = limits
     batch.now_ns = wait_clock_ns()
-    if first_bad_code(codes, ELEMENTS, shared.rows, shared.header) < ELEMENTS:
+    if first_bad_code(codes, ELEMENTS, False, shared.rows, shared.header) < ELEMENTS:
         return False
     i = 0
     while i < ELEMENTS:
@@ -114,7 +115,7 @@ cdef void choose(Actor* actor, JointRequest* joint) noexcept nogil:
 
 cdef void parse_request(Request* request, int64_t tokens) noexcept nogil:
     memset(request, 0, sizeof(Request))
-    request.tokens = tokens
+    request.tokens = request.kinds.count = tokens
     request.ram_mb = request.ssd_mb = 1
     request.ticket = LAST_TICKET
     request.priority = LOWEST_PRIORITY

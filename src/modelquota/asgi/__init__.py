@@ -14,7 +14,6 @@ from modelquota.protocols.estimate import estimate_prompt
 from modelquota.protocols.refusal import Answer
 from modelquota.protocols.request import Reading, RequestRefusedError
 from modelquota.protocols.tables import operations
-from modelquota.quota.tokens import Tokens
 
 __all__ = [
     "Answer",
@@ -25,7 +24,6 @@ __all__ = [
     "QuotaPage",
     "Reading",
     "RequestRefusedError",
-    "Tokens",
     "denial_answer",
     "estimate_prompt",
     "event_tokens",

@@ -88,10 +88,23 @@ def replay(
     users = _user_ids(trace, quotas, templates) if per_user else {}
     quotas = _add_patterns(quotas, templates, tuple(users.values()))
     limits = [quotas[name].replace(model_id=name) for name in (*names, *users.values())]
+    meters = [
+        quota.replace(model_id=name)
+        for name, quota in quotas.items()
+        if name.partition("#")[0] in names and "#" in name
+    ]
+    by_kind = bool(meters) or any(quota.token_weights != (1, 1, 1) for quota in limits)
     times_ns = _divided(trace.times_ns, ratio)
     before_ns = perf_counter_ns()
     waits = wait and any(quota.on_violation in ("throttle", "queue") for quota in limits)
-    if users or trace.durations_ns is not None:
+    if by_kind and (users or waits or trace.durations_ns is not None):
+        raise ValueError(
+            "the quotas have meters or token_weights, with which only a replay without waits, durations and users"
+            " decides: give wait=False (--no-wait), and a trace without durations"
+        )
+    if by_kind:
+        outcome = _decided(_manager([*limits, *meters]), trace, times_ns, names, progress, trace.kinds)
+    elif users or trace.durations_ns is not None:
         outcome = _simulated(_manager(limits), trace, times_ns, names, users, waits, progress)
     elif waits:
         outcome = _waited(limits, trace, times_ns, names, progress)
@@ -141,10 +154,11 @@ def _decided(
     times_ns: Int64Array,
     names: Sequence[str],
     progress: Callable[[int, int], None] | None,
+    kinds: Int64Array | None = None,
 ) -> Outcome:
-    """Try every request once, at its time, as a batch."""
+    """Try every request once, at its time, as a batch; with its tokens by kind if the quotas tell them apart."""
     requests = len(trace)
-    tokens = trace.tokens
+    tokens = trace.tokens if kinds is None else kinds
     rows_of_models = manager.codes(names)
     codes = np.empty(requests, np.uint8)
     retry_after_ms = np.empty(requests, np.int64)

@@ -83,7 +83,6 @@ class Trace:
     ignored: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     out_of_order: int = 0
-    cached_tokens: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.times_ns)
@@ -102,6 +101,11 @@ class Trace:
     def tokens(self) -> Int64Array:
         """What a request costs at a quota whose tokens all count alike: the only place where kinds are added up."""
         return self.input_tokens + self.cached_tokens + self.output_tokens
+
+    @property
+    def kinds(self) -> Int64Array:
+        """Input, cached and output tokens of each request: shape (n, 3)."""
+        return np.stack((self.input_tokens, self.cached_tokens, self.output_tokens), axis=1)
 
     def select(self, rows: npt.NDArray[np.intp] | slice) -> "Trace":
         """Return the trace of some of its rows, given in order; times still count from the first row of this trace."""
