@@ -38,6 +38,22 @@ def level(manager: ResourceQuotaManager) -> Fraction:
     return level_of(row, "token")
 
 
+def test_a_refund_too_small_for_its_slot_is_not_taken_from_a_later_one(manager, clock):
+    """A closed slot keeps large counts in coarse units: what is not refunded there ages out with the slot."""
+    limit = 2**29
+    manager.set_quota(open_quota("m", max_tokens_per_hour=limit))
+    clock.advance_ns(-clock.now_ns % (3600 * 10**9))
+    assert manager.check_quota("m", 2**28)
+    grants = [manager.reserve("m", 3) for _ in range(20_000)]
+    clock.advance(90)
+    assert manager.check_quota("m", 60_000)
+    clock.advance(60)
+    for grant in grants:
+        grant.cancel()
+    clock.advance(3_660 - 150 + 5)  # the first slot has aged out, the other one has not
+    assert manager.get_usage("m").tokens_this_hour >= 60_000
+
+
 @pytest.mark.parametrize("rate", [1, 0.1, 0.3, 0.7, 1 / 3, 1e-5, 5e-324])
 @pytest.mark.parametrize("tokens", [10**12, 10**15, MOST // 2, MOST - 1])
 def test_what_was_added_in_error_comes_back_whatever_the_unit_of_the_level(manager, clock, rate, tokens):

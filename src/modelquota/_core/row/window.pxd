@@ -239,32 +239,38 @@ cdef inline void begin_counting(const Row* row, ColdRow* cold, int window) noexc
 cdef inline int64_t refund_slots(
     Row* row, ColdRow* cold, int window, bint of_tokens, int64_t slot, int64_t current, int64_t count
 ) noexcept nogil:
-    """Refund `count` to the window's slot, and what it has carried to those that follow; how much that was."""
+    """Refund `count` to the window's slot, and what it has carried to those that follow; how much was refunded.
+
+    What a slot rounds up ages out with it. It is not taken from the next slot, whose count is of later charges.
+    """
     cdef int64_t left = count
-    cdef int64_t held, rest, taken, position
+    cdef int64_t refunded = 0
+    cdef int64_t held, rest, wanted, position
     for _ in range(MOST_CARRIES):
         if left == 0 or slot >= current:
             break
         position = slot % SLOTS
         held = closed_tokens(cold, window, position) if of_tokens else closed_requests(cold, window, position)
-        rest = held - min(left, held)
-        if kept_in(window, of_tokens, rest) != rest:    # round up: what is not refunded ages out
+        wanted = min(left, held)
+        rest = held - wanted
+        if kept_in(window, of_tokens, rest) != rest:
             rest = min(kept(rest + (rest >> COUNT_BITS - 3)), held)
         if of_tokens:
             put_slot(cold, window, position, closed_requests(cold, window, position), rest)
         else:
             put_slot(cold, window, position, rest, closed_tokens(cold, window, position))
-        left -= held - rest
+        refunded += held - rest
+        left -= wanted
         slot += 1
     if slot == current:
         if of_tokens:
-            taken = min(left, <int64_t> (tokens_charged(row, cold) - cold.tokens_start[window]))
-            cold.tokens_start[window] += <uint64_t> taken
+            wanted = min(left, <int64_t> (tokens_charged(row, cold) - cold.tokens_start[window]))
+            cold.tokens_start[window] += <uint64_t> wanted
         else:
-            taken = min(left, <int64_t> (requests_charged(row, cold) - cold.requests_start[window]))
-            cold.requests_start[window] += <uint64_t> taken
-        left -= taken
-    return count - left
+            wanted = min(left, <int64_t> (requests_charged(row, cold) - cold.requests_start[window]))
+            cold.requests_start[window] += <uint64_t> wanted
+        refunded += wanted
+    return refunded
 
 
 cdef inline void begin_trail(Row* row, const ColdRow* cold) noexcept nogil:
