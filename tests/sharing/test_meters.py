@@ -36,6 +36,31 @@ def register_and_remove(manager, counts, model_too):
             manager.set_quota(open_quota("m"))
 
 
+@pytest.mark.parametrize("verb", ["check", "joint", "reserve"])
+def test_a_model_that_comes_back_is_never_without_its_meter(path, verb):
+    manager = make_manager(open_quota("m"), open_quota("m#x", max_tokens_per_hour=100), path=path)
+    ended = shared_array("i8", 1)
+    pid = os.fork()
+    if pid == 0:
+        for _ in range(5_000):
+            manager.remove_quota("m")
+            manager.set_quota(open_quota("m"))
+        ended[0] = 1
+        os._exit(0)
+    try:
+        decided = 0
+        while not ended[0]:
+            if verb == "reserve":
+                with pytest.raises(QuotaExceededError):
+                    manager.reserve("m", 101)
+            else:
+                assert not manager.check_quota("m" if verb == "check" else ("m", "nobody"), 101)
+            decided += 1
+        assert decided > 100
+    finally:
+        os.waitpid(pid, 0)
+
+
 @pytest.mark.parametrize("verb", ["check", "batch", "reserve"])
 @pytest.mark.parametrize("model_too", [False, True])
 def test_a_meter_comes_and_goes_while_another_process_decides(path, verb, model_too):

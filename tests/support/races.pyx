@@ -234,8 +234,8 @@ cdef int change(Actor* actor) noexcept nogil:
         remove_model(row, generation, shared, SLICE_NS)
     memset(name, c"a" + actor.number, sizeof(name))
     version = load_u64(&shared.header.registry_version)
-    return add_model(name, 1 + draw(actor, sizeof(name)), limits, draw(actor, 2), wait_clock_ns(), version, &generation,
-                 shared, SLICE_NS) >= 0
+    return add_model(name, 1 + draw(actor, sizeof(name)), limits, draw(actor, 2), NULL, wait_clock_ns(), version,
+                     &generation, shared, SLICE_NS) >= 0
 
 
 cdef int look(Actor* actor) noexcept nogil:
@@ -325,7 +325,7 @@ def race(double seconds):
     put_fair_limits(&world.limits[1], 100)
     for i in range(ROWS):
         name = <char> (c"A" + i)
-        if add_model(&name, 1, &world.limits[i % 2], i % 2, wait_clock_ns(), shared.header.registry_version,
+        if add_model(&name, 1, &world.limits[i % 2], i % 2, NULL, wait_clock_ns(), shared.header.registry_version,
                      &generation, shared, SLICE_NS) != i:
             raise AssertionError("a row was not free")
     world.end_ns = wait_clock_ns() + <int64_t> (seconds * 1e9)

@@ -119,7 +119,7 @@ cdef inline int first_gone(const JointRequest* joint) noexcept nogil:
 cdef inline bint add_meters(JointRequest* joint, int count, const Shared* shared) noexcept nogil:
     """Add the meters of the first `count` members, unless they are members already; False if there are too many.
 
-    Needs no lock: first_gone() sees whether they are still the same.
+    Needs no lock: first_gone() sees whether they are still the same. A row that has no model now is not added.
     """
     cdef Holding* model
     cdef Holding* member
@@ -137,6 +137,8 @@ cdef inline bint add_meters(JointRequest* joint, int count, const Shared* shared
                 if joint.members[k].index == link - 1:
                     break
             else:
+                if load_u32(&shared.rows[link - 1].generation) & 1 == 0:
+                    break
                 if joint.count == MOST_MODELS:
                     return False
                 member = &joint.members[joint.count]

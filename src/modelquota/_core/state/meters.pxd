@@ -12,6 +12,21 @@ cdef enum:
     MOST_METERS = 14        # of one model: with it they are as many as one decision has
 
 
+cdef inline bint has_meter(uint32_t model, uint32_t meter, const Shared* shared) noexcept nogil:
+    """Whether a model's list contains a meter, and the meter says so. Requires the registry's lock.
+
+    After the death of a process that was registering the model, the meter may name a row that has no list yet.
+    """
+    cdef uint32_t link = shared.cold_rows[model].first_meter
+    if shared.cold_rows[meter].meter_of != model + 1:
+        return False
+    for _ in range(MOST_METERS):
+        if link == 0 or link > shared.header.max_models or link == meter + 1:
+            break
+        link = shared.cold_rows[link - 1].next_meter
+    return link == meter + 1
+
+
 cdef inline void sync_meter(uint32_t model, uint32_t meter, const Shared* shared) noexcept nogil:
     """Have a model's list contain a meter if and only if the meter is its.
 

@@ -12,11 +12,12 @@ from modelquota._core.row.level cimport NO_RATE, load
 from modelquota._core.row.limits cimport limits_digest, put_limits, read_limits, same_limits, start_row
 from modelquota._core.row.window cimport requests_charged, requests_used, tokens_charged, tokens_used
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, unlock, wait_clock_ns
-from modelquota._core.state.meters cimport MOST_METERS, assign_meter, sync_meter
+from modelquota._core.state.meters cimport MOST_METERS, assign_meter, has_meter, sync_meter
 from modelquota._core.state.repair cimport clear, lock_row
 
 cdef enum:
     NAME_UNIT = 16          # a name record has 16, 32, 64, 128 or 256 bytes
+    MAX_NAME_BYTES = 255    # a row stores the size in two bytes, and the largest record has one byte more
     NAME_SHARE = 496        # bytes of names that one row needs at most over its life: 16 + 32 + 64 + 128 + 256
     ROW_PATIENCE_NS = 1_000_000     # the longest wait for a row's lock with the registry locked
     LOOK_AGAIN_NS = 16_666_667      # the pause before a full table is searched again; the end of a slot may make room
@@ -37,6 +38,13 @@ cdef enum:  # Header.clock_kind
 
 cdef enum:
     ANY_ROW = 0xFFFF_FFFF   # in the change log: all rows have to be read again
+
+
+cdef struct MeterRows:
+    # Meters that were registered before their model, or have outlived it.
+    int count
+    uint32_t rows[MOST_METERS]
+    uint32_t generations[MOST_METERS]
 
 
 cdef inline void log_change(const Shared* shared, uint32_t row) noexcept nogil:
@@ -325,7 +333,7 @@ cdef inline int link_meter(
         return REGISTRY_BUSY
     if model.generation != model_generation or meter.generation != meter_generation:
         outcome = NOT_DONE
-    elif shared.cold_rows[place].meter_of != index + 1:
+    elif not has_meter(index, place, shared):
         if not lock_row(model, shared, ROW_PATIENCE_NS):
             outcome = REGISTRY_BUSY
         else:
@@ -372,19 +380,22 @@ cdef inline int64_t forget_one(const Shared* shared, int64_t now_ns) noexcept no
 
 
 cdef inline int64_t add_model(
-    const char* name, int64_t size, const Limits* limits, bint on_sight, int64_t now_ns, uint64_t version,
-    uint32_t* generation, const Shared* shared, int64_t patience_ns
+    const char* name, int64_t size, const Limits* limits, bint on_sight, const MeterRows* meters, int64_t now_ns,
+    uint64_t version, uint32_t* generation, const Shared* shared, int64_t patience_ns
 ) noexcept nogil:
     """Add a model to the lowest free row and return its number. Takes the registry's lock and the row's.
 
     If no row is free, an unused model is removed. TABLE_FULL if there is none; OTHER_VERSION if the registry's version
     is not `version`; or REGISTRY_BUSY. Sets `generation`, since the row's may already be another one after the return.
+
+    `meters` that are still registered are in the model's list before anyone can find it; NULL: none.
     """
     cdef Header* header = shared.header
     cdef Row* rows = shared.rows
     cdef ColdRow* cold
     cdef int64_t index
     cdef Row* row
+    cdef int i
     if not lock_registry(shared, patience_ns):
         return REGISTRY_BUSY
     if header.registry_version != version:
@@ -415,6 +426,9 @@ cdef inline int64_t add_model(
         if on_sight:
             cold.sight_digest = <uint32_t> limits_digest(limits)
             cold.on_sight = 1
+        for i in range(meters.count if meters != NULL else 0):
+            if rows[meters.rows[i]].generation == meters.generations[i]:
+                assign_meter(<uint32_t> index, meters.rows[i], True, shared)
         compiler_barrier()
         generation[0] = row.generation + 1
         store_u32(&row.generation, generation[0])

@@ -133,7 +133,8 @@ cdef class Admission:
                     if template is not None:
                         templates.append((model_id, template))
                         for name, config in self.events.meters_of(model_id):
-                            templates.append((f"{model_id}#{name}", config))
+                            if self.interned.find(f"{model_id}#{name}") is None:
+                                templates.append((f"{model_id}#{name}", config))
                 else:
                     while ref is None and self.adopt(<str> model_id):
                         ref = self.interned.find(<str> model_id)
@@ -174,9 +175,12 @@ cdef class Admission:
                 return False
             refs.append(ref)
         if known < len(ids) and interned.meters:
+            members = [(<RowRef> refs[i]).model_id for i in range(known)]
             for model_id in ids:
-                if model_id in interned.ids:
+                if model_id in members:
                     continue
+                if model_id in interned.ids:    # registered since it was looked up
+                    return False
                 for ref in interned.meters.get(model_id, ()):
                     if joint.count == MOST_MODELS:
                         raise too_many(ids)

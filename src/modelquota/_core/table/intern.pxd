@@ -2,6 +2,7 @@ from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from modelquota._core.layout cimport ColdRow, Limits, Row
 from modelquota._core.row.usage cimport Usage
+from modelquota._core.state.registry cimport MeterRows
 from modelquota._core.state.state cimport State
 
 
@@ -43,6 +44,7 @@ cdef class Interned:
     cdef RowRef ref_at(self, int64_t index, uint32_t generation)
     cdef int join(self, RowRef ref) except -1
     cdef int link_meters(self, bint wait) except -1
+    cdef int meters_of(self, str model_id, MeterRows* meters) except -1
     cdef RowRef find(self, str model_id)
     cdef RowRef require(self, object model_id)
     cdef int put(self, str model_id, object config, bint on_sight) except -1

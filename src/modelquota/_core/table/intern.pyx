@@ -17,7 +17,8 @@ from modelquota._core.state.meters cimport MOST_METERS
 from modelquota._core.state.packing cimport pack, unpack
 from modelquota._core.state.read cimport READ_PATIENCE_NS, read_and_unlock, read_locked
 from modelquota._core.state.registry cimport (
-    ANY_ROW, DONE, NAME_UNIT, REGISTRY_BUSY, TABLE_FULL, add_model, link_meter, remove_model, replace_limits
+    ANY_ROW, DONE, MAX_NAME_BYTES, MeterRows, NAME_UNIT, REGISTRY_BUSY, TABLE_FULL, add_model, link_meter, remove_model,
+    replace_limits
 )
 from modelquota._core.state.repair cimport lock_row, try_row
 from modelquota._core.state.state cimport State
@@ -181,10 +182,10 @@ cdef class Interned:
 
         The process that registered it may have died before it linked them.
         """
-        cdef str model_id, name
+        cdef str model_id, mark
         cdef RowRef model, meter
-        model_id, _, name = (<str> ref.model_id).partition("#")
-        if name:
+        model_id, mark, _ = (<str> ref.model_id).partition("#")
+        if mark:
             self.meters.setdefault(model_id, []).append(ref)
             model = self.ids.get(model_id)
             if model is not None:
@@ -216,6 +217,16 @@ cdef class Interned:
                 self.unlinked.remove((model, meter))
         return 0
 
+    cdef int meters_of(self, str model_id, MeterRows* meters) except -1:
+        """The meters of an id that has no row, as this process knows them."""
+        cdef RowRef meter
+        meters.count = 0
+        for meter in self.meters.get(model_id, ())[:MOST_METERS]:
+            meters.rows[meters.count] = <uint32_t> (meter.row - self.state.shared.rows)
+            meters.generations[meters.count] = meter.generation
+            meters.count += 1
+        return 0
+
     cdef int unintern(self, RowRef ref) except -1:
         """Remove a row that the model has left from the map."""
         cdef int64_t index = ref.row - self.state.shared.rows
@@ -245,7 +256,10 @@ cdef class Interned:
         cdef bytes name = model_id.encode()
         cdef const char* text = name
         cdef int64_t size = len(name)
+        cdef MeterRows meters
         cdef str parent = model_id.partition("#")[0]
+        if size > MAX_NAME_BYTES:       # the facade has validated it; a longer one would be cut off in its record
+            raise QuotaConfigError("model_id", model_id, f"at most {MAX_NAME_BYTES} bytes")
         self.state.require_open()
         self.pack_limits(config, &limits)
         while True:
@@ -263,14 +277,16 @@ cdef class Interned:
                 continue
             if len(self.meters.get(parent, ())) >= MOST_METERS and "#" in model_id:
                 raise QuotaConfigError("model_id", model_id, f"at most {MOST_METERS} meters of one model")
+            self.meters_of(model_id, &meters)
             # if another model is registered first, `version` differs
             self.state.reserve_next_model(limited_windows(&limits))
             now_ns = self.state.now_ns()
-            index = add_model(text, size, &limits, on_sight, now_ns, version, &generation, &self.state.shared, 0)
+            index = add_model(text, size, &limits, on_sight, &meters, now_ns, version, &generation, &self.state.shared,
+                              0)
             if index == REGISTRY_BUSY:
                 self.state.inside += 1
                 with nogil:
-                    index = add_model(text, size, &limits, on_sight, now_ns, version, &generation,
+                    index = add_model(text, size, &limits, on_sight, &meters, now_ns, version, &generation,
                                       &self.state.shared, SLICE_NS)
                 self.state.exit()
             if index == TABLE_FULL:
