@@ -486,6 +486,8 @@ cdef inline uint8_t first_over(const Row* row, const ColdRow* cold) noexcept nog
         return CONCURRENCY
     if load(&row.request_level) > load(&row.request_cap) and row.request_shift != NO_RATE:
         return LIMIT_CODES[SECOND][False]
+    if is_counted(cold, SECOND) and requests_used(row, cold, SECOND) > cold.request_limit[SECOND]:      # its burst
+        return LIMIT_CODES[SECOND][False]
     if load(&row.token_level) > load(&row.token_cap) and row.token_shift != NO_RATE:
         return LIMIT_CODES[SECOND][True]
     for window in range(WINDOWS):
@@ -493,7 +495,7 @@ cdef inline uint8_t first_over(const Row* row, const ColdRow* cold) noexcept nog
             continue
         if window > SECOND and tokens_used(row, cold, window) > cold.token_limit[window]:
             return LIMIT_CODES[window][True]
-        if requests_used(row, cold, window) > cold.request_limit[window]:
+        if window > SECOND and requests_used(row, cold, window) > cold.request_limit[window]:
             return LIMIT_CODES[window][False]
         if window == SECOND and tokens_used(row, cold, window) > cold.token_limit[window]:
             return LIMIT_CODES[window][True]

@@ -13,8 +13,8 @@ from modelquota._core.row.grant cimport Holding
 from modelquota._core.row.tokens cimport count_at, weigh, with_output
 from modelquota._core.row.window cimport current_slot
 from modelquota._core.state.joint cimport (
-    BUSY_ROW, DECIDED, GONE, JointRequest, NO_MEMBER, add_meters, decide_rows, first_gone, lock_rows, put_in_order,
-    unlock_rows
+    BUSY_ROW, DECIDED, GONE, JointRequest, MOST_MODELS, NO_MEMBER, add_meters, decide_rows, first_gone, lock_rows,
+    put_in_order, unlock_rows
 )
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.repair cimport lock_row
@@ -149,6 +149,26 @@ cdef inline bint gather(const Batch* batch, Py_ssize_t i, JointRequest* joint, c
         return False
     put_in_order(joint)
     return True
+
+
+cdef inline Py_ssize_t first_too_many(Batch* batch, const Shared* shared) noexcept nogil:
+    """Index of the first element with more models and meters than one decision may have; `count` if there is none.
+
+    Needs no lock.
+    """
+    cdef JointRequest joint
+    cdef Py_ssize_t i
+    cdef int64_t code
+    cdef int k, most
+    for i in range(batch.count if batch.width > 1 else 0):      # the meters of one model always fit
+        most = 0
+        for k in range(batch.width):
+            code = batch.codes[i * batch.width + k]
+            if code != NO_CODE:
+                most += 1 + shared.rows[index_of(code)].meters
+        if most > MOST_MODELS and not gather(batch, i, &joint, shared):     # one may be the meter of another
+            return i
+    return batch.count
 
 
 cdef inline int decide_several(

@@ -126,7 +126,10 @@ cdef class Grant:
         Of an estimate in `Tokens`, what `add` counts replaces the output tokens.
         """
         if self.stage != SETTLED and self.counting:
-            return self.estimate.replace(output=self.used) if self.kinds.split else self.used
+            if not self.kinds.split:
+                return self.used
+            # all three together are 2**62 at most
+            return self.estimate.replace(output=min(self.used, MAX_COUNT - self.estimate.input - self.estimate.cached))
         return self.truth
 
     @property

@@ -25,7 +25,9 @@ from modelquota._core.state.write cimport LEFT, ROW_BUSY, forgive_burst, record_
 from modelquota._core.table.admission cimport Admission, MAY_WAIT, ids_of, put_member
 from modelquota._core.table.arguments cimport as_kinds, parse_request
 from modelquota._core.table.arrays cimport int64_copy, require_length, require_target, token_counts
-from modelquota._core.table.batch cimport Batch, NO_CODE, charge_batch, check_batch, first_bad_code, index_of
+from modelquota._core.table.batch cimport (
+    Batch, NO_CODE, charge_batch, check_batch, first_bad_code, first_too_many, index_of
+)
 from modelquota._core.table.grant cimport Grant, SETTLED, make_grant, same_kinds
 from modelquota._core.table.intern cimport Interned, RowRef, plain_id
 from modelquota._core.table.queue cimport Queues, Waiter
@@ -80,6 +82,10 @@ cdef inline int wait_and_decide(
 cdef int propagate() except -1:
     """Make the caller raise the exception that is set."""
     return -1
+
+
+cdef object too_many_codes(Py_ssize_t i):
+    return ValueError(f"codes[{i}] has too many ids: with their meters more than {MOST_MODELS} decide; give fewer")
 
 
 @cython.no_gc_clear     # objects finalized in the same cycle may still use it
@@ -628,7 +634,7 @@ cdef class QuotaTable:
             if batch.waits:
                 self.state.pause()
             if batch.too_many:
-                raise ValueError(f"codes[{i}] has too many ids: with their meters more than {MOST_MODELS} decide")
+                raise too_many_codes(i)
             if verdict.to_log:
                 name = self.interned.name_of(batch.violating)
                 due.append((name, result_of(&verdict, name), verdict.to_log))
@@ -702,15 +708,23 @@ cdef class QuotaTable:
         cdef const int64_t* first = <const int64_t*> cnp.PyArray_DATA(rows)
         cdef Py_ssize_t count = cnp.PyArray_SIZE(rows)
         cdef bint several = rows.ndim == 2
-        cdef Py_ssize_t bad
+        cdef Batch batch
+        cdef Py_ssize_t bad, full
+        batch.codes = first
+        batch.count = full = rows.shape[0]
+        batch.width = rows.shape[1] if several else 1
         self.state.inside += 1
         with nogil:
             bad = first_bad_code(first, count, several, self.shared.rows, self.shared.header)
+            if bad == count:
+                full = first_too_many(&batch, self.shared)
         self.state.exit()
         self.state.require_open()
         if bad < count:
             raise ValueError(f"codes[{bad}] is {first[bad]}, which is no model's code; codes come from codes(), and a "
                              "code ends when its model is removed")
+        if full < batch.count:
+            raise too_many_codes(full)
 
     def _times(self, times_ns, Py_ssize_t count):
         cdef object times
