@@ -55,7 +55,7 @@ MANAGER: dict[str, Verb] = {
     "codes": lambda m: m.codes(["m"]),
     "check_many": lambda m: m.check_many(CODES, 1),
     "charge_many": lambda m: m.charge_many(CODES, 1),
-    "reserve_many": lambda m: [grant.release() for grant in m.reserve_many(CODES, 1)],
+    "reserve_many": lambda m: [grant.release() for grant in m.reserve_many(CODES, 1) if grant is not None],
     "model": lambda m: m.model("m"),
     "set_quota": lambda m: m.set_quota("m", max_ram_mb=77),
     "set_quota of a new model": new_row,

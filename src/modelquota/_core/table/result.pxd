@@ -9,13 +9,13 @@ cdef class QuotaCheckResult:
     cdef uint8_t limit_code         # Limit code, 0 = nothing violated
     cdef uint8_t cause_code         # the limit that determines the violation type; another than `limit` for QUEUE only
     cdef signed char action_code    # ViolationAction code, -1 = none applied
+    cdef uint8_t in_dollars         # whether `used`, `bound` and `asked` are millionths of a dollar
     cdef int64_t wait_ms            # -1 = no wait helps
     cdef readonly double current_usage
     cdef double used                # these three belong to the violated limit; 0 if there is none
     cdef double bound
     cdef int64_t asked
     cdef readonly str model_id
-    cdef bint in_dollars            # whether the three are millionths of a dollar
 
 
 cdef QuotaCheckResult result_of(const Verdict* verdict, str model_id)
