@@ -18,7 +18,7 @@ from modelquota._core.table.result import QuotaCheckResult
 from modelquota._core.table.table import QuotaTable
 from modelquota._log import log as _log
 from modelquota._log import logger
-from modelquota.errors import UnknownModelError
+from modelquota.errors import QuotaConfigError, UnknownModelError
 from modelquota.quota.config import MAX_COUNT, ResourceQuotaConfig, plain_model_id, require_fields
 from modelquota.quota.limits import ViolationAction
 from modelquota.quota.patterns import DefaultQuota, QuotaTemplates
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _SECOND_NS = 1_000_000_000
 _INFO, _WARNING = 20, 30  # the levels' numbers, as the logging documentation gives them
+_ACCEPTED_ON_SIGHT = "an id without '#', since default_quota registers meters with their model only"
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -428,14 +429,22 @@ class _Events:
     def template_of(self, model_id: str) -> ResourceQuotaConfig | None:
         """Return the config to register an id without a quota from, or None; the config may name another id."""
         templates = self.templates
-        template = None if templates is None else templates.template_of(model_id)
-        if template is not None:
-            plain_model_id("model_id", model_id)  # raises if no quota can have this id
+        if templates is None:
+            return None
+        template = templates.template_of(model_id.partition("#")[0])
+        if template is None:
+            return None
+        if "#" in model_id:  # registered, it would be a meter that all traffic of its model has to pass
+            raise QuotaConfigError("model_id", model_id, _ACCEPTED_ON_SIGHT)
+        plain_model_id("model_id", model_id)  # raises if no quota can have this id
         return template
 
     def meters_of(self, model_id: str) -> list[tuple[str, ResourceQuotaConfig]]:
         """Return the meters to register with an id without a quota, as names and configs."""
-        return [] if self.templates is None else self.templates.meters_of(model_id)
+        meters = [] if self.templates is None else self.templates.meters_of(model_id)
+        for name, _ in meters:
+            plain_model_id("model_id", f"{model_id}#{name}")
+        return meters
 
     def on_unknown_model(self, model_id: str) -> None:
         """Log, once a second, that an id without a quota was checked."""

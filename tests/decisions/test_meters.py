@@ -192,6 +192,79 @@ def test_meters_by_pattern():
     assert manager.get_quota("user:bob#usd").unit == "usd"
 
 
+def test_a_meter_whose_id_would_be_too_long_is_refused_with_its_model(path):
+    patterns = {"user:*": open_quota("u"), "user:*#usd": open_quota("usd", max_tokens_per_hour=100)}
+    manager = ResourceQuotaManager(path=path, default_quota=patterns)
+    for verb in (manager.check_quota, manager.peek_quota, manager.reserve):
+        with pytest.raises(QuotaConfigError, match="1 to 255 bytes"):
+            verb("user:" + "x" * 247, 90)
+    assert manager.list_models() == []
+    longest = "user:" + "x" * 246
+    assert [bool(manager.check_quota(longest, 90)) for _ in range(2)] == [True, False]
+    manager.close()
+    with ResourceQuotaManager(path=path) as again:
+        assert sorted(map(len, again.list_models())) == [251, 255]
+
+
+@pytest.mark.parametrize("source", ["config", "patterns", "callable"])
+def test_no_id_evades_the_default_by_looking_like_a_meter(source):
+    quota = open_quota("u", max_requests_per_hour=1)
+    given = {"config": quota, "patterns": {"bob*": quota}, "callable": lambda model_id: quota}[source]
+    manager = ResourceQuotaManager(clock=ManualClock(), default_quota=given)
+    for model_id in ("bob#", "bob#1", "bob##"):
+        for verb in (manager.check_quota, manager.peek_quota, manager.reserve):
+            with pytest.raises(QuotaConfigError, match="an id without '#'"):
+                verb(model_id, 1)
+    assert manager.list_models() == []
+    manager.set_quota(open_quota("bob#1"))
+    assert manager.check_quota("bob#1", 1)  # a meter that was registered is an id like others
+    assert manager.check_quota("bob", 1)
+
+
+def test_an_id_that_no_pattern_matches_is_unknown_with_a_meter_too():
+    manager = ResourceQuotaManager(clock=ManualClock(), default_quota={"user:*": open_quota("u")})
+    assert manager.check_quota("llama#1", 1)
+    assert manager.list_models() == []
+
+
+def test_peek_reads_a_meter_that_was_registered_before_its_model():
+    patterns = {"u*": open_quota("u"), "u*#x": open_quota("x", max_tokens_per_hour=10)}
+    manager = ResourceQuotaManager(clock=ManualClock(), default_quota=patterns)
+    manager.set_quota(open_quota("u1#x", max_tokens_per_hour=1_000))
+    assert manager.peek_quota("u1", 50)
+    assert manager.check_quota("u1", 50)
+    manager.check_quota("u2", 7)
+    manager.remove_quota("u2")
+    assert not manager.peek_quota("u2", 7)  # the meter has stayed, with what it counted
+    assert not manager.check_quota("u2", 7)
+
+
+@pytest.mark.parametrize("verb", ["check_many", "reserve_many"])
+def test_a_batch_with_too_many_meters_is_refused_as_a_whole(verb):
+    manager = make_manager(open_quota("c"), *(open_quota(f"{m}") for m in "ab"))
+    for model in "ab":
+        for number in range(7):
+            manager.set_quota(open_quota(f"{model}#{number}"))
+    a, b, c, meter = manager.codes(["a", "b", "c", "a#3"]).tolist()
+    decide = getattr(manager, verb)
+    with pytest.raises(ValueError, match=r"codes\[1\] has too many ids: with their meters more than 15 decide"):
+        decide(np.array([[c, a], [a, b]]), np.array([7, 7]))
+    assert [used(manager, model_id) for model_id in ("a", "b", "c")] == [0, 0, 0]
+    manager.remove_quota("b#6")
+    made = decide(np.array([[c, a, 0], [a, b, meter]]), np.array([7, 7]))  # the meter is counted once
+    assert [used(manager, model_id) for model_id in ("a", "b", "c", "a#3", "b#0")] == [14, 7, 7, 14, 7]
+    if verb == "reserve_many":
+        for grant in made:
+            grant.release()
+
+
+def test_the_output_of_a_grant_stays_within_a_count():
+    manager = metered("x", max_tokens_per_hour=10)
+    with manager.reserve("m", Tokens(input=1, output=3)) as grant:
+        assert not grant.add(2**62)
+        assert grant.tokens == Tokens(input=1, output=2**62 - 1)
+
+
 def test_a_meter_is_forgotten_with_its_model_and_never_before():
     patterns = {"u*": open_quota("u", max_tokens_per_minute=10), "u*#x": open_quota("x", max_tokens_per_hour=10)}
     clock = ManualClock()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 from agreement import NOW, assert_same_decision, assert_same_state
 from grant_agreement import GrantAgreement
 from hypothesis import settings
@@ -14,7 +15,7 @@ from hypothesis.stateful import rule
 from oracle_kinds import Amount
 from strategies import Arrival, Step, limits, steps, tokens
 
-from modelquota import QuotaExceededError, ResourceQuotaConfig, Tokens
+from modelquota import QuotaConfigError, QuotaExceededError, ResourceQuotaConfig, Tokens
 
 METERS = ("a#x", "a#y", "b#z", "c#w")
 IDS = ("a", "b", *METERS)
@@ -67,6 +68,8 @@ class MeterAgreement(GrantAgreement):
     @rule(model_id=ids, step=steps(), amounts=st.lists(kinds(), min_size=1, max_size=4))
     def check_kinds(self, model_id: str | Sequence[str], step: Step, amounts: list[Amount]) -> None:
         self.pass_step(step)
+        if self.is_refused(model_id):
+            return
         for amount in amounts:
             peeked = self.manager.peek_quota(model_id, amount)
             expected = self.oracle.check_quota(model_id, amount)
@@ -78,6 +81,8 @@ class MeterAgreement(GrantAgreement):
     @rule(model_id=ids, step=steps(), amount=kinds())
     def reserve_kinds(self, model_id: str | Sequence[str], step: Step, amount: Amount) -> None:
         self.pass_step(step)
+        if self.is_refused(model_id):
+            return
         decision, expected = self.oracle.reserve(model_id, amount)
         try:
             actual = self.manager.reserve(model_id, amount)
@@ -88,6 +93,16 @@ class MeterAgreement(GrantAgreement):
         assert expected is not None
         assert actual.tokens == actual.estimated_tokens == amount
         self.hold(actual, expected)
+
+    def is_refused(self, model_id: str | Sequence[str]) -> bool:
+        """Whether an id is a meter that has not been registered, while a default applies; then it has to raise."""
+        asked = (model_id,) if isinstance(model_id, str) else model_id
+        unknown = [one for one in asked if "#" in one and one not in self.oracle.models]
+        if self.oracle.default_quota is None or not unknown:
+            return False
+        with pytest.raises(QuotaConfigError):
+            self.manager.peek_quota(model_id, 1)
+        return True
 
     def hold(self, actual: Any, expected: Any) -> None:
         """Keep a grant of both for the rules to come."""

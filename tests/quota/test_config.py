@@ -123,16 +123,23 @@ def test_the_types_offered_to_callers_name_every_field() -> None:
     assert set(typing.get_type_hints(QuotaChanges)) == set(FIELDS)
 
 
-@pytest.mark.parametrize("model_id", ["a", "llama-3.2-1b", "acme/bob", " ", "a\nb", "x" * 255, "é" * 127, "通义千问"])
+@pytest.mark.parametrize(
+    "model_id", ["a", "llama-3.2-1b", "acme/bob", " ", "a\nb", "x" * 255, "é" * 127, "通义千问", "a#b", "a##"]
+)
 def test_model_ids(model_id: str) -> None:
     assert ResourceQuotaConfig(model_id).model_id == model_id
 
 
-@pytest.mark.parametrize("model_id", ["", "a\0b", "\ud800", "x" * 256, "é" * 128, b"llama", None, 7])
+@pytest.mark.parametrize(
+    "model_id", ["", "a\0b", "\ud800", "x" * 256, "é" * 128, b"llama", None, 7, "#", "a#", "#a", "##"]
+)
 def test_refused_model_ids(model_id: object) -> None:
     text = refusal(model_id=model_id)
     assert text.startswith("model_id=")
-    assert text.endswith(" is not accepted; expected a str of 1 to 255 bytes of UTF-8 without NUL")
+    assert text.endswith(
+        " is not accepted; expected a str of 1 to 255 bytes of UTF-8 without NUL; "
+        "a meter has text before and after its '#'"
+    )
 
 
 @pytest.mark.parametrize("given_id", [np.str_("llama"), enum.StrEnum("Model", {"LLAMA": "llama"}).LLAMA])  # type: ignore[attr-defined]

@@ -78,7 +78,23 @@ def test_a_look_up_does_not_grow_with_the_number_of_patterns():
 
 @pytest.mark.parametrize(
     "pattern",
-    ["", "a*b", "*a", "**", "user:**", "*:*", "a\0*", "\0", "x" * 255 + "*", "é" * 128, "\ud800*", "a*#", "a#b*"],
+    [
+        "",
+        "a*b",
+        "*a",
+        "**",
+        "user:**",
+        "*:*",
+        "a\0*",
+        "\0",
+        "x" * 255 + "*",
+        "é" * 128,
+        "\ud800*",
+        "a*#",
+        "a#b*",
+        "a#",
+        "#b",
+    ],
 )
 def test_a_pattern_that_is_not_one_is_named(pattern):
     for make in (

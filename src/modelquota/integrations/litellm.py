@@ -154,6 +154,8 @@ class QuotaHandler(CustomLogger):
             raise _denial(error) from None
         except CapacityError:
             raise HTTPException(503, detail={"error": "no further model can be accounted for"}) from None
+        except ValueError as error:  # an id of the request cannot have a quota, or they have too many meters
+            raise HTTPException(400, detail={"error": f"the request cannot be decided: {error}"}) from None
         ticket = _Ticket.of(grant)
         places = [place for place in _PLACES if isinstance(data.get(place), dict)] or [_PLACES[0]]
         for place in places:

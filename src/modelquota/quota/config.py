@@ -233,6 +233,9 @@ perhaps max_ram_mb
         return cls(**{"model_id": None, **mapping})
 
 
+MODEL_ID_ACCEPTED: Final = (
+    f"a str of 1 to {MAX_MODEL_ID_BYTES} bytes of UTF-8 without NUL; a meter has text before and after its '#'"
+)
 _NO_LIMIT = '"unlimited" in a quota file'
 
 _Convert = Callable[[str, Any], object]
@@ -243,11 +246,12 @@ def plain_model_id(field: str, value: Any) -> str:
     try:
         # a plain str, since a subclass could override the methods that are called below
         plain = str.__str__(value) if isinstance(value, str) else ""
-        if 0 < len(plain.encode()) <= MAX_MODEL_ID_BYTES and "\0" not in plain:
+        of, mark, meter = plain.partition("#")
+        if 0 < len(plain.encode()) <= MAX_MODEL_ID_BYTES and "\0" not in plain and (not mark or (of and meter)):
             return plain
     except UnicodeEncodeError:  # half of a surrogate pair
         pass
-    raise QuotaConfigError(field, value, f"a str of 1 to {MAX_MODEL_ID_BYTES} bytes of UTF-8 without NUL")
+    raise QuotaConfigError(field, value, MODEL_ID_ACCEPTED)
 
 
 def _action(field: str, value: Any) -> ViolationAction:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from modelquota.errors import QuotaConfigError
-from modelquota.quota.config import MAX_COUNT, MAX_MODEL_ID_BYTES, plain_model_id
+from modelquota.quota.config import MAX_COUNT, MAX_MODEL_ID_BYTES, MODEL_ID_ACCEPTED, plain_model_id
 
 __all__ = ["HTTP_FIELDS", "KEY_DIGITS", "HttpField", "check_http", "check_keys", "key_digits"]
 
@@ -90,9 +90,9 @@ def _model(name: str, meaning: str) -> HttpField:
     return HttpField(
         name,
         meaning,
-        f"a str of 1 to {MAX_MODEL_ID_BYTES} bytes of UTF-8 without NUL",
+        MODEL_ID_ACCEPTED,
         _is_id,
-        {"type": "string", "minLength": 1, "maxLength": MAX_MODEL_ID_BYTES, "pattern": "^[^\\u0000]*$"},
+        {"type": "string", "maxLength": MAX_MODEL_ID_BYTES, "pattern": "^[^\\u0000#]+(#[^\\u0000]+)?$"},
     )
 
 
@@ -188,7 +188,7 @@ def check_keys(names: Mapping[str, Any]) -> dict[str, str]:
                 f"the SHA-256 of an API key as its name: {KEY_DIGITS} to {_FULL_DIGITS} hexadecimal digits",
             )
         if not _is_id(name):
-            raise QuotaConfigError(digits, name, f"a name: a str of 1 to {MAX_MODEL_ID_BYTES} bytes without NUL")
+            raise QuotaConfigError(digits, name, f"a name: {MODEL_ID_ACCEPTED}")
         found[digits[:KEY_DIGITS].lower()] = name
     return found
 

@@ -152,7 +152,7 @@ def pattern_of(given: Any) -> str:
         raise TypeError(f"default_quota has the key {given!r}; give a str, such as 'user:*'")
     pattern = str.__str__(given)
     of, mark, meter = pattern.partition("#")
-    star_fits = "*" not in of[:-1] + meter and not (of.endswith("*") and mark and not meter)
+    star_fits = "*" not in of[:-1] + meter and (not mark or (of != "" and meter != ""))
     try:
         if 0 < len(pattern.encode()) <= MAX_MODEL_ID_BYTES and "\0" not in pattern and star_fits:
             return pattern
