@@ -439,6 +439,7 @@ cdef class State:
             return 0
         error = set_space_aside(self.shared.spare_fd, <const char*> start - self.mapping.memory, size)
         if error:
+            self.require_open()     # another thread may have closed it, and with it the descriptor
             raise StateFileError(self.path, f"no space could be set aside for it: {os.strerror(error)}; what is in it "
                                  "stays in use")
         return 0
