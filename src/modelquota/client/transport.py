@@ -22,11 +22,38 @@ if TYPE_CHECKING:
 # Both libraries only call the methods of a transport, so that one class fits both; their types differ.
 _Transport: Any = object
 
+_making = threading.Lock()  # held while a default transport is made: each QuotaTransport makes one, in any thread
+
 # Before these, nothing was sent.
 _UNSENT = frozenset(("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError"))
 
 
-class QuotaTransport(_Transport):  # type: ignore[misc]
+class _MeteredTransport(_Transport):  # type: ignore[misc]
+    """What both transports are made of: how requests are counted, and what sends them."""
+
+    def __init__(
+        self,
+        manager: ResourceQuotaManager,
+        transport: Any = None,
+        *,
+        ids: Ids | None = None,
+        default_model: str | None = None,
+        default_output_tokens: int = 256,
+        timeout: float | None = None,
+        tables: Sequence[str] | None = None,
+    ) -> None:
+        self._policy = Policy(
+            manager,
+            ids=ids,
+            default_model=default_model,
+            default_output_tokens=default_output_tokens,
+            timeout=timeout,
+            tables=tables,
+        )
+        self._inner = transport
+
+
+class QuotaTransport(_MeteredTransport):
     """Transport for ``httpx.Client`` that acquires a grant for each request to a model.
 
     A request waits as the action of its quota says, and is settled by the ``usage`` of the answer, also of a stream;
@@ -60,28 +87,6 @@ class QuotaTransport(_Transport):  # type: ignore[misc]
     --------
     ``OpenAI(http_client=httpx.Client(transport=QuotaTransport(manager)))``
     """
-
-    def __init__(
-        self,
-        manager: ResourceQuotaManager,
-        transport: Any = None,
-        *,
-        ids: Ids | None = None,
-        default_model: str | None = None,
-        default_output_tokens: int = 256,
-        timeout: float | None = None,
-        tables: Sequence[str] | None = None,
-    ) -> None:
-        self._policy = Policy(
-            manager,
-            ids=ids,
-            default_model=default_model,
-            default_output_tokens=default_output_tokens,
-            timeout=timeout,
-            tables=tables,
-        )
-        self._inner = transport
-        self._lock = threading.Lock()
 
     def handle_request(self, request: Any) -> Any:
         """Send a request, once the quotas admit it. Called by the client."""
@@ -123,7 +128,7 @@ class QuotaTransport(_Transport):  # type: ignore[misc]
 
     def _transport_for(self, request: Any) -> Any:
         if self._inner is None:
-            with self._lock:
+            with _making:
                 if self._inner is None:
                     self._inner = _library(request).HTTPTransport()
         return self._inner
@@ -145,7 +150,7 @@ class QuotaTransport(_Transport):  # type: ignore[misc]
         self.close()
 
 
-class AsyncQuotaTransport(_Transport):  # type: ignore[misc]
+class AsyncQuotaTransport(_MeteredTransport):
     """Transport for ``httpx.AsyncClient``: `QuotaTransport` for asyncio. It never blocks the event loop.
 
     Parameters are those of `QuotaTransport`.
@@ -154,27 +159,6 @@ class AsyncQuotaTransport(_Transport):  # type: ignore[misc]
     --------
     ``AsyncOpenAI(http_client=httpx.AsyncClient(transport=AsyncQuotaTransport(manager)))``
     """
-
-    def __init__(
-        self,
-        manager: ResourceQuotaManager,
-        transport: Any = None,
-        *,
-        ids: Ids | None = None,
-        default_model: str | None = None,
-        default_output_tokens: int = 256,
-        timeout: float | None = None,
-        tables: Sequence[str] | None = None,
-    ) -> None:
-        self._policy = Policy(
-            manager,
-            ids=ids,
-            default_model=default_model,
-            default_output_tokens=default_output_tokens,
-            timeout=timeout,
-            tables=tables,
-        )
-        self._inner = transport
 
     async def handle_async_request(self, request: Any) -> Any:
         """Send a request, once the quotas admit it. Called by the client."""
