@@ -227,7 +227,7 @@ cdef inline void find_violations(
 ) noexcept nogil:
     """Judge `limits` in their order; set the first violated one and the longest wait of all violated ones.
 
-    A request behind others in the queue reports the queue as its violation, whatever else it violates.
+    A request behind others in the queue reports the queue as its violation, even if it violates other limits too.
     """
     cdef uint64_t used_ram_mb = in_use(cold.ram_mb, cold.reserved_ram_mb)
     cdef uint64_t used_ssd_mb = in_use(cold.ssd_mb, cold.reserved_ssd_mb)
@@ -490,15 +490,15 @@ cdef inline uint8_t first_over(const Row* row, const ColdRow* cold) noexcept nog
         return LIMIT_CODES[SECOND][False]
     if load(&row.token_level) > load(&row.token_cap) and row.token_shift != NO_RATE:
         return LIMIT_CODES[SECOND][True]
-    for window in range(WINDOWS):
+    if is_counted(cold, SECOND) and tokens_used(row, cold, SECOND) > cold.token_limit[SECOND]:
+        return LIMIT_CODES[SECOND][True]
+    for window in range(SECOND + 1, WINDOWS):
         if not is_counted(cold, window):
             continue
-        if window > SECOND and tokens_used(row, cold, window) > cold.token_limit[window]:
+        if tokens_used(row, cold, window) > cold.token_limit[window]:
             return LIMIT_CODES[window][True]
-        if window > SECOND and requests_used(row, cold, window) > cold.request_limit[window]:
+        if requests_used(row, cold, window) > cold.request_limit[window]:
             return LIMIT_CODES[window][False]
-        if window == SECOND and tokens_used(row, cold, window) > cold.token_limit[window]:
-            return LIMIT_CODES[window][True]
     return 0
 
 
@@ -512,7 +512,7 @@ cdef inline uint32_t token_limits() noexcept nogil:
 
 
 cdef inline bint admits_tokens(Row* row, ColdRow* cold, int64_t tokens, bint enforcing) noexcept nogil:
-    """Whether an open grant may use this many more tokens: assess() by the limits of tokens alone, whatever waits.
+    """Whether an open grant may use this many more tokens: assess() by the limits of tokens alone, even if others wait.
 
     Requires advance() and the row's lock.
     """
