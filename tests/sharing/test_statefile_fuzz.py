@@ -102,6 +102,9 @@ class Workshop:
         for waiter, ids in zip(waiters, ("model-2", ("model-0", "model-2")), strict=True):
             assert manager._admit_or_queue(waiter, ids, 1, 0, 0, None, 0, nowait=False) is waiter
         manager.set_quota("trail", max_tokens_per_minute=10**6, max_tokens_per_month=10**6)
+        for meter in ("model-0#output", "model-0#usd"):
+            manager.set_quota(meter, max_tokens_per_hour=10**6, token_weights=(0, 0, 1.5))
+        manager.check_quota("model-0", 1)
         manager.check_quota("trail", 1)
         time.sleep(0.02)
         manager.get_usage("trail")  # one closed slot
@@ -362,9 +365,10 @@ def test_what_is_no_file(tmp_path, make):
         ("cold", "weights", 0, 2**63, "its weights of tokens or their unit are unknown"),
         ("cold", "weights", 2, 10**12 + 1, "its weights of tokens or their unit are unknown"),
         ("cold", "unit", 0, 2, "its weights of tokens or their unit are unknown"),
-        ("cold", "meter_of", 0, MODELS + 1, "its meter_of is not a row"),
-        ("cold", "first_meter", 0, 2**32 - 1, "its first_meter is not a row"),
-        ("cold", "next_meter", 0, MODELS + 1, "its next_meter is not a row"),
+        ("cold", "meter_of", 0, MODELS + 1, "its meter_of is not another row"),
+        ("cold", "meter_of", 0, 2, "its meter_of is not another row"),
+        ("cold", "first_meter", 0, 2**32 - 1, "its first_meter is not another row"),
+        ("cold", "next_meter", 0, MODELS + 1, "its next_meter is not another row"),
         ("cold", "stage", 0, CONSTANTS["last_stage"] + 1, "its stage is unknown"),
         ("cold", "tokens_base", 1, 5, "the tokens of window 1 are not the sum of its slots"),
         ("cold", "requests_start", 4, 5, "the requests of window 4 are not"),
@@ -385,3 +389,25 @@ def test_a_fault_of_a_row_is_named(workshop, part, field, index, value, words):
     with pytest.raises(StateFileError, match=f"row {row}: {words}"):
         ResourceQuotaManager(path=workshop.path)
     assert workshop.is_refused()
+
+
+@pytest.mark.parametrize("verb", ["decide", "remove"])
+def test_links_that_are_damaged_while_the_file_is_used_end_in_the_row(workshop, verb):
+    """A meter that is its own model's, and a list that leads to itself or to a row that has never had a model."""
+    cold, row = LAYOUT["cold"], LAYOUT["row"]
+    for field, value in (("meter_of", 1), ("first_meter", 1), ("first_meter", MODELS), ("next_meter", 1)):
+        workshop.write([], [])
+        manager = ResourceQuotaManager(path=workshop.path)
+        with open(workshop.path, "r+b") as file:
+            for at, number in (
+                (REGIONS.cold_rows + cold.fields[field][1], value),
+                (REGIONS.rows + (MODELS - 1) * row.itemsize + row.fields["generation"][1], 1),
+            ):
+                file.seek(at)
+                file.write(number.to_bytes(4, "little"))
+        if verb == "remove":
+            assert manager.remove_quota("model-0")
+        else:
+            manager.check_quota("model-0", 1)
+            manager.check_many(manager.codes(["model-0"]), 1)
+        manager.close()

@@ -4,7 +4,7 @@
 # Locks are taken in the order of the rows, whatever the order of the ids, so there is no deadlock. None is kept during
 # the wait for another one, so a process that is stopped with one row locked does not block the others.
 from libc.stdint cimport int64_t, uint32_t
-from modelquota._core.atomics cimport add_u64, load_u32
+from modelquota._core.atomics cimport add_u64, load_i64, load_u32
 from modelquota._core.layout cimport Charge, MAX_COUNT, QueueEntry, Row, Shared
 from modelquota._core.row.decision cimport (
     Fit, NEVER, QUEUE_PLACE, Request, Verdict, assess, charge_admitted, count_violation, start_verdict
@@ -119,7 +119,8 @@ cdef inline int first_gone(const JointRequest* joint) noexcept nogil:
 cdef inline bint add_meters(JointRequest* joint, int count, const Shared* shared) noexcept nogil:
     """Add the meters of the first `count` members, unless they are members already; False if there are too many.
 
-    Needs no lock: first_gone() sees whether they are still the same. A row that has no model now is not added.
+    Needs no lock: first_gone() sees whether they are still the same. A row that has no model now is not added, nor one
+    that never had any, where a damaged file may lead.
     """
     cdef Holding* model
     cdef Holding* member
@@ -131,7 +132,7 @@ cdef inline bint add_meters(JointRequest* joint, int count, const Shared* shared
         model.decides_meters = True
         link = load_u32(&model.cold.first_meter)
         for step in range(MOST_MODELS):
-            if link == 0 or <int64_t> link > shared.header.max_models:
+            if link == 0 or <int64_t> link > load_i64(&shared.header.row_count):
                 break
             for k in range(joint.count):
                 if joint.members[k].index == link - 1:

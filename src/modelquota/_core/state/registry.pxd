@@ -72,7 +72,7 @@ cdef inline bint finish_meters(const Shared* shared) noexcept nogil:
     if 0 < model <= header.max_models:
         row = &shared.rows[model - 1]
         parent = shared.cold_rows[model - 1].meter_of if row.generation == header.removing_generation else 0
-        if 0 < parent <= header.max_models:
+        if 0 < parent <= header.max_models and parent != model:    # itself: only in a damaged file; likewise below
             if not lock_row(&shared.rows[parent - 1], shared, ROW_PATIENCE_NS):
                 return False
             assign_meter(parent - 1, model - 1, False, shared)
@@ -453,7 +453,7 @@ cdef inline int remove_model(Row* row, uint32_t generation, const Shared* shared
     if not lock_registry(shared, patience_ns):
         return REGISTRY_BUSY
     model = shared.cold_rows[index].meter_of
-    if row.generation != generation or model > header.max_models:
+    if row.generation != generation or model > header.max_models or model == index + 1:
         model = 0
     if model and not lock_row(&shared.rows[model - 1], shared, ROW_PATIENCE_NS):
         unlock_registry(shared)

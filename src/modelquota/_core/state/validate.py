@@ -429,7 +429,8 @@ def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterat
     yield from _each(part, cold_rows["stage"] > CONSTANTS["last_stage"], "its stage is unknown")
     yield from _each(part, rows["trail"] > _TRAIL, "its trail has too many slots")
     for link in ("meter_of", "first_meter", "next_meter"):
-        yield from _each(part, cold_rows[link] > part.max_models, f"its {link} is not a row")
+        itself = cold_rows[link] == part.first + np.arange(len(rows)) + 1
+        yield from _each(part, (cold_rows[link] > part.max_models) | itself, f"its {link} is not another row")
     for what in ("request", "token"):
         dormant = rows[f"dormant_{what}_shift"]
         wrong = (dormant > _WIDEST_SHIFT) & (dormant != _NO_RATE)
