@@ -23,6 +23,7 @@ from modelquota.waiting.thread import ThreadWaiter
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
 MODELS = 8
+MODEL_IDS = ("model-0", "model-0#output", "model-0#usd", "model-2", "model-3", "trail")
 REGIONS = regions_for(MODELS)
 LAYOUT = dict(dtypes())
 PARTS = {
@@ -308,6 +309,17 @@ def test_a_count_of_rows_below_one_that_was_used_is_refused(workshop, count):
     workshop.write([(at, count.to_bytes(8, "little"))], [])
     with pytest.raises(StateFileError, match="row_count"):
         ResourceQuotaManager(path=workshop.path)
+
+
+@pytest.mark.parametrize("version", [0, 1, 3, 2**64 - 1])
+def test_a_damaged_number_of_changes_hides_no_model(workshop, version):
+    at = LAYOUT["header"].fields["registry_version"][1]
+    workshop.write([(at, version.to_bytes(8, "little"))], [])
+    with ResourceQuotaManager(path=workshop.path) as manager:
+        assert sorted(manager.list_models()) == sorted(MODEL_IDS)
+        for model_id in MODEL_IDS:
+            manager.set_quota(model_id, max_requests_per_second=1.0)
+        assert len(manager.list_models()) == len(MODEL_IDS)
 
 
 @pytest.mark.parametrize("field", ["ram_mb", "ssd_mb", "tokens"])

@@ -47,6 +47,8 @@ cdef class Interned:
         self.refs = <PyObject**> calloc(self.state.shared.header.max_models, sizeof(PyObject*))
         if self.refs == NULL:
             raise MemoryError()
+        # nothing has been seen: the first refresh reads all rows, whatever a damaged file says of changes
+        self.seen_version = load_u64(&self.state.shared.header.registry_version) - CHANGES
         self.refresh()
         return 0
 
