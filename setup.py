@@ -48,6 +48,10 @@ DIRECTIVES = {
 
 # CPython's own flags ask for debug information and for all warnings, which take a tenth of gcc's time.
 compile_args = ["-std=c11", "-fno-math-errno", "-D_GNU_SOURCE", *(["-g"] if DEBUG else ["-g0", "-Wno-all"])]
+# Errors from gcc 14 on, so they are errors everywhere.
+compile_args += [
+    f"-Werror={name}" for name in ("incompatible-pointer-types", "int-conversion", "implicit-function-declaration")
+]
 link_args = []
 if SANITIZE:
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]

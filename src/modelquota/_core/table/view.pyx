@@ -311,7 +311,7 @@ cdef int copy_steadily(const Copies* copies, int64_t first, Py_ssize_t count) no
     return 0
 
 
-cdef void place_copied_rings(ColdRow* cold, const char* const* rings, Py_ssize_t place) noexcept nogil:
+cdef void place_copied_rings(ColdRow* cold, char* const* rings, Py_ssize_t place) noexcept nogil:
     """Have a copy of a cold row refer to copies of its rings."""
     cdef int window
     for window in range(WINDOWS):
