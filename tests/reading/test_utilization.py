@@ -36,6 +36,7 @@ def test_it_agrees_with_the_reports(manager):
             assert found.of(limit)[index] == pytest.approx(percent)
         assert found.used(Limit.TOKENS_PER_DAY)[index] == report.usage.tokens_this_day
         assert found.used(Limit.RAM)[index] == report.usage.current_ram_mb
+        assert found.left[index].tolist() == [-1 if left is None else left for left in report.usage.left[1:]]
 
 
 def test_a_rate_is_as_full_as_its_second_or_its_burst(manager):

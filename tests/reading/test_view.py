@@ -40,6 +40,7 @@ def test_it_tells_what_the_manager_tells(path, count):
             found = np.argsort(ours.counters["model_id"].astype(str))
             assert ours.counters[found].tolist() == theirs.counters[order].tolist()
             assert ours.percent[found].tolist() == theirs.percent[order].tolist()
+            assert ours.left[found].tolist() == theirs.left[order].tolist()
             assert ours.lives[found].tolist() == theirs.lives[order].tolist()
             assert view.snapshot()[found].tolist() == theirs.counters[order].tolist()
             for index, other in zip(found.tolist(), order.tolist(), strict=True):

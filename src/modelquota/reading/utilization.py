@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, overload
 import numpy as np
 
 from modelquota._core.state.packing import bounds_of
-from modelquota._core.table.records import percents_of
+from modelquota._core.table.records import left_of, percents_of
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE, Limit, ViolationAction
 from modelquota.reading.reader import quotas_of
@@ -58,6 +58,11 @@ class Utilization:
         """The ids, in order."""
         ids: list[str] = self.counters["model_id"].tolist()
         return ids
+
+    @functools.cached_property
+    def left(self) -> "NDArray[np.int64]":
+        """What each of `LIMITS` still admits, a row for each model, as ``ResourceUsage.left``; -1 if it is not set."""
+        return left_of(self.counters)
 
     @functools.cached_property
     def denies(self) -> "NDArray[np.bool_]":

@@ -9,6 +9,7 @@ import numpy as np
 cimport numpy as cnp
 from cpython.object cimport PyTypeObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
+from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
@@ -44,14 +45,30 @@ def record_dtype():
 def percents_of(cnp.ndarray records):
     """How full each limit is, in percent: a float64 array, one row per model, one column per `Limit`."""
     cdef Py_ssize_t i, count = records.shape[0]
-    cdef const Record* record = <const Record*> cnp.PyArray_DATA(records)
+    cdef const Record* record = first_of(records)
     cdef cnp.ndarray found = np.empty((count, LIMITS - 1))
     cdef double* percent = <double*> cnp.PyArray_DATA(found)
-    if records.dtype is not record_dtype() or not cnp.PyArray_ISCARRAY(records):
-        raise ValueError("give the records of a snapshot as they were read")
     for i in range(count):
         memcpy(percent + i * (LIMITS - 1), &record[i].usage.percent[1], (LIMITS - 1) * sizeof(double))
     return found
+
+
+def left_of(cnp.ndarray records):
+    """What each limit still admits, -1 if it is not set: an int64 array, shaped as that of `percents_of`."""
+    cdef Py_ssize_t i, count = records.shape[0]
+    cdef const Record* record = first_of(records)
+    cdef cnp.ndarray found = np.empty((count, LIMITS - 1), np.int64)
+    cdef int64_t* left = <int64_t*> cnp.PyArray_DATA(found)
+    for i in range(count):
+        memcpy(left + i * (LIMITS - 1), &record[i].usage.left[1], (LIMITS - 1) * sizeof(int64_t))
+    return found
+
+
+cdef const Record* first_of(cnp.ndarray records) except NULL:
+    """The memory of the records; as they were read, since a copy of a part may leave out what has no name."""
+    if records.dtype is not record_dtype() or not cnp.PyArray_ISCARRAY(records):
+        raise ValueError("give the records of a snapshot as they were read")
+    return <const Record*> cnp.PyArray_DATA(records)
 
 
 cdef class Records:
