@@ -188,6 +188,7 @@ def test_the_middleware_needs_no_extra():
 
 
 def test_the_page_is_part_of_the_package():
-    import modelquota.asgi
+    import modelquota.asgi.page
 
-    assert Path(modelquota.asgi.__file__).with_name("page.html").exists()
+    folder = Path(modelquota.asgi.page.__file__).parent
+    assert {path.suffix for path in folder.iterdir()} >= {".html", ".css", ".js"}

@@ -127,8 +127,11 @@ def test_every_list_has_every_limit(manager):
     assert {bound.limit for bound in told_bounds(report.quota)} == set(denying) - {Limit.RAM, Limit.SSD}
     fields = {record.quota_field for record in CATALOGUE.values()} | {r.burst_field for r in windows if r.is_rate}
     assert set(load._ADJUSTABLE) == fields
-    labels = {meter["label"].lower() for meter in page_state(manager)["models"][0]["meters"]}
-    assert labels == {record.label.lower() for record in DENYING} | {"request burst", "token burst"}
+    (kind,) = page_state(manager)["kinds"]
+    assert {limit["label"].lower() for limit in kind["limits"]} == {record.label.lower() for record in DENYING}
+    assert {limit["name"] for limit in kind["limits"] if limit["burst"]} == {
+        r.limit.name.lower() for r in windows if r.is_rate
+    }
     for unit in ("requests", "tokens"):
         for metric in METRICS:
             if metric.name in (f"modelquota.model.window.{unit}", f"modelquota.model.window.{unit}.limit"):

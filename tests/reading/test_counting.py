@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from rich.console import Console
 
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaManager
-from modelquota.asgi.page import page_state
+from modelquota.asgi.page import MOST_SHOWN, page_state
 from modelquota.cli.status import print_status, print_status_json
 from modelquota.cli.top import Top
 from modelquota.monitoring.alerts import AlertMonitor, AlertRule, Severity, check_alerts
@@ -370,7 +370,8 @@ def test_a_model_that_only_warns_is_shown_and_is_not_the_pressure(mixed):
     registry.register(QuotaCollector(mixed, max_models=0))
     assert registry.get_sample_value("modelquota_model_pressure_ratio", {"model": "(others)"}) == 0.95
     state = page_state(mixed)
-    assert (state["pressure"], [model["denies"] for model in state["models"]]) == (95, [False, True, True])
+    denies = [state["kinds"][model["kind"]]["denies"] for model in state["models"]]
+    assert (state["pressure"], denies) == (95, [False, True, True])
     screen = Console(file=io.StringIO(), width=100, height=7)
     screen.print(Top(mixed, screen).screen())
     assert [line.split()[0] for line in screen.file.getvalue().splitlines()[3:5]] == ["real", "idle"]
@@ -378,7 +379,7 @@ def test_a_model_that_only_warns_is_shown_and_is_not_the_pressure(mixed):
 
 def test_of_many_models_on_the_page_those_that_deny_come_first():
     manager = ResourceQuotaManager(clock=ManualClock(10**12))
-    for i in range(150):
+    for i in range(MOST_SHOWN + 50):
         manager.set_quota(f"trial-{i}", max_requests_per_hour=1, on_violation="warn")
         manager.check_quota(f"trial-{i}", 1000)
     manager.set_quota("real", max_ram_mb=100)
