@@ -119,7 +119,9 @@ class ModelView {
     this.open = open;
     this.edit = this.body.querySelector(":scope > .edit");
     this.edit.addEventListener("click", () => edit(this.model.id));
-    this.name.addEventListener("click", () => {
+    // In the list the whole row opens it; by keyboard it is the button.
+    this.head.addEventListener("click", event => {
+      if (!asList() && !this.name.contains(event.target)) return;
       this.open = !this.open;
       this.show(this.model);
     });
