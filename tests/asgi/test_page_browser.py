@@ -222,7 +222,7 @@ def test_full_is_not_red_while_requests_wait(page):
 def test_a_rate_and_its_burst_are_one_bar_in_plain_words(page):
     manager = ResourceQuotaManager()
     manager.set_quota(unlimited("m", max_requests_per_second=0.001, burst_requests=3))
-    manager.set_quota(unlimited("strict", max_tokens_per_second=100, burst_tokens=0))
+    manager.set_quota(unlimited("strict", max_tokens_per_second=0.5, burst_tokens=0))
     for _ in range(2):
         assert manager.check_quota("m", 0)
     browser = page(manager, count=2)
@@ -232,7 +232,7 @@ def test_a_rate_and_its_burst_are_one_bar_in_plain_words(page):
     assert re.fullmatch(
         r"Requests per second 2 of 4 0\.001 a second \+ burst of 3, 1 of it used; [012] in this second", text
     )
-    assert found["Tokens per second"][1] == "Tokens per second 0 of 100"
+    assert found["Tokens per second"][1] == "Tokens per second 0 of 1 0.5 a second"
     bars = browser.evaluate("""[...document.querySelectorAll(".limit .track")].map(track => [...track.children]
         .filter(part => !part.hidden).map(part => [part.style.flexGrow, part.firstChild.style.width]))""")
     assert bars == [[["1", "100%"], ["3", "33.3333%"]], [["1", "0%"]]]

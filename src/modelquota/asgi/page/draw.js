@@ -48,13 +48,13 @@ class LimitView {
     this.root.className = "limit " + state;
     const text = value => figure(value, limit.unit);
     // A rate and its burst are used together: what counts is the last second, or what is not yet made up for.
-    const most = limit.burst ? Math.ceil(limit.max) + limit.burst : limit.max;
+    const most = Math.ceil(limit.max) + limit.burst;  // a rate of 0.5 admits one in its second
     const counted = ahead ? Math.max(used, Math.ceil(limit.max) + ahead) : used;
     say(this.label, limit.label);
     say(this.used, text(counted));
     say(this.most, `of ${text(most)}`);
-    const rate = !limit.burst ? "" : `${text(limit.max)} a second + burst of ${text(limit.burst)}`
-      + (ahead ? `, ${text(ahead)} of it used; ${text(used)} in this second` : "");
+    const rate = !limit.burst ? (most === limit.max ? "" : `${text(limit.max)} a second`)
+      : `${text(limit.max)} a second + burst of ${text(limit.burst)}` + (ahead ? `, ${text(ahead)} of it used; ${text(used)} in this second` : "");
     const now = limit.max === 0 && !limit.burst ? "admits nothing"
       : state === "quiet" ? "only counted, refuses nothing"
       : state === "refuses" ? (left > 0 ? `refused requests just now, ${text(left)} left` : "nothing left, refuses requests")

@@ -177,12 +177,13 @@ def _rows(
     columns["refused"] = refused[indices].tolist()
     columns["pressure"] = found.pressure[indices].round(2).tolist()
     violations = {kind: counters[field][indices].tolist() for kind, field in _VIOLATIONS.items()}
+    violated = counters["total_violations"][indices].tolist()
     ahead = {record.limit: counters[record.ahead_field][indices].tolist() for record in _ORDER if record.is_rate}
     uses, left = found.uses[indices].tolist(), found.left[indices].tolist()
     percent = found.percent[indices].round(2).tolist()
     shown = [[(LIMITS.index(record.limit), record) for record in _shown(kind)] for kind in found.quotas.kinds]
-    rows = {}
-    for place, index in enumerate(indices):
+    names, rows = tuple(columns), {}
+    for place, (index, counts) in enumerate(zip(indices, zip(*columns.values(), strict=True), strict=True)):
         quota = found.quotas.kinds[kind := found.quotas.kind_of[index]]
         limits = []
         for column, record in shown[kind]:
@@ -194,8 +195,10 @@ def _rows(
         rows[index] = {
             "id": found.model_ids[index],
             "kind": kind_of[place],
-            **{name: column[place] for name, column in columns.items()},
-            "violations": {name: column[place] for name, column in violations.items() if column[place]},
+            **dict(zip(names, counts, strict=True)),
+            "violations": {},
             "limits": limits,
         }
+        if violated[place]:
+            rows[index]["violations"] = {name: column[place] for name, column in violations.items() if column[place]}
     return rows
