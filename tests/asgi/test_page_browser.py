@@ -369,6 +369,7 @@ def test_of_more_ids_than_are_sent_the_server_finds_the_others(page, monkeypatch
         """[...document.querySelectorAll("h3")].map(e => e.innerText).join()
             === "llama-2,llama-20,llama-23,llama-26,llama-29" """
     )
+    assert browser.evaluate("""models.has("tenant/3")"""), "what is not found is remembered"
     search(browser, "")
     browser.until(f'{TEXT}.includes("50 of 91 models")')
 
@@ -418,6 +419,19 @@ def test_everything_has_a_name_and_nothing_moves_if_that_is_asked_for(page, all_
     assert browser.evaluate(f'getComputedStyle(document.querySelector(".limit {width}') == "0.4s"
     browser.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-reduced-motion", "value": "reduce"}])
     assert browser.evaluate(f'getComputedStyle(document.querySelector(".limit {width}') == "0s"
+
+
+def test_readings_do_not_multiply(page):
+    browser = page(many(3))
+    assert (
+        browser.evaluate("""(async () => {
+        const later = window.setTimeout, set = [];
+        window.setTimeout = (...args) => { set.push(later(...args)); return set.at(-1); };
+        await Promise.all([refresh(), refresh(), refresh()]);
+        return set.length;
+    })()""")
+        == 1
+    )
 
 
 def test_it_can_be_paused(page):

@@ -53,20 +53,27 @@ class LimitView {
     say(this.label, limit.label);
     say(this.used, text(counted));
     say(this.most, `of ${text(most)}`);
-    const rate = !limit.burst ? (most === limit.max ? "" : `${text(limit.max)} a second`)
-      : `${text(limit.max)} a second + burst of ${text(limit.burst)}` + (ahead ? `, ${text(ahead)} of it used; ${text(used)} in this second` : "");
-    const now = limit.max === 0 && !limit.burst ? "admits nothing"
-      : state === "quiet" ? "only counted, refuses nothing"
-      : state === "refuses" ? (left > 0 ? `refused requests just now, ${text(left)} left` : "nothing left, refuses requests")
-      : state === "waits" ? "nothing left, requests wait" : "";
+    let rate = "";
+    if (limit.burst) rate = `${text(limit.max)} a second + burst of ${text(limit.burst)}`;
+    else if (most !== limit.max) rate = `${text(limit.max)} a second`;
+    if (ahead) rate += `, ${text(ahead)} of it used; ${text(used)} in this second`;
+    let now = "";
+    if (limit.max === 0 && !limit.burst) now = "admits nothing";
+    else if (state === "quiet") now = "only counted, refuses nothing";
+    else if (state === "waits") now = "nothing left, requests wait";
+    else if (state === "refuses") {
+      now = left > 0 ? `refused requests just now, ${text(left)} left` : "nothing left, refuses requests";
+    }
     const [rateWords, nowWords] = this.words.children;
     this.words.hidden = !rate && !now;
     say(rateWords, rate + (rate && now ? " · " : ""));
     say(nowWords, now);
-    this.bar(limit, limit.burst ? counted : percent / 100 * most, most);
+    const share = limit.burst ? 100 * counted / most : percent;
+    this.bar(limit, share / 100 * most, most);
     attribute(this.track, "aria-label", limit.label);
-    attribute(this.track, "aria-valuenow", String(Math.min(100, Math.floor(limit.burst ? 100 * counted / most : percent))));
-    attribute(this.track, "aria-valuetext", [`${text(counted)} of ${text(most)}`, rate, now].filter(Boolean).join("; "));
+    attribute(this.track, "aria-valuenow", String(Math.min(100, Math.floor(share))));
+    const words = [`${text(counted)} of ${text(most)}`, rate, now];
+    attribute(this.track, "aria-valuetext", words.filter(Boolean).join("; "));
     showSpark(this.spark, history);
   }
 
@@ -112,7 +119,8 @@ class MeterView {
 class ModelView {
   constructor(open) {
     this.root = template("a-model").cloneNode(true);
-    Object.assign(this, parts(this.root, "head", "action", "now", "tightest", "spark", "body", "counts", "none", "limits", "meters"));
+    Object.assign(this, parts(this.root, "head", "action", "now", "tightest", "spark", "body", "counts", "none",
+      "limits", "meters"));
     this.name = this.root.querySelector("h3 button");
     this.views = [];
     this.meterViews = [];

@@ -7,11 +7,13 @@ const editing = {id: "", etag: "", quota: {}};
 const isLimit = field => /^(max|burst)_/.test(field);
 const isMoney = field => editing.quota.unit === "usd" && /tokens/.test(field);
 
-const ORDER = ["_per_second", "burst_", "_per_minute", "_per_hour", "_per_day", "_per_month", "concurrent", "queued", "_mb"];
+const ORDER = ["_per_second", "burst_", "_per_minute", "_per_hour", "_per_day", "_per_month", "concurrent",
+  "queued", "_mb"];
 const placeOf = field => ORDER.findIndex(part => field.includes(part));
 
 function labelOf(field) {
-  const words = field.replace(/^max_/, "").replaceAll("_", " ").replace("ram mb", "RAM, MB").replace("ssd mb", "SSD, MB")
+  const words = field.replace(/^max_/, "").replaceAll("_", " ")
+    .replace("ram mb", "RAM, MB").replace("ssd mb", "SSD, MB")
     .replace(/^burst (.*)/, "burst, $1").replace("tokens", isMoney(field) ? "dollars" : "tokens");
   return words[0].toUpperCase() + words.slice(1);
 }

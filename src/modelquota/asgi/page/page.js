@@ -12,7 +12,7 @@ const byId = id => document.getElementById(id);
 const main = document.querySelector("main");
 const models = new Map();   // id -> {id, own, members, waiting, refused, pressure, watches, view}
 const groups = new Map();   // prefix -> GroupView
-let state = null, timer = 0, paused = false, filter = "all", asked = "";
+let state = null, timer = 0, paused = false, filter = "all", asked = "", prefixes = [], turn = 0;
 
 // -- what was read
 
@@ -42,31 +42,34 @@ function take(next) {
   }
   for (const [id, model] of models) {
     if (model.shown) continue;
-    // Of more ids than are sent, the others come and go; their histories are kept as long as they have anything to tell.
-    if (next.models_found <= next.models.length || now - model.seen > SLOTS * SLOT_MS) models.delete(id);
-    if (model.view) model.view.root.remove();
-    model.view = null;
+    // What is not among those sent or found may come back; it is remembered as long as there is anything to tell.
+    const all = asked === "" && next.models_found <= next.models.length;
+    if (all || now - model.seen > SLOTS * SLOT_MS) models.delete(id);
   }
+  prefixes = largePrefixes();
 }
 
 // -- which of it is shown, and where
 
 const prefixOf = id => (/^.{1,60}?[/:@]/.exec(id) || /^[^-_.#]{1,60}[-_.]/.exec(id) || [OTHERS])[0];
 
+// The prefixes that are groups of their own: of several ids, and not too many.
+function largePrefixes() {
+  const count = new Map();
+  for (const model of models.values()) {
+    model.prefix ??= prefixOf(model.id);
+    if (model.shown && model.prefix !== OTHERS) count.set(model.prefix, (count.get(model.prefix) || 0) + 1);
+  }
+  const large = [...count].filter(([, ids]) => ids > 1).sort((a, b) => b[1] - a[1]).slice(0, MOST_GROUPS);
+  return large.map(([prefix]) => prefix).sort();
+}
+
 function grouped(list) {
   if (list.length === 0) return [];
   if (!asList()) return [["", list]];
-  const byPrefix = new Map();
-  for (const model of list) {
-    const prefix = model.prefix ??= prefixOf(model.id);
-    if (!byPrefix.has(prefix)) byPrefix.set(prefix, []);
-    byPrefix.get(prefix).push(model);
-  }
-  const large = [...byPrefix].filter(([prefix, some]) => some.length > 1 && prefix !== OTHERS)
-    .sort((a, b) => b[1].length - a[1].length).slice(0, MOST_GROUPS).sort((a, b) => a[0] < b[0] ? -1 : 1);
-  const named = new Set(large.map(([prefix]) => prefix));
-  const others = list.filter(model => !named.has(model.prefix));
-  return others.length ? [...large, [large.length ? OTHERS : "All ids", others]] : large;
+  const byPrefix = new Map([...prefixes, OTHERS].map(prefix => [prefix, []]));
+  for (const model of list) (byPrefix.get(model.prefix) || byPrefix.get(OTHERS)).push(model);
+  return [...byPrefix].filter(([, some]) => some.length > 0);
 }
 
 const asList = () => state.models_total > MOST_CARDS || state.models_found > MOST_CARDS;
@@ -82,8 +85,8 @@ function chosen() {
     count.waiting += model.waiting > 0;
     if (filter === "all" || (filter === "refusing" ? model.refusing : model.waiting > 0)) all.push(model);
   }
-  if (asList() && byId("sort").value === "use") all.sort((a, b) => b.pressure - a.pressure || collator.compare(a.id, b.id));
-  else if (asList()) all.sort((a, b) => collator.compare(a.id, b.id));
+  const byUse = byId("sort").value === "use";
+  if (asList()) all.sort((a, b) => (byUse && b.pressure - a.pressure) || collator.compare(a.id, b.id));
   return {all, count};
 }
 
@@ -104,13 +107,15 @@ class GroupView {
     });
   }
 
-  show(prefix, list, alone) {
+  show(prefix, list) {
     this.heading.hidden = prefix === "";
     say(this.prefix, prefix);
     say(this.size, plural(list.length, "id", "ids"));
-    const refusing = list.filter(model => model.refusing).length, waiting = list.reduce((sum, model) => sum + model.waiting, 0);
+    const refusing = list.filter(model => model.refusing).length;
+    const waiting = list.reduce((sum, model) => sum + model.waiting, 0);
+    const words = [refusing && `${figure(refusing)} refusing now`, waiting && `${figure(waiting)} waiting`];
     this.now.className = "now" + (refusing ? " refuses" : waiting ? " waits" : "");
-    say(this.now, [refusing && `${figure(refusing)} refusing now`, waiting && `${figure(waiting)} waiting`].filter(Boolean).join(" · "));
+    say(this.now, words.filter(Boolean).join(" · "));
     attribute(this.button, "aria-expanded", String(this.open));
     const open = this.open || prefix === "";
     const rows = prefix === "" ? list.length : this.rows;
@@ -155,11 +160,14 @@ function show() {
   const refusing = count.refusing ? `${count.refusing} refusing · ` : "";
   if (document.title !== refusing + "modelquota") document.title = refusing + "modelquota";
   const note = byId("note");
+  const wanted = byId("find").value.trim();
   let text = "";
-  if (state.models_total === 0 && state.models.length === 0) text = asked ? `No id contains “${asked}”.` : "No model has a quota yet.";
-  else if (all.length === 0) text = filter === "all" ? `No id contains “${byId("find").value.trim()}”.` : "No model at the moment.";
-  else if (state.models_found > state.models.length) {
-    text = `${figure(state.models.length)} of ${figure(state.models_found)} models: those with the most waiting, refused and used. Search finds the others.`;
+  if (all.length === 0) {
+    if (filter !== "all") text = "No model at the moment.";
+    else text = wanted ? `No id contains “${wanted}”.` : "No model has a quota yet.";
+  } else if (state.models_found > state.models.length) {
+    text = `${figure(state.models.length)} of ${figure(state.models_found)} models: `
+      + "those with the most waiting, refused and used. Search finds the others.";
   }
   note.hidden = text === "";
   say(note, text);
@@ -178,7 +186,8 @@ function showTotals() {
 }
 
 function showUnmetered() {
-  const paths = Object.entries(state.unmetered).sort((a, b) => b[1] - a[1]), body = document.querySelector("#unmetered tbody");
+  const paths = Object.entries(state.unmetered).sort((a, b) => b[1] - a[1]);
+  const body = document.querySelector("#unmetered tbody");
   byId("unmetered").hidden = paths.length === 0;
   paths.forEach(([path, count], index) => {
     let line = body.children[index];
@@ -197,14 +206,18 @@ function showUnmetered() {
 
 async function refresh() {
   clearTimeout(timer);
+  const mine = ++turn;  // what was asked for later goes before this one
   const began = performance.now(), find = wantsServer() ? byId("find").value.trim() : "";
+  let answered = false;
   try {
     const address = new URL(location.href);  // with its query, which may be what lets the reader in
     address.searchParams.delete("find");
     if (find) address.searchParams.set("find", find);
     const answer = await fetch(address, {headers: {Accept: "application/json"}, cache: "no-store"});
+    answered = true;
     if (!answer.ok) throw new Error(`status ${answer.status}`);
     const next = await answer.json();
+    if (mine !== turn) return;
     asked = find;
     const read = performance.now();
     take(next);
@@ -214,8 +227,8 @@ async function refresh() {
     say(byId("at"), `as of ${byId("at").dataset.at}`);
     say(byId("lost"), "");
   } catch (error) {
-    if (!(error instanceof TypeError) && !/^status/.test(error.message)) console.error(error);
-    say(byId("lost"), /^status/.test(error.message) ? `the server refuses to answer (${error.message})` : "no answer from the server");
+    if (mine !== turn) return;
+    say(byId("lost"), answered ? `the server answered with ${error.message}` : "no answer from the server");
   }
   if (paused) return;
   const rest = document.hidden ? REFRESH_HIDDEN_MS : REFRESH_MS;

@@ -54,8 +54,8 @@ class History {
     }
     close();
     const seconds = refusedSlots * SLOT_MS / 1000;
-    const words = `Last ten minutes: up to ${highest} %`
-      + (refusedSlots ? `, refused requests in ${seconds < 120 ? `${seconds} s` : `${Math.round(seconds / 60)} min`} of them` : "");
+    const time = seconds < 120 ? `${seconds} s` : `${Math.round(seconds / 60)} min`;
+    const words = `Last ten minutes: up to ${highest} %` + (seconds ? `, refused requests in ${time} of them` : "");
     return {line, area, refused, words};
   }
 }
