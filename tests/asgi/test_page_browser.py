@@ -400,6 +400,16 @@ def test_by_keyboard(page):
     assert not browser.evaluate(opened)
 
 
+def test_a_row_of_the_list_opens_wherever_it_is_clicked(page):
+    browser = page(many(40))
+    shown = 'document.querySelector("article .body").checkVisibility()'
+    for part in (".tightest", ".spark", "h3 button"):
+        for opened in (True, False):
+            browser.evaluate(f"""document.querySelector("article {part}").dispatchEvent(
+                new MouseEvent("click", {{bubbles: true}}))""")
+            assert browser.evaluate(shown) is opened
+
+
 def test_everything_has_a_name_and_nothing_moves_if_that_is_asked_for(page, all_states):
     manager, _ = all_states
     browser = page(manager, count=5)
