@@ -227,13 +227,17 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
             if self._replace_quota(old, new, named=True):
                 return new
 
-    def replace_quota(self, expected: ResourceQuotaConfig, new: ResourceQuotaConfig) -> bool:
+    def replace_quota(
+        self, expected: ResourceQuotaConfig | None, new: ResourceQuotaConfig | None, *, named: bool = False
+    ) -> bool:
         """Replace a model's quota if it is still `expected`: a compare-and-set, for programs that adjust limits.
 
-        Returns False, and changes nothing, if the model has a different quota by now, or none. An id that was
-        registered from `default_quota` can still be forgotten, unlike after `update_quota`.
+        None is that the model has no quota: as `expected` to register it, as `new` to remove it. Returns False, and
+        changes nothing, if the model has a different quota by now. An id that was registered from `default_quota` can
+        still be forgotten, unless `named` says that it is configured by name from now on, as by `update_quota`.
 
-        Raises TypeError for anything but two configs, ValueError if they belong to different models.
+        Raises TypeError for anything but configs and None, ValueError if they belong to different models, and
+        CapacityError if the table is full.
 
         Examples
         --------
@@ -244,13 +248,17 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         True
         >>> manager.replace_quota(before, before.replace(max_ram_mb=600))
         False
+        >>> manager.replace_quota(None, before)
+        False
         """
         for name, config in (("expected", expected), ("new", new)):
-            if not isinstance(config, ResourceQuotaConfig):
-                raise TypeError(f"{name} is {config!r}; give a ResourceQuotaConfig")
-        if expected.model_id != new.model_id:
+            if config is not None and not isinstance(config, ResourceQuotaConfig):
+                raise TypeError(f"{name} is {config!r}; give a ResourceQuotaConfig or None")
+        if expected is None and new is None:
+            raise TypeError("expected and new are both None; give at least one ResourceQuotaConfig")
+        if expected is not None and new is not None and expected.model_id != new.model_id:
             raise ValueError(f"new is of {new.model_id!r} and expected of {expected.model_id!r}; give two of one model")
-        return self._replace_quota(expected, new)
+        return self._replace_quota(expected, new, named)
 
     def remove_quota(self, model_id: str) -> bool:
         """Forget a model and what it has used; True if it was known. What it counted stays in `get_stats`."""

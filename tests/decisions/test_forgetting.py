@@ -214,6 +214,16 @@ def replaced(manager: ResourceQuotaManager) -> Any:
     assert manager.replace_quota(old, old.replace(max_requests_per_hour=7))
 
 
+def replaced_by_name(manager: ResourceQuotaManager) -> Any:
+    manager.check_quota("kept", 0)
+    old = manager.get_quota("kept")
+    assert manager.replace_quota(old, old, named=True)
+
+
+def registered(manager: ResourceQuotaManager) -> Any:
+    assert manager.replace_quota(None, LIMITS.replace(model_id="kept"))
+
+
 def granted(manager: ResourceQuotaManager) -> Any:
     return manager.reserve("kept", 5)
 
@@ -248,8 +258,8 @@ def adjusted(manager: ResourceQuotaManager) -> Any:
 @pytest.mark.parametrize(
     "how",
     [
-        named, named_after_it_came, updated, updated_and_back, replaced, granted, granted_jointly, bound, with_ram,
-        with_ssd, adjusted,
+        named, named_after_it_came, updated, updated_and_back, replaced, replaced_by_name, registered, granted, granted_jointly,
+        bound, with_ram, with_ssd, adjusted,
     ],
 )  # fmt: skip
 def test_never_forgotten(small, clock, how):

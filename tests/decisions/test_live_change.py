@@ -8,7 +8,9 @@ that, and above it only by what one sixtieth of a second has admitted, and not a
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from typing import Any
 
@@ -261,3 +263,66 @@ def test_a_level_that_sleeps_outlives_its_processes(tmp_path):
         clock.advance(10)
         manager.update_quota("m", max_tokens_per_second=1)
         assert [manager.check_quota("m", n).allowed for n in (11, 9)] == [False, True]
+
+
+def test_compare_and_set_registers_and_removes():
+    manager = ResourceQuotaManager(clock=ManualClock())
+    one, other = ResourceQuotaConfig("m", max_ram_mb=1), ResourceQuotaConfig("m", max_ram_mb=2)
+    assert not manager.replace_quota(one, None)
+    assert not manager.replace_quota(one, other)
+    assert manager.list_models() == []
+    assert manager.replace_quota(None, one)
+    assert manager.check_quota("m", 7)
+    assert not manager.replace_quota(None, other)
+    assert not manager.replace_quota(other, None)
+    assert (manager.get_quota("m"), manager.get_usage("m").tokens_this_hour) == (one, 7)
+    assert manager.check_quota("m", 7), "a removal that is not done leaves the model known"
+    assert manager.replace_quota(one, None)
+    assert manager.get_quota("m") is None
+    assert not manager.replace_quota(one, None)
+    manager.default_quota = other
+    assert manager.check_quota("m", 1)
+    assert not manager.replace_quota(None, one), "an id that default_quota has registered has a quota"
+    assert manager.get_quota("m") == other
+
+
+def test_compare_and_set_of_what_is_no_quota():
+    manager = ResourceQuotaManager(clock=ManualClock())
+    one, other = ResourceQuotaConfig("m"), ResourceQuotaConfig("other")
+    with pytest.raises(TypeError, match="expected is 5; give a ResourceQuotaConfig or None"):
+        manager.replace_quota(5, one)
+    with pytest.raises(TypeError, match="new is 'm'; give a ResourceQuotaConfig or None"):
+        manager.replace_quota(one, "m")
+    with pytest.raises(TypeError, match="both None"):
+        manager.replace_quota(None, None)
+    with pytest.raises(ValueError, match="give two of one model"):
+        manager.replace_quota(one, other)
+
+
+def test_of_many_that_compare_and_set_at_once_one_wins(tmp_path):
+    """Registering, replacing and removing; each winner is the only one of its round, in whatever manager it is."""
+    path = tmp_path / "quota.state"
+    managers = [ResourceQuotaManager(path=path) for _ in range(4)]
+    quotas = [ResourceQuotaConfig("m", max_ram_mb=size) for size in range(8)]
+
+    def winner(expected, new):
+        """The only one of four threads that gets its own quota of `new` in place."""
+        barrier = threading.Barrier(4)
+
+        def run(number):
+            barrier.wait()
+            return managers[number].replace_quota(expected, new[number])
+
+        with ThreadPoolExecutor(4) as pool:
+            (number,) = [number for number, won in enumerate(pool.map(run, range(4))) if won]
+        return new[number]
+
+    for _ in range(40):
+        first = winner(None, quotas[:4])
+        assert managers[0].get_quota("m") == first
+        second = winner(first, quotas[4:])
+        assert managers[1].get_quota("m") == second
+        assert winner(second, [None] * 4) is None
+        assert managers[2].get_quota("m") is None
+    for manager in managers:
+        manager.close()

@@ -303,6 +303,11 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
         lambda case, new: case.manager.replace_quota(*new),
     ),
     "remove": (nothing, lambda case, _: case.manager.remove_quota("m")),
+    "remove if it is still the same": (
+        lambda case: case.manager.get_quota("m"),
+        lambda case, quota: case.manager.replace_quota(quota, None),
+    ),
+    "register if it is new": (lambda case: LONG, lambda case, config: case.manager.replace_quota(None, config)),
     "register": (lambda case: LONG, lambda case, config: case.manager._set_quota(config.model_id, config)),
     "register on sight": (full_on_sight, lambda case, model_id: case.manager.codes([model_id])),
     "register by name in a full table": (

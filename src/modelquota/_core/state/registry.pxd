@@ -444,12 +444,18 @@ cdef inline int64_t add_model(
     return index
 
 
-cdef inline int remove_model(Row* row, uint32_t generation, const Shared* shared, int64_t patience_ns) noexcept nogil:
-    """Remove a model; NOT_DONE if it had been removed before. Takes the registry's lock and the row's."""
+cdef inline int remove_model(
+    Row* row, uint32_t generation, const Limits* expected, const Shared* shared, int64_t patience_ns
+) noexcept nogil:
+    """Remove a model. Takes the registry's lock and the row's.
+
+    NOT_DONE if it had been removed before, or its limits are no longer `expected` (NULL: any).
+    """
     cdef Header* header = shared.header
     cdef int64_t index = row - shared.rows
+    cdef Limits current
     cdef uint32_t model
-    cdef bint alive
+    cdef bint fits
     if not lock_registry(shared, patience_ns):
         return REGISTRY_BUSY
     model = shared.cold_rows[index].meter_of
@@ -463,8 +469,11 @@ cdef inline int remove_model(Row* row, uint32_t generation, const Shared* shared
             unlock(&shared.rows[model - 1].lock)
         unlock_registry(shared)
         return REGISTRY_BUSY
-    alive = row.generation == generation
-    if alive:
+    fits = row.generation == generation
+    if fits and expected != NULL:
+        read_limits(row, &shared.cold_rows[index], &current)
+        fits = same_limits(&current, expected)
+    if fits:
         if model or row.meters:     # if its owner dies in between, the removal is finished
             header.removing_generation = generation
             compiler_barrier()
@@ -483,4 +492,4 @@ cdef inline int remove_model(Row* row, uint32_t generation, const Shared* shared
     if model:
         unlock(&shared.rows[model - 1].lock)
     unlock_registry(shared)
-    return DONE if alive else NOT_DONE
+    return DONE if fits else NOT_DONE

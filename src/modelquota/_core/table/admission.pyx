@@ -93,11 +93,11 @@ cdef class Admission:
         family = [(f"{model_id}#{name}", config) for name, config in self.events.meters_of(model_id)]
         for _ in range(MOST_ROUNDS):
             for one, config in family:      # before the model, which would admit too much without them
-                self.interned.put(one, config, True)
-            self.interned.put(model_id, template, True)
+                self.interned.put(one, config, True, True)
+            self.interned.put(model_id, template, True, True)
             if not family or all([self.interned.find(one) is not None for one, _ in family]):
                 return True
-        self.interned.remove(model_id)      # registering one evicts another: they do not fit together
+        self.interned.remove(model_id, None)      # registering one evicts another: they do not fit together
         raise CapacityError(self.state.shared.header.max_models)
 
     cdef RowRef find_or_adopt(self, str model_id):

@@ -47,9 +47,10 @@ cdef class Interned:
     cdef int meters_of(self, str model_id, MeterRows* meters) except -1
     cdef RowRef find(self, str model_id)
     cdef RowRef require(self, object model_id)
-    cdef int put(self, str model_id, object config, bint on_sight) except -1
+    cdef bint put(self, str model_id, object config, bint on_sight, bint only_new) except -1
     cdef bint swap(self, object old, object new, bint named) except -1
-    cdef bint remove(self, object model_id) except -1
+    cdef bint remove(self, object model_id, object expected) except -1
+    cdef bint holds(self, RowRef ref, object config, Limits* limits) except -1
     cdef int pack_limits(self, object config, Limits* limits) except -1
     cdef int change_limits(self, RowRef ref, const Limits* limits, const Limits* expected, bint named) except -2
     cdef bint read(self, RowRef ref, int64_t now_ns, Usage* usage, Limits* limits) except -1

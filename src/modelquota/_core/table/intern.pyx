@@ -244,10 +244,11 @@ cdef class Interned:
             Py_XDECREF(<PyObject*> ref)
         return 0
 
-    cdef int put(self, str model_id, object config, bint on_sight) except -1:
-        """Register a model, or replace the limits of a known one and keep its use; with `on_sight`, only register.
+    cdef bint put(self, str model_id, object config, bint on_sight, bint only_new) except -1:
+        """Register a model, or replace the limits of a known one and keep its use; False if `only_new` and it is known.
 
-        Takes the registry's and the row's locks.
+        `on_sight`: this id was not configured explicitly, so it is removed to make room. Takes the registry's and the
+        row's locks.
         """
         cdef Limits limits
         cdef RowRef ref
@@ -271,8 +272,10 @@ cdef class Interned:
                 self.unintern(ref)
                 continue
             if ref is not None:
-                if on_sight or self.change_limits(ref, &limits, NULL, True) == DONE:
-                    return 0
+                if only_new:
+                    return False
+                if self.change_limits(ref, &limits, NULL, True) == DONE:
+                    return True
                 continue
             if version != self.seen_version:
                 self.refresh()
@@ -300,7 +303,8 @@ cdef class Interned:
                 self.intern(model_id, index, generation)
                 if self.seen_version == version:
                     self.seen_version = version + 1     # no other model was added or removed
-                return self.link_meters(True)
+                self.link_meters(True)
+                return True
 
     cdef int pack_limits(self, object config, Limits* limits) except -1:
         """The limits of a config as a row stores them. The last result is cached, for a shared template."""
@@ -336,36 +340,49 @@ cdef class Interned:
         `named`: this id was configured explicitly, so it is not removed to make room. Takes the registry's and the
         row's locks.
         """
-        cdef Limits before, expected, limits
-        cdef Usage usage
+        cdef Limits expected, limits
         cdef RowRef ref = self.find(old.model_id)
-        pack(old, &before)
         pack(new, &limits)
-        # Compared as configs: callers retry with what get_quota() returns, and limits that read the same must be equal.
-        if ref is None or not self.read(ref, self.state.now_ns(), &usage, &expected):
-            return False
-        if unpack(&before) != unpack(&expected):
+        if ref is None or not self.holds(ref, old, &expected):
             return False
         return self.change_limits(ref, &limits, &expected, named) == DONE
 
-    cdef bint remove(self, object model_id) except -1:
-        """Remove a model; True if it was known. Takes the registry's and the row's locks."""
+    cdef bint holds(self, RowRef ref, object config, Limits* limits) except -1:
+        """Read a model's limits, and whether they are those of a config. Takes the row's lock.
+
+        Compared as configs: callers retry with what get_quota() returns, and limits that read the same must be equal.
+        """
+        cdef Limits given
+        cdef Usage usage
+        pack(config, &given)
+        return self.read(ref, self.state.now_ns(), &usage, limits) and unpack(&given) == unpack(limits)
+
+    cdef bint remove(self, object model_id, object expected) except -1:
+        """Remove a model, if its limits are `expected` (None: any); True if it was. Takes the registry's and the row's
+        locks.
+        """
+        cdef Limits limits
+        cdef const Limits* only = NULL
         cdef RowRef ref
         cdef int outcome
         while True:
             ref = self.find(plain_id(model_id))
             if ref is None:
                 return False
-            outcome = remove_model(ref.row, ref.generation, &self.state.shared, 0)
+            if expected is not None:
+                if not self.holds(ref, expected, &limits):
+                    return False
+                only = &limits
+            outcome = remove_model(ref.row, ref.generation, only, &self.state.shared, 0)
             if outcome == REGISTRY_BUSY:
                 self.state.inside += 1
                 with nogil:
-                    outcome = remove_model(ref.row, ref.generation, &self.state.shared, SLICE_NS)
+                    outcome = remove_model(ref.row, ref.generation, only, &self.state.shared, SLICE_NS)
                 self.state.exit()
             if outcome == REGISTRY_BUSY:
                 self.state.pause()
                 continue
-            self.unintern(ref)
+            self.unintern_if_removed(ref)
             self.state.wake(ref)
             return outcome == DONE
 

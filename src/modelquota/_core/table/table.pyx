@@ -189,18 +189,22 @@ cdef class QuotaTable:
 
     def _set_quota(self, str model_id not None, config):
         """Register a model, or replace the limits of a known one and keep its use."""
-        self.interned.put(model_id, config, False)
+        self.interned.put(model_id, config, False, False)
 
     def _replace_quota(self, old, new, named=False):
-        """Replace a model's limits with `new` if they are `old`; False if they are not, or the model has been removed.
+        """Replace a model's limits with `new` if they are `old`; False if they are not. None: it has no quota.
 
         `named`: this id was configured explicitly, so it is not removed to make room.
         """
+        if old is None:
+            return self.interned.put(new.model_id, new, False, True)
+        if new is None:
+            return self.interned.remove(old.model_id, old)
         return self.interned.swap(old, new, named)
 
     def _remove(self, model_id):
         """Remove a model; True if it was known."""
-        return self.interned.remove(model_id)
+        return self.interned.remove(model_id, None)
 
     def _record_memory(self, model_id, int64_t ram_mb, int64_t ssd_mb):
         """Record the model's current memory use, in MB, and its peaks. Takes the row's lock."""
