@@ -141,15 +141,15 @@ def test_other_requests_pass_through(manager, method, path, scope):
     assert manager.get_stats().total_checks == 0
 
 
-@pytest.mark.parametrize("kind", ["lifespan", "websocket"])
-def test_other_protocols_pass_through(manager, kind):
+@pytest.mark.parametrize("scope", [{"type": "lifespan"}, {"type": "websocket", "path": "/v1/realtime"}])
+def test_other_protocols_pass_through(manager, scope):
     seen = []
 
-    async def app(scope, receive, send):
-        seen.append(scope["type"])
+    async def app(*arguments):
+        seen.append(arguments)
 
-    asyncio.run(QuotaMiddleware(app, manager)({"type": kind}, None, None))
-    assert seen == [kind]
+    asyncio.run(QuotaMiddleware(app, manager)(scope, "receive", "send"))
+    assert seen == [(scope, "receive", "send")]
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,47 @@ def test_what_no_route_covers_is_counted_and_logged_once_a_path(manager, caplog)
     )
 
 
+def connect(app, path="/v1/realtime", **scope):
+    """What is said to a client that opens a WebSocket."""
+    said = []
+
+    async def receive():
+        return {"type": "websocket.connect"}
+
+    async def send(message):
+        said.append(message["type"])
+
+    asyncio.run(app({"type": "websocket", "path": path, "headers": [], **scope}, receive, send))
+    return said
+
+
+async def accepts(scope, receive, send):
+    assert (await receive())["type"] == "websocket.connect"
+    await send({"type": "websocket.accept"})
+
+
+def test_a_websocket_is_counted_and_logged_once_a_path(manager, caplog):
+    """It may use a model, as the realtime APIs do, and nothing in it is counted."""
+    app = QuotaMiddleware(accepts, manager, page="/quota")
+    assert connect(app) == connect(app) == ["websocket.accept"]
+    assert connect(app, "/api/v1/realtime", root_path="/api") == ["websocket.accept"]
+    assert connect(app, "/v1/chat/completions") == ["websocket.accept"], "a route counts a POST"
+    assert app.unmetered == {"/v1/realtime": 3, "/v1/chat/completions": 1}
+    page = call(app, "/quota", b"", method="GET", headers=[(b"accept", b"application/json")])
+    assert page.json["unmetered"] == app.unmetered
+    assert [record.getMessage() for record in caplog.records] == [
+        f"WebSocket {path} is passed on without being counted: WebSockets are not counted (unrouted=)"
+        for path in app.unmetered
+    ]
+
+
+def test_a_websocket_is_refused_where_what_no_route_covers_is(manager):
+    app = QuotaMiddleware(accepts, manager, unrouted="refuse")
+    assert connect(app) == ["websocket.close"]
+    assert app.unmetered == {}
+    assert connect(QuotaMiddleware(accepts, manager, unrouted=lambda request: None)) == ["websocket.accept"]
+
+
 def test_at_most_twenty_paths_are_told_apart(manager, caplog):
     app = QuotaMiddleware(Model(), manager)
     for number in range(MOST_PATHS + 5):

@@ -53,7 +53,7 @@ class QuotaMiddleware:
         may be a coroutine function, and may raise `RequestRefusedError`. By default all tables.
     unrouted : "pass", "refuse" or callable
         What to do with a POST that no route covers: pass it on, and count and log that; answer 404; or read it as a
-        route would.
+        route would. A WebSocket is passed on, counted and logged, or with ``"refuse"`` closed.
     unknown_model : str
         What to do with a model that has no quota: ``"pass"`` it on, ``"refuse"`` it with 404, or the id that decides
         for all of them. With ``"pass"`` it is still up to the manager's `default_quota`.
@@ -168,16 +168,18 @@ class QuotaMiddleware:
 
     @property
     def unmetered(self) -> dict[str, int]:
-        """How many POSTs passed without being counted by any quota, by path; of all middlewares of this manager."""
+        """How many POSTs and WebSockets no quota counted, by path; of all middlewares of this manager."""
         return self._unmetered.counts()
 
-    def count_unmetered(self, path: str, why: str) -> None:
+    def count_unmetered(self, path: str, why: str, kind: str = "POST") -> None:
         """Count a request that passes without being counted by any quota; the first one of a path is logged."""
-        self._unmetered.count(path, why)
+        self._unmetered.count(path, why, kind)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""
         if scope["type"] != "http":
+            if scope["type"] == "websocket" and not await self._lets_pass(scope, receive, send):
+                return
             await self.app(scope, receive, send)
             return
         path: str = scope["path"]
@@ -209,6 +211,16 @@ class QuotaMiddleware:
         else:
             self.count_unmetered(path, "no route covers it (routes=, unrouted=)")
         await self.app(scope, receive, send)
+
+    async def _lets_pass(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Whether a WebSocket passes, none of whose messages is counted; as a POST that no route covers."""
+        path = below_root(scope["path"], scope.get("root_path", ""))
+        if self._refuses_unrouted:
+            await receive()
+            await send({"type": "websocket.close"})
+            return False
+        self.count_unmetered(path, "WebSockets are not counted (unrouted=)", "WebSocket")
+        return True
 
     async def _decide(
         self, entry: RouteEntry, params: Mapping[str, str], path: str, scope: Scope, receive: Receive, send: Send

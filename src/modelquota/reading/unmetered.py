@@ -28,7 +28,7 @@ class UnmeteredRequests:
         self._counts: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def count(self, path: str, why: str) -> None:
+    def count(self, path: str, why: str, kind: str = "POST") -> None:
         """Count a request, and log the first one of each path."""
         path = path if len(path) <= _LONGEST_PATH else f"{path[: _LONGEST_PATH - 3]}..."
         if not path.isprintable():
@@ -39,7 +39,7 @@ class UnmeteredRequests:
             before = self._counts.get(path, 0)
             self._counts[path] = before + 1
         if not before:
-            log(_WARNING, "POST %s is passed on without being counted: %s", path, why)
+            log(_WARNING, "%s %s is passed on without being counted: %s", kind, path, why)
 
     def counts(self) -> dict[str, int]:
         """Return how many requests were counted, by path."""
