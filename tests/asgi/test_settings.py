@@ -200,6 +200,98 @@ def test_page_and_metrics_are_served_if_they_are_asked_for(configure, monkeypatc
     assert get("/quota/metrics", "POST").status == 405
 
 
+TOKEN = "a-token-of-the-operator"
+ADMIN = "[http]\nadmin = '/quotas'\n"
+
+
+def admin_status(app, token=TOKEN, path="/quotas/m"):
+    headers = [(b"authorization", f"Bearer {token}".encode())]
+    return asyncio.run(Call(app, path, method="GET", headers=headers).run()).status
+
+
+def test_the_admin_api_takes_its_token_from_the_environment_or_a_file(configure, monkeypatch, tmp_path):
+    configure(MODEL + ADMIN + "admin_token_file = 'secrets/token'\npage = '/quota'")
+    with pytest.raises(FileNotFoundError, match="secrets/token"):
+        Quota(Model())
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "token").write_text(TOKEN + "\n")
+    app = Quota(Model(7))
+    assert [admin_status(app), admin_status(app, "x" * 20), admin_status(app, path="/admin")] == [200, 401, 200]
+    (tmp_path / "other").write_text("of-another-file-0")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MODELQUOTA_ADMIN_TOKEN_FILE", "other")
+    monkeypatch.setenv("MODELQUOTA_ADMIN", "/limits")
+    app = Quota(Model(7))
+    assert admin_status(app, "of-another-file-0", "/limits/m") == 200
+    assert admin_status(app, TOKEN, "/limits/m") == 401
+    monkeypatch.setenv("MODELQUOTA_ADMIN_TOKEN", "of-the-environment")
+    assert admin_status(Quota(Model(7)), "of-the-environment", "/limits/m") == 200
+    assert Settings.read(admin_token_file="secrets/token").admin_token == TOKEN, "an option goes before variables"
+    assert TOKEN not in repr(Settings.read(admin_token_file="secrets/token"))
+
+
+def test_the_admin_api_by_arguments(configure):
+    configure()
+    app = Quota(Model(7), parameters={"admin": "/quotas", "admin_token": TOKEN})
+    assert admin_status(app) == 200
+    configure(MODEL + ADMIN)
+    assert admin_status(Quota(Model(7), parameters={"admin_token": TOKEN})) == 200
+
+
+def test_the_admin_api_without_a_token_is_refused_at_the_start(configure, monkeypatch, tmp_path):
+    configure(MODEL + ADMIN)
+    expected = (
+        r"^MODELQUOTA_ADMIN_TOKEN=None is not accepted; expected the token of the admin API, 16 to 512 visible ASCII "
+        r"characters; or name its file in MODELQUOTA_ADMIN_TOKEN_FILE or admin_token_file$"
+    )
+    with pytest.raises(QuotaConfigError, match=expected):
+        Quota(Model())
+    monkeypatch.setenv("MODELQUOTA_ADMIN_TOKEN", "")
+    with pytest.raises(QuotaConfigError, match=expected):
+        Quota(Model())
+    monkeypatch.setenv("MODELQUOTA_ADMIN_TOKEN", "too short, p4ss")
+    with pytest.raises(QuotaConfigError, match=r"^MODELQUOTA_ADMIN_TOKEN='...' is not accepted; expected the token"):
+        Quota(Model())
+    monkeypatch.delenv("MODELQUOTA_ADMIN_TOKEN")
+    monkeypatch.setenv("MODELQUOTA_ADMIN_TOKEN_FILE", str(tmp_path / "token"))
+    for text in ("", "\n", "p4ss", "p4ss " * 9, "p4ss" * 9 + "\n\nmore", "p4ssü" * 9, "p4ss" * 4000):
+        (tmp_path / "token").write_text(text)
+        with pytest.raises(QuotaConfigError, match=r"^the text of .*/token='...' is not accepted") as caught:
+            Quota(Model())
+        assert "p4ss" not in str(caught.value)
+
+
+def test_a_token_without_the_path_of_an_admin_api_opens_nothing(configure, monkeypatch):
+    configure()
+    monkeypatch.setenv("MODELQUOTA_ADMIN_TOKEN", TOKEN)
+    model = Model(answer={"from": "the application"})
+    for path in ("/quotas", "/quotas/m", "/"):
+        assert asyncio.run(Call(Quota(model), path, method="GET").run()).json == {"from": "the application"}
+
+
+def test_the_metrics_are_not_in_the_admin_api(configure, monkeypatch):
+    pytest.importorskip("prometheus_client")
+    configure(MODEL + ADMIN + "metrics = '/quotas/metrics'")
+    monkeypatch.setenv("MODELQUOTA_ADMIN_TOKEN", TOKEN)
+    with pytest.raises(QuotaConfigError, match=r"^metrics='/quotas/metrics' is not accepted; .* admin API, /quotas$"):
+        Quota(Model())
+
+
+def test_what_the_admin_api_sets_stays_until_the_file_says_otherwise(configure, monkeypatch):
+    configure(MODEL + "max_tokens_per_hour = 1000\n" + ADMIN)
+    monkeypatch.setenv("MODELQUOTA_ADMIN_TOKEN", TOKEN)
+    app = Quota(Model(7))
+    headers = [(b"authorization", f"Bearer {TOKEN}".encode())]
+    change = Call(app, "/quotas/m", {"max_tokens_per_hour": 7}, method="PATCH", headers=headers)
+    assert asyncio.run(change.run()).status == 200
+    configure(MODEL + "max_tokens_per_hour = 1000\n[models.other]\n" + ADMIN)
+    ask(app)
+    assert app.manager.get_quota("m").max_tokens_per_hour == 7
+    configure(MODEL + "max_tokens_per_hour = 900\n" + ADMIN)
+    ask(app)
+    assert app.manager.get_quota("m").max_tokens_per_hour == 900
+
+
 def test_metrics_need_their_extra_at_the_start(configure, monkeypatch):
     configure(MODEL + "[http]\nmetrics = '/metrics'")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
@@ -307,7 +399,8 @@ def test_every_field_of_http_is_used(configure):
     parameters = set(inspect.signature(QuotaMiddleware).parameters)
     assert set(quota_module._PASSED_ON) <= HTTP_FIELDS.keys() & parameters
     assert tuple(TABLES) == ROUTE_TABLES
-    assert HTTP_FIELDS.keys() - set(quota_module._PASSED_ON) == {"identity", "unknown_key", "metrics", "state"}
+    others = {"identity", "unknown_key", "metrics", "state", "admin_token_file"}
+    assert HTTP_FIELDS.keys() - set(quota_module._PASSED_ON) == others
     configure(
         MODEL
         + """[http]

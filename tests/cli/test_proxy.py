@@ -76,15 +76,30 @@ class Command:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_it_stands_in_front_of_a_server(quotas, tmp_path, workers):
     state = tmp_path / "quota.state"
-    options = ["-q", quotas, "--state", state, "--page", "/limits", "--metrics", "/limits/metrics"]
+    options = [
+        "-q",
+        quotas,
+        "--state",
+        state,
+        "--page",
+        "/limits",
+        "--metrics",
+        "/limits/metrics",
+        "--admin",
+        "/quotas",
+    ]
+    token = {"authorization": "Bearer a-token-of-the-operator"}
     with (
         serving(Provider()) as upstream,
-        Command("--upstream", upstream, *options, "--workers", workers) as command,
+        Command(
+            "--upstream", upstream, *options, "--workers", workers, MODELQUOTA_ADMIN_TOKEN="a-token-of-the-operator"
+        ) as command,
         httpx.Client(base_url=command.address, timeout=20, limits=httpx.Limits(max_keepalive_connections=0)) as client,
     ):
         until(lambda: answers(client))
         assert str(quotas) in command.said
         assert f"{command.address}/limits" in command.said
+        assert f"{command.address}/quotas" in command.said
         found = [client.post("/v1/chat/completions", json=chat()) for _ in range(7)]
         assert [answer.status_code for answer in found] == [200] * 6 + [429]
         assert found[0].json()["usage"]["total_tokens"] == USED
@@ -92,6 +107,11 @@ def test_it_stands_in_front_of_a_server(quotas, tmp_path, workers):
             assert manager.get_usage("m").tokens_this_hour == 6 * USED
         assert client.get("/limits", headers={"accept": "application/json"}).json()["models"][0]["id"] == "m"
         assert "modelquota" in client.get("/limits/metrics").text
+        assert client.patch("/quotas/m", json={"max_requests_per_hour": 7}).status_code == 401
+        assert client.patch("/quotas/m", json={"max_requests_per_hour": 7}, headers=token).status_code == 200
+        again = [client.post("/v1/chat/completions", json=chat()).status_code for _ in range(2)]
+        assert again == [200, 429], "all workers share the limits"
+    assert "a-token-of-the-operator" not in command.said + command.out + command.err
     assert command.process.returncode == 0
     assert "Traceback" not in command.err
 
@@ -160,6 +180,12 @@ def test_the_first_slips_are_messages(quotas, tmp_path, monkeypatch):
     assert (code, "expected an address as http://127.0.0.1:8000" in says) == (2, True)
     code, says = run(*upstream, "-q", quotas, "--page", "limits")
     assert (code, "--page='limits' is not accepted" in says) == (2, True)
+    code, says = run(*upstream, "-q", quotas, "--state", tmp_path / "s.state", "--admin", "/quotas")
+    assert (code, "MODELQUOTA_ADMIN_TOKEN=None is not accepted" in says) == (2, True)
+    code, says = run(*upstream, "-q", quotas, "--admin", "/quotas", "--admin-token-file", tmp_path / "none")
+    assert (code, f"{tmp_path / 'none'}: No such file" in says) == (2, True)
+    code, says = run(*upstream, "-q", quotas, "--admin", "quotas")
+    assert (code, "--admin='quotas' is not accepted; expected a path" in says) == (2, True)
     code, says = run(*upstream, "-q", quotas, "--state", quotas)
     assert (code, f"{quotas}: it is not a state file" in says, quotas.read_text()) == (2, True, QUOTAS)
     quotas.write_text("[models.m]\nmax_ram_mb = -1")

@@ -258,8 +258,8 @@ def adjusted(manager: ResourceQuotaManager) -> Any:
 @pytest.mark.parametrize(
     "how",
     [
-        named, named_after_it_came, updated, updated_and_back, replaced, replaced_by_name, registered, granted, granted_jointly,
-        bound, with_ram, with_ssd, adjusted,
+        named, named_after_it_came, updated, updated_and_back, replaced, replaced_by_name, registered, granted,
+        granted_jointly, bound, with_ram, with_ssd, adjusted,
     ],
 )  # fmt: skip
 def test_never_forgotten(small, clock, how):

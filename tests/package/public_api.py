@@ -41,6 +41,7 @@ from modelquota.asgi import (
     Demand,
     IncomingRequest,
     Quota,
+    QuotaAdmin,
     QuotaMiddleware,
     QuotaPage,
     Reading,
@@ -250,7 +251,7 @@ def allow(scope: Scope) -> bool:
     return str(scope["path"]) == "/quota"
 
 
-def serve(app: ASGIApp, manager: ResourceQuotaManager) -> tuple[ASGIApp, ASGIApp]:
+def serve(app: ASGIApp, manager: ResourceQuotaManager) -> tuple[ASGIApp, ...]:
     middleware = QuotaMiddleware(
         app,
         manager,
@@ -258,13 +259,17 @@ def serve(app: ASGIApp, manager: ResourceQuotaManager) -> tuple[ASGIApp, ASGIApp
         identity=tenant,
         page="/quota",
         allow_page=allow,
+        admin="/quotas",
+        admin_token="0123456789abcdef",
         max_body_bytes=1 << 20,
         chunk_tokens=event_tokens,
         busy_retry_seconds=1,
         cancel_on_disconnect=False,
     )
     print(middleware.unmetered)
-    return serve_all(middleware, manager), QuotaPage(manager, allow=allow)
+    admin = QuotaAdmin(manager, token="0123456789abcdef")
+    manager.replace_quota(None, ResourceQuotaConfig("m"), named=True)
+    return serve_all(middleware, manager), QuotaPage(manager, allow=allow), admin
 
 
 def usage(answer: Any) -> Tokens | None:

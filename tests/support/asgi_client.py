@@ -51,7 +51,7 @@ class Call:
             "http_version": "1.1",
             "method": method,
             "path": path,
-            "raw_path": path.encode(),
+            "raw_path": path.encode("utf-8", "surrogatepass"),
             "query_string": b"",
             "root_path": "",
             "scheme": "http",

@@ -3,6 +3,7 @@
 `QuotaMiddleware` needs only the standard library; `modelquota.demo.server` needs the extra ``modelquota[asgi]``.
 """
 
+from modelquota.asgi.admin import QuotaAdmin
 from modelquota.asgi.endpoints import denial_answer, read_demand
 from modelquota.asgi.middleware import QuotaMiddleware
 from modelquota.asgi.page import QuotaPage
@@ -20,6 +21,7 @@ __all__ = [
     "Demand",
     "IncomingRequest",
     "Quota",
+    "QuotaAdmin",
     "QuotaMiddleware",
     "QuotaPage",
     "Reading",

@@ -26,6 +26,7 @@ from modelquota.quota.tokens import Tokens
 from modelquota.reading.unmetered import unmetered_of
 
 if TYPE_CHECKING:
+    from modelquota.asgi.admin import QuotaAdmin
     from modelquota.asgi.page import QuotaPage
     from modelquota.manager import ResourceQuotaManager
 
@@ -69,6 +70,9 @@ class QuotaMiddleware:
         A path, such as ``"/quota"``, at which to show `QuotaPage`. By default there is no page.
     allow_page : callable, optional
         Decides which requests may see the page, as for `QuotaPage`. By default anyone who can connect.
+    admin, admin_token : str, optional
+        A path, such as ``"/quotas"``, at which `QuotaAdmin` reads and changes quotas, and the token that it asks for.
+        By default there is none.
     default_output_tokens : int
         The guess for an output without a bound. It never makes a request impossible.
     max_body_bytes, max_inflight_bytes : int
@@ -115,6 +119,8 @@ class QuotaMiddleware:
         identity_namespace: str = "tenant/",
         page: str | None = None,
         allow_page: Callable[[Scope], bool | Awaitable[bool]] | None = None,
+        admin: str | None = None,
+        admin_token: str | None = None,
         default_output_tokens: int = DEFAULT_OUTPUT_TOKENS,
         max_body_bytes: int = 32 << 20,
         max_inflight_bytes: int = 512 << 20,
@@ -146,10 +152,18 @@ class QuotaMiddleware:
         self.identity = identity
         self.page_path = None if page is None else page.rstrip("/") or "/"
         self._page: QuotaPage | None = None
+        self.admin_path: str | None = None
+        self._admin: QuotaAdmin | None = None
+        from_page: str | None = None
+        if admin is not None or admin_token is not None:
+            from modelquota.asgi.admin import QuotaAdmin, admin_path, require_token
+
+            self.admin_path, from_page = admin_path(admin, self.page_path)
+            self._admin = QuotaAdmin(manager, token=require_token("admin_token", admin_token))
         if page is not None:
             from modelquota.asgi.page import QuotaPage
 
-            self._page = QuotaPage(manager, allow=allow_page)
+            self._page = QuotaPage(manager, allow=allow_page, admin=from_page)
         self.default_output_tokens = default_output_tokens
         self.usage = usage
         self.chunk_tokens = chunk_tokens
@@ -189,6 +203,9 @@ class QuotaMiddleware:
             path = below_root(path, root)
         if self._page is not None and (path.rstrip("/") or "/") == self.page_path:
             await self._page(scope, receive, send)
+            return
+        if self._admin is not None and f"{path}/".startswith(f"{self.admin_path}/"):
+            await self._admin.serve(path.removeprefix(self.admin_path or ""), scope, receive, send)
             return
         if scope["method"] != "POST":
             await self.app(scope, receive, send)

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from modelquota._extras import extra
+from modelquota.asgi.admin import TOKEN_ACCEPTED
 from modelquota.asgi.identity import identity_of
 from modelquota.asgi.middleware import QuotaMiddleware
 from modelquota.asgi.refusal import send_answer
 from modelquota.asgi.settings import Settings
 from modelquota.asgi.types import ASGIApp, Receive, Scope, Send
 from modelquota.control.reload import QuotaReloader
-from modelquota.errors import QuotaError
+from modelquota.errors import QuotaConfigError, QuotaError
 from modelquota.manager import ResourceQuotaManager
 from modelquota.protocols.paths import below_root
 from modelquota.protocols.refusal import Refusal, RefusalKind
@@ -34,7 +35,7 @@ _LOOK_SECONDS: Final = 1.0
 _PASSED_ON: Final = (
     "routes", "identity_namespace", "default_model", "unknown_model", "unrouted", "default_output_tokens", "at_limit",
     "cancel_on_disconnect", "max_body_bytes", "max_inflight_bytes", "body_timeout", "headers", "retry_spread",
-    "busy_retry_seconds", "page",
+    "busy_retry_seconds", "page", "admin",
 )  # fmt: skip
 
 
@@ -118,8 +119,10 @@ class Quota:
     """ASGI middleware without arguments: `QuotaMiddleware` with what the environment and a quota file say.
 
     The variable ``MODELQUOTA_QUOTAS`` names the quota file. Its table ``[http]`` has the other settings; the variables
-    ``MODELQUOTA_STATE``, ``MODELQUOTA_PAGE`` and ``MODELQUOTA_METRICS`` go before its fields ``state``, ``page`` and
-    ``metrics``. Limits and the names of keys follow the file while the server runs.
+    ``MODELQUOTA_STATE``, ``MODELQUOTA_PAGE``, ``MODELQUOTA_METRICS``, ``MODELQUOTA_ADMIN`` and
+    ``MODELQUOTA_ADMIN_TOKEN_FILE`` go before its fields ``state``, ``page``, ``metrics``, ``admin`` and
+    ``admin_token_file``, and ``MODELQUOTA_ADMIN_TOKEN`` before the file with the token. Limits and the names of keys
+    follow the file while the server runs.
 
     All processes of a server share their limits in the state file. By default it is in the user's run directory, which
     a reboot empties.
@@ -158,8 +161,13 @@ class Quota:
         try:
             chosen = Settings.read() if settings is None else settings
             self._guard = guard_of(chosen)
-            self._middleware = self._guard.middleware(app, chosen.http, parameters or {})
             self._metrics_path: str | None = chosen.http.get("metrics")
+            parameters = _with_token(parameters or {}, chosen)
+            self._middleware = self._guard.middleware(app, chosen.http, parameters)
+            admin = self._middleware.admin_path
+            if admin is not None and f"{self._metrics_path}/".startswith(f"{admin}/"):
+                accepted = f"a path that is not in that of the admin API, {admin}"
+                raise QuotaConfigError("metrics", self._metrics_path, accepted)
             if self._metrics_path is not None:
                 self._metrics = _metrics_of(self._guard.manager)
         except (QuotaError, OSError, ImportError) as error:
@@ -189,6 +197,16 @@ class Quota:
                 await _send_metrics(self._metrics, scope, send)
                 return
         await self._middleware(scope, receive, send)
+
+
+def _with_token(parameters: Mapping[str, Any], settings: Settings) -> Mapping[str, Any]:
+    """Return the parameters with the token of the admin API, if there is one."""
+    if "admin_token" in parameters or "admin" not in settings.http.keys() | parameters.keys():
+        return parameters
+    if settings.admin_token is None:
+        accepted = f"{TOKEN_ACCEPTED}; or name its file in MODELQUOTA_ADMIN_TOKEN_FILE or admin_token_file"
+        raise QuotaConfigError("MODELQUOTA_ADMIN_TOKEN", None, accepted)
+    return {"admin_token": settings.admin_token, **parameters}
 
 
 def _in_event_loop() -> bool:

@@ -16,7 +16,16 @@ from modelquota.quota.file import load_quotas
 
 _QUOTAS: Final = "MODELQUOTA_QUOTAS"
 _REDIS: Final = "MODELQUOTA_REDIS_URL"
-_OVERRIDES: Final = {"MODELQUOTA_STATE": "state", "MODELQUOTA_PAGE": "page", "MODELQUOTA_METRICS": "metrics"}
+_OVERRIDES: Final = {
+    "MODELQUOTA_STATE": "state",
+    "MODELQUOTA_PAGE": "page",
+    "MODELQUOTA_METRICS": "metrics",
+    "MODELQUOTA_ADMIN": "admin",
+    "MODELQUOTA_ADMIN_TOKEN_FILE": "admin_token_file",
+}
+_FILES: Final = ("state", "admin_token_file")
+_TOKEN: Final = "MODELQUOTA_ADMIN_TOKEN"
+_LARGEST_TOKEN_FILE: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +40,14 @@ class Settings:
         The state file.
     http : dict
         The fields of ``[http]``, with those that the environment overrides.
+    admin_token : str or None
+        The token of the admin API, if there is one.
     """
 
     quotas: Path
     state: Path
     http: dict[str, Any] = field(default_factory=dict)
+    admin_token: str | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ, **overrides: str | None) -> Settings:
@@ -44,10 +56,12 @@ class Settings:
         Parameters
         ----------
         environ : mapping
-            The environment: ``MODELQUOTA_QUOTAS`` is required; ``MODELQUOTA_STATE``, ``MODELQUOTA_PAGE`` and
-            ``MODELQUOTA_METRICS`` go before the fields ``state``, ``page`` and ``metrics`` of the file.
+            The environment: ``MODELQUOTA_QUOTAS`` is required; ``MODELQUOTA_STATE``, ``MODELQUOTA_PAGE``,
+            ``MODELQUOTA_METRICS``, ``MODELQUOTA_ADMIN`` and ``MODELQUOTA_ADMIN_TOKEN_FILE`` go before the fields of the
+            file with these names. ``MODELQUOTA_ADMIN_TOKEN`` goes before the file with the token.
         **overrides
-            ``quotas``, ``state``, ``page`` or ``metrics``, which go before the environment unless they are None.
+            ``quotas``, ``state``, ``page``, ``metrics``, ``admin`` or ``admin_token_file``, which go before the
+            environment unless they are None.
 
         Raises
         ------
@@ -67,11 +81,33 @@ class Settings:
         for variable, name in _OVERRIDES.items():
             value = overrides.get(name) or environ.get(variable)
             if value:
-                _require(variable if overrides.get(name) is None else f"--{name}", name, value)
+                _require(variable if overrides.get(name) is None else _option(name), name, value)
                 # A path in the environment is relative to the working directory, one in the file to the file's folder.
-                http[name] = os.path.abspath(value) if name == "state" else value
+                http[name] = os.path.abspath(value) if name in _FILES else value
         state = path.parent / http["state"] if "state" in http else default_state(path)
-        return cls(path, state, http)
+        # What is on a command line can be seen by all users of a machine, so that a token has no option there.
+        token = environ.get(_TOKEN) if overrides.get("admin_token_file") is None else None
+        if token:
+            token = _token(_TOKEN, token)
+        elif "admin_token_file" in http:
+            token = _read_token(path.parent / http["admin_token_file"])
+        return cls(path, state, http, token or None)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _read_token(path: Path) -> str:
+    with open(path, "rb") as file:
+        text = file.read(_LARGEST_TOKEN_FILE)
+    return _token(f"the text of {path}", text.decode("latin-1").rstrip("\r\n"))
+
+
+def _token(name: str, token: str) -> str:
+    from modelquota.asgi.admin import require_token
+
+    return require_token(name, token)
 
 
 def _require(variable: str, name: str, value: str) -> None:

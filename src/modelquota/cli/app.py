@@ -145,6 +145,13 @@ def _proxy(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 chooses a free one.")] = 8080,
     page: Annotated[str | None, typer.Option(metavar="PATH", help="Show the live page at this path.")] = None,
     metrics: Annotated[str | None, typer.Option(metavar="PATH", help="Metrics for Prometheus at this path.")] = None,
+    admin: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The admin API at this path; its token is in $MODELQUOTA_ADMIN_TOKEN."),
+    ] = None,
+    admin_token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file with that token, instead of the variable.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that serve, sharing one set of limits.")] = 1,
     max_connections: Annotated[
         int, typer.Option(min=1, max=65_535, help="Connections to the server at once, of each process.")
@@ -166,8 +173,8 @@ def _proxy(
     """
     errors = Console(stderr=True)
     try:
-        from modelquota.asgi.proxy import ReverseProxy
-        from modelquota.asgi.quota import guard_of
+        from modelquota.asgi.proxy import UPSTREAM_CHARGES, ReverseProxy
+        from modelquota.asgi.quota import Quota
         from modelquota.asgi.settings import Settings
         from modelquota.cli.proxy import serve_proxy
     except ImportError as error:
@@ -178,13 +185,16 @@ def _proxy(
         proxy = ReverseProxy(
             upstream, connect_timeout=connect_timeout, read_timeout=read_timeout, max_connections=max_connections
         )
-        given = {"quotas": quotas, "state": state}
+        given = {"quotas": quotas, "state": state, "admin_token_file": admin_token_file}
         texts = {name: None if path is None else str(path) for name, path in given.items()}
-        settings = Settings.read(os.environ, **texts, page=page, metrics=metrics)
+        settings = Settings.read(os.environ, **texts, page=page, metrics=metrics, admin=admin)
+    with answering(errors, settings.state):
+        protected = Quota(proxy, settings, {"charge": UPSTREAM_CHARGES})
     try:
-        with answering(errors, settings.state):
-            guard_of(settings)
-        serve_proxy(Console(), proxy, settings, host=host, port=port, workers=workers, access_log=access_log)
+        serve_proxy(
+            Console(), protected, settings, str(proxy.upstream), host=host, port=port, workers=workers,
+            access_log=access_log,
+        )  # fmt: skip
     except OSError as error:
         raise unusable(errors, f"cannot listen at {host}, port {port}: {error.strerror or error}") from None
 

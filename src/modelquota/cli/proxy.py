@@ -7,7 +7,7 @@ import sys
 import uvicorn
 from rich.console import Console
 
-from modelquota.asgi.proxy import UPSTREAM_CHARGES, Dated, ReverseProxy
+from modelquota.asgi.proxy import Dated
 from modelquota.asgi.quota import Quota
 from modelquota.asgi.settings import Settings
 from modelquota.cli.format import printable
@@ -20,13 +20,20 @@ KEEP_ALIVE_SECONDS = 75
 
 
 def serve_proxy(
-    console: Console, proxy: ReverseProxy, settings: Settings, *, host: str, port: int, workers: int, access_log: bool
+    console: Console,
+    protected: Quota,
+    settings: Settings,
+    upstream: str,
+    *,
+    host: str,
+    port: int,
+    workers: int,
+    access_log: bool,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM; open requests get a while to end.
+    """Serve a proxy behind quotas until Ctrl-C or SIGTERM; open requests get a while to end.
 
-    Raises what `modelquota.asgi.Quota` raises, and OSError if it cannot listen at the address.
+    Raises OSError if it cannot listen at the address.
     """
-    protected = Quota(proxy, settings, {"charge": UPSTREAM_CHARGES})
     config = uvicorn.Config(
         Dated(protected),
         log_level="info" if access_log else "warning",
@@ -41,10 +48,12 @@ def serve_proxy(
     with listening(host, port) as listener:
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listener.getsockname()[1]}"
-        page = settings.http.get("page")
+        page, admin = settings.http.get("page"), settings.http.get("admin")
         lines = [
-            f"{address} passes on to {proxy.upstream}, with the quotas of {settings.quotas}",
-            f"their state is in {settings.state}" + (f"; live page: {address}{page}" if page else ""),
+            f"{address} passes on to {upstream}, with the quotas of {settings.quotas}",
+            f"their state is in {settings.state}"
+            + (f"; live page: {address}{page}" if page else "")
+            + (f"; admin API: {address}{admin}" if admin else ""),
             "Ctrl-C stops it.",
         ]
         for line in lines:

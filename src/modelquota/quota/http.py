@@ -122,6 +122,13 @@ ROUTE_TABLES: Final = ("openai", "anthropic", "azure", "gemini", "vllm", "sglang
 """The names of the tables of routes, as in `modelquota.protocols.tables`, which this room cannot import."""
 
 _PATH = r"^/[!-~]*$"
+
+ADMIN_PATH: Final = r"(/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)+/?"
+"""The paths that the admin API may have, as a regular expression; no segment is ``..``."""
+
+ADMIN_PATH_ACCEPTED: Final = 'a path of letters, digits and ._~-, such as "/quotas"'
+"""The same for error messages."""
+
 _LONGEST = 86_400
 
 HTTP_FIELDS: Final[Mapping[str, HttpField]] = {
@@ -154,6 +161,18 @@ HTTP_FIELDS: Final[Mapping[str, HttpField]] = {
         _number("retry_spread", "By which part Retry-After is spread upwards.", 0, 1, ""),
         _count("busy_retry_seconds", "Retry-After if no time is known.", "s", 1),
         _text("page", "The path of the live page. By default there is none.", 'a path that begins with "/"', _PATH),
+        _text(
+            "admin",
+            "The path of the admin API, which needs a token. By default there is none.",
+            ADMIN_PATH_ACCEPTED,
+            f"^{ADMIN_PATH}$",
+        ),
+        _text(
+            "admin_token_file",
+            "The file with the token of the admin API, relative to the quota file's folder.",
+            "a path",
+            r"^[^\u0000]+$",
+        ),
         _text("metrics", "The path of the metrics for Prometheus.", 'a path that begins with "/"', _PATH),
         _text("state", "The state file, relative to the quota file's folder.", "a path", r"^[^\u0000]+$"),
     )
