@@ -119,6 +119,12 @@ def test_a_form_is_read_and_its_files_are_not():
     assert parse_body(body, kind.replace("b0undary", '"b0undary"'))["model"] == "whisper"
 
 
+def test_several_files_of_one_name_are_a_list():
+    file = (b"image[]", b'; filename="a.png"', b"\x00")
+    body, kind = form(file, (b"prompt", b"", b"x"), file, file)
+    assert parse_body(body, kind) == {"image[]": [MEDIA] * 3, "prompt": "x"}
+
+
 @pytest.mark.parametrize("kind", ["multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; x=y"])
 def test_a_form_without_a_boundary_is_refused(kind):
     with pytest.raises(RequestRefusedError, match="no boundary"):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from protocol_samples import FREE, SAMPLES, TEXT
 
 from modelquota.protocols import TABLES, PathTable, RequestRefusedError, estimate_prompt, operations, protocol
+from modelquota.protocols.estimate import MEDIA
 from modelquota.protocols.request import Reading, output_bound, whole_number
 
 TABLE = PathTable(operations(), anywhere=operations())
@@ -170,6 +171,23 @@ def test_results_of_image_tools_are_media_too():
     result = {"type": "tool_result", "tool_use_id": "t", "content": [image, image]}
     assert 2000 <= estimate_prompt({"messages": [{"role": "user", "content": [result]}]}) < 2050
     assert operations(["ollama"])["/api/generate"].read({"model": "m", "images": [IMAGE, IMAGE]}, {})[1] == 2000
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens"),
+    [
+        ({"image": MEDIA}, 1010),
+        ({"image": MEDIA, "mask": MEDIA}, 2010),
+        ({"image[]": [MEDIA] * 3}, 3010),
+        ({"images": [{"image_url": IMAGE}] * 2}, 2010),
+        ({"image": IMAGE}, 1010),
+        ({}, 10),
+    ],
+)
+def test_images_that_are_to_be_changed_count_as_media(images, tokens):
+    for path in ("/v1/images/edits", "/v1/images/variations", "/v1/images/generations"):
+        reading = operations()[path].read({"model": "m", "prompt": TEXT, "n": "2", **images}, {})
+        assert (reading.prompt_tokens, reading.outputs, reading.output_bound) == (tokens, 2, 1000)
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ if _zstd is not None:
 
 
 def parse_form(data: bytes, content_type: str) -> dict[str, Any]:
-    """Return the fields of a form (multipart/form-data): text as str, files as `MEDIA`."""
+    """Return the fields of a form (multipart/form-data): text as str, files as `MEDIA`, or a list of several."""
     found = _BOUNDARY.search(content_type)
     if found is None:
         raise RequestRefusedError(400, "the form has no boundary", "invalid_form")
@@ -189,9 +189,14 @@ def parse_form(data: bytes, content_type: str) -> dict[str, Any]:
         head = data[start:head_end]
         name = _NAME.search(head)
         if name is not None:
-            is_file = b"filename" in head
-            text = MEDIA if is_file else data[head_end + 4 : at].decode("utf-8", "replace")
-            fields[name[1].decode("utf-8", "replace")] = text
+            field = name[1].decode("utf-8", "replace")
+            if b"filename" not in head:
+                fields[field] = data[head_end + 4 : at].decode("utf-8", "replace")
+            elif field in fields:  # several files of one name, as images to be changed
+                before = fields[field]
+                fields[field] = [*(before if isinstance(before, list) else [before]), MEDIA]
+            else:
+                fields[field] = MEDIA
         at += 2
     return fields
 

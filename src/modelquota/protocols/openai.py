@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from modelquota.protocols.estimate import MEDIA_TOKENS, estimate_prompt
+from modelquota.protocols.estimate import MEDIA_TOKENS, TEXT_FIELDS, estimate_prompt, estimate_values
 from modelquota.protocols.protocol import Operation, Params, Protocol, Reader
 from modelquota.protocols.request import Reading, model_name, output_bound, whole_number
 from modelquota.protocols.usage import ANTHROPIC_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS, under
@@ -25,6 +25,7 @@ _USAGE_AT_END: Final = re.compile(
     + rb'(?:,\s*"total_tokens"\s*:\s*\d{1,18}\s*)?\}'
     rb'(?:\s*,\s*"[^"\\]*+"\s*:\s*(?:"[^"\\]*+"|[\w.+-]++))*+\s*\}\s*\Z'
 )  # fmt: skip
+_IMAGE_FIELDS: Final = (*TEXT_FIELDS, "image", "image[]", "images", "mask")
 _OUTPUTS_FIELDS: Final = frozenset(("n", "best_of", "prompt"))
 _USAGE: Final = (OPENAI_FIELDS, RESPONSES_FIELDS, ANTHROPIC_FIELDS)
 
@@ -74,9 +75,10 @@ def read_transcription(body: Mapping[str, Any], params: Params) -> Reading:
 
 
 def read_images(body: Mapping[str, Any], params: Params) -> Reading:
-    """Read a request for images, each of which counts as media do."""
+    """Read a request for images, each of which counts as media do, and so do those that are to be changed."""
     count = whole_number(body, "n", least=1) or 1
-    return Reading(model_of(body, params), estimate_prompt(body), count, MEDIA_TOKENS, body.get("stream") is True)
+    prompt = estimate_values([{field: body[field] for field in _IMAGE_FIELDS if field in body}])
+    return Reading(model_of(body, params), prompt, count, MEDIA_TOKENS, body.get("stream") in (True, "true"))
 
 
 class OpenAI(Protocol):
