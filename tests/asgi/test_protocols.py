@@ -6,13 +6,19 @@ import json
 
 import pytest
 from asgi_client import OPEN, Call, Model, body_of, reply, used
-from protocol_samples import FREE, SAMPLES
+from protocol_samples import EVERY_PATH, FREE, SAMPLES
 
 from modelquota import ManualClock, ResourceQuotaManager
 from modelquota.asgi import QuotaMiddleware
+from modelquota.protocols import TABLES
 
 REJECT = OPEN | {"on_violation": "reject"}
 streams = [sample for sample in SAMPLES if sample.stream]
+# With all tables, and with each path's own table alone: several tables have the same path.
+CELLS = [pytest.param(sample, {}, id=sample.id) for sample in SAMPLES] + [
+    pytest.param(sample, {"routes": sample.protocol}, id=f"{sample.id} alone") for sample in EVERY_PATH
+]
+STREAM_CELLS = [cell for cell in CELLS if cell.values[0].stream]
 
 
 def by_id(sample):
@@ -27,7 +33,10 @@ def manager():
 
 
 def call(app, sample, **changes):
-    response = asyncio.run(Call(app, sample.path, {**sample.body, **changes}).run())
+    kind, body = sample.sent(**changes)
+    one = Call(app, sample.path, body)
+    one.scope["headers"] = [(b"content-type", kind)]
+    response = asyncio.run(one.run())
     gc.collect(1)  # a grant that was left over warns, and a warning is an error
     return response
 
@@ -53,28 +62,42 @@ class Streaming:
         await send({"type": "http.response.body", "body": b""})
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=by_id)
-def test_counted_by_its_estimate(manager, sample):
+def test_every_path_of_every_table_has_a_sample():
+    """So that each cell of the table is tested: path, protocol, and what is done with it."""
+    seen = {name: {one.path for one in EVERY_PATH if one.protocol == name} for name in TABLES}
+    for name, protocol in TABLES.items():
+        for path, operation in protocol.operations().items():
+            shown = path.replace("{model}", "m").replace("{project}", "p").replace("{location}", "l")
+            if operation.free:
+                assert shown in FREE or ":countTokens" in shown
+            else:
+                assert shown in seen[name]
+    assert {one.protocol for one in EVERY_PATH if one.stream} == set(TABLES)
+
+
+@pytest.mark.parametrize(("sample", "options"), CELLS)
+def test_counted_by_its_estimate(manager, sample, options):
     seen = []
 
     async def model(scope, receive, send):
         seen.append(used(manager)[0])
         await reply(send, sample.answer)
 
-    call(QuotaMiddleware(model, manager, default_output_tokens=90), sample)
+    call(QuotaMiddleware(model, manager, default_output_tokens=90, **options), sample)
     guess = 1000 if "images" in sample.path else 90 * sample.outputs
-    assert seen == [10 + guess]
+    assert seen == [sample.prompt + guess]
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=by_id)
-def test_settled_by_its_report(manager, sample):
-    call(QuotaMiddleware(Model(answer=sample.answer), manager), sample)
+@pytest.mark.parametrize(("sample", "options"), CELLS)
+def test_settled_by_its_report(manager, sample, options):
+    call(QuotaMiddleware(Model(answer=sample.answer), manager, **options), sample)
     assert used(manager) == (sum(sample.tokens), 0, 0)
 
 
-@pytest.mark.parametrize("sample", streams, ids=by_id)
-def test_streamed_and_settled(manager, sample):
-    response = call(QuotaMiddleware(Streaming(sample.stream_type, sample.stream), manager), sample, stream=True)
+@pytest.mark.parametrize(("sample", "options"), STREAM_CELLS)
+def test_streamed_and_settled(manager, sample, options):
+    app = QuotaMiddleware(Streaming(sample.stream_type, sample.stream), manager, **options)
+    response = call(app, sample, stream=True)
     assert response.chunks == [*sample.stream, b""]
     assert used(manager) == (sum(sample.tokens), 0, 0)
 
@@ -87,19 +110,18 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=by_id)
-def test_refused_in_its_own_shape(manager, sample):
+@pytest.mark.parametrize(("sample", "options"), CELLS)
+def test_refused_in_its_own_shape(manager, sample, options):
     manager.update_quota("m", max_requests_per_hour=1)
-    app = QuotaMiddleware(Model(answer=sample.answer), manager, retry_spread=0)
+    app = QuotaMiddleware(Model(answer=sample.answer), manager, retry_spread=0, **options)
     assert call(app, sample).status == 200
     response = call(app, sample)
     assert response.status == 429
-    assert SHAPES.get(sample.protocol, SHAPES["openai"])(response.json)
+    words = sample.words or sample.protocol
+    assert SHAPES.get(words, SHAPES["openai"])(response.json)
     assert "requests per hour: 1 of 1 used" in json.dumps(response.json)
     assert response.headers["retry-after"] == "3620"
-    own = (
-        "anthropic-ratelimit-requests-remaining" if sample.protocol == "anthropic" else "x-ratelimit-remaining-requests"
-    )
+    own = "anthropic-ratelimit-requests-remaining" if words == "anthropic" else "x-ratelimit-remaining-requests"
     assert response.headers[own] == "0"
 
 

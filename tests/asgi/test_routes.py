@@ -7,9 +7,12 @@ import logging
 
 import pytest
 from asgi_client import OPEN, Call, Model, chat, used
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.asgi import Demand, QuotaMiddleware, RequestRefusedError, openai_routes, route_for
+from modelquota.protocols import TABLES, PathTable, operations
 from modelquota.reading.unmetered import MOST_PATHS, OTHER_PATHS
 
 REJECT = OPEN | {"on_violation": "reject"}
@@ -134,6 +137,44 @@ def test_a_websocket_is_refused_where_what_no_route_covers_is(manager):
     assert connect(app) == ["websocket.close"]
     assert app.unmetered == {}
     assert connect(QuotaMiddleware(accepts, manager, unrouted=lambda request: None)) == ["websocket.accept"]
+
+
+SEGMENTS = sorted({part for path in operations() for part in path.split("/")} | {"m", "x", "v1", "%2F", "é", ""})
+KNOWN = PathTable(operations(), anywhere=operations())
+
+
+@given(st.lists(st.sampled_from(SEGMENTS), max_size=5).map(lambda parts: "/" + "/".join(parts)))
+@example("/v1/rerank2")
+@example("/v1/chat/completions2")
+@example("/V1/chat/completions")
+@example("//v1//chat//completions")
+@example("/v1/models/m:generateContent/x")
+def test_a_post_to_any_other_path_is_counted_as_unmetered(path):
+    """Whatever the path: a POST is decided, or it is one that is free, or it is among the unmetered."""
+    manager = ResourceQuotaManager(clock=ManualClock(10**12))
+    manager.set_quota("m", **REJECT)
+    app = QuotaMiddleware(Model(tokens=5), manager, default_model="m", unknown_model="m")
+    response = call(app, path, {"messages": []})
+    found = KNOWN.find(path)
+    decided = manager.get_stats().total_checks
+    assert response.status == 200
+    assert decided == (found is not None and not found[0].free)
+    assert app.unmetered == ({path: 1} if found is None else {})
+    manager.close()
+
+
+@pytest.mark.parametrize("name", list(TABLES))
+def test_the_paths_of_a_table_that_is_not_active_are_unmetered(manager, name):
+    others = [other for other in TABLES if other != name]
+    paths = {path.replace("{", "").replace("}", "") for path in operations([name]).keys() - operations(others).keys()}
+    app = QuotaMiddleware(Model(tokens=5), manager, routes=[*others, {"/never": lambda request: None}])
+    seen = 0
+    for path in sorted(paths):
+        if PathTable(operations(others), anywhere=operations(others)).find(path) is None:
+            call(app, path)
+            seen += 1
+    assert manager.get_stats().total_checks == 0
+    assert sum(app.unmetered.values()) == seen
 
 
 def test_at_most_twenty_paths_are_told_apart(manager, caplog):

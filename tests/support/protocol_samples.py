@@ -1,7 +1,7 @@
 """For each protocol: a request, an answer and a stream as its real server sends them, and what they use."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 TEXT = "x" * 40  # ten tokens
@@ -26,7 +26,11 @@ def lines(*events):
 
 @dataclass
 class Sample:
-    """A kind of request: `body` has no bound; `bound` sets one of 50; `tokens` is what answer and stream use."""
+    """A kind of request: `body` has no bound; `bound` sets one of 50; `tokens` is what answer and stream use.
+
+    `protocol` is the table that has the path, and `words` the protocol in whose shape it is refused, if that is another
+    one. A `body` with bytes in it is sent as a form, with the bytes as a file. `prompt` is its estimate.
+    """
 
     protocol: str
     path: str
@@ -38,10 +42,25 @@ class Sample:
     stream_type: bytes = EVENTS
     in_path: bool = False
     outputs: int = 1
+    words: str = ""
+    prompt: int = 10
 
     @property
     def id(self):
         return f"{self.protocol}{self.path}"
+
+    def sent(self, **changes):
+        """The content type and the body of a request."""
+        body = {**self.body, **changes}
+        if not any(isinstance(value, bytes) for value in body.values()):
+            return JSON_TYPE, json.dumps(body).encode()
+        parts = b""
+        for name, value in body.items():
+            is_file = isinstance(value, bytes)
+            text = value if is_file else value.encode() if isinstance(value, str) else json.dumps(value).encode()
+            head = f'Content-Disposition: form-data; name="{name}"' + ('; filename="f"' if is_file else "")
+            parts += b"--b\r\n" + head.encode() + b"\r\n\r\n" + text + b"\r\n"
+        return b"multipart/form-data; boundary=b", parts + b"--b--\r\n"
 
 
 CHAT = {"messages": [{"role": "", "content": TEXT}]}
@@ -162,4 +181,73 @@ SAMPLES = [
     Sample("ollama", "/api/embed", MODEL | {"input": TEXT}, {"embeddings": [[0.5]], "prompt_eval_count": 10},
            **ONLY_INPUT),
 ]  # fmt: skip
-FREE = ["/v1/messages/count_tokens", "/v1beta/models/m:countTokens", "/tokenize", "/detokenize"]
+"""The paths that one table has first."""
+
+FREE = ["/v1/messages/count_tokens", "/v1beta/models/m:countTokens", "/tokenize", "/detokenize",
+        "/v1/chat/completions/render", "/v1/completions/render"]  # fmt: skip
+
+FILE = b"\x00\xff not text"
+TRANSCRIPT_STREAM = sse(
+    *[{"type": "transcript.text.delta", "delta": WORD}] * 5,
+    {"type": "transcript.text.done", "text": WORD * 5, "usage": {"type": "tokens", **RESPONSES_USAGE}},
+)
+IMAGE_STREAM = sse(
+    {"type": "image_edit.partial_image", "b64_json": "AAAA", "partial_image_index": 0},
+    {"type": "image_edit.completed", "b64_json": "AAAA", "usage": RESPONSES_USAGE},
+)
+
+
+def file_samples(protocol="openai", root="/v1", in_path=False):
+    """Those that are forms with a file; it and the images that come out count as media do."""
+    model = {} if in_path else MODEL
+    spoken, drawn = {"text": WORD * 5, "usage": RESPONSES_USAGE}, {"data": [], "usage": RESPONSES_USAGE}
+    common: dict[str, Any] = {"tokens": (6, 4, 5), "in_path": in_path}
+    return [
+        *[Sample(protocol, f"{root}/audio/{verb}", model | {"file": FILE, "prompt": TEXT}, spoken, prompt=1010,
+                 stream=TRANSCRIPT_STREAM, **common) for verb in ("transcriptions", "translations")],
+        *[Sample(protocol, f"{root}/images/{verb}", model | {"image": FILE, "prompt": TEXT}, drawn, prompt=1010,
+                 stream=IMAGE_STREAM, **common) for verb in ("edits", "variations")],
+    ]  # fmt: skip
+
+
+def of_table(protocol, samples, old="", new="", **changes):
+    """The same requests where another table has them, with one part of the path replaced."""
+    return [replace(one, protocol=protocol, path=one.path.replace(old, new, 1), **changes) for one in samples]
+
+
+def below(root):
+    return [one for one in SAMPLES if one.path.startswith(root)]
+
+
+VERTEX = "projects/p/locations/l/publishers/google/models/m"
+BATCH = Sample("gemini", "/v1beta/models/m:batchEmbedContents",
+               {"requests": [{"content": {"parts": [{"text": TEXT}]}}]},
+               {"embeddings": [], "usageMetadata": {"promptTokenCount": 10}}, in_path=True, **ONLY_INPUT)  # fmt: skip
+TOKENS_STREAM = sse(*[{"choices": [{"index": 0, "token_ids": [7]}]}] * 5, {"choices": [], "usage": USAGE}, "[DONE]")
+EVERY_PATH = [
+    *SAMPLES,
+    *file_samples(),
+    *file_samples(root=""),
+    *file_samples("azure", "/openai/deployments/m", in_path=True),
+    *file_samples("azure", "/openai/v1"),
+    *openai_samples("azure", "/openai"),
+    *file_samples("azure", "/openai"),
+    BATCH,
+    *of_table("gemini", [*below("/v1beta/models/m"), BATCH], "v1beta", "v1alpha"),
+    *of_table("gemini", [*below("/v1beta/models/m"), BATCH], "v1beta", "v1"),
+    *of_table("gemini", [*below("/v1beta/models/m"), BATCH], "v1beta/models/m", f"v1/{VERTEX}"),
+    *of_table("gemini", [*below("/v1beta/models/m"), BATCH], "v1beta/models/m", f"v1beta1/{VERTEX}"),
+    *of_table("gemini", openai_samples(root="/v1beta/openai") + file_samples(root="/v1beta/openai"), words="openai"),
+    *openai_samples("vllm"),
+    *openai_samples("vllm", ""),
+    *file_samples("vllm"),
+    *file_samples("vllm", ""),
+    *of_table("vllm", below("/v1/messages"), words="anthropic"),
+    *of_table("vllm", below("/v1/chat/completions")[:1], "/v1/chat/completions", "/invocations"),
+    Sample("vllm", "/inference/v1/generate", MODEL | {"token_ids": [7] * 10}, {"choices": [], "usage": USAGE},
+           (10, 0, 5), {"sampling_params": {"max_tokens": 50}}, TOKENS_STREAM),
+    *of_table("sglang", [*below("/classify"), *below("/v1/score"), *below("/v1/rerank")]),
+    *of_table("sglang", below("/v1/embeddings"), "/v1", "/api/v1"),
+    *of_table("ollama", below("/api/embed"), "embed", "embeddings"),
+]  # fmt: skip
+"""A sample of every path of every table, also where another table has the same path."""
