@@ -18,7 +18,7 @@ import modelquota.asgi.quota as quota_module
 import modelquota.asgi.settings as settings_module
 from modelquota import QuotaConfigError, QuotaFileError, ResourceQuotaManager
 from modelquota.asgi import IncomingRequest, Quota, QuotaMiddleware, RequestRefusedError
-from modelquota.asgi.identity import api_key, identity_of
+from modelquota.asgi.identity import api_keys, identity_of
 from modelquota.asgi.settings import Settings, default_state
 from modelquota.protocols.tables import TABLES
 from modelquota.quota.http import HTTP_FIELDS, ROUTE_TABLES
@@ -337,31 +337,47 @@ def request(body=b"{}", **headers):
 @pytest.mark.parametrize(
     ("headers", "key"),
     [
-        ({"authorization": "Bearer secret"}, "secret"),
-        ({"authorization": "bearer   secret "}, "secret"),
-        ({"authorization": "Bearer secret", "x_api_key": "other"}, "secret"),
-        ({"authorization": "Basic c2VjcmV0", "x_api_key": "secret"}, "secret"),
-        ({"api_key": "secret"}, "secret"),
-        ({"x_goog_api_key": "secret"}, "secret"),
-        ({"authorization": "Bearer "}, None),
+        ({"authorization": "Bearer secret"}, b"secret"),
+        ({"authorization": "bearer   secret "}, b"secret"),
+        ({"Authorization": "Bearer secret", "x_api_key": "secret"}, b"secret"),
+        ({"authorization": "Basic c2VjcmV0", "x_api_key": "secret"}, b"secret"),
+        ({"api_key": "secret"}, b"secret"),
+        ({"X_Goog_Api_Key": "secret"}, b"secret"),
+        ({"authorization": "Bearer ", "x_api_key": " "}, None),
         ({"authorization": "secret"}, None),
+        ({"x_key": "secret"}, None),
         ({}, None),
     ],
 )
 def test_the_api_key_of_every_protocol(headers, key):
-    assert api_key(request(**headers)) == key
+    assert api_keys(request(**headers)) == ([] if key is None else [key])
+
+
+def test_a_second_key_that_a_client_makes_up_does_not_replace_its_own():
+    """The server behind may check any of them."""
+    names = {SECRET[:32]: "acme"}
+    made_up = f"key:{hashlib.sha256(b'made up').hexdigest()[:32]}"
+    who, refuses = identity_of("bearer", lambda: names), identity_of("bearer", lambda: names, refuse_unknown_keys=True)
+    for fields in (
+        [(b"authorization", b"Bearer made up"), (b"x-api-key", b"secret")],
+        [(b"authorization", b"Bearer made up"), (b"authorization", b"Bearer secret")],
+        [(b"authorization", b"Bearer secret"), (b"api-key", b"made up")],
+    ):
+        asked = IncomingRequest({"headers": fields}, b"")
+        assert set(who(asked)) == {"acme", made_up}
+        assert refuses(asked) == ("acme",)
 
 
 def test_a_key_is_known_by_its_hash_and_never_shown():
     names = {}
     who = identity_of("bearer", lambda: names)
     asked = request(authorization="Bearer secret")
-    assert who(asked) == f"key:{SECRET[:32]}"
+    assert who(asked) == (f"key:{SECRET[:32]}",)
     names[SECRET[:32]] = "acme"
-    assert who(asked) == "acme"
-    assert who(request()) is None
+    assert who(asked) == ("acme",)
+    assert who(request()) == ()
     refuses = identity_of("bearer", lambda: names, refuse_unknown_keys=True)
-    assert refuses(asked) == "acme"
+    assert refuses(asked) == ("acme",)
     for stranger in (request(), request(authorization="Bearer other")):
         with pytest.raises(RequestRefusedError) as caught:
             refuses(stranger)
@@ -393,6 +409,64 @@ def test_keys_are_hot(configure):
     assert [ask(app, authorization="Bearer secret").status for _ in range(2)] == [200, 200]
     configure(MODEL + limits + identity + f"[keys]\n{SECRET} = 'acme'\n")
     assert [ask(app, authorization="Bearer secret").status for _ in range(2)] == [200, 429]
+
+
+IDENTITIES = """
+[http]
+identity = "%s"
+page = "/quota"
+[keys]
+2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b = "acme"
+[models."tenant/acme"]
+max_requests_per_hour = 1
+on_violation = "reject"
+[defaults."tenant/*"]
+max_requests_per_hour = 2
+on_violation = "reject"
+"""
+
+
+@pytest.mark.parametrize(
+    ("identity", "named", "other"),
+    [
+        ("bearer", {"authorization": "Bearer secret"}, {"authorization": "Bearer another-secret"}),
+        ("bearer", {"x_api_key": "secret"}, {"x_goog_api_key": "another-secret"}),
+        ("header:x-tenant", {"x_tenant": "acme"}, {"x_tenant": "eve"}),
+        ("openai-user", {"user": "acme"}, {"user": "eve"}),
+    ],
+)
+def test_each_identity_has_its_quota_and_no_key_is_kept(configure, tmp_path, caplog, identity, named, other):
+    configure(MODEL + IDENTITIES % identity)
+    app = Quota(Model(7))
+
+    def statuses(who, count, model="m"):
+        body = {**chat(), "model": model, **(who if "user" in who else {})}
+        fields = [] if "user" in who else [(k.replace("_", "-").encode(), v.encode()) for k, v in who.items()]
+        return [asyncio.run(Call(app, body=body, headers=fields).run()).status for _ in range(count)]
+
+    with caplog.at_level("DEBUG"):
+        assert statuses(named, 2) == [200, 429], "its own quota"
+        assert statuses(other, 3) == [200, 200, 429], "that of the pattern"
+        assert statuses({}, 3) == [200] * 3, "nobody: only the model decides"
+        assert statuses(other, 1, "tenant/acme") == [429]
+    assert used(app.manager, "tenant/acme")[0] == 7
+    assert used(app.manager)[0] == 6 * 7
+    ids = {"bearer": f"tenant/key:{hashlib.sha256(b'another-secret').hexdigest()[:32]}"}
+    assert set(app.manager.list_models()) == {"m", "tenant/acme", ids.get(identity, "tenant/eve")}
+    page = asyncio.run(Call(app, "/quota", method="GET", headers=[(b"accept", b"application/json")]).run())
+    kept = [caplog.text.encode(), page.body, *(file.read_bytes() for file in tmp_path.glob("quota.state*"))]
+    assert all(b"another-secret" not in text for text in kept)
+
+
+def test_a_key_that_is_not_known_can_be_refused_and_spends_nothing(configure):
+    configure(MODEL + (IDENTITIES % "bearer").replace("[keys]", 'unknown_key = "refuse"\n[keys]'))
+    app = Quota(Model(7))
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}):
+        answer = ask(app, **headers)
+        assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+    assert app.manager.get_stats().total_checks == 0
+    assert app.manager.list_models() == ["m", "tenant/acme"]
+    assert ask(app, x_api_key="secret").status == 200
 
 
 def test_every_field_of_http_is_used(configure):

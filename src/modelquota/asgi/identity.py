@@ -10,24 +10,30 @@ from modelquota.asgi.request import IncomingRequest
 from modelquota.protocols.request import RequestRefusedError
 from modelquota.quota.http import KEY_DIGITS, key_digits
 
-Who: TypeAlias = Callable[[IncomingRequest], str | None]
+Who: TypeAlias = Callable[[IncomingRequest], str | tuple[str, ...] | None]
 
-# In this order, since a server that checks keys checks the first of those that its protocol knows.
-_KEY_HEADERS: Final = ("x-api-key", "api-key", "x-goog-api-key")
+_KEY_HEADERS: Final = (b"x-api-key", b"api-key", b"x-goog-api-key")
 _USER_FIELDS: Final = ("user", "safety_identifier")
 _LONGEST_NAME: Final = 128
 
 
-def api_key(request: IncomingRequest) -> str | None:
-    """Return the API key of a request: its bearer token, or one of the headers in which other protocols send it."""
-    scheme, _, token = (request.header("authorization") or "").strip().partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
-    for name in _KEY_HEADERS:
-        key = (request.header(name) or "").strip()
+def api_keys(request: IncomingRequest) -> list[bytes]:
+    """Return the API keys of a request: bearer tokens, and the headers in which other protocols send one.
+
+    All of them, each once: there is no telling which one the server behind checks, and a request that has a second key
+    of its own making must not be counted for that one only.
+    """
+    found: dict[bytes, None] = {}
+    for name, value in request.scope.get("headers", ()):
+        name, key = name.lower(), bytes(value).strip()
+        if name == b"authorization":
+            scheme, _, token = key.partition(b" ")
+            key = token.strip() if scheme.lower() == b"bearer" else b""
+        elif name not in _KEY_HEADERS:
+            continue
         if key:
-            return key
-    return None
+            found[key] = None
+    return list(found)
 
 
 def identity_of(
@@ -38,20 +44,20 @@ def identity_of(
     Parameters
     ----------
     setting : str
-        ``"bearer"``: the name of the request's API key, or ``key:`` and the first digits of its SHA-256. The key itself
-        is never kept, shown or logged. ``"header:x-tenant"``: the value of that header. ``"openai-user"``: the field
-        ``user`` of the body, or else ``safety_identifier``.
+        ``"bearer"``: the name of the request's API key, or ``key:`` and the first digits of its SHA-256; of each key if
+        there are several. A key itself is never kept, shown or logged. ``"header:x-tenant"``: the value of that header.
+        ``"openai-user"``: the field ``user`` of the body, or else ``safety_identifier``.
     key_names : callable
         Returns the names of the keys that have one, as `Quotas.key_names`; called for each request.
     refuse_unknown_keys : bool
-        Whether a request without a key, or with one that has no name, is answered with 401.
+        Whether a request without a key that has a name is answered with 401.
 
     Examples
     --------
     >>> who = identity_of("bearer", lambda: {"2bb80d537b1da3e38bd30361aa855686": "acme"})
     >>> scope = {"headers": [(b"authorization", b"Bearer secret")]}
     >>> who(IncomingRequest(scope, b""))
-    'acme'
+    ('acme',)
     """
     if setting == "bearer":
         return _by_key(key_names, refuse_unknown_keys)
@@ -64,18 +70,20 @@ def identity_of(
 
 
 def _by_key(key_names: Callable[[], Mapping[str, str]], refuse_unknown_keys: bool) -> Who:
-    def who(request: IncomingRequest) -> str | None:
-        key = api_key(request)
-        if key is not None:
-            digits = key_digits(key.encode("utf-8", "surrogateescape"))
-            name = key_names().get(digits)
-            if name is not None:
-                return name
-            if not refuse_unknown_keys:
-                return f"key:{digits}"
-        if refuse_unknown_keys:
+    def who(request: IncomingRequest) -> tuple[str, ...]:
+        names = key_names()
+        known, unknown = [], []
+        for key in api_keys(request):
+            digits = key_digits(key)
+            if digits in names:
+                known.append(names[digits])
+            else:
+                unknown.append(f"key:{digits}")
+        if not refuse_unknown_keys:
+            return (*known, *unknown)
+        if not known:
             raise RequestRefusedError(401, "this API key is not known", code="invalid_api_key")
-        return None
+        return tuple(known)
 
     return who
 
