@@ -111,6 +111,7 @@ def test_it_stands_in_front_of_a_server(quotas, tmp_path, workers):
         assert client.patch("/quotas/m", json={"max_requests_per_hour": 7}, headers=token).status_code == 200
         again = [client.post("/v1/chat/completions", json=chat()).status_code for _ in range(2)]
         assert again == [200, 429], "all workers share the limits"
+    assert "INFO:     the admin API has set the quota of 'm' for 127.0.0.1: {'max_requests_per_hour': 7}" in command.err
     assert "a-token-of-the-operator" not in command.said + command.out + command.err
     assert command.process.returncode == 0
     assert "Traceback" not in command.err
@@ -133,8 +134,10 @@ def test_the_environment_is_enough_and_the_file_has_the_rest(quotas, tmp_path):
         until(lambda: listens(command.address))
         with urllib.request.urlopen(page, timeout=20) as answer:
             assert json.load(answer)["models_total"] == 1
+        httpx.post(f"{command.address}/unheard/of", timeout=20)
     assert (tmp_path / "here.state").exists()
     assert "GET /quota" not in command.err
+    assert "WARNING:     POST /unheard/of is passed on without being counted" in command.err
 
 
 def listens(address):

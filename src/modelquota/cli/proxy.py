@@ -1,6 +1,7 @@
 """The command `modelquota proxy`: quotas in front of a server that takes no Python. Needs the extra `proxy`."""
 
 import contextlib
+import logging
 import signal
 import sys
 
@@ -46,6 +47,7 @@ def serve_proxy(
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     with listening(host, port) as listener:
+        _show_log(logging.INFO if access_log else logging.WARNING)
         name = f"[{host}]" if ":" in host else host
         address = f"http://{name}:{listener.getsockname()[1]}"
         page, admin = settings.http.get("page"), settings.http.get("admin")
@@ -69,3 +71,12 @@ def serve_proxy(
             run()
         else:
             run_in_processes(workers, run)
+
+
+def _show_log(level: int) -> None:
+    """Show what passes uncounted, why a file is not loaded, who changes limits: uvicorn shows only its own log."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s:     %(message)s"))
+    logger = logging.getLogger("modelquota")
+    logger.addHandler(handler)
+    logger.setLevel(level)
