@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
+import chromium
 import httpx
 import pytest
 from asgi_client import Call, Model, chat
@@ -249,6 +250,39 @@ def test_changes_are_logged_without_the_token(app, caplog):
         "the admin API has removed the quota of 'm' for 127.0.0.1",
     ]
     assert all("\n" not in line and TOKEN not in line for line in said)
+
+
+FETCH = """(async () => {
+    const json = (await (await fetch(location.pathname, {headers: {Accept: "application/json"}})).json());
+    const base = new URL(json.admin, location.origin + location.pathname.replace(/\\/+$/, "")) + "";
+    const ask = (method, id, body, more) => fetch(id === null ? base : base + "/" + encodeURIComponent(id), {
+        method, headers: {Authorization: "Bearer %s", "Content-Type": "application/json", ...more},
+        body: body && JSON.stringify(body)});
+    const stranger = await fetch(base);
+    const [found] = (await (await ask("GET", null)).json()).quotas;
+    const set = await ask("PUT", "org/模型#usd", {...found.quota, max_ram_mb: 7}, {"If-None-Match": "*"});
+    const changed = await ask("PATCH", "m", {max_ram_mb: 8}, {"If-Match": found.etag});
+    const late = await ask("PATCH", "m", {max_ram_mb: 9}, {"If-Match": found.etag});
+    const wrong = await (await ask("PATCH", "m", {max_ram_mb: -1})).json();
+    const removed = await ask("DELETE", "other");
+    return JSON.stringify([base, stranger.status, set.status, changed.status, late.status, wrong.error.field,
+                           removed.status]);
+})()"""
+
+
+@pytest.mark.skipif(chromium.PATH is None, reason="no chromium is installed; apt-get install chromium")
+@pytest.mark.parametrize("page", ["/quota", "/quota/", "/a/quota"])
+def test_the_page_can_call_it_from_a_real_browser(manager, page):
+    """Under the page's own content security policy; a wrong token opens no dialog, which would wait for ever."""
+    app = QuotaMiddleware(Model(), manager, page=page, admin="/x/quotas", admin_token=TOKEN)
+    with serving(app) as address, chromium.browser() as browser:
+        browser.show(address + page, width=800, height=600, theme="light")
+        browser.until("document.readyState === 'complete' && location.pathname !== 'blank'")
+        said = json.loads(browser.evaluate(FETCH % TOKEN))
+    assert said == [f"{address}/x/quotas", 401, 201, 200, 412, "max_ram_mb", 204]
+    assert manager.get_quota("org/模型#usd").max_ram_mb == 7
+    assert manager.get_quota("m").max_ram_mb == 8
+    assert manager.get_quota("other") is None
 
 
 # -- two operators
