@@ -70,6 +70,7 @@ def test_a_form_is_counted(manager):
     assert used(manager)[0] == 11
 
 
+@pytest.mark.alone
 def test_a_large_body_is_parsed_beside_the_loop(manager):
     """Much smaller pieces of work go on in the meantime, and it counts as any other."""
     body = json.dumps({"model": "m", "max_tokens": 1, "prompt": [1] * 2_000_000}).encode()

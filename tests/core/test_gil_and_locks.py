@@ -16,6 +16,7 @@ from neighbors import forked
 
 from modelquota import QuotaExceededError, ResourceQuotaManager
 
+pytestmark = pytest.mark.alone
 SECONDS = 4.0
 ATTEMPTS = 3
 

@@ -178,6 +178,7 @@ def test_long_lists_of_numbers_end_as_they_should(end):
 LONG = 2 << 20
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "body",
     [
