@@ -445,17 +445,16 @@ cdef inline void decide(
     charge_fitting(row, request, &fit)
 
 
-cdef inline void decide_in_batch(
-    Row* row, ColdRow* cold, QueueEntry* entries, int64_t now_ns, const Request* request, bint enforcing,
-    Verdict* verdict
-) noexcept nogil:
-    """decide() that leaves the windows behind as long as the request fits. Requires the row's lock."""
+cdef inline bint admit_in_batch(Row* row, ColdRow* cold, int64_t now_ns, const Request* request) noexcept nogil:
+    """Admit and charge a request that fits, and leave the windows behind; False, if decide() has to be asked.
+
+    Requires the row's lock.
+    """
     cdef Fit fit
-    if advance_levels(row, now_ns) and fits(row, cold, request, &fit):
-        start_verdict(verdict)
-        charge_fitting(row, request, &fit)
-    else:
-        decide(row, cold, entries, now_ns, request, enforcing, verdict)
+    if not advance_levels(row, now_ns) or not fits(row, cold, request, &fit):
+        return False
+    charge_fitting(row, request, &fit)
+    return True
 
 
 cdef inline void charge_in_batch(

@@ -6,7 +6,7 @@ from modelquota._core.layout cimport (
 )
 from modelquota._core.row.advance cimport advance, unlikely
 from modelquota._core.row.decision cimport (
-    LAST_TICKET, LOWEST_PRIORITY, Request, Verdict, charge_in_batch, charge_tokens, decide_in_batch, first_over,
+    LAST_TICKET, LOWEST_PRIORITY, Request, Verdict, admit_in_batch, charge_in_batch, charge_tokens, decide, first_over,
     is_trial
 )
 from modelquota._core.row.grant cimport Holding
@@ -22,8 +22,12 @@ from modelquota._core.state.repair cimport lock_row
 cdef enum:
     BLOCK = 16              # elements whose memory is fetched together
     NO_CODE = 0             # of an element that has fewer models than others
-    TOO_MANY_MODELS = 4     # in addition to the outcomes of a joint decision
     LINE = 64
+
+cdef enum:  # of an element, in addition to the outcomes of a joint decision
+    TOO_MANY_MODELS = 4
+    ADMITTED = 5            # at once: its verdict is not written
+    SEVERAL = 6             # it has several models or meters, or none
 
 
 cdef struct Batch:
@@ -115,8 +119,8 @@ cdef inline Py_ssize_t first_bad_code(
     return n
 
 
-cdef inline void read_tokens(const Batch* batch, Py_ssize_t i, Request* request) noexcept nogil:
-    """The tokens of an element."""
+cdef inline void read_kinds(const Batch* batch, Py_ssize_t i, Request* request) noexcept nogil:
+    """The tokens of an element, from which follows what they count at each of its models."""
     cdef int kind
     request.kinds.split = batch.split
     if not batch.split:
@@ -204,7 +208,6 @@ cdef inline Py_ssize_t check_batch(
     cdef ColdRow* cold
     cdef int64_t now_ns
     cdef uint32_t index
-    cdef bint alone
     cdef int outcome
     request.ram_mb = request.ssd_mb = 0
     request.ticket = LAST_TICKET
@@ -214,39 +217,44 @@ cdef inline Py_ssize_t check_batch(
     batch.waits = batch.too_many = False
     while i < batch.count:
         now_ns = batch.times_ns[i] if batch.times_ns else batch.now_ns
-        if batch.width == 1 and i % BLOCK == 0:
-            fetch_block(batch, rows, cold_rows, i, now_ns)
-        read_tokens(batch, i, &request)
-        verdict.allowed = True
-        alone = batch.width == 1
-        if alone:
+        outcome = SEVERAL
+        if batch.width == 1:
+            if i % BLOCK == 0:
+                fetch_block(batch, rows, cold_rows, i, now_ns)
             index = index_of(batch.codes[i])
             row = &rows[index]
             if unlikely(not try_lock(&row.lock, shared.me)) and not lock_row(row, shared, SLICE_NS):
                 batch.waits = True
                 break
-            if row.generation == generation_of(batch.codes[i]):
+            if row.generation == generation_of(batch.codes[i]) and row.meters == 0:
                 cold = &cold_rows[index]
-                alone = row.meters == 0
-                if alone:
-                    if batch.split:
-                        request.tokens = count_at(cold, &request.kinds)
-                    decide_in_batch(row, cold, shared.entries, now_ns, &request, shared.header.enforcing, verdict)
+                if unlikely(batch.split):
+                    read_kinds(batch, i, &request)
+                    request.tokens = count_at(cold, &request.kinds)
+                else:
+                    request.tokens = batch.tokens[i]
+                outcome = ADMITTED
+                if unlikely(not admit_in_batch(row, cold, now_ns, &request)):
+                    outcome = DECIDED
+                    decide(row, cold, shared.entries, now_ns, &request, shared.header.enforcing, verdict)
                     batch.violating = index
             unlock(&row.lock)
-        if not alone:
+        if unlikely(outcome == SEVERAL):
+            read_kinds(batch, i, &request)
             outcome = decide_several(batch, i, now_ns, &request, shared, verdict)
             if outcome != DECIDED:
                 batch.waits = outcome == BUSY_ROW
                 batch.too_many = outcome == TOO_MANY_MODELS
                 break
-        if verdict.allowed:
+        if outcome == ADMITTED or verdict.allowed:
             batch.limits[i] = 0
+            if batch.waits_ms:
+                batch.waits_ms[i] = 0
         else:
             batch.limits[i] = verdict.limit
             batch.others_may_free = batch.others_may_free or verdict.worth_a_look
-        if batch.waits_ms:
-            batch.waits_ms[i] = 0 if verdict.allowed else verdict.retry_after_ms
+            if batch.waits_ms:
+                batch.waits_ms[i] = verdict.retry_after_ms
         i += 1
         if verdict.to_log:
             break
@@ -317,7 +325,7 @@ cdef inline Py_ssize_t charge_batch(Batch* batch, const Shared* shared, Py_ssize
                                     shared.header.enforcing)
             unlock(&row.lock)
         if not alone:
-            read_tokens(batch, i, &request)
+            read_kinds(batch, i, &request)
             over = NULL
             if batch.limits != NULL:
                 over = &batch.limits[i]
