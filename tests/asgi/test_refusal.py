@@ -149,6 +149,32 @@ def test_what_never_fits_is_told_even_where_another_limit_denies_first(manager):
     assert response.error["message"] == "Model m: more than its limit of tokens per hour ever admits at once."
 
 
+@pytest.mark.parametrize(("unit", "word"), [("tokens", "tokens"), ("usd", "dollars")])
+def test_what_exceeds_a_meter_by_itself_is_told_as_its_weights_say(manager, unit, word):
+    """The request has 10 tokens of input and 100 of output."""
+    manager.set_quota("tenant/acme", **REJECT | {"max_requests_per_second": 1, "burst_requests": 0})
+    meter = ResourceQuotaConfig("m#x", **REJECT | {"unit": unit, "max_tokens_per_hour": 56})
+    manager.set_quota(meter.replace(token_weights=(0.6, 0, 0.5)))
+    manager.check_quota("tenant/acme", 0)
+    assert ask(manager, identity=lambda request: "acme").status == 429
+    manager.set_quota(meter.replace(token_weights=(0.61, 0, 0.51)))
+    response = ask(manager, identity=lambda request: "acme")
+    assert response.status == 400
+    assert response.error["message"] == f"Model m#x: more than its limit of {word} per hour ever admits at once."
+
+
+def test_the_meter_of_a_tenant_is_the_tenants(manager):
+    manager.set_quota("tenant/acme", **REJECT)
+    manager.set_quota("tenant/acme#batch", **REJECT | {"max_concurrent_requests": 0})
+    response = ask(manager, identity=lambda request: "acme")
+    assert response.status == 400
+    manager.update_quota("tenant/acme#batch", max_concurrent_requests=1)
+    with manager.reserve("tenant/acme", 1):
+        response = ask(manager, identity=lambda request: "acme")
+    assert (response.status, response.error["code"]) == (429, "rate_limit_exceeded")
+    assert response.error["message"].startswith("Tenant acme#batch: concurrent requests: 1 of 1 used, 1 asked;")
+
+
 def test_a_full_queue_tells_the_wait_of_its_head(manager):
     manager.update_quota("m", max_requests_per_second=1, burst_requests=0, on_violation="queue", max_queued_requests=0)
     assert ask(manager).status == 200

@@ -13,9 +13,10 @@ from modelquota.errors import QuotaExceededError
 from modelquota.protocols.body import parse_body
 from modelquota.protocols.paths import PathTable
 from modelquota.protocols.refusal import Answer
-from modelquota.protocols.request import RequestRefusedError
+from modelquota.protocols.request import RequestRefusedError, estimate_of
 from modelquota.protocols.tables import operations
 from modelquota.protocols.tables import protocol as protocol_named
+from modelquota.quota.tokens import TokenCount
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager
@@ -116,10 +117,11 @@ def denial_answer(
     (429, b'0')
     """
     spoken = protocol_named(protocol)
+    ids: tuple[str, ...] = () if error.result.model_id is None else (error.result.model_id,)
+    sizes: tuple[TokenCount, int, int] = (0, 0, 0)
     if demand is not None:
-        ids: tuple[str, ...] = demand.model_ids
-        sizes = (demand.estimated_tokens, demand.ram_needed_mb, demand.ssd_needed_mb)
-    else:
-        ids, sizes = (() if error.result.model_id is None else (error.result.model_id,)), (0, 0, 0)
+        ids = demand.model_ids
+        estimate = estimate_of(demand.prompt_tokens, demand.estimated_tokens)
+        sizes = (estimate, demand.ram_needed_mb, demand.ssd_needed_mb)
     fields = LimitHeaders(manager, headers).of(ids[0] if len(ids) == 1 else ids, spoken.header_style, error.result)
     return Refuser(manager, busy_retry_seconds, retry_spread, "").denial(error, spoken, fields, ids=ids, sizes=sizes)

@@ -105,7 +105,7 @@ class Exchange:
             style = self._protocol.header_style
             headers = middleware.limit_headers.of(ids, style, error.result)
             every = (ids,) if isinstance(ids, str) else ids
-            sizes = (tokens, ram_mb, ssd_mb)
+            sizes = (estimate_of(prompt_tokens, tokens), ram_mb, ssd_mb)
             await send_answer(
                 middleware.refuser.denial(error, self._protocol, headers, ids=every, tenants=tenants, sizes=sizes),
                 self._send,

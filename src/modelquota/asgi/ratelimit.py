@@ -18,6 +18,7 @@ from modelquota._core.table.result import QuotaCheckResult
 from modelquota.asgi.types import Header
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import DENYING, Limit, LimitRecord
+from modelquota.quota.tokens import TokenCount, counted
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager
@@ -254,9 +255,10 @@ def go_duration(ms: int) -> str:
     return f"{prefix}{seconds}{fraction}s"
 
 
-def exceeded_by(quota: ResourceQuotaConfig, tokens: int, ram_mb: int, ssd_mb: int) -> Limit | None:
+def exceeded_by(quota: ResourceQuotaConfig, estimate: TokenCount, ram_mb: int, ssd_mb: int) -> Limit | None:
     """Return the first limit that a request exceeds by itself; None if it exceeds none."""
     asked = {Limit.RAM: ram_mb, Limit.SSD: ssd_mb}
+    tokens = counted(estimate, quota.token_weights)
     _, at_once = core_bounds(quota)
     for record in DENYING:
         most = at_once[record.limit]

@@ -17,6 +17,7 @@ from modelquota.protocols.protocol import Protocol
 from modelquota.protocols.refusal import Answer, Refusal, RefusalKind
 from modelquota.protocols.request import RequestRefusedError
 from modelquota.quota.limits import CATALOGUE, Limit, ViolationType
+from modelquota.quota.tokens import TokenCount
 
 if TYPE_CHECKING:
     from modelquota.manager import ResourceQuotaManager
@@ -68,7 +69,7 @@ class Refuser:
         *,
         ids: Sequence[str] = (),
         tenants: Sequence[str] = (),
-        sizes: tuple[int, int, int] = (0, 0, 0),
+        sizes: tuple[TokenCount, int, int] = (0, 0, 0),
     ) -> Answer:
         """Return the answer to a request that the quotas do not admit.
 
@@ -85,7 +86,7 @@ class Refuser:
         wait_ms = result.retry_after_ms
         unit = "requests" if result.limit is None else result.limit.unit
         if wait_ms is None:
-            if result.limit is Limit.CONCURRENCY and result.model_id in tenants:
+            if result.limit is Limit.CONCURRENCY and _is_of(result.model_id, tenants):
                 message = f"{what}; wait for one of them to end."
                 refusal = Refusal(RefusalKind.RATE_LIMIT, 429, message, "rate_limit_exceeded", None, unit)
             else:
@@ -130,22 +131,29 @@ class Refuser:
         return protocol.refuse(refusal._replace(retry_ms=wait_ms), headers)
 
     def _who(self, model_id: str | None, tenants: Sequence[str]) -> str:
-        if model_id is not None and model_id in tenants:
+        if model_id is not None and _is_of(model_id, tenants):
             return f"Tenant {model_id.removeprefix(self._namespace)}"
         return f"Model {model_id}"
 
     def _exceeded(
-        self, ids: Sequence[str], tenants: Sequence[str], sizes: tuple[int, int, int], result: QuotaCheckResult
+        self, ids: Sequence[str], tenants: Sequence[str], sizes: tuple[TokenCount, int, int], result: QuotaCheckResult
     ) -> str | None:
         """Name the limit that a request exceeds by itself, if it is not the one that the result names."""
-        for model_id in ids:
+        meters = [meter for model_id in ids for meter in self._manager._meters_of(model_id)]
+        for model_id in (*ids, *meters):
             quota = self._manager.get_quota(model_id)
             limit = None if quota is None else exceeded_by(quota, *sizes)
-            if limit is not None:
+            if quota is not None and limit is not None:
                 if limit is result.limit and model_id == result.model_id:
                     return None
-                return f"{self._who(model_id, tenants)}: more than its limit of {limit.label} ever admits at once."
+                label = limit.label.replace("tokens", "dollars") if quota.unit == "usd" else limit.label
+                return f"{self._who(model_id, tenants)}: more than its limit of {label} ever admits at once."
         return None
+
+
+def _is_of(model_id: str | None, tenants: Sequence[str]) -> bool:
+    """Whether an id is a tenant's, or that of a meter of one."""
+    return model_id is not None and (model_id in tenants or model_id.partition("#")[0] in tenants)
 
 
 def _is_spent(result: QuotaCheckResult) -> bool:

@@ -11,6 +11,7 @@ TokenCount: TypeAlias = "SupportsIndex | Tokens"
 """What is accepted as a count of tokens: an integer that counts as it is, or tokens by kind."""
 
 _MOST: Final = 2**62
+_MICRO: Final = 1_000_000  # weights have up to 6 decimals
 _ACCEPTED: Final = "an integer from 0 to 2**62"
 _set: Final = object.__setattr__
 
@@ -64,6 +65,21 @@ class Tokens:
     def replace(self, **changes: int) -> Tokens:
         """Return a copy with the named counts changed."""
         return dataclasses.replace(self, **changes)
+
+
+def counted(tokens: TokenCount, weights: tuple[float, float, float]) -> int:
+    """Return what tokens count at an id with these ``token_weights``: a decision's count, for texts about it.
+
+    Examples
+    --------
+    >>> counted(Tokens(input=1_200, cached=800, output=256), (3, 0.3, 15)), counted(500, (3, 0.3, 15))
+    (7680, 500)
+    """
+    if not isinstance(tokens, Tokens):
+        return operator.index(tokens)
+    amounts = (tokens.input, tokens.cached, tokens.output)
+    total = sum(round(weight * _MICRO) * amount for weight, amount in zip(weights, amounts, strict=True))
+    return min(-(-total // _MICRO), _MOST)
 
 
 def _counts(**given: object) -> list[int]:
