@@ -5,7 +5,9 @@ import pickle
 import sys
 import threading
 
-from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from factories import make_manager, open_quota
+
+from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager, Tokens
 
 QUOTAS = [ResourceQuotaConfig("m", max_requests_per_hour=3, on_violation="reject")]
 
@@ -29,6 +31,34 @@ def test_snapshot_has_all_models_at_once(manager):
         assert array[1][name] == (-1 if value is None else value)
     array["requests_this_hour"] = 0
     assert manager.get_usage("m").requests_this_hour == 3
+
+
+def test_a_meter_is_an_element_of_its_own(path):
+    quotas = [
+        open_quota("llama#usd", unit="usd", token_weights=(3, 0.3, 15), max_tokens_per_month=10**6),
+        open_quota("llama", max_requests_per_minute=3),
+        open_quota("llama#output", token_weights=(0, 0, 1)),
+    ]
+    manager = make_manager(*quotas, path=path)
+    manager.check_many(manager.codes(["llama"]), Tokens(1_200, 800, 256))
+    with manager.reserve("llama", Tokens(1, 0, 1)) as grant:
+        array = manager.snapshot()
+        assert dict(zip(array["model_id"], array["concurrent_requests"].tolist(), strict=True)) == dict.fromkeys(
+            ("llama#usd", "llama", "llama#output"), 1
+        )
+        grant.cancel()
+    array = manager.snapshot()
+    found = {each["model_id"]: each for each in array}
+    names = ("tokens_total", "tokens_refunded_total", "allowed_total", "requests_this_minute", "tokens_this_month")
+    assert {model_id: tuple(int(each[name]) for name in names) for model_id, each in found.items()} == {
+        "llama#usd": (7_698, 18, 2, -1, 7_680),
+        "llama": (2_258, 2, 2, 1, -1),
+        "llama#output": (257, 1, 2, -1, -1),
+    }
+    with ResourceQuotaManager.open_readonly(path) as view:
+        read = view.snapshot()
+    assert read["model_id"].tolist() == array["model_id"].tolist()
+    assert read["tokens_this_hour"].tolist() == array["tokens_this_hour"].tolist()
 
 
 def test_ids_in_a_snapshot_are_references_like_any_others(manager):

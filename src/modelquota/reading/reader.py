@@ -115,6 +115,21 @@ class QuotaReader:
         ``queued_total``, ``warned_total``, ``waited_total`` (int64), ``tokens_total`` and ``tokens_refunded_total``
         (uint64, tokens charged, and how many of these were given back). Each element is read under its model's lock,
         all of them at one reading of the clock.
+
+        A window that is not counted has -1. A meter is an element of its own, with its full id, such as
+        ``"llama#output"``; its tokens are counted by its ``token_weights``, with ``unit="usd"`` in millionths of a
+        dollar. A sum over models leaves meters out: their requests are those of their models.
+
+        Examples
+        --------
+        >>> manager = ResourceQuotaManager(clock=ManualClock())
+        >>> manager.set_quota("llama")
+        >>> manager.set_quota(ResourceQuotaConfig.unlimited("llama#output", token_weights=(0, 0, 1)))
+        >>> manager.check_quota("llama", Tokens(input=1_200, cached=800, output=256)).allowed
+        True
+        >>> array = manager.snapshot()
+        >>> dict(zip(array["model_id"], array["tokens_this_hour"].tolist()))
+        {'llama': 2256, 'llama#output': 256}
         """
         return self._read_all()
 
