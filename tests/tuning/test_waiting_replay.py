@@ -1,11 +1,13 @@
 """A replay that waits does what clients of the same manager would have seen, whatever the simulation skips."""
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager, Tokens
 from modelquota._core.table.grant import Grant
 from modelquota._core.table.queue import Waiter
 from modelquota.quota.file import Quotas
@@ -166,12 +168,17 @@ def by_ticks(manager, ids, times_ms, groups, tokens, durations_ms):
     return codes, waited
 
 
+kinds = st.builds(Tokens, *[st.integers(0, 15)] * 3)
+weights = st.sampled_from([(0, 0, 1), (1, 0, 0), (3, 0.3, 15), (0.1, 0, 0.5)])
+
+
 @given(data=st.data())
 def test_nothing_is_missed_between_two_events(data):
     """The simulation jumps from event to event; looking at every millisecond admits the same, at the same time."""
     count = data.draw(st.integers(1, 12))
     times_ms = np.cumsum(data.draw(st.lists(st.integers(0, 900), min_size=count, max_size=count)))
-    tokens = data.draw(st.lists(st.integers(0, 30), min_size=count, max_size=count))
+    by_kind = data.draw(st.booleans())
+    tokens = data.draw(st.lists(kinds if by_kind else st.integers(0, 30), min_size=count, max_size=count))
     durations = data.draw(st.lists(st.integers(0, 1500), min_size=count, max_size=count))
     held = data.draw(st.booleans())
     ids = data.draw(st.sampled_from([[("m",)], [("m",), ("n",)], [("u", "m"), ("v", "m")]]))
@@ -193,6 +200,10 @@ def test_nothing_is_missed_between_two_events(data):
         )
         for name in sorted({name for group in ids for name in group})
     }
+    for name in sorted(configs) if by_kind else []:
+        if data.draw(st.booleans()):
+            meter = configs[name].replace(model_id=f"{name}#x", token_weights=data.draw(weights))
+            configs[meter.model_id] = meter.replace(max_tokens_per_second=data.draw(some))
     managers = []
     for _ in range(2):
         manager = ResourceQuotaManager(clock=ManualClock(), max_models=8)
@@ -202,7 +213,7 @@ def test_nothing_is_missed_between_two_events(data):
     outcome = Simulation(managers[0], ids, wait=True).run(
         times_ms.astype(np.int64) * MS,
         np.array(groups),
-        np.array(tokens, np.int64),
+        np.array([astuple(each) for each in tokens] if by_kind else tokens, np.int64),
         durations_ns=np.array(durations, np.int64) * MS if held else None,
     )
     plain = [group[0] if len(group) == 1 else group for group in ids]

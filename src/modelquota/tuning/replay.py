@@ -43,8 +43,9 @@ def replay(
 ) -> ReplayReport:
     """Check each request of a trace against quotas, at its own time, and report the outcome.
 
-    A request costs its tokens, of all kinds, and no RAM or SSD. If the trace has durations, requests hold concurrency
-    for that long; if it also has estimates, they are reserved, and settled by the true tokens at the end.
+    A request costs its tokens, by kind if the quotas tell kinds apart, and no RAM or SSD. If the trace has durations,
+    requests hold concurrency for that long; if it also has estimates, they are reserved, the prompt as input and the
+    rest as output, and settled by the true tokens at the end.
 
     Parameters
     ----------
@@ -87,29 +88,24 @@ def replay(
     quotas = _add_patterns(quotas, templates, names)
     users = _user_ids(trace, quotas, templates) if per_user else {}
     quotas = _add_patterns(quotas, templates, tuple(users.values()))
+    deciding = {*names, *users.values()}
     limits = [quotas[name].replace(model_id=name) for name in (*names, *users.values())]
     meters = [
         quota.replace(model_id=name)
         for name, quota in quotas.items()
-        if name.partition("#")[0] in names and "#" in name
+        if name not in deciding and name.partition("#")[0] in deciding
     ]
     by_kind = bool(meters) or any(quota.token_weights != (1, 1, 1) for quota in limits)
+    limits += meters
     times_ns = _divided(trace.times_ns, ratio)
     before_ns = perf_counter_ns()
     waits = wait and any(quota.on_violation in ("throttle", "queue") for quota in limits)
-    if by_kind and (users or waits or trace.durations_ns is not None):
-        raise ValueError(
-            "the quotas have meters or token_weights, with which only a replay without waits, durations and users"
-            " decides: give wait=False (--no-wait), and a trace without durations"
-        )
-    if by_kind:
-        outcome = _decided(_manager([*limits, *meters]), trace, times_ns, names, progress, trace.kinds)
-    elif users or trace.durations_ns is not None:
-        outcome = _simulated(_manager(limits), trace, times_ns, names, users, waits, progress)
+    if users or trace.durations_ns is not None:
+        outcome = _simulated(_manager(limits), trace, times_ns, names, users, waits, by_kind, progress)
     elif waits:
-        outcome = _waited(limits, trace, times_ns, names, progress)
+        outcome = _waited(limits, trace, times_ns, names, by_kind, progress)
     else:
-        outcome = _decided(_manager(limits), trace, times_ns, names, progress)
+        outcome = _decided(_manager(limits), trace, times_ns, names, by_kind, progress)
     core_time_ns = perf_counter_ns() - before_ns
     return ReplayReport(
         trace=trace.path,
@@ -153,12 +149,12 @@ def _decided(
     trace: Trace,
     times_ns: Int64Array,
     names: Sequence[str],
+    by_kind: bool,
     progress: Callable[[int, int], None] | None,
-    kinds: Int64Array | None = None,
 ) -> Outcome:
     """Try every request once, at its time, as a batch; with its tokens by kind if the quotas tell them apart."""
     requests = len(trace)
-    tokens = trace.tokens if kinds is None else kinds
+    tokens = trace.kinds if by_kind else trace.tokens
     rows_of_models = manager.codes(names)
     codes = np.empty(requests, np.uint8)
     retry_after_ms = np.empty(requests, np.int64)
@@ -188,13 +184,14 @@ def _warned(
     """Mark as many admitted requests of each model as were admitted over a limit."""
     over = np.zeros(len(codes), np.bool_)
     for name, own in zip(names, selections(trace.model_index, len(names)), strict=True):
-        usage, quota = manager.get_usage(name), manager.get_quota(name)
-        assert usage is not None
-        assert quota is not None
-        if quota.on_violation is ViolationAction.WARN:
+        report = manager.get_model_report(name)
+        assert report is not None
+        deciding = (report, *report.meters)
+        if any(each.quota.on_violation is ViolationAction.WARN for each in deciding):
             rows = np.arange(len(codes))[own]
             admitted = rows[codes[rows] == 0]
-            over[admitted[: usage.total_violations - (len(rows) - len(admitted))]] = True
+            violations = sum(each.usage.total_violations for each in deciding)  # a check counts at one of them
+            over[admitted[: violations - (len(rows) - len(admitted))]] = True
     return over
 
 
@@ -203,11 +200,12 @@ def _waited(
     trace: Trace,
     times_ns: Int64Array,
     names: Sequence[str],
+    by_kind: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Outcome:
     """Let requests wait. Before the first one that would be denied none waits, and a batch decides the same."""
     requests = len(trace)
-    once = _decided(_manager(limits), trace, times_ns, names, None)
+    once = _decided(_manager(limits), trace, times_ns, names, by_kind, None)
     denied = np.flatnonzero(once.codes)
     if not len(denied):
         if progress is not None:
@@ -215,13 +213,13 @@ def _waited(
         return once
     first = int(denied[0])
     manager = _manager(limits)
-    head = _decided(manager, trace.select(slice(first)), times_ns[:first], names, None)
+    head = _decided(manager, trace.select(slice(first)), times_ns[:first], names, by_kind, None)
 
     def step(done: int, _: int) -> None:
         if progress is not None:
             progress(first + done, requests)
 
-    rest = _simulated(manager, trace.select(slice(first, None)), times_ns[first:], names, {}, True, step)
+    rest = _simulated(manager, trace.select(slice(first, None)), times_ns[first:], names, {}, True, by_kind, step)
     return Outcome(
         codes=np.concatenate((head.codes, rest.codes)),
         waited_ns=np.concatenate((head.waited_ns, rest.waited_ns)),
@@ -239,10 +237,10 @@ def _simulated(
     names: Sequence[str],
     users: Mapping[int, str],
     wait: bool,
+    by_kind: bool,
     progress: Callable[[int, int], None] | None,
 ) -> Outcome:
     """Let requests wait, hold concurrency, and be charged to several ids."""
-    tokens = trace.tokens
     models = np.zeros(len(trace), np.int64) if trace.model_index is None else trace.model_index
     pairs = models if trace.user_index is None or not users else models + len(names) * (trace.user_index + 1)
     numbers, groups = np.unique(pairs, return_inverse=True)
@@ -250,10 +248,16 @@ def _simulated(
     for number in numbers.tolist():
         user = users.get(number // len(names) - 1) if users else None
         ids.append((names[number % len(names)],) if user is None else (user, names[number % len(names)]))
+    tokens = trace.kinds if by_kind else trace.tokens
     durations_ns, estimated = trace.durations_ns, trace.estimated_tokens
     reserved = None
     if durations_ns is not None and estimated is not None:
-        reserved = np.where(estimated < 0, tokens, estimated)
+        if by_kind:  # what is cached is not known before
+            prompt = np.minimum(trace.input_tokens + trace.cached_tokens, estimated)
+            guessed = np.stack((prompt, np.zeros_like(prompt), estimated - prompt), axis=1)
+            reserved = np.where(estimated[:, np.newaxis] < 0, tokens, guessed)
+        else:
+            reserved = np.where(estimated < 0, tokens, estimated)
     return Simulation(manager, ids, wait=wait).run(
         times_ns,
         groups,

@@ -5,8 +5,9 @@ manager too: `peek_quota` says how long the first in line, or the smallest of th
 """
 
 import heapq
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from modelquota._core.table.result import QuotaCheckResult
 from modelquota.errors import QuotaExceededError
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.limits import ViolationAction
+from modelquota.quota.tokens import TokenCount, Tokens
 from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
 
 REQUESTS_PER_STEP = 16_384
@@ -28,10 +30,11 @@ WAITING_ACTIONS = (ViolationAction.THROTTLE, ViolationAction.QUEUE)
 class _SimulatedWaiter(Waiter):
     """A request that waits in simulated time: the simulation moves the clock, so it has nothing to watch."""
 
-    def __init__(self, index: int, group: "_Group", done: list["_SimulatedWaiter"]) -> None:
+    def __init__(self, index: int, group: "_Group", cost: TokenCount, done: list["_SimulatedWaiter"]) -> None:
         self.context = None
         self.index = index
         self.group = group
+        self.cost = cost
         self._done = done
 
     def prepare(self) -> None:
@@ -51,7 +54,8 @@ class _Group:
     __slots__ = ("costs", "dirty", "grace_ns", "ids", "next_ns", "waiting", "warns")
 
     def __init__(self, ids: tuple[str, ...], manager: ResourceQuotaManager) -> None:
-        quotas = [quota for model_id in ids if (quota := manager.get_quota(model_id)) is not None]
+        deciding = [each for model_id in ids for each in (model_id, *manager._meters_of(model_id))]
+        quotas = [quota for model_id in deciding if (quota := manager.get_quota(model_id)) is not None]
         self.ids: str | tuple[str, ...] = ids if len(ids) > 1 else ids[0]
         self.grace_ns = sorted({round(quota.grace_period_sec * NS_PER_SECOND) for quota in quotas})
         self.warns = any(quota.on_violation is ViolationAction.WARN for quota in quotas)
@@ -60,10 +64,23 @@ class _Group:
         self.next_ns = NEVER
         self.dirty = False
 
-    def least_cost(self) -> int:
+    def add(self, waiter: _SimulatedWaiter) -> None:
+        self.waiting[waiter.index] = waiter
+        if not isinstance(waiter.cost, Tokens):
+            heapq.heappush(self.costs, (operator.index(waiter.cost), waiter.index))
+
+    def least_costs(self) -> Sequence[TokenCount]:
+        """Costs of those that wait, of which one is the first to fit: what has more of no kind never fits later."""
+        if not self.costs:
+            by_kind = {astuple(waiter.cost) for waiter in self.waiting.values() if isinstance(waiter.cost, Tokens)}
+            least: list[tuple[int, ...]] = []
+            for counts in sorted(by_kind):
+                if not any(all(map(operator.le, other, counts)) for other in least):
+                    least.append(counts)
+            return [Tokens(*counts) for counts in least]
         while self.costs[0][1] not in self.waiting:
             heapq.heappop(self.costs)
-        return self.costs[0][0]
+        return (self.costs[0][0],)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +157,12 @@ class Simulation:
         ----------
         times_ns : int64 array
             When each request arrives.
-        tokens : int64 array
-            What it costs.
+        tokens : int64 array, shape (n,) or (n, 3)
+            What it costs; or its input, cached and output tokens.
         group_index : integer array or None
             The group of each request; None if there is only one.
         reserved : int64 array, optional
-            What is reserved until the request ends and is settled by `tokens`; needs `durations_ns`.
+            What is reserved until the request ends and is settled by `tokens`, of the same shape; needs `durations_ns`.
         durations_ns : int64 array, optional
             From admission to release, during which concurrency is held; by default nothing is held.
         priorities : int64 array, optional
@@ -162,8 +179,8 @@ class Simulation:
         self._durations_ns, self._reserved = durations_ns, reserved
         for start in range(0, requests, REQUESTS_PER_STEP):
             part = slice(start, min(start + REQUESTS_PER_STEP, requests))
-            columns = (times_ns, tokens if reserved is None else reserved)
-            times, costs = (column[part].tolist() for column in columns)
+            times = times_ns[part].tolist()
+            costs = token_counts((tokens if reserved is None else reserved)[part])
             groups = [0] * len(times) if group_index is None else group_index[part].tolist()
             ranks = [0] * len(times) if priorities is None else priorities[part].tolist()
             step = self._step if durations_ns is None else self._step_held
@@ -176,7 +193,7 @@ class Simulation:
             self._codes, self._waited_ns, self._over, self._retry_after_ms, self._most_waiting, self._most_open
         )
 
-    def _step(self, start: int, times: list[int], groups: list[int], costs: list[int], ranks: list[int]) -> None:
+    def _step(self, start: int, times: list[int], groups: list[int], costs: list[TokenCount], ranks: list[int]) -> None:
         """Requests that hold nothing: a check that admits is all there is to do."""
         now_ns = self._clock.now_ns
         advance_ns, check = self._clock.advance_ns, self._manager.check_quota
@@ -204,7 +221,9 @@ class Simulation:
             else:
                 self._deny(start + index, result)
 
-    def _step_held(self, start: int, times: list[int], groups: list[int], costs: list[int], ranks: list[int]) -> None:
+    def _step_held(
+        self, start: int, times: list[int], groups: list[int], costs: list[TokenCount], ranks: list[int]
+    ) -> None:
         """Requests that hold concurrency, and maybe tokens, until they end."""
         for index, at_ns in enumerate(times):
             while self._next_ns <= at_ns:
@@ -217,12 +236,12 @@ class Simulation:
 
     # -- events
 
-    def _enter(self, index: int, group: _Group, cost: int, priority: int) -> None:
+    def _enter(self, index: int, group: _Group, cost: TokenCount, priority: int) -> None:
         """Try to admit a request, or let it wait."""
         if self._warns:
             seen = self._manager.peek_quota(group.ids, cost)
             self._over[index] = seen.allowed and seen.limit is not None
-        waiter = _SimulatedWaiter(index, group, self._done)
+        waiter = _SimulatedWaiter(index, group, cost, self._done)
         timeout = None if self._wait else 0
         try:
             outcome = self._manager._admit_or_queue(waiter, group.ids, cost, 0, 0, timeout, priority, nowait=False)
@@ -240,8 +259,7 @@ class Simulation:
             self._settle()
             return
         now_ns = self._clock.now_ns
-        group.waiting[index] = waiter
-        heapq.heappush(group.costs, (cost, index))
+        group.add(waiter)
         for grace_ns in group.grace_ns:
             self._serial += 1
             heapq.heappush(self._deadlines, (now_ns + grace_ns, self._serial, waiter))
@@ -280,7 +298,7 @@ class Simulation:
         while self._releases and self._releases[0][0] <= at_ns:
             _, _, index, grant = heapq.heappop(self._releases)
             if self._reserved is not None:
-                grant.settle(int(self._tokens[index]))
+                grant.settle(token_counts(self._tokens[index : index + 1])[0])
             grant.release()
             self._open -= 1
             released = True
@@ -329,7 +347,17 @@ class Simulation:
 
     def _ready_ns(self, group: _Group, now_ns: int) -> int:
         """When the first of a group may fit if nothing is released: of equals, the smallest is the first."""
-        result = self._manager.peek_quota(group.ids, group.least_cost())
-        if result:
-            return now_ns + NS_PER_MS
-        return NEVER if result.retry_after_ms is None else now_ns + max(result.retry_after_ms, 1) * NS_PER_MS
+        ready_ns = NEVER
+        for cost in group.least_costs():
+            result = self._manager.peek_quota(group.ids, cost)
+            if result:
+                return now_ns + NS_PER_MS
+            if result.retry_after_ms is not None:
+                ready_ns = min(ready_ns, now_ns + max(result.retry_after_ms, 1) * NS_PER_MS)
+        return ready_ns
+
+
+def token_counts(tokens: Int64Array) -> list[TokenCount]:
+    """Return the rows of an array of tokens, with one column or three, as what verbs accept."""
+    rows = tokens.tolist()
+    return rows if tokens.ndim == 1 else [Tokens(*row) for row in rows]
