@@ -21,6 +21,7 @@ ROUNDS = 200
 ORDER = (
     "single",
     "models",
+    "meters",
     "denied",
     "batch",
     "grants",
