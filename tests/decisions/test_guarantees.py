@@ -17,7 +17,7 @@ from bounds import cap, ceiling
 from factories import UNLIMITED
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import DAY_NS, HOUR_NS, MS_NS, SECOND_NS, slot_start_ns
+from oracle import DAY_NS, HOUR_NS, LENGTHS_NS, MS_NS, SECOND_NS, slot_start_ns
 from oracle_answers import Usage
 from strategies import (
     DENYING,
@@ -36,10 +36,9 @@ from strategies import (
 from modelquota import ManualClock, ResourceQuotaConfig
 
 WINDOWS = [
-    ("max_requests_per_hour", HOUR_NS),
-    ("max_requests_per_day", DAY_NS),
-    ("max_tokens_per_hour", HOUR_NS),
-    ("max_tokens_per_day", DAY_NS),
+    (f"max_{unit}_per_{window}", LENGTHS_NS[window])
+    for unit in ("requests", "tokens")
+    for window in ("minute", "hour", "day", "month")
 ]
 RATES = [("max_requests_per_second", "burst_requests"), ("max_tokens_per_second", "burst_tokens")]
 Log = Sequence[tuple[int, int]]
@@ -115,7 +114,7 @@ traffic_with_memory = at_one_scale(40, tokens(), memory(), memory())
 
 @pytest.mark.parametrize(("field", "length_ns"), WINDOWS)
 @given(limit=st.integers(1, 60), start_ns=starts_ns(), traffic=dense_traffic)
-def test_no_hour_and_no_day_is_above_its_limit(
+def test_no_window_is_above_its_limit(
     kind: Any, field: str, length_ns: int, limit: int, start_ns: int, traffic: list[Arrival]
 ) -> None:
     subject = Subject(kind, quota(**{field: limit}), start_ns)
@@ -207,7 +206,7 @@ def test_even_stream_at_the_rate_is_never_refused(
 
 
 @pytest.mark.parametrize(("field", "length_ns"), [*WINDOWS, *[(field, SECOND_NS) for field, _ in RATES]])
-@given(limit=st.integers(1, 8), slot=st.integers(0, 10**5))
+@given(limit=st.integers(1, 8), slot=st.integers(0, 50_000))
 def test_saturated_throughput(kind: Any, field: str, length_ns: int, limit: int, slot: int) -> None:
     """One request more than fits at the start of every sub-interval; 60/61 of the limit is the limit in 61 of them."""
     subject = Subject(kind, quota(**{field: limit}), slot_start_ns(slot, length_ns))

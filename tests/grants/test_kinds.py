@@ -88,6 +88,31 @@ def test_a_stream_stops_at_the_meter_that_is_spent_first(limit):
     assert manager.check_quota("m", 1).model_id == "m#usd"
 
 
+@pytest.mark.parametrize(
+    ("output", "cents", "first"), [(300, 1, "llama#output"), (600, 0.9, "acme#usd"), (600, 1, "acme#usd")]
+)
+def test_a_stream_over_two_ids_stops_at_the_meter_that_is_spent_first(output, cents, first):
+    """1,200 input and 800 cached tokens cost 3,840 millionths of a dollar, and each output token another 15."""
+    budget = int(cents * 10_000)
+    manager = make_manager(
+        open_quota("llama"),
+        open_quota("llama#output", token_weights=(0, 0, 1), max_tokens_per_minute=output),
+        open_quota("acme"),
+        open_quota("acme#usd", unit="usd", token_weights=USD, max_tokens_per_month=budget),
+    )
+    grant = manager.reserve(("acme", "llama"), Tokens(input=1_200, cached=800, output=256))
+    count = 0
+    while grant.add(1):
+        count += 1
+    assert count == min(output, (budget - 3_840) // 15)
+    grant.release()
+    ids = ("acme", "llama", "llama#output", "acme#usd")
+    count += 1  # the last one was generated too
+    assert [used(manager, model_id) for model_id in ids] == [2_000 + count, 2_000 + count, count, 3_840 + 15 * count]
+    denied = manager.check_quota(("acme", "llama"), Tokens(output=1))
+    assert (denied.allowed, denied.model_id) == (False, first)
+
+
 def test_a_failure_refunds_and_a_success_keeps_the_estimate_at_every_meter():
     manager = metered()
     with pytest.raises(KeyError), manager.reserve("m", Tokens(1, 2, 3)):
