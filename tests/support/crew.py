@@ -17,13 +17,18 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from factories import OPEN
+from factories import OPEN, open_quota, queue_quota
 from numpy.typing import NDArray
 
-from modelquota import QuotaExceededError, ResourceQuotaManager
+from modelquota import QuotaExceededError, ResourceQuotaManager, Tokens
 
 COUNTED = ("a", "b", "capped")  # models whose use is compared with what was granted
 HELD = ("slots", "memory")
+IDLE = "idle"  # one that nobody works with
+SUM = "a#sum"  # a meter that is never removed, and counts what its model counts
+LINE_METER = "slots#line"  # one that has a queue of its own
+COMING_METERS = ("a#comes", "b#comes", "capped#comes", "slots#comes", "coming#comes")
+WORK, GIVE_BACK, STAND_STILL, END = range(4)  # orders
 BATCH = 4096
 BATCH_TOKENS = 3
 UNDECIDED = 255
@@ -68,12 +73,14 @@ class Worker:
         self.own = 0
 
     def run(self, task: str, orders: NDArray[np.int64]) -> None:
-        """Work until told to end; stand still while told to."""
+        """Work until told to end; pause while told to."""
         steps: dict[str, Callable[[], None]] = {name: getattr(self, name) for name in TASKS[:-1]}
         choice = list(steps) if task == "everything" else [task]
-        while orders[0] != 2:
-            if orders[0] == 1:
-                self.pad["paused"] = 1
+        while (order := int(orders[0])) != END:
+            if order != WORK:
+                if order == GIVE_BACK:
+                    self.manager.reserve(IDLE, 0).release()  # and before it, what a stopped process was in the way of
+                self.pad["paused"] = order
                 time.sleep(0.0003)
                 continue
             self.pad["paused"] = 0
@@ -126,7 +133,7 @@ class Worker:
         ids = (COUNTED[model], *self.rng.sample(HELD, self.rng.randrange(3)))
         with self.asking(model, 1000) as certain:
             try:
-                grant = self.manager.reserve(ids, 50, self.rng.randrange(3), 1)
+                grant = self.manager.reserve(ids, self.rng.choice((50, Tokens(25, 5, 20))), self.rng.randrange(3), 1)
             except QuotaExceededError:
                 return
             how = self.rng.randrange(5)
@@ -141,7 +148,8 @@ class Worker:
                 grant.cancel()
             else:
                 grant.release()
-                certain.append(grant.tokens)
+                tokens = grant.tokens
+                certain.append(tokens.total if isinstance(tokens, Tokens) else tokens)
 
     def queue(self) -> None:
         with contextlib.suppress(QuotaExceededError):
@@ -152,7 +160,7 @@ class Worker:
 
     def registry(self) -> None:
         manager, rng = self.manager, self.rng
-        kind = rng.randrange(5)
+        kind = rng.randrange(8)
         self.own += 1
         own = f"{self.name}/{self.own}" * rng.randrange(1, 4)
         if kind == 0:
@@ -170,6 +178,21 @@ class Worker:
             manager.check_quota("coming", 1)
         if kind == 4:
             manager.remove_quota("coming")
+        if kind == 5:
+            weights = rng.choice(((1, 1, 1), (0, 0, 1), (3, 0.3, 15)))
+            manager.set_quota(open_quota(rng.choice(COMING_METERS), token_weights=weights))
+        if kind == 6:
+            manager.remove_quota(rng.choice(COMING_METERS))
+        if kind == 7:
+            own = f"{self.name}/{self.own}"
+            manager.set_quota(open_quota(f"{own}#one", max_tokens_per_hour=7, token_weights=(0, 0, 1)))
+            manager.set_quota(open_quota(own, max_tokens_per_hour=1_000))
+            with manager.reserve(own, Tokens(100, 0, 3)) as grant:
+                grant.settle(Tokens(90, 0, 5))
+            denied = manager.check_quota(own, Tokens(1, 1, 3))
+            assert (denied.allowed, denied.model_id) == (False, f"{own}#one"), denied
+            for model_id in rng.sample((own, f"{own}#one"), 2):
+                manager.remove_quota(model_id)
 
     def opening(self) -> None:
         path = str(self.manager.path)
@@ -190,6 +213,9 @@ def prepare(manager: ResourceQuotaManager) -> None:
     manager.set_quota("b", **WIDE | {"max_requests_per_second": 1e9})
     manager.set_quota("capped", **WIDE | {"max_requests_per_day": 100})
     manager.set_quota("slots", max_concurrent_requests=2, max_ram_mb=5, **LINE)
+    manager.set_quota(open_quota(IDLE))
+    manager.set_quota(queue_quota(LINE_METER, max_concurrent_requests=3))
+    manager.set_quota(open_quota(SUM, max_tokens_per_month=2**60))
     manager.set_quota("memory", max_ram_mb=4, max_ssd_mb=3, max_concurrent_requests=3, **LINE | REJECT)
 
 
@@ -269,12 +295,16 @@ class Crew:
 
     @contextlib.contextmanager
     def paused(self, seconds: float) -> Any:
-        """While it lasts, nobody asks or holds anything."""
-        self.orders[0] = 1
-        self.wait_until("a pause", seconds, lambda: all(self.pads["paused"][i] for i in self.living()))
+        """While it lasts, nobody asks for anything, and everybody gives back what could not be given back before."""
+        self.order(GIVE_BACK, seconds)
         yield
         self.pads["paused"] = 0
-        self.orders[0] = 0
+        self.orders[0] = WORK
+
+    def order(self, what: int, seconds: float) -> None:
+        """Tell everybody what to do in a pause, and wait until they have heard."""
+        self.orders[0] = what
+        self.wait_until("a pause", seconds, lambda: all(self.pads["paused"][i] == what for i in self.living()))
 
     def bounds(self, what: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """What the state must show of each model in COUNTED, at least and at most, while all are paused."""
@@ -283,7 +313,7 @@ class Crew:
 
     def end(self) -> None:
         """Let them finish, or end them."""
-        self.orders[0] = 2
+        self.orders[0] = END
         deadline = time.monotonic() + 2
         for number in self.living():
             while time.monotonic() < deadline and os.waitpid(self.pids[number], os.WNOHANG)[0] == 0:
