@@ -325,7 +325,9 @@ def _some(values: st.SearchStrategy[typing.Any], field: str) -> st.SearchStrateg
     return values if field in NEVER_NONE else st.none() | values
 
 
-IDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=63)
+IDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=63).filter(
+    lambda name: "#" not in name or all(name.partition("#")[::2])
+)
 CONFIGS = st.builds(
     ResourceQuotaConfig,
     IDS,
