@@ -24,14 +24,14 @@ _SHORTEST_NAP, _LONGEST_NAP = 5e-5, 1e-2  # seconds between two tries while a ro
 class TaskWaiter(Waiter):
     """Sleeps on a future of the running event loop, and watches the clock with a timer of that loop."""
 
-    def __init__(self) -> None:
-        self._loop: AbstractEventLoop = _running_loop()
-        self.context = self._loop
-        self._timer: TimerHandle | None = None
+    _loop: AbstractEventLoop
+    _future: Future[None]
+    _timer: TimerHandle | None = None
 
     def prepare(self) -> None:
         """Create the future that it sleeps on."""
-        self._future: Future[None] = self._loop.create_future()
+        self._loop = self.context = _running_loop()
+        self._future = self._loop.create_future()
 
     def wake(self) -> None:
         """Finish the future; may be called from any thread."""
@@ -87,32 +87,45 @@ def _running_loop() -> AbstractEventLoop:
         ) from None
 
 
-async def _acquire_in_task(
+def admit(
     manager: QuotaTable,
     model_id: str | Sequence[str],
-    estimated_tokens: TokenCount,
+    tokens: TokenCount | tuple[int, int, int],
     ram_needed_mb: SupportsIndex,
     ssd_needed_mb: SupportsIndex,
     timeout: float | None,
     priority: SupportsIndex,
-) -> Grant:
-    waiter = TaskWaiter()
+) -> Grant | Coroutine[Any, Any, Grant]:
+    """Return the grant if the request is admitted at once, otherwise the coroutine that waits for it.
+
+    That has to begin before anything else runs in the thread: the request is in the queue already. `tokens` may also be
+    a tuple of input, cached and output tokens.
+    """
+    if asyncio._get_running_loop() is None:
+        _running_loop()  # which raises
+    admitted = manager._admit(TaskWaiter, model_id, tokens, ram_needed_mb, ssd_needed_mb, timeout, priority)
+    return admitted if type(admitted) is Grant else _wait(manager, *admitted)
+
+
+async def _wait(manager: QuotaTable, waiter: TaskWaiter, queued: bool) -> Grant:
     try:
-        outcome = None
         nap = 0.0
-        while outcome is None:
-            outcome = manager._admit_or_queue(
-                waiter, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority, nowait=True
-            )
+        while not queued:
+            await asyncio.sleep(nap)  # a row is locked: yield to the loop instead of spinning
+            nap = min(max(2 * nap, _SHORTEST_NAP), _LONGEST_NAP)
+            outcome = manager._retry(waiter)
             if isinstance(outcome, Grant):
                 return outcome
-            if outcome is None:
-                await asyncio.sleep(nap)  # a row is locked: yield to the loop instead of spinning
-                nap = min(max(2 * nap, _SHORTEST_NAP), _LONGEST_NAP)
+            queued = outcome is not None
         await waiter.sleep()
         return waiter.take()
     finally:
         waiter.retire()
+
+
+async def _acquire_in_task(manager: QuotaTable, *request: Any) -> Grant:
+    admitted = admit(manager, *request)
+    return admitted if isinstance(admitted, Grant) else await admitted
 
 
 class Acquisition(Coroutine[Any, Any, Grant]):

@@ -37,7 +37,8 @@ cdef class Admission:
     cdef object events              # the callbacks of the facade: template_of, on_unknown_model, on_violation
 
     cdef object check_several(self, object model_ids, const Request* request, bint peek)
-    cdef Grant reserve(self, tuple ids, const Request* request, object estimate)
+    cdef object told(self, const JointRequest* joint, const Verdict* verdict, list refs)
+    cdef Grant reserve(self, tuple ids, const Request* request)
     cdef int count_unknown(self, int ids) except -1
     cdef bint adopt(self, str model_id) except -1
     cdef RowRef find_or_adopt(self, str model_id)

@@ -54,14 +54,16 @@ cdef class Admission:
         if peek:
             return self.peek_all(ids, request)
         self.decide_all(ids, request, False, MAY_WAIT, refs, &joint, &verdict, NULL)
-        result = result_of(
-            &verdict, None if joint.violating == NO_MEMBER else (<RowRef> refs[joint.violating]).model_id
-        )
+        return self.told(&joint, &verdict, refs)
+
+    cdef object told(self, const JointRequest* joint, const Verdict* verdict, list refs):
+        """The result of a decision. A violation that is to be logged is."""
+        result = result_of(verdict, None if joint.violating == NO_MEMBER else (<RowRef> refs[joint.violating]).model_id)
         if verdict.to_log:
             self.events.on_violation(result.model_id, result, verdict.to_log)
         return result
 
-    cdef Grant reserve(self, tuple ids, const Request* request, object estimate):
+    cdef Grant reserve(self, tuple ids, const Request* request):
         """A grant; raises QuotaExceededError if the request is denied. Takes the rows' locks."""
         cdef JointRequest joint
         cdef Verdict verdict
@@ -69,11 +71,9 @@ cdef class Admission:
         cdef Grant grant
         joint.unclaimed_until_ns = 0
         self.decide_all(ids, request, True, MAY_WAIT, refs, &joint, &verdict, NULL)
-        grant = make_grant(self.pools, &joint, refs, request, estimate) if verdict.allowed else None
+        grant = make_grant(self.pools, &joint, refs, request) if verdict.allowed else None
         if joint.violating != NO_MEMBER:
-            result = result_of(&verdict, (<RowRef> refs[joint.violating]).model_id)
-            if verdict.to_log:
-                self.events.on_violation(result.model_id, result, verdict.to_log)
+            result = self.told(&joint, &verdict, refs)
             if grant is None:
                 raise QuotaExceededError(result)
         return grant

@@ -74,6 +74,9 @@ cdef inline int parse_request(Request* request, object tokens, object ram_mb, ob
 
 
 cdef inline int64_t as_priority(object priority) except? -1:
+    cdef int64_t small = small_count(priority)
+    if small >= 0:
+        return small
     cdef object number = priority.__index__() if hasattr(priority, "__index__") else None
     if number is None:
         raise TypeError(f"priority is {priority!r}; give an integer")

@@ -68,13 +68,13 @@ cdef class Grant:
     cdef int forks              # fork_count() of the process that made it
     cdef Stage stage
     cdef bint cancelled
+    cdef bint undone            # it counts no tokens: cancelled, or ended by an exception
     cdef bint unclaimed         # the waiting request has not taken it yet,
     cdef bint lapsed            # and no longer can: its deadline has passed
     cdef bint counting          # add() was called
     cdef readonly bint limit_reached
+    cdef Kinds estimate
     cdef Kinds kinds            # of the estimate, from settle() on the actual tokens
-    cdef object estimate        # the same as an int or Tokens,
-    cdef object truth           # and what it turned out to be as far as that is known
     cdef int64_t free_output    # output tokens up to which add() has nothing to charge
     cdef int64_t used           # those that add() counted
 
@@ -95,4 +95,4 @@ cdef class Grant:
 
 cdef bint same_kinds(const Kinds* kinds, const Kinds* other) noexcept
 cdef int finish_deferred(Pools pools) except -1
-cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request, object estimate)
+cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request)

@@ -12,7 +12,7 @@ from modelquota._core.atomics cimport store_u32
 from modelquota._core.layout cimport Charge, ColdRow, KINDS, MAX_COUNT, Row, Shared
 from modelquota._core.row.advance cimport advance
 from modelquota._core.row.decision cimport Request, admits_tokens, charge_tokens, is_trial
-from modelquota._core.row.tokens cimport Kinds, count_at, with_output
+from modelquota._core.row.tokens cimport Kinds, OUTPUT, count_at, with_output
 from modelquota._core.row.grant cimport Holding, refund, release_holding, reserve_tokens, settle_tokens
 from modelquota._core.state.joint cimport JointRequest, lock_rows, put_in_order, unlock_rows
 from modelquota._core.state.lock cimport SLICE_NS, unlock
@@ -25,6 +25,7 @@ from modelquota._core.table.arguments cimport as_count, as_kinds
 from modelquota._core.table.intern cimport RowRef
 
 from modelquota.errors import GrantClosedError
+from modelquota.quota.tokens import Tokens
 
 cdef enum:
     LEAST_CHUNK = 16        # tokens that add() charges at a time beyond the estimate, at least,
@@ -117,7 +118,7 @@ cdef class Grant:
     @property
     def estimated_tokens(self):
         """The tokens that were requested."""
-        return self.estimate
+        return tokens_of(&self.estimate)
 
     @property
     def tokens(self):
@@ -125,12 +126,14 @@ cdef class Grant:
 
         Of an estimate in `Tokens`, what `add` counts replaces the output tokens.
         """
-        if self.stage != SETTLED and self.counting:
-            if not self.kinds.split:
-                return self.used
-            # all three together are 2**62 at most
-            return self.estimate.replace(output=min(self.used, MAX_COUNT - self.estimate.input - self.estimate.cached))
-        return self.truth
+        cdef Kinds counted = self.kinds
+        if self.undone:
+            return 0
+        if self.stage != SETTLED and self.counting and counted.split:   # all three together are 2**62 at most
+            counted.counts[OUTPUT] = min(self.used, MAX_COUNT - counted.counts[0] - counted.counts[1])
+        elif self.stage != SETTLED and self.counting:
+            counted.count = self.used
+        return tokens_of(&counted)
 
     @property
     def released(self):
@@ -257,10 +260,27 @@ cdef class Grant:
         if self.stage != OPEN or not self.state.usable():
             self.require_open("settle")
         self.kinds = actual
-        self.truth = actual_tokens if actual.split else actual.count
         self.counting = False
         self.stage = SETTLED
         self.finish(SETTLE, False)
+
+    def _end(self, input_tokens, cached_tokens, output_tokens):
+        """Settle with so many tokens of each kind, and release: one lock and no `Tokens` for both.
+
+        Raises GrantClosedError as `settle` does.
+        """
+        cdef Kinds actual
+        actual.split = True
+        actual.count = 0
+        actual.counts[0] = as_count(input_tokens, "input")
+        actual.counts[1] = as_count(cached_tokens, "cached")
+        actual.counts[OUTPUT] = as_count(output_tokens, "output")
+        if self.stage != OPEN or not self.state.usable():
+            self.require_open("settle")
+        self.kinds = actual
+        self.counting = False
+        self.stage = CLOSED
+        self.finish(SETTLE, True)
 
     def cancel(self):
         """Undo the request: refund its tokens and the request itself, and release all that is held.
@@ -272,7 +292,7 @@ cdef class Grant:
         self.require_open("cancel")
         self.stage = CLOSED
         self.cancelled = True
-        self.truth = 0
+        self.undone = True
         self.counting = False
         self.finish(UNDO, True)
 
@@ -287,7 +307,7 @@ cdef class Grant:
             end = COUNTED
         elif self.stage != SETTLED and failed:
             end = NOTHING
-            self.truth = 0
+            self.undone = True
         self.stage = CLOSED
         return self.finish(end, True)
 
@@ -369,6 +389,12 @@ cdef class Grant:
         stage = "cancelled" if self.cancelled else ("released", "open", "settled")[self.stage]
         ids = ", ".join(map(repr, self.model_ids)) or "of no model with a quota"
         return f"<Grant {ids}, {self.tokens} tokens, {stage}>"
+
+
+cdef object tokens_of(const Kinds* kinds):
+    if kinds.split:
+        return Tokens(kinds.counts[0], kinds.counts[1], kinds.counts[2])
+    return kinds.count
 
 
 cdef bint same_kinds(const Kinds* kinds, const Kinds* other) noexcept:
@@ -561,15 +587,14 @@ cdef int finish_deferred(Pools pools) except -1:
     return 0
 
 
-cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request, object estimate):
+cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request):
     """The grant of what decide_all() has just taken. Defined in this file because the type's freelist is here."""
     cdef Grant grant = Grant.__new__(Grant)
     cdef int i
     grant.state = pools.state
     grant.pools = pools
     grant.forks = fork_count()
-    grant.kinds = request.kinds
-    grant.estimate = grant.truth = estimate if request.kinds.split else request.kinds.count
+    grant.kinds = grant.estimate = request.kinds
     grant.free_output = joint.free_output if joint.count else MAX_COUNT
     grant.members = joint.count
     grant.unclaimed = joint.unclaimed_until_ns != 0 and joint.count != 0

@@ -1,5 +1,5 @@
 from libc.stdint cimport int64_t
-from modelquota._core.row.decision cimport Request
+from modelquota._core.row.decision cimport Request, Verdict
 from modelquota._core.state.clock cimport Watcher
 from modelquota._core.state.joint cimport JointRequest, Places
 from modelquota._core.state.pools cimport Pools
@@ -12,7 +12,6 @@ from modelquota._core.table.intern cimport RowRef
 cdef class Waiter:
     cdef Queues queues              # None before it waits
     cdef Request request
-    cdef object estimate            # its tokens, as they were given
     cdef tuple ids
     cdef list waits_in              # the WaitQueues in which it is; empty before and after
     cdef Places places              # its entries in the queues of the state
@@ -65,6 +64,12 @@ cdef class Queues(Watcher):
     cdef WaitQueue queue_of(self, RowRef ref)
     cdef object admit_or_queue(self, Waiter waiter, object model_id, object estimated_tokens, object ram_needed_mb,
                                object ssd_needed_mb, object timeout, object priority, bint nowait)
+    cdef object admit(self, object make_waiter, object model_id, object tokens, object ram_needed_mb,
+                      object ssd_needed_mb, object timeout, object priority)
+    cdef int begin(self, Waiter waiter, const Request* request, tuple ids, int64_t timeout_ns) except -1
+    cdef Grant granted(self, const Request* request, JointRequest* joint, const Verdict* verdict, list refs)
+    cdef int denied(self, Waiter waiter, const JointRequest* joint, const Verdict* verdict, list refs) except -1
+    cdef object enter(self, Waiter waiter, bint nowait)
     cdef object try_again(self, Waiter waiter)
     cdef object full(self, RowRef ref, object denial)
     cdef int leave_queues(self, Waiter waiter) except -1

@@ -58,7 +58,7 @@ from modelquota._core.state.pool cimport give_record
 from modelquota._core.state.queueing cimport QUEUE_FULL, enter_queues, leave_queue
 from modelquota._core.state.state cimport REFUSES, fork_count
 from modelquota._core.table.admission cimport Admission, BUSY, MOST_ROUNDS, ids_of
-from modelquota._core.table.arguments cimport FAR, as_priority, as_wait_ns, parse_request
+from modelquota._core.table.arguments cimport FAR, as_count, as_priority, as_wait_ns, parse_request
 from modelquota._core.table.grant cimport Grant, finish_deferred, make_grant
 from modelquota._core.table.intern cimport RowRef
 from modelquota._core.table.result cimport QuotaCheckResult, result_of
@@ -364,7 +364,7 @@ cdef class WaitQueue:
                 continue
             grant = None
             if verdict.allowed:
-                grant = make_grant(queues.pools, &joint, refs, &waiter.request, waiter.estimate)
+                grant = make_grant(queues.pools, &joint, refs, &waiter.request)
             if waiter.done or self not in waiter.waits_in:     # a finalizer ran, and took it out of the queue
                 if grant is not None:
                     (<Grant> grant).cancel()
@@ -546,47 +546,105 @@ cdef class Queues(Watcher):
         cdef JointRequest joint
         cdef Verdict verdict
         cdef list refs = []
-        cdef RowRef ref
-        cdef Grant grant
-        cdef int64_t now_ns
-        cdef int unknown, outcome
+        cdef Request request
+        cdef int64_t timeout_ns
         if waiter.queues is None:
-            parse_request(&waiter.request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-            waiter.estimate = estimated_tokens
-            waiter.request.priority = <int32_t> as_priority(priority)
-            waiter.timeout_ns = as_wait_ns(timeout)
-            waiter.ids = ids_of(model_id)
+            parse_request(&request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
+            request.priority = <int32_t> as_priority(priority)
+            timeout_ns = as_wait_ns(timeout)
+            ids = ids_of(model_id)
             self.state.require_open()
-            waiter.started_ns = self.state.now_ns()
-            waiter.queues = self
-            waiter.waits_in = []
+            self.begin(waiter, &request, ids, timeout_ns)
         if waiter.request.counted == NULL:
             joint.unclaimed_until_ns = 0
-            unknown = self.admission.decide_all(waiter.ids, &waiter.request, True, 0 if nowait else SLICE_NS, refs,
-                                                &joint, &verdict, NULL)
-            if unknown == BUSY:
+            if self.admission.decide_all(waiter.ids, &waiter.request, True, 0 if nowait else SLICE_NS, refs, &joint,
+                                         &verdict, NULL) == BUSY:
                 return self.try_again(waiter)
-            grant = make_grant(self.pools, &joint, refs, &waiter.request, waiter.estimate) if verdict.allowed else None
-            if joint.violating == NO_MEMBER:
-                return grant
-            ref = refs[joint.violating]
-            waiter.result = result_of(&verdict, ref.model_id)
-            if verdict.to_log:
-                self.admission.events.on_violation(ref.model_id, waiter.result, verdict.to_log)
-            if grant is not None:
-                return grant
-            now_ns = self.state.now_ns()
-            waiter.held_up_by = ref
-            waiter.set_deadline()
-            if verdict.action == REJECT or not can_wait(&verdict, now_ns, waiter.deadline_ns) \
-                    or waiter.deadline_ns <= waiter.started_ns:
-                raise QuotaExceededError(waiter.result)
-            waiter.prepare()        # other threads may run during this call
-            self.state.require_open()
-            waiter.request.counted = ref.cold
-            waiter.request.counted_generation = ref.generation
-            waiter.request.ticket = add_i64_relaxed(&self.state.shared.header.next_ticket, 1)
-        outcome = GONE
+            if verdict.allowed:
+                return self.granted(&waiter.request, &joint, &verdict, refs)
+            self.denied(waiter, &joint, &verdict, refs)
+        return self.enter(waiter, nowait)
+
+    cdef object admit(self, object make_waiter, object model_id, object tokens, object ram_needed_mb,
+                      object ssd_needed_mb, object timeout, object priority):
+        """The same at the first try, with `nowait`. A waiter is only made if the request is not admitted at once.
+
+        Returns the Grant, or the waiter and whether it waits; otherwise a row is locked, to be tried again. `tokens`
+        may be a tuple of input, cached and output tokens.
+        """
+        cdef JointRequest joint
+        cdef Verdict verdict
+        cdef list refs = []
+        cdef Request request
+        cdef Waiter waiter
+        cdef int unknown, kind
+        cdef int64_t timeout_ns
+        cdef tuple ids
+        if type(tokens) is tuple:
+            parse_request(&request, 0, ram_needed_mb, ssd_needed_mb)
+            request.kinds.split = True
+            for kind in range(KINDS):
+                request.kinds.counts[kind] = as_count((<tuple> tokens)[kind], "estimated_tokens")
+        else:
+            parse_request(&request, tokens, ram_needed_mb, ssd_needed_mb)
+        request.priority = <int32_t> as_priority(priority)
+        timeout_ns = as_wait_ns(timeout)
+        ids = ids_of(model_id)
+        self.state.require_open()
+        joint.unclaimed_until_ns = 0
+        unknown = self.admission.decide_all(ids, &request, True, 0, refs, &joint, &verdict, NULL)
+        if unknown != BUSY and verdict.allowed:
+            return self.granted(&request, &joint, &verdict, refs)
+        waiter = make_waiter()
+        self.begin(waiter, &request, ids, timeout_ns)
+        try:
+            if unknown == BUSY:
+                return waiter, self.try_again(waiter) is not None
+            self.denied(waiter, &joint, &verdict, refs)
+            return waiter, self.enter(waiter, True) is not None
+        except BaseException:
+            waiter.leave()
+            raise
+
+    cdef int begin(self, Waiter waiter, const Request* request, tuple ids, int64_t timeout_ns) except -1:
+        waiter.request = request[0]
+        waiter.ids = ids
+        waiter.timeout_ns = timeout_ns
+        waiter.started_ns = self.state.now_ns()
+        waiter.queues = self
+        waiter.waits_in = []
+        return 0
+
+    cdef Grant granted(self, const Request* request, JointRequest* joint, const Verdict* verdict, list refs):
+        cdef Grant grant = make_grant(self.pools, joint, refs, request)
+        if joint.violating != NO_MEMBER:
+            self.admission.told(joint, verdict, refs)
+        return grant
+
+    cdef int denied(self, Waiter waiter, const JointRequest* joint, const Verdict* verdict, list refs) except -1:
+        """Prepare to wait after the first decision; raises QuotaExceededError if no wait may help."""
+        cdef RowRef ref = refs[joint.violating]
+        cdef int64_t now_ns
+        waiter.result = self.admission.told(joint, verdict, refs)
+        now_ns = self.state.now_ns()
+        waiter.held_up_by = ref
+        waiter.set_deadline()
+        if verdict.action == REJECT or not can_wait(verdict, now_ns, waiter.deadline_ns) \
+                or waiter.deadline_ns <= waiter.started_ns:
+            raise QuotaExceededError(waiter.result)
+        waiter.prepare()        # other threads may run during this call
+        self.state.require_open()
+        waiter.request.counted = ref.cold
+        waiter.request.counted_generation = ref.generation
+        waiter.request.ticket = add_i64_relaxed(&self.state.shared.header.next_ticket, 1)
+        return 0
+
+    cdef object enter(self, Waiter waiter, bint nowait):
+        """Put a waiter in its queues and serve them: the waiter, or None if a row is locked. Takes the rows' locks."""
+        cdef JointRequest joint
+        cdef list refs = []
+        cdef RowRef ref
+        cdef int outcome = GONE
         for _ in range(MOST_ROUNDS):
             self.admission.members_of(waiter.ids, &joint, refs, None)
             outcome = waiter.enter(&joint, refs, 0 if nowait else SLICE_NS)

@@ -1,6 +1,6 @@
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from modelquota._core.table.queue import Waiter
 from modelquota._core.table.result import QuotaCheckResult
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.tokens import TokenCount
+
+_W = TypeVar("_W", bound=Waiter)
 
 @disjoint_base
 class QuotaTable:
@@ -97,6 +99,17 @@ class QuotaTable:
         *,
         nowait: bool,
     ) -> Grant | Waiter | None: ...
+    def _admit(
+        self,
+        make_waiter: Callable[[], _W],
+        model_id: str | Sequence[str],
+        tokens: TokenCount | tuple[int, int, int],
+        ram_needed_mb: SupportsIndex,
+        ssd_needed_mb: SupportsIndex,
+        timeout: float | None,
+        priority: SupportsIndex,
+    ) -> Grant | tuple[_W, bool]: ...
+    def _retry(self, waiter: Waiter) -> Grant | Waiter | None: ...
     def _arrays(self) -> tuple[NDArray[np.void], NDArray[np.void], NDArray[np.void]]: ...
     def _rings(self) -> tuple[NDArray[np.void], ...]: ...
     def _set_quota(self, model_id: str, config: ResourceQuotaConfig) -> None: ...

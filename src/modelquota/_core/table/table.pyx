@@ -437,7 +437,7 @@ cdef class QuotaTable:
         """
         cdef Request request
         parse_request(&request, estimated_tokens, ram_needed_mb, ssd_needed_mb)
-        return self.admission.reserve(ids_of(model_id), &request, estimated_tokens)
+        return self.admission.reserve(ids_of(model_id), &request)
 
     def settle_many(self, grants, actual_tokens):
         """Settle many grants at once, such as those that one step of continuous batching completed.
@@ -512,13 +512,12 @@ cdef class QuotaTable:
         estimates = tokens.tolist()
         names = [self.interned.name_of(index_of(code)) if code != NO_CODE else None for code in rows.ravel().tolist()]
         for i in range(len(estimates)):
-            estimate = Tokens(*estimates[i]) if tokens.ndim == 2 else estimates[i]
-            parse_request(&request, estimate, 0, 0)
+            parse_request(&request, Tokens(*estimates[i]) if tokens.ndim == 2 else estimates[i], 0, 0)
             ids = tuple([name for name in names[i * width:(i + 1) * width] if name is not None])
             refs = []
             joint.unclaimed_until_ns = 0
             self.admission.decide_all(ids, &request, True, MAY_WAIT, refs, &joint, &verdict, NULL)
-            grants.append(make_grant(self.pools, &joint, refs, &request, estimate) if verdict.allowed else None)
+            grants.append(make_grant(self.pools, &joint, refs, &request) if verdict.allowed else None)
             if out is not None:
                 out[i] = 0 if verdict.allowed else verdict.limit
             if verdict.to_log:
@@ -534,6 +533,18 @@ cdef class QuotaTable:
         """
         return self.queues.admit_or_queue(waiter, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout,
                                           priority, nowait)
+
+    def _admit(self, make_waiter, model_id, tokens, ram_needed_mb, ssd_needed_mb, timeout, priority):
+        """The same at the first try, without waiting for a lock: a Grant, or a waiter and whether it waits.
+
+        `make_waiter` returns a `Waiter`, which only a request that is not admitted at once needs. `tokens` may also be
+        a tuple of input, cached and output tokens.
+        """
+        return self.queues.admit(make_waiter, model_id, tokens, ram_needed_mb, ssd_needed_mb, timeout, priority)
+
+    def _retry(self, Waiter waiter not None):
+        """The same again, while a row is locked: a Grant, the waiter if it waits, None to try again."""
+        return self.queues.admit_or_queue(waiter, None, None, None, None, None, None, True)
 
     # -- batches
 
