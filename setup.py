@@ -26,7 +26,7 @@ ANNOTATE = os.environ.get("MODELQUOTA_ANNOTATE") == "1"
 DEBUG = os.environ.get("MODELQUOTA_DEBUG") == "1"
 SANITIZE = os.environ.get("MODELQUOTA_SANITIZE") == "1"
 
-CORE = "src/modelquota/_core"
+PACKAGE = "src/modelquota"
 # gcc takes more than half of a build. -O3 is for what a check runs through. -O1 takes half of its time, and is for what
 # shows in a count of a grant's or a batch's instructions; -Og takes a third, and is for what shows in none.
 LEVELS = dict.fromkeys(["arrays", "intern", "pools", "snapshot"], "-O1") | dict.fromkeys(
@@ -65,7 +65,7 @@ class SourceDistribution(sdist):
 
     def make_distribution(self):
         sources = (
-            f"{CORE}/**/*.pyx",
+            f"{PACKAGE}/**/*.pyx",
             "tests/**/*.py",
             "tests/**/*.c",
             "tests/**/*.pyx",
@@ -103,12 +103,12 @@ class TranslatingBuild(build_ext):
         super().run()
 
 
-def core_module(source):
+def extension_module(source):
     path = Path(source)
     return Extension(
         ".".join(path.relative_to("src").with_suffix("").parts),
         [source],
-        depends=glob(f"{CORE}/**/*.pxd", recursive=True),
+        depends=glob(f"{PACKAGE}/**/*.pxd", recursive=True),
         include_dirs=[np.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
         extra_compile_args=[*compile_args, "-O1" if SANITIZE else LEVELS.get(path.stem, "-O3")],
@@ -119,5 +119,5 @@ def core_module(source):
 setup(
     cmdclass={"build_ext": TranslatingBuild, "sdist": SourceDistribution},
     options={"build_ext": {"parallel": os.cpu_count()}},
-    ext_modules=[core_module(source) for source in sorted(glob(f"{CORE}/**/*.pyx", recursive=True))],
+    ext_modules=[extension_module(source) for source in sorted(glob(f"{PACKAGE}/**/*.pyx", recursive=True))],
 )

@@ -226,12 +226,13 @@ def test_the_scanner_finds_what_the_parser_finds(answer, size, indent, ascii_onl
 
 @given(answer=st.dictionaries(PLACED, VALUES, max_size=3), prompt=st.integers(0, 2**62), output=st.integers(0, 2**62),
        after=st.dictionaries(st.text(max_size=4), st.text(max_size=4) | st.integers() | st.none(), max_size=3),
-       total=st.booleans(), indent=st.sampled_from([None, 2]))  # fmt: skip
-def test_the_short_way_reads_what_the_long_way_reads(answer, prompt, output, after, total, indent):
+       cached=st.none() | st.integers(0, 2**62), total=st.booleans(), indent=st.sampled_from([None, 2]))  # fmt: skip
+def test_the_short_way_reads_what_the_long_way_reads(answer, prompt, output, after, cached, total, indent):
     usage = {
         "prompt_tokens": prompt,
         "completion_tokens": output,
         **({"total_tokens": prompt + output} if total else {}),
+        **({} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}}),
     }
     body = json.dumps({**answer, "usage": usage, **after}, indent=indent).encode()
     short = OPENAI.usage_at_end(body)
@@ -239,14 +240,18 @@ def test_the_short_way_reads_what_the_long_way_reads(answer, prompt, output, aft
         return
     reader = AnswerReader(OPENAI, JSON_TYPE, 10, read_usage=lambda value: None)  # which takes the long way
     reader.feed(body)
-    assert reader.tokens() == short == Tokens(prompt, 0, output)
+    within = min(cached or 0, prompt)
+    assert reader.tokens() == Tokens(*short) == Tokens(prompt - within, within, output)
 
 
 @pytest.mark.parametrize("body", [
     b'{"x": {"usage": {"prompt_tokens": 1, "completion_tokens": 2}}}',
     b'{"x": "\\"usage": {"prompt_tokens": 1, "completion_tokens": 2}}',
     b'{"usage": {"prompt_tokens": 1, "completion_tokens": 2}',
-    b'{"usage": {"prompt_tokens": 1, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}}',
+    b'{"usage": {"prompt_tokens": 1, "completion_tokens": 2, "prompt_tokens": 3}}',
+    b'{"usage": {"prompt_tokens": 1, "completion_tokens": 2, "input_tokens": 3}}',
+    b'{"usage": {"prompt_tokens": 1, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": "1"}}}',
+    b'{"usage": {"prompt_tokens": 1, "completion_tokens": 2}, "x": []}',
     b'{"usage": {"prompt_tokens": 1, "completion_tokens": 0}}',
     b"",
 ])  # fmt: skip

@@ -136,7 +136,7 @@ def openai_routes(
     """
     found: dict[str, TableRoute] = {}
     for path, operation in OpenAI(prompt_tokens).operations().items():
-        route = TableRoute(operation.protocol, operation.read, free=operation.free)
+        route = TableRoute(operation.protocol, operation.read, skim=operation.skim, free=operation.free)
         route.default_output_tokens = default_output_tokens
         found[path] = route
     return found
@@ -159,6 +159,9 @@ def route_for(name: str, read: Reader | None = None, **changes: Any) -> Operatio
     >>> route_for("anthropic")
     <Operation of anthropic>
     """
-    from modelquota.protocols.openai import reads_generation
+    from modelquota.protocols.openai import generation
 
-    return Operation(protocol(name), reads_generation() if read is None else read, **changes)
+    if read is not None:
+        return Operation(protocol(name), read, **changes)
+    made = generation(protocol(name))
+    return Operation(made.protocol, made.read, skim=made.skim, **changes)

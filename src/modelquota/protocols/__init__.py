@@ -3,9 +3,10 @@
 Pure: bytes and parsed JSON in, values and bytes out. Nothing here knows a server, a client or a manager, so that the
 middleware, the proxy and the client transport read with the same code.
 
-The map: `protocol` is the interface; `request` what a request says; `body` from bytes to JSON; `estimate` how long a
-prompt is; `usage` what an answer reports; `content` what passed; `answer` reads an answer as it passes; `refusal` what
-a client is told; `paths` finds the operation of a path; `tables` names all protocols.
+The map: `protocol` is the interface; `request` what a request says; `body` from bytes to JSON; `skim` what matters of
+most bodies, without parsing them, in Cython; `estimate` how long a prompt is; `usage` what an answer reports; `content`
+what passed; `answer` reads an answer as it passes; `refusal` what a client is told; `paths` finds the operation of a
+path; `tables` names all protocols.
 """
 
 from modelquota.protocols.answer import AnswerReader

@@ -205,9 +205,9 @@ class AnswerReader:
     def _tokens_of_json(self) -> Tokens | None:
         protocol = self._protocol
         if self._scanner is None and self._read_usage is None:
-            found = protocol.usage_at_end(bytes(self._buffer))
-            if found is not None:
-                return found
+            counts = protocol.usage_at_end(bytes(self._buffer))
+            if counts is not None:
+                return Tokens(*counts)
         report = self._noted()
         if self._scanner is not None:
             self._scanner.finish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from modelquota.protocols.openai import reads_generation, sse
+from modelquota.protocols.openai import generation, sse
 from modelquota.protocols.protocol import Operation, Protocol, nothing
 from modelquota.protocols.refusal import Answer, Header, Refusal, RefusalKind, json_answer
 from modelquota.protocols.usage import ANTHROPIC_FIELDS, under
@@ -31,7 +31,7 @@ class Anthropic(Protocol):
     def operations(self) -> dict[str, Operation]:
         """See `Protocol`."""
         return {
-            "/v1/messages": Operation(self, reads_generation()),
+            "/v1/messages": generation(self),
             "/v1/messages/count_tokens": Operation(self, nothing, free=True),
         }
 

@@ -21,7 +21,7 @@ TEXT_FIELDS: Final = (
 """Top-level fields of OpenAI's and Anthropic's APIs that a model reads."""
 
 _TEXT: Final = frozenset(TEXT_FIELDS)
-_MEDIA_FIELDS: Final = frozenset((
+MEDIA_FIELDS: Final = frozenset((
     "image_url", "input_audio", "file", "file_data", "image", "images", "source", "inline_data", "inlineData",
     "fileData", "file_url", "video", "video_url", "audio", "audio_url", "image_data", "b64_json",
 ))  # fmt: skip
@@ -68,9 +68,9 @@ def estimate_values(values: list[Any]) -> int:
             else:
                 text_bytes += length if value.isascii() else len(value.encode("utf-8", "surrogatepass"))
         elif isinstance(value, dict):
-            if value.keys() & _MEDIA_FIELDS:
+            if value.keys() & MEDIA_FIELDS:
                 for field, part in value.items():
-                    media = _media_items(field, part) if field in _MEDIA_FIELDS else 0
+                    media = _media_items(field, part) if field in MEDIA_FIELDS else 0
                     if media:
                         tokens += media * MEDIA_TOKENS
                     else:

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from modelquota.protocols.estimate import MEDIA_TOKENS, TEXT_FIELDS, estimate_prompt, estimate_values
 from modelquota.protocols.protocol import Operation, Params, Protocol, Reader
-from modelquota.protocols.request import Reading, model_name, output_bound, whole_number
+from modelquota.protocols.request import OUTPUT_FIELDS, Reading, model_name, output_bound, whole_number
+from modelquota.protocols.skim import skim_generation, skim_usage
 from modelquota.protocols.usage import ANTHROPIC_FIELDS, OPENAI_FIELDS, RESPONSES_FIELDS, under
 from modelquota.quota.config import MAX_COUNT
-from modelquota.quota.tokens import Tokens
 
 PromptTokens = Callable[[Mapping[str, Any]], int]
 
-OUTPUT_FIELDS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-# A usage of plain numbers, then members with plain values, then the end of the answer: a closing brace more, and the
-# usage would be that of something in it. The quotes of a name within a string would be escaped.
-_NUMBER: Final = rb"\s*:\s*(\d{1,18})\s*"
-_USAGE_AT_END: Final = re.compile(
-    rb'"usage"\s*:\s*\{\s*"prompt_tokens"' + _NUMBER + rb',\s*"completion_tokens"' + _NUMBER
-    + rb'(?:,\s*"total_tokens"\s*:\s*\d{1,18}\s*)?\}'
-    rb'(?:\s*,\s*"[^"\\]*+"\s*:\s*(?:"[^"\\]*+"|[\w.+-]++))*+\s*\}\s*\Z'
-)  # fmt: skip
 _IMAGE_FIELDS: Final = (*TEXT_FIELDS, "image", "image[]", "images", "mask")
 _OUTPUTS_FIELDS: Final = frozenset(("n", "best_of", "prompt"))
 _USAGE: Final = (OPENAI_FIELDS, RESPONSES_FIELDS, ANTHROPIC_FIELDS)
@@ -60,6 +50,12 @@ def reads_generation(prompt_tokens: PromptTokens = estimate_prompt) -> Reader:
     return read
 
 
+def generation(protocol: Protocol, prompt_tokens: PromptTokens = estimate_prompt) -> Operation:
+    """Return the operation of requests that generate text."""
+    skim = skim_generation if prompt_tokens is estimate_prompt else None
+    return Operation(protocol, reads_generation(prompt_tokens), skim=skim)
+
+
 def reads_input(prompt_tokens: PromptTokens = estimate_prompt) -> Reader:
     """Return the reader of requests that only read their input, such as embeddings and speech."""
 
@@ -85,6 +81,7 @@ class OpenAI(Protocol):
     """OpenAI's API. Answers in Anthropic's shape are read too: many servers speak both, on paths of their own."""
 
     name = "openai"
+    usage_at_end = staticmethod(skim_usage)
     usage = under(("usage",), *_USAGE) | under(("response", "usage"), *_USAGE) | under(("message", "usage"), *_USAGE)
 
     def __init__(self, prompt_tokens: PromptTokens = estimate_prompt) -> None:
@@ -92,7 +89,7 @@ class OpenAI(Protocol):
 
     def below_version(self) -> dict[str, Operation]:
         """Return the operations by their path below ``/v1``, which other protocols put below a path of their own."""
-        generate = Operation(self, reads_generation(self._prompt_tokens))
+        generate = generation(self, self._prompt_tokens)
         only_input = Operation(self, reads_input(self._prompt_tokens))
         transcribe = Operation(self, read_transcription)
         draw = Operation(self, read_images)
@@ -113,17 +110,6 @@ class OpenAI(Protocol):
         """See `Protocol`."""
         found = self.below_version()
         return {f"/v1{path}": operation for path, operation in found.items()} | found
-
-    def usage_at_end(self, body: bytes) -> Tokens | None:
-        """See `Protocol`."""
-        at = body.rfind(b'"usage"')
-        if at < 0 or body[at - 1 : at] == b"\\":
-            return None
-        match = _USAGE_AT_END.match(body, at)
-        if match is None:
-            return None
-        prompt, output = int(match[1]), int(match[2])
-        return Tokens(prompt, 0, output) if output and prompt + output <= MAX_COUNT else None
 
     def ending(self, last: Mapping[str, dict[str, Any]], output_tokens: int) -> bytes:
         """See `Protocol`."""

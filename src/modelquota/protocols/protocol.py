@@ -9,13 +9,15 @@ from modelquota.protocols.content import tokens_of_answer, tokens_of_event
 from modelquota.protocols.refusal import Answer, Header, Refusal, RefusalKind, json_answer
 from modelquota.protocols.request import Reading
 from modelquota.protocols.usage import Places, Tree, tree_of
-from modelquota.quota.tokens import Tokens
 
 Params: TypeAlias = Mapping[str, str]
 """What the pattern of a path matched, such as the model."""
 
 Reader: TypeAlias = Callable[[Mapping[str, Any], Params], Reading]
 """Reads a request: the parsed body and what its path says."""
+
+Skimmer: TypeAlias = Callable[[bytes, Params], Reading | None]
+"""The same from the bytes of the body, without parsing it; None if that cannot be told."""
 
 
 class Protocol:
@@ -54,10 +56,10 @@ class Protocol:
         """Return the tokens of output of a whole answer, by its text."""
         return tokens_of_answer(answer)
 
-    def usage_at_end(self, body: bytes) -> Tokens | None:
+    def usage_at_end(self, body: bytes) -> tuple[int, int, int] | None:
         """Return what a whole answer reports, if that can be told without parsing all of it; otherwise None.
 
-        Most answers end with their usage; this only saves time.
+        As input, cached and output tokens. Most answers end with their usage; this only saves time.
         """
         return None
 
@@ -95,17 +97,20 @@ class Operation:
     protocol : Protocol
     read : callable
         Reads a request.
+    skim : callable or None
+        Does the same sooner, for most requests.
     free : bool
         Whether it runs no model, so that it is passed on without being counted.
     default_output_tokens : int or None
         Tokens of an output without a bound; None for what the server or client says.
     """
 
-    __slots__ = ("default_output_tokens", "free", "protocol", "read")
+    __slots__ = ("default_output_tokens", "free", "protocol", "read", "skim")
 
-    def __init__(self, protocol: Protocol, read: Reader, *, free: bool = False) -> None:
+    def __init__(self, protocol: Protocol, read: Reader, *, skim: Skimmer | None = None, free: bool = False) -> None:
         self.protocol = protocol
         self.read = read
+        self.skim = skim
         self.free = free
         self.default_output_tokens: int | None = None
 

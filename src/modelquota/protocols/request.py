@@ -9,6 +9,9 @@ from modelquota.errors import QuotaError
 from modelquota.quota.config import MAX_COUNT, MAX_MODEL_ID_BYTES
 from modelquota.quota.tokens import Tokens
 
+OUTPUT_FIELDS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+"""Fields of OpenAI's and Anthropic's APIs that bound an output."""
+
 _MOST_DIGITS: Final = 32
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from modelquota.protocols.anthropic import Anthropic
-from modelquota.protocols.estimate import estimate_prompt, estimate_values
-from modelquota.protocols.openai import OpenAI, model_of, reads_generation
-from modelquota.protocols.protocol import Operation, Params, Reader, nothing
+from modelquota.protocols.estimate import estimate_values
+from modelquota.protocols.openai import OpenAI, generation, model_of, reads_generation
+from modelquota.protocols.protocol import Operation, Params, nothing
 from modelquota.protocols.request import Reading, output_bound, whole_number
 from modelquota.quota.config import MAX_COUNT
 
@@ -32,14 +32,14 @@ def priority_of(body: Mapping[str, Any]) -> int:
     return max(-_FARTHEST, min(-given, _FARTHEST)) if type(given) is int else 0
 
 
-def prioritized(read: Reader) -> Reader:
-    """Return the reader, with the priority of the request."""
+def prioritized(operation: Operation) -> Operation:
+    """Return the operation, with the priority of the request. What has one cannot be skimmed."""
 
-    def with_priority(body: Mapping[str, Any], params: Params) -> Reading:
-        reading = read(body, params)
+    def read(body: Mapping[str, Any], params: Params) -> Reading:
+        reading = operation.read(body, params)
         return reading._replace(priority=priority_of(body)) if body.get("priority") else reading
 
-    return with_priority
+    return Operation(operation.protocol, read, skim=operation.skim)
 
 
 def read_input(body: Mapping[str, Any], params: Params) -> Reading:
@@ -90,10 +90,9 @@ class VLLM(OpenAI):
             "/v1/chat/completions/batch": read_batch,
         }
         found = super().operations() | {path: Operation(self, read) for path, read in own.items()}
-        found = {path: Operation(self, prioritized(operation.read)) for path, operation in found.items()}
+        found = {path: prioritized(operation) for path, operation in found.items()}
         found |= {path: Operation(self, nothing, free=True) for path in _FREE_PATHS}
-        messages = Operation(_MESSAGES, prioritized(reads_generation(estimate_prompt)))
-        return {**found, "/v1/messages": messages}
+        return {**found, "/v1/messages": prioritized(generation(_MESSAGES))}
 
 
 _MESSAGES: Final = Anthropic()

@@ -1,0 +1,6 @@
+from collections.abc import Mapping
+
+from modelquota.protocols.request import Reading
+
+def skim_generation(body: bytes, params: Mapping[str, str]) -> Reading | None: ...
+def skim_usage(body: bytes) -> tuple[int, int, int] | None: ...
