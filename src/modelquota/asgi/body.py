@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Final
 
 from modelquota.asgi.steps import first_step
@@ -57,7 +58,13 @@ class BodyReader:
     async def read(self, length: bytes | None, receive: Receive) -> bytes | None:
         """Read a body, which counts as held from then on; None if the client disconnected before its end.
 
-        `length` is the header ``content-length``.
+        `length` is the header ``content-length``. Raises as `start` does.
+        """
+        coming = self.start(length, receive)
+        return coming if isinstance(coming, bytes) else await coming
+
+    def start(self, length: bytes | None, receive: Receive) -> bytes | Awaitable[bytes | None]:
+        """The same without a coroutine for a body that has arrived, as most have; otherwise, what is to be awaited.
 
         Raises BodyRefusedError: 413 as soon as it is known to be too long, by its header or by what has come; 408 if it
         takes too long; 503 if too much is held already.
@@ -65,15 +72,19 @@ class BodyReader:
         if length is not None and length.isdigit() and (len(length) > 19 or int(length) > self.max_body_bytes):
             raise BodyRefusedError(too_large(self.max_body_bytes), more=True)
         message, rest = first_step(receive())
-        if rest is None and message is not None and not message.get("more_body", False):
-            if message["type"] != "http.request":
-                return None
-            body: bytes = message.get("body", b"")
-            size = len(body)
-            if size > self.max_body_bytes or self.inflight_bytes + size > self.max_inflight_bytes:
-                self._take(size, size, more=False)
-            self.inflight_bytes += size
-            return body
+        if message is not None and message["type"] == "http.request" and not message.get("more_body", False):
+            body = message.get("body", b"")
+            if type(body) is bytes:
+                size = len(body)
+                if size > self.max_body_bytes or self.inflight_bytes + size > self.max_inflight_bytes:
+                    self._take(size, size, more=False)
+                self.inflight_bytes += size
+                return body
+        return self._read_rest(message, rest, receive)
+
+    async def _read_rest(
+        self, message: Message | None, rest: Awaitable[Message] | None, receive: Receive
+    ) -> bytes | None:
         try:
             async with asyncio.timeout(self.seconds):
                 return await self._gather(message if rest is None else await rest, receive)

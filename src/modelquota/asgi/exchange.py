@@ -8,20 +8,24 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Final
 
 from modelquota._core.table.grant import Grant
-from modelquota.asgi.ratelimit import replaced
+from modelquota.asgi.charge import Charge
+from modelquota.asgi.ratelimit import OURS
 from modelquota.asgi.refusal import send_answer
 from modelquota.asgi.steps import first_step
 from modelquota.asgi.types import Message, Receive, Scope, Send
 from modelquota.errors import CapacityError, GrantClosedError, ManagerClosedError, QuotaExceededError
 from modelquota.protocols.answer import AnswerReader
 from modelquota.protocols.protocol import Protocol
-from modelquota.protocols.request import RequestRefusedError, estimate_of
-from modelquota.quota.tokens import Tokens
+from modelquota.protocols.refusal import Answer
+from modelquota.protocols.request import RequestRefusedError
+from modelquota.quota.tokens import TokenCount, Tokens
+from modelquota.waiting.task import admit
 
 if TYPE_CHECKING:
     from modelquota.asgi.middleware import QuotaMiddleware
 
 _CLIENT_CLOSED_REQUEST: Final = 499  # not in the standard, but usual in access logs
+_JSON: Final = b"application/json"
 _MOST_STRAY_MESSAGES: Final = 8
 _SENT_BY_THE_SERVER: Final = ("http.response.pathsend", "http.response.zerocopysend")
 _RAISES_AFTER_DISCONNECT: Final = (2, 4)  # from this version of ASGI on, applications expect OSError from send()
@@ -47,17 +51,33 @@ class Exchange:
         For the count of requests that no quota decided on.
     """
 
+    __slots__ = (
+        "_body",
+        "_charge",
+        "_cut",
+        "_done",
+        "_gone",
+        "_grant",
+        "_ids",
+        "_middleware",
+        "_outputs",
+        "_path",
+        "_prompt_tokens",
+        "_protocol",
+        "_reader",
+        "_receive",
+        "_receiving",
+        "_scope",
+        "_send",
+        "_status",
+        "_stopping",
+    )  # fmt: skip
+
+    _charge: Charge
     _grant: Grant
     _ids: str | tuple[str, ...]
     _prompt_tokens: int
     _outputs: int
-    _reader: AnswerReader | None = None
-    _receiving: asyncio.Task[Message] | None = None
-    _status = 0  # of the response, once it has begun
-    _done = False  # the response is complete, and the grant settled
-    _gone = False  # the client has disconnected
-    _stopping = False  # the stream is at a limit, and ends with the event that is passing
-    _cut = False  # it has been ended, though the application may go on
 
     def __init__(
         self,
@@ -76,6 +96,13 @@ class Exchange:
         self._body: bytes | None = body
         self._protocol = protocol
         self._path = path
+        self._reader: AnswerReader | None = None
+        self._receiving: asyncio.Task[Message] | None = None
+        self._status = 0  # of the response, once it has begun
+        self._done = False  # the response is complete, and the grant settled
+        self._gone = False  # the client has disconnected
+        self._stopping = False  # the stream is at a limit, and ends with the event that is passing
+        self._cut = False  # it has been ended, though the application may go on
 
     async def run(
         self,
@@ -93,30 +120,13 @@ class Exchange:
         self._ids = ids
         self._prompt_tokens, self._outputs = prompt_tokens, outputs
         middleware = self._middleware
+        prompt = prompt_tokens if prompt_tokens < tokens else tokens
+        estimate = (prompt, 0, tokens - prompt)
         try:
-            grant, rest = first_step(
-                middleware.manager.acquire_async(
-                    ids, estimate_of(prompt_tokens, tokens), ram_mb, ssd_mb, timeout=timeout, priority=priority
-                )
-            )
-            if rest is not None:
-                grant = await self._wait(rest)
-        except QuotaExceededError as error:
-            style = self._protocol.header_style
-            headers = middleware.limit_headers.of(ids, style, error.result)
-            every = (ids,) if isinstance(ids, str) else ids
-            sizes = (estimate_of(prompt_tokens, tokens), ram_mb, ssd_mb)
-            await send_answer(
-                middleware.refuser.denial(error, self._protocol, headers, ids=every, tenants=tenants, sizes=sizes),
-                self._send,
-            )
-            return
-        except CapacityError as error:
-            await send_answer(middleware.refuser.full_table(error, self._protocol), self._send)
-            return
-        except ValueError as error:  # the ids have more meters than can decide together
-            refused = RequestRefusedError(400, f"the request cannot be decided: {error}", "invalid_identity")
-            await send_answer(middleware.refuser.not_accepted(refused, self._protocol), self._send)
+            admitted = admit(middleware.manager, ids, estimate, ram_mb, ssd_mb, timeout, priority)
+            grant = admitted if type(admitted) is Grant else await self._wait(admitted)
+        except (QuotaExceededError, CapacityError, ValueError) as error:
+            await send_answer(self._refusal(error, tenants, (Tokens(*estimate), ram_mb, ssd_mb)), self._send)
             return
         if grant is None:
             await close_unanswered(self._send)
@@ -141,10 +151,30 @@ class Exchange:
             if self._receiving is not None:
                 self._receiving.cancel()
 
+    def _refusal(
+        self,
+        error: QuotaExceededError | CapacityError | ValueError,
+        tenants: tuple[str, ...],
+        sizes: tuple[TokenCount, int, int],
+    ) -> Answer:
+        middleware, protocol, ids = self._middleware, self._protocol, self._ids
+        if isinstance(error, QuotaExceededError):
+            headers = middleware.limit_headers.of(ids, protocol.header_style, error.result)
+            every = (ids,) if isinstance(ids, str) else ids
+            return middleware.refuser.denial(error, protocol, headers, ids=every, tenants=tenants, sizes=sizes)
+        if isinstance(error, CapacityError):
+            return middleware.refuser.full_table(error, protocol)
+        # the ids have more meters than can decide together
+        refused = RequestRefusedError(400, f"the request cannot be decided: {error}", "invalid_identity")
+        return middleware.refuser.not_accepted(refused, protocol)
+
     async def _wait(self, acquisition: Awaitable[Grant]) -> Grant | None:
         """Wait until the request is admitted; None if the client disconnects before."""
+        admitted, rest = first_step(acquisition)
+        if rest is None:
+            return admitted
         loop = asyncio.get_running_loop()
-        waiting = loop.create_task(_awaited(acquisition))
+        waiting = loop.create_task(_awaited(rest))
         watching = loop.create_task(self._watch())
         try:
             await asyncio.wait((waiting, watching), return_when=asyncio.FIRST_COMPLETED)
@@ -216,8 +246,10 @@ class Exchange:
 
     async def receive(self) -> Message:
         """The application's `receive`: the body, in one piece, and then what the client sends: its disconnect."""
-        if self._body is not None:
-            return self._take_body()
+        body = self._body
+        if body is not None:
+            self._body = None
+            return {"type": "http.request", "body": body, "more_body": False}
         if self._cut:
             return {"type": "http.disconnect"}
         message = await (self._receive() if self._receiving is None else self._next_message())
@@ -225,31 +257,37 @@ class Exchange:
             self._gone = True
         return message
 
-    async def send(self, message: Message) -> None:
-        """The application's `send`: count tokens, add headers, and release the grant with the last piece."""
+    def send(self, message: Message) -> Awaitable[None]:
+        """The application's `send`: count tokens, add headers, and release the grant with the last piece.
+
+        It returns what the server's `send` does: one coroutine less for each piece.
+        """
         kind = message["type"]
         if kind == "http.response.body":
             if self._cut:
-                self._after_the_end()
-                return
-            if not self._done and self._reader is not None:
-                tokens = self._reader.feed(message.get("body", b""))
-                if tokens and not self._add(tokens) and self._middleware.stops_at_limit:
-                    self._stopping = True
+                return self._after_the_end()
+            if not self._done and self._status:
+                body = message.get("body", b"")
                 more = message.get("more_body", False)
-                if self._stopping and more:
-                    end = self._reader.last_boundary(message.get("body", b""))
-                    if end:
-                        await self._end_stream({**message, "body": message["body"][:end]})
-                        return
-                if not more:
+                reader = self._reader
+                if reader is None and self._charge == "usage" and (more or not self._finish_by_usage(body)):
+                    self._reader = reader = self._new_reader(_JSON)
+                if reader is not None:
+                    tokens = reader.feed(body)
+                    if tokens and not self._add(tokens) and self._middleware.stops_at_limit:
+                        self._stopping = True
+                    if self._stopping and more:
+                        end = reader.last_boundary(body)
+                        if end:
+                            return self._end_stream({**message, "body": body[:end]})
+                if not more and not self._done:
                     self._finish()
         elif kind == "http.response.start":
             if not self._status:
                 message = self._begin(message)
         elif kind in _SENT_BY_THE_SERVER and not message.get("more_body", False) and not self._done:
             self._finish()
-        await self._send(message)
+        return self._send(message)
 
     def _begin(self, message: Message) -> Message:
         """Read the head of the response; return it with our headers."""
@@ -257,32 +295,53 @@ class Exchange:
         headers = message.get("headers", ())
         kind = b""
         readable = True
+        replaces = False  # the application may report limits of its own
         for name, value in headers:
             lower = name.lower()
             if lower == b"content-type":
                 kind = value
             elif lower == b"content-encoding":
                 readable = value.strip().lower() in (b"", b"identity")
-        status: int = message["status"]
-        self._status = status
-        charges_usage = middleware.charges.of(status) == "usage"
-        self._reader = reader = AnswerReader(
-            self._protocol,
-            kind,
-            self._prompt_tokens,
-            outputs=self._outputs,
-            readable=readable and charges_usage,
-            count_event=middleware.chunk_tokens,
-            read_usage=middleware.usage,
-            track=middleware.stops_at_limit,
-        )
-        if reader.is_stream:
-            self._add(0)  # from here on only what passes counts, with the prompt
+            elif lower in OURS:
+                replaces = True
+        self._status = status = message["status"]
+        self._charge = charge = middleware.charges.of(status)
+        if charge == "usage" and not (kind == _JSON and readable):  # what is JSON may need no reader
+            self._reader = reader = self._new_reader(kind, readable=readable)
+            if reader.is_stream:
+                self._add(0)  # from here on only what passes counts, with the prompt
         try:
             ours = middleware.limit_headers.of(self._ids, self._protocol.header_style)
         except ManagerClosedError:
             ours = []
-        return {**message, "headers": replaced(headers, ours)}
+        if replaces and ours:
+            headers = [header for header in headers if header[0].lower() not in OURS]
+        return {**message, "headers": [*headers, *ours]}
+
+    def _new_reader(self, kind: bytes, *, readable: bool = True) -> AnswerReader:
+        middleware = self._middleware
+        return AnswerReader(
+            self._protocol,
+            kind,
+            self._prompt_tokens,
+            outputs=self._outputs,
+            readable=readable,
+            count_event=middleware.chunk_tokens,
+            read_usage=middleware.usage,
+            track=middleware.stops_at_limit,
+        )
+
+    def _finish_by_usage(self, body: bytes) -> bool:
+        """Settle and release by the usage at the end of an answer that came whole; False if it has none there."""
+        if self._middleware.usage is not None:
+            return False
+        tokens = self._protocol.usage_at_end(body)
+        if tokens is None:
+            return False
+        self._done = True
+        if not self._grant.released:  # the manager's side may have closed it in the meantime
+            self._grant._end(*tokens)
+        return True
 
     def _add(self, tokens: int) -> bool:
         """Count tokens that passed; False if a limit is reached. A manager that was closed counts no more."""
@@ -300,10 +359,11 @@ class Exchange:
         await self._send(message)
         await self._send({"type": "http.response.body", "body": ending, "more_body": False})
 
-    def _after_the_end(self) -> None:
+    def _after_the_end(self) -> Awaitable[None]:
         version = str(self._scope.get("asgi", {}).get("spec_version", "2.0")).split(".")
         if tuple(map(int, version[:2])) >= _RAISES_AFTER_DISCONNECT:
             raise OSError("the stream has been ended at a limit")
+        return _nothing()
 
     def _finish(self) -> None:
         """Settle and release before the last piece is sent: a client that has it finds the quotas settled."""
@@ -317,22 +377,23 @@ class Exchange:
         if grant.released:
             return
         try:
-            reader = self._reader
-            if reader is None:
+            if not self._status:
                 if self._gone:  # at least the prompt was read; what the model wrote was never seen
                     grant.settle(Tokens(self._prompt_tokens))
-                return
-            charge = self._middleware.charges.of(self._status)
-            if charge == "nothing":
+            elif self._charge == "nothing":
                 grant.cancel()
-            elif charge == "request":
+            elif self._charge == "request":
                 grant.settle(Tokens())
-            else:
-                tokens = reader.tokens(complete=complete)
+            elif self._reader is not None:
+                tokens = self._reader.tokens(complete=complete)
                 if tokens is not None:
                     grant.settle(tokens)
         except GrantClosedError:  # the manager's side has closed it in the meantime
             pass
+
+
+async def _nothing() -> None:
+    pass
 
 
 async def _awaited(awaitable: Awaitable[Any]) -> Any:

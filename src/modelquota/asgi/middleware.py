@@ -175,7 +175,7 @@ class QuotaMiddleware:
         self.refuser = Refuser(manager, busy_retry_seconds, retry_spread, identity_namespace)
         self.ids = DecidingIds(manager, identity, identity_namespace, unknown_model, default_model)
         self._routes = route_table(routes)
-        self._unrouted = RouteEntry(unrouted, TABLES["openai"]) if callable(unrouted) else None
+        self._unrouted = (RouteEntry(unrouted, TABLES["openai"]), _NOTHING) if callable(unrouted) else None
         self._refuses_unrouted = unrouted == "refuse"
         self._unmetered = unmetered_of(manager)
         self._parser: tuple[int, ThreadPoolExecutor] | None = None
@@ -210,24 +210,57 @@ class QuotaMiddleware:
         if scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        found = self._routes.find(path)
-        if found is None and root:
-            found = self._routes.find(whole)
-        if found is not None:
-            entry, params = found
-            if entry.operation is None or not entry.operation.free:
-                await self._decide(entry, params, path, scope, receive, send)
-                return
-        elif self._unrouted is not None:
-            await self._decide(self._unrouted, _NOTHING, path, scope, receive, send)
-            return
-        elif self._refuses_unrouted:
+        found = self._routes.find(path) or (self._routes.find(whole) if root else None) or self._unrouted
+        if found is None and self._refuses_unrouted:
             error = RequestRefusedError(404, f"there is nothing at POST {path}", "unknown_path")
             await send_answer(self.refuser.not_accepted(error, TABLES["openai"]), send)
             return
-        else:
+        if found is None:
             self.count_unmetered(path, "no route covers it (routes=, unrouted=)")
-        await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
+        entry, params = found
+        operation = entry.operation
+        if operation is not None and operation.free:
+            await self.app(scope, receive, send)
+            return
+        fields: dict[bytes, bytes] = dict(scope.get("headers", ()))
+        bodies = self.bodies
+        try:
+            coming = bodies.start(fields.get(b"content-length"), receive)
+            body = coming if isinstance(coming, bytes) else await coming
+        except BodyRefusedError as error:
+            close = error.more and not await bodies.drain(scope, receive)
+            close = close and scope.get("http_version", "1.1").startswith("1")
+            # The unread rest of a body must not be parsed as the next request; HTTP/2 has no such header.
+            await send_answer(self.refuser.not_accepted(error, entry.protocol, close=close), send)
+            return
+        if body is None:
+            await close_unanswered(send)
+            return
+        try:
+            exchange = Exchange(self, scope, receive, send, body, entry.protocol, path)
+            reading = None
+            small = len(body) < LARGE and b"content-encoding" not in fields
+            plain = small and fields.get(b"content-type", b"").startswith(b"application/json")
+            if plain and operation is not None and operation.skim is not None:
+                reading = operation.skim(body, params)
+            try:
+                if reading is not None and self.identity is None:
+                    asked = self._of_reading(entry, reading, ())
+                else:
+                    request = IncomingRequest(scope, body, params, fields=fields, max_body_bytes=bodies.max_body_bytes)
+                    asked = await self._asked(entry, request, reading, small=small)
+            except RequestRefusedError as error:
+                await send_answer(self.refuser.not_accepted(error, entry.protocol), send)
+                return
+            if asked is None:
+                self.count_unmetered(path, "no quota decides on it")
+                await self.app(scope, exchange.receive, send)
+            else:
+                await exchange.run(*asked)
+        finally:
+            bodies.release(body)
 
     async def _lets_pass(self, scope: Scope, receive: Receive, send: Send) -> bool:
         """Whether a WebSocket passes, none of whose messages is counted; as a POST that no route covers."""
@@ -239,46 +272,19 @@ class QuotaMiddleware:
         self.count_unmetered(path, "WebSockets are not counted (unrouted=)", "WebSocket")
         return True
 
-    async def _decide(
-        self, entry: RouteEntry, params: Mapping[str, str], path: str, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Read the request, and serve it under a grant."""
-        fields: dict[bytes, bytes] = dict(scope.get("headers", ()))
-        try:
-            body = await self.bodies.read(fields.get(b"content-length"), receive)
-        except BodyRefusedError as error:
-            close = error.more and not await self.bodies.drain(scope, receive)
-            close = close and scope.get("http_version", "1.1").startswith("1")
-            # The unread rest of a body must not be parsed as the next request; HTTP/2 has no such header.
-            await send_answer(self.refuser.not_accepted(error, entry.protocol, close=close), send)
-            return
-        if body is None:
-            await close_unanswered(send)
-            return
-        try:
-            request = IncomingRequest(scope, body, params, fields=fields, max_body_bytes=self.bodies.max_body_bytes)
-            small = len(body) < LARGE and b"content-encoding" not in fields
-            exchange = Exchange(self, scope, receive, send, body, entry.protocol, path)
-            try:
-                if entry.operation is None:
-                    asked = await self._asked(entry, request, small)
-                else:
-                    if small:
-                        reading = entry.operation.read(request.json(), params)
-                    else:
-                        reading = await self._in_thread(entry, request)
-                    tenants = await self.ids.tenants(request) if self.identity is not None else ()
-                    asked = self._of_reading(entry, reading, tenants)
-            except RequestRefusedError as error:
-                await send_answer(self.refuser.not_accepted(error, entry.protocol), send)
-                return
-            if asked is None:
-                self.count_unmetered(path, "no quota decides on it")
-                await self.app(scope, exchange.receive, send)
+    async def _asked(
+        self, entry: RouteEntry, request: IncomingRequest, reading: Reading | None, *, small: bool
+    ) -> _Asked | None:
+        """What a request asks for that the straight way does not tell."""
+        if entry.operation is None:
+            return await self._asked_by_route(entry, request, small)
+        if reading is None:
+            if small:
+                reading = entry.operation.read(request.json(), request.params)
             else:
-                await exchange.run(*asked)
-        finally:
-            self.bodies.release(body)
+                reading = await self._in_thread(entry, request)
+        tenants = await self.ids.tenants(request) if self.identity is not None else ()
+        return self._of_reading(entry, reading, tenants)
 
     def _of_reading(self, entry: RouteEntry, reading: Reading, tenants: tuple[str, ...]) -> _Asked | None:
         model_id = self.ids.of_model(reading.model)
@@ -292,14 +298,14 @@ class QuotaMiddleware:
             ids = ids[0] if len(ids) == 1 else ids
         _, prompt_tokens, outputs, bound, _, priority = reading
         if bound is not None or not outputs:
-            tokens = reading.estimate(0)
+            tokens = min(prompt_tokens + outputs * (bound or 0), MAX_COUNT)
         else:
             default = entry.default_output_tokens
             default = self.default_output_tokens if default is None else default
             tokens = reading.estimate(default, self.ids.most_tokens(ids))
         return ids, tenants, tokens, prompt_tokens, outputs, 0, 0, None, priority
 
-    async def _asked(self, entry: RouteEntry, request: IncomingRequest, small: bool) -> _Asked | None:
+    async def _asked_by_route(self, entry: RouteEntry, request: IncomingRequest, small: bool) -> _Asked | None:
         """What a route of the user's own asks for."""
         assert entry.read is not None
         if not small:

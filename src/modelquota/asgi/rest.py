@@ -1,27 +1,16 @@
-"""A coroutine's first step without a task: most of them have nothing to wait for."""
+"""What is left of an awaitable after its first step, as something to be awaited."""
 
 from __future__ import annotations
 
 import types
 from collections.abc import Awaitable, Generator, Iterator
-from typing import Any, TypeVar
-
-_T = TypeVar("_T")
+from typing import Any
 
 
-def first_step(awaitable: Awaitable[_T]) -> tuple[_T, None] | tuple[None, Awaitable[_T]]:
-    """Run it to where it waits: ``(result, None)`` if it does not, otherwise ``(None, rest)``, to be awaited.
-
-    The rest may be awaited in another task, unless the coroutine looks at the task that runs it.
-    """
+def steps_of(awaitable: Awaitable[Any]) -> Any:
+    """Return its steps, which have ``send``."""
     steps: Any = awaitable if hasattr(awaitable, "send") else awaitable.__await__()
-    if not hasattr(steps, "send"):  # a plain iterator, as granian's
-        steps = _generator(steps)
-    try:
-        pending = steps.send(None)
-    except StopIteration as stop:
-        return stop.value, None
-    return None, _rest(steps, pending)
+    return steps if hasattr(steps, "send") else _generator(steps)  # a plain iterator, as granian's
 
 
 def _generator(steps: Iterator[Any]) -> Generator[Any, Any, Any]:
@@ -29,7 +18,7 @@ def _generator(steps: Iterator[Any]) -> Generator[Any, Any, Any]:
 
 
 @types.coroutine
-def _rest(steps: Any, pending: Any) -> Generator[Any, Any, Any]:
+def rest_of(steps: Any, pending: Any) -> Generator[Any, Any, Any]:
     """Go on after the first step: pass on what it waits for, and what it is sent."""
     while True:
         try:
