@@ -1,9 +1,11 @@
 """What clients get: errors in OpenAI's format, the time to retry, and how much is left."""
 
 import asyncio
+import calendar
 import gc
 import math
 import re
+import time
 
 import pytest
 from asgi_client import OPEN, Call, Model, chat
@@ -14,7 +16,7 @@ from structured_fields import parse_list
 
 from modelquota import Limit, ManualClock, ModelLockedError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.asgi import Demand, QuotaMiddleware, denial_answer
-from modelquota.asgi.ratelimit import MOST, LimitHeaders, bounds_of, go_duration
+from modelquota.asgi.ratelimit import _ANTHROPIC, _OPENAI, MOST, LimitHeaders, bounds_of, go_duration
 
 REJECT = OPEN | {"on_violation": "reject"}
 
@@ -407,21 +409,57 @@ def test_what_is_told_to_be_left_is_admitted(rate, burst, steps):
 
 @given(
     quota=configs() | extreme_configs(),
+    other=configs() | extreme_configs(),
     before=st.lists(st.tuples(tokens() | st.integers(0, 2**62), st.integers(0, 90_000_000)), max_size=4),
 )
-@example(quota=ResourceQuotaConfig("m", max_requests_per_second=1e308, burst_requests=2**62), before=[])
-@example(quota=ResourceQuotaConfig("m", max_requests_per_second=5e-324, burst_requests=2**62), before=[(1, 1)] * 3)
-@example(quota=ResourceQuotaConfig("m", max_tokens_per_second=0.3, burst_tokens=7), before=[(5, 1)] * 3)
-def test_the_headers_that_are_compiled_say_what_the_others_say(quota, before):
-    """One id without a denial takes a way of its own, since every response does; the other way is plain Python."""
+@example(
+    quota=ResourceQuotaConfig("m", max_requests_per_second=1e308, burst_requests=2**62),
+    other=ResourceQuotaConfig("n", max_tokens_per_second=0.3, burst_tokens=7),
+    before=[],
+)
+@example(
+    quota=ResourceQuotaConfig("m", max_requests_per_second=5e-324, burst_requests=2**62),
+    other=ResourceQuotaConfig("n", max_tokens_per_hour=4),
+    before=[(1, 1)] * 3,
+)
+@example(
+    quota=ResourceQuotaConfig("m", max_tokens_per_second=0.3, burst_tokens=7),
+    other=ResourceQuotaConfig("n"),
+    before=[(5, 1)] * 3,
+)
+def test_the_headers_that_are_compiled_say_what_the_others_say(quota, other, before):
+    """What every response has takes a way of its own; that of denials is plain Python."""
     clock = ManualClock(10**12)
     manager = ResourceQuotaManager(clock=clock)
     manager.set_quota(quota.replace(model_id="m", on_violation="reject"))
-    headers = LimitHeaders(manager)
-    for count, wait_ms in [*before, (0, 0)]:
-        assert headers.of("m", "openai") == headers.of(("m",), "openai")
-        manager.check_quota("m", count)
-        clock.advance_ns(wait_ms * 1_000_000)
+    manager.set_quota(other.replace(model_id="n", on_violation="reject"))
+    for mode in ("all", "openai"):
+        headers = LimitHeaders(manager, mode)
+        for count, wait_ms in [*before, (0, 0)]:
+            for ids in (("m",), ("n", "m"), ("m", "unknown", "n"), ("unknown",)):
+                assert headers.of(ids, "openai") == headers._of_denial(ids, _OPENAI, None)
+                told, plain = headers.of(ids, "anthropic"), headers._of_denial(ids, _ANTHROPIC, None)
+                if mode == "openai":
+                    assert told == headers.of(ids, "openai")
+                else:  # the time goes on between the two
+                    assert [field for field in told if b"reset" not in field[0]] == [
+                        field for field in plain if b"reset" not in field[0]
+                    ]
+                    for (name, first), (same, second) in zip(told, plain, strict=True):
+                        assert name == same
+                        if b"reset" in name:
+                            assert 0 <= seconds_of(second) - seconds_of(first) <= 1
+            assert headers.of("m", "openai") == headers.of(("m",), "openai")
+            assert [name for name, _ in headers.of("m", "anthropic")] == [
+                name for name, _ in headers.of(("m",), "anthropic")
+            ]
+            manager.check_quota("m", count)
+            manager.check_quota("n", count // 2)
+            clock.advance_ns(wait_ms * 1_000_000)
+
+
+def seconds_of(stamp):
+    return calendar.timegm(time.strptime(stamp.decode(), "%Y-%m-%dT%H:%M:%SZ"))
 
 
 def test_headers_follow_a_change_of_limits(manager):

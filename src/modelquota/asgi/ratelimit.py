@@ -131,26 +131,32 @@ class LimitHeaders:
         mode = self._mode
         if mode == "none":
             return []
-        if type(ids) is not str or denial is not None or (style == "anthropic" and mode == "all"):
-            return self._of_several((ids,) if isinstance(ids, str) else ids, style, denial)
-        found = limit_fields(self._manager, ids, self._plans, _OPENAI, mode == "all")
-        if type(found) is bytes:
-            self._new_plan(ids, found)
-            found = limit_fields(self._manager, ids, self._plans, _OPENAI, mode == "all")
-        return found if type(found) is list else []  # nothing, if the quota has changed in the meantime
+        every = mode == "all"
+        stamped = every and style == "anthropic"
+        names = _ANTHROPIC if stamped else _OPENAI
+        if denial is not None:
+            return self._of_denial((ids,) if isinstance(ids, str) else ids, names, denial)
+        found = limit_fields(self._manager, ids, self._plans, names, every, stamped)
+        if found is None:
+            for model_id in (ids,) if isinstance(ids, str) else ids:
+                self._make_plan(model_id)
+            found = limit_fields(self._manager, ids, self._plans, names, every, stamped)
+        return found or []  # nothing, if the quota has changed in the meantime
 
-    def _new_plan(self, model_id: str, limits: bytes) -> list[Bound]:
+    def _make_plan(self, model_id: str) -> None:
+        before = read_left(self._manager, model_id)
         quota = self._manager.get_quota(model_id)
-        bounds = [] if quota is None else bounds_of(quota)
-        again = read_left(self._manager, model_id)
-        if again is not None and again[0] == limits:  # unless the quota has changed in between
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.clear()
-            self._plans[limits] = plan_of(bounds)
-        return bounds
+        after = read_left(self._manager, model_id)
+        if quota is None or before is None or after is None or before[0] != after[0]:
+            return  # it has changed in the meantime
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        self._plans[before[0]] = plan_of(bounds_of(quota))
 
-    def _of_several(self, ids: tuple[str, ...], style: str, denial: QuotaCheckResult | None) -> list[Header]:
-        """The same for several ids, after a denial, and with Anthropic's names: not as fast, and not as frequent."""
+    def _of_denial(
+        self, ids: tuple[str, ...], names: tuple[tuple[bytes, ...], ...], denial: QuotaCheckResult | None
+    ) -> list[Header]:
+        """The same in Python, which knows what denied: not as fast, and not as frequent."""
         tightest: dict[Limit, _Standing] = {}
         for model_id in ids:
             read = read_left(self._manager, model_id)
@@ -164,7 +170,6 @@ class LimitHeaders:
                     tightest[bound.limit] = bound, left, read[2][max(bound.unit, 0)]
         standings = [tightest[limit] for limit in sorted(tightest)]
         headers: list[Header] = []
-        names = _ANTHROPIC if style == "anthropic" and self._mode == "all" else _OPENAI
         for unit in range(len(_UNITS)):
             shown = [standing for standing in standings if standing[0].unit == unit]
             if shown:
@@ -220,15 +225,6 @@ OURS: Final = frozenset(
     [name for names in (*_OPENAI, *_ANTHROPIC) for name in names] + [b"ratelimit", b"ratelimit-policy"]
 )
 """Names of all these headers."""
-
-
-def replaced(headers: Sequence[Header], ours: list[Header]) -> list[Header]:
-    """The headers, with ours in place of any of the same name: the application may have limits of its own."""
-    if not ours:
-        return list(headers)
-    kept = [header for header in headers if header[0].lower() not in OURS]
-    kept += ours
-    return kept
 
 
 def timestamp(ms: int) -> bytes:

@@ -21,6 +21,7 @@ cdef class RowRef:
     cdef ColdRow* cold
     cdef uint32_t generation
     cdef str model_id
+    cdef object plan                # what header fields say of its limits, made when it is first asked for
 
 
 cdef class Interned:

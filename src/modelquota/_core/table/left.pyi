@@ -24,5 +24,10 @@ class LimitPlan:
 
 def read_left(table: QuotaTable, model_id: str) -> tuple[bytes, tuple[int, ...], tuple[int, int]] | None: ...
 def limit_fields(
-    table: QuotaTable, model_id: str, plans: dict[bytes, LimitPlan], names: tuple[tuple[bytes, ...], ...], ietf: bool
-) -> list[tuple[bytes, bytes]] | bytes | None: ...
+    table: QuotaTable,
+    ids: str | tuple[str, ...],
+    plans: dict[bytes, LimitPlan],
+    names: tuple[tuple[bytes, ...], ...],
+    ietf: bool,
+    stamped: bool,
+) -> list[tuple[bytes, bytes]] | None: ...
