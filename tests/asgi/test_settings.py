@@ -473,7 +473,7 @@ def test_every_field_of_http_is_used(configure):
     parameters = set(inspect.signature(QuotaMiddleware).parameters)
     assert set(quota_module._PASSED_ON) <= HTTP_FIELDS.keys() & parameters
     assert tuple(TABLES) == ROUTE_TABLES
-    others = {"identity", "unknown_key", "metrics", "state", "admin_token_file"}
+    others = {"identity", "unknown_key", "metrics", "ledger", "state", "admin_token_file"}
     assert HTTP_FIELDS.keys() - set(quota_module._PASSED_ON) == others
     configure(
         MODEL

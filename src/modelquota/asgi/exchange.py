@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -120,12 +121,16 @@ class Exchange:
         self._ids = ids
         self._prompt_tokens, self._outputs = prompt_tokens, outputs
         middleware = self._middleware
+        ledger = middleware.ledger
+        arrived_ns = 0 if ledger is None else time.monotonic_ns()
         prompt = prompt_tokens if prompt_tokens < tokens else tokens
         estimate = (prompt, 0, tokens - prompt)
         try:
             admitted = admit(middleware.manager, ids, estimate, ram_mb, ssd_mb, timeout, priority)
             grant = admitted if type(admitted) is Grant else await self._wait(admitted)
         except (QuotaExceededError, CapacityError, ValueError) as error:
+            if ledger is not None and isinstance(error, QuotaExceededError):
+                ledger.record_denial(ids, estimate, error, arrived_ns, priority)
             await send_answer(self._refusal(error, tenants, (Tokens(*estimate), ram_mb, ssd_mb)), self._send)
             return
         if grant is None:
@@ -134,6 +139,7 @@ class Exchange:
         if not grant.model_ids:
             middleware.count_unmetered(self._path, "none of its ids has a quota")
         self._grant = grant
+        admitted_ns = 0 if ledger is None else time.monotonic_ns()
         try:
             with grant:  # whatever happens, settle by what was done and release
                 try:
@@ -150,6 +156,8 @@ class Exchange:
         finally:
             if self._receiving is not None:
                 self._receiving.cancel()
+            if ledger is not None:
+                ledger.record_grant(ids, estimate, grant, arrived_ns, admitted_ns, priority)
 
     def _refusal(
         self,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from modelquota.asgi.admin import QuotaAdmin
     from modelquota.asgi.page import QuotaPage
     from modelquota.manager import ResourceQuotaManager
+    from modelquota.monitoring.ledger import Ledger
 
 _NOTHING: Final[Mapping[str, str]] = {}
 
@@ -97,6 +98,8 @@ class QuotaMiddleware:
         do not return together.
     busy_retry_seconds : int
         ``retry-after`` if memory or concurrency is the obstacle, so that no time is known.
+    ledger : Ledger, optional
+        Gets a line for each request that the quotas admit or deny. By default there is none, which costs nothing.
     cancel_on_disconnect : bool
         Whether the application's task is canceled when the client disconnects. Work that it does in a thread goes on,
         no longer under the grant. By default the application only receives ``http.disconnect``.
@@ -132,6 +135,7 @@ class QuotaMiddleware:
         headers: HeaderStyle = "all",
         retry_spread: float = 0.1,
         busy_retry_seconds: int = 2,
+        ledger: Ledger | None = None,
         cancel_on_disconnect: bool = False,
     ) -> None:
         if unrouted not in ("pass", "refuse") and not callable(unrouted):
@@ -168,6 +172,7 @@ class QuotaMiddleware:
         self.usage = usage
         self.chunk_tokens = chunk_tokens
         self.charges = ChargeTable(charge)
+        self.ledger = ledger
         self.stops_at_limit = at_limit == "stop"
         self.cancel_on_disconnect = cancel_on_disconnect
         self.bodies = BodyReader(max_body_bytes, max_inflight_bytes, body_timeout)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from modelquota._extras import extra
 from modelquota.asgi.admin import TOKEN_ACCEPTED
@@ -26,6 +26,9 @@ from modelquota.protocols.paths import below_root
 from modelquota.protocols.refusal import Refusal, RefusalKind
 from modelquota.protocols.tables import TABLES
 from modelquota.quota.file import Quotas
+
+if TYPE_CHECKING:
+    from modelquota.monitoring.ledger import Ledger
 
 logger = logging.getLogger("modelquota")
 
@@ -55,6 +58,7 @@ class Guard:
         self._loading = threading.Lock()
         self._stamp = self._read_stamp()
         self._next_look = 0.0
+        self.ledger: Ledger | None = None
         error = self._reloader.reload().error
         if error is not None:
             self.manager.close()
@@ -99,6 +103,12 @@ class Guard:
             chosen["identity"] = identity_of(
                 http["identity"], lambda: self.quotas.key_names, refuse_unknown_keys=refuse
             )
+        if "ledger" in http:
+            if self.ledger is None:
+                from modelquota.monitoring.ledger import Ledger
+
+                self.ledger = Ledger(http["ledger"])
+            chosen["ledger"] = self.ledger
         return QuotaMiddleware(app, self.manager, **{**chosen, **parameters})
 
 
@@ -119,8 +129,8 @@ class Quota:
     """ASGI middleware without arguments: `QuotaMiddleware` with what the environment and a quota file say.
 
     The variable ``MODELQUOTA_QUOTAS`` names the quota file. Its table ``[http]`` has the other settings; the variables
-    ``MODELQUOTA_STATE``, ``MODELQUOTA_PAGE``, ``MODELQUOTA_METRICS``, ``MODELQUOTA_ADMIN`` and
-    ``MODELQUOTA_ADMIN_TOKEN_FILE`` go before its fields ``state``, ``page``, ``metrics``, ``admin`` and
+    ``MODELQUOTA_STATE``, ``MODELQUOTA_PAGE``, ``MODELQUOTA_METRICS``, ``MODELQUOTA_LEDGER``, ``MODELQUOTA_ADMIN`` and
+    ``MODELQUOTA_ADMIN_TOKEN_FILE`` go before its fields ``state``, ``page``, ``metrics``, ``ledger``, ``admin`` and
     ``admin_token_file``, and ``MODELQUOTA_ADMIN_TOKEN`` before the file with the token. Limits and the names of keys
     follow the file while the server runs.
 
@@ -142,7 +152,7 @@ class Quota:
         A variable, or something in the quota file, is not accepted; with file, line and field. Servers that create
         their middleware only when they start are told at their start, by the lifespan protocol of ASGI, and end.
     OSError
-        The quota file or the state file cannot be opened.
+        The quota file, the state file or the ledger cannot be opened.
     ImportError
         ``metrics`` is set and `prometheus_client` is not installed.
 

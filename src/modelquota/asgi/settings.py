@@ -20,10 +20,11 @@ _OVERRIDES: Final = {
     "MODELQUOTA_STATE": "state",
     "MODELQUOTA_PAGE": "page",
     "MODELQUOTA_METRICS": "metrics",
+    "MODELQUOTA_LEDGER": "ledger",
     "MODELQUOTA_ADMIN": "admin",
     "MODELQUOTA_ADMIN_TOKEN_FILE": "admin_token_file",
 }
-_FILES: Final = ("state", "admin_token_file")
+_FILES: Final = ("state", "ledger", "admin_token_file")
 _TOKEN: Final = "MODELQUOTA_ADMIN_TOKEN"
 _LARGEST_TOKEN_FILE: Final = 4096
 
@@ -57,11 +58,11 @@ class Settings:
         ----------
         environ : mapping
             The environment: ``MODELQUOTA_QUOTAS`` is required; ``MODELQUOTA_STATE``, ``MODELQUOTA_PAGE``,
-            ``MODELQUOTA_METRICS``, ``MODELQUOTA_ADMIN`` and ``MODELQUOTA_ADMIN_TOKEN_FILE`` go before the fields of the
-            file with these names. ``MODELQUOTA_ADMIN_TOKEN`` goes before the file with the token.
+            ``MODELQUOTA_METRICS``, ``MODELQUOTA_LEDGER``, ``MODELQUOTA_ADMIN`` and ``MODELQUOTA_ADMIN_TOKEN_FILE`` go
+            before the fields of the file with these names. ``MODELQUOTA_ADMIN_TOKEN`` goes before the file with the
+            token.
         **overrides
-            ``quotas``, ``state``, ``page``, ``metrics``, ``admin`` or ``admin_token_file``, which go before the
-            environment unless they are None.
+            ``quotas``, or one of these fields, which go before the environment unless they are None.
 
         Raises
         ------
@@ -77,20 +78,20 @@ class Settings:
             raise QuotaConfigError(_REDIS, "...", "it to be unset: this version shares limits on one machine only")
         path = Path(given).absolute()
         quotas = load_quotas(path)
-        http = dict(quotas.http)
+        # A path in the environment is relative to the working directory, one in the file to the file's folder.
+        http = {name: str(path.parent / value) if name in _FILES else value for name, value in quotas.http.items()}
         for variable, name in _OVERRIDES.items():
             value = overrides.get(name) or environ.get(variable)
             if value:
                 _require(variable if overrides.get(name) is None else _option(name), name, value)
-                # A path in the environment is relative to the working directory, one in the file to the file's folder.
                 http[name] = os.path.abspath(value) if name in _FILES else value
-        state = path.parent / http["state"] if "state" in http else default_state(path)
+        state = Path(http["state"]) if "state" in http else default_state(path)
         # What is on a command line can be seen by all users of a machine, so that a token has no option there.
         token = environ.get(_TOKEN) if overrides.get("admin_token_file") is None else None
         if token:
             token = _token(_TOKEN, token)
         elif "admin_token_file" in http:
-            token = _read_token(path.parent / http["admin_token_file"])
+            token = _read_token(Path(http["admin_token_file"]))
         return cls(path, state, http, token or None)
 
 

@@ -145,6 +145,9 @@ def _proxy(
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0 chooses a free one.")] = 8080,
     page: Annotated[str | None, typer.Option(metavar="PATH", help="Show the live page at this path.")] = None,
     metrics: Annotated[str | None, typer.Option(metavar="PATH", help="Metrics for Prometheus at this path.")] = None,
+    ledger: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A line for each request in this file, for billing and tuning.")
+    ] = None,
     admin: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="The admin API at this path; its token is in $MODELQUOTA_ADMIN_TOKEN."),
@@ -185,7 +188,7 @@ def _proxy(
         proxy = ReverseProxy(
             upstream, connect_timeout=connect_timeout, read_timeout=read_timeout, max_connections=max_connections
         )
-        given = {"quotas": quotas, "state": state, "admin_token_file": admin_token_file}
+        given = {"quotas": quotas, "state": state, "ledger": ledger, "admin_token_file": admin_token_file}
         texts = {name: None if path is None else str(path) for name, path in given.items()}
         settings = Settings.read(os.environ, **texts, page=page, metrics=metrics, admin=admin)
     with answering(errors, settings.state):

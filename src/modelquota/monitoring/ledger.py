@@ -221,14 +221,14 @@ class Ledger:
         try:
             grant = manager.acquire(model_id, estimated_tokens, **how)
         except QuotaExceededError as error:
-            self._record_denial(model_id, estimated_tokens, error, arrived_ns, how)
+            self.record_denial(model_id, estimated_tokens, error, arrived_ns, how.get("priority", 0))
             raise
         admitted_ns = time.monotonic_ns()
         try:
             with grant:
                 yield grant
         finally:
-            self._record_grant(model_id, estimated_tokens, grant, arrived_ns, admitted_ns, how)
+            self.record_grant(model_id, estimated_tokens, grant, arrived_ns, admitted_ns, how.get("priority", 0))
 
     @asynccontextmanager
     async def acquire_async(
@@ -239,18 +239,19 @@ class Ledger:
         try:
             grant = await manager.acquire_async(model_id, estimated_tokens, **how)
         except QuotaExceededError as error:
-            self._record_denial(model_id, estimated_tokens, error, arrived_ns, how)
+            self.record_denial(model_id, estimated_tokens, error, arrived_ns, how.get("priority", 0))
             raise
         admitted_ns = time.monotonic_ns()
         try:
             with grant:
                 yield grant
         finally:
-            self._record_grant(model_id, estimated_tokens, grant, arrived_ns, admitted_ns, how)
+            self.record_grant(model_id, estimated_tokens, grant, arrived_ns, admitted_ns, how.get("priority", 0))
 
-    def _record_denial(
-        self, ids: str | Sequence[str], estimated: int, error: QuotaExceededError, arrived_ns: int, how: dict[str, Any]
+    def record_denial(
+        self, ids: str | Sequence[str], estimated: Any, error: QuotaExceededError, arrived_ns: int, priority: int = 0
     ) -> None:
+        """Write a request that was denied just now; `arrived_ns` is when it arrived, by `time.monotonic_ns`."""
         limit = error.result.limit
         self.record(
             ids,
@@ -258,25 +259,26 @@ class Ledger:
             verdict=DENIED,
             limit=None if limit is None else limit.name.lower(),
             waited_us=(time.monotonic_ns() - arrived_ns) // 1_000,
-            priority=how.get("priority", 0),
+            priority=priority,
         )
 
-    def _record_grant(
+    def record_grant(
         self,
         ids: str | Sequence[str],
-        estimated: int,
+        estimated: Any,
         grant: "Grant",
         arrived_ns: int,
         admitted_ns: int,
-        how: dict[str, Any],
+        priority: int = 0,
     ) -> None:
+        """Write a request whose grant has ended just now; the times are by `time.monotonic_ns`."""
         self.record(
             ids,
             estimated,
-            grant.tokens,
+            grant._counts,
             waited_us=(admitted_ns - arrived_ns) // 1_000,
             duration_us=(time.monotonic_ns() - admitted_ns) // 1_000,
-            priority=how.get("priority", 0),
+            priority=priority,
         )
 
     # -- ending

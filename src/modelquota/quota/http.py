@@ -174,6 +174,12 @@ HTTP_FIELDS: Final[Mapping[str, HttpField]] = {
             r"^[^\u0000]+$",
         ),
         _text("metrics", "The path of the metrics for Prometheus.", 'a path that begins with "/"', _PATH),
+        _text(
+            "ledger",
+            "The file of a line for each request, relative to the quota file's folder. By default none.",
+            "a path",
+            r"^[^\u0000]+$",
+        ),
         _text("state", "The state file, relative to the quota file's folder.", "a path", r"^[^\u0000]+$"),
     )
 }

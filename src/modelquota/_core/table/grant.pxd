@@ -82,6 +82,7 @@ cdef class Grant:
     cdef Charge* charge_of(self, int time, int member) noexcept nogil
     cdef RowRef ref_of(self, int member)
     cdef bint claim(self) noexcept
+    cdef void count_kinds(self, Kinds* counted) noexcept
     cdef int require_open(self, str verb) except -1
     cdef bint ours(self) noexcept
     cdef bint charge_more(self) except -1
