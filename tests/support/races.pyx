@@ -231,7 +231,7 @@ cdef int change(Actor* actor) noexcept nogil:
     if draw(actor, 8):
         return replace_limits(row, generation, limits, NULL, draw(actor, 2), wait_clock_ns(), shared, SLICE_NS) == 1
     if generation & 1:
-        remove_model(row, generation, shared, SLICE_NS)
+        remove_model(row, generation, NULL, shared, SLICE_NS)
     memset(name, c"a" + actor.number, sizeof(name))
     version = load_u64(&shared.header.registry_version)
     return add_model(name, 1 + draw(actor, sizeof(name)), limits, draw(actor, 2), NULL, wait_clock_ns(), version,
