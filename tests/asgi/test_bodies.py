@@ -91,6 +91,44 @@ def test_a_large_body_is_parsed_beside_the_loop(manager):
     assert len(gaps) > 10
 
 
+@pytest.mark.parametrize(
+    "kind", [b"multipart/form-data; boundary=zz", b"application/x-www-form-urlencoded", b"text/plain"]
+)
+@pytest.mark.parametrize("twice", [False, True])
+def test_no_content_type_hides_the_model(manager, kind, twice):
+    """Servers that do not look at the type, or at the first of two, serve the model that the JSON names."""
+    manager.set_quota("big", max_tokens_per_hour=0, on_violation="reject")
+    call_ = Call(QuotaMiddleware(Model(), manager, default_model="m"), body=chat("big"))
+    call_.scope["headers"] = [(b"content-type", b"application/json")] * twice + [(b"content-type", kind)]
+    assert asyncio.run(call_.run()).status == 400
+
+
+def test_a_form_without_its_boundary_is_refused(manager):
+    call_ = Call(QuotaMiddleware(Model(), manager, default_model="m"), "/v1/audio/transcriptions", b"no form")
+    call_.scope["headers"] = [(b"content-type", b"multipart/form-data; boundary=zz")]
+    assert asyncio.run(call_.run()).status == 400
+    assert manager.get_stats().total_checks == 0
+
+
+@pytest.mark.parametrize("kind", [memoryview, bytearray])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_an_answer_may_be_any_kind_of_bytes(manager, kind, pieces):
+    """Starlette passes on what the application gave it."""
+    answer = json.dumps({"usage": {"prompt_tokens": 3, "completion_tokens": 4}}).encode()
+    cut = len(answer) // pieces
+
+    async def model(scope, receive, send):
+        head = iter([(b"content-type", b"application/json"), (b"x-model", b"m")])  # ASGI asks for an iterable
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        for at in range(0, len(answer), cut):
+            more = at + cut < len(answer)
+            await send({"type": "http.response.body", "body": kind(answer[at : at + cut]), "more_body": more})
+
+    response = asyncio.run(Call(QuotaMiddleware(model, manager), body=chat()).run())
+    assert (response.status, response.headers["x-model"], response.body) == (200, "m", answer)
+    assert used(manager)[0] == 7
+
+
 def test_a_large_body_that_is_not_valid_is_refused(manager):
     for body in (
         b"[" * LARGE,

@@ -213,6 +213,35 @@ def test_a_queued_client_that_leaves_gives_up_its_place(manager):
     assert used(manager) == (10, 0, 0)
 
 
+@pytest.mark.parametrize("end", ["denied", "canceled"])
+def test_a_request_that_waited_in_vain_leaves_no_task(end):
+    manager = ResourceQuotaManager()
+    manager.set_quota("m", **{**OPEN, "max_concurrent_requests": 1}, on_violation="queue", grace_period_sec=0.05)
+    grant = manager.reserve("m", 1)
+
+    async def main():
+        middleware = QuotaMiddleware(Model(), manager)
+        call = Call(middleware, body=chat())
+        bodies = [await call._receive()]
+
+        async def receive():
+            """Not every server ends this with the response."""
+            return bodies.pop() if bodies else await asyncio.get_running_loop().create_future()
+
+        call.app = lambda scope, _, send: middleware(scope, receive, send)
+        call.start()
+        while not manager.get_usage("m").queued_requests:
+            await asyncio.sleep(0.001)
+        if end == "canceled":
+            call.task.cancel()
+        await asyncio.wait((call.task,))
+        await asyncio.sleep(0)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    with grant:
+        assert not asyncio.run(main())
+
+
 def test_a_client_that_leaves_before_the_first_byte_ends_the_work_if_that_is_wanted(manager):
     async def main():
         model = Model(tokens=5)

@@ -184,6 +184,17 @@ def test_a_path_that_a_server_might_resolve_is_refused(provider, manager, path):
     assert (answer.status, answer.error["code"]) == (400, "invalid_path")
 
 
+@pytest.mark.parametrize(
+    "target",
+    [b"/v1/chat/completions#x", b"http://x/invocations", b"//x/generate", b"/v1/chat\\completions", b"/v1/a b", b"*"],
+)
+def test_a_target_that_servers_read_in_different_ways_is_refused(target):
+    """Some end a path at a fragment, or take only the path of an address."""
+    proxy = ReverseProxy("http://127.0.0.1:9")
+    answer = asyncio.run(Call(proxy, target.decode(), chat(), raw_path=target).run())
+    assert (answer.status, answer.error["code"]) == (400, "invalid_path")
+
+
 def test_a_server_that_is_down_is_a_502_and_costs_nothing(manager):
     with proxied("http://127.0.0.1:9", manager) as client:
         answer = client.post("/v1/chat/completions", json=chat())

@@ -9,8 +9,8 @@ TABLE = PathTable(operations(), anywhere=operations())
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.id)
-@pytest.mark.parametrize("end", ["", "/"])
-def test_a_slash_at_the_end_does_not_matter(sample, end):
+@pytest.mark.parametrize("end", ["", "/", "\n", "/\n"])
+def test_a_slash_or_a_line_feed_at_the_end_does_not_matter(sample, end):
     assert TABLE.find(sample.path + end)[0].protocol.name == sample.protocol
 
 

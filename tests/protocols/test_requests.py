@@ -83,6 +83,15 @@ def test_ollama_fills_the_context_with_minus_two():
         chat.read({"model": "m", "options": 5}, {})
 
 
+def test_ollama_reads_names_in_any_case_and_the_last_one():
+    """As Go's encoding/json does: https://pkg.go.dev/encoding/json#Unmarshal."""
+    chat = operations(["ollama"])["/api/chat"]
+    body = {"model": "m", "Model": "big", "OPTIONS": {"Num_Predict": 9}, "\u017ftream": False, "Prompt": "x" * 36}
+    reading = chat.read(body, {})
+    assert (reading.model, reading.output_bound, reading.stream) == ("big", 9, False)
+    assert reading.prompt_tokens == chat.read({"model": "m", "prompt": "x" * 36}, {}).prompt_tokens > 0
+
+
 def test_ollama_streams_unless_told_not_to():
     chat = operations(["ollama"])["/api/chat"]
     assert chat.read({"model": "m"}, {}).stream

@@ -184,18 +184,21 @@ class Exchange:
         loop = asyncio.get_running_loop()
         waiting = loop.create_task(_awaited(rest))
         watching = loop.create_task(self._watch())
+        grant: Grant | None = None
         try:
             await asyncio.wait((waiting, watching), return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                grant = waiting.result()
+            else:
+                await _given_up(waiting)
         except asyncio.CancelledError:  # the server shuts down
-            watching.cancel()
             await _given_up(waiting)
             raise
-        if waiting.done():
+        finally:
             watching.cancel()
-            grant: Grant = waiting.result()
-            return grant
-        await _given_up(waiting)
-        return None
+            if grant is None and self._receiving is not None:
+                self._receiving.cancel()
+        return grant
 
     async def _watch(self) -> None:
         """Return once the client has disconnected."""
@@ -276,6 +279,8 @@ class Exchange:
                 return self._after_the_end()
             if not self._done and self._status:
                 body = message.get("body", b"")
+                if type(body) is not bytes:
+                    body = bytes(body)  # Starlette also passes on a memoryview
                 more = message.get("more_body", False)
                 reader = self._reader
                 if reader is None and self._charge == "usage" and (more or not self._finish_by_usage(body)):
@@ -300,7 +305,7 @@ class Exchange:
     def _begin(self, message: Message) -> Message:
         """Read the head of the response; return it with our headers."""
         middleware = self._middleware
-        headers = message.get("headers", ())
+        headers = [*message.get("headers", ())]
         kind = b""
         readable = True
         replaces = False  # the application may report limits of its own

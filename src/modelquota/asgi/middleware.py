@@ -229,7 +229,7 @@ class QuotaMiddleware:
         if operation is not None and operation.free:
             await self.app(scope, receive, send)
             return
-        fields: dict[bytes, bytes] = dict(scope.get("headers", ()))
+        fields: dict[bytes, bytes] = dict([*scope.get("headers", ())][::-1])  # of several of a name, the first
         bodies = self.bodies
         try:
             coming = bodies.start(fields.get(b"content-length"), receive)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Iterable
 from email.utils import formatdate
 from typing import Any, Final
@@ -34,6 +35,7 @@ _HOP_BY_HOP: Final = frozenset((
 ))  # fmt: skip
 _VIA: Final = b"1.1 modelquota"
 _KEEPALIVE_SECONDS: Final = 4.0  # below the 5 s after which most Python servers close a connection
+_MISREAD: Final = re.compile(rb"[#\\\x00-\x20\x7f]")  # what servers take for the end of a path, or for a slash
 _OPERATIONS: Final = operations()
 
 
@@ -124,9 +126,15 @@ class ReverseProxy:
             self._transport = httpx.AsyncHTTPTransport(limits=self._limits)
         return self._transport
 
+    @staticmethod
+    def target(scope: Scope) -> bytes:
+        """Return the path of a request as it was sent, without the query."""
+        target: bytes = scope.get("raw_path") or scope["path"].encode()
+        return target
+
     def request(self, scope: Scope, body: _Body) -> httpx.Request:
         """Return the request to send for one that was received."""
-        target = self._base + (scope.get("raw_path") or scope["path"].encode())
+        target = self._base + self.target(scope)
         if scope.get("query_string"):
             target += b"?" + scope["query_string"]
         headers = list(passed_on(scope["headers"]))
@@ -197,8 +205,14 @@ class _Forwarding:
         self._body = _Body(receive)
 
     async def run(self) -> None:
+        # The server might read the target in another way, and run a model at a path that was not seen to be one.
+        target = self._proxy.target(self._scope)
+        if target[:1] != b"/" or target[:2] == b"//" or _MISREAD.search(target):
+            await self._refuse(
+                400, "the target is not a path, or has a fragment, a backslash or a space", "invalid_path"
+            )
+            return
         if any(part in (".", "..") for part in self._scope["path"].split("/")):
-            # The server might resolve them, and run a model at a path that was not seen to be one.
             await self._refuse(400, "the path has the segment . or ..", "invalid_path")
             return
         if not await self._body.begin():

@@ -79,7 +79,7 @@ class IncomingRequest:
         self.scope = scope
         self.body = body
         self.params = params
-        self._fields = dict(scope.get("headers", ())) if fields is None else fields
+        self._fields = dict([*scope.get("headers", ())][::-1]) if fields is None else fields
         self._most = max_body_bytes
         self._json: dict[str, Any] | None = None
 

@@ -24,12 +24,15 @@ _NO_JSON: Final = "the body is not valid JSON"
 _GZIP, _ZLIB, _RAW = 31, 15, -15  # as zlib's `wbits`
 _MOST_FIELDS: Final = 200
 _MOST_PART_HEAD: Final = 4096
+_BEGINS_AS_JSON: Final = re.compile(rb"(?:\xef\xbb\xbf)?\s*\{")
 _NAME: Final = re.compile(rb'name="((?:[^"\\]|\\.)*)"')
 _BOUNDARY: Final = re.compile(r'boundary=(?:"([^"]{1,200})"|([^\s;"]{1,200}))', re.IGNORECASE)
 
 
 def parse_body(data: bytes, content_type: str = "", content_encoding: str = "", most: int = 1 << 25) -> dict[str, Any]:
     """Return the body of a request as an object: JSON, or the fields of a form, whose files are `MEDIA`.
+
+    What begins as JSON is read as JSON whatever its type is said to be: some servers do not look at the type.
 
     JSON may be UTF-8 with or without a byte order mark, UTF-16 or UTF-32; and compressed, with gzip or deflate, and
     with zstd from Python 3.14 on.
@@ -55,7 +58,7 @@ def parse_body(data: bytes, content_type: str = "", content_encoding: str = "", 
     """
     if content_encoding:
         data = decompress(data, content_encoding, most)
-    if content_type[:19].lower() == "multipart/form-data":
+    if content_type[:19].lower() == "multipart/form-data" and not _BEGINS_AS_JSON.match(data):
         return parse_form(data, content_type)
     value = parse_json(data)
     if not isinstance(value, dict):
@@ -176,6 +179,8 @@ def parse_form(data: bytes, content_type: str) -> dict[str, Any]:
     mark = b"--" + (found[1] or found[2]).encode("latin-1", "replace")
     fields: dict[str, Any] = {}
     at = data.find(mark)
+    if at < 0:
+        raise RequestRefusedError(400, "the form does not begin with its boundary", "invalid_form")
     for _ in range(_MOST_FIELDS):
         if at < 0:
             break

@@ -18,7 +18,13 @@ _TEXT: Final = ("messages", "prompt", "system", "template", "suffix", "tools", "
 _UNBOUNDED: Final = (-1, -2)  # -2 fills the context
 
 
+def _as_go(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the fields as a server in Go reads them: names in any case, and the last one of a name."""
+    return {name.casefold(): value for name, value in body.items()}
+
+
 def _read_generation(body: Mapping[str, Any], params: Params) -> Reading:
+    body = _as_go(body)
     options = body.get("options")
     if options is not None and not isinstance(options, dict):
         raise RequestRefusedError(400, "options is not an object", "invalid_value", "options")
@@ -26,12 +32,13 @@ def _read_generation(body: Mapping[str, Any], params: Params) -> Reading:
         model_of(body, params),
         _prompt(body),
         1,
-        output_bound(options or {}, "num_predict", unbounded=_UNBOUNDED),
+        output_bound(_as_go(options or {}), "num_predict", unbounded=_UNBOUNDED),
         body.get("stream") is not False,
     )
 
 
 def _read_input(body: Mapping[str, Any], params: Params) -> Reading:
+    body = _as_go(body)
     return Reading(model_of(body, params), _prompt(body), 0)
 
 

@@ -10,6 +10,8 @@ _T = TypeVar("_T")
 
 _BRACES: Final = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _NEVER_IN_PATHS: Final = re.compile(r"[?#\s\x00-\x1f\x7f]")
+# Routers whose patterns end with `$`, such as Starlette's, match before a line feed as well.
+_IGNORED_AT_THE_END: Final = ("/", "\n")
 _NOTHING: Final[Mapping[str, str]] = {}
 
 
@@ -20,7 +22,7 @@ class PathTable(Generic[_T]):
     ----------
     entries : mapping of str to entry
         By path below the mount point. ``{name}`` in a path matches one segment, or a part of one, up to what follows;
-        a slash at the end does not matter.
+        slashes and line feeds at the end do not matter.
     anywhere : iterable of str
         Those of them that also match further down, for applications mounted below: ``/llm/v1/chat/completions`` is
         ``/v1/chat/completions`` of an application at ``/llm``. Paths of a single segment never do.
@@ -67,8 +69,8 @@ class PathTable(Generic[_T]):
         entry = self._exact.get(path)
         if entry is not None:
             return entry, _NOTHING
-        if path.endswith("/"):
-            path = path.rstrip("/")
+        if path.endswith(_IGNORED_AT_THE_END):
+            path = path.rstrip("/\n")
             entry = self._exact.get(path)
             if entry is not None:
                 return entry, _NOTHING
