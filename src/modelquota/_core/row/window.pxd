@@ -319,8 +319,11 @@ cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
             token_room = room
     if request_room > 0 and (cold.concurrent >= cold.max_concurrent or cold.waiting):
         request_room = 0    # each request is judged by one limit after the other
-    row.trail_request_room += request_room - row.request_room
-    row.trail_token_room += token_room - row.token_room
+    # unsigned: while slots are closed the trail lies above the room by what has just left the windows
+    row.trail_request_room = <int64_t> (
+        <uint64_t> row.trail_request_room + <uint64_t> request_room - <uint64_t> row.request_room
+    )
+    row.trail_token_room = <int64_t> (<uint64_t> row.trail_token_room + <uint64_t> token_room - <uint64_t> row.token_room)
     row.request_room = request_room
     row.token_room = token_room
     cold.requests_mark = requests + <uint64_t> request_room
@@ -346,8 +349,8 @@ cdef inline uint64_t charged_before(const Row* row, int step, uint64_t charged, 
     cdef int i
     if step == row.trail:
         return charged
-    charged -= <uint64_t> (row.trail_token_room - row.token_room if of_tokens
-                           else row.trail_request_room - row.request_room)
+    charged -= (<uint64_t> row.trail_token_room - <uint64_t> row.token_room if of_tokens
+                else <uint64_t> row.trail_request_room - <uint64_t> row.request_room)
     for i in range(step + 1, row.trail):
         charged -= row.trail_tokens[i] if of_tokens else row.trail_requests[i]
     return charged
