@@ -29,7 +29,7 @@ SANITIZE = os.environ.get("MODELQUOTA_SANITIZE") == "1"
 PACKAGE = "src/modelquota"
 # gcc takes more than half of a build. -O3 is for what a check runs through. -O1 takes half of its time, and is for what
 # shows in a count of a grant's or a batch's instructions; -Og takes a third, and is for what shows in none.
-LEVELS = dict.fromkeys(["arrays", "intern", "pools", "snapshot"], "-O1") | dict.fromkeys(
+LEVELS = dict.fromkeys(["arrays", "intern", "pools", "shares", "snapshot"], "-O1") | dict.fromkeys(
     ["packing", "queue", "records", "state", "view"], "-Og"
 )
 DIRECTIVES = {

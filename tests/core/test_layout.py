@@ -16,7 +16,7 @@ def alignment(dtype):
     return max(alignment(base.fields[name][0]) for name in base.names) if base.names else base.itemsize
 
 
-@pytest.mark.parametrize("part", ["header", "seat", "entry", "grant", "row", "cold", "usage"])
+@pytest.mark.parametrize("part", ["header", "seat", "entry", "grant", "row", "cold", "share", "usage"])
 def test_dtype_matches_the_struct(part):
     dtype = dtypes()[part]
     assert dtype.itemsize == struct_sizes()[part]
@@ -55,11 +55,11 @@ def test_counters_are_64_bits_wide():
 
 
 def test_regions_are_page_aligned_and_do_not_overlap():
-    regions = plan(144, (4096, 16_000, 100, 9_000_000, 100, 8_000_000), (128, 2560, 480, 720), 496, 1000)
-    each = [size * 1000 for size in (128, 2560, 480, 720, 496)]
+    regions = plan(144, (4096, 16_000, 100, 9_000_000, 100, 8_000_000), (128, 2560, 480, 720, 304), 496, 1000)
+    each = [size * 1000 for size in (128, 2560, 480, 720, 304, 496)]
     sizes = (144, 4096, 16_000, 100, 9_000_000, 100, 8_000_000, *each)
-    *before, rings, names, end = regions
-    offsets = (0, *before, *rings, names, end)
+    *before, rings, shares, names, end = regions
+    offsets = (0, *before, *rings, shares, names, end)
     for offset, size, end in zip(offsets[:-1], sizes, offsets[1:], strict=True):
         assert offset + size <= end
     assert all(offset % PAGE == 0 for offset in offsets)

@@ -33,6 +33,7 @@ PARTS = {
     "row": (REGIONS.rows, MODELS),
     "cold": (REGIONS.cold_rows, MODELS),
     **{f"ring {window}": (offset, 3) for window, offset in enumerate(REGIONS.rings)},
+    "share": (REGIONS.shares, MODELS),
 }
 LAYOUT |= {f"ring {window}": dtype for window, dtype in enumerate(ring_dtypes())}
 HOSTILE = (0, 1, 2, 59, 60, 61, 127, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1)

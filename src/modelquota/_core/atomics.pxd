@@ -39,6 +39,7 @@ cdef extern from *:
     void store_i64 "MQ_STORE"(int64_t* word, int64_t value) noexcept nogil
     void store_i64_relaxed "MQ_STORE_RELAXED"(int64_t* word, int64_t value) noexcept nogil
 
+    uint32_t add_u32 "MQ_ADD"(uint32_t* word, uint32_t more) noexcept nogil
     uint64_t add_u64 "MQ_ADD"(uint64_t* word, uint64_t more) noexcept nogil
     uint64_t add_u64_relaxed "MQ_ADD_RELAXED"(uint64_t* word, uint64_t more) noexcept nogil
     int64_t add_i64_relaxed "MQ_ADD_RELAXED"(int64_t* word, int64_t more) noexcept nogil

@@ -2,8 +2,8 @@
 #
 # One mapping holds, in this order: Header, Seat[SEATS], the change log, owners of the chunks of queue entries,
 # QueueEntry[ENTRIES], owners of the chunks of grant records, GrantRecord[GRANTS], Row[max_models], ColdRow[max_models],
-# the rings of each window, Ring[max_models] or LongRing[max_models], names. Rows never move. Every field names its
-# unit.
+# the rings of each window, Ring[max_models] or LongRing[max_models], Share[max_models], names. Rows never move. Every
+# field names its unit.
 #
 # How a row counts. A check has to know one number: how many requests (or tokens) all windows still admit. So a row
 # stores that as its room, and one subtraction charges all windows. What was charged so far follows from the room and a
@@ -41,7 +41,7 @@ cdef extern from *:
     const int64_t MAX_TIME_NS "MQ_MAX_TIME_NS"  # the latest time that slot arithmetic holds (73 years)
 
 cdef enum:
-    LAYOUT_VERSION = 5
+    LAYOUT_VERSION = 6
     SLOTS = 60              # closed slots that a window counts beside the current one
     WINDOWS = 5             # the shortest first
     SECOND = 0
@@ -60,6 +60,14 @@ cdef enum:
     CHUNKS = 4096           # of each kind
     RECORDS = 262_144       # CHUNK * CHUNKS: grants open at once, and requests that wait at once, over all processes
     CHANGES = 4096          # the latest additions and removals of models, which the change log holds
+    # what a share consists of: a ceiling of requests in each window, then one of tokens in each, then
+    REQUEST_DRAIN = 2 * WINDOWS     # the rate of requests, and how far its level may rise, both in millionths
+    REQUEST_CAP = 2 * WINDOWS + 1
+    TOKEN_DRAIN = 2 * WINDOWS + 2   # those of tokens
+    TOKEN_CAP = 2 * WINDOWS + 3
+    OPEN_GRANTS = 2 * WINDOWS + 4   # concurrency
+    COMPONENTS = 2 * WINDOWS + 5
+    NODE_BYTES = 256        # of each of the two copies of what a node of a cluster remembers
 
 
 cdef extern from *:
@@ -110,6 +118,7 @@ cdef struct Row:
     uint16_t trail_requests[TRAIL]
     uint8_t trail_slots[TRAIL]      # the slot that followed it, counted from the one that the windows are in
     uint8_t trail            # slots that have ended, 0..TRAIL
+    uint8_t has_share        # the limits above are what its share leaves of them, see share.pxd
 
 
 cdef struct ColdRow:
@@ -197,7 +206,8 @@ cdef struct ColdRow:
     double requests_per_second  # infinity = no limit
     double tokens_per_second
     double grace_period_sec
-    int64_t padding[4]          # to whole cache lines
+    int64_t share_offset        # bytes from this cold row to its Share
+    int64_t padding[3]          # to whole cache lines
 
 
 cdef struct Ring:
@@ -211,6 +221,43 @@ cdef struct LongRing:
     # The closed slots of DAY or MONTH. Their slots are long: no token is carried, so that none ages out a slot late.
     int64_t tokens[SLOTS]
     uint32_t requests[SLOTS]
+
+
+cdef struct Share:
+    # What this host may use of one model's limits, if many hosts share them, and the limits themselves: the row and the
+    # cold row have what the share leaves of them, see share.pxd. Guarded by Row.lock. Touched only if the row has one.
+    int64_t request_limit[WINDOWS]      # as configured, like the fields of these names of the row and the cold row
+    int64_t token_limit[WINDOWS]
+    Wide request_cap
+    Wide token_cap
+    int64_t request_drain
+    int64_t token_drain
+    int64_t max_concurrent
+    int64_t held[COMPONENTS]    # the share; UNLIMITED = the configured limit holds
+    int64_t lease_offset        # bytes from this share to the header's lease
+    uint64_t starved            # requests that were denied although the configured limits had room for them
+    int64_t peak_requests       # most charged in one slot since the last exchange
+    int64_t peak_tokens
+    int64_t needed_tokens       # of the largest request that was denied for lack of share since then; -1 = none
+    uint32_t phase              # of the lease for which the row's limits were computed, see lease_phase()
+    uint8_t changed             # whether anything but time has changed since the last exchange
+    uint8_t called              # whether it has called for an exchange since the last one
+
+
+cdef struct Lease:
+    # Until when shares hold, and what holds afterwards: one of the whole state. Words that change are read and written
+    # atomically; no lock guards them.
+    int64_t end_ns           # the rows' time; 0 = it has ended
+    int64_t clock_offset_ns  # the rows' time is CLOCK_BOOTTIME + this, if Header.clock_kind says so
+    int64_t retry_ns         # the wait that a request is told that is denied for lack of share
+    uint32_t rule            # 0 = no row has a share; otherwise a rule of share.pxd | number of hosts << 2
+    uint32_t urgent          # grows when a row calls for an exchange; a futex
+    uint32_t sleepers        # whether a thread waits for that
+    uint32_t leader          # seat word of the process that exchanges shares for the host; 0 = none
+    int64_t leader_ns        # CLOCK_MONOTONIC when it last said so
+    uint32_t node_copy       # which of the two copies counts
+    uint32_t node_size[2]    # bytes
+    uint8_t node[2][NODE_BYTES]     # what the node remembers
 
 
 cdef struct QueueEntry:
@@ -293,12 +340,12 @@ cdef struct Header:
     int64_t lowest_free       # no row below it is free
     int64_t names_used        # bytes of the names that are in use
     uint64_t registry_version # grows whenever a model is added or removed
-    # -- time: the rows' time is CLOCK_MONOTONIC + clock_offset_ns
+    # -- time: the rows' time is CLOCK_MONOTONIC + clock_offset_ns, or with shares CLOCK_BOOTTIME + that of the lease
     uint8_t boot_id[16]
     int64_t clock_offset_ns
     int64_t anchor_ns         # the rows' time when CLOCK_REALTIME was anchor_wall_ns
     int64_t anchor_wall_ns
-    uint32_t clock_kind       # 0 = not yet known, 1 = CLOCK_MONOTONIC, 2 = a ManualClock
+    uint32_t clock_kind       # 0 = not yet known, 1 = CLOCK_MONOTONIC, 2 = a ManualClock, 3 = CLOCK_BOOTTIME
     uint32_t enforcing        # 0 = admit everything, and count it
     uint32_t seats_used       # no seat above it has ever been taken
     uint32_t entry_chunks_used    # no chunk at or above it has ever been taken
@@ -332,6 +379,8 @@ cdef struct Header:
     uint32_t staged_generation
     Row staged_row_before     # the row as it was before
     Limits staged
+    # -- many hosts
+    Lease lease
 
 
 cdef struct Seat:
@@ -354,8 +403,9 @@ cdef struct Pool:
 cdef struct Shared:
     # What a process knows of the state: where its parts are mapped, the process's seat, and the clock. Process-local.
     int64_t fine_until_ns     # until this time of the rows the seat and the file need no check; or REFUSES
-    int64_t offset_ns         # added to the monotonic clock it is the rows' time
-    const int64_t* manual_ns  # the time of a ManualClock, which is used instead; NULL = the monotonic clock
+    int64_t offset_ns         # added to the clock it is the rows' time
+    const int64_t* manual_ns  # the time of a ManualClock, which is used instead; NULL = the clock
+    int clock                 # CLOCK_MONOTONIC or CLOCK_BOOTTIME, see Header.clock_kind
     Header* header
     Seat* seats
     uint32_t* changes         # row of each addition and removal, at registry_version % CHANGES; UINT32_MAX = any
@@ -364,6 +414,7 @@ cdef struct Shared:
     Row* rows
     ColdRow* cold_rows
     char* rings[WINDOWS]      # a Ring or LongRing of each row
+    Share* shares
     char* names
     int64_t names_size        # bytes
     uint32_t me               # this process's seat word: epoch << SEAT_BITS | seat

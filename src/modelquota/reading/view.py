@@ -13,6 +13,7 @@ import numpy as np
 
 from modelquota._core.state.file import open_existing
 from modelquota._core.state.mapping import boot_id
+from modelquota._core.state.state import CONSTANTS
 from modelquota._core.state.validate import NAME_UNIT, Reader
 from modelquota._core.table.view import read_copies, read_rows, records_of
 from modelquota.errors import ManagerClosedError, StateFileError
@@ -191,6 +192,8 @@ class QuotaView(QuotaReader):
     def _now_ns(self, header: Any) -> int:
         """The rows' time; if no process has opened the file since a reboot, as `State` will compute it."""
         if header["boot_id"].tobytes() == boot_id():
+            if int(header["clock_kind"]) == CONSTANTS["boottime"]:
+                return time.clock_gettime_ns(time.CLOCK_BOOTTIME) + int(header["lease"]["clock_offset_ns"])
             return time.monotonic_ns() + int(header["clock_offset_ns"])
         return int(header["anchor_ns"]) + max(time.time_ns() - int(header["anchor_wall_ns"]), 0)
 
@@ -207,7 +210,9 @@ class QuotaView(QuotaReader):
             self._version = -1  # the row belongs to another model now
         else:
             return None  # it was removed during every attempt
-        usage, limits = read_copies(part.rows, part.cold_rows, part.rings, self._now_ns(reader.header))
+        usage, limits = read_copies(
+            part.rows, part.cold_rows, part.rings, part.shares, part.header, self._now_ns(reader.header)
+        )
         return limits[0], {name: usage[name][0].tolist() for name in usage.dtype.names or ()}
 
     @_reads

@@ -4,6 +4,7 @@ from libc.stdint cimport UINT32_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32
 from modelquota._core.atomics cimport compiler_barrier
 from modelquota._core.layout cimport ColdRow, Row, TRAIL
 from modelquota._core.row.level cimport coarse_level, drain_levels, is_dormant, raise_level, update_minimum
+from modelquota._core.row.share cimport follow_lease
 from modelquota._core.row.window cimport (
     SLOTS_PER_SPAN, current_slot, requests_in_slot, slot_at, slot_start_ns, tokens_in_slot, turn_slots
 )
@@ -31,6 +32,8 @@ cdef inline void end_slot(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogi
     if row.trail:
         update_minimum(cold.request_minimum, row.trail_request_minimum, 0)
         update_minimum(cold.token_minimum, row.trail_token_minimum, 0)
+    if unlikely(row.has_share):
+        follow_lease(row, cold, now_ns)
     steps = turn_slots(row, cold, now_ns)
     if begins:
         update_minimum(cold.request_minimum, coarse_level(&row.request_level, row.request_shift), steps)
@@ -62,6 +65,7 @@ cdef inline bint extend_trail(Row* row, int64_t now_ns) noexcept nogil:
     cdef int step = row.trail
     if (
         step == TRAIL or here - turned > 255 or here // SLOTS_PER_SPAN != turned // SLOTS_PER_SPAN or is_dormant(row)
+        or row.has_share    # it looks at the lease at each slot's end
         or requests < 0 or requests > 65_535 or tokens < 0 or tokens > UINT32_MAX
     ):
         return False

@@ -9,7 +9,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.layout cimport (
-    Charge, ColdRow, LIMITS, LIMIT_CODES, MAX_COUNT, MINUTE, QueueEntry, Row, SECOND, UNLIMITED, WINDOWS, Wide
+    Charge, ColdRow, LIMITS, LIMIT_CODES, MAX_COUNT, MINUTE, QueueEntry, Row, SECOND, Share, UNLIMITED, WINDOWS, Wide
 )
 from modelquota._core.row.advance cimport advance, advance_levels, unlikely
 from modelquota._core.row.fullest cimport in_use, percent, rate_in_use
@@ -18,6 +18,7 @@ from modelquota._core.row.level cimport (
 )
 from modelquota._core.row.tokens cimport Kinds
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
+from modelquota._core.row.share cimport LIVE, is_lacking, lease_of, note_need, share_of
 from modelquota._core.row.window cimport NEVER, is_counted, most_tokens_used, requests_used, tokens_used, window_wait_ns
 
 cdef enum:  # Limit codes, in the order in which limits are judged; 0 = none. Those of the windows are in LIMIT_CODES
@@ -41,6 +42,11 @@ cdef enum:  # ViolationAction codes
     WARN = 2
     QUEUE = 3
     NO_ACTION = -1
+
+cdef enum:  # Verdict.starved: why a share denies what the whole limit does not
+    NOT_STARVED = 0
+    HAS_ROOM = 1        # the limit has room, and the share does not
+    LEASE_ENDED = 2
 
 cdef enum:
     NS_PER_MS = 1_000_000
@@ -93,6 +99,8 @@ cdef struct Verdict:
     double bound
     int64_t asked
     bint in_dollars          # whether counts of tokens are millionths of a dollar
+    uint8_t starved          # of the violated limit: HAS_ROOM or LEASE_ENDED; only meaningful if `limit` is not 0
+    double whole             # the limit of which `bound` is a share, if it is starved
 
 
 cdef inline bint exceeds(int64_t asked, uint64_t used, int64_t cap) noexcept nogil:
@@ -135,7 +143,8 @@ cdef inline void charge_tokens(Row* row, ColdRow* cold, int64_t tokens, bint tri
 
 
 cdef inline void record_violation(
-    Verdict* verdict, uint8_t limit, int64_t wait_ns, int64_t soonest_ns, double used, double bound, int64_t asked
+    Verdict* verdict, uint8_t limit, int64_t wait_ns, int64_t soonest_ns, double used, double bound, int64_t asked,
+    uint8_t starved=NOT_STARVED, double whole=0.0
 ) noexcept nogil:
     """Record one limit's result: the first violated limit is described, the longest waits are kept.
 
@@ -159,6 +168,35 @@ cdef inline void record_violation(
         verdict.bound = bound
         verdict.asked = asked
         verdict.usage = percent(used, bound)
+        verdict.starved = starved
+        verdict.whole = whole
+
+
+cdef inline void hope_for_share(const Share* share, int64_t* wait_ns) noexcept nogil:
+    """Shorten a wait, or a wait without end: the share may grow at any time."""
+    cdef int64_t retry_ns = max(lease_of(share).retry_ns, <int64_t> 1)
+    wait_ns[0] = retry_ns if wait_ns[0] == NEVER else min(wait_ns[0], retry_ns)
+
+
+cdef inline uint8_t find_starved(
+    const Row* row, const ColdRow* cold, int window, bint of_tokens, int64_t cost, int64_t* wait_ns,
+    int64_t* soonest_ns, double* whole
+) noexcept nogil:
+    """Whether a limit is violated only because the row has a share of it; if so, shortens the waits, and sets `whole`.
+
+    A request that fits into the whole limit alone does not wait without end either.
+    """
+    cdef const Share* share = share_of(cold)
+    cdef bint possible
+    if is_lacking(row, cold, window, of_tokens, cost, &possible):
+        hope_for_share(share, wait_ns)
+        hope_for_share(share, soonest_ns)
+        whole[0] = <double> (share.token_limit[window] if of_tokens else share.request_limit[window])
+        return HAS_ROOM if share.phase == LIVE else LEASE_ENDED
+    if possible and wait_ns[0] == NEVER:
+        hope_for_share(share, wait_ns)
+        hope_for_share(share, soonest_ns)
+    return NOT_STARVED
 
 
 cdef inline void record_rate(
@@ -173,15 +211,18 @@ cdef inline void record_rate(
     cdef uint8_t shift = row.token_shift if of_tokens else row.request_shift
     cdef int64_t level_ns = level_wait_ns(level, cap, drain, shift, cost, 0)
     cdef int64_t wait_ns, soonest_ns
-    cdef double used, bound
+    cdef uint8_t starved = NOT_STARVED
+    cdef double used, bound, whole = 0.0
     if ceiling_ns == 0 and level_ns == 0:
         return
     wait_ns = soonest_ns = NEVER if ceiling_ns == NEVER or level_ns == NEVER else max(ceiling_ns, level_ns)
     if credit and wait_ns != NEVER:
         soonest_ns = max(window_wait_ns(row, cold, SECOND, of_tokens, cost, credit, row.level_ns),
                          level_wait_ns(level, cap, drain, shift, cost, credit))
+    if row.has_share:
+        starved = find_starved(row, cold, SECOND, of_tokens, cost, &wait_ns, &soonest_ns, &whole)
     rate_in_use(row, cold, of_tokens, &used, &bound)
-    record_violation(verdict, LIMIT_CODES[SECOND][of_tokens], wait_ns, soonest_ns, used, bound, cost)
+    record_violation(verdict, LIMIT_CODES[SECOND][of_tokens], wait_ns, soonest_ns, used, bound, cost, starved, whole)
 
 
 cdef inline void record_window(
@@ -190,16 +231,35 @@ cdef inline void record_window(
     cdef int64_t wait_ns = window_wait_ns(row, cold, window, of_tokens, cost, 0, row.level_ns)
     cdef int64_t soonest_ns = wait_ns
     cdef uint8_t code = LIMIT_CODES[window][of_tokens]
+    cdef uint8_t starved = NOT_STARVED
+    cdef double whole = 0.0
     if wait_ns == 0:
         return
+    if of_tokens and cold.reserved_tokens and wait_ns != NEVER:
+        soonest_ns = window_wait_ns(row, cold, window, True, cost, cold.reserved_tokens, row.level_ns)
+    if row.has_share:
+        starved = find_starved(row, cold, window, of_tokens, cost, &wait_ns, &soonest_ns, &whole)
     if of_tokens:
-        if cold.reserved_tokens and wait_ns != NEVER:
-            soonest_ns = window_wait_ns(row, cold, window, True, cost, cold.reserved_tokens, row.level_ns)
         record_violation(verdict, code, wait_ns, soonest_ns, <double> tokens_used(row, cold, window),
-                         <double> cold.token_limit[window], cost)
+                         <double> cold.token_limit[window], cost, starved, whole)
     else:
         record_violation(verdict, code, wait_ns, soonest_ns, <double> requests_used(row, cold, window),
-                         <double> cold.request_limit[window], cost)
+                         <double> cold.request_limit[window], cost, starved, whole)
+
+
+cdef inline void record_concurrency(const Row* row, const ColdRow* cold, Verdict* verdict) noexcept nogil:
+    cdef int64_t wait_ns = NEVER
+    cdef int64_t soonest_ns = 0 if cold.max_concurrent else NEVER
+    cdef uint8_t starved = NOT_STARVED
+    cdef const Share* share = share_of(cold)
+    if cold.concurrent < cold.max_concurrent:
+        return
+    if row.has_share and cold.concurrent < share.max_concurrent:
+        hope_for_share(share, &wait_ns)
+        soonest_ns = min(wait_ns, soonest_ns) if soonest_ns != NEVER else wait_ns
+        starved = HAS_ROOM if share.phase == LIVE else LEASE_ENDED
+    record_violation(verdict, CONCURRENCY, wait_ns, soonest_ns, <double> cold.concurrent, <double> cold.max_concurrent,
+                     1, starved, <double> share.max_concurrent if starved else 0.0)
 
 
 cdef inline uint8_t violation_of(uint8_t limit) noexcept nogil:
@@ -241,9 +301,7 @@ cdef inline void find_violations(
     if exceeds(request.ssd_mb, used_ssd_mb, cold.max_ssd_mb):
         record_violation(verdict, SSD_MB, NEVER, 0 if request.ssd_mb <= cold.max_ssd_mb else NEVER,
                          <double> used_ssd_mb, <double> cold.max_ssd_mb, request.ssd_mb)
-    if cold.concurrent >= cold.max_concurrent:
-        record_violation(verdict, CONCURRENCY, NEVER, 0 if cold.max_concurrent else NEVER, <double> cold.concurrent,
-                         <double> cold.max_concurrent, 1)
+    record_concurrency(row, cold, verdict)
     record_rate(row, cold, False, 1, verdict)
     record_rate(row, cold, True, request.tokens, verdict)
     for window in range(SECOND + 1, WINDOWS):
@@ -252,6 +310,7 @@ cdef inline void find_violations(
     if is_behind(head, request):
         verdict.others_may_free = True
         verdict.limit = QUEUE_PLACE
+        verdict.starved = NOT_STARVED
         verdict.cause = head.limit
         verdict.used = <double> cold.waiting
         verdict.bound = <double> cold.max_queued
@@ -376,6 +435,8 @@ cdef inline void count_violation(Row* row, ColdRow* cold, Verdict* verdict) noex
         cold.throttled += 1
     elif verdict.action == QUEUE:
         cold.queued += 1
+    if row.has_share and verdict.starved and not verdict.allowed:
+        share_of(cold).starved += 1
     cold.log_held += 1
     # the first in this second of the row's time: one log record, for all before it too
     if cold.log_second != second:
@@ -431,6 +492,8 @@ cdef inline void decide_closely(
         count_violation(row, cold, verdict)
     if verdict.allowed:
         charge_admitted(row, cold, request, &fit, &charged)
+    elif row.has_share and verdict.starved:
+        note_need(cold, request.tokens)
 
 
 cdef inline void decide(
@@ -523,4 +586,6 @@ cdef inline bint admits_tokens(Row* row, ColdRow* cold, int64_t tokens, bint enf
         memset(&request, 0, sizeof(request))
         request.tokens = tokens
         judge(row, cold, NULL, &request, token_limits(), enforcing, &verdict)
+        if row.has_share and not verdict.allowed and verdict.starved:
+            note_need(cold, tokens)
     return verdict.allowed

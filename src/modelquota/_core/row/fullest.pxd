@@ -3,16 +3,13 @@ from libc.stdint cimport int64_t, uint64_t
 from modelquota._core.layout cimport ColdRow, Row, SECOND, UNLIMITED, Wide, WINDOWS
 from modelquota._core.row.advance cimport unlikely
 from modelquota._core.row.level cimport NO_RATE, as_double
+from modelquota._core.row.share cimport share_of
 from modelquota._core.row.window cimport is_counted, requests_used, tokens_used
 
 ctypedef void (*UsageMeasure)(const Row*, ColdRow*) noexcept nogil
 
 cdef extern from *:
     UsageMeasure out_of_line "MQ_OUT_OF_LINE"(UsageMeasure function) noexcept nogil     # of advance.pxd
-
-cdef enum:
-    NOT_KNOWN = -1      # ColdRow.held_percent after a change of what is held
-
 
 cdef inline double percent(double used, double limit) noexcept nogil:
     """Percent of a limit in use. A limit of 0 counts as 1, so that the result is finite."""
@@ -132,7 +129,10 @@ cdef inline void rate_in_use(
     bound[0] = <double> (cold.token_limit[SECOND] if of_tokens else cold.request_limit[SECOND])
     if (row.token_shift if of_tokens else row.request_shift) == NO_RATE:
         return
+    if row.has_share:
+        cap = &share_of(cold).token_cap if of_tokens else &share_of(cold).request_cap
     unit = as_double(cap) / (larger(rate, 1.0) + <double> (cold.burst_tokens if of_tokens else cold.burst_requests))
+    cap = &row.token_cap if of_tokens else &row.request_cap
     level_used = as_double(level) / unit
     level_bound = as_double(cap) / unit
     if percent(level_used, level_bound) > percent(used[0], bound[0]):

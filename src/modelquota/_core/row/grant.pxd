@@ -4,9 +4,11 @@ from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.atomics cimport compiler_barrier
 from modelquota._core.layout cimport Charge, ColdRow, GrantRecord, MAX_COUNT, QueueEntry, Row
 from modelquota._core.row.decision cimport Request
-from modelquota._core.row.fullest cimport NOT_KNOWN
 from modelquota._core.row.level cimport lower_level
-from modelquota._core.row.window cimport SLOTS_PER_SPAN, current_slot, measure_room, refund_window, slot_at
+from modelquota._core.row.share cimport share_of
+from modelquota._core.row.window cimport (
+    NOT_KNOWN, SLOTS_PER_SPAN, current_slot, measure_room, refund_window, slot_at
+)
 
 
 cdef struct Holding:
@@ -110,9 +112,12 @@ cdef inline void refund(Row* row, ColdRow* cold, int64_t requests, int64_t token
     if charge.epoch != cold.level_epoch:
         return
     requests = min(requests, <int64_t> charge.raised_request)
-    lower_level(&row.request_level, cold.request_minimum, row.request_drain, row.request_shift, requests, requests,
-                elapsed_ns, steps)
+    # a share of the drain has changed in the meantime, and was never more than the configured one
+    lower_level(&row.request_level, cold.request_minimum,
+                share_of(cold).request_drain if row.has_share else row.request_drain, row.request_shift, requests,
+                requests, elapsed_ns, steps)
     # what is not refunded would have raised the level as far as the cap let it
     tokens = max(charge.raised - (charge.tokens - tokens), <int64_t> 0)
-    lower_level(&row.token_level, cold.token_minimum, row.token_drain, row.token_shift, tokens, charge.raised,
-                elapsed_ns, steps)
+    lower_level(&row.token_level, cold.token_minimum,
+                share_of(cold).token_drain if row.has_share else row.token_drain, row.token_shift, tokens,
+                charge.raised, elapsed_ns, steps)

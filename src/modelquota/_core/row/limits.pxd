@@ -2,12 +2,12 @@
 # row's lock.
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
-from modelquota._core.layout cimport ALWAYS_COUNTED, ColdRow, KINDS, Limits, Row, UNLIMITED, WINDOWS
-from modelquota._core.row.fullest cimport NOT_KNOWN
-from modelquota._core.row.level cimport NO_RATE, as_double, change_rate
+from modelquota._core.layout cimport ALWAYS_COUNTED, ColdRow, KINDS, Limits, Row, Share, UNLIMITED, WINDOWS
+from modelquota._core.row.level cimport NO_RATE, change_rate
+from modelquota._core.row.share cimport configure_share, leave_limits, lease_of, lease_phase, level_percent, share_of
 from modelquota._core.row.tokens cimport MICRO
 from modelquota._core.row.window cimport (
-    begin_counting, drop_trail, is_counted, measure_room, requests_in_slot, slot_at, slot_start_ns, tokens_in_slot
+    NOT_KNOWN, begin_counting, drop_trail, is_counted, measure_room, requests_in_slot, slot_at, slot_start_ns, tokens_in_slot
 )
 
 
@@ -31,8 +31,17 @@ cdef inline uint32_t limited_windows(const Limits* limits) noexcept nogil:
 
 
 cdef inline void put_limits(Row* row, ColdRow* cold, const Limits* limits) noexcept nogil:
-    """Replace the row's limits; its use is kept."""
+    """Replace the row's limits; its use is kept, and its share of them if it has one."""
+    cdef Limits left
+    cdef Share* share
     cdef int i
+    if row.has_share:
+        share = share_of(cold)
+        configure_share(share, limits)
+        share.phase = lease_phase(lease_of(share), row.level_ns)
+        left = limits[0]
+        leave_limits(share, limits.request_shift, limits.token_shift, share.phase, &left)
+        limits = &left
     if (limits.requests_per_second != cold.requests_per_second or limits.tokens_per_second != cold.tokens_per_second
             or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
         cold.level_epoch += 1
@@ -50,8 +59,8 @@ cdef inline void put_limits(Row* row, ColdRow* cold, const Limits* limits) noexc
             begin_counting(row, cold, i)
         cold.request_limit[i] = limits.request_limits[i]
         cold.token_limit[i] = limits.token_limits[i]
-    cold.request_level_percent = 0.0 if limits.request_shift == NO_RATE else 100.0 / as_double(&limits.request_cap)
-    cold.token_level_percent = 0.0 if limits.token_shift == NO_RATE else 100.0 / as_double(&limits.token_cap)
+    cold.request_level_percent = level_percent(&limits.request_cap, limits.request_shift)
+    cold.token_level_percent = level_percent(&limits.token_cap, limits.token_shift)
     cold.max_ram_mb = limits.max_ram_mb
     cold.max_ssd_mb = limits.max_ssd_mb
     cold.max_concurrent = limits.max_concurrent
@@ -72,14 +81,15 @@ cdef inline void put_limits(Row* row, ColdRow* cold, const Limits* limits) noexc
 
 
 cdef inline void read_limits(const Row* row, const ColdRow* cold, Limits* limits) noexcept nogil:
-    """Read the configured part of the limits, without what encode_rate() derives."""
+    """Read the configured part of the limits, without what encode_rate() derives and what a share leaves of them."""
+    cdef const Share* share = share_of(cold)
     cdef int i
     for i in range(WINDOWS):
-        limits.request_limits[i] = cold.request_limit[i]
-        limits.token_limits[i] = cold.token_limit[i]
+        limits.request_limits[i] = share.request_limit[i] if row.has_share else cold.request_limit[i]
+        limits.token_limits[i] = share.token_limit[i] if row.has_share else cold.token_limit[i]
     limits.max_ram_mb = cold.max_ram_mb
     limits.max_ssd_mb = cold.max_ssd_mb
-    limits.max_concurrent = cold.max_concurrent
+    limits.max_concurrent = share.max_concurrent if row.has_share else cold.max_concurrent
     limits.max_queued = cold.max_queued
     limits.burst_requests = cold.burst_requests
     limits.burst_tokens = cold.burst_tokens

@@ -20,6 +20,7 @@ cdef enum:
     COUNT_BITS = 27                 # of the two parts of a closed slot's code: below 2**27 it is the count itself
     MOST_CARRIES = 4                # slots after which of any count nothing is carried on
     NEVER = -1                      # the wait for what no passing of time admits
+    NOT_KNOWN = -1                  # ColdRow.held_percent after a change of what is held
 
 cdef enum:  # ColdRow.stage
     IDLE = 0

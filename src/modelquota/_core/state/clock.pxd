@@ -2,6 +2,9 @@
 from libc.stdint cimport int64_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
+cdef extern from "<time.h>" nogil:
+    const int CLOCK_BOOTTIME    # goes on while the machine is suspended
+
 
 cdef class Watcher:
     cdef int wake(self, object ref) except -1
@@ -16,7 +19,11 @@ cdef class ManualClock:
     cdef int move_to(self, int64_t time_ns) except -1
 
 
-cdef inline int64_t monotonic_ns() noexcept nogil:
+cdef inline int64_t read_clock(int clock) noexcept nogil:
     cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
+    clock_gettime(clock, &now)
     return now.tv_sec * 1_000_000_000 + now.tv_nsec
+
+
+cdef inline int64_t monotonic_ns() noexcept nogil:
+    return read_clock(CLOCK_MONOTONIC)

@@ -12,6 +12,7 @@ from modelquota._core.row.decision cimport (
 from modelquota._core.row.fullest cimport highest_usage
 from modelquota._core.row.grant cimport Holding, take_holding
 from modelquota._core.row.queue cimport unlink_entry
+from modelquota._core.row.share cimport lacks_share, note_need
 from modelquota._core.row.tokens cimport count_at, most_output
 from modelquota._core.state.lock cimport unlock, wait_clock_ns
 from modelquota._core.state.repair cimport lock_row, try_row
@@ -232,6 +233,11 @@ cdef inline void decide_jointly(
         count_violation(joint.members[joint.violating].row, joint.members[joint.violating].cold, verdict)
     if not verdict.allowed:
         update_entries(joint, verdict)
+        for i in range(joint.count):
+            member = &joint.members[i]
+            there.tokens = count_at(member.cold, &request.kinds)
+            if member.row.has_share and not fits[i].fits and lacks_share(member.row, member.cold, there.tokens):
+                note_need(member.cold, there.tokens)
         return
     verdict.usage = 0.0
     joint.free_output = MAX_COUNT

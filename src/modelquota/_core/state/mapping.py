@@ -28,6 +28,7 @@ class Regions(NamedTuple):
     rows: int
     cold_rows: int
     rings: tuple[int, ...]
+    shares: int
     names: int
     size: int
 
@@ -40,13 +41,13 @@ def plan(header: int, fixed: Sequence[int], each: Sequence[int], name_share: int
     """Lay out the mapping for `max_models` models from the sizes of its parts, in bytes.
 
     `fixed` has the sizes of the parts that do not depend on the number of models, whole; `each` what one model has in
-    the others: its row, its cold row, and a ring in each window.
+    the others: its row, its cold row, a ring in each window, and its share.
     """
     sizes = (header, *fixed, *(size * max_models for size in each), name_share * max_models)
     offsets = list(itertools.accumulate(_pages(size) for size in sizes))
-    seats, changes, entry_owners, entries, grant_owners, grants, rows, cold_rows, *rings, names, size = offsets
+    seats, changes, entry_owners, entries, grant_owners, grants, rows, cold_rows, *rings, shares, names, size = offsets
     return Regions(
-        seats, changes, entry_owners, entries, grant_owners, grants, rows, cold_rows, tuple(rings), names, size
+        seats, changes, entry_owners, entries, grant_owners, grants, rows, cold_rows, tuple(rings), shares, names, size
     )
 
 
@@ -75,13 +76,16 @@ def open_again(descriptor: int, path: str | None = None) -> int:
     raise _without_proc(link)
 
 
-def clock_shift_ns() -> int:
-    """Return how far this process's time namespace shifts its monotonic clock, in ns; see time_namespaces(7)."""
+def clock_shift_ns(clock: str = "monotonic") -> int:
+    """Return how far this process's time namespace shifts a clock, in ns; see time_namespaces(7).
+
+    `clock` is "monotonic" or "boottime".
+    """
     try:
         with open("/proc/self/timens_offsets") as file:
             for line in file:
                 name, seconds, nanoseconds = line.split()
-                if name == "monotonic":
+                if name == clock:
                     return int(seconds) * 1_000_000_000 + int(nanoseconds)
     except OSError:
         pass  # a kernel without time namespaces

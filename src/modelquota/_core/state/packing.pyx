@@ -7,7 +7,7 @@ from libc.stdint cimport int64_t
 
 from modelquota._core.layout cimport (
     ColdRow, DAY, GrantRecord, Header, KINDS, LIMITS, LIMIT_CODES, Limits, LongRing, MAX_COUNT, QueueEntry, Ring, Row,
-    SECOND, SLOTS_PER_SLOT, Seat, UNLIMITED, WINDOWS
+    SECOND, SLOTS_PER_SLOT, Seat, Share, UNLIMITED, WINDOWS
 )
 from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB
 from modelquota._core.row.level cimport NO_RATE, WIDEST_SHIFT
@@ -20,7 +20,7 @@ from modelquota.quota.limits import (
     CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
 )
 
-PARTS = ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring")    # of the mapping, as in dtypes()
+PARTS = ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring", "share")     # of the mapping, as in dtypes()
 
 cdef tuple ACTIONS = tuple(ViolationAction)
 cdef tuple WINDOW_FIELDS = tuple([      # of a quota: the fields of each window, requests and tokens
@@ -44,6 +44,7 @@ def dtypes():
     cdef ColdRow cold
     cdef Ring ring
     cdef LongRing long_ring
+    cdef Share share
     cdef Usage usage
     return {
         "header": np.asarray(<const Header[:1]> &header).dtype,
@@ -54,6 +55,7 @@ def dtypes():
         "cold": np.asarray(<const ColdRow[:1]> &cold).dtype,
         "ring": np.asarray(<const Ring[:1]> &ring).dtype,
         "long_ring": np.asarray(<const LongRing[:1]> &long_ring).dtype,
+        "share": np.asarray(<const Share[:1]> &share).dtype,
         "usage": _with_names_of_windows(np.asarray(<const Usage[:1]> &usage).dtype),
     }
 
@@ -91,7 +93,7 @@ def struct_sizes():
     """``sizeof`` of each struct of the layout, for comparison with the dtypes."""
     return {"header": sizeof(Header), "seat": sizeof(Seat), "entry": sizeof(QueueEntry), "grant": sizeof(GrantRecord),
             "row": sizeof(Row), "cold": sizeof(ColdRow), "ring": sizeof(Ring), "long_ring": sizeof(LongRing),
-            "usage": sizeof(Usage)}
+            "share": sizeof(Share), "usage": sizeof(Usage)}
 
 
 def encode_rate(rate, burst):
@@ -198,7 +200,7 @@ def bounds_of(config):
     cdef Limits limits
     cdef Usage usage
     pack(config, &limits)
-    start_copy(&model, &limits, 0)
+    start_copy(&model, &limits, 0, NULL)
     read_usage(&model.row, &model.cold, 0, &usage)
     at_once = [None if usage.left[code] == NO_LIMIT else usage.left[code] for code in range(LIMITS)]
     most = at_once.copy()

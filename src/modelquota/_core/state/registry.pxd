@@ -3,13 +3,14 @@
 # locked blocks only that model.
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
-from modelquota._core.atomics cimport add_u64_relaxed, compiler_barrier, store_i64, store_u32, store_u64, swap_i64
+from modelquota._core.atomics cimport add_u64_relaxed, compiler_barrier, load_u32, store_i64, store_u32, store_u64, swap_i64
 from modelquota._core.layout cimport (
     CHANGES, ColdRow, DAY, Header, Limits, LongRing, Ring, Row, Shared, UNLIMITED, VIOLATION_TYPES, WINDOWS
 )
 from modelquota._core.row.advance cimport advance
 from modelquota._core.row.level cimport NO_RATE, load
 from modelquota._core.row.limits cimport limits_digest, put_limits, read_limits, same_limits, start_row
+from modelquota._core.row.share cimport begin_share
 from modelquota._core.row.window cimport requests_charged, requests_used, tokens_charged, tokens_used
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, unlock, wait_clock_ns
 from modelquota._core.state.meters cimport MOST_METERS, assign_meter, has_meter, sync_meter
@@ -35,6 +36,7 @@ cdef enum:  # the outcome of a change
 cdef enum:  # Header.clock_kind
     MONOTONIC = 1
     MANUAL = 2
+    BOOTTIME = 3
 
 cdef enum:
     ANY_ROW = 0xFFFF_FFFF   # in the change log: all rows have to be read again
@@ -211,10 +213,11 @@ cdef inline int64_t next_free_row(const Shared* shared) noexcept nogil:
 
 
 cdef inline void place_rings(const Shared* shared, ColdRow* cold, int64_t index) noexcept nogil:
-    """Note where the rings of a row are. Requires the row's lock."""
+    """Note where the rings and the share of a row are. Requires the row's lock."""
     cdef int window
     for window in range(WINDOWS):
         cold.ring_offset[window] = shared.rings[window] + index * ring_size(window) - <char*> cold
+    cold.share_offset = <char*> &shared.shares[index] - <char*> cold
 
 
 cdef inline void vacate_row(Row* row, ColdRow* cold, const Shared* shared) noexcept nogil:
@@ -422,6 +425,8 @@ cdef inline int64_t add_model(
     place_rings(shared, cold, index)
     if write_name(shared, cold, name, size):
         start_row(row, cold, now_ns)
+        if load_u32(&header.lease.rule):
+            begin_share(row, cold, &header.lease)
         put_limits(row, cold, limits)
         if on_sight:
             cold.sight_digest = <uint32_t> limits_digest(limits)

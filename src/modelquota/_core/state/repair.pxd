@@ -8,12 +8,12 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.atomics cimport add_u64_relaxed, compiler_barrier
 from modelquota._core.layout cimport CHUNK, ColdRow, GrantRecord, Header, Row, SLOTS, Shared, WINDOWS
-from modelquota._core.row.fullest cimport NOT_KNOWN
 from modelquota._core.row.level cimport LEVEL_MAX, load, store
 from modelquota._core.row.limits cimport put_limits
 from modelquota._core.row.queue cimport rebuild_queue
+from modelquota._core.row.share cimport apply_share, lease_phase
 from modelquota._core.row.window cimport (
-    IDLE, ROLLED, ROLLING, charged_before, closed_requests, closed_tokens, current_slot, drop_trail, is_counted,
+    IDLE, NOT_KNOWN, ROLLED, ROLLING, charged_before, closed_requests, closed_tokens, current_slot, drop_trail, is_counted,
     measure_room, requests_in_slot, roll, slot_of_step, slot_start_ns, slots_per_slot, tokens_in_slot, trail_slot,
     turn_ring
 )
@@ -169,7 +169,10 @@ cdef inline void recompute_row(Row* row, ColdRow* cold, uint32_t index, const Sh
     if load(&row.token_level) > LEVEL_MAX:
         store(&row.token_level, LEVEL_MAX)
     count_held(row, cold, index, shared)
-    measure_room(row, cold)
+    if row.has_share:
+        apply_share(row, cold, lease_phase(&header.lease, row.level_ns))
+    else:
+        measure_room(row, cold)
 
 
 cdef inline void repair_row(Row* row, const Shared* shared) noexcept nogil:

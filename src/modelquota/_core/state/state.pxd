@@ -2,7 +2,7 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport INT64_MIN, int64_t, uint32_t
 from modelquota._core.layout cimport Shared
-from modelquota._core.state.clock cimport ManualClock, monotonic_ns
+from modelquota._core.state.clock cimport ManualClock, read_clock
 
 cdef extern from *:
     """
@@ -23,7 +23,7 @@ cdef class Mapping:
 
 cdef inline int64_t rows_now_ns(const Shared* shared) noexcept nogil:
     """The rows' time now."""
-    return monotonic_ns() + shared.offset_ns if shared.manual_ns == NULL else shared.manual_ns[0]
+    return read_clock(shared.clock) + shared.offset_ns if shared.manual_ns == NULL else shared.manual_ns[0]
 
 
 cdef class State:
@@ -57,12 +57,14 @@ cdef class State:
     cdef int reserve_used(self) except -1
     cdef int reserve_optional_rings(self) except -1
     cdef int reserve_rings(self, int64_t first, int64_t count, uint32_t windows) except -1
+    cdef int reserve_shares(self) except -1
     cdef int reserve_next_model(self, uint32_t windows) except -1
     cdef int take_seat(self) except -1
     cdef bint begin(self, uint32_t me) noexcept
     cdef void leave_parent(self) noexcept
     cdef int retake_seat(self) except -1
     cdef int anchor(self) except -1
+    cdef int adopt_clock(self) except -1
 
     cdef inline bint usable(self) noexcept:
         """Whether this process may use the state."""

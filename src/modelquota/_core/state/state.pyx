@@ -18,24 +18,27 @@ from posix.mman cimport (
     MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, MS_SYNC, PROT_READ, PROT_WRITE, mmap,
     msync, munmap
 )
+from posix.time cimport CLOCK_MONOTONIC
 from posix.unistd cimport close
 
-from modelquota._core.atomics cimport compiler_barrier, load_u32, load_u64, swap_u32
+from modelquota._core.atomics cimport compiler_barrier, load_u32, load_u64, store_i64, swap_u32
 from modelquota._core.layout cimport (
-    ALWAYS_COUNTED, CHANGES, CHUNK, CHUNKS, ColdRow, GrantRecord, Header, LAYOUT_VERSION, MAX_COUNT, MAX_TIME_NS, Pool,
-    QueueEntry, RECORDS, Row, SEATS, SLOTS, Seat, Shared, TRAIL, UNLIMITED, WINDOWS
+    ALWAYS_COUNTED, CHANGES, CHUNK, CHUNKS, COMPONENTS, ColdRow, GrantRecord, Header, LAYOUT_VERSION, MAX_COUNT,
+    MAX_TIME_NS, NODE_BYTES, OPEN_GRANTS, Pool, QueueEntry, RECORDS, Row, SEATS, SLOTS, Seat, Share, Shared, TRAIL,
+    UNLIMITED, WINDOWS
 )
 from modelquota._core.row.decision cimport QUEUE
 from modelquota._core.row.level cimport COARSE_BITS, LEVEL_BITS, NO_RATE, WIDEST_SHIFT
+from modelquota._core.row.share cimport ALLOW, DENY, EQUAL_PARTS, KEEP, LIVE, NO_SHARES, RULE_BITS
 from modelquota._core.row.window cimport COUNT_BITS, IDLE, NEVER, ROLLED, ROLLING, THREE_SLOTS_NS
-from modelquota._core.state.clock cimport ManualClock, Watcher, monotonic_ns
+from modelquota._core.state.clock cimport CLOCK_BOOTTIME, ManualClock, Watcher, monotonic_ns, read_clock
 from modelquota._core.state.lock cimport (
     NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, claim_seat, clear_seat, has_seat, hold_by_lock, holds_seat, is_file,
     is_left, lock_seat, own_bits
 )
 from modelquota._core.state.pool cimport end_pool, record_at, start_pool
 from modelquota._core.state.registry cimport (
-    MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, next_free_row, ring_size, unlock_registry
+    BOOTTIME, MANUAL, MONOTONIC, NAME_SHARE, NAME_UNIT, lock_registry, next_free_row, ring_size, unlock_registry
 )
 from modelquota._core.state.sweep cimport release_grants
 from modelquota._core.state.unclaimed cimport LAPSED
@@ -92,7 +95,18 @@ CONSTANTS = {       # of the layout, for Python code that reads the bytes of a s
     "trail": TRAIL,
     "count_bits": COUNT_BITS,
     "last_action": QUEUE,
-    "last_clock_kind": MANUAL,
+    "last_clock_kind": BOOTTIME,
+    "boottime": BOOTTIME,
+    "components": COMPONENTS,
+    "open_grants": OPEN_GRANTS,
+    "node_bytes": NODE_BYTES,
+    "rule_bits": RULE_BITS,
+    "no_shares": NO_SHARES,
+    "deny": DENY,
+    "equal_parts": EQUAL_PARTS,
+    "allow": ALLOW,
+    "live": LIVE,
+    "keep": KEEP,
     "lapsed": LAPSED,
 }
 
@@ -151,7 +165,7 @@ def regions_for(max_models):
     """The offsets of the parts of a mapping for this number of models."""
     fixed = (SEATS * sizeof(Seat), CHANGES * sizeof(uint32_t), CHUNKS * sizeof(uint32_t), RECORDS * sizeof(QueueEntry),
              CHUNKS * sizeof(uint32_t), RECORDS * sizeof(GrantRecord))
-    each = (sizeof(Row), sizeof(ColdRow), *(ring_size(window) for window in range(WINDOWS)))
+    each = (sizeof(Row), sizeof(ColdRow), *(ring_size(window) for window in range(WINDOWS)), sizeof(Share))
     return plan(sizeof(Header), fixed, each, NAME_SHARE, max_models)
 
 
@@ -211,6 +225,7 @@ cdef class State:
     def __cinit__(self):
         self.shared.fd = self.shared.spare_fd = -1
         self.shared.fine_until_ns = REFUSES
+        self.shared.clock = CLOCK_MONOTONIC
 
     cdef int open(self, object path, object max_models, object clock, object trust_file) except -1:
         """Open the state at a path, or a new one in memory, and take a seat. May be called once."""
@@ -256,6 +271,7 @@ cdef class State:
         shared.cold_rows = <ColdRow*> (memory + <Py_ssize_t> regions.cold_rows)
         for window, offset in enumerate(regions.rings):
             shared.rings[<int> window] = memory + <Py_ssize_t> offset
+        shared.shares = <Share*> (memory + <Py_ssize_t> regions.shares)
         shared.names = memory + <Py_ssize_t> regions.names
         shared.names_size = regions.size - regions.names
         shared.header = <Header*> memory
@@ -277,7 +293,7 @@ cdef class State:
             return
         if kind == MANUAL and self.manual is None:
             raise StateFileError(self.path, "its times are those of a ManualClock; open it with clock=ManualClock(...)")
-        if kind == MONOTONIC and self.manual is not None:
+        if kind != MANUAL and self.manual is not None:
             raise StateFileError(self.path, "its times are those of the monotonic clock; leave clock out")
 
     def _register(self):
@@ -330,6 +346,8 @@ cdef class State:
             return 0
         self.verify_seat()
         self._check_file()
+        if self.shared.clock != CLOCK_BOOTTIME and load_u32(&self.shared.header.clock_kind) == BOOTTIME:
+            self.adopt_clock()
         self.require_open()     # another thread may have closed it in the meantime
         self.shared.fine_until_ns = now_ns + LOOK_NS
         return 0
@@ -430,6 +448,14 @@ cdef class State:
         return tuple(np.frombuffer(self.mapping, dtype, n, offset)
                      for dtype, offset in zip(ring_dtypes(), regions_for(n).rings))
 
+    def shares(self):
+        """The shares of all rows, as a numpy structured array over the same memory, see arrays()."""
+        import numpy as np
+
+        self.require_open()
+        n = self.shared.header.max_models
+        return np.frombuffer(self.mapping, dtypes()["share"], n, regions_for(n).shares)
+
     # -- space
 
     cdef int reserve_space(self, const void* start, Py_ssize_t size) except -1:
@@ -456,8 +482,14 @@ cdef class State:
         self.reserve_space(shared.cold_rows, header.row_count * sizeof(ColdRow))
         self.reserve_rings(0, header.row_count, ALWAYS_COUNTED)
         self.reserve_optional_rings()
+        if load_u32(&header.lease.rule):
+            self.reserve_shares()
         self.reserve_space(shared.names, header.names_used)
         return 0
+
+    cdef int reserve_shares(self) except -1:
+        """Reserve space for the shares of all models so far."""
+        return self.reserve_space(self.shared.shares, self.shared.header.row_count * sizeof(Share))
 
     cdef int reserve_optional_rings(self) except -1:
         """Reserve space for the rings of the windows that only some models count, by runs of rows that do."""
@@ -499,6 +531,8 @@ cdef class State:
             self.reserve_space(&shared.rows[index], sizeof(Row))
             self.reserve_space(&shared.cold_rows[index], sizeof(ColdRow))
             self.reserve_rings(index, 1, windows | ALWAYS_COUNTED)
+            if load_u32(&shared.header.lease.rule):
+                self.reserve_space(&shared.shares[index], sizeof(Share))
         else:       # any row may be made free
             self.reserve_rings(0, index, windows)
         self.reserve_space(shared.names + name, min(LONGEST_NAME, shared.names_size - name))
@@ -581,8 +615,7 @@ cdef class State:
             if not is_file(self.shared.fd, self.shared.device, self.shared.inode):
                 raise OSError(0, "its descriptors were closed underneath")
             self.take_seat()
-            if self.manual is None:
-                self.shared.offset_ns = self.shared.header.clock_offset_ns - <int64_t> clock_shift_ns()
+            self.adopt_clock()
         except BaseException as error:
             self.refuse(f"this process was forked and could not take a seat of its own ({error}); it has what its "
                         "parent had, and must not use it. Make room before the fork, or make a manager in the child")
@@ -615,16 +648,16 @@ cdef class State:
         """
         cdef bytes boot = boot_id()
         cdef const char* boot_bytes = boot
-        cdef int64_t shift_ns, wall_ns, mono_ns
+        cdef int64_t wall_ns, mono_ns, boot_ns
         cdef uint32_t kind = MONOTONIC if self.manual is None else MANUAL
         cdef int outcome = BUSY
         while outcome == BUSY:
-            shift_ns = clock_shift_ns()
             wall_ns = time.time_ns()
-            mono_ns = monotonic_ns() - shift_ns
+            mono_ns = monotonic_ns() - <int64_t> clock_shift_ns()
+            boot_ns = read_clock(CLOCK_BOOTTIME) - <int64_t> clock_shift_ns("boottime")
             self.inside += 1
             with nogil:
-                outcome = anchor_time(&self.shared, boot_bytes, wall_ns, mono_ns, kind)
+                outcome = anchor_time(&self.shared, boot_bytes, wall_ns, mono_ns, boot_ns, kind)
             self.exit()
             if outcome == BUSY:
                 self.pause()
@@ -632,8 +665,19 @@ cdef class State:
             self._require_clock()
             self.refuse("it is open with another kind of clock: a ManualClock, or the monotonic one")
             self.require_open()
-        if self.manual is None:
-            self.shared.offset_ns = self.shared.header.clock_offset_ns - shift_ns
+        return self.adopt_clock()
+
+    cdef int adopt_clock(self) except -1:
+        """Go by the state's clock. It may have changed from CLOCK_MONOTONIC to CLOCK_BOOTTIME, and never back."""
+        cdef Header* header = self.shared.header
+        if self.manual is not None:
+            return 0
+        if load_u32(&header.clock_kind) == BOOTTIME:
+            self.shared.offset_ns = header.lease.clock_offset_ns - <int64_t> clock_shift_ns("boottime")
+            self.shared.clock = CLOCK_BOOTTIME
+        else:
+            self.shared.offset_ns = header.clock_offset_ns - <int64_t> clock_shift_ns()
+            self.shared.clock = CLOCK_MONOTONIC
         return 0
 
     cdef int flush(self) except -1:
@@ -713,14 +757,14 @@ def count_processes(int descriptor, bytes seats, uint32_t used):
 
 
 cdef int anchor_time(
-    const Shared* shared, const char* boot, int64_t wall_ns, int64_t mono_ns, uint32_t kind
+    const Shared* shared, const char* boot, int64_t wall_ns, int64_t mono_ns, int64_t boot_ns, uint32_t kind
 ) noexcept nogil:
     """State.anchor() from lock to unlock. Takes the registry's lock."""
     cdef Header* header = shared.header
     cdef int64_t now_ns, i
     if not lock_registry(shared, SLICE_NS):
         return BUSY
-    if header.clock_kind != kind:
+    if header.clock_kind != kind and not (header.clock_kind == BOOTTIME and kind == MONOTONIC):
         if header.clock_kind != 0 and (header.row_count != 0 or has_other_process(shared)):
             unlock_registry(shared)
             return OTHER_CLOCK
@@ -732,9 +776,14 @@ cdef int anchor_time(
                 now_ns = max(now_ns, shared.rows[i].level_ns)
             now_ns = min(now_ns, <int64_t> MAX_TIME_NS)
             header.clock_offset_ns = now_ns - mono_ns
+            header.lease.clock_offset_ns = now_ns - boot_ns
+            store_i64(&header.lease.end_ns, 0)      # it was measured by a clock that begins at 0 with each boot
         header.anchor_wall_ns = wall_ns
         compiler_barrier()
-        header.anchor_ns = mono_ns + header.clock_offset_ns
+        if header.clock_kind == BOOTTIME:
+            header.anchor_ns = boot_ns + header.lease.clock_offset_ns
+        else:
+            header.anchor_ns = mono_ns + header.clock_offset_ns
         compiler_barrier()
         memcpy(header.boot_id, boot, 16)
     unlock_registry(shared)

@@ -77,6 +77,7 @@ _LOWEST_BITS = CONSTANTS["level_bits"] - CONSTANTS["coarse_bits"]  # of a lowest
 _LAST_ACTION = CONSTANTS["last_action"]
 _LAST_CLOCK_KIND = CONSTANTS["last_clock_kind"]
 _TRAIL = CONSTANTS["trail"]
+_RULE_BITS = CONSTANTS["rule_bits"]
 _MAX_WEIGHT = MAX_WEIGHT * 1_000_000
 _ALWAYS_COUNTED = sum(1 << place for place, window in enumerate(WINDOWS) if not window.optional)
 _SHADOWS = sum(1 << record.limit for record in DENYING)
@@ -93,6 +94,7 @@ class RowBlock:
     rows: NDArray[Any]
     cold_rows: NDArray[Any]
     rings: tuple[NDArray[Any], ...]
+    shares: NDArray[Any]
     steady: NDArray[np.bool_] = field(repr=False)
     header: Any = field(repr=False)
 
@@ -123,9 +125,25 @@ class RowBlock:
             axis=1,
         )
 
+    def share_offsets(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the share of each row is, in bytes from its cold row; and the header's lease, from the share."""
+        regions = regions_for(self.max_models)
+        index = self.first + np.arange(len(self.rows))
+        shares = regions.shares + index * self.shares.dtype.itemsize
+        lease = (dtypes()["header"].fields or {})["lease"][1]
+        return shares - (regions.cold_rows + index * self.cold_rows.dtype.itemsize), lease - shares
+
+    def configured(self, what: str) -> NDArray[Any]:
+        """The configured limits of a row or cold row that has a share, otherwise those that it has; by field."""
+        own = self.rows if what in (self.rows.dtype.names or ()) else self.cold_rows
+        return _of_share(self.rows, own[what], self.shares[what])
+
     def is_like(self, other: RowBlock) -> NDArray[np.bool_]:
         """Which rows are the same, byte for byte, in a copy that was made at another time."""
-        return _alike((self.rows, self.cold_rows, *self.rings), (other.rows, other.cold_rows, *other.rings))
+        return _alike(
+            (self.rows, self.cold_rows, *self.rings, self.shares),
+            (other.rows, other.cold_rows, *other.rings, other.shares),
+        )
 
 
 class Reader:
@@ -195,6 +213,8 @@ class Reader:
         for name in ("anchor_ns", "clock_offset_ns", "anchor_wall_ns"):
             if abs(int(header[name])) > _MAX_TIME_NS and name != "anchor_wall_ns":
                 raise StateFileError(self.path, f"{name} is {header[name]}; 2**61 ns is the most")
+        for fault in lease_faults(header["lease"]):
+            raise StateFileError(self.path, fault)
 
     def processes(self) -> int:
         """Return how many living processes have a seat."""
@@ -238,11 +258,11 @@ class Reader:
                 for copy, fresh in zip(again, same_one, strict=True):
                     _bytes(copy)[span][unsteady] = _bytes(fresh)[unsteady]  # numpy would not copy the padding
                 steady[span] |= _same(one, same_one)
-        rows, cold_rows, *rings = again
-        return RowBlock(first, rows, cold_rows, tuple(rings), steady, self.read_header())
+        rows, cold_rows, *rings, shares = again
+        return RowBlock(first, rows, cold_rows, tuple(rings), shares, steady, self.read_header())
 
     def _copy(self, first: int, count: int) -> tuple[NDArray[Any], ...]:
-        row_type, cold_type = self.layout["row"], self.layout["cold"]
+        row_type, cold_type, share_type = self.layout["row"], self.layout["cold"], self.layout["share"]
         return (
             self._read(row_type, count, self.regions.rows + first * row_type.itemsize),
             self._read(cold_type, count, self.regions.cold_rows + first * cold_type.itemsize),
@@ -250,6 +270,7 @@ class Reader:
                 self._read(dtype, count, offset + first * dtype.itemsize)
                 for dtype, offset in zip(ring_dtypes(), self.regions.rings, strict=True)
             ),
+            self._read(share_type, count, self.regions.shares + first * share_type.itemsize),
         )
 
     def names(self, part: RowBlock) -> list[bytes | None]:
@@ -294,6 +315,14 @@ class Reader:
         # The first row's model, and so its name, was there before and after the other name was read.
         there = self.generations(row, 1)[0] == part.rows["generation"][0]
         return name is not None and name == other_name and bool(there)
+
+
+def _of_share(rows: NDArray[Any], own: NDArray[Any], of_share: NDArray[Any]) -> NDArray[Any]:
+    """`of_share` of the rows that have a share, otherwise `own`."""
+    found = own.copy()
+    shared = rows["has_share"] != 0
+    found[shared] = of_share[shared]
+    return found
 
 
 def _same(copies: tuple[NDArray[Any], ...], again: tuple[NDArray[Any], ...]) -> NDArray[np.bool_]:
@@ -461,12 +490,78 @@ def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterat
     )
     offsets = cold_rows["ring_offset"] != part.ring_offsets()
     yield from _each(part, alive & offsets.any(1), "its ring_offset is not where its rings are")
+    places, _ = part.share_offsets()
+    yield from _each(part, alive & (cold_rows["share_offset"] != places), "its share_offset is not where its share is")
     counted = cold_rows["counted"].astype(np.int64)
     wrong = (counted & _ALWAYS_COUNTED != _ALWAYS_COUNTED) | (counted >> len(_PER_SLOT) != 0)
     yield from _each(part, alive & wrong, "the windows that it counts are unknown")
     # Including locked rows: limits change only while the header has the row as staged_row.
-    yield from limit_faults(part, alive & (part.first + np.arange(len(rows)) != staged_row))
+    settled = alive & (part.first + np.arange(len(rows)) != staged_row)
+    yield from limit_faults(part, settled)
+    yield from share_faults(part, alive, settled)
     yield from sum_faults(part, part.steady & alive)
+
+
+def lease_faults(lease: Any) -> Iterator[str]:
+    """Yield the faults of the lease of a state's shares."""
+    rule, nodes = int(lease["rule"]) & ((1 << _RULE_BITS) - 1), int(lease["rule"]) >> _RULE_BITS
+    if (rule == CONSTANTS["no_shares"]) != (nodes == 0):
+        yield f"its lease has the rule {lease['rule']}, which is unknown"
+    if not 0 <= int(lease["end_ns"]) <= _MAX_TIME_NS or abs(int(lease["clock_offset_ns"])) > _MAX_TIME_NS:
+        yield "its lease ends beyond 2**61 ns, or its clock is beyond that"
+    if not 0 <= int(lease["retry_ns"]) <= _MAX_TIME_NS:
+        yield f"the retry_ns of its lease is {lease['retry_ns']}; 2**61 ns is the most"
+    if int(lease["node_copy"]) > 1 or (lease["node_size"] > CONSTANTS["node_bytes"]).any():
+        yield "what its node remembers is longer than it can be"
+
+
+def share_faults(part: RowBlock, alive: NDArray[np.bool_], settled: NDArray[np.bool_]) -> Iterator[str]:
+    """Yield the faults of the shares of rows that have a model; `settled`, of those that are not given other limits."""
+    rows, cold_rows, shares = part.rows, part.cold_rows, part.shares
+    yield from _each(part, alive & (rows["has_share"] > 1), "whether it has a share is unknown")
+    shared = alive & (rows["has_share"] == 1)
+    if not shared.any():
+        return
+    _, leases = part.share_offsets()
+    yield from _each(part, shared & (shares["lease_offset"] != leases), "its lease_offset is not where the lease is")
+    held = shares["held"]
+    yield from _each(part, shared & ~_is_limit(held).all(1), "its share is not a share")
+    for name in ("peak_requests", "peak_tokens"):
+        beyond = (shares[name] < 0) | (shares[name] > _MAX_COUNT)
+        yield from _each(part, shared & beyond, f"its {name} is not a count")
+    needed = shares["needed_tokens"]
+    yield from _each(part, shared & ((needed < -1) | (needed > _MAX_COUNT)), "its needed_tokens is not a count")
+    yield from _each(part, shared & (shares["starved"] > _MAX_TALLY), "starved is too large")
+    for what in ("request", "token"):
+        wrong = (shares[f"{what}_cap"]["high"] >> _HIGH_BITS != 0) | (shares[f"{what}_drain"] < 0)
+        yield from _each(part, shared & wrong, f"the {what} rate of its share is none")
+    shared = shared & settled & part.steady  # a repair computes the rest again
+    phase = shares["phase"][:, None]
+    pairs = [
+        (cold_rows["request_limit"], shares["request_limit"], held[:, : len(_PER_SLOT)]),
+        (cold_rows["token_limit"], shares["token_limit"], held[:, len(_PER_SLOT) : 2 * len(_PER_SLOT)]),
+        (cold_rows["max_concurrent"][:, None], shares["max_concurrent"][:, None], held[:, -1:]),
+    ]
+    for own, whole, part_held in pairs:
+        wrong = (own != _left_of(whole, part_held, phase)).any(1)
+        yield from _each(part, shared & wrong, "its limits are not what its share leaves of them")
+    for what in ("request", "token"):
+        more = rows[f"{what}_drain"] > shares[f"{what}_drain"]
+        cap, whole_cap = rows[f"{what}_cap"], shares[f"{what}_cap"]
+        more |= (cap["high"] > whole_cap["high"]) | (
+            (cap["high"] == whole_cap["high"]) & (cap["low"] > whole_cap["low"])
+        )
+        more &= rows[f"{what}_shift"] != _NO_RATE
+        yield from _each(part, shared & more, f"its {what} rate is more than its share is one of")
+
+
+def _left_of(limit: NDArray[np.int64], held: NDArray[np.int64], phase: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """What a share leaves of limits, see ``part_of`` in ``share.pxd``."""
+    rule, nodes = phase & ((1 << _RULE_BITS) - 1), np.maximum((phase >> _RULE_BITS).astype(np.int64), 1)
+    left = np.where(rule == CONSTANTS["equal_parts"], limit // nodes, 0)
+    left = np.where(rule == CONSTANTS["allow"], limit, left)
+    left = np.where(phase == CONSTANTS["live"], np.minimum(limit, held), left)
+    return np.where((limit == _UNLIMITED) | (held == _UNLIMITED), limit, left)
 
 
 def staged_faults(header: Any) -> Iterator[str]:
@@ -501,8 +596,9 @@ def staged_faults(header: Any) -> Iterator[str]:
 def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
     """Yield the limits that no configuration has, in rows that have a model and are not being changed."""
     rows, cold_rows = part.rows, part.cold_rows
-    for name in ("max_ram_mb", "max_ssd_mb", "max_concurrent"):
+    for name in ("max_ram_mb", "max_ssd_mb"):
         yield from _each(part, alive & ~_is_limit(cold_rows[name]), f"its {name} is not a limit")
+    yield from _each(part, alive & ~_is_limit(part.configured("max_concurrent")), "its max_concurrent is not a limit")
     for name in ("max_queued", "burst_requests", "burst_tokens"):
         count = (cold_rows[name] >= 0) & (cold_rows[name] <= _MAX_COUNT)
         yield from _each(part, alive & ~count, f"its {name} is not a count")
@@ -517,8 +613,9 @@ def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
     wrong = ((weights < 0) | (weights > _MAX_WEIGHT)).any(1) | (cold_rows["unit"] >= len(UNITS))
     yield from _each(part, alive & wrong, "its weights of tokens or their unit are unknown")
     for what in ("request", "token"):
+        limits, cap = part.configured(f"{what}_limit"), part.configured(f"{what}_cap")
         for window in range(1, len(_PER_SLOT)):
-            limit = cold_rows[f"{what}_limit"][:, window]
+            limit = limits[:, window]
             wrong = ~_is_limit(limit) | ((limit != _UNLIMITED) & ~_is_counted(cold_rows, window))
             yield from _each(part, alive & wrong, f"its limit of {what}s in window {window} is invalid")
         lowest = cold_rows[f"{what}_minimum"]
@@ -529,9 +626,9 @@ def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
         yield from _each(part, alive & part.steady & wrong, f"its lowest {what} level is invalid")
         encoded = np.empty(len(rows), _ENCODED)
         encoded["rate"], encoded["burst"] = cold_rows[f"{what}s_per_second"], cold_rows[f"burst_{what}s"]
-        encoded["limit"], encoded["drain"] = cold_rows[f"{what}_limit"][:, 0], rows[f"{what}_drain"]
+        encoded["limit"], encoded["drain"] = limits[:, 0], part.configured(f"{what}_drain")
         encoded["shift"] = rows[f"{what}_shift"]
-        encoded["low"], encoded["high"] = rows[f"{what}_cap"]["low"], rows[f"{what}_cap"]["high"]
+        encoded["low"], encoded["high"] = cap["low"], cap["high"]
         # without a rate, cap and drain are those of the previous rate: any values within their bounds
         unset = encoded["shift"] == _NO_RATE
         for name in ("drain", "low", "high"):

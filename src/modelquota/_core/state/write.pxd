@@ -2,8 +2,8 @@
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.layout cimport ColdRow, Row, Shared
 from modelquota._core.row.advance cimport advance
-from modelquota._core.row.fullest cimport NOT_KNOWN
 from modelquota._core.row.level cimport empty_burst
+from modelquota._core.row.window cimport NOT_KNOWN
 from modelquota._core.state.lock cimport unlock
 from modelquota._core.state.repair cimport lock_row
 

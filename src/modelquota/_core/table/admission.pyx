@@ -297,7 +297,7 @@ cdef class Admission:
                 if len(names) == MOST_MODELS:
                     raise too_many(ids)
                 self.interned.pack_limits(template, &limits)
-                start_copy(&copies[len(names)], &limits, now_ns)
+                start_copy(&copies[len(names)], &limits, now_ns, &self.state.shared.header.lease)
                 names.append(model_id)
             places = in_order_of_decision(ids, names)
             joint.count = len(places)

@@ -173,6 +173,10 @@ cdef class QuotaTable:
         """See `State.rings`."""
         return self.state.rings()
 
+    def _shares(self):
+        """See `State.shares`."""
+        return self.state.shares()
+
     # -- models
 
     def list_models(self):

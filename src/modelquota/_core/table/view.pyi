@@ -15,5 +15,10 @@ def read_rows(
 def records_of(usage: NDArray[np.void], model_ids: list[str], places: NDArray[np.intp]) -> NDArray[np.void]: ...
 def unpack_limits(limits: NDArray[np.void]) -> list[dict[str, Any]]: ...
 def read_copies(
-    rows: NDArray[np.void], cold_rows: NDArray[np.void], rings: tuple[NDArray[np.void], ...], now_ns: int
+    rows: NDArray[np.void],
+    cold_rows: NDArray[np.void],
+    rings: tuple[NDArray[np.void], ...],
+    shares: NDArray[np.void],
+    header: np.void,
+    now_ns: int,
 ) -> tuple[NDArray[np.void], list[dict[str, Any]]]: ...

@@ -12,7 +12,8 @@ from libc.string cimport memcmp, memcpy, memset
 from posix.types cimport off_t
 from posix.unistd cimport usleep
 
-from modelquota._core.layout cimport ColdRow, Limits, MAX_TIME_NS, Row, SLOTS, TRAIL, WINDOWS
+from modelquota._core.atomics cimport load_u32
+from modelquota._core.layout cimport ColdRow, Header, Lease, Limits, MAX_TIME_NS, Row, SLOTS, Share, TRAIL, WINDOWS
 from modelquota._core.row.limits cimport read_limits
 from modelquota._core.row.usage cimport Usage, read_usage
 from modelquota._core.row.window cimport drop_trail, slot_start_ns
@@ -120,12 +121,15 @@ def read_rows(int descriptor, regions, Py_ssize_t count, int64_t now_ns):
     cdef int window
     cdef bint complete
     cdef Copies copies
+    cdef Header header
     copies.descriptor = descriptor
     copies.rows_at = regions.rows
     copies.cold_rows_at = regions.cold_rows
+    copies.shares_at = regions.shares
     copies.rows = <Row*> malloc(2 * AT_A_TIME * sizeof(Row))
     copies.cold_rows = <ColdRow*> malloc(2 * AT_A_TIME * sizeof(ColdRow))
-    complete = copies.rows != NULL and copies.cold_rows != NULL
+    copies.shares = <Share*> malloc(2 * AT_A_TIME * sizeof(Share))
+    complete = copies.rows != NULL and copies.cold_rows != NULL and copies.shares != NULL
     for window, offset in enumerate(regions.rings):
         copies.rings_at[window] = offset
         copies.rings[window] = <char*> malloc(2 * AT_A_TIME * ring_size(window))
@@ -134,7 +138,8 @@ def read_rows(int descriptor, regions, Py_ssize_t count, int64_t now_ns):
         if not complete:
             raise MemoryError(f"no memory for copies of {AT_A_TIME} rows")
         with nogil:
-            while first < count:
+            failed = copy_bytes(descriptor, &copies.lease, sizeof(Lease), <char*> &header.lease - <char*> &header)
+            while first < count and not failed:
                 size = min(<Py_ssize_t> AT_A_TIME, count - first)
                 failed = copy_steadily(&copies, first, size)
                 if failed:
@@ -144,6 +149,7 @@ def read_rows(int descriptor, regions, Py_ssize_t count, int64_t now_ns):
     finally:
         free(copies.rows)
         free(copies.cold_rows)
+        free(copies.shares)
         for window in range(WINDOWS):
             free(copies.rings[window])
     if failed == SHORT:
@@ -183,8 +189,10 @@ def unpack_limits(cnp.ndarray limits):
     return [unpack(&bounds[i]) for i in range(limits.shape[0])]
 
 
-def read_copies(cnp.ndarray rows, cnp.ndarray cold_rows, tuple rings, int64_t now_ns):
-    """Use and limits of copies of rows, their cold rows and rings at `now_ns`; the copies are advanced to that time.
+def read_copies(cnp.ndarray rows, cnp.ndarray cold_rows, tuple rings, cnp.ndarray shares, header, int64_t now_ns):
+    """Use and limits of copies of rows, their cold rows, rings and shares at `now_ns`, to which they are advanced.
+
+    `header` is a record with the lease of the shares.
 
     Returns
     -------
@@ -200,11 +208,20 @@ def read_copies(cnp.ndarray rows, cnp.ndarray cold_rows, tuple rings, int64_t no
     cdef cnp.ndarray ring
     cdef char* first_rings[WINDOWS]
     cdef int window
+    cdef Share* share
+    cdef Lease held_until
+    cdef bytes lease
     cdef list found = []
     _require(rows, sizeof(Row))
     _require(cold_rows, sizeof(ColdRow))
-    if cold_rows.shape[0] != count:
-        raise ValueError(f"there are {cold_rows.shape[0]} cold rows for {count} rows; give one each")
+    _require(shares, sizeof(Share))
+    if cold_rows.shape[0] != count or shares.shape[0] != count:
+        raise ValueError(f"there are {cold_rows.shape[0]} cold rows and {shares.shape[0]} shares for {count} rows; "
+                         "give one each")
+    lease = header["lease"].tobytes()
+    if len(lease) != sizeof(Lease):
+        raise ValueError("header has no lease")
+    memcpy(&held_until, <const char*> lease, sizeof(Lease))
     for window in range(WINDOWS):
         ring = rings[window]
         _require(ring, ring_size(window))
@@ -215,8 +232,10 @@ def read_copies(cnp.ndarray rows, cnp.ndarray cold_rows, tuple rings, int64_t no
     row = <Row*> cnp.PyArray_DATA(rows)
     cold = <ColdRow*> cnp.PyArray_DATA(cold_rows)
     records = <Usage*> cnp.PyArray_DATA(usage)
+    share = <Share*> cnp.PyArray_DATA(shares)
     for i in range(count):
         place_copied_rings(&cold[i], first_rings, i)
+        place_copied_share(&cold[i], &share[i], &held_until)
         make_readable(&row[i], &cold[i])
         read_usage(&row[i], &cold[i], now_ns, &records[i])
         read_limits(&row[i], &cold[i], &limits)
@@ -230,9 +249,12 @@ cdef struct Copies:
     int64_t rows_at
     int64_t cold_rows_at
     int64_t rings_at[WINDOWS]
+    int64_t shares_at
     Row* rows
     ColdRow* cold_rows
     char* rings[WINDOWS]
+    Share* shares
+    Lease lease
 
 
 cdef enum:
@@ -263,12 +285,15 @@ cdef int copy_rows(const Copies* copies, int64_t first, Py_ssize_t count, Py_ssi
 
 
 cdef int copy_rings(const Copies* copies, int64_t first, Py_ssize_t count, Py_ssize_t place) noexcept nogil:
-    """Copy the rings of `count` rows likewise."""
+    """Copy the rings of `count` rows likewise, and their shares if they have any."""
     cdef int window
     cdef int failed = 0
     for window in range(WINDOWS):
         failed = failed or copy_bytes(copies.descriptor, copies.rings[window] + place * ring_size(window),
                                       count * ring_size(window), copies.rings_at[window] + first * ring_size(window))
+    if load_u32(&copies.lease.rule):
+        failed = failed or copy_bytes(copies.descriptor, &copies.shares[place], count * sizeof(Share),
+                                      copies.shares_at + first * <int64_t> sizeof(Share))
     return failed
 
 
@@ -299,6 +324,8 @@ cdef int copy_steadily(const Copies* copies, int64_t first, Py_ssize_t count) no
             for window in range(WINDOWS):
                 size = ring_size(window)
                 memcpy(copies.rings[window] + i * size, copies.rings[window] + (AT_A_TIME + i) * size, size)
+            if load_u32(&copies.lease.rule):
+                memcpy(&copies.shares[i], &copies.shares[AT_A_TIME + i], sizeof(Share))
             if (row.lock == 0 and memcmp(row, &copies.rows[AT_A_TIME + i], sizeof(Row)) == 0
                     and memcmp(cold, &copies.cold_rows[AT_A_TIME + i], sizeof(ColdRow)) == 0):
                 steady[i] = 1
@@ -318,6 +345,12 @@ cdef void place_copied_rings(ColdRow* cold, char* const* rings, Py_ssize_t place
         cold.ring_offset[window] = rings[window] + place * ring_size(window) - <char*> cold
 
 
+cdef void place_copied_share(ColdRow* cold, Share* share, const Lease* lease) noexcept nogil:
+    """Have a copy of a cold row refer to a copy of its share, and that to one of the lease."""
+    cold.share_offset = <char*> share - <char*> cold
+    share.lease_offset = <const char*> lease - <const char*> share
+
+
 cdef void make_readable(Row* row, ColdRow* cold) noexcept nogil:
     """Bring what leads to memory within its bounds: nothing has judged the row of which this is a copy."""
     cdef int window
@@ -329,7 +362,7 @@ cdef void make_readable(Row* row, ColdRow* cold) noexcept nogil:
 
 
 cdef void read_copied(
-    const Copies* copies, Py_ssize_t count, int64_t now_ns, Usage* usage, Limits* limits, uint32_t* places
+    Copies* copies, Py_ssize_t count, int64_t now_ns, Usage* usage, Limits* limits, uint32_t* places
 ) noexcept nogil:
     cdef ColdRow* cold
     cdef Py_ssize_t i
@@ -339,6 +372,9 @@ cdef void read_copied(
         places[3 * i + 1] = cold.name_offset
         places[3 * i + 2] = cold.name_size
         place_copied_rings(cold, copies.rings, i)
+        place_copied_share(cold, &copies.shares[i], &copies.lease)
+        if load_u32(&copies.lease.rule) == 0:
+            copies.rows[i].has_share = 0        # the last one of all has just ended: what it was has not been read
         make_readable(&copies.rows[i], cold)
         read_usage(&copies.rows[i], cold, now_ns, &usage[i])
         read_limits(&copies.rows[i], cold, &limits[i])

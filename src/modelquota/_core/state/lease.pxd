@@ -1,0 +1,167 @@
+# The lease of a state's shares: beginning and ending it, which process leads, and a wait for a call for an exchange.
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+from modelquota._core.atomics cimport (
+    compiler_barrier, load_i64, load_u32, store_i64, store_u32, swap_u32
+)
+from modelquota._core.layout cimport COMPONENTS, ColdRow, Header, Lease, NODE_BYTES, Row, Share, Shared
+from modelquota._core.row.advance cimport advance
+from modelquota._core.row.share cimport (
+    NONE_NEEDED, adjust_share, apply_share, begin_share, end_share, lease_phase, put_totals, put_used
+)
+from modelquota._core.row.window cimport requests_charged, tokens_charged
+from modelquota._core.state.lock cimport is_gone, unlock
+from modelquota._core.state.registry cimport (
+    ANY_ROW, BOOTTIME, DONE, MONOTONIC, NOT_DONE, OTHER_VERSION, REGISTRY_BUSY, lock_registry, log_change,
+    unlock_registry
+)
+from modelquota._core.state.repair cimport lock_row
+
+cdef extern from *:
+    """
+    #include <linux/futex.h>
+    #include <sys/syscall.h>
+    #include <time.h>
+    #include <unistd.h>
+
+    /* Sleep until the word is no longer `seen`, somebody wakes it, a signal arrives, or the time is over. */
+    static inline void mq_sleep_while(uint32_t *word, uint32_t seen, int64_t ns) {
+        struct timespec rest = {ns / 1000000000, ns % 1000000000};
+        syscall(SYS_futex, word, FUTEX_WAIT, seen, &rest, NULL, 0);
+    }
+    """
+    void sleep_while "mq_sleep_while"(uint32_t* word, uint32_t seen, int64_t ns) noexcept nogil
+
+
+cdef struct Exchange:
+    # What one row answers to an exchange. `asked` may be NULL: then nothing is changed.
+    const int64_t* asked    # COMPONENTS of them, as are the next three
+    int64_t* held
+    int64_t* used
+    int64_t* totals
+    uint64_t* charged       # requests, tokens
+    int64_t* peak
+    int64_t* needed
+    uint64_t* starved
+    int64_t* waiting
+    bint alive
+    bint grown
+
+
+cdef inline int begin_lease(
+    const Shared* shared, uint32_t rule, int64_t retry_ns, int64_t boot_offset_ns, uint64_t version,
+    int64_t patience_ns
+) noexcept nogil:
+    """Have every model that is registered from now on have a share, and go by CLOCK_BOOTTIME. Takes the registry's lock.
+
+    OTHER_VERSION if the registry's version is not `version`. `boot_offset_ns` is what makes CLOCK_BOOTTIME the rows'
+    time.
+    """
+    cdef Header* header = shared.header
+    if not lock_registry(shared, patience_ns):
+        return REGISTRY_BUSY
+    if header.registry_version != version:
+        unlock_registry(shared)
+        return OTHER_VERSION
+    if header.clock_kind == MONOTONIC:
+        header.lease.clock_offset_ns = boot_offset_ns
+        store_u32(&header.clock_kind, BOOTTIME)
+    store_i64(&header.lease.retry_ns, retry_ns)
+    store_u32(&header.lease.rule, rule)
+    # who has reserved space for a row, but not for its share, does it again
+    log_change(shared, ANY_ROW)
+    unlock_registry(shared)
+    return DONE
+
+
+cdef inline int end_all_shares(const Shared* shared, int64_t patience_ns) noexcept nogil:
+    """Have no model have a share from now on; those that have one decide by the configured limits."""
+    if not lock_registry(shared, patience_ns):
+        return REGISTRY_BUSY
+    store_u32(&shared.header.lease.rule, 0)
+    log_change(shared, ANY_ROW)
+    unlock_registry(shared)
+    return DONE
+
+
+cdef inline bint give_share(const Shared* shared, int64_t index, int64_t patience_ns) noexcept nogil:
+    """Give a row a share if it has a model and none; False if it stays locked. Takes the row's lock."""
+    cdef Row* row = &shared.rows[index]
+    cdef ColdRow* cold = &shared.cold_rows[index]
+    if not lock_row(row, shared, patience_ns):
+        return False
+    if row.generation & 1 and not row.has_share:
+        begin_share(row, cold, &shared.header.lease)
+        apply_share(row, cold, lease_phase(&shared.header.lease, row.level_ns))
+    unlock(&row.lock)
+    return True
+
+
+cdef inline bint take_share(const Shared* shared, int64_t index, int64_t patience_ns) noexcept nogil:
+    """Undo give_share(); False if the row stays locked. Takes the row's lock."""
+    cdef Row* row = &shared.rows[index]
+    if not lock_row(row, shared, patience_ns):
+        return False
+    if row.generation & 1 and row.has_share:
+        end_share(row, &shared.cold_rows[index])
+    unlock(&row.lock)
+    return True
+
+
+cdef inline bint exchange_row(
+    const Shared* shared, int64_t index, uint32_t generation, int64_t now_ns, Exchange* exchange, int64_t patience_ns
+) noexcept nogil:
+    """Change a row's share, and report what it holds and uses; False if it stays locked. Takes the row's lock."""
+    cdef Row* row = &shared.rows[index]
+    cdef ColdRow* cold = &shared.cold_rows[index]
+    cdef Share* share = &shared.shares[index]
+    if not lock_row(row, shared, patience_ns):
+        return False
+    exchange.grown = False
+    exchange.alive = row.generation == generation and row.has_share
+    if exchange.alive:
+        advance(row, cold, now_ns)
+        put_used(row, cold, exchange.used)
+        put_totals(row, cold, exchange.totals)
+        if exchange.asked != NULL:
+            exchange.grown = adjust_share(row, cold, exchange.asked, exchange.used,
+                                          lease_phase(&shared.header.lease, row.level_ns))
+        memcpy(exchange.held, share.held, sizeof(share.held))
+        exchange.charged[0] = requests_charged(row, cold)
+        exchange.charged[1] = tokens_charged(row, cold)
+        exchange.peak[0] = share.peak_requests
+        exchange.peak[1] = share.peak_tokens
+        exchange.needed[0] = share.needed_tokens != NONE_NEEDED
+        exchange.needed[1] = max(share.needed_tokens, <int64_t> 0)
+        exchange.starved[0] = share.starved
+        exchange.waiting[0] = cold.waiting
+        if exchange.asked != NULL:
+            share.peak_requests = share.peak_tokens = 0
+            share.needed_tokens = NONE_NEEDED
+            share.changed = share.called = 0
+    unlock(&row.lock)
+    return True
+
+
+cdef inline bint lead_host(const Shared* shared, int64_t now_ns, int64_t patience_ns) noexcept nogil:
+    """Whether this process leads; it does from now on if no living process has said so for `patience_ns`."""
+    cdef Lease* lease = &shared.header.lease
+    cdef uint32_t leader = load_u32(&lease.leader)
+    cdef int64_t silent_ns = now_ns - load_i64(&lease.leader_ns)
+    if leader != shared.me:
+        if leader and 0 <= silent_ns <= patience_ns and not is_gone(leader, shared):
+            return False
+        store_i64(&lease.leader_ns, now_ns)     # first: another process would find it silent
+        if not swap_u32(&lease.leader, leader, shared.me):
+            return False
+    store_i64(&lease.leader_ns, now_ns)
+    return True
+
+
+cdef inline void write_node_copy(Lease* lease, const char* data, uint32_t size) noexcept nogil:
+    """Replace what the node remembers: in the copy that does not count, and then that one counts."""
+    cdef uint32_t spare = 1 - (lease.node_copy & 1)
+    memcpy(lease.node[spare], data, size)
+    lease.node_size[spare] = size
+    compiler_barrier()
+    store_u32(&lease.node_copy, spare)
