@@ -157,8 +157,11 @@ def _is_of(model_id: str | None, tenants: Sequence[str]) -> bool:
 
 
 def _is_spent(result: QuotaCheckResult) -> bool:
-    """Whether an hour or more is used up, and not just reserved by requests that may give it back at any moment."""
-    if result.violation_type is not ViolationType.QUOTA_LIMIT or result.others_hold:
+    """Whether an hour or more is used up: not just reserved by requests that may give it back at any moment.
+
+    Nor if only this host's share of it is used up, which may grow at any moment.
+    """
+    if result.violation_type is not ViolationType.QUOTA_LIMIT or result.others_hold or result.starved:
         return False
     window = None if result.limit is None else CATALOGUE[result.limit].window
     return window is None or window.seconds >= _SHORTEST_QUOTA_S

@@ -18,6 +18,7 @@ from modelquota._core.state.joint cimport (
 )
 from modelquota._core.state.lock cimport SLICE_NS, try_lock, unlock
 from modelquota._core.state.repair cimport lock_row
+from modelquota._core.state.state cimport rows_now_ns
 
 cdef enum:
     BLOCK = 16              # elements whose memory is fetched together
@@ -193,6 +194,19 @@ cdef inline int decide_several(
     return outcome
 
 
+cdef inline void end_with_lease(Batch* batch, const Shared* shared) noexcept nogil:
+    """Have the rest of a batch be decided at the time that it is now, if the lease has ended since the batch began.
+
+    A process may be stopped in the middle of a batch, and go on much later.
+    """
+    cdef int64_t end_ns = load_i64(&shared.header.lease.end_ns)
+    cdef int64_t now_ns
+    if batch.times_ns == NULL and batch.now_ns < end_ns:
+        now_ns = rows_now_ns(shared)
+        if now_ns >= end_ns:
+            batch.now_ns = now_ns
+
+
 cdef inline Py_ssize_t check_batch(
     Batch* batch, const Shared* shared, Py_ssize_t i, Verdict* verdict
 ) noexcept nogil:
@@ -208,6 +222,7 @@ cdef inline Py_ssize_t check_batch(
     cdef ColdRow* cold
     cdef int64_t now_ns
     cdef uint32_t index
+    cdef bint sharing = load_u32(&shared.header.lease.rule) != 0
     cdef int outcome
     request.ram_mb = request.ssd_mb = 0
     request.ticket = LAST_TICKET
@@ -216,6 +231,8 @@ cdef inline Py_ssize_t check_batch(
     verdict.to_log = 0
     batch.waits = batch.too_many = False
     while i < batch.count:
+        if unlikely(sharing) and i % BLOCK == 0:
+            end_with_lease(batch, shared)
         now_ns = batch.times_ns[i] if batch.times_ns else batch.now_ns
         outcome = SEVERAL
         if batch.width == 1:

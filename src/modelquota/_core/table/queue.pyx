@@ -50,7 +50,7 @@ from libc.stdint cimport int32_t, int64_t
 
 from modelquota._core.atomics cimport add_i64_relaxed, store_i64_relaxed
 from modelquota._core.layout cimport KINDS, MAX_TIME_NS
-from modelquota._core.row.decision cimport NEVER, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, Request, Verdict
+from modelquota._core.row.decision cimport NEVER, NOT_STARVED, NO_ACTION, QUEUE, QUEUE_PLACE, REJECT, Request, Verdict
 from modelquota._core.state.clock cimport Watcher
 from modelquota._core.state.joint cimport BUSY_ROW, DECIDED, GONE, JointRequest, NO_MEMBER, Places
 from modelquota._core.state.lock cimport SLICE_NS
@@ -695,6 +695,7 @@ cdef class Queues(Watcher):
         cdef QuotaCheckResult first = denial
         verdict.allowed = False
         verdict.limit = QUEUE_PLACE
+        verdict.starved = NOT_STARVED
         verdict.cause = first.cause_code
         verdict.action = first.action_code
         verdict.retry_after_ms = first.wait_ms
