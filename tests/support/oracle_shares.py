@@ -1,7 +1,7 @@
 """The plain model of the tests, for a host that has a share of each limit.
 
 Of a rate, a share of so many millionths is worth that part of the drain and of the cap, rounded down to the unit in which
-a level counts: 10**-9 of a request over the denominator of the rate.
+a level counts: 10**-9 of a request over the denominator of the rate, and finer until the drain has 20 bits in it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class Rate:
     def worth(self, drain_part: int, cap_part: int) -> tuple[Fraction, Fraction]:
         """Drain and cap of a share."""
         unit = Fraction(self.rate).denominator
+        while 0 < Fraction(self.rate) * unit < 2**19:
+            unit *= 2
         drain_total, cap_total = self.totals
         drain, cap = Fraction(self.rate) * unit, self.cap * SECOND_NS * unit
         if drain_part < drain_total:

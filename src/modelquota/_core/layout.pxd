@@ -240,6 +240,8 @@ cdef struct Share:
     int64_t peak_tokens
     int64_t needed_tokens       # of the largest request that was denied for lack of share since then; -1 = none
     uint32_t phase              # of the lease for which the row's limits were computed, see lease_phase()
+    uint8_t request_finer       # by how many bits the level's unit is finer than the rate needs, see refine_rate()
+    uint8_t token_finer
     uint8_t changed             # whether anything but time has changed since the last exchange
     uint8_t called              # whether it has called for an exchange since the last one
 

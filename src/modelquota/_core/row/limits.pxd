@@ -3,8 +3,10 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from modelquota._core.layout cimport ALWAYS_COUNTED, ColdRow, KINDS, Limits, Row, Share, UNLIMITED, WINDOWS
-from modelquota._core.row.level cimport NO_RATE, change_rate
-from modelquota._core.row.share cimport configure_share, leave_limits, lease_of, lease_phase, level_percent, share_of
+from modelquota._core.row.level cimport NO_RATE, change_rate, store
+from modelquota._core.row.share cimport (
+    coarsen_rate, configure_share, lease_of, lease_phase, leave_limits, level_percent, share_of
+)
 from modelquota._core.row.tokens cimport MICRO
 from modelquota._core.row.window cimport (
     NOT_KNOWN, begin_counting, drop_trail, is_counted, measure_room, requests_in_slot, slot_at, slot_start_ns, tokens_in_slot
@@ -37,10 +39,10 @@ cdef inline void put_limits(Row* row, ColdRow* cold, const Limits* limits) noexc
     cdef int i
     if row.has_share:
         share = share_of(cold)
-        configure_share(share, limits)
-        share.phase = lease_phase(lease_of(share), row.level_ns)
         left = limits[0]
-        leave_limits(share, limits.request_shift, limits.token_shift, share.phase, &left)
+        configure_share(share, &left)
+        share.phase = lease_phase(lease_of(share), row.level_ns)
+        leave_limits(share, left.request_shift, left.token_shift, share.phase, &left)
         limits = &left
     if (limits.requests_per_second != cold.requests_per_second or limits.tokens_per_second != cold.tokens_per_second
             or limits.request_shift != row.request_shift or limits.token_shift != row.token_shift):
@@ -101,6 +103,27 @@ cdef inline void read_limits(const Row* row, const ColdRow* cold, Limits* limits
     limits.unit = cold.unit
     limits.action = cold.action
     limits.shadow = row.shadow
+
+
+cdef inline void read_all_limits(const Row* row, const ColdRow* cold, Limits* limits) noexcept nogil:
+    """Read the limits as put_limits() was given them."""
+    cdef const Share* share = share_of(cold)
+    read_limits(row, cold, limits)
+    limits.request_shift = row.request_shift
+    limits.token_shift = row.token_shift
+    limits.request_drain = share.request_drain if row.has_share else row.request_drain
+    limits.token_drain = share.token_drain if row.has_share else row.token_drain
+    limits.request_cap = share.request_cap if row.has_share else row.request_cap
+    limits.token_cap = share.token_cap if row.has_share else row.token_cap
+    if row.has_share:
+        coarsen_rate(&limits.request_drain, &limits.request_cap, &limits.request_shift, share.request_finer)
+        coarsen_rate(&limits.token_drain, &limits.token_cap, &limits.token_shift, share.token_finer)
+    if row.request_shift == NO_RATE:    # what the row has is the dormant level's
+        limits.request_drain = 0
+        store(&limits.request_cap, 0)
+    if row.token_shift == NO_RATE:
+        limits.token_drain = 0
+        store(&limits.token_cap, 0)
 
 
 cdef inline uint64_t mixed(uint64_t digest, uint64_t value) noexcept nogil:

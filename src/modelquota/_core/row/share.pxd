@@ -9,7 +9,7 @@
 # - A share grows to exactly what was asked for, which others have given up before. It shrinks to what is used at least.
 # - The level of a rate is shared likewise: each host has a part of the drain and a part of the cap, in millionths of a
 #   request or token (per second). Of a total of K millionths, k are worth cap * k // K: rounded down, so that parts that
-#   add up to K at most are never worth more than the cap.
+#   add up to K at most are never worth more than the cap. The level counts in a finer unit, to lose little by that.
 # - Shares hold until the lease ends. That is found where slots end, and a slot of the second is 1/60 s long: nothing
 #   else asks for it. What holds then is up to the lease's rule.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -18,7 +18,9 @@ from modelquota._core.layout cimport (
     COMPONENTS, ColdRow, Lease, Limits, MAX_COUNT, OPEN_GRANTS, REQUEST_CAP, REQUEST_DRAIN, Row, SECOND, Share,
     TOKEN_CAP, TOKEN_DRAIN, UNLIMITED, WINDOWS, Wide
 )
-from modelquota._core.row.level cimport NO_RATE, any_cost, as_double, level_cost, load, store, wide
+from modelquota._core.row.level cimport (
+    LEVEL_BITS, NO_RATE, WIDEST_SHIFT, any_cost, as_double, level_cost, load, store, wide
+)
 from modelquota._core.row.window cimport (
     NOT_KNOWN, is_counted, measure_room, requests_in_slot, requests_used, tokens_in_slot, tokens_used
 )
@@ -48,6 +50,7 @@ cdef enum:
     KEEP = -1           # of a share that is asked for: as it is
     NONE_NEEDED = -1    # Share.needed_tokens
     MILLION = 1_000_000
+    FINE_BITS = 20      # of a drain: then a part of it that is rounded down loses a millionth of the drain at most
 
 
 cdef inline Share* share_of(const ColdRow* cold) noexcept nogil:
@@ -65,6 +68,30 @@ cdef inline uint32_t lease_phase(const Lease* lease, int64_t now_ns) noexcept no
     if rule & ((1 << RULE_BITS) - 1) == NO_SHARES:
         return ALLOW
     return LIVE if now_ns < load_i64(&lease.end_ns) else rule
+
+
+# -- rates
+
+cdef inline uint8_t refine_rate(int64_t* drain, Wide* cap, uint8_t* shift) noexcept nogil:
+    """Have a level count in a finer unit, if its drain has few bits; by how many bits, which may be undone."""
+    cdef wide one = 1
+    cdef int finer = 0
+    if shift[0] == NO_RATE or drain[0] == 0:
+        return 0
+    while drain[0] << finer < 1 << (FINE_BITS - 1) and shift[0] + finer < WIDEST_SHIFT and (
+            load(cap) < one << (LEVEL_BITS - 2 - finer)):
+        finer += 1
+    drain[0] <<= finer
+    store(cap, load(cap) << finer)
+    shift[0] += <uint8_t> finer
+    return <uint8_t> finer
+
+
+cdef inline void coarsen_rate(int64_t* drain, Wide* cap, uint8_t* shift, uint8_t finer) noexcept nogil:
+    """Undo refine_rate()."""
+    drain[0] >>= finer
+    store(cap, load(cap) >> finer)
+    shift[0] -= finer
 
 
 # -- rates in millionths
@@ -166,9 +193,11 @@ cdef inline void leave_limits(
     limits.max_concurrent = part_of(share.max_concurrent, share.held[OPEN_GRANTS], phase)
 
 
-cdef inline void configure_share(Share* share, const Limits* limits) noexcept nogil:
-    """Set the limits of which it is a share."""
+cdef inline void configure_share(Share* share, Limits* limits) noexcept nogil:
+    """Set the limits of which it is a share, and have rates in `limits` count in a finer unit."""
     cdef int i
+    share.request_finer = refine_rate(&limits.request_drain, &limits.request_cap, &limits.request_shift)
+    share.token_finer = refine_rate(&limits.token_drain, &limits.token_cap, &limits.token_shift)
     for i in range(WINDOWS):
         share.request_limit[i] = limits.request_limits[i]
         share.token_limit[i] = limits.token_limits[i]
@@ -217,18 +246,10 @@ cdef inline void apply_share(Row* row, ColdRow* cold, uint32_t phase) noexcept n
 cdef inline void begin_share(Row* row, const ColdRow* cold, Lease* lease) noexcept nogil:
     """Give the row a share: nothing of anything but concurrency, which is shared only if asked for.
 
-    What was left of the limits so far is the whole. For a new row, the caller sets its limits next.
+    The caller sets its limits next.
     """
     cdef Share* share = share_of(cold)
     cdef int i
-    for i in range(WINDOWS):
-        share.request_limit[i] = cold.request_limit[i]
-        share.token_limit[i] = cold.token_limit[i]
-    share.request_cap = row.request_cap
-    share.token_cap = row.token_cap
-    share.request_drain = row.request_drain
-    share.token_drain = row.token_drain
-    share.max_concurrent = cold.max_concurrent
     for i in range(COMPONENTS):
         share.held[i] = 0
     share.held[OPEN_GRANTS] = UNLIMITED
@@ -242,13 +263,6 @@ cdef inline void begin_share(Row* row, const ColdRow* cold, Lease* lease) noexce
     compiler_barrier()
     row.has_share = 1
     compiler_barrier()
-
-
-cdef inline void end_share(Row* row, ColdRow* cold) noexcept nogil:
-    """Have the row decide by its configured limits again."""
-    apply_share(row, cold, ALLOW)
-    compiler_barrier()
-    row.has_share = 0
 
 
 cdef inline void put_used(const Row* row, const ColdRow* cold, int64_t* used) noexcept nogil:
@@ -319,7 +333,7 @@ cdef inline void call_for_exchange(Share* share) noexcept nogil:
 
 cdef inline bint is_low(int64_t used, int64_t held, int64_t limit) noexcept nogil:
     """Whether less than 30 % of a share is left that is not the whole limit."""
-    return held < limit and held - used < held - held // 10 * 7
+    return held < limit and limit != UNLIMITED and held - used < held - held // 10 * 7
 
 
 cdef inline bint runs_low(const Row* row, const ColdRow* cold, const Share* share) noexcept nogil:

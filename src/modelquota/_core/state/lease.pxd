@@ -7,7 +7,7 @@ from modelquota._core.atomics cimport (
 from modelquota._core.layout cimport COMPONENTS, ColdRow, Header, Lease, NODE_BYTES, Row, Share, Shared
 from modelquota._core.row.advance cimport advance
 from modelquota._core.row.share cimport (
-    NONE_NEEDED, adjust_share, apply_share, begin_share, end_share, lease_phase, put_totals, put_used
+    NONE_NEEDED, adjust_share, lease_phase, put_totals, put_used
 )
 from modelquota._core.row.window cimport requests_charged, tokens_charged
 from modelquota._core.state.lock cimport is_gone, unlock
@@ -82,30 +82,6 @@ cdef inline int end_all_shares(const Shared* shared, int64_t patience_ns) noexce
     log_change(shared, ANY_ROW)
     unlock_registry(shared)
     return DONE
-
-
-cdef inline bint give_share(const Shared* shared, int64_t index, int64_t patience_ns) noexcept nogil:
-    """Give a row a share if it has a model and none; False if it stays locked. Takes the row's lock."""
-    cdef Row* row = &shared.rows[index]
-    cdef ColdRow* cold = &shared.cold_rows[index]
-    if not lock_row(row, shared, patience_ns):
-        return False
-    if row.generation & 1 and not row.has_share:
-        begin_share(row, cold, &shared.header.lease)
-        apply_share(row, cold, lease_phase(&shared.header.lease, row.level_ns))
-    unlock(&row.lock)
-    return True
-
-
-cdef inline bint take_share(const Shared* shared, int64_t index, int64_t patience_ns) noexcept nogil:
-    """Undo give_share(); False if the row stays locked. Takes the row's lock."""
-    cdef Row* row = &shared.rows[index]
-    if not lock_row(row, shared, patience_ns):
-        return False
-    if row.generation & 1 and row.has_share:
-        end_share(row, &shared.cold_rows[index])
-    unlock(&row.lock)
-    return True
 
 
 cdef inline bint exchange_row(

@@ -3,14 +3,15 @@ import functools
 
 import numpy as np
 from libc.math cimport INFINITY
-from libc.stdint cimport int64_t
+from libc.stdint cimport int64_t, uint8_t
 
 from modelquota._core.layout cimport (
     ColdRow, DAY, GrantRecord, Header, KINDS, LIMITS, LIMIT_CODES, Limits, LongRing, MAX_COUNT, QueueEntry, Ring, Row,
-    SECOND, SLOTS_PER_SLOT, Seat, Share, UNLIMITED, WINDOWS
+    SECOND, SLOTS_PER_SLOT, Seat, Share, UNLIMITED, WINDOWS, Wide
 )
 from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB
 from modelquota._core.row.level cimport NO_RATE, WIDEST_SHIFT
+from modelquota._core.row.share cimport refine_rate
 from modelquota._core.row.tokens cimport MICRO
 from modelquota._core.row.usage cimport NO_LIMIT, Usage, read_usage
 from modelquota._core.state.copy cimport ModelCopy, start_copy
@@ -96,8 +97,10 @@ def struct_sizes():
             "share": sizeof(Share), "usage": sizeof(Usage)}
 
 
-def encode_rate(rate, burst):
+def encode_rate(rate, burst, finer=False):
     """A rate and its burst as the core counts them: ``(window_limit, drain, shift, cap)``, see ``level.pxd``.
+
+    `finer`: as a model that has a share counts them, see ``share.pxd``.
 
     None, or a rate of the largest count or more, means no limit. A rate of 0 admits nothing, whatever the burst.
     """
@@ -111,7 +114,17 @@ def encode_rate(rate, burst):
     shift = min(denominator.bit_length() - 1, widest)
     drain = max(1, (numerator << shift) // denominator)
     cap = ((max(numerator, denominator) + burst * denominator) * 10**9 << shift) // denominator
+    if finer:
+        drain, shift, cap = _refined(drain, shift, cap)
     return min(whole + burst, MAX_COUNT), drain, shift, cap
+
+
+cdef tuple _refined(int64_t drain, uint8_t shift, object cap):
+    cdef Wide wide_cap
+    wide_cap.low = cap & 0xFFFF_FFFF_FFFF_FFFF
+    wide_cap.high = cap >> 64
+    refine_rate(&drain, &wide_cap, &shift)
+    return drain, shift, int(wide_cap.high) << 64 | int(wide_cap.low)
 
 
 cdef inline int64_t _limit(object count) except -1:

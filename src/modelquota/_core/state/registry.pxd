@@ -9,7 +9,9 @@ from modelquota._core.layout cimport (
 )
 from modelquota._core.row.advance cimport advance
 from modelquota._core.row.level cimport NO_RATE, load
-from modelquota._core.row.limits cimport limits_digest, put_limits, read_limits, same_limits, start_row
+from modelquota._core.row.limits cimport (
+    limits_digest, put_limits, read_all_limits, read_limits, same_limits, start_row
+)
 from modelquota._core.row.share cimport begin_share
 from modelquota._core.row.window cimport requests_charged, requests_used, tokens_charged, tokens_used
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, unlock, wait_clock_ns
@@ -37,6 +39,11 @@ cdef enum:  # Header.clock_kind
     MONOTONIC = 1
     MANUAL = 2
     BOOTTIME = 3
+
+cdef enum:  # what becomes of a row's share
+    SAME_SHARE = -1
+    LOSES_SHARE = 0
+    GETS_SHARE = 1
 
 cdef enum:
     ANY_ROW = 0xFFFF_FFFF   # in the change log: all rows have to be read again
@@ -136,6 +143,53 @@ cdef inline void unlock_registry(const Shared* shared) noexcept nogil:
     unlock(&shared.header.registry_lock)
 
 
+cdef inline void put_limits_safely(
+    Row* row, ColdRow* cold, const Limits* limits, int share, const Shared* shared
+) noexcept nogil:
+    """put_limits(); if this process dies in between, the one that takes over the row's lock does it again.
+
+    `share`: whether the row gets a share or loses it, or SAME_SHARE. Requires the registry's lock and the row's.
+    """
+    cdef Header* header = shared.header
+    header.staged = limits[0]
+    # except the lock, which other processes are trying to take
+    memcpy(&header.staged_row_before.slot_end_ns, &row.slot_end_ns,
+           sizeof(Row) - (<char*> &row.slot_end_ns - <char*> row))
+    header.staged_generation = row.generation
+    compiler_barrier()
+    header.staged_row = row - shared.rows
+    compiler_barrier()
+    if share == GETS_SHARE:
+        begin_share(row, cold, &header.lease)
+    elif share == LOSES_SHARE:
+        row.has_share = 0
+        compiler_barrier()
+    put_limits(row, cold, limits)
+    compiler_barrier()
+    header.staged_row = -1
+
+
+cdef inline bint give_or_take_share(const Shared* shared, int64_t index, bint giving, int64_t patience_ns) noexcept nogil:
+    """Give a row a share if it has a model and none, or take it away; False if a lock is busy.
+
+    Takes the registry's lock and the row's.
+    """
+    cdef Row* row = &shared.rows[index]
+    cdef ColdRow* cold = &shared.cold_rows[index]
+    cdef Limits limits
+    if not lock_registry(shared, patience_ns):
+        return False
+    if not lock_row(row, shared, ROW_PATIENCE_NS):
+        unlock_registry(shared)
+        return False
+    if row.generation & 1 and row.has_share != giving:
+        read_all_limits(row, cold, &limits)
+        put_limits_safely(row, cold, &limits, GETS_SHARE if giving else LOSES_SHARE, shared)
+    unlock(&row.lock)
+    unlock_registry(shared)
+    return True
+
+
 cdef inline int replace_limits(
     Row* row, uint32_t generation, const Limits* limits, const Limits* expected, bint named, int64_t now_ns,
     const Shared* shared, int64_t patience_ns
@@ -145,7 +199,6 @@ cdef inline int replace_limits(
     NOT_DONE, and nothing is changed, if the model has been removed, or its limits are no longer `expected` (NULL: any).
     `named`: this id was configured explicitly, so it is no longer removed to make room.
     """
-    cdef Header* header = shared.header
     cdef ColdRow* cold = &shared.cold_rows[row - shared.rows]
     cdef Limits current
     cdef bint fits
@@ -160,17 +213,7 @@ cdef inline int replace_limits(
         fits = same_limits(&current, expected)
     if fits:
         advance(row, cold, now_ns)
-        header.staged = limits[0]
-        # except the lock, which other processes are trying to take
-        memcpy(&header.staged_row_before.slot_end_ns, &row.slot_end_ns,
-               sizeof(Row) - (<char*> &row.slot_end_ns - <char*> row))
-        header.staged_generation = generation
-        compiler_barrier()
-        header.staged_row = row - shared.rows
-        compiler_barrier()
-        put_limits(row, cold, limits)
-        compiler_barrier()
-        header.staged_row = -1
+        put_limits_safely(row, cold, limits, SAME_SHARE, shared)
         if named:
             cold.on_sight = 0
     unlock(&row.lock)

@@ -29,7 +29,7 @@ from modelquota._core.layout cimport (
 )
 from modelquota._core.row.decision cimport QUEUE
 from modelquota._core.row.level cimport COARSE_BITS, LEVEL_BITS, NO_RATE, WIDEST_SHIFT
-from modelquota._core.row.share cimport ALLOW, DENY, EQUAL_PARTS, KEEP, LIVE, NO_SHARES, RULE_BITS
+from modelquota._core.row.share cimport ALLOW, DENY, EQUAL_PARTS, FINE_BITS, KEEP, LIVE, NO_SHARES, RULE_BITS
 from modelquota._core.row.window cimport COUNT_BITS, IDLE, NEVER, ROLLED, ROLLING, THREE_SLOTS_NS
 from modelquota._core.state.clock cimport CLOCK_BOOTTIME, ManualClock, Watcher, monotonic_ns, read_clock
 from modelquota._core.state.lock cimport (
@@ -101,6 +101,7 @@ CONSTANTS = {       # of the layout, for Python code that reads the bytes of a s
     "open_grants": OPEN_GRANTS,
     "node_bytes": NODE_BYTES,
     "rule_bits": RULE_BITS,
+    "fine_bits": FINE_BITS,
     "no_shares": NO_SHARES,
     "deny": DENY,
     "equal_parts": EQUAL_PARTS,

@@ -40,7 +40,7 @@ _UNLIMITED = CONSTANTS["unlimited"]
 _NEVER = CONSTANTS["never"]
 _ENCODED = np.dtype(
     [(name, np.float64 if name == "rate" else np.int64) for name in ("rate", "burst", "limit", "drain")]
-    + [(name, np.uint64) for name in ("shift", "low", "high")]
+    + [(name, np.uint64) for name in ("shift", "low", "high", "finer")]
 )
 _MAX_TIME_NS = CONSTANTS["max_time_ns"]
 _COUNTS = (
@@ -535,6 +535,8 @@ def share_faults(part: RowBlock, alive: NDArray[np.bool_], settled: NDArray[np.b
     for what in ("request", "token"):
         wrong = (shares[f"{what}_cap"]["high"] >> _HIGH_BITS != 0) | (shares[f"{what}_drain"] < 0)
         yield from _each(part, shared & wrong, f"the {what} rate of its share is none")
+    for name in ("request_finer", "token_finer"):
+        yield from _each(part, shared & (shares[name] >= CONSTANTS["fine_bits"]), f"its {name} is too large")
     shared = shared & settled & part.steady  # a repair computes the rest again
     phase = shares["phase"][:, None]
     pairs = [
@@ -629,6 +631,7 @@ def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
         encoded["limit"], encoded["drain"] = limits[:, 0], part.configured(f"{what}_drain")
         encoded["shift"] = rows[f"{what}_shift"]
         encoded["low"], encoded["high"] = cap["low"], cap["high"]
+        encoded["finer"] = rows["has_share"] == 1
         # without a rate, cap and drain are those of the previous rate: any values within their bounds
         unset = encoded["shift"] == _NO_RATE
         for name in ("drain", "low", "high"):
@@ -660,10 +663,10 @@ def _each_kind(records: NDArray[Any], judge: Callable[[Any], bool]) -> NDArray[n
 
 def _is_encoded(one: Any) -> bool:
     """Return whether a rate's values are those of `encode_rate`."""
-    rate, burst, *figures = one.tolist()
+    rate, burst, *figures, finer = one.tolist()
     if not rate >= 0 or not 0 <= burst <= _MAX_COUNT:
         return False
-    limit, drain, shift, cap = encode_rate(None if rate == math.inf else rate, burst)
+    limit, drain, shift, cap = encode_rate(None if rate == math.inf else rate, burst, bool(finer))
     return bool(figures == [limit, drain, shift, cap & (2**64 - 1), cap >> 64])
 
 

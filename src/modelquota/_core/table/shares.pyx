@@ -16,10 +16,10 @@ from modelquota._core.layout cimport (
 from modelquota._core.row.share cimport ALLOW, DENY, EQUAL_PARTS, KEEP as AS_IT_IS, RULE_BITS
 from modelquota._core.state.clock cimport CLOCK_BOOTTIME, monotonic_ns, read_clock
 from modelquota._core.state.lease cimport (
-    Exchange, begin_lease, end_all_shares, exchange_row, give_share, lead_host, sleep_while, take_share, write_node_copy
+    Exchange, begin_lease, end_all_shares, exchange_row, lead_host, sleep_while, write_node_copy
 )
 from modelquota._core.state.lock cimport SLICE_NS
-from modelquota._core.state.registry cimport DONE, REGISTRY_BUSY
+from modelquota._core.state.registry cimport DONE, REGISTRY_BUSY, give_or_take_share
 from modelquota._core.state.state cimport State
 from modelquota._core.table.arrays cimport int64_copy
 from modelquota._core.table.batch cimport generation_of, index_of
@@ -64,7 +64,7 @@ cdef object _integer(str name, object value, object least, object most):
 
 
 cdef int over_rows(State state, bint giving) except -1:
-    """give_share() or take_share() for all rows. Takes the rows' locks, one at a time."""
+    """give_or_take_share() for all rows. Takes the registry's lock and the rows', one at a time."""
     cdef int64_t index
     cdef bint done
     for index in range(state.shared.header.row_count):
@@ -72,8 +72,7 @@ cdef int over_rows(State state, bint giving) except -1:
         while not done:
             state.inside += 1
             with nogil:
-                done = (give_share(&state.shared, index, SLICE_NS) if giving
-                        else take_share(&state.shared, index, SLICE_NS))
+                done = give_or_take_share(&state.shared, index, giving, SLICE_NS)
             state.exit()
             if not done:
                 state.pause()
