@@ -70,7 +70,7 @@ def test_the_arrays_are_views_of_the_live_state():
     header, rows, cold_rows = manager._arrays()
     assert bytes(header["magic"].tobytes()) == b"mdquota1"
     assert header["fingerprint"][0] == fingerprint(
-        *(dtypes()[part] for part in ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring"))
+        *(dtypes()[part] for part in ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring", "share"))
     )
     assert header["max_models"][0] == 10
     assert header["row_count"][0] == 0

@@ -1,7 +1,7 @@
 """State files of earlier layouts are taken over with everything that was used.
 
 The samples in ``tests/sharing/data`` were made by ``tests/support/old_state.py`` with the sources of the version that
-had the layout: 3 by commit b35c9a7, 4 by commit 883012b. Each is a file as a killed process has left it, and what that
+had the layout: 3 by commit b35c9a7, 4 by commit 883012b, 5 by commit 4b4cce3. Each is a file as a killed process has left it, and what that
 version itself then read in it and decided, at 13 times from the same moment to 28 hours later. All windows are in use;
 there are refunds, rates that were set to None and set since, levels above their rate, memory and its peaks, limits of
 0, shadow limits, a model that was removed, two that were registered on sight, an open grant and a request that waits.
@@ -44,6 +44,7 @@ USED = {
     "idle": (0, 0, 0, 0, 0, 0, 0, 0),
     LONGEST_ID: (0, 77, 476, 0, 19_011, 114_270, 0, 0),
 }
+ALLOWED = {"layout3": 4_972, "layout4": 4_972, "layout5": 6_532}  # requests, those of meters included
 USED_FIELDS = [
     *(f"{what}_this_{window}" for what in ("requests", "tokens") for window in ("second", "hour", "day")),
     "burst_requests_used",
@@ -67,7 +68,7 @@ def test_every_layout_before_this_one_has_a_description_and_samples():
 @pytest.mark.parametrize("name", SAMPLES)
 def test_what_is_read_and_decided_is_what_the_old_version_read_and_decided(name, path):
     done = migrate_file(unpack_sample(name, path))
-    assert (done.models, done.released, done.old_version) == (14, 2, int(name[6]))
+    assert (done.models, done.released, done.old_version) == (17 if name[6] == "5" else 14, 2, int(name[6]))
     assert verify_file(path) == []
     # the grant, the request that waited, and the models that were being changed
     assert inspect_file(path).recoveries == (6 if name.endswith("killed") else 2)
@@ -82,7 +83,7 @@ def test_what_is_read_and_decided_is_what_the_old_version_read_and_decided(name,
         assert_sound(manager, model_id, [])
 
 
-@pytest.mark.parametrize("name", ["layout3", "layout4"])
+@pytest.mark.parametrize("name", ["layout3", "layout4", "layout5"])
 def test_the_samples_have_been_used(name, path):
     migrate_file(unpack_sample(name, path))
     manager = opened(path, ManualClock(answers_of(name)["end_ns"]))
@@ -94,17 +95,17 @@ def test_the_samples_have_been_used(name, path):
     assert manager.get_usage("refunds").tokens_refunded_total == 667
     assert "removed" not in manager.list_models()
     stats = manager.get_stats()
-    assert (stats.allowed_requests, stats.warned_requests, stats.rate_violations) == (4_972, 518, 947)
+    assert (stats.allowed_requests, stats.warned_requests, stats.rate_violations) == (ALLOWED[name], 518, 947)
     assert manager.get_quota("overdrawn").shadow_limits == (
         () if name == "layout3" else ("tokens_per_hour", "requests_per_day")
     )
 
 
-@pytest.mark.parametrize("name", ["layout3", "layout4"])
+@pytest.mark.parametrize("name", ["layout3", "layout4", "layout5"])
 def test_it_is_as_if_this_version_had_been_there_from_the_beginning(name, path, tmp_path):
     migrate_file(unpack_sample(name, path))
     lived, end = tmp_path / "lived.state", tmp_path / "end"
-    kind = "no shadows" if name == "layout3" else ""
+    kind = {"layout3": "no shadows", "layout4": "old"}.get(name, "")
     subprocess.run([sys.executable, old_state.__file__, end, lived, kind], check=True, timeout=60)
     end_ns = int(end.read_text())
     assert end_ns == answers_of(name)["end_ns"]
@@ -119,13 +120,13 @@ def test_it_is_as_if_this_version_had_been_there_from_the_beginning(name, path, 
         assert migrated == as_if, f"at time {at}"
 
 
-@pytest.mark.parametrize("name", ["layout3", "layout4"])
+@pytest.mark.parametrize("name", ["layout3", "layout4", "layout5"])
 def test_the_rows_are_those_of_a_file_with_that_history(name, path, tmp_path):
     """Byte for byte in what was used: levels, lowest levels, slots, marks and times."""
     migrate_file(unpack_sample(name, path))
     clock = ManualClock(BEGIN_NS)
     lived = ResourceQuotaManager(clock=clock, max_models=MAX_MODELS, default_quota=on_sight)
-    held = live(lived, clock, shadows=name == "layout4")
+    held = live(lived, clock, shadows=name != "layout3", meters=name == "layout5")
     migrated = opened(path, ManualClock(clock.now_ns))
     for model_id in sorted({*migrated.list_models()} - {"queue", *(["no rate now"] if name == "layout3" else [])}):
         (row, cold), (lived_row, lived_cold) = record_of(migrated, model_id), record_of(lived, model_id)
@@ -135,7 +136,7 @@ def test_the_rows_are_those_of_a_file_with_that_history(name, path, tmp_path):
         for field in (
             "requests_mark", "tokens_mark", "requests_base", "tokens_base", "requests_start", "tokens_start", "filled",
             "request_minimum", "token_minimum", "counted", "violations", "rejected", "log_second", "log_held",
-            *(("on_sight", "sight_digest") if name == "layout4" else ()),
+            *(("on_sight", "sight_digest") if name != "layout3" else ()),
         ):  # fmt: skip
             assert cold[field] == lived_cold[field], (model_id, field)
         for what in ("requests", "tokens"):
@@ -145,7 +146,7 @@ def test_the_rows_are_those_of_a_file_with_that_history(name, path, tmp_path):
     held[0].release()
 
 
-@pytest.mark.parametrize("name", ["layout3", "layout4"])
+@pytest.mark.parametrize("name", ["layout3", "layout4", "layout5"])
 def test_the_time_while_nobody_ran_is_aged_off(name, path, tmp_path):
     parts = parts_of(name)
     end_ns = answers_of(name)["end_ns"]
@@ -154,7 +155,7 @@ def test_the_time_while_nobody_ran_is_aged_off(name, path, tmp_path):
     parts.header["boot_id"] = 7  # before a reboot, two hours ago
     parts.header["anchor_ns"] = end_ns
     parts.header["anchor_wall_ns"] = time.time_ns() - 7_200 * 10**9
-    if name == "layout4":
+    if name != "layout3":
         parts.header["clock_kind"] = 1
     migrate_file(parts.write(path))
     manager = opened(path, None)
@@ -244,7 +245,7 @@ def put_history(rows, ledgers, slots, now_ns):
             ledgers[f"{what}s"][:, 1, minute % 60] = tokens if what == "token" else 1
 
 
-@pytest.mark.parametrize("name", ["layout3", "layout4"])
+@pytest.mark.parametrize("name", ["layout3", "layout4", "layout5"])
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_removal_that_was_under_way_is_undone_if_the_model_is_still_there(name, is_there, path):
     parts = parts_of(name)
@@ -258,7 +259,7 @@ def test_a_removal_that_was_under_way_is_undone_if_the_model_is_still_there(name
     header["retired_violations"] += 7
     migrate_file(parts.write(path))
     stats = opened(path, ManualClock(answers_of(name)["end_ns"])).get_stats()
-    assert stats.allowed_requests == 4_972 + (0 if is_there else 1_000)
+    assert stats.allowed_requests == ALLOWED[name] + (0 if is_there else 1_000)
     assert stats.rate_violations == 947 + (0 if is_there else 7)
 
 

@@ -50,11 +50,11 @@ def assert_taken_over(path):
 # -- what it does, and what it says
 
 
-@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("version", [3, 4, 5])
 def test_opening_an_old_file_names_the_command(path, version, capsys):
     old = unpack_sample(f"layout{version}", path)
     before = old.read_bytes()
-    message = rf"it has layout {version}, and this modelquota uses 5: .* by: modelquota migrate {path}"
+    message = rf"it has layout {version}, and this modelquota uses 6: .* by: modelquota migrate {path}"
     for use in (
         lambda: ResourceQuotaManager(path=path),
         lambda: ResourceQuotaManager.open_readonly(path),
@@ -71,7 +71,7 @@ def test_the_command(old, path, capsys):
     assert main(["migrate", str(path)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        f"{path}: layout 4 is now layout 5",
+        f"{path}: layout 4 is now layout 6",
         "14 models with their limits; their windows of a day have 4,848 requests and 1,112,840 tokens",
         "2 grants and waiting requests of dead processes were given back",
         f"old file: {path}.layout4",
@@ -82,14 +82,14 @@ def test_the_command(old, path, capsys):
     assert {entry.name for entry in path.parent.iterdir()} == {path.name, kept.name}
     assert_taken_over(path)
     assert main(["migrate", str(path)]) == 2
-    assert "it already has layout 5, that of this modelquota" in capsys.readouterr().err
+    assert "it already has layout 6, that of this modelquota" in capsys.readouterr().err
 
 
 def test_the_command_without_keeping_the_old_file(old, path, capsys):
     assert main(["migrate", str(path), "--discard", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {
-        "path": str(path), "old_version": 4, "version": 5, "models": 14, "requests": 4_848, "tokens": 1_112_840,
+        "path": str(path), "old_version": 4, "version": 6, "models": 14, "requests": 4_848, "tokens": 1_112_840,
         "released": 2, "old_file": None,
     }  # fmt: skip
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
@@ -122,7 +122,7 @@ def hold(path, seat, kind):
         ([1023], fcntl.F_RDLCK, "a process has it locked now"),
     ],
 )
-@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("version", [3, 4, 5])
 def test_a_file_in_use(path, seats, kind, message, version):
     parts = parts_of(f"layout{version}")
     parts.header["seats_used"] = 950
@@ -131,15 +131,15 @@ def test_a_file_in_use(path, seats, kind, message, version):
     assert_refused(path, message)
     for descriptor in held:
         os.close(descriptor)
-    assert migrate_file(path).models == 14
+    assert migrate_file(path).models == (17 if version == 5 else 14)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", 2, "it has layout 2, and layouts 3 and 4 can be taken over: start a new file"),
+        ("version", 2, "it has layout 2, and layouts 3, 4 and 5 can be taken over: start a new file"),
         ("version", 3, "its layout is not the released layout 3"),
-        ("version", 6, "it has layout 6, and this modelquota knows 5: use the newer modelquota that wrote it"),
+        ("version", 7, "it has layout 7, and this modelquota knows 6: use the newer modelquota that wrote it"),
         ("fingerprint", 1, "its layout is not the released layout 4: a modelquota built for another machine"),
         ("magic", 1, "it is not a state file of modelquota"),
         ("max_models", 25, "bytes long and should be"),
@@ -230,7 +230,7 @@ def places(name):
     """Every field of the header and of some models of a sample: its offset and size."""
     parts = parts_of(name)
     layout = parts.layout
-    rows, ledgers = layout.regions(parts.models)[-4:-2]
+    rows, ledgers, *_ = layout.places(parts.models)
     return [
         *leaves(layout.header),
         *(leaf for row in (0, 1, 7) for leaf in leaves(layout.row, rows + row * layout.row.itemsize)),
@@ -275,6 +275,40 @@ STEPS = (
     *("create_draft", "new_header", "Taker", "validate", "verify_file"),
     *("os.ftruncate", "os.fsync", "os.link", "os.replace"),
 )
+
+
+@pytest.mark.parametrize("step", ["carry", "create_draft", "validate", "verify_file", "os.fsync", "os.replace"])
+def test_an_error_at_any_step_leaves_a_file_that_is_copied(path, monkeypatch, step):
+    where, _, name = step.rpartition(".")
+    before = unpack_sample("layout5", path).read_bytes()
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(getattr(migrate, where) if where else migrate, name, fail)
+    with pytest.raises(OSError, match="No space left"):
+        migrate_file(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir() if "layout" not in entry.name] == [path.name]
+    assert migrate_file(path).models == 17
+    assert verify_file(path) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("ledgers", "filled", 61, "row 0: a window has too many slots"),
+        ("ledgers", "tokens_mark", 5, "row 0: the tokens of window 0 are not a count"),
+        ("ledgers", "ring_offset", 7, "row 0: its ring_offset is not where its rings are"),
+        ("rows", "request_shift", 96, "row 0: its request rate has an unknown unit"),
+        ("rows", "trail", 5, "row 0: its trail has too many slots"),
+    ],
+)
+def test_a_model_of_a_file_that_is_copied_is_damaged(path, part, field, value, message):
+    parts = parts_of("layout5")
+    getattr(parts, part)[field][0] = value
+    assert_refused(parts.write(path), message)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -361,7 +395,7 @@ def test_of_several_at_once_one_does_it(old, path):
     for thread in threads:
         thread.join()
     assert outcomes.count(14) == 1
-    reasons = ("use it now", "uses it now", "has it locked", "was replaced", "already has layout 5")
+    reasons = ("use it now", "uses it now", "has it locked", "was replaced", "already has layout 6")
     assert all(any(reason in outcome for reason in reasons) for outcome in outcomes if outcome != 14)
     assert path.with_name(f"{path.name}.layout4").read_bytes() == CONTENT
     assert_taken_over(path)

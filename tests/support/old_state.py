@@ -33,6 +33,8 @@ MAX_MODELS = 24
 LONGEST_ID = "é" * 127 + "x"  # 255 bytes
 SHADOWS = "shadow_limits" in inspect.signature(ResourceQuotaConfig).parameters
 """Whether this version has shadow limits."""
+METERS = "token_weights" in inspect.signature(ResourceQuotaConfig).parameters
+"""Whether this version has meters, and limits per minute and month."""
 NONE: dict[str, Any] = {
     "max_ram_mb": None,
     "max_ssd_mb": None,
@@ -82,6 +84,11 @@ QUOTAS: dict[str, dict[str, Any]] = {
     "removed": {"max_tokens_per_hour": 800},
     LONGEST_ID: {"max_tokens_per_day": 900_000, "max_requests_per_hour": 77},
 }
+METERED: dict[str, dict[str, Any]] = {
+    "metered": {"max_tokens_per_minute": 900, "max_requests_per_month": 5_000, "unit": "usd"},
+    "metered#output": {"max_tokens_per_month": 300_000, "token_weights": (0, 0.5, 2), "max_requests_per_minute": 3},
+    "metered#all": {"max_tokens_per_day": 10**6},
+}
 SIGHT = {"max_tokens_per_hour": 3_000, "max_requests_per_second": 1.5, "burst_requests": 2, "on_violation": "reject"}
 USED = [name for name in QUOTAS if name not in ("idle", "queue")]
 
@@ -91,7 +98,9 @@ def on_sight(model_id: str) -> ResourceQuotaConfig | None:
     return ResourceQuotaConfig(model_id, **{**NONE, **SIGHT}) if model_id.startswith("sight/") else None
 
 
-def live(manager: ResourceQuotaManager, clock: ManualClock, *, shadows: bool = SHADOWS) -> list[Any]:
+def live(
+    manager: ResourceQuotaManager, clock: ManualClock, *, shadows: bool = SHADOWS, meters: bool = METERS
+) -> list[Any]:
     """Live through the history, from `BEGIN_NS` on.
 
     Returns what must not be collected: an open grant, and a thread whose request waits.
@@ -101,8 +110,13 @@ def live(manager: ResourceQuotaManager, clock: ManualClock, *, shadows: bool = S
     if shadows:
         manager.update_quota("overdrawn", shadow_limits=["tokens_per_hour", "requests_per_day"])
         manager.update_quota("memory", shadow_limits=["ram"])
-    use(manager, clock, 400, 211.7)  # a day, in steps that meet all slots of the windows at other places
-    use(manager, clock, 120, 31.3)  # an hour
+    names = [*USED, "sight/one", "sight/two"]
+    if meters:
+        names.append("metered")
+        for name, limits in METERED.items():
+            manager.set_quota(ResourceQuotaConfig(name, **{**NONE, **limits}))
+    use(manager, clock, 400, 211.7, names)  # a day, in steps that meet all slots of the windows at other places
+    use(manager, clock, 120, 31.3, names)  # an hour
     manager.update_quota("no rate now", max_tokens_per_second=None, max_requests_per_second=None)
     manager.update_quota("rate since", max_tokens_per_second=100.25, burst_tokens=77)
     manager.update_memory_usage("memory", 60, 12_345)
@@ -227,8 +241,10 @@ def interrupt(manager: Any) -> None:
             ledger[f"journal_{what}s"] = ledger[f"{what}s_mark"] - row[f"{what}_room"].view("u8")
     row, ledger = rows[index["everything"]], ledgers[index["everything"]]
     ledger["stage"], row["request_room"], row["token_room"], ledger["tokens_mark"] = 1, 17, -3, 5
-    ledger["requests_base"][1] += 2
-    for name, stage in (("fraction", 4), ("rate since", 5)):  # the window of an hour is in the middle, or done
+    ledger["requests_base"][-2] += 2
+    in_ledger = "tokens" in ledgers.dtype.names
+    for name, stage in (("fraction", 4), ("rate since", 5)) if in_ledger else ():
+        # the window of an hour is in the middle, or done
         turn(rows[index[name]], ledgers[index[name]], stage)
     row, donor = (
         rows[index["no rate now"]],
@@ -277,7 +293,9 @@ def main(name: str, state: str = "", kind: str = "") -> None:
     clock = ManualClock(BEGIN_NS)
     if state:
         manager = ResourceQuotaManager(path=state, clock=clock, max_models=MAX_MODELS, default_quota=on_sight)
-        held = live(manager, clock, shadows=SHADOWS and kind != "no shadows")
+        held = live(
+            manager, clock, shadows=SHADOWS and kind != "no shadows", meters=METERS and kind not in ("no shadows", "old")
+        )
         if kind == "killed":
             interrupt(manager)
         Path(name).write_text(str(clock.now_ns))

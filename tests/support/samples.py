@@ -15,7 +15,7 @@ from modelquota._core.state.mapping import PAGE
 from modelquota.statefile.layouts import OLD_LAYOUTS, OldLayout
 
 DATA = Path(__file__).parent.parent / "sharing" / "data"
-SAMPLES = ("layout3", "layout3-killed", "layout4", "layout4-killed")
+SAMPLES = ("layout3", "layout3-killed", "layout4", "layout4-killed", "layout5", "layout5-killed")
 
 
 def unpack_sample(name: str, path: Path) -> Path:
@@ -68,7 +68,7 @@ class OldParts:
         self.content = bytearray(content)
         self.header = np.frombuffer(self.content, self.layout.header, 1)[0:1]
         self.models = int(self.header["max_models"][0])
-        *_, rows, ledgers, self.names, self.size = self.layout.regions(self.models)
+        rows, ledgers, self.names, self.size = self.layout.places(self.models)
         self.rows: NDArray[Any] = np.frombuffer(self.content, self.layout.row, self.models, rows)
         self.ledgers: NDArray[Any] = np.frombuffer(self.content, self.layout.ledger, self.models, ledgers)
 

@@ -41,20 +41,28 @@ class OldLayout:
     """By Limit code, as in ``shadow_limits``."""
     minimum: str
     """The field of the lowest levels, after ``request_`` or ``token_``."""
+    rings: tuple[np.dtype[Any], ...] = ()
+    """Of each window, if the slots of windows are not in the ledgers."""
 
     @property
     def fingerprint(self) -> int:
         """What the header of such a file has as its fingerprint."""
-        return fingerprint(self.header, *self.records, self.row, self.ledger)
+        return fingerprint(self.header, *self.records, self.row, self.ledger, *dict.fromkeys(self.rings))
 
     def regions(self, max_models: int) -> tuple[int, ...]:
         """Return the offsets of the parts behind the header, and the size of the file.
 
-        The last parts are the rows, the ledgers and the names.
+        The last parts are the rows, the ledgers, the rings if there are any, and the names.
         """
-        each = (self.row.itemsize, self.ledger.itemsize, _NAME_SHARE)
+        each = (self.row.itemsize, self.ledger.itemsize, *(ring.itemsize for ring in self.rings), _NAME_SHARE)
         sizes = (self.header.itemsize, *self.fixed, *(size * max_models for size in each))
         return tuple(itertools.accumulate(-(-size // PAGE) * PAGE for size in sizes))
+
+    def places(self, max_models: int) -> tuple[int, int, int, int]:
+        """Return the offsets of the rows, the ledgers and the names, and the size of the file."""
+        regions = self.regions(max_models)
+        rows = len(self.fixed) + 1
+        return regions[rows - 1], regions[rows], regions[-2], regions[-1]
 
 
 def _struct(*lines: str, **structs: np.dtype[Any]) -> np.dtype[Any]:
@@ -254,5 +262,116 @@ def _layout_4() -> OldLayout:
     )
 
 
-OLD_LAYOUTS: Final = {layout.version: layout for layout in (_layout_3(), _layout_4())}
+def _layout_5() -> OldLayout:
+    limits = _struct(
+        "i8 max_ram_mb max_ssd_mb max_concurrent max_queued burst_requests burst_tokens",
+        "f8 requests_per_second tokens_per_second grace_period_sec",
+        "i8[5] request_limits token_limits",
+        "wide request_cap token_cap",
+        "i8 request_drain token_drain",
+        "i8[3] weights",
+        "u1 request_shift token_shift action unit",
+        "u2 shadow",
+        wide=_WIDE,
+    )
+    seat = _struct("u8 holder space")
+    entry = _struct(
+        "u4 seat row generation",
+        "i4 priority",
+        "i8 ticket deadline_ns ready_ns",
+        "u4 next previous",
+        "u1 linked limit counted aside",
+    )
+    charge = _struct("i8 tokens at_ns", "u4 epoch", "i8 raised", "u1 raised_request")
+    grant = _struct(
+        "u4 seat row generation is_handle",
+        "i8 ram_mb ssd_mb tokens",
+        "u4 decider",
+        "i8 unclaimed_until_ns",
+        "charge charge",
+        charge=charge,
+    )
+    row = _struct(
+        "u4 lock generation",
+        "i8 slot_end_ns level_ns request_room token_room request_drain token_drain",
+        "u1 request_shift token_shift dormant_request_shift dormant_token_shift",
+        "u2 shadow",
+        "u1 meters weighted",
+        "wide request_level request_cap token_level token_cap",
+        "i8 trail_end_ns trail_request_room trail_token_room",
+        "i4 trail_request_minimum trail_token_minimum",
+        "u4[4] trail_tokens",
+        "u2[4] trail_requests",
+        "u1[4] trail_slots",
+        "u1 trail",
+        wide=_WIDE,
+    )
+    ring, long_ring = _struct("u4[60,2] slots"), _struct("i8[60] tokens", "u4[60] requests")
+    return OldLayout(
+        version=5,
+        header=_struct(
+            *_FIRST_OF_HEADER,
+            "u4 clock_kind enforcing seats_used entry_chunks_used grant_chunks_used registry_broken",
+            "i8 forget_hand full_until_ns next_ticket",
+            "u8 unknown_checks recoveries unclaimed_made",
+            "u8 retired_allowed retired_rejected retired_throttled retired_queued retired_waited",
+            "u8 retired_tokens retired_refunded",
+            "u8[5] retired_violations",
+            "u4 linking_meter linking_model removing removing_generation",
+            "i8 leaving_row",
+            "u4 leaving_generation",
+            "u8[12] staged_retired",
+            "i8 staged_row",
+            "u4 staged_generation",
+            "row staged_row_before",
+            "limits staged",
+            row=row,
+            limits=limits,
+        ),
+        records=(seat, entry, grant),
+        row=row,
+        ledger=_struct(
+            "i8 request_span",
+            "f8 request_percent",
+            "i8 request_floor token_span",
+            "f8 token_percent",
+            "i8 token_floor",
+            "f8 request_level_percent token_level_percent held_percent",
+            "u8 requests_mark tokens_mark",
+            *_JOURNAL_FIELDS,
+            "u1 stage journal_filled counted",
+            "u1[5] filled",
+            "u1 on_sight action unit",
+            "i8[2] request_minimum token_minimum",
+            "u8[5] requests_base tokens_base requests_start tokens_start",
+            "i8[5] request_limit token_limit ring_offset since_ns",
+            "u4 name_offset",
+            "u2 name_capacity name_size",
+            "u4 log_second log_held",
+            "i8 max_ram_mb max_ssd_mb ram_mb ssd_mb reserved_ram_mb reserved_ssd_mb concurrent max_concurrent",
+            "i8 peak_ram_mb peak_ssd_mb reserved_tokens waiting max_queued",
+            "u4 first_entry last_entry sight_digest",
+            "i4 handles",
+            "u4 level_epoch meter_of first_meter next_meter meters_epoch",
+            "i8[3] weights",
+            *_COUNTERS,
+            "i8 burst_requests burst_tokens",
+            "f8 requests_per_second tokens_per_second grace_period_sec",
+            "i8[4] padding",
+        ),
+        fixed=(
+            _SEATS * seat.itemsize,
+            4096 * 4,
+            _CHUNKS * 4,
+            _RECORDS * entry.itemsize,
+            _CHUNKS * 4,
+            _RECORDS * grant.itemsize,
+        ),
+        shadow_names=(),
+        minimum="minimum",
+        rings=(ring, ring, ring, long_ring, long_ring),
+    )
+
+
+OLD_LAYOUTS: Final = {layout.version: layout for layout in (_layout_3(), _layout_4(), _layout_5())}
 """By version, every layout that `migrate_file` takes over."""

@@ -28,6 +28,7 @@ from modelquota._core.state.beside import (
 from modelquota._core.state.state import CONSTANTS, count_processes, new_header, regions_for
 from modelquota._core.state.validate import validate
 from modelquota.errors import StateFileError
+from modelquota.statefile.carrier import carry
 from modelquota.statefile.inspect import verify_file
 from modelquota.statefile.oldfile import OldFile
 from modelquota.statefile.taker import Taker
@@ -77,7 +78,7 @@ def migrate_file(
     path : str, bytes or os.PathLike
         The state file; of a link, the file to which it points.
     keep : bool
-        Whether to keep the old file, under its name with ``.layout3`` or ``.layout4`` appended.
+        Whether to keep the old file, under its name with ``.layout`` and the number of its layout appended.
     trust_file : bool
         As for `ResourceQuotaManager`.
 
@@ -175,6 +176,18 @@ def _write(old: OldFile, path: str, draft: str, descriptor: int, old_path: str |
     """Write the new file: the core registers the models, then their usage is put in."""
     most = int(old.header["max_models"])
     os.ftruncate(descriptor, regions_for(most).size)
+    if old.layout.rings:
+        taken = carry(old, draft, path, descriptor)
+        return Migration(
+            path=path,
+            old_version=old.layout.version,
+            version=CONSTANTS["version"],
+            models=taken.models,
+            requests=taken.requests,
+            tokens=taken.tokens,
+            released=taken.released,
+            old_file=old_path,
+        )
     os.pwrite(descriptor, new_header(most), 0)
     with contextlib.closing(Taker(draft, path, old.layout)) as taker:
         for models in old.models():

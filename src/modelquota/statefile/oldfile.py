@@ -26,6 +26,7 @@ _LONGEST_NAME = 255
 _NO_RATE, _WIDEST_SHIFT, _LEVEL_MAX = 255, 95, 2**125
 _ROLLING, _LAST_STAGE = 2, 7
 _LAST_ACTION = 3
+_LAST_CLOCK_KIND = 2
 _WORD = 2**64
 
 
@@ -42,7 +43,7 @@ class OldFile:
     """An open state file with an earlier layout; raises StateFileError if it is not one, or is damaged."""
 
     def __init__(self, descriptor: int, path: str) -> None:
-        self._descriptor, self._path = descriptor, path
+        self.descriptor, self._path = descriptor, path
         size = os.fstat(descriptor).st_size
         preamble = self._read(PREAMBLE, 1, 0)[0] if size >= PREAMBLE.itemsize else None
         if preamble is None or int(preamble["magic"]) != CONSTANTS["magic"]:
@@ -51,7 +52,7 @@ class OldFile:
         most = int(preamble["max_models"])
         if not 1 <= most <= MAX_MODELS_LIMIT:
             raise StateFileError(path, f"max_models is {most}; 1 .. 2**24 is possible")
-        *_, self._rows, self._ledgers, self._names, whole = self.layout.regions(most)
+        self._rows, self._ledgers, self._names, whole = self.layout.places(most)
         if size != whole:
             raise StateFileError(path, f"it is {size} bytes long and should be {whole}: it was cut off or added to")
         self.header = self._read(self.layout.header, 1, 0)[0]
@@ -70,7 +71,8 @@ class OldFile:
             )
         layout = OLD_LAYOUTS.get(version)
         if layout is None:
-            known = " and ".join(map(str, OLD_LAYOUTS))
+            *most, last = map(str, OLD_LAYOUTS)
+            known = f"{', '.join(most)} and {last}"
             raise StateFileError(
                 self._path, f"it has layout {version}, and layouts {known} can be taken over: start a new file"
             )
@@ -90,7 +92,7 @@ class OldFile:
         for name in ("staged_row", "leaving_row"):
             if not -1 <= int(header[name]) < most:
                 raise StateFileError(self._path, f"{name} is {header[name]}; it may be {most - 1} at most")
-        if int(field_of(header, "clock_kind")) > CONSTANTS["last_clock_kind"]:
+        if int(field_of(header, "clock_kind")) > _LAST_CLOCK_KIND:
             raise StateFileError(self._path, f"clock_kind is {header['clock_kind']}, which is unknown")
         for name in ("anchor_ns", "clock_offset_ns"):
             if abs(int(header[name])) > _MAX_TIME_NS:
@@ -112,7 +114,7 @@ class OldFile:
 
     def _read(self, dtype: np.dtype[Any], count: int, offset: int) -> NDArray[Any]:
         data = bytearray(dtype.itemsize * count)  # writable: copies are completed
-        size = os.preadv(self._descriptor, [data], offset)
+        size = os.preadv(self.descriptor, [data], offset)
         if size != len(data):
             raise StateFileError(self._path, f"it ends after {offset + size} bytes, in the middle of its contents")
         return np.frombuffer(data, dtype)
@@ -121,7 +123,7 @@ class OldFile:
         """Return the seats of processes. Those of layout 3 had locks and nothing else, so they are zeros."""
         size = 16 * CONSTANTS["seats"]
         start = self.layout.regions(1)[0]
-        return os.pread(self._descriptor, size, start) if self.layout.version > 3 else bytes(size)
+        return os.pread(self.descriptor, size, start) if self.layout.version > 3 else bytes(size)
 
     def models(self) -> Iterator[OldModels]:
         """Yield all models, some at a time, in the order of their rows."""
@@ -154,7 +156,7 @@ class OldFile:
         if not 0 < size <= min(_LONGEST_NAME, int(ledger["name_capacity"])) or start + size > self.header["names_used"]:
             self._refuse(row, "its name is outside the region of names")
         try:
-            name = os.pread(self._descriptor, size, self._names + start).decode()
+            name = os.pread(self.descriptor, size, self._names + start).decode()
         except UnicodeDecodeError:
             name = ""
         if not name or name in seen:
