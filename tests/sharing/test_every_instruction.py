@@ -22,12 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from crew import shared_array
 from patience import until
 
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager, Tokens
 from modelquota._core.state.validate import validate
+from modelquota._core.table import shares
 from modelquota.waiting.thread import ThreadWaiter
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")  # what lands is not left to chance
@@ -87,7 +89,24 @@ class Case:
             return None
         fields = dataclasses.asdict(usage) | {"quota": quota.to_dict()}
         del fields["left"], fields["percent"]  # they follow from the others, and from what is held
+        fields |= self.shared(model_id)
         return {name: value for name, value in fields.items() if name not in HELD}
+
+
+    def shared(self, model_id: str) -> dict[str, int]:
+        """What a model's share is, and what it leaves of the limits."""
+        index = int(self.manager.codes([model_id])[0]) & 0xFFFF_FFFF
+        _, rows, cold_rows = self.manager._arrays()
+        row, cold, share = rows[index], cold_rows[index], self.manager._shares()[index]
+        if not row["has_share"]:
+            return {f"share {place}": 2**63 for place in range(shares.COMPONENTS)}
+        for what in ("request", "token"):
+            for window, limit in enumerate(cold[f"{what}_limit"].tolist()):
+                whole = int(share[f"{what}_limit"][window])
+                held = int(share["held"][window + (5 if what == "token" else 0)])
+                left = {0: min(whole, held)}.get(int(share["phase"]), 0)
+                assert limit == (whole if shares.UNLIMITED in (whole, held) else left)
+        return {f"share {place}": held for place, held in enumerate(share["held"].tolist())}
 
 
 LIMITS: dict[str, Any] = {
@@ -249,6 +268,48 @@ def meters_by_pattern(case: Case) -> Any:
     case.manager.default_quota = {"s*": LONG, "s*#1": LONG, "s*#2": LONG}
 
 
+def part_of_all(case: Case, parts: int = 2) -> Any:
+    """Shares of everything, half of each limit, and a lease of a minute; what `exchange_shares` is given."""
+    shares.begin_sharing(case.manager)
+    shares.renew_lease(case.manager, case.clock.now_ns + 60 * 10**9)
+    codes = shares.sharing_codes(case.manager)
+    totals = shares.exchange_shares(case.manager, codes).limits
+    asked = np.where(totals == shares.UNLIMITED, 0, totals // parts)
+    shares.exchange_shares(case.manager, codes, asked)
+    return codes, asked
+
+
+def nothing_of_all(case: Case) -> Any:
+    return part_of_all(case, 2**62)
+
+
+def lease_that_has_ended(case: Case) -> Any:
+    found = part_of_all(case)
+    case.clock.advance(100.0)
+    return found
+
+
+def lease_that_begins_again(case: Case) -> Any:
+    found = lease_that_has_ended(case)
+    assert not case.manager.check_quota("m", 1)
+    shares.renew_lease(case.manager, case.clock.now_ns + 60 * 10**9)
+    case.clock.advance(0.1)
+    return found
+
+
+def exchange(factor: int) -> Callable[[Case, Any], None]:
+    def end(case: Case, held: Any) -> None:
+        codes, asked = held
+        shares.exchange_shares(case.manager, codes, asked * factor)
+
+    return end
+
+
+def granted_with_shares(case: Case) -> Any:
+    part_of_all(case)
+    return granted(case)
+
+
 CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
     "check in the same slot": (nothing, check),
     "check in the next slot": (later(0.02), check),
@@ -328,6 +389,31 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
         lambda case, _: case.manager._set_quota("m", LONG),
     ),
     "register a family on sight": (meters_by_pattern, lambda case, _: case.manager.codes(["s1"])),
+    "begin to share": (nothing, lambda case, _: shares.begin_sharing(case.manager)),
+    "end sharing": (part_of_all, lambda case, _: shares.end_sharing(case.manager)),
+    "grow shares": (part_of_all, exchange(2)),
+    "shrink shares": (part_of_all, exchange(0)),
+    "check with a share": (later(0.02, part_of_all), check),
+    "check without a share": (nothing_of_all, check),
+    "check at the end of the lease": (lease_that_has_ended, check),
+    "check when the lease begins again": (lease_that_begins_again, check),
+    "batch with shares": (later(0.02, part_of_all), lambda case, held: batch(case, held[0])),
+    "reserve jointly with shares": (part_of_all, reserve_jointly),
+    "settle with shares": (later(0.1, granted_with_shares), lambda case, grant: grant.settle(3)),
+    "raise limits with shares": (
+        lambda case: part_of_all(case) and changes(max_requests_per_second=7.7, burst_tokens=9)(case),
+        lambda case, new: case.manager.replace_quota(*new),
+    ),
+    "lift limits with shares": (
+        lambda case: part_of_all(case) and changes(max_tokens_per_second=None, max_ram_mb=5)(case),
+        lambda case, new: case.manager.replace_quota(*new),
+    ),
+    "register with shares": (
+        lambda case: part_of_all(case) and LONG,
+        lambda case, config: case.manager._set_quota(config.model_id, config),
+    ),
+    "remove with shares": (part_of_all, lambda case, _: case.manager.remove_quota("m")),
+    "remember": (nothing, lambda case, _: shares.write_node(case.manager, b"a node")),
     "report memory": (nothing, lambda case, _: case.manager.update_memory_usage("m", 3, 4)),
     "forgive a burst": (later(0.1, granted), lambda case, _: case.manager.reset_burst("m")),
 }

@@ -19,6 +19,7 @@ from modelquota import QuotaExceededError, ResourceQuotaManager, StateFileError
 from modelquota._core.state import validate
 from modelquota._core.state.packing import dtypes, ring_dtypes
 from modelquota._core.state.state import CONSTANTS, regions_for
+from modelquota._core.table import shares
 from modelquota.waiting.thread import ThreadWaiter
 
 THOROUGH = os.environ.get("HYPOTHESIS_PROFILE") == "thorough"
@@ -77,9 +78,9 @@ OVERWRITTEN = st.lists(st.tuples(st.sampled_from(FIELDS), VALUES), min_size=1, m
 
 
 class Workshop:
-    """A good state file, and damaged copies of it."""
+    """A good state file, and damaged copies of it. With `sharing`, its models have shares, and most a lease to use."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, sharing: bool = False) -> None:
         good = directory / "good.state"
         self.path = directory / "damaged.state"
         manager = ResourceQuotaManager(path=good, max_models=MODELS)
@@ -113,6 +114,14 @@ class Workshop:
         while manager._arrays()[1]["trail"][1] != CONSTANTS["trail"]:  # not across a minute's edge
             time.sleep(0.02)
             manager.check_many(manager.codes(["trail"]), 1)
+        if sharing:
+            shares.begin_sharing(manager, on_lease_end="share", nodes=3)
+            shares.renew_lease(manager, shares.now_ns(manager) + 10**15)
+            codes = shares.sharing_codes(manager)
+            totals = shares.exchange_shares(manager, codes).limits
+            shares.exchange_shares(manager, codes[:-1], np.where(totals == shares.UNLIMITED, 0, totals // 2)[:-1])
+            shares.write_node(manager, b"a node of many")
+            assert shares.lead(manager, 60.0)
         manager.flush()
         self.extents = []
         with open(good, "rb") as file:
@@ -175,8 +184,24 @@ def look(path: Path) -> None:
                 view.get_model_report(model_id)
 
 
+def exchange(manager: ResourceQuotaManager) -> None:
+    """Everything that a node does with its host's shares."""
+    codes = shares.sharing_codes(manager)
+    shares.names_of(manager, codes)
+    found = shares.exchange_shares(manager, codes)
+    for asked in (found.limits // 2, np.full_like(found.limits, 2**62), found.used, np.zeros_like(found.used)):
+        shares.exchange_shares(manager, codes, asked.clip(0, 2**62))
+    shares.sharing_codes(manager, True)
+    lease = shares.read_lease(manager)
+    shares.wait_urgent(manager, lease.urgent, 0.0)
+    shares.lead(manager, 1.0)
+    shares.resign(manager)
+    shares.write_node(manager, shares.read_node(manager))
+
+
 def use(manager: ResourceQuotaManager) -> None:
     """Everything that one does with a manager."""
+    exchange(manager)
     for model_id in [*manager.list_models(), "model-0", "another", "model-2"]:
         for _ in range(2):
             manager.check_quota(model_id, 1, 1, 1).reason  # noqa: B018
@@ -201,6 +226,8 @@ def use(manager: ResourceQuotaManager) -> None:
                 manager.update_quota(model_id, max_requests_per_second=2.5, burst_tokens=1, max_ram_mb=5)
                 manager.update_quota(model_id, max_tokens_per_minute=100, max_requests_per_month=1000)
         manager.set_quota(model_id, max_requests_per_second=7.25, max_tokens_per_second=None)
+    exchange(manager)
+    shares.end_sharing(manager)
     manager.enforcement_enabled = True
     manager.snapshot()
     manager.get_stats()
@@ -221,9 +248,19 @@ def workshop(tmp_path_factory):
         yield Workshop(tmp_path_factory.mktemp("fuzz"))
 
 
-def test_the_good_file_opens(workshop):
-    workshop.write([], [])
-    assert not workshop.is_refused()
+@pytest.fixture(scope="module")
+def sharing_workshop(tmp_path_factory, workshop):
+    return Workshop(tmp_path_factory.mktemp("sharing"), sharing=True)
+
+
+@pytest.fixture(scope="module", params=["alone", "sharing"])
+def any_workshop(request, workshop, sharing_workshop):
+    return workshop if request.param == "alone" else sharing_workshop
+
+
+def test_the_good_file_opens(any_workshop):
+    any_workshop.write([], [])
+    assert not any_workshop.is_refused()
 
 
 @given(st.integers(0, REGIONS.size + 8192))
@@ -237,26 +274,26 @@ def test_other_lengths_are_refused(workshop, size):
 
 
 @given(FLIPS)
-def test_flipped_bits(workshop, flips):
-    workshop.write([], flips)
-    workshop.is_refused()
+def test_flipped_bits(any_workshop, flips):
+    any_workshop.write([], flips)
+    any_workshop.is_refused()
 
 
-def test_hostile_numbers_in_every_field(workshop):
+def test_hostile_numbers_in_every_field(any_workshop):
     rng = random.Random()
     for name, at, size in FIELDS:
         for value in HOSTILE if THOROUGH else [rng.choice(HOSTILE)] if rng.random() < 0.5 else []:
-            workshop.write([(at, value.to_bytes(8, "little")[:size])], [])
+            any_workshop.write([(at, value.to_bytes(8, "little")[:size])], [])
             try:
-                workshop.is_refused()
+                any_workshop.is_refused()
             except Exception as error:
                 raise AssertionError(f"{name} = {value}") from error
 
 
 @given(OVERWRITTEN)
-def test_several_hostile_numbers(workshop, overwritten):
-    workshop.write([(at, value.to_bytes(8, "little")[:size]) for (_, at, size), value in overwritten], [])
-    workshop.is_refused()
+def test_several_hostile_numbers(any_workshop, overwritten):
+    any_workshop.write([(at, value.to_bytes(8, "little")[:size]) for (_, at, size), value in overwritten], [])
+    any_workshop.is_refused()
 
 
 @given(st.binary(max_size=10_000))
@@ -424,3 +461,43 @@ def test_links_that_are_damaged_while_the_file_is_used_end_in_the_row(workshop, 
             manager.check_quota("model-0", 1)
             manager.check_many(manager.codes(["model-0"]), 1)
         manager.close()
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "index", "value", "words"),
+    [
+        ("row", "has_share", 0, 2, "row 1: whether it has a share is unknown"),
+        ("row", "has_share", 0, 0, "row 1: its request rate disagrees with how it is encoded"),
+        ("cold", "share_offset", 0, 8, "row 1: its share_offset is not where its share is"),
+        ("cold", "request_limit", 2, 7, "row 1: its limits are not what its share leaves of them"),
+        ("share", "lease_offset", 0, 8, "row 1: its lease_offset is not where the lease is"),
+        ("share", "held", 3, 2**62 + 1, "row 1: its share is not a share"),
+        ("share", "held", 4, 2**64 - 1, "row 1: its share is not a share"),
+        ("share", "held", 6, 10**5, "row 1: its limits are not what its share leaves of them"),
+        ("share", "token_limit", 1, 2**63, "row 1: its limits are not what its share leaves of them"),
+        ("share", "request_drain", 0, 2**63, "row 1: the request rate of its share is none"),
+        ("share", "token_cap", 1, 2**63, "row 1: the token rate of its share is none"),
+        ("share", "phase", 0, 5, "row 1: its limits are not what its share leaves of them"),
+        ("share", "needed_tokens", 0, 2**63, "row 1: its needed_tokens is not a count"),
+        ("share", "peak_requests", 0, 2**63, "row 1: its peak_requests is not a count"),
+        ("share", "starved", 0, 2**63, "row 1: starved is too large"),
+        ("share", "request_finer", 0, 20, "row 1: its request_finer is too large"),
+        ("header", "lease.rule", 0, 4, "its lease has the rule 4, which is unknown"),
+        ("header", "lease.rule", 0, 3, "its lease has the rule 3, which is unknown"),
+        ("header", "lease.end_ns", 0, 2**61 + 1, r"its lease ends beyond 2\*\*61 ns"),
+        ("header", "lease.clock_offset_ns", 0, 2**63, r"its lease ends beyond 2\*\*61 ns, or its clock"),
+        ("header", "lease.retry_ns", 0, 2**63, "the retry_ns of its lease is"),
+        ("header", "lease.node_copy", 0, 2, "what its node remembers is longer than it can be"),
+        ("header", "lease.node_size", 1, 257, "what its node remembers is longer than it can be"),
+    ],
+)
+def test_a_fault_of_a_share_is_named(sharing_workshop, part, field, index, value, words):
+    """Of the row "trail", which has limits of tokens and, by default, of requests a day."""
+    dtype, at = LAYOUT[part], PARTS[part][0] + (LAYOUT[part].itemsize if part != "header" else 0)
+    for name in field.split("."):
+        dtype, offset = dtype.fields[name][:2]
+        at += offset
+    item = 8 if dtype.base.names else dtype.base.itemsize
+    sharing_workshop.write([(at + index * item, value.to_bytes(8, "little")[:item])], [])
+    with pytest.raises(StateFileError, match=words):
+        ResourceQuotaManager(path=sharing_workshop.path)

@@ -497,8 +497,8 @@ def part_faults(part: RowBlock, names_used: int, staged_row: int = -1) -> Iterat
     yield from _each(part, alive & wrong, "the windows that it counts are unknown")
     # Including locked rows: limits change only while the header has the row as staged_row.
     settled = alive & (part.first + np.arange(len(rows)) != staged_row)
-    yield from limit_faults(part, settled)
     yield from share_faults(part, alive, settled)
+    yield from limit_faults(part, settled)
     yield from sum_faults(part, part.steady & alive)
 
 
