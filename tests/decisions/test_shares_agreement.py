@@ -160,9 +160,7 @@ TestHostAgreement.settings = settings(stateful_step_count=25, report_multiple_bu
     burst=st.integers(0, 10**4),
     cuts=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=9),
 )
-def test_parts_of_a_rate_are_never_more_than_the_rate(
-    rate: float, burst: int, cuts: list[tuple[float, float]]
-) -> None:
+def test_parts_of_a_rate_are_never_more_than_the_rate(rate: float, burst: int, cuts: list[tuple[float, float]]) -> None:
     """Shares that add up to the totals are worth at most the rate and its cap, and a whole one exactly them."""
     quota = ResourceQuotaConfig.unlimited("m", max_requests_per_second=rate, burst_requests=burst)
     sums = [Fraction(0), Fraction(0)]
@@ -220,8 +218,10 @@ def test_many_hosts_together_admit_no_more_than_the_limits(rate: float, seed: in
             for want, held, spare, total in zip(wanted, before, free, totals, strict=True)
         ]
         after = shares.exchange_shares(hosts[one], codes[one], np.array([asked])).held[0].tolist()
-        free = [spare + was - now if total != WHOLE else 0
-                for spare, was, now, total in zip(free, before, after, totals, strict=True)]
+        free = [
+            spare + was - now if total != WHOLE else 0
+            for spare, was, now, total in zip(free, before, after, totals, strict=True)
+        ]
         assert min(free) >= 0
         for _ in range(int(rng.integers(1, 12))):
             cost = int(rng.integers(1, 40))

@@ -92,7 +92,6 @@ class Case:
         fields |= self.shared(model_id)
         return {name: value for name, value in fields.items() if name not in HELD}
 
-
     def shared(self, model_id: str) -> dict[str, int]:
         """What a model's share is, and what it leaves of the limits."""
         index = int(self.manager.codes([model_id])[0]) & 0xFFFF_FFFF

@@ -1,11 +1,12 @@
 """State files of earlier layouts are taken over with everything that was used.
 
 The samples in ``tests/sharing/data`` were made by ``tests/support/old_state.py`` with the sources of the version that
-had the layout: 3 by commit b35c9a7, 4 by commit 883012b, 5 by commit 4b4cce3. Each is a file as a killed process has left it, and what that
-version itself then read in it and decided, at 13 times from the same moment to 28 hours later. All windows are in use;
-there are refunds, rates that were set to None and set since, levels above their rate, memory and its peaks, limits of
-0, shadow limits, a model that was removed, two that were registered on sight, an open grant and a request that waits.
-In those named ``-killed`` four models were in the middle of a change, under the lock of the dead process.
+had the layout: 3 by commit b35c9a7, 4 by commit 883012b, 5 by commit 4b4cce3. Each is a file as a killed process has
+left it, and what that version itself then read in it and decided, at 13 times from the same moment to 28 hours later.
+All windows are in use, and in that of layout 5 meters and weights of tokens; there are refunds, rates that were set to
+None and set since, levels above their rate, memory and its peaks, limits of 0, shadow limits, a model that was removed,
+two that were registered on sight, an open grant and a request that waits. In those named ``-killed`` four models were
+in the middle of a change, under the lock of the dead process.
 
 When the layout changes, the old one is added to ``statefile/layouts.py`` and a sample of it here.
 """

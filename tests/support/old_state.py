@@ -294,7 +294,10 @@ def main(name: str, state: str = "", kind: str = "") -> None:
     if state:
         manager = ResourceQuotaManager(path=state, clock=clock, max_models=MAX_MODELS, default_quota=on_sight)
         held = live(
-            manager, clock, shadows=SHADOWS and kind != "no shadows", meters=METERS and kind not in ("no shadows", "old")
+            manager,
+            clock,
+            shadows=SHADOWS and kind != "no shadows",
+            meters=METERS and kind not in ("no shadows", "old"),
         )
         if kind == "killed":
             interrupt(manager)

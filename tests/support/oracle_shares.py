@@ -1,7 +1,7 @@
 """The plain model of the tests, for a host that has a share of each limit.
 
-Of a rate, a share of so many millionths is worth that part of the drain and of the cap, rounded down to the unit in which
-a level counts: 10**-9 of a request over the denominator of the rate, and finer until the drain has 20 bits in it.
+Of a rate, a share of so many millionths is worth that part of the drain and of the cap, rounded down to the unit in
+which a level counts: 10**-9 of a request over the denominator of the rate, and finer until the drain has 20 bits in it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from oracle import LENGTHS_NS, MS_NS, SECOND_NS, Clock, Model, Window, base, percent, slot_of
+from oracle import LENGTHS_NS, MS_NS, SECOND_NS, Clock, Level, Model, Window, base, percent, slot_of
 from oracle_answers import COUNTERS, OUTCOMES, TYPES, Decision
 from oracle_kinds import Amount, counted
 
@@ -237,7 +237,7 @@ class SharingModel(Model):
         """The log of a window."""
         return (self.requests if what == "requests" else self.tokens)[window]
 
-    def level_of(self, what: str):  # noqa: ANN201  # a Level
+    def level_of(self, what: str) -> Level:
         """The level of a rate."""
         return self.request_level if what == "requests" else self.token_level
 

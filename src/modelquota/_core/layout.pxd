@@ -236,7 +236,7 @@ cdef struct Share:
     int64_t held[COMPONENTS]    # the share; UNLIMITED = the configured limit holds
     int64_t lease_offset        # bytes from this share to the header's lease
     uint64_t starved            # requests that were denied although the configured limits had room for them
-    int64_t peak_requests       # most charged in one slot since the last exchange
+    int64_t peak_requests       # most charged between two turns of the windows since the last exchange
     int64_t peak_tokens
     int64_t needed_tokens       # of the largest request that was denied for lack of share since then; -1 = none
     uint32_t phase              # of the lease for which the row's limits were computed, see lease_phase()

@@ -16,7 +16,7 @@ import numpy as np
 from modelquota._core.state.clock import ManualClock
 from modelquota._core.state.packing import dtypes
 from modelquota._core.state.state import CONSTANTS, new_header, regions_for
-from modelquota._core.state.validate import validate
+from modelquota._core.state.validate import offset_of, validate
 from modelquota._core.table.table import QuotaTable
 from modelquota.statefile.oldfile import OldFile
 
@@ -40,7 +40,9 @@ def carry(old: OldFile, draft: str, path: str, descriptor: int) -> Carried:
     *_, names, whole = old.layout.regions(most)
     _copy(old.descriptor, descriptor, 0, names, 0)
     _copy(old.descriptor, descriptor, names, whole, new.names - names)
-    header = np.frombuffer(bytearray(old.header.tobytes().ljust(dtypes()["header"].itemsize, b"\0")), dtypes()["header"])
+    header = np.frombuffer(
+        bytearray(old.header.tobytes().ljust(dtypes()["header"].itemsize, b"\0")), dtypes()["header"]
+    )
     for name in _OWN:
         header[name] = np.frombuffer(new_header(most), header.dtype)[name]
     os.pwrite(descriptor, header.tobytes(), 0)
@@ -48,7 +50,7 @@ def carry(old: OldFile, draft: str, path: str, descriptor: int) -> Carried:
     validate(descriptor, path)
     released = _count_held(descriptor, most)
     # with a clock that stands still, whatever its kind is: nothing ages in the meantime
-    kind_at = (dtypes()["header"].fields or {})["clock_kind"][1]
+    kind_at = offset_of("header", "clock_kind")
     os.pwrite(descriptor, bytes(4), kind_at)
     table = QuotaTable(path=draft, max_models=None, clock=ManualClock(0), events=None, trust_file=True)
     try:
@@ -63,7 +65,7 @@ def carry(old: OldFile, draft: str, path: str, descriptor: int) -> Carried:
 def _place_shares(descriptor: int, most: int, row_count: int) -> None:
     """Write where the share of each row is, which no row of the old file has."""
     regions, cold, share = regions_for(most), dtypes()["cold"], dtypes()["share"]
-    field = (cold.fields or {})["share_offset"][1]
+    field = offset_of("cold", "share_offset")
     for row in range(row_count):
         at = regions.cold_rows + row * cold.itemsize
         offset = regions.shares + row * share.itemsize - at
@@ -75,7 +77,10 @@ def _count_held(descriptor: int, most: int) -> int:
     regions, layout = regions_for(most), dtypes()
     header = np.frombuffer(os.pread(descriptor, layout["header"].itemsize, 0), layout["header"])[0]
     found = 0
-    for part, at, used in (("grant", regions.grants, "grant_chunks_used"), ("entry", regions.entries, "entry_chunks_used")):
+    for part, at, used in (
+        ("grant", regions.grants, "grant_chunks_used"),
+        ("entry", regions.entries, "entry_chunks_used"),
+    ):
         count = int(header[used]) * CONSTANTS["chunk"]
         records = np.frombuffer(os.pread(descriptor, count * layout[part].itemsize, at), layout[part])
         records = records[records["seat"] != 0]

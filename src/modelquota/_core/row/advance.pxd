@@ -9,6 +9,9 @@ from modelquota._core.row.window cimport (
     SLOTS_PER_SPAN, current_slot, requests_in_slot, slot_at, slot_start_ns, tokens_in_slot, turn_slots
 )
 
+cdef enum:
+    LEASE_SLOTS = 15        # for no longer than this, 1/4 s, the trail of a row with a share does not look at the lease
+
 ctypedef void (*SlotEnd)(Row*, ColdRow*, int64_t) noexcept nogil
 
 cdef extern from *:
@@ -65,7 +68,7 @@ cdef inline bint extend_trail(Row* row, int64_t now_ns) noexcept nogil:
     cdef int step = row.trail
     if (
         step == TRAIL or here - turned > 255 or here // SLOTS_PER_SPAN != turned // SLOTS_PER_SPAN or is_dormant(row)
-        or row.has_share    # it looks at the lease at each slot's end
+        or (row.has_share and here - turned > LEASE_SLOTS)
         or requests < 0 or requests > 65_535 or tokens < 0 or tokens > UINT32_MAX
     ):
         return False

@@ -9,7 +9,8 @@ from modelquota._core.row.share cimport (
 )
 from modelquota._core.row.tokens cimport MICRO
 from modelquota._core.row.window cimport (
-    NOT_KNOWN, begin_counting, drop_trail, is_counted, measure_room, requests_in_slot, slot_at, slot_start_ns, tokens_in_slot
+    NOT_KNOWN, begin_counting, drop_trail, is_counted, measure_room, requests_in_slot, slot_at, slot_start_ns,
+    tokens_in_slot
 )
 
 

@@ -1,17 +1,18 @@
-# Shares: one host's part of the limits of a model that many hosts share. Pure arithmetic on one row; time is an argument.
-# Every function here that takes a row or a cold row requires the row's lock.
+# Shares: one host's part of the limits of a model that many hosts share. Pure arithmetic on one row; time is an
+# argument. Every function here that takes a row or a cold row requires the row's lock.
 #
-# Let U be what this host counts in a window, and S its share. As long as U <= S on every host, and all S together are at
-# most the limit, all U together are too, in any interval. So a share is nothing but the limit by which this host
+# Let U be what this host counts in a window, and S its share. As long as U <= S on every host, and all S together are
+# at most the limit, all U together are too, in any interval. So a share is nothing but the limit by which this host
 # decides: the row and the cold row have what the share leaves of the configured limits, and these are in the Share. A
 # decision reads what it always has.
 #
 # - A share grows to exactly what was asked for, which others have given up before. It shrinks to what is used at least.
 # - The level of a rate is shared likewise: each host has a part of the drain and a part of the cap, in millionths of a
-#   request or token (per second). Of a total of K millionths, k are worth cap * k // K: rounded down, so that parts that
-#   add up to K at most are never worth more than the cap. The level counts in a finer unit, to lose little by that.
-# - Shares hold until the lease ends. That is found where slots end, and a slot of the second is 1/60 s long: nothing
-#   else asks for it. What holds then is up to the lease's rule.
+#   request or token (per second). Of a total of K millionths, k are worth cap * k // K: rounded down, so that parts
+#   that add up to K at most are never worth more than the cap. The level counts in a finer unit, to lose little by
+#   that.
+# - Shares hold until the lease ends. That is found when the windows are turned, at most 1/60 s later, or 1/4 s in a
+#   batch: nothing else asks for it. What holds then is up to the lease's rule.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from modelquota._core.atomics cimport add_u32, compiler_barrier, load_i64, load_u32, store_u32
 from modelquota._core.layout cimport (
@@ -210,14 +211,15 @@ cdef inline void configure_share(Share* share, Limits* limits) noexcept nogil:
 
 
 cdef inline double level_percent(const Wide* cap, uint8_t shift) noexcept nogil:
-    """Percent of a level's cap that one of its units is; 0 without a rate. A cap of 0 counts as 1 request or token."""
-    cdef Wide one
+    """Percent of a level's cap that one of its units is; 0 without a rate.
+
+    The cap counts as 1 request or token at least: only a share of it may be less.
+    """
+    cdef Wide least
     if shift == NO_RATE:
         return 0.0
-    if load(cap) != 0:
-        return 100.0 / as_double(cap)
-    store(&one, level_cost(1, shift))
-    return 100.0 / as_double(&one)
+    store(&least, level_cost(1, shift))
+    return 100.0 / as_double(cap if load(cap) > load(&least) else &least)
 
 
 cdef inline void apply_share(Row* row, ColdRow* cold, uint32_t phase) noexcept nogil:
@@ -352,7 +354,8 @@ cdef inline bint runs_low(const Row* row, const ColdRow* cold, const Share* shar
 
 
 cdef inline void follow_lease(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:
-    """At the end of a slot: note what was charged in it, and see whether the lease has ended or begun."""
+    """Before the windows turn: note what was charged since they last did, and see whether the lease has ended or begun.
+    """
     cdef Share* share = share_of(cold)
     cdef int64_t requests = requests_in_slot(row, cold)
     cdef int64_t tokens = tokens_in_slot(row, cold)

@@ -1,9 +1,7 @@
 # The lease of a state's shares: beginning and ending it, which process leads, and a wait for a call for an exchange.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from modelquota._core.atomics cimport (
-    compiler_barrier, load_i64, load_u32, store_i64, store_u32, swap_u32
-)
+from modelquota._core.atomics cimport compiler_barrier, load_i64, load_u32, store_i64, store_u32, swap_u32
 from modelquota._core.layout cimport COMPONENTS, ColdRow, Header, Lease, NODE_BYTES, Row, Share, Shared
 from modelquota._core.row.advance cimport advance
 from modelquota._core.row.share cimport (
@@ -52,8 +50,9 @@ cdef inline int begin_lease(
     const Shared* shared, uint32_t rule, int64_t retry_ns, int64_t boot_offset_ns, uint64_t version,
     int64_t patience_ns
 ) noexcept nogil:
-    """Have every model that is registered from now on have a share, and go by CLOCK_BOOTTIME. Takes the registry's lock.
+    """Have every model that is registered from now on have a share, and go by CLOCK_BOOTTIME.
 
+    Takes the registry's lock.
     OTHER_VERSION if the registry's version is not `version`. `boot_offset_ns` is what makes CLOCK_BOOTTIME the rows'
     time.
     """

@@ -21,7 +21,8 @@ from modelquota.quota.limits import (
     CATALOGUE, WINDOWS as NAMED_WINDOWS, Limit, ViolationAction, shadow_mask, shadow_names
 )
 
-PARTS = ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring", "share")     # of the mapping, as in dtypes()
+# of the mapping, as in dtypes()
+PARTS = ("header", "seat", "entry", "grant", "row", "cold", "ring", "long_ring", "share")
 
 cdef tuple ACTIONS = tuple(ViolationAction)
 cdef tuple WINDOW_FIELDS = tuple([      # of a quota: the fields of each window, requests and tokens

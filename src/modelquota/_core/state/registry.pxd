@@ -3,7 +3,9 @@
 # locked blocks only that model.
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
-from modelquota._core.atomics cimport add_u64_relaxed, compiler_barrier, load_u32, store_i64, store_u32, store_u64, swap_i64
+from modelquota._core.atomics cimport (
+    add_u64_relaxed, compiler_barrier, load_u32, store_i64, store_u32, store_u64, swap_i64
+)
 from modelquota._core.layout cimport (
     CHANGES, ColdRow, DAY, Header, Limits, LongRing, Ring, Row, Shared, UNLIMITED, VIOLATION_TYPES, WINDOWS
 )
@@ -169,7 +171,9 @@ cdef inline void put_limits_safely(
     header.staged_row = -1
 
 
-cdef inline bint give_or_take_share(const Shared* shared, int64_t index, bint giving, int64_t patience_ns) noexcept nogil:
+cdef inline bint give_or_take_share(
+    const Shared* shared, int64_t index, bint giving, int64_t patience_ns
+) noexcept nogil:
     """Give a row a share if it has a model and none, or take it away; False if a lock is busy.
 
     Takes the registry's lock and the row's.

@@ -130,7 +130,7 @@ class RowBlock:
         regions = regions_for(self.max_models)
         index = self.first + np.arange(len(self.rows))
         shares = regions.shares + index * self.shares.dtype.itemsize
-        lease = (dtypes()["header"].fields or {})["lease"][1]
+        lease = offset_of("header", "lease")
         return shares - (regions.cold_rows + index * self.cold_rows.dtype.itemsize), lease - shares
 
     def configured(self, what: str) -> NDArray[Any]:
@@ -315,6 +315,12 @@ class Reader:
         # The first row's model, and so its name, was there before and after the other name was read.
         there = self.generations(row, 1)[0] == part.rows["generation"][0]
         return name is not None and name == other_name and bool(there)
+
+
+def offset_of(part: str, field: str) -> int:
+    """Where a field of a part of the layout is, in bytes."""
+    offset: int = dict(dtypes()[part].fields or {})[field][1]
+    return offset
 
 
 def _of_share(rows: NDArray[Any], own: NDArray[Any], of_share: NDArray[Any]) -> NDArray[Any]:

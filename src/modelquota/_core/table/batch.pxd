@@ -10,6 +10,7 @@ from modelquota._core.row.decision cimport (
     is_trial
 )
 from modelquota._core.row.grant cimport Holding
+from modelquota._core.row.share cimport share_of
 from modelquota._core.row.tokens cimport count_at, weigh, with_output
 from modelquota._core.row.window cimport current_slot
 from modelquota._core.state.joint cimport (
@@ -24,6 +25,7 @@ cdef enum:
     BLOCK = 16              # elements whose memory is fetched together
     NO_CODE = 0             # of an element that has fewer models than others
     LINE = 64
+    SHARE_LINES = 5
 
 cdef enum:  # of an element, in addition to the outcomes of a joint decision
     TOO_MANY_MODELS = 4
@@ -70,6 +72,7 @@ cdef inline void fetch_block(
     """
     cdef Py_ssize_t last = min(first + BLOCK, batch.count)
     cdef Py_ssize_t i
+    cdef int line
     cdef Row* row
     cdef ColdRow* cold
     for i in range(first, last):
@@ -88,6 +91,9 @@ cdef inline void fetch_block(
             fetch(&cold.requests_start)
             fetch(&cold.request_limit)
             fetch(&cold.ring_offset)
+            if row.has_share:
+                for line in range(SHARE_LINES):
+                    fetch(<char*> share_of(cold) + line * LINE)
     for i in range(first, last):
         row = &rows[index_of(batch.codes[i])]
         if now_ns >= row.trail_end_ns and row.trail == TRAIL:

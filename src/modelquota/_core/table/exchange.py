@@ -21,7 +21,7 @@ class Lease(NamedTuple):
 
 
 class Exchanged(NamedTuple):
-    """What models hold and use, see `exchange_shares`: one row for each code, zeros where the model has been removed."""
+    """What models hold and use, see `exchange_shares`: one row for each code, zeros if its model has been removed."""
 
     alive: NDArray[np.bool_]
     held: NDArray[np.int64]

@@ -77,8 +77,9 @@ cdef class QuotaCheckResult:
     def retry_after_ms(self):
         """Milliseconds until the same request passes if nothing else is admitted in the meantime; exact, rounded up.
 
-        If the request is `starved`, a hint: the share of this host may have grown by then. None if nothing was violated, or if no wait is known to help: the request by itself exceeds a limit, or needs
-        memory or concurrency that is in use.
+        If the request is `starved`, a hint: the share of this host may have grown by then. None if nothing was
+        violated, or if no wait is known to help: the request by itself exceeds a limit, or needs memory or concurrency
+        that is in use.
         """
         return self.wait_ms if self.wait_ms >= 0 else None
 

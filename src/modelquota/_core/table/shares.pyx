@@ -1,9 +1,9 @@
 """Shares of limits that many hosts have in common, for the node that exchanges them with a store.
 
-What a share is, and why it is safe, is at the top of ``row/share.pxd``. A share is a row of `COMPONENTS` int64: ceilings
-of requests in a second, minute, hour, day and month, the same of tokens, drain and cap of the rate of requests and of
-that of tokens in millionths, and concurrency. `UNLIMITED` as a limit is one that is not set, and as a share one that
-leaves the whole limit; `KEEP` asks for no change.
+What a share is, and why it is safe, is at the top of ``row/share.pxd``. A share is a row of `COMPONENTS` int64:
+ceilings of requests in a second, minute, hour, day and month, the same of tokens, drain and cap of the rate of requests
+and of that of tokens in millionths, and concurrency. `UNLIMITED` as a limit is one that is not set, and as a share one
+that leaves the whole limit; `KEEP` asks for no change.
 """
 import numpy as np
 cimport numpy as cnp
@@ -152,7 +152,7 @@ def set_lease_rule(QuotaTable table not None, *, on_lease_end, nodes, retry_ns):
 def renew_lease(QuotaTable table not None, end_ns):
     """Have shares hold until `end_ns` of the state's time, 0 .. 2**61, which may be earlier than before.
 
-    A model sees it when its slot of 1/60 s ends, or at the next exchange.
+    A model sees it at the next exchange, or at a request: at the latest 1/60 s later, or in batches 1/4 s.
     """
     cdef int64_t end = _integer("end_ns", end_ns, 0, MAX_TIME_NS)
     table.state.require_open()
@@ -178,8 +178,8 @@ def read_lease(QuotaTable table not None):
 def sharing_codes(QuotaTable table not None, changed=False):
     """The codes of all models that have a share; with `changed`, of those that are to be exchanged again.
 
-    They are those that since their last exchange were registered, got other limits, were charged in a slot that has
-    ended, or denied a request for lack of share.
+    They are those that since their last exchange were registered, got other limits, were charged in a slot of 1/60 s
+    that has ended, or denied a request for lack of share.
     """
     cdef State state = table.state
     cdef bint only_changed = bool(changed)
@@ -238,7 +238,7 @@ def exchange_shares(QuotaTable table not None, codes, asked=None):
         charged : uint64, shape (n, 2)
             Requests and tokens ever, modulo 2**64; what was refunded is not subtracted.
         peak : int64, shape (n, 2)
-            Most requests and tokens that were charged in one slot of 1/60 s since the last exchange.
+            Most requests and tokens that were charged within 1/60 s, or in batches 1/4 s, since the last exchange.
         needed : int64, shape (n, 2)
             The largest request that was denied for lack of share since then: 1 and its tokens, otherwise zeros.
         starved : uint64, shape (n,)
@@ -313,7 +313,7 @@ cdef cnp.ndarray asked_shares(object asked, Py_ssize_t count):
 # -- the process that exchanges for the host
 
 def wait_urgent(QuotaTable table not None, seen, timeout_sec):
-    """Sleep until a model calls for an exchange, at most `timeout_sec` seconds; returns how often one has, modulo 2**32.
+    """Sleep until a model calls for an exchange, at most `timeout_sec` seconds; how often one has, modulo 2**32.
 
     One calls, once until its next exchange, if it denies a request for lack of share, or if less than 30 % is left of a
     share that is not the whole limit. Returns at once if that number is no longer `seen`.

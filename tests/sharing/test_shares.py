@@ -1,0 +1,268 @@
+"""Shares and their lease belong to the state: all processes go by them, whichever exchanges them, stopped or killed."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from crew import shared_array
+from factories import make_manager, open_quota
+from patience import until
+
+from modelquota import ResourceQuotaManager
+from modelquota._core.state.state import CONSTANTS
+from modelquota._core.table import shares
+from modelquota._core.table.shares import COMPONENTS, KEEP, UNLIMITED
+
+SECOND_NS = 10**9
+LIMITS = {"max_requests_per_hour": 10**6, "max_tokens_per_hour": 10**9}
+
+
+def hold_everything(manager, lease_s=600.0):
+    """Have the host hold all of each limit, for so long."""
+    shares.renew_lease(manager, shares.now_ns(manager) + round(lease_s * SECOND_NS))
+    codes = shares.sharing_codes(manager)
+    totals = shares.exchange_shares(manager, codes).limits
+    shares.exchange_shares(manager, codes, np.where(totals == UNLIMITED, KEEP, totals))
+
+
+@pytest.fixture
+def words():
+    """Words that forked processes share."""
+    return shared_array("i8", 8)
+
+
+def test_processes_use_one_share_together(path, words):
+    manager = make_manager(path=path, **LIMITS)
+    shares.begin_sharing(manager)
+    hold_everything(manager)
+    asked = np.full((1, COMPONENTS), KEEP)
+    asked[0, 2] = 100
+    shares.exchange_shares(manager, shares.sharing_codes(manager), asked)
+
+    def work(place):
+        other = ResourceQuotaManager(path=path)
+        words[place] = sum(bool(other.check_quota("m", 1)) for _ in range(200))
+
+    children = [forked_process(work, place) for place in (0, 1)]
+    here = sum(bool(manager.check_quota("m", 1)) for _ in range(200))
+    for pid in children:
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert here + words[0] + words[1] == 100
+
+
+def forked_process(work, *args):
+    """Run a function in a forked process; its id."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work(*args)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+@pytest.mark.parametrize("shared_by", ["file", "fork"])
+def test_another_process_sees_the_end_of_the_lease(path, words, shared_by):
+    """Within a slot of 1/60 s, though it does nothing but check; and that it has begun again."""
+    manager = make_manager(path=path if shared_by == "file" else None, real_time=True, **LIMITS)
+    shares.begin_sharing(manager)
+    hold_everything(manager)
+
+    def work():
+        other = ResourceQuotaManager(path=path) if shared_by == "file" else manager
+        while words[1] == 0:
+            words[0 if other.check_quota("m", 1) else 2] += 1
+
+    pid = forked_process(work)
+    try:
+        until(lambda: words[0] > 100)
+        shares.end_lease(manager)
+        until(lambda: words[2] > 100)
+        admitted = int(words[0])
+        time.sleep(0.05)
+        assert words[0] == admitted
+        hold_everything(manager)
+        until(lambda: words[0] > admitted + 100)
+    finally:
+        words[1] = 1
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("verb", ["check", "batch"])
+def test_a_process_that_was_stopped_spends_nothing_after_the_lease(path, words, verb):
+    """But for the request that it was deciding, and of a batch for the few that it had begun."""
+    manager = make_manager(path=path, **LIMITS)
+    shares.begin_sharing(manager)
+    hold_everything(manager, lease_s=2.0)
+
+    def work():
+        other = ResourceQuotaManager(path=path)
+        codes = np.repeat(other.codes(["m"]), 1 if verb == "check" else 200_000)
+        while words[1] == 0:
+            if verb == "check":
+                words[0] += bool(other.check_quota("m", 1))
+            else:
+                words[0] += int((other.check_many(codes, 1) == 0).sum())
+
+    pid = forked_process(work)
+    try:
+        until(lambda: words[0] > 0)
+        stop_outside_of_a_decision(pid, manager)
+        end_ns = shares.read_lease(manager).end_ns
+        until(lambda: shares.now_ns(manager) > end_ns + SECOND_NS // 10)
+        before = manager.get_usage("m").requests_this_hour
+        rejected = manager.get_model_report("m").denied_requests
+        os.kill(pid, signal.SIGCONT)
+        until(lambda: manager.get_model_report("m").denied_requests > rejected)
+    finally:
+        words[1] = 1
+        os.kill(pid, signal.SIGCONT)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert manager.get_usage("m").requests_this_hour <= before + (1 if verb == "check" else 16)
+
+
+def stop_outside_of_a_decision(pid, manager):
+    """Stop a process while it does not have the row locked, which nobody could read then."""
+    while True:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.002)
+        if not manager._arrays()[1]["lock"][0]:
+            return
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.001)
+
+
+def test_the_state_goes_by_the_clock_that_a_suspend_does_not_stop(path):
+    manager = make_manager(path=path, **LIMITS)
+    neighbor = ResourceQuotaManager(path=path)
+    before = shares.now_ns(manager), shares.now_ns(neighbor)
+    shares.begin_sharing(manager)
+    header = manager._arrays()[0][0]
+    assert header["clock_kind"] == CONSTANTS["boottime"]
+    assert 0 <= shares.now_ns(manager) - before[0] < 10 * SECOND_NS  # it goes on from where it was
+    offset_ns = int(header["lease"]["clock_offset_ns"])
+    assert abs(time.clock_gettime_ns(time.CLOCK_BOOTTIME) + offset_ns - shares.now_ns(manager)) < SECOND_NS
+    # a suspend, as other processes see it: CLOCK_BOOTTIME is an hour further on, and CLOCK_MONOTONIC is not
+    header["lease"]["clock_offset_ns"] += 3600 * SECOND_NS
+    late = ResourceQuotaManager(path=path)
+    assert shares.now_ns(late) - before[0] > 3600 * SECOND_NS
+
+    def has_followed():
+        neighbor.check_quota("m", 1)  # looks at the state once a second
+        return shares.now_ns(neighbor) - before[1] > 3600 * SECOND_NS
+
+    until(has_followed)
+    with ResourceQuotaManager.open_readonly(path) as view:
+        assert abs(view._now_ns(header) - shares.now_ns(late)) < 10 * SECOND_NS
+
+
+def test_a_reboot_ends_the_lease_and_keeps_the_shares(path):
+    manager = make_manager(path=path, **LIMITS)
+    shares.begin_sharing(manager)
+    hold_everything(manager)
+    assert manager.check_quota("m", 1)
+    held = shares.exchange_shares(manager, shares.sharing_codes(manager)).held
+    shares.write_node(manager, b"who I am")
+    manager._arrays()[0]["boot_id"] = 7
+    manager.close()
+    manager = ResourceQuotaManager(path=path)
+    assert shares.read_lease(manager).end_ns == 0
+    until(lambda: manager.check_quota("m", 1).starved)  # at the end of a slot
+    assert shares.read_node(manager) == b"who I am"
+    found = shares.exchange_shares(manager, shares.sharing_codes(manager))
+    assert (found.held == held).all()
+    assert found.used[0, 2] >= 1
+    shares.renew_lease(manager, shares.now_ns(manager) + SECOND_NS)
+    until(lambda: manager.check_quota("m", 1))
+
+
+def test_a_view_reads_limits_and_not_what_a_share_leaves_of_them(path):
+    manager = make_manager(open_quota("other", max_requests_per_hour=77), path=path, **LIMITS)
+    shares.begin_sharing(manager)
+    hold_everything(manager)
+    asked = np.full((1, COMPONENTS), KEEP)
+    asked[0, 2] = 40
+    shares.exchange_shares(manager, manager.codes(["m"]), asked)
+    assert sum(bool(manager.check_quota("m", 1)) for _ in range(10)) == 10
+    with ResourceQuotaManager.open_readonly(path) as view:
+        assert view.get_quota("m") == manager.get_quota("m")
+        assert view.get_usage("m").left == manager.get_usage("m").left
+        assert view.get_usage("m").left[9] == 30
+        assert view.get_quota("other").max_requests_per_hour == 77
+        shares.end_lease(manager)
+        time.sleep(0.02)
+        assert view.get_usage("m").left[9] == 0
+        assert view.get_quota("m").max_requests_per_hour == 10**6
+
+
+def test_one_process_leads_and_another_takes_over(path, words):
+    manager = make_manager(path=path, **LIMITS)
+    assert shares.lead(manager, 60.0)
+    assert shares.lead(manager, 60.0)
+
+    def work():
+        other = ResourceQuotaManager(path=path)
+        words[0] = 1 + shares.lead(other, 60.0)
+        until(lambda: shares.lead(other, 60.0))
+        words[1] = 1
+        while True:
+            time.sleep(1.0)
+
+    pid = forked_process(work)
+    try:
+        until(lambda: words[0])
+        assert words[0] == 1  # it did not lead
+        shares.resign(manager)
+        until(lambda: words[1])
+        assert not shares.lead(manager, 60.0)
+        time.sleep(0.02)
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: shares.lead(manager, 0.01))  # it says nothing any more
+        os.kill(pid, signal.SIGCONT)
+        until(lambda: shares.lead(manager, 60.0))
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    other = ResourceQuotaManager(path=path)
+    assert not shares.lead(other, 60.0)
+    manager.close()
+    assert shares.lead(other, 60.0)  # its process is there, and its seat is not
+
+
+def test_a_call_for_an_exchange_reaches_another_process(path, words):
+    manager = make_manager(path=path, **LIMITS)
+    shares.begin_sharing(manager)
+    shares.renew_lease(manager, shares.now_ns(manager) + 600 * SECOND_NS)
+
+    def work():
+        other = ResourceQuotaManager(path=path)
+        words[0] = 1
+        words[1] = shares.wait_urgent(other, 0, 60.0)
+
+    pid = forked_process(work)
+    until(lambda: manager._arrays()[0]["lease"]["sleepers"][0])
+    assert not manager.check_quota("m", 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert words[1] == 1
+
+
+def test_models_are_registered_while_sharing_begins(path, words):
+    """Whichever comes first, each of them has a share."""
+    manager = make_manager(path=path, max_models=2000, **LIMITS)
+
+    def work():
+        other = ResourceQuotaManager(path=path)
+        for number in range(500):
+            other.set_quota(open_quota(f"new {number}", max_requests_per_hour=5))
+            words[0] = number + 1
+
+    pid = forked_process(work)
+    until(lambda: words[0] > 5)
+    shares.begin_sharing(manager)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert len(shares.sharing_codes(manager)) == 501
+    assert not any(manager.check_quota(model_id, 1) for model_id in manager.list_models())
