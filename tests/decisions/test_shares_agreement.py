@@ -237,3 +237,45 @@ def test_many_hosts_together_admit_no_more_than_the_limits(rate: float, seed: in
             if span_ns < 3600 * SECOND_NS:
                 assert cost <= 500
     assert log
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.integers(1, 90), st.floats(0, 1), st.floats(0, 1), st.sampled_from([0.001, 0.02, 0.4, 3.0, 50.0])),
+        min_size=3,
+        max_size=25,
+    )
+)
+def test_refunds_are_never_more_than_what_was_charged_too_much(steps: list[tuple[int, float, float, float]]) -> None:
+    """A host that estimates and settles, and one that knew from the start, while their shares of a rate change."""
+    clock = ManualClock(10**15)
+    quota = ResourceQuotaConfig.unlimited("m", max_tokens_per_second=10, burst_tokens=190, max_tokens_per_hour=10**6)
+    hosts = [ResourceQuotaManager(clock=clock, max_models=2) for _ in range(2)]
+    for host in hosts:
+        host.set_quota(quota)
+        shares.begin_sharing(host)
+        shares.renew_lease(host, 2**61)
+    guessing, knowing = hosts
+    codes = shares.sharing_codes(knowing)
+    totals = shares.exchange_shares(knowing, codes).limits
+    grants = []
+    for estimate, truth, part, pause in steps:
+        asked = np.where(totals == WHOLE, KEEP, totals)
+        asked[0, 2 * WINDOWS + 2] = int(asked[0, 2 * WINDOWS + 2] * part)  # of the drain; of the rest all
+        for host in hosts:
+            shares.exchange_shares(host, codes, asked)
+        actual = int(estimate * truth)
+        if guessing.peek_quota("m", estimate):
+            grants.append((guessing.reserve("m", estimate), actual))
+            assert knowing.check_quota("m", actual)
+        clock.advance(pause)
+        if len(grants) > 2:
+            grant, actual = grants.pop(0)
+            grant.settle(actual)
+            grant.release()
+    for grant, actual in grants:
+        grant.settle(actual)
+        grant.release()
+    guessed, known = (shares.exchange_shares(host, codes).used[0].tolist() for host in hosts)
+    assert guessed[2 * WINDOWS + 3] >= known[2 * WINDOWS + 3]
+    assert guessed[WINDOWS : 2 * WINDOWS] == known[WINDOWS : 2 * WINDOWS]

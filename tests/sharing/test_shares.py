@@ -11,7 +11,7 @@ from factories import make_manager, open_quota
 from patience import until
 
 from modelquota import ResourceQuotaManager
-from modelquota._core.state.state import CONSTANTS
+from modelquota._core.state.state import CONSTANTS, regions_for
 from modelquota._core.table import shares
 from modelquota._core.table.shares import COMPONENTS, KEEP, UNLIMITED
 
@@ -134,6 +134,20 @@ def stop_outside_of_a_decision(pid, manager):
             return
         os.kill(pid, signal.SIGCONT)
         time.sleep(0.001)
+
+
+def test_without_shares_no_page_of_them_is_touched(path):
+    manager = make_manager(path=path, **LIMITS)
+    for _ in range(50):
+        assert manager.check_quota("m", 1)
+    regions = regions_for(manager.max_models)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        assert os.lseek(descriptor, regions.shares, os.SEEK_DATA) >= regions.names
+        shares.begin_sharing(manager)
+        assert os.lseek(descriptor, regions.shares, os.SEEK_DATA) == regions.shares
+    finally:
+        os.close(descriptor)
 
 
 def test_the_state_goes_by_the_clock_that_a_suspend_does_not_stop(path):
