@@ -30,7 +30,7 @@ QUOTAS = [ResourceQuotaConfig("m", max_ram_mb=100, max_requests_per_hour=3, on_v
 
 def state_of(manager):
     header, rows, cold_rows = manager._arrays()
-    header = header.copy()
+    header = np.frombuffer(bytearray(header.tobytes()), header.dtype)  # copy() would not copy the padding
     # where and when a full table is searched again, and how many records were ever in use at once
     header["forget_hand"] = header["full_until_ns"] = header["grant_chunks_used"] = 0
     return header.tobytes(), rows.tobytes(), cold_rows[:8].tobytes(), manager.list_models()
