@@ -147,12 +147,15 @@ def test_arrays_of_other_kinds_are_refused(path):
         records_of(usage, ["m"], np.array([5]))
     with pytest.raises(ValueError, match="there are 2 places for 1 ids"):
         records_of(usage, ["m"], np.array([0, 0]))
-    with pytest.raises(ValueError, match="there are 2 cold rows for 1 rows"):
-        read_copies(part.rows, np.repeat(part.cold_rows, 2), part.rings, 0)
+    shares = part.shares, part.header
+    with pytest.raises(ValueError, match="there are 2 cold rows and 1 shares for 1 rows"):
+        read_copies(part.rows, np.repeat(part.cold_rows, 2), part.rings, *shares, 0)
+    with pytest.raises(ValueError, match="there are 1 cold rows and 2 shares for 1 rows"):
+        read_copies(part.rows, part.cold_rows, part.rings, np.repeat(part.shares, 2), part.header, 0)
     with pytest.raises(ValueError, match="there are 2 rings for 1 rows; give one each"):
-        read_copies(part.rows, part.cold_rows, (*part.rings[:-1], np.repeat(part.rings[-1], 2)), 0)
+        read_copies(part.rows, part.cold_rows, (*part.rings[:-1], np.repeat(part.rings[-1], 2)), *shares, 0)
     with pytest.raises(ValueError, match="array of elements of 480 bytes"):
-        read_copies(part.rows, part.cold_rows, part.rings[::-1], 0)
+        read_copies(part.rows, part.cold_rows, part.rings[::-1], *shares, 0)
 
 
 def test_reading_all_through_a_view_is_a_small_multiple_of_the_managers(path):
@@ -180,12 +183,13 @@ def test_what_is_read_of_damaged_rows_writes_nothing_beside_their_copies(path):
         part = view._reader().part(0, 1)
     rng = np.random.default_rng(7)
     slot_ns = 16_666_667
-    parts = [part.rows, part.cold_rows, *part.rings]
+    parts = [part.rows, part.cold_rows, part.shares, *part.rings]
+    header = part.header.copy()
     beside = [np.zeros(257, array.dtype) for array in parts]
     for _ in range(3000):
         for whole, array in zip(beside, parts, strict=True):
             whole[128:129] = array
-        row, cold, *rings = (whole[128:129] for whole in beside)
+        row, cold, share, *rings = (whole[128:129] for whole in beside)
         now_ns = int(rng.choice([-(2**61), -(10**9), 0, 10**15, 2**61, 2**62]))
         row["slot_end_ns"] = now_ns - int(rng.integers(-3, 90)) * slot_ns if rng.random() < 0.8 else -(2**63)
         row["level_ns"] = rng.choice([now_ns, now_ns + slot_ns, -(2**63), 2**62])
@@ -195,7 +199,14 @@ def test_what_is_read_of_damaged_rows_writes_nothing_beside_their_copies(path):
         row["trail_requests"] = row["trail_tokens"] = rng.integers(0, 60_000, 4)
         cold["filled"] = rng.choice([0, 59, 60, 61, 255], 5)
         cold["counted"] = 31
-        read_copies(row, cold, tuple(rings), now_ns)
+        row["has_share"] = rng.integers(0, 3)
+        share["held"] = rng.choice([-(2**63), -5, 0, 5, 2**62, 2**63 - 1], 15)
+        share["request_drain"], share["token_drain"] = rng.choice([-(2**63), -1, 0, 1, 2**63 - 1], 2)
+        share["token_cap"]["high"] = rng.choice([0, 1, 2**61, 2**63], 1)
+        share["phase"], share["called"] = rng.integers(0, 2**32), rng.integers(0, 2)
+        header["lease"]["end_ns"] = rng.choice([-(2**63), 0, now_ns, 2**63 - 1])
+        header["lease"]["rule"] = rng.choice([0, 1, 2, 3, 4, 6, 2**32 - 1])
+        read_copies(row, cold, tuple(rings), share, header, now_ns)
         for whole in beside:
             assert not np.frombuffer(whole[:128], np.uint8).any()
             assert not np.frombuffer(whole[129:], np.uint8).any()

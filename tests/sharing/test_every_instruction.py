@@ -28,6 +28,7 @@ from crew import shared_array
 from patience import until
 
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager, Tokens
+from modelquota._core.state.state import CONSTANTS
 from modelquota._core.state.validate import validate
 from modelquota._core.table import shares
 from modelquota.waiting.thread import ThreadWaiter
@@ -103,7 +104,7 @@ class Case:
             for window, limit in enumerate(cold[f"{what}_limit"].tolist()):
                 whole = int(share[f"{what}_limit"][window])
                 held = int(share["held"][window + (5 if what == "token" else 0)])
-                left = {0: min(whole, held)}.get(int(share["phase"]), 0)
+                left = {CONSTANTS["live"]: min(whole, held), CONSTANTS["allow"]: whole}.get(int(share["phase"]), 0)
                 assert limit == (whole if shares.UNLIMITED in (whole, held) else left)
         return {f"share {place}": held for place, held in enumerate(share["held"].tolist())}
 
@@ -506,6 +507,7 @@ def test_after_any_instruction(name, stepper, tmp_path, monkeypatch):
         for model_id in ("m", "y", *METERS):
             usage = case.manager.get_usage(model_id)
             assert usage is None or not any(getattr(usage, field) for field in HELD), where
+        shares.end_sharing(case.manager)
         case.manager.set_quota("new")
         assert case.manager.check_quota("new", 1)
         for number in range(8 - len(case.manager.list_models())):  # the first to use a row takes over its lock

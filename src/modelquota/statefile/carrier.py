@@ -18,14 +18,16 @@ from modelquota._core.state.packing import dtypes
 from modelquota._core.state.state import CONSTANTS, new_header, regions_for
 from modelquota._core.state.validate import offset_of, validate
 from modelquota._core.table.table import QuotaTable
+from modelquota.quota.limits import WINDOWS
 from modelquota.statefile.oldfile import OldFile
 
 _AT_A_TIME = 1 << 20
+_LONGEST = [window.name for window in WINDOWS if not window.optional][-1]
 _OWN = ("version", "fingerprint")
 
 
 class Carried(NamedTuple):
-    """What was taken over: models, what their windows of a day count, and grants and requests of dead processes."""
+    """What was taken over: models, what their longest windows count, and grants and requests of dead processes."""
 
     models: int
     requests: int
@@ -55,7 +57,7 @@ def carry(old: OldFile, draft: str, path: str, descriptor: int) -> Carried:
     table = QuotaTable(path=draft, max_models=None, clock=ManualClock(0), events=None, trust_file=True)
     try:
         records = table._read_all()  # takes each lock, and so finishes what a dead owner was changing
-        requests, tokens = (sum(records[f"{what}_this_day"].tolist()) for what in ("requests", "tokens"))
+        requests, tokens = (sum(records[f"{what}_this_{_LONGEST}"].tolist()) for what in ("requests", "tokens"))
     finally:
         table.close()
     os.pwrite(descriptor, header["clock_kind"].tobytes(), kind_at)

@@ -122,12 +122,12 @@ cdef inline int64_t cap_total(const Wide* cap, uint8_t shift) noexcept nogil:
 
 cdef inline int64_t part_of_drain(int64_t drain, int64_t part, int64_t total) noexcept nogil:
     """What `part` of `total` millionths is worth, rounded down."""
-    return drain if part >= total else <int64_t> (<wide> drain * part // total)
+    return drain if part >= total or total <= 0 else <int64_t> (<wide> drain * part // total)
 
 
 cdef inline wide part_of_cap(wide cap, int64_t part, int64_t total) noexcept nogil:
     """What `part` of `total` millionths is worth, rounded down."""
-    if part >= total:
+    if part >= total or total <= 0:     # of a copy that nothing has judged it may be negative
         return cap
     return cap // total * part + cap % total * part // total
 
