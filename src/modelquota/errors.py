@@ -329,3 +329,32 @@ def _shown(value: object) -> str:
     except ValueError:  # an int with more digits than sys.get_int_max_str_digits() allows
         return f"<{type(value).__name__}>"
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}... ({len(text)} characters)"
+
+
+class StoreError(QuotaError):
+    """The store in which hosts share their limits cannot be used, or did not answer.
+
+    Raised by a store's verbs. A node that shares through it logs it and tries again; its shares stay valid until the
+    end of its lease. What to do is in the message, which never has the store's URL or credentials.
+
+    Parameters
+    ----------
+    kind : str
+        What is wrong, in one word: ``unreachable``, ``timeout``, ``credentials``, ``read_only``, ``out_of_memory``,
+        ``loading``, ``eviction``, ``version``, ``format``, ``replicas`` or ``refused``.
+    detail : str
+        What was seen, and what to do.
+
+    Examples
+    --------
+    >>> print(StoreError("read_only", "this is a replica; give the address of the primary"))
+    the store is not usable (read_only): this is a replica; give the address of the primary
+    """
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(kind, detail)
+        self.kind = kind
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"the store is not usable ({self.kind}): {self.detail}"

@@ -12,6 +12,7 @@ from modelquota.errors import (
     QuotaConfigError,
     QuotaError,
     QuotaFileError,
+    StoreError,
     TraceError,
     UnknownModelError,
 )
@@ -53,6 +54,11 @@ CASES = [
         UnknownModelError("llama", "no quota for 'llama'; there is one for 'qwen'"),
         {"model_id": "llama"},
         "no quota for 'llama'; there is one for 'qwen'",
+    ),
+    (
+        StoreError("read_only", "it is a replica"),
+        {"kind": "read_only", "detail": "it is a replica"},
+        "the store is not usable (read_only): it is a replica",
     ),
     (
         CapacityError(2),
@@ -108,7 +114,7 @@ def test_each_error_may_be_caught_as(error: type[QuotaError], bases: set[type[Ex
 
 def test_every_error_derives_from_the_base_and_says_when_it_is_raised() -> None:
     found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
-    assert len(found) == 11
+    assert len(found) == 12
     for error in found:
         assert issubclass(error, QuotaError)
         assert error.__doc__

@@ -20,7 +20,7 @@ LAYERS = (
     ("_core.state",),
     ("_core.table",),
     ("reading", "waiting", "protocols"),
-    ("statefile",),
+    ("statefile", "cluster"),
     ("manager",),
     ("control", "monitoring", "tuning"),
     ("asgi",),

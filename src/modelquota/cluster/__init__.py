@@ -1,0 +1,1 @@
+"""Many hosts, one limit: each host decides alone, within shares of the limits that a store keeps within the whole."""

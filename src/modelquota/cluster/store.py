@@ -1,0 +1,156 @@
+"""What a node and the store tell each other: one request, one reply, and the `Store` that exchanges them.
+
+A limit that many hosts share is a *quantity*: requests or tokens in one of the windows, or the level of a rate. The
+store knows no more of it than its limit, its hold, and the sum of all shares; see ``exchange.lua``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from modelquota.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FORMAT: Final = "1"
+"""The version of the ledger's keys and of what is sent."""
+
+MAX_LIMIT: Final = 2**53
+"""The highest limit that can be shared: the store's numbers are doubles."""
+
+
+class Quantity(NamedTuple):
+    """What the store knows of one quantity of a model: its limit, and how long a dead node's share stays taken."""
+
+    limit: int
+    hold_ms: int
+
+
+class Ghost(NamedTuple):
+    """What a share that is given up has been used for, and when it is free: `hold_ms` after the exchange."""
+
+    quantity: int
+    amount: int
+    hold_ms: int
+
+
+class ModelRequest(NamedTuple):
+    """What a node says of one model; the sequences have one element for each quantity.
+
+    `version` is the ledger's version of the limits that the node goes by, 0 to give the model these limits. `need` is
+    the smallest share that would admit a request that was denied, or 0.
+    """
+
+    model_id: str
+    version: int
+    quantities: Sequence[Quantity | None]
+    held: Sequence[int]
+    used: Sequence[int]
+    want: Sequence[int]
+    need: Sequence[int]
+    ghosts: Sequence[Ghost] = ()
+
+    def arguments(self) -> tuple[str, str, str]:
+        """Return the model's three arguments of the script."""
+        limits = ",".join("-" if q is None else f"{q.limit}:{q.hold_ms}" for q in self.quantities)
+        holdings = ",".join(
+            "-" if quantity is None else f"{held}:{used}:{want}:{need}"
+            for quantity, held, used, want, need in zip(
+                self.quantities, self.held, self.used, self.want, self.need, strict=True
+            )
+        )
+        ghosts = ",".join(f"{ghost.quantity + 1}:{ghost.amount}:{ghost.hold_ms}" for ghost in self.ghosts)
+        return f"{self.version};{limits}", holdings, ghosts
+
+
+class Request(NamedTuple):
+    """One request of a node. A repeated one has the same number, token and models, and its own `boot_ms`.
+
+    `boot` names the clock that `boot_ms` is read from: another one after a restart of the machine.
+    """
+
+    verb: str
+    node_id: str
+    number: int
+    token: str
+    nonce: str
+    boot: str
+    boot_ms: int
+    lease_ms: int
+    models: Sequence[ModelRequest]
+
+    def keys(self, base: str) -> list[str]:
+        """Return the keys of the script, those of the ledger whose keys begin with `base`."""
+        names = ["meta", "nodes", "ghosts", f"node:{self.node_id}", *(f"m:{model.model_id}" for model in self.models)]
+        return [base + name for name in names]
+
+    def arguments(self) -> list[str]:
+        """Return the arguments of the script."""
+        head = [FORMAT, self.verb, self.node_id, self.number, self.token, self.nonce, self.boot, self.boot_ms]
+        return [*map(str, head), str(self.lease_ms), *(text for model in self.models for text in model.arguments())]
+
+
+class ModelReply(NamedTuple):
+    """What the store says of one model, by quantity; None for one that the ledger does not limit.
+
+    `target` is what the node should return to: less than its share if others want more than is free. `quantities` are
+    the ledger's, if they are not those of the request.
+    """
+
+    version: int
+    share: tuple[int | None, ...]
+    target: tuple[int | None, ...]
+    quantities: tuple[Quantity | None, ...] | None
+
+
+class Reply(NamedTuple):
+    """The store's answer.
+
+    `status` is ``ok``, or ``learning`` (nothing is granted, for `learning_ms` more), or the request was not executed:
+    ``stale`` (the store has seen a later one of this node) or ``fenced`` (another one uses this node's id).
+    """
+
+    status: str
+    nonce: str = ""
+    generation: int = 0
+    learning_ms: int = 0
+    nodes: int = 0
+    models: tuple[ModelReply, ...] = ()
+
+
+class Store(Protocol):
+    """Where nodes keep the sum of their shares: anything with one atomic `exchange`."""
+
+    def exchange(self, request: Request) -> Reply:
+        """Execute a request, or return the reply that it had; raises StoreError if that is not known."""
+
+
+def parse_reply(text: str) -> Reply:
+    """Parse what the script returned; raises StoreError for another version's ledger."""
+    if text in ("stale", "fenced"):
+        return Reply(text)
+    if text == "format":
+        raise StoreError("format", f"its ledger is not of format {FORMAT}; use another namespace for this version")
+    status, nonce, generation, learning_ms, nodes, *lines = text.split("\n")
+    return Reply(
+        status, nonce, int(generation), int(learning_ms), int(nodes), tuple(_model(line) for line in lines if line)
+    )
+
+
+def _model(line: str) -> ModelReply:
+    version, shares, *limits = line.split(";")
+    pairs = [(None, None) if part == "-" else tuple(map(int, part.split(":"))) for part in shares.split(",")]
+    return ModelReply(
+        int(version),
+        tuple(share for share, _ in pairs),
+        tuple(target for _, target in pairs),
+        tuple(_quantity(part) for part in limits[0].split(",")) if limits else None,
+    )
+
+
+def _quantity(text: str) -> Quantity | None:
+    if text == "-":
+        return None
+    limit, hold_ms = text.split(":")
+    return Quantity(int(limit), int(hold_ms))
