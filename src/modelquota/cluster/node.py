@@ -1,0 +1,482 @@
+"""One node: what it tells the store, and what a reply changes. It does no input or output, and has no thread.
+
+The node is the state that a host's processes share, not a process: one of them at a time leads, and calls this.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+
+from modelquota.cluster.quantities import (
+    COMPONENTS,
+    KEEP,
+    LEVELS,
+    QUANTITIES,
+    UNLIMITED,
+    asked_row,
+    component_of,
+    drain_for,
+    needed_shares,
+    quantities_of,
+    wanted,
+)
+from modelquota.cluster.store import Ghost, ModelRequest, Reply, Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+MARGIN_NS: Final = 1_000_000_000
+"""By how much a lease ends earlier on the node than in the store."""
+
+MAX_MODELS: Final = 256
+"""The most models of one request."""
+
+_LOOKED_AT: Final = 64  # models that are looked at in each step, without a sign that something has changed
+_DEMAND_NS: Final = 2_000_000_000
+_RECENT_NS: Final = 10_000_000_000
+_SLOW_NS: Final = 400_000_000  # a request that took longer says little about the server's clock
+_NOTHING: Final = (0,) * QUANTITIES
+
+
+class Rows(NamedTuple):
+    """What an exchange of shares with the core returns, one element for each code; see `Host.exchange`."""
+
+    alive: Sequence[bool]
+    held: Sequence[Sequence[int]]
+    used: Sequence[Sequence[int]]
+    limits: Sequence[Sequence[int]]
+    charged: Sequence[Sequence[int]]
+    peak: Sequence[Sequence[int]]
+    needed: Sequence[Sequence[int]]
+    starved: Sequence[int]
+    waiting: Sequence[int]
+
+
+class Host(Protocol):
+    """The shared state of one host, as a node sees it. Times are of the state's clock, which goes on in suspend."""
+
+    boot: str
+    """Names the clock: another one after a restart of the machine."""
+
+    def now_ns(self) -> int:
+        """Return the time."""
+
+    def codes(self, changed: bool) -> list[int]:
+        """Return the codes of all models, or of those that have changed since they were exchanged last."""
+
+    def names(self, codes: Sequence[int]) -> list[str | None]:
+        """Return their ids; None for one that has been removed."""
+
+    def exchange(self, codes: Sequence[int], asked: Sequence[Sequence[int]] | None, *, below_use: bool) -> Rows:
+        """Set shares, not below what is used unless `below_use`, and read what there is."""
+
+    def lease_end_ns(self) -> int:
+        """Return the end of the lease; 0 if there is none."""
+
+    def renew_lease(self, end_ns: int) -> None:
+        """Set the end of the lease."""
+
+    def load(self) -> bytes:
+        """Return what was saved, also by a process before this one; empty at first."""
+
+    def save(self, data: bytes) -> None:
+        """Keep up to 240 bytes."""
+
+
+class _Book:
+    """What the node remembers of one model."""
+
+    __slots__ = (
+        "code", "given", "held", "largest", "limits", "model_id", "needed", "points", "rotated_ns", "starved", "target",
+        "unmet", "used", "waiting", "want",
+    )  # fmt: skip
+
+    def __init__(self, code: int, model_id: str) -> None:
+        self.code = code
+        self.model_id = model_id
+        self.limits: Sequence[int] = ()
+        self.given: Sequence[object] = ()  # the quantities as the store has been told them
+        self.held: tuple[int, ...] = _NOTHING
+        self.used: tuple[int, ...] = _NOTHING
+        self.want: tuple[int, ...] = _NOTHING  # as the store has been told
+        self.target: tuple[int | None, ...] | None = None
+        self.largest = [[0, 0], [0, 0]]  # requests and tokens: of the last ten seconds, and of the ten before
+        self.rotated_ns = 0
+        self.needed = [0, 0]
+        self.starved = 0
+        self.unmet = [0, 0]  # requests and tokens that were denied for lack of share, ever
+        self.waiting = 0
+        self.points: deque[tuple[int, int, int]] = deque()  # time, requests and tokens asked for until then
+
+    def read(self, rows: Rows, at: int, now_ns: int) -> None:
+        """Take over what the core says."""
+        self.limits = rows.limits[at]
+        held, used = rows.held[at], rows.used[at]
+        self.used = tuple(used[component_of(quantity)] for quantity in range(QUANTITIES))
+        self.held = tuple(  # a share that does not bind is of a quantity that the ledger does not limit
+            used[component] if held[component] == UNLIMITED else held[component]
+            for component in map(component_of, range(QUANTITIES))
+        )
+        if now_ns - self.rotated_ns >= _RECENT_NS:
+            self.largest = [[0, recent] for recent, _ in self.largest]
+            self.rotated_ns = now_ns
+        for kind in range(2):
+            needed = rows.needed[at][kind]
+            self.needed[kind] = max(self.needed[kind], needed)
+            self.largest[kind][0] = max(self.largest[kind][0], rows.peak[at][kind], needed)
+        starved, self.starved = max(0, rows.starved[at] - self.starved), rows.starved[at]
+        self.unmet[0] += starved
+        self.unmet[1] += starved * rows.needed[at][1]
+        self.waiting = rows.waiting[at]
+        requests, tokens = rows.charged[at]
+        self.points.append((now_ns, requests + self.unmet[0], tokens + self.unmet[1]))
+        while len(self.points) > 2 and self.points[1][0] <= now_ns - _DEMAND_NS:
+            self.points.popleft()
+
+    def wants(self) -> tuple[int, ...]:
+        """Return the share of each quantity that it wants."""
+        largest = [max(sizes) for sizes in self.largest]
+        first, last = self.points[0], self.points[-1]
+        demand = [last[1] - first[1] + self.waiting, last[2] - first[2] + self.waiting * largest[1]]
+        return wanted(self.limits, self.used, demand, largest)
+
+
+class Node:
+    """The numbering, the shares and the lease of one host.
+
+    `prepare` returns the request to send, the same one until it is answered; `adopt` takes an answer. Between the two,
+    only the answer to that very request is taken.
+
+    Parameters
+    ----------
+    host : Host
+        The state of the host.
+    lease_ns : int
+        How long a share is valid after the request that renewed it was sent. The same on all nodes.
+    token : callable, optional
+        Returns a random text of 32 hexadecimal digits.
+    """
+
+    def __init__(self, host: Host, lease_ns: int, *, token: Callable[[], str] = lambda: secrets.token_hex(16)) -> None:
+        self.host = host
+        self.lease_ns = lease_ns
+        self.generation = 0
+        self.nodes = 1
+        self.fenced = 0
+        self._token = token
+        self._books: dict[int, _Book] = {}
+        self._gone: list[tuple[str, Sequence[int], tuple[int, ...]]] = []
+        self._unconfirmed: dict[int, None] | None = None
+        self._pending: Request | None = None
+        self._told: list[int] = []
+        self._renews = False
+        self._first_sent_ns = 0
+        self._clock_number = 0
+        self._next_look = 0
+        self._valid_until_ns = host.lease_end_ns()
+        self._resume()
+
+    # -- who it is
+
+    def _resume(self) -> None:
+        """Go on as the process before did: with its id and number, and the request that it had under way."""
+        node_id, number, nonce, token = (self.host.load().decode("ascii") + "   ").split(" ")[:4]
+        self.node_id, self.number, self.nonce = node_id or self._token(), int(number or 0), nonce
+        if token:
+            # Which models it was about is not known any more. Without them it is either executed now, or its reply
+            # is repeated; of that only the nonce is taken.
+            self._pending = self._request("exchange", token, ())
+
+    def _save(self, token: str = "") -> None:
+        self.host.save(f"{self.node_id} {self.number} {self.nonce} {token}".encode("ascii"))
+
+    def _join_again(self) -> None:
+        """Become a new node, since another one uses this id: nothing is held but what was used."""
+        self.host.renew_lease(0)
+        self._pending, self._valid_until_ns = None, 0
+        self.fenced += 1
+        self.node_id, self.number, self.nonce = self._token(), 0, ""
+        self._save()
+        self._unconfirmed = None
+        self._give_up_all()
+
+    def _give_up_all(self) -> None:
+        codes = self.host.codes(False)
+        self._shrink(codes, [_NOTHING] * len(codes), below_use=True)
+
+    # -- requests
+
+    def prepare(self) -> Request:
+        """Return the request to send now: the one that has not been answered, or a new one."""
+        now_ns = self.host.now_ns()
+        if self._pending is None:
+            self._start(now_ns)
+        assert self._pending is not None
+        return self._pending._replace(boot=f"{self.host.boot}.{self._clock_number}", boot_ms=now_ns // 10**6)
+
+    def _request(self, verb: str, token: str, models: Sequence[ModelRequest]) -> Request:
+        return Request(verb, self.node_id, self.number, token, self.nonce, "", 0, self.lease_ns // 10**6, models)
+
+    def _start(self, now_ns: int) -> None:
+        if self._valid_until_ns <= now_ns:
+            # What it held may have been given to others by now, once it had aged out. What it has used is a fact.
+            self._give_up_all()
+            self._unconfirmed = None
+        if self._unconfirmed is None:
+            self._unconfirmed = dict.fromkeys(self.host.codes(False))
+        codes, models = self._to_tell(now_ns)
+        self._send("exchange", now_ns, codes, models)
+
+    def _send(self, verb: str, now_ns: int, codes: list[int], models: Sequence[ModelRequest]) -> None:
+        self.number += 1
+        token = self._token()
+        self._save(token)
+        self._pending, self._told = self._request(verb, token, models), codes
+        self._first_sent_ns, self._renews = now_ns, verb == "exchange"
+
+    def _to_tell(self, now_ns: int) -> tuple[list[int], list[ModelRequest]]:
+        """Look at the models that may have something to tell, return what to give back, and what to send."""
+        assert self._unconfirmed is not None
+        codes = list(self._unconfirmed)[:MAX_MODELS]
+        chosen = dict.fromkeys(codes)
+        for code in self._candidates():
+            if len(chosen) >= MAX_MODELS:
+                break
+            chosen[code] = None
+        codes = list(chosen)
+        self._read(codes, None, now_ns)
+        codes = [code for code in codes if code in self._books]
+        wants = {}
+        shrinking, shares = [], []
+        for code in codes:
+            book = self._books[code]
+            wants[code] = book.wants()
+            returned = self._returned(book, wants[code])
+            if returned is not None:
+                shrinking.append(code)
+                shares.append(returned)
+        if shrinking:
+            self._shrink(shrinking, shares)
+        told, models = [], []
+        gone, self._gone = self._gone, []
+        for name, limits, held in gone:
+            # what was used since the last exchange is not known: all of it may have been
+            ghosts = [
+                Ghost(quantity, held[quantity], known.hold_ms + MARGIN_NS // 10**6)
+                for quantity, known in enumerate(quantities_of(limits))
+                if known is not None and held[quantity]
+            ]
+            models.append(ModelRequest(name, 1, quantities_of(limits), _NOTHING, _NOTHING, _NOTHING, _NOTHING, ghosts))
+            told.append(-1)
+        names = {name for name, _, _ in gone}
+        for code in codes:
+            book = self._books[code]
+            if book.model_id in names:  # registered again since: in the next request
+                continue
+            needs = needed_shares(book.limits, book.held, book.needed)
+            if code in self._unconfirmed or code in shrinking or self._has_news(book, wants[code], needs):
+                quantities = quantities_of(book.limits)
+                version = 1 if book.given == quantities else 0
+                models.append(
+                    ModelRequest(book.model_id, version, quantities, book.held, book.used, wants[code], needs)
+                )
+                told.append(code)
+                book.given, book.want, book.needed = quantities, wants[code], [0, 0]
+        return told, models
+
+    def _candidates(self) -> Iterable[int]:
+        """Codes that are worth a look, the most urgent first."""
+        yield from (code for code, book in self._books.items() if book.target is not None)
+        yield from self.host.codes(True)
+        everything = list(self._books)
+        if everything:
+            start = self._next_look % len(everything)
+            self._next_look = start + _LOOKED_AT
+            yield from everything[start : start + _LOOKED_AT]
+
+    @staticmethod
+    def _has_news(book: _Book, wants: tuple[int, ...], needs: tuple[int, ...]) -> bool:
+        if any(needs):
+            return True
+        for held, used, want, told in zip(book.held, book.used, wants, book.want, strict=True):
+            if used > held or want > held or want * 4 < told * 3:
+                return True
+        return False
+
+    @staticmethod
+    def _returned(book: _Book, wants: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the shares to lower: far more than is wanted, or more than is fair while others want it."""
+        shares = [KEEP] * QUANTITIES
+        target, book.target = book.target, None
+        for quantity, (held, used, want) in enumerate(zip(book.held, book.used, wants, strict=True)):
+            if book.limits[component_of(quantity)] == UNLIMITED:
+                continue
+            if held > used + 2 * (want - used):
+                shares[quantity] = want
+            most = None if target is None else target[quantity]
+            if most is not None and most < held:
+                shares[quantity] = min(most, want) if shares[quantity] != KEEP else most
+        return tuple(shares) if any(share != KEEP for share in shares) else None
+
+    # -- shares
+
+    def _read(
+        self, codes: Sequence[int], asked: Sequence[Sequence[int]] | None, now_ns: int, *, below_use: bool = False
+    ) -> None:
+        if not codes:
+            return
+        rows = self.host.exchange(codes, asked, below_use=below_use)
+        unknown = [code for code in codes if code not in self._books]
+        for code, name in zip(unknown, self.host.names(unknown), strict=True):
+            if name is not None:
+                self._books[code] = _Book(code, name)
+        for at, code in enumerate(codes):
+            book = self._books.get(code)
+            if book is None or not rows.alive[at]:
+                self._forget(code)
+            else:
+                book.read(rows, at, now_ns)
+
+    def _forget(self, code: int) -> None:
+        book = self._books.pop(code, None)
+        if self._unconfirmed is not None:
+            self._unconfirmed.pop(code, None)
+        if book is not None and any(book.held):
+            self._gone.append((book.model_id, book.limits, book.held))
+
+    def _shrink(self, codes: Sequence[int], shares: Sequence[tuple[int, ...]], *, below_use: bool = False) -> None:
+        """Lower shares, and then the drains in proportion to the caps that are left."""
+        now_ns = self.host.now_ns()
+        self._read([code for code in codes if code not in self._books], None, now_ns)
+        lower = {code: row for code, row in zip(codes, shares, strict=True) if code in self._books}
+        rows = []
+        for code, row in lower.items():
+            asked = asked_row(self._books[code].limits, row, _NOTHING)
+            for drain, _ in LEVELS.values():
+                asked[drain] = KEEP
+            rows.append(asked)
+        self._read(list(lower), rows, now_ns, below_use=below_use)
+        drains = {}
+        for code in lower:
+            book = self._books.get(code)
+            if book is not None:
+                drains[code] = [KEEP] * COMPONENTS
+                for quantity, (drain, _) in LEVELS.items():
+                    cap = max(book.held[quantity], book.used[quantity])
+                    drains[code][drain] = drain_for(book.limits, quantity, cap)
+        levels = {code: self._books[code].used for code in drains}
+        self._read(list(drains), list(drains.values()), now_ns)
+        for code, used in levels.items():  # the store is told the levels that go with the drains
+            book = self._books.get(code)
+            if book is not None:
+                book.used = tuple(map(max, used, book.used))
+
+    # -- replies
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return self._pending is not None
+
+    def awaits(self, request: Request) -> bool:
+        """Whether this is the request that is under way."""
+        pending = self._pending
+        return pending is not None and request[1:4] == pending[1:4]  # id, number and token
+
+    def adopt(self, request: Request, reply: Reply) -> bool:
+        """Take the reply to a request; True if more of what is wanted was granted.
+
+        A reply to anything but the request that is under way changes nothing.
+        """
+        if not self.awaits(request):
+            return False
+        now_ns = self.host.now_ns()
+        if reply.status in ("fenced", "stale"):
+            self._join_again()
+            return False
+        if now_ns - self._first_sent_ns > _SLOW_NS:
+            self._clock_number += 1
+        told, self._told = self._told, []
+        self._pending, self.nonce, self.nodes = None, reply.nonce, max(1, reply.nodes)
+        if reply.generation != self.generation:
+            # A store that may have forgotten them is told of all models, before the lease goes on.
+            self.generation = reply.generation
+            self._unconfirmed = dict.fromkeys(self.host.codes(False))
+        # After a change of leader the request may have been executed as the process before had made it, with models
+        # that are not known here: then no share is taken, and the next request tells the store what is held.
+        grew = len(told) == len(reply.models) and self._adopt_shares(told, reply)
+        self._save()
+        if self._renews:
+            end_ns = self._first_sent_ns + self.lease_ns - MARGIN_NS
+            self._valid_until_ns = max(self._valid_until_ns, end_ns)
+            if not self._unconfirmed and end_ns > self.host.lease_end_ns():
+                self.host.renew_lease(end_ns)
+        return grew
+
+    def _adopt_shares(self, told: Sequence[int], reply: Reply) -> bool:
+        growing, grown, shrinking, shrunk = [], [], [], []
+        for code, answer in zip(told, reply.models, strict=True):
+            book = self._books.get(code)
+            if book is None:
+                continue
+            if self._unconfirmed is not None:
+                self._unconfirmed.pop(code, None)
+            up, down = [KEEP] * QUANTITIES, [KEEP] * QUANTITIES
+            for quantity, share in enumerate(answer.share):
+                if book.limits[component_of(quantity)] == UNLIMITED:
+                    continue
+                if share is None:
+                    up[quantity] = UNLIMITED
+                elif share > book.held[quantity]:
+                    up[quantity] = share
+                elif share < book.held[quantity]:
+                    down[quantity] = share
+            if any(target is not None and target < held for target, held in zip(answer.target, book.held, strict=True)):
+                book.target = answer.target
+            if any(share != KEEP for share in down):
+                shrinking.append(code)
+                shrunk.append(tuple(down))
+            if any(share != KEEP for share in up):
+                growing.append(code)
+                grown.append(asked_row(book.limits, up, book.used))
+        if shrinking:
+            self._shrink(shrinking, shrunk, below_use=True)
+        if growing:
+            self._read(growing, grown, self.host.now_ns())
+        return bool(growing)
+
+    @property
+    def confirmed(self) -> bool:
+        """Whether the store knows all that this node holds."""
+        return not self._unconfirmed and self._unconfirmed is not None
+
+    # -- leaving
+
+    def leave(self) -> Request | None:
+        """Give everything up, and return the request that hands over what was used; None if one is under way.
+
+        Nothing is admitted afterwards. To be called again until `left`.
+        """
+        if self._pending is not None:
+            return None
+        self.host.renew_lease(0)
+        self._give_up_all()
+        models, told = [], []
+        for code in list(self._books)[:MAX_MODELS]:
+            book = self._books.pop(code)
+            quantities = quantities_of(book.limits)
+            ghosts = [
+                Ghost(quantity, book.used[quantity], known.hold_ms + MARGIN_NS // 10**6)
+                for quantity, known in enumerate(quantities)
+                if known is not None and book.used[quantity]
+            ]
+            models.append(ModelRequest(book.model_id, 1, quantities, _NOTHING, _NOTHING, _NOTHING, _NOTHING, ghosts))
+            told.append(-1)
+        self._send("exchange" if self._books else "leave", self.host.now_ns(), told, models)
+        self._renews = False
+        assert self._pending is not None
+        return self._pending._replace(
+            boot=f"{self.host.boot}.{self._clock_number}", boot_ms=self.host.now_ns() // 10**6
+        )

@@ -1,0 +1,124 @@
+"""The quantities that hosts share, and how much of each a node asks for: pure arithmetic on the core's components.
+
+The core has fifteen components of a share (requests and tokens in five windows; drain and cap of two levels;
+concurrency). The store has twelve quantities: the windows, and one for each level. A level is shared by its cap, and
+its drain follows in proportion, so that a dead node's level has drained after the same time for every share.
+Concurrency is not shared.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from modelquota.cluster.store import MAX_LIMIT, Quantity
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+COMPONENTS: Final = 15
+QUANTITIES: Final = 12
+UNLIMITED: Final = 2**63 - 1
+KEEP: Final = -1
+MILLION: Final = 10**6
+
+WINDOW_SECONDS: Final = (1, 60, 3600, 86_400, 2_592_000)
+LEVELS: Final = {10: (10, 11), 11: (12, 13)}
+"""Of each quantity that is a level, the components of its drain and its cap, in millionths."""
+
+_NEVER_MS: Final = 10**13  # three centuries: a level that does not drain
+
+
+def component_of(quantity: int) -> int:
+    """Return the component that a quantity is counted in: of a level, its cap."""
+    return LEVELS[quantity][1] if quantity in LEVELS else quantity
+
+
+def quantities_of(limits: Sequence[int]) -> tuple[Quantity | None, ...]:
+    """Return the quantities of a row's configured limits, None for those that are not limited.
+
+    A limit above 2**53 is shared as 2**53.
+    """
+    found: list[Quantity | None] = []
+    for quantity in range(QUANTITIES):
+        limit = limits[component_of(quantity)]
+        if limit == UNLIMITED:
+            found.append(None)
+            continue
+        if quantity in LEVELS:
+            hold_ms = _rounded_up(-(-limit * 1000 // drain)) if (drain := limits[LEVELS[quantity][0]]) else _NEVER_MS
+        else:
+            hold_ms = WINDOW_SECONDS[quantity % 5] * 1000
+        found.append(Quantity(min(limit, MAX_LIMIT), min(hold_ms, _NEVER_MS)))
+    return tuple(found)
+
+
+def _rounded_up(number: int) -> int:
+    """Round up to two digits, so that the store has few different holds to schedule."""
+    unit: int = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // unit) * unit
+
+
+def drain_for(limits: Sequence[int], quantity: int, cap: int) -> int:
+    """Return the drain that goes with a share of a level's cap: in proportion, rounded down."""
+    drain, whole = LEVELS[quantity]
+    return limits[drain] * cap // limits[whole] if limits[whole] else 0
+
+
+def asked_row(limits: Sequence[int], shares: Sequence[int], used: Sequence[int]) -> list[int]:
+    """Return shares of all quantities, KEEP for one that stays, as a row of components.
+
+    The drain goes with what the store counts: the share, or what is used, whichever is more.
+    """
+    row = [KEEP] * COMPONENTS
+    for quantity, share in enumerate(shares):
+        if share != KEEP:
+            row[component_of(quantity)] = share
+            if quantity in LEVELS:
+                drain = UNLIMITED if share == UNLIMITED else drain_for(limits, quantity, max(share, used[quantity]))
+                row[LEVELS[quantity][0]] = drain
+    return row
+
+
+def wanted(
+    limits: Sequence[int], used: Sequence[int], demand: Sequence[int], largest: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the share of each quantity that a node wants; 0 for one that is not limited.
+
+    Parameters
+    ----------
+    limits
+        The row's configured components.
+    used
+        What it uses of each quantity.
+    demand
+        Requests and tokens asked for in the last two seconds.
+    largest
+        The largest recent request: 1, and its tokens.
+    """
+    wants = []
+    for quantity in range(QUANTITIES):
+        limit = limits[component_of(quantity)]
+        if limit == UNLIMITED:
+            wants.append(0)
+            continue
+        kind = quantity - 10 if quantity in LEVELS else quantity // 5
+        ahead = demand[kind] + largest[kind]
+        if quantity in LEVELS:
+            drain = limits[LEVELS[quantity][0]]
+            # enough for what comes, and for a drain of twice the demand in a second
+            want = max(used[quantity] + ahead * MILLION, -(-demand[kind] * MILLION * limit // drain) if drain else 0)
+        else:
+            want = used[quantity] + ahead
+        wants.append(min(want, limit, MAX_LIMIT))
+    return tuple(wants)
+
+
+def needed_shares(limits: Sequence[int], held: Sequence[int], needed: Sequence[int]) -> tuple[int, ...]:
+    """Return the share of each quantity without which a denied request is larger than the whole share, or 0."""
+    needs = []
+    for quantity in range(QUANTITIES):
+        limit = limits[component_of(quantity)]
+        kind = quantity - 10 if quantity in LEVELS else quantity // 5
+        need = needed[kind] * (MILLION if quantity in LEVELS else 1)
+        needs.append(need if held[quantity] < need <= limit and limit != UNLIMITED else 0)
+    return tuple(needs)

@@ -1,0 +1,367 @@
+"""Histories of a cluster in virtual time: real nodes and the shipped script, over a network and machines that fail.
+
+One seed is one history. Each history ends with the question that matters: did any window or level, over all hosts and
+in true time, hold more than its limit?
+"""
+
+import copy
+import heapq
+import itertools
+from collections import defaultdict
+from random import Random
+
+from lua_store import SCRIPT, LuaServer
+from model_host import NS, ModelHost, components
+
+from modelquota.cluster.node import Node
+from modelquota.cluster.pace import Pace
+from modelquota.cluster.quantities import LEVELS, MILLION, UNLIMITED, WINDOW_SECONDS
+from modelquota.cluster.store import parse_reply
+
+BASE = "mq:{sim:0}:"
+WALL_NS = 10**18  # the server's clock when a history begins
+
+
+class Machine:
+    """A host, its process (if it runs), and the node that leads it."""
+
+    def __init__(self, world, number, host):
+        self.world = world
+        self.number = number
+        self.host = host
+        self.node = None
+        self.pace = None
+        self.stopped_until = 0
+        self.attempt = 0  # of the step that is scheduled: an older one is void
+        # -- of one that was copied, or is the copy: since when, until when that cannot have been known, and its number
+        self.unfenced_since = None
+        self.known_ns = None
+        self.copied_number = 0
+        self.cut_until = 0
+        self.twin = None
+
+    @property
+    def runs(self):
+        return self.node is not None and self.stopped_until <= self.world.now_ns
+
+    def start(self):
+        self.node = self.world.node_class(self.host, self.world.lease_ns, token=self.world.token)
+        self.pace = Pace(self.world.renew_ns, self.world.chance)
+        self.world.at(self.world.now_ns, self.step, self.next_attempt())
+
+    def next_attempt(self):
+        self.attempt += 1
+        return self.attempt
+
+    def wake(self):
+        self.world.at(max(self.pace.due_ns(), self.world.now_ns), self.step, self.next_attempt())
+
+    def wake_if_idle(self):
+        if not self.node.busy:
+            self.wake()
+
+    def step(self, attempt):
+        if attempt != self.attempt or self.node is None:
+            return
+        if not self.runs:
+            self.world.at(self.stopped_until, self.step, attempt)
+            return
+        request = self.node.prepare()
+        self.world.send(self, self.node, request)
+        self.world.at(self.world.now_ns + NS // 2, self.give_up, self.next_attempt())
+
+    def give_up(self, attempt):
+        if attempt == self.attempt and self.node is not None:
+            self.pace.failed(self.world.now_ns)
+            self.wake()
+
+    def receive(self, node, request, reply):
+        if node is not self.node:
+            return
+        if not self.runs:
+            self.world.at(self.stopped_until, self.receive, node, request, reply)
+            return
+        if self.unfenced_since is not None and self.known_ns is None and request.number > self.copied_number:
+            self.known_ns = self.world.now_ns
+        fenced = node.fenced
+        waits = node.awaits(request)
+        grew = node.adopt(request, reply)
+        if node.fenced != fenced:
+            self.world.fenced(self)
+        if waits:
+            self.pace.answered(self.world.now_ns, grew)
+            self.wake()
+
+
+class Simulation:
+    """One history. `limits` are those of the only model; `load` are requests a second that come to each host."""
+
+    def __init__(self, seed, *, script=SCRIPT, node_class=Node, faults=True, nodes=None, limits=None, load=None):
+        self.chance = chance = Random(seed)
+        self.script = script
+        self.node_class = node_class
+        self.now_ns = 0
+        self.events = []
+        self.order = itertools.count()
+        self.log = []  # time, requests, tokens, machine
+        self.outside = set()  # indices of what is outside of the guarantee
+        self.faulty = faults
+        long = chance.random() < 0.5
+        self.limits = components(**(limits or self.draw_limits(long)))
+        self.lease_ns = chance.choice((4, 8)) * NS
+        self.renew_ns = NS
+        self.duration_ns = (120 if long else 40) * NS
+        self.quiet = not faults
+        self.server = LuaServer(script, run_id=self.token())
+        self.up = True
+        self.wall_ns = WALL_NS
+        self.replica = None
+        self.forgotten = False
+        self.machines = []
+        for _ in range(nodes or chance.randint(2, 4)):
+            self.add_machine().start()
+        self.load = load
+        if faults:
+            self.at(0, self.fault)
+            self.at(0, self.replicate)
+
+    def draw_limits(self, long):
+        chance = self.chance
+        if long:
+            limits = {"requests_per_minute": chance.randint(20, 200)}
+            if chance.random() < 0.5:
+                limits["tokens_per_minute"] = chance.randint(200, 4000)
+            return limits
+        rate = chance.randint(2, 10)
+        return {"requests_per_second": (rate, chance.randint(0, 20 * rate))}
+
+    def token(self):
+        return f"{self.chance.getrandbits(128):032x}"
+
+    # -- machines
+
+    def clock_of(self, drift):
+        start = self.chance.randrange(10**15)
+        return lambda: start + self.now_ns + int(self.now_ns * drift)
+
+    def add_machine(self):
+        drift = self.chance.uniform(-5e-5, 5e-5)
+        host = ModelHost(self.clock_of(drift), {"m": self.limits}, boot=self.token())
+        machine = Machine(self, len(self.machines), host)
+        self.machines.append(machine)
+        self.at(self.now_ns, self.traffic, machine)
+        return machine
+
+    def fenced(self, machine):
+        """What it admitted since it was copied, within the share of both, is outside of the guarantee."""
+        if machine.unfenced_since is None:
+            return
+        until_ns = self.now_ns if machine.known_ns is None else machine.known_ns
+        for at, entry in enumerate(self.log):
+            if entry[3] is machine and machine.unfenced_since <= entry[0] <= until_ns:
+                self.outside.add(at)
+        for twin in self.machines:
+            if twin.twin is machine.twin:
+                twin.unfenced_since = None
+
+    def traffic(self, machine):
+        """Requests of one machine, in bursts and pauses."""
+        chance = self.chance
+        if machine.runs:
+            for _ in range(1 if self.load else chance.choice((0, 1, 1, 2, 5, 20))):
+                tokens = chance.randint(1, 20)
+                if machine.host.check("m", tokens):
+                    self.log.append((self.now_ns, 1, tokens, machine))
+                elif machine.host.rows[0].starved:
+                    machine.pace.urge()
+                    machine.wake_if_idle()
+        self.at(self.now_ns + int(chance.expovariate(self.load or 3) * NS), self.traffic, machine)
+
+    # -- the network
+
+    def at(self, time_ns, action, *arguments):
+        heapq.heappush(self.events, (time_ns, next(self.order), action, arguments))
+
+    def delay(self):
+        chance = self.chance
+        if not self.quiet and chance.random() < 0.03:
+            return int(chance.uniform(0, 15) * NS)
+        return int(chance.uniform(0.0002, 0.02) * NS)
+
+    def copies(self):
+        if self.quiet:
+            return 1
+        return self.chance.choices((0, 1, 2), (0.05, 0.9, 0.05))[0]
+
+    def send(self, machine, node, request):
+        for _ in range(self.copies()):
+            self.at(self.now_ns + self.delay(), self.arrive, machine, node, request)
+
+    def arrive(self, machine, node, request):
+        server = self.server
+        if not self.up or machine.cut_until > self.now_ns:
+            return
+        server.time_ns = self.wall_ns + self.now_ns
+        reply = parse_reply(server.evaluate(request.keys(BASE), request.arguments()))
+        if self.forgotten:  # its learning begins with the first request, and lasts a lease
+            self.forgotten = False
+            self.at(self.now_ns + self.lease_ns - NS // 2, self.end_of_learning, server)
+        for _ in range(self.copies()):
+            self.at(self.now_ns + self.delay(), machine.receive, node, request, reply)
+
+    # -- faults
+
+    def fault(self):
+        chance = self.chance
+        self.at(self.now_ns + int(chance.expovariate(1 / 6) * NS), self.fault)
+        chance.choice(
+            (self.crash, self.crash, self.stop, self.clone, self.cut, self.cut, self.outage, self.restart,
+             self.forget_all, self.fail_over, self.jump, self.newcomer)
+        )()  # fmt: skip
+
+    def some_machine(self):
+        running = [machine for machine in self.machines if machine.node is not None]
+        return self.chance.choice(running) if running else None
+
+    def crash(self):
+        """A process dies; the next one goes on with the host's state, later, or never."""
+        machine = self.some_machine()
+        if machine is not None:
+            machine.node = None
+            if self.chance.random() < 0.7:
+                self.at(self.now_ns + int(self.chance.choice((0.1, 3, 30)) * NS), self.come_back, machine)
+
+    def come_back(self, machine):
+        if machine.node is None:
+            machine.start()
+
+    def stop(self):
+        machine = self.some_machine()
+        if machine is not None:
+            machine.stopped_until = self.now_ns + int(self.chance.uniform(0.5, 25) * NS)
+
+    def cut(self):
+        """A host does not reach the store for a while, and goes on with its shares."""
+        machine = self.some_machine()
+        if machine is not None:
+            machine.cut_until = self.now_ns + int(self.chance.uniform(0.5, 15) * NS)
+
+    def newcomer(self):
+        if len(self.machines) < 7:
+            self.add_machine().start()
+
+    def clone(self):
+        machine = self.some_machine()
+        if machine is None or len(self.machines) >= 7 or machine.unfenced_since is not None:
+            return
+        twin = Machine(self, len(self.machines), None)
+        clock = machine.host.now_ns
+        twin.host = copy.deepcopy(machine.host, {id(clock): clock})
+        self.machines.append(twin)
+        machine.twin = twin.twin = object()
+        for one in (machine, twin):
+            one.unfenced_since, one.known_ns = self.now_ns, None
+            one.copied_number = machine.node.number
+        twin.start()
+        self.at(self.now_ns, self.traffic, twin)
+
+    def outage(self):
+        if self.up:
+            self.up = False
+            self.at(self.now_ns + int(self.chance.choice((0.5, 3, 12)) * NS), self.recover)
+
+    def recover(self):
+        self.up = True
+
+    def restart(self):
+        """The server restarts, and has kept what it acknowledged."""
+        self.server = LuaServer(self.script, self.token(), self.server.data)
+        self.outage()
+
+    def has_unknown_copies(self):
+        """Whether two hosts have one id: a server that forgets which of them it has seen cannot tell them apart."""
+        return any(machine.unfenced_since is not None for machine in self.machines)
+
+    def forget_all(self):
+        """The server restarts empty."""
+        if self.has_unknown_copies():
+            return
+        self.server = LuaServer(self.script, self.token())
+        self.forgotten = True
+
+    def fail_over(self):
+        """A replica is promoted, which lacks the last seconds' writes."""
+        if self.replica is not None and not self.has_unknown_copies():
+            self.server = LuaServer(
+                self.script, self.token(), {key: dict(fields) for key, fields in self.replica.items()}
+            )
+            self.forgotten = True
+
+    def replicate(self):
+        self.replica = self.server.snapshot()
+        self.at(self.now_ns + int(self.chance.uniform(0.1, 8) * NS), self.replicate)
+
+    def end_of_learning(self, server):
+        """What hosts have used that did not tell a forgetful server in time is outside of the guarantee."""
+        generation = server.data[f"{BASE}meta"]["generation"]
+        unknown = set()
+        for machine in self.machines:
+            known = server.data.get(f"{BASE}node:{machine.host.saved.decode().partition(' ')[0]}", {})
+            if known.get("generation") != generation:
+                unknown.add(machine)
+        self.outside.update(at for at, entry in enumerate(self.log) if entry[3] in unknown)
+
+    def jump(self):
+        self.wall_ns += int(self.chance.choice((-3600, -5, 0.3, 5, 3600)) * NS)
+
+    # -- judgement
+
+    def run(self):
+        """Run the history; returns what went wrong, as text, or None."""
+        while self.events and self.events[0][0] <= self.duration_ns:
+            self.now_ns, _, action, arguments = heapq.heappop(self.events)
+            action(*arguments)
+        return self.excess()
+
+    def exclude_copies(self):
+        """What a copy admitted that never reached the store again, within the share of both, is outside too."""
+        for machine in self.machines:
+            if machine.unfenced_since is not None and machine.known_ns is None:
+                self.fenced(machine)
+
+    def excess(self):
+        self.exclude_copies()
+        admitted = [entry for at, entry in enumerate(self.log) if at not in self.outside]
+        for at in range(10):
+            if self.limits[at] == UNLIMITED:
+                continue
+            window_ns, kind = WINDOW_SECONDS[at % 5] * NS, at // 5
+            total, first = 0, 0
+            for entry in admitted:
+                total += entry[1 + kind]
+                while admitted[first][0] <= entry[0] - window_ns:
+                    total -= admitted[first][1 + kind]
+                    first += 1
+                if total > self.limits[at]:
+                    return (
+                        f"{total} of {self.limits[at]} in a window of {WINDOW_SECONDS[at % 5]} s at {entry[0] / NS} s"
+                    )
+        for drain, cap in LEVELS.values():
+            if self.limits[cap] == UNLIMITED:
+                continue
+            level, before_ns = 0, 0
+            for entry in admitted:
+                level = max(0, level - self.limits[drain] * (entry[0] - before_ns))
+                level += entry[1 + (cap - 11) // 2] * MILLION * NS
+                before_ns = entry[0]
+                if level > self.limits[cap] * NS:
+                    return f"level {level / NS / MILLION} of {self.limits[cap] / MILLION} at {entry[0] / NS} s"
+        return None
+
+    def admitted_by_window(self, window_ns, begin_ns):
+        """Requests admitted in each window from `begin_ns` on."""
+        counts = defaultdict(int)
+        for time_ns, requests, _, _ in self.log:
+            if time_ns >= begin_ns:
+                counts[(time_ns - begin_ns) // window_ns] += requests
+        return counts

@@ -1,0 +1,142 @@
+"""A host as a node sees it, in plain Python: its use is summed from logs of what it admitted."""
+
+from collections import deque
+
+from modelquota.cluster.node import Rows
+from modelquota.cluster.quantities import COMPONENTS, KEEP, LEVELS, MILLION, UNLIMITED, WINDOW_SECONDS
+
+NS = 10**9
+
+
+def components(**limits):
+    """A row of configured limits: requests_per_minute=..., or requests_per_second=(rate, burst)."""
+    row = [UNLIMITED] * COMPONENTS
+    for name, limit in limits.items():
+        kind = 0 if name.startswith("requests") else 1
+        window = ("second", "minute", "hour", "day", "month").index(name.rpartition("_")[2])
+        if window == 0:
+            rate, burst = limit
+            row[5 * kind] = -(-rate // 1) + burst
+            row[10 + 2 * kind], row[11 + 2 * kind] = rate * MILLION, (max(rate, 1) + burst) * MILLION
+        else:
+            row[5 * kind + window] = limit
+    return row
+
+
+class ModelRow:
+    def __init__(self, model_id, limits):
+        self.model_id = model_id
+        self.limits = limits
+        self.held = [0] * COMPONENTS
+        self.logs = {at: deque() for at in range(10) if limits[at] != UNLIMITED}
+        self.sums = dict.fromkeys(self.logs, 0)
+        self.levels = {drain: 0 for drain, _ in LEVELS.values()}  # in 10**-15 of a request or token
+        self.level_ns = 0
+        self.charged = [0, 0]
+        self.clear()
+        self.starved = 0
+        self.changed = True
+
+    def clear(self):
+        self.peak, self.needed, self.changed = [0, 0], [0, 0], False
+
+    def advance(self, now_ns):
+        for at, log in self.logs.items():
+            counted_ns = WINDOW_SECONDS[at % 5] * NS * 61 // 60
+            while log and log[0][0] <= now_ns - counted_ns:
+                self.sums[at] -= log.popleft()[1]
+        for drain in self.levels:
+            rate = min(self.held[drain], self.limits[drain])
+            self.levels[drain] = max(0, self.levels[drain] - rate * (now_ns - self.level_ns))
+        self.level_ns = now_ns
+
+    def used(self):
+        row = [0] * COMPONENTS
+        for at, total in self.sums.items():
+            row[at] = total
+        for drain, cap in LEVELS.values():
+            row[cap] = -(-self.levels[drain] // NS)
+        return row
+
+    def fits(self, bounds, request):
+        return all(self.sums[at] + request[at // 5] <= bounds[at] for at in self.logs) and all(
+            self.limits[cap] == UNLIMITED
+            or self.levels[drain] + request[(cap - 11) // 2] * MILLION * NS <= bounds[cap] * NS
+            for drain, cap in LEVELS.values()
+        )
+
+    def admit(self, now_ns, tokens, leased):
+        request = (1, tokens)
+        bounds = [min(share, limit) for share, limit in zip(self.held, self.limits, strict=True)]
+        if not leased or not self.fits(bounds, request):
+            if self.fits(self.limits, request):
+                self.starved += 1
+                self.needed = [max(pair) for pair in zip(self.needed, request, strict=True)]
+                self.changed = True
+            return False
+        for at, log in self.logs.items():
+            log.append((now_ns, request[at // 5]))
+            self.sums[at] += request[at // 5]
+        for drain, cap in LEVELS.values():
+            if self.limits[cap] != UNLIMITED:
+                self.levels[drain] += request[(cap - 11) // 2] * MILLION * NS
+        for kind in range(2):
+            self.charged[kind] += request[kind]
+            self.peak[kind] = max(self.peak[kind], request[kind])
+        self.changed = True
+        return True
+
+
+class ModelHost:
+    """A `Host`. `clock` returns the time of its machine in ns."""
+
+    def __init__(self, clock, quotas, boot="boot"):
+        self.now_ns = clock
+        self.boot = boot
+        self.rows = {code: ModelRow(model_id, limits) for code, (model_id, limits) in enumerate(quotas.items())}
+        self.end_ns = 0
+        self.saved = b""
+
+    def check(self, model_id, tokens):
+        now_ns = self.now_ns()
+        row = next(row for row in self.rows.values() if row.model_id == model_id)
+        row.advance(now_ns)
+        return row.admit(now_ns, tokens, now_ns < self.end_ns)
+
+    def codes(self, changed):
+        return [code for code, row in self.rows.items() if row.changed or not changed]
+
+    def names(self, codes):
+        return [self.rows[code].model_id for code in codes]
+
+    def lease_end_ns(self):
+        return self.end_ns
+
+    def renew_lease(self, end_ns):
+        self.end_ns = end_ns
+
+    def load(self):
+        return self.saved
+
+    def save(self, data):
+        assert len(data) <= 240
+        self.saved = data
+
+    def exchange(self, codes, asked, *, below_use=False):
+        rows = [self.rows[code] for code in codes]
+        answers = []
+        for at, row in enumerate(rows):
+            row.advance(self.now_ns())
+            used = row.used()
+            for component, share in enumerate(asked[at] if asked else ()):
+                held = row.held[component]
+                if share == KEEP:
+                    continue
+                if share < held and not below_use:
+                    share = max(share, min(used[component], held))
+                row.held[component] = share
+            answers.append(
+                (True, tuple(row.held), used, row.limits, tuple(row.charged), row.peak, row.needed, row.starved, 0)
+            )
+            row.clear()
+        return Rows(*zip(*answers, strict=True))
