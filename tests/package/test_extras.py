@@ -13,12 +13,12 @@ from modelquota._extras import extra
 
 PACKAGE = Path(modelquota.__file__).parent
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
-OPTIONAL = ("prometheus_client", "opentelemetry", "psutil", "watchfiles", "rich", "typer")
+OPTIONAL = ("prometheus_client", "opentelemetry", "psutil", "watchfiles", "rich", "typer", "redis")
 
 
 def test_every_extra_that_a_message_names_is_one():
     named = {name for path in PACKAGE.rglob("*.py") for name in re.findall(r'with extra\("(\w+)"', path.read_text())}
-    assert named == {"prometheus", "otel", "adjust", "reload", "asgi", "proxy", "langchain", "litellm"}
+    assert named == {"prometheus", "otel", "adjust", "reload", "asgi", "proxy", "langchain", "litellm", "redis"}
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     assert named <= extras.keys()
     found = set()
