@@ -28,6 +28,18 @@ def test_no_history_exceeds_a_limit():
     assert admitted > 50 * len(SEEDS)
 
 
+def test_no_history_of_real_managers_exceeds_a_limit():
+    for seed in SEEDS[: max(1, len(SEEDS) // 3)]:
+        excess = Simulation(seed, real=True).run()
+        assert excess is None, f"MODELQUOTA_HISTORY={seed}: {excess}"
+
+
+def test_a_seed_is_one_history():
+    first, second = Simulation(7), Simulation(7)
+    assert first.run() == second.run()
+    assert [entry[:3] for entry in first.log] == [entry[:3] for entry in second.log]
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_each_mutant_is_found(mutant):
     assert any(Simulation(seed, **MUTANTS[mutant]).run() is not None for seed in range(MUTANT_HISTORIES))

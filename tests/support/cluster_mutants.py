@@ -25,12 +25,14 @@ class ShrinksBelowUse(Node):
                 shares[quantity] = held - used // 2
         return tuple(shares)
 
-    def _shrink(self, codes, shares, *, below_use=False):
-        super()._shrink(codes, shares, below_use=True)
-        for code in codes:
+    def _shrink(self, codes, shares):
+        super()._shrink(codes, shares)
+        for code, lower in zip(codes, shares, strict=True):
             book = self._books.get(code)
             if book is not None:
-                book.used = tuple(map(min, book.used, book.held))
+                lower = tuple(have if share == KEEP else share for have, share in zip(book.held, lower, strict=True))
+                book.claim = tuple(map(min, book.claimed, lower))
+                book.used = tuple(map(min, book.used, book.claim))
 
 
 class AdoptsStaleReplies(Node):

@@ -11,6 +11,7 @@ from collections import defaultdict
 from random import Random
 
 from lua_store import SCRIPT, LuaServer
+from manager_host import SimulatedHost
 from model_host import NS, ModelHost, components
 
 from modelquota.cluster.node import Node
@@ -96,7 +97,9 @@ class Machine:
 class Simulation:
     """One history. `limits` are those of the only model; `load` are requests a second that come to each host."""
 
-    def __init__(self, seed, *, script=SCRIPT, node_class=Node, faults=True, nodes=None, limits=None, load=None):
+    def __init__(
+        self, seed, *, script=SCRIPT, node_class=Node, real=False, faults=True, nodes=None, limits=None, load=None
+    ):
         self.chance = chance = Random(seed)
         self.script = script
         self.node_class = node_class
@@ -107,7 +110,9 @@ class Simulation:
         self.outside = set()  # indices of what is outside of the guarantee
         self.faulty = faults
         long = chance.random() < 0.5
-        self.limits = components(**(limits or self.draw_limits(long)))
+        self.named_limits = limits or self.draw_limits(long)
+        self.limits = components(**self.named_limits)
+        self.real = real
         self.lease_ns = chance.choice((4, 8)) * NS
         self.renew_ns = NS
         self.duration_ns = (120 if long else 40) * NS
@@ -116,7 +121,7 @@ class Simulation:
         self.up = True
         self.wall_ns = WALL_NS
         self.replica = None
-        self.forgotten = False
+        self.forgotten, self.forgotten_ns, self.told = False, 0, set()
         self.machines = []
         for _ in range(nodes or chance.randint(2, 4)):
             self.add_machine().start()
@@ -146,7 +151,11 @@ class Simulation:
 
     def add_machine(self):
         drift = self.chance.uniform(-5e-5, 5e-5)
-        host = ModelHost(self.clock_of(drift), {"m": self.limits}, boot=self.token())
+        clock, boot = self.clock_of(drift), self.token()
+        if self.real:
+            host = SimulatedHost(clock, self.named_limits, boot)
+        else:
+            host = ModelHost(clock, {"m": self.limits}, boot)
         machine = Machine(self, len(self.machines), host)
         self.machines.append(machine)
         self.at(self.now_ns, self.traffic, machine)
@@ -172,7 +181,7 @@ class Simulation:
                 tokens = chance.randint(1, 20)
                 if machine.host.check("m", tokens):
                     self.log.append((self.now_ns, 1, tokens, machine))
-                elif machine.host.rows[0].starved:
+                elif machine.host.starved:
                     machine.pace.urge()
                     machine.wake_if_idle()
         self.at(self.now_ns + int(chance.expovariate(self.load or 3) * NS), self.traffic, machine)
@@ -195,9 +204,9 @@ class Simulation:
 
     def send(self, machine, node, request):
         for _ in range(self.copies()):
-            self.at(self.now_ns + self.delay(), self.arrive, machine, node, request)
+            self.at(self.now_ns + self.delay(), self.arrive, machine, node, request, self.now_ns)
 
-    def arrive(self, machine, node, request):
+    def arrive(self, machine, node, request, sent_ns):
         server = self.server
         if not self.up or machine.cut_until > self.now_ns:
             return
@@ -205,7 +214,9 @@ class Simulation:
         reply = parse_reply(server.evaluate(request.keys(BASE), request.arguments()))
         if self.forgotten:  # its learning begins with the first request, and lasts a lease
             self.forgotten = False
-            self.at(self.now_ns + self.lease_ns - NS // 2, self.end_of_learning, server)
+            self.at(self.now_ns + self.lease_ns - NS // 2, self.end_of_learning, self.told)
+        if sent_ns >= self.forgotten_ns:
+            self.told.add(machine)
         for _ in range(self.copies()):
             self.at(self.now_ns + self.delay(), machine.receive, node, request, reply)
 
@@ -252,7 +263,7 @@ class Simulation:
 
     def clone(self):
         machine = self.some_machine()
-        if machine is None or len(self.machines) >= 7 or machine.unfenced_since is not None:
+        if self.real or machine is None or len(self.machines) >= 7 or machine.unfenced_since is not None:
             return
         twin = Machine(self, len(self.machines), None)
         clock = machine.host.now_ns
@@ -287,7 +298,7 @@ class Simulation:
         if self.has_unknown_copies():
             return
         self.server = LuaServer(self.script, self.token())
-        self.forgotten = True
+        self.forgotten, self.forgotten_ns, self.told = True, self.now_ns, set()
 
     def fail_over(self):
         """A replica is promoted, which lacks the last seconds' writes."""
@@ -295,20 +306,15 @@ class Simulation:
             self.server = LuaServer(
                 self.script, self.token(), {key: dict(fields) for key, fields in self.replica.items()}
             )
-            self.forgotten = True
+            self.forgotten, self.forgotten_ns, self.told = True, self.now_ns, set()
 
     def replicate(self):
         self.replica = self.server.snapshot()
         self.at(self.now_ns + int(self.chance.uniform(0.1, 8) * NS), self.replicate)
 
-    def end_of_learning(self, server):
+    def end_of_learning(self, told):
         """What hosts have used that did not tell a forgetful server in time is outside of the guarantee."""
-        generation = server.data[f"{BASE}meta"]["generation"]
-        unknown = set()
-        for machine in self.machines:
-            known = server.data.get(f"{BASE}node:{machine.host.saved.decode().partition(' ')[0]}", {})
-            if known.get("generation") != generation:
-                unknown.add(machine)
+        unknown = set(self.machines) - told
         self.outside.update(at for at, entry in enumerate(self.log) if entry[3] in unknown)
 
     def jump(self):
@@ -321,6 +327,9 @@ class Simulation:
         while self.events and self.events[0][0] <= self.duration_ns:
             self.now_ns, _, action, arguments = heapq.heappop(self.events)
             action(*arguments)
+        if self.real:
+            for machine in self.machines:
+                machine.host.table.close()
         return self.excess()
 
     def exclude_copies(self):

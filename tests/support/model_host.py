@@ -103,6 +103,10 @@ class ModelHost:
         row.advance(now_ns)
         return row.admit(now_ns, tokens, now_ns < self.end_ns)
 
+    @property
+    def starved(self):
+        return any(row.starved for row in self.rows.values())
+
     def codes(self, changed):
         return [code for code, row in self.rows.items() if row.changed or not changed]
 
@@ -122,17 +126,17 @@ class ModelHost:
         assert len(data) <= 240
         self.saved = data
 
-    def exchange(self, codes, asked, *, below_use=False):
+    def exchange(self, codes, asked):
         rows = [self.rows[code] for code in codes]
         answers = []
         for at, row in enumerate(rows):
             row.advance(self.now_ns())
             used = row.used()
-            for component, share in enumerate(asked[at] if asked else ()):
+            for component, share in enumerate(asked[at]):
                 held = row.held[component]
                 if share == KEEP:
                     continue
-                if share < held and not below_use:
+                if share < held:
                     share = max(share, min(used[component], held))
                 row.held[component] = share
             answers.append(

@@ -38,6 +38,7 @@ _DEMAND_NS: Final = 2_000_000_000
 _RECENT_NS: Final = 10_000_000_000
 _SLOW_NS: Final = 400_000_000  # a request that took longer says little about the server's clock
 _NOTHING: Final = (0,) * QUANTITIES
+_AS_IT_IS: Final = (KEEP,) * COMPONENTS
 
 
 class Rows(NamedTuple):
@@ -69,8 +70,8 @@ class Host(Protocol):
     def names(self, codes: Sequence[int]) -> list[str | None]:
         """Return their ids; None for one that has been removed."""
 
-    def exchange(self, codes: Sequence[int], asked: Sequence[Sequence[int]] | None, *, below_use: bool) -> Rows:
-        """Set shares, not below what is used unless `below_use`, and read what there is."""
+    def exchange(self, codes: Sequence[int], asked: Sequence[Sequence[int]]) -> Rows:
+        """Set shares, never below what is used, and read what there is."""
 
     def lease_end_ns(self) -> int:
         """Return the end of the lease; 0 if there is none."""
@@ -89,8 +90,8 @@ class _Book:
     """What the node remembers of one model."""
 
     __slots__ = (
-        "code", "given", "held", "largest", "limits", "model_id", "needed", "points", "rotated_ns", "starved", "target",
-        "unmet", "used", "waiting", "want",
+        "claim", "code", "given", "held", "largest", "limits", "model_id", "needed", "points", "rotated_ns", "starved",
+        "target", "unmet", "used", "waiting", "want",
     )  # fmt: skip
 
     def __init__(self, code: int, model_id: str) -> None:
@@ -99,6 +100,7 @@ class _Book:
         self.limits: Sequence[int] = ()
         self.given: Sequence[object] = ()  # the quantities as the store has been told them
         self.held: tuple[int, ...] = _NOTHING
+        self.claim: tuple[int, ...] | None = None  # the part of it that the ledger knows as this node's share
         self.used: tuple[int, ...] = _NOTHING
         self.want: tuple[int, ...] = _NOTHING  # as the store has been told
         self.target: tuple[int | None, ...] | None = None
@@ -119,6 +121,7 @@ class _Book:
             used[component] if held[component] == UNLIMITED else held[component]
             for component in map(component_of, range(QUANTITIES))
         )
+        self.claim = self.held if self.claim is None else tuple(map(min, self.claim, self.held))
         if now_ns - self.rotated_ns >= _RECENT_NS:
             self.largest = [[0, recent] for recent, _ in self.largest]
             self.rotated_ns = now_ns
@@ -134,6 +137,19 @@ class _Book:
         self.points.append((now_ns, requests + self.unmet[0], tokens + self.unmet[1]))
         while len(self.points) > 2 and self.points[1][0] <= now_ns - _DEMAND_NS:
             self.points.popleft()
+
+    @property
+    def claimed(self) -> tuple[int, ...]:
+        """What it holds according to the ledger."""
+        return _NOTHING if self.claim is None else self.claim
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether the ledger knows all that it holds."""
+        return all(
+            held <= claim or self.limits[component_of(quantity)] == UNLIMITED
+            for quantity, (held, claim) in enumerate(zip(self.held, self.claimed, strict=True))
+        )
 
     def wants(self) -> tuple[int, ...]:
         """Return the share of each quantity that it wants."""
@@ -175,6 +191,7 @@ class Node:
         self._first_sent_ns = 0
         self._clock_number = 0
         self._next_look = 0
+        self._leaving = False
         self._valid_until_ns = host.lease_end_ns()
         self._resume()
 
@@ -204,7 +221,9 @@ class Node:
 
     def _give_up_all(self) -> None:
         codes = self.host.codes(False)
-        self._shrink(codes, [_NOTHING] * len(codes), below_use=True)
+        self._shrink(codes, [_NOTHING] * len(codes))
+        for book in self._books.values():
+            book.claim = _NOTHING
 
     # -- requests
 
@@ -275,12 +294,12 @@ class Node:
             book = self._books[code]
             if book.model_id in names:  # registered again since: in the next request
                 continue
-            needs = needed_shares(book.limits, book.held, book.needed)
+            needs = needed_shares(book.limits, book.claimed, book.needed)
             if code in self._unconfirmed or code in shrinking or self._has_news(book, wants[code], needs):
                 quantities = quantities_of(book.limits)
                 version = 1 if book.given == quantities else 0
                 models.append(
-                    ModelRequest(book.model_id, version, quantities, book.held, book.used, wants[code], needs)
+                    ModelRequest(book.model_id, version, quantities, book.claimed, book.used, wants[code], needs)
                 )
                 told.append(code)
                 book.given, book.want, book.needed = quantities, wants[code], [0, 0]
@@ -300,7 +319,7 @@ class Node:
     def _has_news(book: _Book, wants: tuple[int, ...], needs: tuple[int, ...]) -> bool:
         if any(needs):
             return True
-        for held, used, want, told in zip(book.held, book.used, wants, book.want, strict=True):
+        for held, used, want, told in zip(book.claimed, book.used, wants, book.want, strict=True):
             if used > held or want > held or want * 4 < told * 3:
                 return True
         return False
@@ -318,16 +337,16 @@ class Node:
             most = None if target is None else target[quantity]
             if most is not None and most < held:
                 shares[quantity] = min(most, want) if shares[quantity] != KEEP else most
+            if book.claimed[quantity] < held:  # what it had used when it joined is not its share
+                shares[quantity] = book.claimed[quantity]
         return tuple(shares) if any(share != KEEP for share in shares) else None
 
     # -- shares
 
-    def _read(
-        self, codes: Sequence[int], asked: Sequence[Sequence[int]] | None, now_ns: int, *, below_use: bool = False
-    ) -> None:
+    def _read(self, codes: Sequence[int], asked: Sequence[Sequence[int]] | None, now_ns: int) -> None:
         if not codes:
             return
-        rows = self.host.exchange(codes, asked, below_use=below_use)
+        rows = self.host.exchange(codes, [_AS_IT_IS] * len(codes) if asked is None else asked)
         unknown = [code for code in codes if code not in self._books]
         for code, name in zip(unknown, self.host.names(unknown), strict=True):
             if name is not None:
@@ -346,7 +365,7 @@ class Node:
         if book is not None and any(book.held):
             self._gone.append((book.model_id, book.limits, book.held))
 
-    def _shrink(self, codes: Sequence[int], shares: Sequence[tuple[int, ...]], *, below_use: bool = False) -> None:
+    def _shrink(self, codes: Sequence[int], shares: Sequence[tuple[int, ...]]) -> None:
         """Lower shares, and then the drains in proportion to the caps that are left."""
         now_ns = self.host.now_ns()
         self._read([code for code in codes if code not in self._books], None, now_ns)
@@ -357,7 +376,7 @@ class Node:
             for drain, _ in LEVELS.values():
                 asked[drain] = KEEP
             rows.append(asked)
-        self._read(list(lower), rows, now_ns, below_use=below_use)
+        self._read(list(lower), rows, now_ns)
         drains = {}
         for code in lower:
             book = self._books.get(code)
@@ -386,7 +405,7 @@ class Node:
         return pending is not None and request[1:4] == pending[1:4]  # id, number and token
 
     def adopt(self, request: Request, reply: Reply) -> bool:
-        """Take the reply to a request; True if more of what is wanted was granted.
+        """Take the reply to a request; True if it brought more of something that was nearly used.
 
         A reply to anything but the request that is under way changes nothing.
         """
@@ -417,12 +436,12 @@ class Node:
 
     def _adopt_shares(self, told: Sequence[int], reply: Reply) -> bool:
         growing, grown, shrinking, shrunk = [], [], [], []
+        helped = False
         for code, answer in zip(told, reply.models, strict=True):
             book = self._books.get(code)
             if book is None:
                 continue
-            if self._unconfirmed is not None:
-                self._unconfirmed.pop(code, None)
+            book.claim = tuple(UNLIMITED if share is None else share for share in answer.share)
             up, down = [KEEP] * QUANTITIES, [KEEP] * QUANTITIES
             for quantity, share in enumerate(answer.share):
                 if book.limits[component_of(quantity)] == UNLIMITED:
@@ -431,6 +450,7 @@ class Node:
                     up[quantity] = UNLIMITED
                 elif share > book.held[quantity]:
                     up[quantity] = share
+                    helped = helped or 10 * book.used[quantity] >= 7 * book.held[quantity]
                 elif share < book.held[quantity]:
                     down[quantity] = share
             if any(target is not None and target < held for target, held in zip(answer.target, book.held, strict=True)):
@@ -442,10 +462,15 @@ class Node:
                 growing.append(code)
                 grown.append(asked_row(book.limits, up, book.used))
         if shrinking:
-            self._shrink(shrinking, shrunk, below_use=True)
+            self._shrink(shrinking, shrunk)
         if growing:
             self._read(growing, grown, self.host.now_ns())
-        return bool(growing)
+        if self._unconfirmed is not None:
+            # One that has used more than it was given admits within that as it ages out: its lease has to wait.
+            for book in map(self._books.get, told):
+                if book is not None and book.is_covered:
+                    self._unconfirmed.pop(book.code, None)
+        return helped
 
     @property
     def confirmed(self) -> bool:
@@ -454,14 +479,20 @@ class Node:
 
     # -- leaving
 
-    def leave(self) -> Request | None:
-        """Give everything up, and return the request that hands over what was used; None if one is under way.
+    @property
+    def left(self) -> bool:
+        """Whether the store has everything that `leave` hands over."""
+        return self._leaving and self._pending is None and not self._books
 
-        Nothing is admitted afterwards. To be called again until `left`.
+    def leave(self) -> Request:
+        """Give everything up: return a request that hands over what was used, or the one that is under way.
+
+        Nothing is admitted any more. To be called, and its reply adopted, until `left`.
         """
-        if self._pending is not None:
-            return None
         self.host.renew_lease(0)
+        if self._pending is not None:
+            return self.prepare()
+        self._leaving = True
         self._give_up_all()
         models, told = [], []
         for code in list(self._books)[:MAX_MODELS]:
@@ -476,7 +507,4 @@ class Node:
             told.append(-1)
         self._send("exchange" if self._books else "leave", self.host.now_ns(), told, models)
         self._renews = False
-        assert self._pending is not None
-        return self._pending._replace(
-            boot=f"{self.host.boot}.{self._clock_number}", boot_ms=self.host.now_ns() // 10**6
-        )
+        return self.prepare()
