@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from modelquota.cluster.member import Member
+    from modelquota.cluster.redis import RedisStore
     from modelquota.reading.report import ModelReport, ResourceUsage
     from modelquota.reading.view import QuotaView
     from modelquota.waiting.task import Acquisition
@@ -80,6 +82,10 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
     trust_file : bool
         Use the file at `path` even if it belongs to another user, or others may write to it. Anyone who can write to it
         can lift every limit and crash every process that has it open.
+    cluster : RedisStore, optional
+        Share the limits with all hosts that use the same store and namespace. Requests in a second, minute, hour, day
+        and month, tokens likewise, and rates are shared; memory and concurrency are of this host. Nothing is admitted
+        before the store has granted a share.
 
     Raises
     ------
@@ -108,7 +114,10 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         default_quota: DefaultQuota | None = None,
         max_models: int | None = None,
         trust_file: bool = False,
+        cluster: RedisStore | None = None,
     ) -> None:
+        if cluster is not None and clock is not None:
+            raise ValueError("cluster= needs the machine's clock; leave out clock=")
         if max_models is not None:
             max_models = _integer("max_models", max_models, 1, MAX_MODELS_LIMIT, "1 .. 2**24")
         self._events = _Events(clock)
@@ -129,6 +138,11 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
                 from modelquota.statefile.journal import restore
 
                 restore(self, journal)
+        self._member: Member | None = None
+        if cluster is not None:
+            from modelquota.cluster.member import Member
+
+            self._member = Member(self, cluster)
 
     @classmethod
     def open_readonly(
@@ -170,8 +184,26 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         if isinstance(default, Mapping):
             default = dict(default)
         return functools.partial(
-            type(self), path=self.path, default_quota=default, max_models=self.max_models, trust_file=self._trust_file
-        ), ()
+            type(self), path=self.path, default_quota=default, max_models=self.max_models, trust_file=self._trust_file,
+            cluster=None if self._member is None else self._member.store,
+        ), ()  # fmt: skip
+
+    def close(self) -> None:
+        """Release what this process holds in the state, and the state itself; other processes are not affected.
+
+        Open grants are released (their tokens stay charged), waits end with `ManagerClosedError`, and the seat, the
+        mapping and the descriptors are freed. Afterwards every method raises `ManagerClosedError`; closing again does
+        nothing. With `cluster`, a state without a file is handed over to the store first, which may take some seconds
+        if the store does not answer.
+        """
+        if self._member is not None and not self.closed:
+            self._member.close()
+        super().close()
+
+    @property
+    def cluster(self) -> Member | None:
+        """How this process takes part in a cluster: `Member.status` tells; None without `cluster`."""
+        return self._member
 
     # -- quotas
 

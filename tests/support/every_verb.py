@@ -78,7 +78,17 @@ MANAGER: dict[str, Verb] = {
 }
 # close may be called again, settle_many is a verb of grants, rows is the old name of codes, the rest are values that
 # were given at the start
-NO_VERBS_OF_A_MANAGER = {"close", "closed", "clock", "default_quota", "path", "open_readonly", "settle_many", "rows"}
+NO_VERBS_OF_A_MANAGER = {
+    "close",
+    "closed",
+    "clock",
+    "cluster",
+    "default_quota",
+    "path",
+    "open_readonly",
+    "settle_many",
+    "rows",
+}
 
 HANDLE: dict[str, Verb] = {
     "check": lambda h: h.check(1),

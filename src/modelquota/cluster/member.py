@@ -1,0 +1,225 @@
+"""`Member`: the background thread by which a process takes part in its host's exchanges with the store."""
+
+from __future__ import annotations
+
+import os
+import time
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from modelquota._core.table import shares
+from modelquota._log import log
+from modelquota._periodic import Background
+from modelquota.cluster.host import ManagerHost, boot_id
+from modelquota.cluster.node import Node
+from modelquota.cluster.pace import Pace
+from modelquota.errors import ManagerClosedError, StateFileError, StoreError
+
+if TYPE_CHECKING:
+    import threading
+
+    from modelquota._core.table.exchange import OnLeaseEnd
+    from modelquota._core.table.table import QuotaTable
+    from modelquota.cluster.redis import RedisStore
+
+_NS: Final = 1_000_000_000
+_PATIENCE_SEC: Final = 6.0  # a leader that is silent for longer is overtaken; longer than an exchange can take
+_NAP_SEC: Final = 0.05
+_WARNING: Final = 30
+
+_members: weakref.WeakSet[Member] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class ClusterStatus:
+    """How a host takes part in the cluster.
+
+    Attributes
+    ----------
+    state : str
+        ``joining`` before the first lease; ``learning`` while the store grants nothing, since it may have forgotten
+        something; ``ok``; ``degraded`` if three renewals were missed and the lease goes on; ``expired`` if it does not.
+    leads : bool
+        Whether this process exchanges shares for its host. What follows is known to that process only.
+    lease_seconds : float
+        What is left of the lease; 0 if it has ended.
+    nodes : int
+        Live nodes that the store has, by its last reply.
+    learning_seconds : float
+        For how much longer the store grants nothing, by its last reply.
+    renewals : dict of str to int
+        Requests to the store by outcome: ``ok``, ``learning``, ``fenced``, ``stale``, or the `kind` of a StoreError.
+    renewal_seconds : float
+        How long the last request took that was answered.
+    error : StoreError or None
+        Why the last request failed; None after one that was answered.
+    """
+
+    state: str
+    leads: bool = False
+    lease_seconds: float = 0.0
+    nodes: int = 0
+    learning_seconds: float = 0.0
+    renewals: dict[str, int] = field(default_factory=dict)
+    renewal_seconds: float = 0.0
+    error: StoreError | None = None
+
+
+class Member(Background):
+    """Exchanges the shares of a manager's state with a store, in a thread, from the manager's creation to its close.
+
+    Of the processes that share a state one at a time does; the others wait to take over from it.
+    """
+
+    def __init__(self, manager: QuotaTable, store: RedisStore) -> None:
+        self.store = store
+        self._manager = weakref.ref(manager)
+        rules: dict[str, OnLeaseEnd] = {"share": "share", "allow": "allow"}
+        self._rule: Final = rules.get(store.on_store_down, "deny")
+        self._boot: Final = boot_id()
+        # A state without a file ends with the process that made it, and what it used is handed over.
+        self._maker: Final = os.getpid() if manager.path is None else 0
+        self._reset()
+        shares.begin_sharing(manager, on_lease_end=self._rule)
+        _members.add(self)
+        self._launch(self._work)
+
+    def _reset(self) -> None:
+        self._node: Node | None = None
+        self._pace = Pace(int(self.store.renew_sec * _NS))
+        self._seen = 0
+        self._renewals: dict[str, int] = {}
+        self._error: StoreError | None = None
+        self._learning_sec = 0.0
+        self._took_sec = 0.0
+        self._learning = False
+
+    def status(self) -> ClusterStatus:
+        """Return how this host takes part in the cluster. Raises ManagerClosedError after `close`."""
+        manager = self._manager()
+        if manager is None:
+            raise ManagerClosedError
+        lease_sec = max(0.0, (shares.read_lease(manager).end_ns - shares.now_ns(manager)) / _NS)
+        node = self._node
+        if lease_sec > 0:
+            state = "degraded" if not self._pace.reached else "learning" if self._learning else "ok"
+        else:
+            state = "expired" if node is not None and node.confirmed else "joining"
+        return ClusterStatus(
+            state, node is not None, lease_sec, 0 if node is None else node.nodes, self._learning_sec,
+            dict(self._renewals), self._took_sec, self._error,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """End the thread; the last process of a state without a file hands over what it has used."""
+        self.stop()
+        _members.discard(self)
+        manager, node = self._manager(), self._node
+        if manager is None or node is None or manager.closed:
+            return
+        if self._maker == os.getpid():
+            self._leave(node)
+        shares.resign(manager)
+
+    def _leave(self, node: Node) -> None:
+        try:
+            while not node.left:
+                request = node.leave()
+                node.adopt(request, self.store.exchange(request))
+        except StoreError as error:
+            log(
+                _WARNING, "the store was not told that this node leaves: its shares are free after its lease: %s", error
+            )
+
+    # -- the thread
+
+    def _work(self, stop: threading.Event) -> None:
+        while not stop.is_set():
+            manager = self._manager()
+            if manager is None:
+                return
+            try:
+                nap_sec = self._step(manager)
+            except (ManagerClosedError, StateFileError):
+                return
+            except Exception as error:  # whatever it is, the lease ends by itself
+                log(_WARNING, "an exchange of shares has failed, the next one is in 1 s: %r", error)
+                nap_sec = 1.0
+            del manager  # it can be collected while this thread sleeps
+            if nap_sec:
+                stop.wait(nap_sec)
+
+    def _step(self, manager: QuotaTable) -> float:
+        """Do what is due; returns for how many seconds to sleep afterwards."""
+        if not shares.lead(manager, _PATIENCE_SEC):
+            self._node = None
+            return min(1.0, self.store.renew_sec)
+        if self._node is None:
+            self._reset()
+            self._node = Node(ManagerHost(manager, self._boot), int(self.store.lease_sec * _NS))
+        now_ns = shares.now_ns(manager)
+        wait_sec = (self._pace.due_ns() - now_ns) / _NS
+        if wait_sec > 0:
+            urgent = shares.wait_urgent(manager, self._seen, min(wait_sec, _NAP_SEC))
+            if urgent != self._seen:
+                self._seen = urgent
+                self._pace.urge()
+            return 0.0
+        self._exchange(manager, self._node)
+        return 0.0
+
+    def _exchange(self, manager: QuotaTable, node: Node) -> None:
+        request = node.prepare()
+        began = time.monotonic()
+        try:
+            reply = self.store.exchange(request)
+        except StoreError as error:
+            self._count(error.kind)
+            self._failed(manager, error)
+            return
+        if not shares.lead(manager, _PATIENCE_SEC):  # overtaken in the meantime: the reply is the other one's
+            return
+        self._took_sec = time.monotonic() - began
+        self._count(reply.status)
+        if reply.status in ("fenced", "stale"):
+            log(_WARNING, "another node uses the id of this one, or an older copy of its state: it joins as a new node")
+        nodes = node.nodes
+        grew = node.adopt(request, reply)
+        self._error, self._learning, self._learning_sec = None, reply.status == "learning", reply.learning_ms / 1000
+        reached = self._pace.reached
+        self._pace.answered(shares.now_ns(manager), grew)
+        if self._pace.reached and not reached:
+            log(_WARNING, "the store is reached again")
+        if node.nodes != nodes:
+            self._set_rule(manager, node.nodes)
+
+    def _set_rule(self, manager: QuotaTable, nodes: int) -> None:
+        retry_ns = max(10_000_000, int(2 * self._took_sec * _NS))
+        shares.set_lease_rule(manager, on_lease_end=self._rule, nodes=nodes, retry_ns=retry_ns)
+
+    def _failed(self, manager: QuotaTable, error: StoreError) -> None:
+        if self._error is None or self._error.kind != error.kind:
+            log(_WARNING, "%s", error)
+        self._error = error
+        self._pace.failed(shares.now_ns(manager))
+        if not self._pace.reached and self.store.on_store_down == "deny":
+            shares.end_lease(manager)
+
+    def _count(self, outcome: str) -> None:
+        self._renewals[outcome] = self._renewals.get(outcome, 0) + 1
+
+    def _after_fork(self) -> None:
+        manager = self._manager()
+        self._thread = None  # it is the parent's
+        if manager is not None and not manager.closed:
+            self._reset()
+            self._launch(self._work)
+
+
+def _after_fork_in_child() -> None:
+    for member in list(_members):
+        member._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
