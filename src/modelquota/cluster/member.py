@@ -94,18 +94,20 @@ class Member(Background):
         self._learning_sec = 0.0
         self._took_sec = 0.0
         self._learning = False
+        self._joined = False
 
     def status(self) -> ClusterStatus:
         """Return how this host takes part in the cluster. Raises ManagerClosedError after `close`."""
         manager = self._manager()
         if manager is None:
             raise ManagerClosedError
-        lease_sec = max(0.0, (shares.read_lease(manager).end_ns - shares.now_ns(manager)) / _NS)
+        end_ns = shares.read_lease(manager).end_ns
+        lease_sec = max(0.0, (end_ns - shares.now_ns(manager)) / _NS)
         node = self._node
         if lease_sec > 0:
             state = "degraded" if not self._pace.reached else "learning" if self._learning else "ok"
         else:
-            state = "expired" if node is not None and node.confirmed else "joining"
+            state = "expired" if end_ns or self._joined else "joining"
         return ClusterStatus(
             state, node is not None, lease_sec, 0 if node is None else node.nodes, self._learning_sec,
             dict(self._renewals), self._took_sec, self._error,
@@ -186,6 +188,7 @@ class Member(Background):
             log(_WARNING, "another node uses the id of this one, or an older copy of its state: it joins as a new node")
         nodes = node.nodes
         grew = node.adopt(request, reply)
+        self._joined = self._joined or shares.read_lease(manager).end_ns > 0
         self._error, self._learning, self._learning_sec = None, reply.status == "learning", reply.learning_ms / 1000
         reached = self._pace.reached
         self._pace.answered(shares.now_ns(manager), grew)
