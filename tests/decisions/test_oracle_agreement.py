@@ -120,6 +120,21 @@ def test_a_window_counts_no_further_than_its_end(rate: float | None) -> None:
     assert usage.tokens_this_day == usage.tokens_this_hour == usage.tokens_this_second == 0
 
 
+def test_no_window_counts_further_than_its_end_when_a_month_is_counted_later() -> None:
+    clock = ManualClock()
+    manager = ResourceQuotaManager(clock=clock)
+    manager.enforcement_enabled = False
+    manager.set_quota("m", **UNLIMITED)
+    assert manager.check_quota("m", COUNT_MAX)
+    manager.update_quota("m", max_tokens_per_month=1)
+    for _ in range(3):
+        assert manager.check_quota("m", COUNT_MAX)
+        usage = manager.get_usage("m")
+        assert usage is not None
+        assert usage.tokens_this_day == COUNT_MAX
+        assert usage.tokens_this_month in (0, COUNT_MAX)
+
+
 def test_every_limit_is_compared() -> None:
     """The strategies reach each limit, so that agreement is not agreement on nothing."""
     seen: set[Limit] = set()

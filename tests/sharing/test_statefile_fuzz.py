@@ -291,6 +291,8 @@ def test_hostile_numbers_in_every_field(any_workshop):
 
 
 @given(OVERWRITTEN)
+@example([(next(field for field in FIELDS if field[0] == "grant[1].tokens"), 2**62)])
+@example([(next(field for field in FIELDS if field[0] == "header[0].enforcing"), 0)])
 def test_several_hostile_numbers(any_workshop, overwritten):
     any_workshop.write([(at, value.to_bytes(8, "little")[:size]) for (_, at, size), value in overwritten], [])
     any_workshop.is_refused()
@@ -404,6 +406,8 @@ def test_what_is_no_file(tmp_path, make):
         ("row", "trail_slots", 1, 0, "the slots of its trail are not in order"),
         ("row", "trail_requests", 0, 999, "the requests of its trail do not add up"),
         ("row", "trail_tokens", 0, 999, "the tokens of its trail do not add up"),
+        ("row", "trail_request_minimum", 0, 2**31, "its lowest request level is invalid"),
+        ("row", "trail_token_minimum", 0, 2**32 - 1, "its lowest token level is invalid"),
         ("row", "trail_end_ns", 0, 10**18 + 1, "its trail_end_ns is not the end of its trail"),
         ("row", "slot_end_ns", 0, 0, "its slot_end_ns is before the first slot ends"),
         ("cold", "filled", 4, 61, "a window has too many slots"),

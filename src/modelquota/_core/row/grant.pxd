@@ -25,14 +25,19 @@ cdef struct Holding:
 
 cdef inline void reserve_tokens(ColdRow* cold, GrantRecord* record, int64_t tokens) noexcept nogil:
     """Record tokens that have been charged and may be refunded. Requires the row's lock."""
-    cdef int64_t more = min(tokens, MAX_COUNT - cold.reserved_tokens)
+    cdef int64_t more = min(tokens, MAX_COUNT - max(cold.reserved_tokens, record.tokens))
     record.tokens += more
     cold.reserved_tokens += more
 
 
+cdef inline int64_t without(int64_t reserved, int64_t held) noexcept nogil:
+    """What stays reserved; a record in a damaged file may hold more than its row knows of."""
+    return max(reserved - held, <int64_t> 0)
+
+
 cdef inline void settle_tokens(ColdRow* cold, GrantRecord* record) noexcept nogil:
     """Make what was charged final. Requires the row's lock."""
-    cold.reserved_tokens -= record.tokens
+    cold.reserved_tokens = without(cold.reserved_tokens, record.tokens)
     record.tokens = 0
 
 
@@ -66,8 +71,8 @@ cdef inline void release_holding(Row* row, ColdRow* cold, GrantRecord* record) n
     """Give back what take_holding() took, and free the record. Requires the row's lock."""
     record.seat = 0
     compiler_barrier()
-    cold.reserved_ram_mb -= record.ram_mb
-    cold.reserved_ssd_mb -= record.ssd_mb
+    cold.reserved_ram_mb = without(cold.reserved_ram_mb, record.ram_mb)
+    cold.reserved_ssd_mb = without(cold.reserved_ssd_mb, record.ssd_mb)
     settle_tokens(cold, record)
     cold.concurrent -= 1
     cold.held_percent = NOT_KNOWN

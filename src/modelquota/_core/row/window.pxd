@@ -74,8 +74,12 @@ cdef inline int64_t tokens_used(const Row* row, const ColdRow* cold, int window)
 
 
 cdef inline int64_t most_tokens_used(const Row* row, const ColdRow* cold) noexcept nogil:
-    """Tokens in the longest window that is counted; no other window has more."""
-    return tokens_used(row, cold, MONTH if is_counted(cold, MONTH) else DAY)
+    """The most tokens that any window has: the day's, which is always counted, or the month's.
+
+    A month that is counted from later on has fewer than the day.
+    """
+    cdef int64_t used = tokens_used(row, cold, DAY)
+    return max(used, tokens_used(row, cold, MONTH)) if is_counted(cold, MONTH) else used
 
 
 cdef inline int64_t requests_in_slot(const Row* row, const ColdRow* cold) noexcept nogil:

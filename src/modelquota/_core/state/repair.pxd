@@ -7,7 +7,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.atomics cimport add_u64_relaxed, compiler_barrier
-from modelquota._core.layout cimport CHUNK, ColdRow, GrantRecord, Header, Row, SLOTS, Shared, WINDOWS
+from modelquota._core.layout cimport CHUNK, ColdRow, GrantRecord, Header, MAX_COUNT, Row, SLOTS, Shared, WINDOWS
 from modelquota._core.row.level cimport LEVEL_MAX, load, store
 from modelquota._core.row.limits cimport put_limits
 from modelquota._core.row.queue cimport rebuild_queue
@@ -121,9 +121,9 @@ cdef inline void count_held(const Row* row, ColdRow* cold, uint32_t index, const
     for i in range(<int64_t> shared.header.grant_chunks_used * CHUNK):
         held = &shared.grants[i]
         if held.seat != 0 and held.row == index and held.generation == row.generation:
-            cold.reserved_ram_mb += held.ram_mb
-            cold.reserved_ssd_mb += held.ssd_mb
-            cold.reserved_tokens += held.tokens
+            cold.reserved_ram_mb += min(held.ram_mb, MAX_COUNT - cold.reserved_ram_mb)
+            cold.reserved_ssd_mb += min(held.ssd_mb, MAX_COUNT - cold.reserved_ssd_mb)
+            cold.reserved_tokens += min(held.tokens, MAX_COUNT - cold.reserved_tokens)
             if held.is_handle:
                 cold.handles += 1
             else:

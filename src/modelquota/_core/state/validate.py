@@ -630,6 +630,7 @@ def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
         shift = np.minimum(rows[f"{what}_shift"].astype(np.int64), _WIDEST_SHIFT)
         widest = np.ldexp(1.0, _LOWEST_BITS - shift)
         wrong = np.asarray(((lowest < 0) | (lowest > widest[:, None])).any(1), np.bool_)
+        wrong |= rows[f"trail_{what}_minimum"] < 0
         # Not of a locked row: a repair resets them.
         yield from _each(part, alive & part.steady & wrong, f"its lowest {what} level is invalid")
         encoded = np.empty(len(rows), _ENCODED)
