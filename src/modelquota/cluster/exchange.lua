@@ -1,9 +1,9 @@
 -- One exchange of a node with the ledger: what it holds, uses and wants goes in, its shares come out.
 --
 -- The ledger keeps, for each quantity of each model, the sum of all shares within the limit, and counts a node that has
--- used more than its share by its use. It holds no windows: these are the nodes'. A share that a node has lowered is free at once; that of a node that has died stays taken until what
--- it may have admitted has aged out everywhere (its end of lease, and the quantity's hold). Nothing is granted for one
--- lease after the server's memory may have been lost.
+-- used more than its share by its use. It holds no windows: these are the nodes'. A share that a node has lowered is
+-- free at once; that of a node that has died stays taken until what it may have admitted has aged out everywhere (its
+-- end of lease, and the quantity's hold). Nothing is granted for one lease after the server's memory may have been lost.
 --
 -- Everything is computed first and written afterwards, what allocates memory first, since nothing is rolled back if a
 -- command fails. Numbers are doubles: integers up to 2^53, written by text(), since tostring() keeps 14 digits only.

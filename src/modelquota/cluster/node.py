@@ -472,11 +472,6 @@ class Node:
                     self._unconfirmed.pop(book.code, None)
         return helped
 
-    @property
-    def confirmed(self) -> bool:
-        """Whether the store knows all that this node holds."""
-        return not self._unconfirmed and self._unconfirmed is not None
-
     # -- leaving
 
     @property
