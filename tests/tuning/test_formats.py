@@ -12,12 +12,21 @@ from hypothesis import strategies as st
 from traces import AZURE_TRACE, needs_azure_trace
 
 from modelquota import TraceError
+from modelquota.tuning import jsonlines
 from modelquota.tuning.formats import FORMATS
 from modelquota.tuning.formats.prefix import PrefixBlocks
 from modelquota.tuning.trace import read_trace
 
 SECOND_NS = 10**9
 MOONCAKE_TRACE = AZURE_TRACE.with_name("mooncake_conversation.jsonl.gz")
+
+
+class Raw(str):
+    """JSON as it is written in the file."""
+
+
+def as_json(value):
+    return value if isinstance(value, Raw) else json.dumps(value)
 
 
 def jsonl(*records):
@@ -188,6 +197,17 @@ REFUSED = [
 ]
 
 
+@pytest.fixture(params=["with the extra", "without"])
+def parser(request, monkeypatch):
+    """The parser of plain blocks: that of the extra, and that of the standard library."""
+    if request.param == "without":
+        monkeypatch.setattr(jsonlines, "parse_block", json.loads)
+    else:
+        orjson = pytest.importorskip("orjson", reason="orjson is not installed: pip install 'modelquota[traces]'")
+        assert jsonlines.parse_block is orjson.loads
+
+
+@pytest.mark.usefixtures("parser")
 @pytest.mark.parametrize(("text", "line", "column", "says"), REFUSED)
 def test_a_malformed_trace_is_refused_at_its_line(write, text, line, column, says):
     path = write(text)
@@ -197,6 +217,36 @@ def test_a_malformed_trace_is_refused_at_its_line(write, text, line, column, say
     assert says in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(path))
     assert str(caught.value).isprintable()
+
+
+VALUES = st.one_of(
+    st.integers(0, 10**4), st.integers(-(2**70), 2**70), st.floats(), st.booleans(), st.none(), st.text(max_size=3),
+    st.sampled_from(["1e999", "-0", "0.5", "1E2", "01", "+1", "Infinity", "[]", r'"\ud800"']).map(Raw),
+)  # fmt: skip
+
+
+@pytest.mark.skipif(jsonlines.parse_block is json.loads, reason="orjson is not installed: 'modelquota[traces]'")
+@given(st.lists(st.tuples(st.integers(0, 9), VALUES, VALUES | st.just(5)), min_size=1, max_size=4))
+def test_both_parsers_read_the_same(tmp_path_factory, rows):
+    path = tmp_path_factory.getbasetemp() / "both.jsonl"
+    lines = (
+        f'{{"timestamp": {number if position else plain}, "input_length": {prompt}, "output_length": 1}}'
+        for position, (plain, number, prompt) in enumerate(
+            (plain, as_json(number), as_json(prompt)) for plain, number, prompt in rows
+        )
+    )
+    path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+
+    def read():
+        try:
+            return rows_of(read_trace(path, format="mooncake"))
+        except TraceError as error:
+            return str(error)
+
+    found = read()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jsonlines, "parse_block", json.loads)
+        assert read() == found
 
 
 def test_what_was_cut_off_in_a_ledger_is_skipped_and_said(write):

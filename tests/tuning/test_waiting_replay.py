@@ -4,7 +4,7 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager, Tokens
@@ -200,6 +200,9 @@ def test_nothing_is_missed_between_two_events(data):
         )
         for name in sorted({name for group in ids for name in group})
     }
+    actions = {config.on_violation for config in configs.values()}
+    # One that waits at an id, and would be rejected at another, is denied if its queue is looked at meanwhile.
+    assume(len(ids[0]) == 1 or "reject" not in actions or actions <= {"reject", "warn"})
     for name in sorted(configs) if by_kind else []:
         if data.draw(st.booleans()):
             meter = configs[name].replace(model_id=f"{name}#x", token_weights=data.draw(weights))

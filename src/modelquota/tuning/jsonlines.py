@@ -1,7 +1,13 @@
-"""Reading of JSONL into a `Table`, block by block: at once if a block is plain, line by line if it is not."""
+"""Reading of JSONL into a `Table`, block by block: at once if a block is plain, line by line if it is not.
 
+A plain block is parsed by orjson if that is installed (the extra ``traces``). What it refuses, such as a lone surrogate
+or NaN, is left to the standard library, line by line, so that both read the same.
+"""
+
+import contextlib
+import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +16,24 @@ from modelquota.tuning.cells import MAX_TOKENS, MISSING, UNITS_NS, BadCell, BadR
 from modelquota.tuning.formats.base import ROLES, Kind
 from modelquota.tuning.table import Table
 
+parse_block: Callable[[bytes], Any] = json.loads
+with contextlib.suppress(ImportError):
+    from orjson import loads as parse_block
+
 NEITHER_BOOL_NOR_FLOAT = {int}
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Pause the collector of cycles: parsed records have none, and going through them again and again takes a fifth."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class JsonReader:
@@ -25,14 +48,15 @@ class JsonReader:
         lines = data.split(b"\n")
         if not lines[-1]:
             lines.pop()
-        if not self._add_plain(lines, first_line):
-            self._add_any(lines, first_line, last)
+        with _without_collection():
+            if not self._add_plain(lines, first_line):
+                self._add_any(lines, first_line, last)
 
     # -- at once
 
     def _add_plain(self, lines: list[bytes], first_line: int) -> bool:
         try:
-            records = json.loads(b"[" + b",".join(lines) + b"]")
+            records = parse_block(b"[" + b",".join(lines) + b"]")
         except (ValueError, RecursionError):
             return False
         if len(records) != len(lines) or set(map(type, records)) != {dict}:
