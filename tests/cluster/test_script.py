@@ -110,6 +110,14 @@ def test_a_node_that_used_more_than_its_share_is_counted_by_its_use(ledger):
     assert 0 < ledger.share("b", want=100) <= 5
 
 
+def test_what_a_node_has_used_is_its_share_however_many_want_it(ledger):
+    for _ in range(3):
+        share = ledger.share("a", used=60, want=100)
+        ledger.share("b", used=40, want=100)
+        ledger.pass_ms(200)
+    assert share == 60
+
+
 def test_a_share_of_a_dead_node_stays_taken_until_its_use_has_aged_out(ledger):
     held = 0
     while held < 100:

@@ -450,7 +450,7 @@ local function grow(of, own)
       local held, count = own.held[i], taken(own, i)
       local need, target, level = min(own.need[i], limit), own.want[i], fair.levels[i]
       if level then -- what is left of the division goes to those who ask first
-        target = min(target, level + (claim and 0 or 1))
+        target = max(own.used[i], min(target, level + (claim and 0 or 1)))
       end
       local step = target - count
       if not level then

@@ -102,13 +102,15 @@ def wanted(
             wants.append(0)
             continue
         kind = quantity - 10 if quantity in LEVELS else quantity // 5
-        ahead = demand[kind] + largest[kind]
         if quantity in LEVELS:
+            ahead = demand[kind] + largest[kind]
             drain = limits[LEVELS[quantity][0]]
             # enough for what comes, and for a drain of twice the demand in a second
             want = max(used[quantity] + ahead * MILLION, -(-demand[kind] * MILLION * limit // drain) if drain else 0)
         else:
-            want = used[quantity] + ahead
+            # a window of a second has seen half of these two: as much again is enough until they have aged out
+            coming = -(-demand[kind] // 2) if WINDOW_SECONDS[quantity % 5] == 1 else demand[kind]
+            want = used[quantity] + coming + largest[kind]
         wants.append(min(want, limit, MAX_LIMIT))
     return tuple(wants)
 
