@@ -1,45 +1,29 @@
-"""Managers that share limits through real servers: in processes that are killed and stopped, and across forks."""
+"""Managers that share limits through a real server, in one process and across forks; `test_faults` has many hosts."""
 
 import logging
-import os
-import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("redis")
 
-from real_servers import WHEELS, Server, binary_of
+from cluster_crew import PATIENCE_SEC, wait_for
+from real_servers import Server, installed
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.cluster import RedisStore
 
-WORKER = Path(__file__).parents[1] / "support" / "cluster_worker.py"
-NS = 10**9
-PATIENCE_SEC = 60
 
-
-@pytest.fixture(params=WHEELS)
-def server(request, tmp_path):
-    if binary_of(request.param) is None:
-        pytest.skip(f"the wheel {WHEELS[request.param][0]} is not installed")
-    with Server(request.param, tmp_path) as server:
+@pytest.fixture
+def server(tmp_path):
+    with Server(installed("redis"), tmp_path) as server:
         yield server
 
 
 def store_of(server, **fields):
     return RedisStore(server.url, **{"lease_sec": 2, "renew_sec": 0.2} | fields)
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + PATIENCE_SEC
-    while not condition():
-        assert time.monotonic() < deadline, "it takes too long"
-        time.sleep(0.02)
 
 
 def admit(manager, count, model_id="m"):
@@ -55,79 +39,6 @@ def admit(manager, count, model_id="m"):
 
 def unlimited(**limits):
     return ResourceQuotaConfig.unlimited("m", on_violation="reject", **limits)
-
-
-class Crew:
-    """Processes, each a host."""
-
-    def __init__(self, stack, server, folder, *limits):
-        self.stack = stack
-        self.folder = folder
-        self.limits = limits
-        self.environment = {**os.environ, "MODELQUOTA_REDIS_URL": server.url}
-        self.outputs = []
-
-    def start(self, pause_ms=2):
-        self.outputs.append(self.folder / f"admitted-{len(self.outputs)}")
-        command = [sys.executable, WORKER, "crew", self.outputs[-1], str(pause_ms), *self.limits]
-        process = subprocess.Popen(command, env=self.environment)
-        self.stack.callback(process.wait, 60)
-        self.stack.callback(process.kill)
-        return process
-
-    def admitted(self):
-        """(not earlier than, not later than) of each admission, in order."""
-        lines = (line for output in self.outputs if output.exists() for line in output.read_text().splitlines())
-        return sorted(tuple(map(int, line.split())) for line in lines if line.count(" ") == 1)
-
-
-def most_in(admitted, window_ns):
-    """The most admissions that were certainly within one window."""
-    most = first = 0
-    ended = sorted(admitted, key=lambda pair: pair[1])
-    for at, (_, end_ns) in enumerate(ended):
-        while ended[first][0] <= end_ns - window_ns:
-            first += 1
-        most = max(most, at + 1 - first)
-    return most
-
-
-def test_processes_use_nearly_all_of_a_limit_and_never_more(server, tmp_path):
-    limit = 600
-    with ExitStack() as stack:
-        crew = Crew(stack, server, tmp_path, f"max_requests_per_minute={limit}")
-        processes = [crew.start() for _ in range(4)]
-        wait_for(lambda: len(crew.admitted()) >= limit * 0.95)
-        processes[0].kill()
-        processes[1].send_signal(signal.SIGSTOP)
-        newcomer = crew.start()
-        time.sleep(6)  # the leases of both end; what they have used stays counted
-        processes[1].send_signal(signal.SIGCONT)
-        time.sleep(1)
-        for process in (processes[1], processes[2], processes[3], newcomer):
-            process.terminate()
-            assert process.wait(30) == 0
-        admitted = crew.admitted()
-        assert limit * 0.95 <= len(admitted) <= limit
-        assert most_in(admitted, 60 * NS) <= limit
-
-
-def test_a_rate_holds_over_all_processes(server, tmp_path):
-    rate, burst = 200, 100
-    with ExitStack() as stack:
-        crew = Crew(stack, server, tmp_path, f"max_requests_per_second={rate}", f"burst_requests={burst}")
-        processes = [crew.start() for _ in range(3)]
-        wait_for(lambda: len(crew.admitted()) >= 2 * rate)
-        time.sleep(3)
-        processes[0].kill()
-        time.sleep(3)
-        for process in processes[1:]:
-            process.terminate()
-            assert process.wait(30) == 0
-        admitted = crew.admitted()
-        for seconds in (1, 2, 5):
-            assert most_in(admitted, seconds * NS) <= rate * seconds + rate + burst
-        assert most_in(admitted, NS) <= rate + burst
 
 
 def test_a_host_that_leaves_hands_over_and_one_that_joins_waits_for_what_was_used(server):

