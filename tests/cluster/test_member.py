@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("redis")
 
+import redis
 from cluster_crew import PATIENCE_SEC, wait_for
 from real_servers import Server, installed
 
@@ -136,3 +137,39 @@ def test_a_manager_closes_soon_without_a_store():
         assert not manager.check_quota("m", 1)
     assert time.monotonic() - began < 20
     assert ResourceQuotaManager().cluster is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "breaks", "mends"),
+    [
+        ("read_only", ("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE")),
+        ("out_of_memory", ("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
+        ("replicas", ("CONFIG", "SET", "min-replicas-to-write", "1"), ("CONFIG", "SET", "min-replicas-to-write", "0")),
+        ("eviction", ("CONFIG", "SET", "maxmemory-policy", "allkeys-lru"),
+         ("CONFIG", "SET", "maxmemory-policy", "noeviction")),
+        ("refused", ("SET", "mq:{default:0}:ghosts", "not a sorted set"), ("DEL", "mq:{default:0}:ghosts")),
+    ],
+)  # fmt: skip
+def test_a_store_that_takes_no_writes_ends_the_lease_with_a_word_and_comes_back(server, kind, breaks, mends):
+    store = store_of(server)
+    with ResourceQuotaManager(cluster=store) as manager, redis.Redis(port=server.port) as client:
+        manager.set_quota(unlimited(max_requests_per_hour=1_000_000))
+        admit(manager, 1)
+        client.execute_command(*breaks)
+        store._checked_until = 0  # otherwise a minute later
+        wait_for(lambda: manager.cluster.status().state == "expired")
+        assert manager.cluster.status().error.kind == kind
+        assert not manager.check_quota("m", 1)
+        client.execute_command(*mends)
+        admit(manager, 1)
+        wait_for(lambda: manager.cluster.status().state == "ok")
+
+
+def test_a_node_does_not_notice_that_the_server_has_lost_the_script(server):
+    with ResourceQuotaManager(cluster=store_of(server)) as manager, redis.Redis(port=server.port) as client:
+        manager.set_quota(unlimited(max_requests_per_hour=1_000_000))
+        admit(manager, 1)
+        renewals = manager.cluster.status().renewals["ok"]
+        client.script_flush()
+        wait_for(lambda: manager.cluster.status().renewals["ok"] > renewals + 1)
+        assert set(manager.cluster.status().renewals) <= {"ok", "learning"}
