@@ -33,6 +33,7 @@ ORDER = (
     "reading",
     "import",
     "ledger",
+    "cluster",
     "tuning",
     "floor",
     "growth",
