@@ -130,6 +130,18 @@ def test_a_share_of_a_dead_node_stays_taken_until_its_use_has_aged_out(ledger):
         assert share == expected, waited_ms
 
 
+def test_a_reply_says_what_is_free_and_what_dead_nodes_hold_unused(ledger):
+    held = ledger.share("a", want=100)
+    ledger.share("a", held=held, used=held - 1, want=100)
+    (reply,) = ledger.ask("b", one(want=10)).models
+    taken = 100 - reply.free[0] - reply.share[0]
+    assert (reply.idle[0], reply.free[1], reply.idle[1]) == (0, None, None)
+    for _ in range(110):
+        ledger.pass_ms(100)
+        (reply,) = ledger.ask("b", one(held=reply.share[0], want=10)).models
+    assert (reply.idle[0], reply.free[0]) == (taken - (held - 1), 100 - taken - reply.share[0])
+
+
 def test_what_was_handed_over_is_free_when_it_is_due(ledger):
     ledger.share("a", used=80, want=80)
     ledger.ask("a", one(ghosts=[Ghost(0, 30, 1_000), Ghost(0, 50, 5_000)]), verb="leave")

@@ -122,7 +122,13 @@ def test_every_list_has_every_limit(manager):
     assert shadow_mask(ResourceQuotaConfig("m", shadow_limits=SHADOW_NAMES)) == validate._SHADOWS
     heading = status_lines([report], QuotaStats()).splitlines()[0]
     assert " ".join(heading.split()) == " ".join(["model", *(record.heading for record in DENYING), "violations"])
-    assert [rule.limit for rule in DEFAULT_RULES] == [None, Limit.RAM, Limit.SSD, *longer, Limit.QUEUE]
+    assert [rule.limit for rule in DEFAULT_RULES if rule.cluster is None] == [
+        None,
+        Limit.RAM,
+        Limit.SSD,
+        *longer,
+        Limit.QUEUE,
+    ]
     assert list(WIDE.values()) == [Limit.RAM, Limit.SSD, *longer]
     assert {bound.limit for bound in told_bounds(report.quota)} == set(denying) - {Limit.RAM, Limit.SSD}
     fields = {record.quota_field for record in CATALOGUE.values()} | {r.burst_field for r in windows if r.is_rate}

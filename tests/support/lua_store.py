@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import time
 from importlib.resources import files
 
 import lupa.lua51
@@ -126,3 +127,22 @@ class LuaStore:
 
     def exchange(self, request):
         return parse_reply(self.server.evaluate(request.keys(self.base), request.arguments()))
+
+
+class LocalStore(LuaStore):
+    """What a manager takes for a `RedisStore`: on the machine's clock, and down while `error` is set."""
+
+    namespace, lease_sec, renew_sec, on_store_down, wait_replicas = "test", 2.0, 0.1, "lease_only", 0
+
+    def __init__(self):
+        super().__init__(LuaServer())
+        self.error = None
+
+    def exchange(self, request):
+        if self.error is not None:
+            raise self.error
+        self.server.time_ns = time.time_ns()
+        return super().exchange(request)
+
+    def close(self):
+        pass

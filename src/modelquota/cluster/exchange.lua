@@ -14,7 +14,8 @@
 --       holdings    "held:used:want:need,..." with - for a quantity without a limit
 --       ghosts      "quantity:amount:hold_ms,...": what was used by a share that is given up in this exchange
 -- Reply a status alone (stale, fenced, format), or lines: status, nonce, generation, milliseconds of learning left,
---       live nodes; and of each model "version;share:target,...", with its limits behind another ; if they are others.
+--       live nodes; and of each model "version;share:target:free:idle,...", with its limits behind another ; if they
+--       are others. Idle is what dead nodes hold and had not used.
 --
 -- meta        format, run (the server's run_id), generation, learning (until), clock, raw (of TIME at that clock), lease
 -- nodes       id -> end of lease, of live nodes
@@ -335,9 +336,9 @@ local function water_level(available, floors, wants)
 end
 
 local function compute_fair(of)
-  local floors, wants, used_by_all, here = {}, {}, {}, 0
+  local floors, wants, used_by_all, idle, here = {}, {}, {}, {}, 0
   for i = 1, of.count do
-    floors[i], wants[i], used_by_all[i] = {}, {}, 0
+    floors[i], wants[i], used_by_all[i], idle[i] = {}, {}, 0, 0
   end
   local fields = call('HGETALL', of.key)
   for at = 1, #fields, 2 do
@@ -357,6 +358,7 @@ local function compute_fair(of)
           local least = is_live and (record.used[i] or 0) or taken(record, i)
           local most = is_live and max(least, record.want[i] or 0) or least
           used_by_all[i] = used_by_all[i] + least
+          idle[i] = idle[i] + (is_live and 0 or least - (record.used[i] or 0))
           if of.claim and of.claim.id == who and of.claim.quantity == i then
             least = max(least, of.claim.need)
             most = max(most, least)
@@ -381,14 +383,15 @@ local function compute_fair(of)
       end
     end
   end
-  of.fair = {at = now, nodes = max(1, here), levels = levels, used = used_by_all}
+  of.fair = {at = now, nodes = max(1, here), levels = levels, used = used_by_all, idle = idle}
   of.changed = true
 end
 
 local function fair_of(of)
   if type(of.fair) == 'string' then
-    local at, here, levels, used = string.match(of.fair, '^(%d+);(%d+);([^;]*);(.*)$')
-    of.fair = {at = tonumber(at), nodes = tonumber(here), levels = numbers(levels), used = numbers(used)}
+    local at, here, levels, used, idle = string.match(of.fair, '^(%d+);(%d+);([^;]*);([^;]*);(.*)$')
+    of.fair = {at = tonumber(at), nodes = tonumber(here), levels = numbers(levels), used = numbers(used),
+               idle = numbers(idle)}
   end
   if not of.fair or now - of.fair.at >= max(FAIR_MS, of.fair.nodes) then
     compute_fair(of)
@@ -510,7 +513,9 @@ for at = 10, #ARGV, 3 do
       local level = type(of.fair) == 'table' and of.fair.levels[i]
       local claimed = of.claim and of.claim.quantity == i
       local target = level and max(own.used[i], min(own.want[i], level + (claimed and 0 or 1))) or own.held[i]
-      parts[i] = text(own.held[i]) .. ':' .. text(min(target, own.held[i]))
+      local unused = type(of.fair) == 'table' and of.fair.idle[i] or 0
+      parts[i] = table.concat({text(own.held[i]), text(min(target, own.held[i])),
+                               text(max(0, of.limits[i] - of.sums[i])), text(unused)}, ':')
       holds[of.holds[i]] = true
     else
       parts[i] = '-'
@@ -551,7 +556,8 @@ for _, of in pairs(models) do
     end
     if type(of.fair) == 'table' then
       put(sets, of.key, 'fair', text(of.fair.at) .. ';' .. text(of.fair.nodes) .. ';'
-          .. joined(of.fair.levels, of.count) .. ';' .. joined(of.fair.used, of.count))
+          .. joined(of.fair.levels, of.count) .. ';' .. joined(of.fair.used, of.count) .. ';'
+          .. joined(of.fair.idle, of.count))
     elseif of.new_limits then
       put(deletes, of.key, 'fair')
     end

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from modelquota._core.table import shares
@@ -14,6 +13,7 @@ from modelquota._periodic import Background
 from modelquota.cluster.host import ManagerHost, boot_id
 from modelquota.cluster.node import Node
 from modelquota.cluster.pace import Pace
+from modelquota.cluster.status import ClusterStatus
 from modelquota.errors import ManagerClosedError, StateFileError, StoreError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from modelquota._core.table.exchange import OnLeaseEnd
     from modelquota._core.table.table import QuotaTable
     from modelquota.cluster.redis import RedisStore
+    from modelquota.cluster.status import Share
 
 _NS: Final = 1_000_000_000
 _PATIENCE_SEC: Final = 6.0  # a leader that is silent for longer is overtaken; longer than an exchange can take
@@ -29,41 +30,6 @@ _NAP_SEC: Final = 0.05
 _WARNING: Final = 30
 
 _members: weakref.WeakSet[Member] = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class ClusterStatus:
-    """How a host takes part in the cluster.
-
-    Attributes
-    ----------
-    state : str
-        ``joining`` before the first lease; ``learning`` while the store grants nothing, since it may have forgotten
-        something; ``ok``; ``degraded`` if three renewals were missed and the lease goes on; ``expired`` if it does not.
-    leads : bool
-        Whether this process exchanges shares for its host. What follows is known to that process only.
-    lease_seconds : float
-        What is left of the lease; 0 if it has ended.
-    nodes : int
-        Live nodes that the store has, by its last reply.
-    learning_seconds : float
-        For how much longer the store grants nothing, by its last reply.
-    renewals : dict of str to int
-        Requests to the store by outcome: ``ok``, ``learning``, ``fenced``, ``stale``, or the `kind` of a StoreError.
-    renewal_seconds : float
-        How long the last request took that was answered.
-    error : StoreError or None
-        Why the last request failed; None after one that was answered.
-    """
-
-    state: str
-    leads: bool = False
-    lease_seconds: float = 0.0
-    nodes: int = 0
-    learning_seconds: float = 0.0
-    renewals: dict[str, int] = field(default_factory=dict)
-    renewal_seconds: float = 0.0
-    error: StoreError | None = None
 
 
 class Member(Background):
@@ -110,8 +76,13 @@ class Member(Background):
             state = "expired" if end_ns or self._joined else "joining"
         return ClusterStatus(
             state, node is not None, lease_sec, 0 if node is None else node.nodes, self._learning_sec,
-            dict(self._renewals), self._took_sec, self._error,
+            dict(self._renewals), self._took_sec, 0 if node is None else node.starved, self._error,
         )  # fmt: skip
+
+    def shares(self) -> list[Share]:
+        """Return what this host holds of each limit; empty if another process exchanges its shares."""
+        node = self._node
+        return [] if node is None else list(node.shares())
 
     def close(self) -> None:
         """End the thread; the last process of a state without a file hands over what it has used."""

@@ -13,19 +13,22 @@ from modelquota.cluster.quantities import (
     COMPONENTS,
     KEEP,
     LEVELS,
+    NAMES,
     QUANTITIES,
     UNLIMITED,
     asked_row,
     component_of,
     drain_for,
+    in_units,
     needed_shares,
     quantities_of,
     wanted,
 )
-from modelquota.cluster.store import Ghost, ModelRequest, Reply, Request
+from modelquota.cluster.status import Share
+from modelquota.cluster.store import Ghost, ModelReply, ModelRequest, Reply, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 MARGIN_NS: Final = 1_000_000_000
 """By how much a lease ends earlier on the node than in the store."""
@@ -90,13 +93,14 @@ class _Book:
     """What the node remembers of one model."""
 
     __slots__ = (
-        "claim", "code", "given", "held", "largest", "limits", "model_id", "needed", "points", "rotated_ns", "starved",
-        "target", "unmet", "used", "waiting", "want",
+        "answer", "claim", "code", "given", "held", "largest", "limits", "model_id", "needed", "points", "rotated_ns",
+        "starved", "target", "unmet", "used", "waiting", "want",
     )  # fmt: skip
 
     def __init__(self, code: int, model_id: str) -> None:
         self.code = code
         self.model_id = model_id
+        self.answer: ModelReply | None = None  # the last one
         self.limits: Sequence[int] = ()
         self.given: Sequence[object] = ()  # the quantities as the store has been told them
         self.held: tuple[int, ...] = _NOTHING
@@ -183,6 +187,7 @@ class Node:
         self.fenced = 0
         self._token = token
         self._books: dict[int, _Book] = {}
+        self._starved_gone = 0
         self._gone: list[tuple[str, Sequence[int], tuple[int, ...]]] = []
         self._unconfirmed: dict[int, None] | None = None
         self._pending: Request | None = None
@@ -362,6 +367,8 @@ class Node:
         book = self._books.pop(code, None)
         if self._unconfirmed is not None:
             self._unconfirmed.pop(code, None)
+        if book is not None:
+            self._starved_gone += book.starved
         if book is not None and any(book.held):
             self._gone.append((book.model_id, book.limits, book.held))
 
@@ -441,6 +448,7 @@ class Node:
             book = self._books.get(code)
             if book is None:
                 continue
+            book.answer = answer
             book.claim = tuple(UNLIMITED if share is None else share for share in answer.share)
             up, down = [KEEP] * QUANTITIES, [KEEP] * QUANTITIES
             for quantity, share in enumerate(answer.share):
@@ -471,6 +479,25 @@ class Node:
                 if book is not None and book.is_covered:
                     self._unconfirmed.pop(book.code, None)
         return helped
+
+    # -- for those who watch: another thread may ask, and sees what was last known
+
+    @property
+    def starved(self) -> int:
+        """How many requests were denied for lack of share, though the limit of all hosts was not reached here."""
+        return self._starved_gone + sum(book.starved for book in list(self._books.values()))
+
+    def shares(self) -> Iterator[Share]:
+        """Yield what this host holds, of each model that the store has answered about, each shared limit."""
+        for book in list(self._books.values()):
+            answer, held, used, limits = book.answer, book.held, book.used, book.limits
+            if answer is None or not any(held):
+                continue
+            for quantity, (free, idle) in enumerate(zip(answer.free, answer.idle, strict=True)):
+                whole = limits[component_of(quantity)]
+                if free is not None and idle is not None and whole != UNLIMITED:
+                    amounts = (whole, held[quantity], used[quantity], free, idle)
+                    yield Share(book.model_id, NAMES[quantity], *(in_units(quantity, amount) for amount in amounts))
 
     # -- leaving
 

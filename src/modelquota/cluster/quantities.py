@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from modelquota.cluster.store import MAX_LIMIT, Quantity
+from modelquota.quota.limits import WINDOWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,13 @@ MILLION: Final = 10**6
 WINDOW_SECONDS: Final = (1, 60, 3600, 86_400, 2_592_000)
 LEVELS: Final = {10: (10, 11), 11: (12, 13)}
 """Of each quantity that is a level, the components of its drain and its cap, in millionths."""
+
+NAMES: Final = (
+    *(f"{unit}_per_{window.name}" for unit in ("requests", "tokens") for window in WINDOWS),
+    "burst_requests",
+    "burst_tokens",
+)
+"""What each quantity is called: as the limit of its window, and of a level, what is ahead of the rate."""
 
 _NEVER_MS: Final = 10**13  # three centuries: a level that does not drain
 
@@ -56,6 +64,11 @@ def _rounded_up(number: int) -> int:
     """Round up to two digits, so that the store has few different holds to schedule."""
     unit: int = 10 ** max(0, len(str(number)) - 2)
     return -(-number // unit) * unit
+
+
+def in_units(quantity: int, amount: int) -> float:
+    """Return an amount of a quantity in requests or tokens: that of a level is counted in millionths."""
+    return amount / MILLION if quantity in LEVELS else amount
 
 
 def drain_for(limits: Sequence[int], quantity: int, cap: int) -> int:

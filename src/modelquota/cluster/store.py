@@ -94,13 +94,16 @@ class Request(NamedTuple):
 class ModelReply(NamedTuple):
     """What the store says of one model, by quantity; None for one that the ledger does not limit.
 
-    `target` is what the node should return to: less than its share if others want more than is free. `quantities` are
-    the ledger's, if they are not those of the request.
+    `target` is what the node should return to: less than its share if others want more than is free. `free` is in
+    nobody's share, and `idle` in those of dead nodes, beyond what they had used. `quantities` are the ledger's, if they
+    are not those of the request.
     """
 
     version: int
     share: tuple[int | None, ...]
     target: tuple[int | None, ...]
+    free: tuple[int | None, ...]
+    idle: tuple[int | None, ...]
     quantities: tuple[Quantity | None, ...] | None
 
 
@@ -140,11 +143,14 @@ def parse_reply(text: str) -> Reply:
 
 def _model(line: str) -> ModelReply:
     version, shares, *limits = line.split(";")
-    pairs = [(None, None) if part == "-" else tuple(map(int, part.split(":"))) for part in shares.split(",")]
+    known = [(None,) * 4 if part == "-" else tuple(map(int, part.split(":"))) for part in shares.split(",")]
+    share, target, free, idle = zip(*known, strict=True)
     return ModelReply(
         int(version),
-        tuple(share for share, _ in pairs),
-        tuple(target for _, target in pairs),
+        share,
+        target,
+        free,
+        idle,
         tuple(_quantity(part) for part in limits[0].split(",")) if limits else None,
     )
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from modelquota._periodic import Periodic
 from modelquota.quota.limits import CATALOGUE, Limit
-from modelquota.reading.utilization import LIMITS, Utilization, read_utilization
+from modelquota.reading.utilization import LIMITS, read_utilization
 
 if TYPE_CHECKING:
     from modelquota.reading.reader import QuotaReader
 
-__all__ = ["DEFAULT_RULES", "Alert", "AlertMonitor", "AlertRule", "Severity", "check_alerts"]
+__all__ = ["DEFAULT_RULES", "Alert", "AlertMonitor", "AlertRule", "ClusterMeasure", "Severity", "check_alerts"]
 
 logger = logging.getLogger("modelquota")
 _Key = tuple[str, str | None]
@@ -33,6 +33,14 @@ class Severity(enum.StrEnum):
     """Requests are being denied, or soon will be."""
 
 
+class ClusterMeasure(enum.Enum):
+    """What a rule can evaluate of a host's part in a cluster."""
+
+    DEGRADED = "1 while the store is not reached, or the lease has ended; otherwise 0"
+    STARVED = "requests denied for lack of share; of the process that exchanges the host's shares"
+    GHOSTS = "what hosts that are gone still hold unused, in percent of a limit; the highest of each model"
+
+
 @dataclass(frozen=True, slots=True)
 class AlertRule:
     """When to raise an alert.
@@ -44,10 +52,12 @@ class AlertRule:
     severity : Severity
         Severity of its alerts; at most a warning for a limit that denies nothing, as under the action ``warn``.
     threshold : float
-        An alert is raised above it: percent of `limit`, or a number of violations.
+        An alert is raised above it: percent of `limit`, a number of violations, or as `cluster` says.
     limit : Limit, optional
         The limit whose use is evaluated, model by model. None evaluates the violations of all models together, of
         which only denials count: no warnings, and no requests that wait or were served after a wait.
+    cluster : ClusterMeasure, optional
+        What to evaluate of the cluster instead. There is no such value without a cluster.
     clear_at : float, optional
         `AlertMonitor` clears at or below it; by default at 95 % of the threshold, so that a value that
         oscillates around the threshold raises one alert and not many.
@@ -55,7 +65,7 @@ class AlertRule:
     Raises
     ------
     ValueError
-        `threshold` is negative or NaN, or `clear_at` is not in 0 .. threshold.
+        `threshold` is negative or NaN, `clear_at` is not in 0 .. threshold, or both `limit` and `cluster` are given.
     """
 
     name: str
@@ -63,18 +73,28 @@ class AlertRule:
     threshold: float
     limit: Limit | None = None
     clear_at: float | None = None
+    cluster: ClusterMeasure | None = None
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
             raise ValueError(f"threshold is {self.threshold}; give a number, 0 or more")
         if self.clear_at is not None and not 0 <= self.clear_at <= self.threshold:
             raise ValueError(f"clear_at is {self.clear_at}; give a number, 0 .. threshold ({self.threshold:g})")
+        if self.limit is not None and self.cluster is not None:
+            raise ValueError(f"limit is {self.limit!r} and cluster is {self.cluster!r}; give one of them")
 
     @property
     def clears_at(self) -> float:
         """`clear_at`, or its default."""
         return 0.95 * self.threshold if self.clear_at is None else self.clear_at
 
+
+_MESSAGES: Final = {
+    None: "{value:,.0f} quota violations",
+    ClusterMeasure.DEGRADED: "this host does not reach the store that hosts share their limits in",
+    ClusterMeasure.STARVED: "{value:,.0f} requests denied for lack of share",
+    ClusterMeasure.GHOSTS: "model {model}: hosts that are gone hold {value:.1f} % of a limit unused",
+}
 
 DEFAULT_RULES: Final = (
     AlertRule("violations", Severity.WARNING, 1000),
@@ -86,8 +106,15 @@ DEFAULT_RULES: Final = (
         if limit.window is not None and not limit.is_rate
     ),
     AlertRule("queue", Severity.WARNING, 80, Limit.QUEUE),
+    AlertRule("cluster_degraded", Severity.CRITICAL, 0, cluster=ClusterMeasure.DEGRADED),
+    AlertRule("cluster_starved", Severity.WARNING, 100, cluster=ClusterMeasure.STARVED),
+    AlertRule("cluster_ghosts", Severity.WARNING, 20, cluster=ClusterMeasure.GHOSTS),
 )
-"""More than 1,000 violations; memory above 90 %; a window longer than a second, or the queue, above 80 %."""
+"""More than 1,000 violations; memory above 90 %; a window longer than a second, or the queue, above 80 %.
+
+In a cluster also: a store that is not reached; more than 100 requests denied for lack of share; and hosts that are gone
+and hold more than 20 % of a limit unused.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +127,11 @@ class Alert:
         Name of the rule.
     severity : Severity
     model_id : str or None
-        None if the rule is about all models together.
+        None if the rule is about all models together, or about the host.
     message : str
         One sentence for a human reader.
     value, threshold : float
-        The current value, and the threshold that it exceeds: percent, or a number of violations.
+        The current value, and the threshold that it exceeds; see `AlertRule`.
     """
 
     rule: str
@@ -132,12 +159,11 @@ def check_alerts(manager: "QuotaReader", rules: Sequence[AlertRule] = DEFAULT_RU
     >>> [(alert.severity.value, alert.message) for alert in check_alerts(manager)]
     [('critical', "model 'llama': RAM at 95.0 % of the limit")]
     """
-    found = read_utilization(manager)
-    total = manager.get_stats().denied_requests
+    state = _State(manager)
     return [
         _alert(rule, model_id, value, denies=denies)
         for rule in rules
-        for model_id, value, denies in _values(rule, found, total)
+        for model_id, value, denies in state.values(rule)
         if value > rule.threshold
     ]
 
@@ -157,7 +183,8 @@ class AlertMonitor(Periodic):
     on_raise, on_clear : callable, optional
         Called with the `Alert`, in the thread that polls; an exception from one is logged and stops nothing.
     violations_window_sec : float
-        Violations count if they were seen within this many seconds before a poll: an all-time total would never clear.
+        Violations, and denials for lack of share, count if they were seen within this many seconds before a poll: an
+        all-time total would never clear.
     monotonic : callable, optional
         A clock in seconds that never goes back, for tests; `time.monotonic` by default.
 
@@ -185,11 +212,12 @@ class AlertMonitor(Periodic):
         self._rules = tuple(rules)
         self._on_raise = on_raise
         self._on_clear = on_clear
-        self._window_sec = violations_window_sec
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._active: dict[_Key, Alert] = {}
-        self._totals: deque[tuple[float, int]] = deque([(monotonic(), manager.get_stats().denied_requests)])
+        state = _State(manager)
+        self._violations = _Recent(violations_window_sec, monotonic(), state.violations)
+        self._starved = _Recent(violations_window_sec, monotonic(), state.starved)
 
     @property
     def active(self) -> list[Alert]:
@@ -211,10 +239,12 @@ class AlertMonitor(Periodic):
         return raised, cleared
 
     def _judge(self) -> tuple[list[Alert], list[Alert]]:
-        found, violations = read_utilization(self._manager), self._recent_violations()
+        state, now = _State(self._manager), self._monotonic()
+        state.violations = self._violations.of(now, state.violations)
+        state.starved = self._starved.of(now, state.starved)
         raised, cleared, gone = [], [], dict(self._active)
         for rule in self._rules:
-            for model_id, value, denies in _values(rule, found, violations):
+            for model_id, value, denies in state.values(rule):
                 key = rule.name, model_id
                 held = gone.pop(key, None)
                 if value > (rule.threshold if held is None else rule.clears_at):
@@ -229,8 +259,17 @@ class AlertMonitor(Periodic):
             cleared.append(alert)
         return raised, cleared
 
-    def _recent_violations(self) -> int:
-        now, total = self._monotonic(), self._manager.get_stats().denied_requests
+
+class _Recent:
+    """How much a total that only grows has grown within a window of time."""
+
+    def __init__(self, window_sec: float, now: float, total: int) -> None:
+        self._window_sec = window_sec
+        self._totals = deque([(now, total)])
+
+    def of(self, now: float, total: int) -> int:
+        if total < self._totals[-1][1]:  # it is counted from 0 again, by another process
+            self._totals = deque([(now, 0)])
         # keep the newest total that is at least as old as the window: it is subtracted
         while len(self._totals) > 1 and self._totals[1][0] <= now - self._window_sec:
             self._totals.popleft()
@@ -240,19 +279,48 @@ class AlertMonitor(Periodic):
         return recent
 
 
-def _values(rule: AlertRule, found: Utilization, violations: int) -> Iterator[tuple[str | None, float, bool]]:
-    """Yield each value that a rule evaluates, with its model, and whether a violation of it is denied."""
-    if rule.limit is None:
-        yield None, float(violations), True
-        return
-    values, denying = found.of(rule.limit).tolist(), found.denying[:, LIMITS.index(rule.limit)]
-    for index in np.argsort(~denying, kind="stable").tolist():
-        yield found.model_ids[index], values[index], bool(denying[index])
+class _State:
+    """What rules evaluate, read at one time."""
+
+    def __init__(self, manager: "QuotaReader") -> None:
+        self._found = read_utilization(manager)
+        self.violations = manager.get_stats().denied_requests
+        self.starved = 0
+        self._cluster: str | None = None
+        self._ghosts: dict[str, float] = {}
+        if manager.cluster is not None:
+            status = manager.cluster.status()
+            self._cluster, self.starved = status.state, status.starved
+            for share in manager.cluster.shares():
+                percent = 100 * share.ghosts / share.whole if share.whole else 0.0
+                self._ghosts[share.model_id] = max(percent, self._ghosts.get(share.model_id, 0.0))
+
+    def values(self, rule: AlertRule) -> Iterator[tuple[str | None, float, bool]]:
+        """Yield each value that a rule evaluates, with its model, and whether a violation of it is denied."""
+        if rule.cluster is not None:
+            yield from self._values_of_cluster(rule.cluster)
+            return
+        if rule.limit is None:
+            yield None, float(self.violations), True
+            return
+        found = self._found
+        values, denying = found.of(rule.limit).tolist(), found.denying[:, LIMITS.index(rule.limit)]
+        for index in np.argsort(~denying, kind="stable").tolist():
+            yield found.model_ids[index], values[index], bool(denying[index])
+
+    def _values_of_cluster(self, measure: ClusterMeasure) -> Iterator[tuple[str | None, float, bool]]:
+        if measure is ClusterMeasure.GHOSTS:
+            for model_id, percent in self._ghosts.items():
+                yield model_id, percent, True
+        elif self._cluster is not None:
+            down = self._cluster in ("degraded", "expired")
+            yield None, float(down if measure is ClusterMeasure.DEGRADED else self.starved), True
 
 
 def _alert(rule: AlertRule, model_id: str | None, value: float, *, denies: bool) -> Alert:
     if rule.limit is None:
-        return Alert(rule.name, rule.severity, None, f"{value:,.0f} quota violations", value, rule.threshold)
+        message = _MESSAGES[rule.cluster].format(model=repr(model_id), value=value)
+        return Alert(rule.name, rule.severity, model_id, message, value, rule.threshold)
     message = f"model {model_id!r}: {rule.limit.label} at {value:.1f} % of the limit"
     if denies:
         return Alert(rule.name, rule.severity, model_id, message, value, rule.threshold)

@@ -11,13 +11,14 @@ reading* to the label that the model has now: no counter ever falls, and nothing
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from modelquota.cluster.status import STATES
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE, Limit, LimitRecord, ViolationAction, ViolationType
 from modelquota.reading.counting import DENIED, denied_by_action
@@ -27,6 +28,7 @@ from modelquota.reading.utilization import LIMITS, Utilization, denying, limits_
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from modelquota.cluster.status import Share
     from modelquota.reading.reader import QuotaReader
 
 __all__ = ["DEFAULT_MAX_MODELS", "METRICS", "MODEL", "OTHERS", "Kind", "Metric", "MetricSource", "Reading"]
@@ -48,7 +50,8 @@ class Kind(Enum):
 
     TOTAL = "counter over all models, removed and unknown ones too"
     STATE = "gauge of the manager"
-    PATHS = "counter of this process's servers, by path"
+    EVENTS = "counter of this process, by a label whose values come up as it runs"
+    SHARE = "gauge of a model's limits that hosts share; the others have none, since limits do not add up"
     COUNTER = "counter of a model"
     USE = "gauge of a model; those of the others are summed"
     LIMIT = "gauge of a model; the others have none, since limits of different models do not add up"
@@ -59,7 +62,8 @@ class Kind(Enum):
 class Metric:
     """One metric. Its name has dots, as in OpenTelemetry; Prometheus gets underscores and the unit as a suffix.
 
-    `series` maps the values of `labels` (besides the model) to the fields whose sum is the metric's value.
+    `series` maps the values of `labels` (besides the model) to the fields whose sum is the metric's value; a metric
+    whose fields are not known has no value, as those of a cluster without one.
     """
 
     name: str
@@ -73,12 +77,17 @@ class Metric:
     @property
     def is_counter(self) -> bool:
         """True if the value never falls."""
-        return self.kind in (Kind.TOTAL, Kind.PATHS, Kind.COUNTER)
+        return self.kind in (Kind.TOTAL, Kind.EVENTS, Kind.COUNTER)
 
     @property
     def of_model(self) -> bool:
         """True if there is a value for each model."""
-        return self.kind not in (Kind.TOTAL, Kind.STATE, Kind.PATHS)
+        return self.kind not in (Kind.TOTAL, Kind.STATE, Kind.EVENTS)
+
+    @property
+    def of_cluster(self) -> bool:
+        """True if it is exported for a manager in a cluster only."""
+        return self.name.startswith("modelquota.cluster.")
 
 
 def _one(*fields: str) -> dict[tuple[str, ...], tuple[str, ...]]:
@@ -124,12 +133,27 @@ METRICS: Final = (
            _DENIALS, ("action",)),
     Metric("modelquota.violations", Kind.TOTAL, _REQUEST, "Requests that violated a limit, by its class.",
            _VIOLATIONS, ("type",)),
-    Metric("modelquota.http.unmetered", Kind.PATHS, _REQUEST, "Requests over HTTP that no quota counted, by path.",
-           {}, ("path",)),
+    Metric("modelquota.http.unmetered", Kind.EVENTS, _REQUEST, "Requests over HTTP that no quota counted, by path.",
+           _one("unmetered"), ("path",)),
     Metric("modelquota.models", Kind.STATE, _MODEL_UNIT, "Models that have a quota.", _one("models")),
     Metric("modelquota.enforcing", Kind.STATE, "", "0 while everything is admitted, otherwise 1.", _one("enforcing")),
     Metric("modelquota.pressure", Kind.STATE, "1", "Highest use of a limit that denies, over all models; 1 is full.",
            _one("pressure")),
+    Metric("modelquota.cluster.state", Kind.STATE, "", "1 for the state of this host in its cluster, 0 for the others.",
+           {(state,): (f"cluster_{state}",) for state in STATES}, ("state",)),
+    Metric("modelquota.cluster.lease", Kind.STATE, "s", "What is left of this host's lease.", _one("cluster_lease")),
+    Metric("modelquota.cluster.nodes", Kind.STATE, "{node}", "Live hosts of the cluster.", _one("cluster_nodes")),
+    Metric("modelquota.cluster.renewal", Kind.STATE, "s", "How long the last exchange with the store took.",
+           _one("cluster_renewal")),
+    Metric("modelquota.cluster.renewals", Kind.EVENTS, "{request}", "Exchanges with the store, by outcome.",
+           _one("cluster_renewals"), ("outcome",)),
+    Metric("modelquota.cluster.starved", Kind.TOTAL, _REQUEST,
+           "Requests denied for lack of share, while the limit may have had room.", _one("cluster_starved")),
+    Metric("modelquota.cluster.share", Kind.SHARE, "", "What this host holds of a limit.", _one("share"), ("limit",)),
+    Metric("modelquota.cluster.free", Kind.SHARE, "", "What is in no host's share, by the store's last answer.",
+           _one("free"), ("limit",)),
+    Metric("modelquota.cluster.ghosts", Kind.SHARE, "",
+           "What hosts that are gone still hold, beyond what they had used.", _one("ghosts"), ("limit",)),
     Metric("modelquota.model.checks", Kind.COUNTER, _REQUEST, "Requests of the model checked.", _one("checks")),
     Metric("modelquota.model.admitted", Kind.COUNTER, _REQUEST, "Requests of the model admitted.",
            _one("allowed_total")),
@@ -177,7 +201,7 @@ METRICS: Final = (
            _one("enforcing")),
 )
 # fmt: on
-"""Every metric, in the order in which they are exported."""
+"""Every metric, in the order in which they are exported; those of a cluster only if the manager is in one."""
 
 _STEADY: Final = ("allowed_total", "rejected_total", "throttled_total", "queued_total", "waited_total", "warned_total",
                   *_VIOLATED.values(), "tokens_total", "tokens_refunded_total")  # fmt: skip
@@ -192,6 +216,24 @@ def _limits(quota: ResourceQuotaConfig) -> dict[str, float | None]:
     return limits | {"enforcing": int(any(denying(quota)))}
 
 
+def _cluster(manager: "QuotaReader") -> "tuple[dict[str, float], dict[str, int], list[Share]]":
+    """Return what is known of the host's part in a cluster: facts, exchanges by outcome, and shares.
+
+    All empty without a cluster. Of a host's processes one knows more than the state and the lease.
+    """
+    member = manager.cluster
+    if member is None:
+        return {}, {}, []
+    status = member.status()
+    facts = {f"cluster_{state}": float(state == status.state) for state in STATES}
+    facts["cluster_lease"] = status.lease_seconds
+    if status.leads:
+        facts["cluster_nodes"] = status.nodes
+        facts["cluster_renewal"] = status.renewal_seconds
+        facts["cluster_starved"] = status.starved
+    return facts, status.renewals, member.shares()
+
+
 class Reading:
     """One reading of a manager, from which the values of every metric can be taken in any order."""
 
@@ -199,16 +241,19 @@ class Reading:
         self,
         found: Utilization,
         facts: dict[str, float],
-        paths: dict[str, int],
+        events: dict[str, dict[str, int]],
+        shares: "Sequence[Share]",
         shown: "NDArray[np.intp]",
         own: dict[str, Any],
         others: bool,
     ) -> None:
         self._facts = facts
-        self._paths = paths
+        self._events = events
         quotas = [found.quotas[index] for index in shown]
         self._models = [quota.model_id for quota in quotas]
         self._limits = [_limits(quota) for quota in quotas]
+        own_models = set(self._models)
+        self._shares = [share for share in shares if share.model_id in own_models]
         self._others = others
         rest = np.setdiff1d(np.arange(len(found)), shown)
         self._columns: dict[str, list[float]] = {name: values.tolist() for name, values in own.items()}
@@ -224,10 +269,14 @@ class Reading:
         """Yield the label values (the model's first) and the value of every series."""
         if metric.kind in (Kind.TOTAL, Kind.STATE):
             for labels, fields in metric.series.items():
-                yield labels, sum(self._facts[field] for field in fields)
-        elif metric.kind is Kind.PATHS:
-            for path, count in self._paths.items():
-                yield (path,), count
+                if all(field in self._facts for field in fields):
+                    yield labels, sum(self._facts[field] for field in fields)
+        elif metric.kind is Kind.EVENTS:
+            for event, count in self._events[metric.series[()][0]].items():
+                yield (event,), count
+        elif metric.kind is Kind.SHARE:
+            for share in self._shares:
+                yield (share.model_id, share.limit), getattr(share, metric.series[()][0])
         elif metric.kind is Kind.LIMIT:
             for labels, (name,) in metric.series.items():
                 for model_id, limits in zip(self._models, self._limits, strict=True):
@@ -250,6 +299,11 @@ class MetricSource:
         The manager to measure.
     max_models : int
         How many models ever have a label of their own, 0 or more: those nearest to a limit while labels are left.
+
+    Attributes
+    ----------
+    metrics : tuple of Metric
+        Those that this manager has.
     """
 
     def __init__(self, manager: "QuotaReader", *, max_models: int = DEFAULT_MAX_MODELS) -> None:
@@ -257,6 +311,7 @@ class MetricSource:
             raise ValueError(f"max_models is {max_models}; give an integer, 0 or more")
         self.manager = manager
         self.max_models = max_models
+        self.metrics = tuple(metric for metric in METRICS if manager.cluster is not None or not metric.of_cluster)
         self._lock = threading.Lock()
         self._labels: dict[str, int] = {}  # index in `_told` of each id that has ever had a label
         self._told = np.zeros((0, len(_COUNTED)), np.uint64)
@@ -277,13 +332,16 @@ class MetricSource:
             facts |= {"models": len(found), "enforcing": int(self.manager.enforcement_enabled)}
             facts["pressure"] = found.highest / 100
             facts |= self._denied(found, retired)
+            cluster, renewals, shares = _cluster(self.manager)
             shown = self._choose(found)
             own = self._count(found, shown)
             # once it exists, the common label stays: a metric system forgets a counter that disappears
             self._had_others = self._had_others or len(shown) < len(found)
             if self._had_others:
                 own = {name: np.append(values, self._told_of_others[i]) for i, (name, values) in enumerate(own.items())}
-            return Reading(found, facts, unmetered_of(self.manager).counts(), shown, own, self._had_others)
+            facts |= cluster
+            events = {"unmetered": unmetered_of(self.manager).counts(), "cluster_renewals": renewals}
+            return Reading(found, facts, events, shares, shown, own, self._had_others)
 
     def _choose(self, found: Utilization) -> "NDArray[np.intp]":
         """Assign the labels that are left, and return the indices of the models that have one."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from modelquota._extras import extra
-from modelquota.monitoring.metrics import DEFAULT_MAX_MODELS, METRICS, MODEL, Kind, Metric, MetricSource, Reading
+from modelquota.monitoring.metrics import DEFAULT_MAX_MODELS, MODEL, Kind, Metric, MetricSource, Reading
 
 with extra("otel", "opentelemetry"):
     from opentelemetry.metrics import CallbackOptions, Meter, Observation, get_meter
@@ -56,8 +56,9 @@ def instrument(manager: "QuotaReader", meter: Meter | None = None, *, max_models
     [1]
     """
     meter = get_meter("modelquota") if meter is None else meter
-    shared = _SharedReading(MetricSource(manager, max_models=max_models))
-    for metric in METRICS:
+    source = MetricSource(manager, max_models=max_models)
+    shared = _SharedReading(source)
+    for metric in source.metrics:
         callback = _callback(metric, shared)
         if metric.is_counter:
             meter.create_observable_counter(metric.name, [callback], metric.unit, metric.help)

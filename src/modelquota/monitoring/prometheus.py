@@ -46,6 +46,22 @@ the highest percentage      ``modelquota_model_pressure_ratio``, 1 is full
 whether any limit denies    ``modelquota_model_enforcing``, 0 for a model that only warns
 ==========================  ==============================================================================
 
+If hosts share their limits (``cluster=``), the part of this host in it; a limit is ``tokens_per_hour`` and so on, and
+``burst_tokens`` is what is ahead of the rate. Of the processes of a host one has the metrics after the first two:
+
+=========================================  ===============================================================
+of `ClusterStatus` and `Share`             metric
+=========================================  ===============================================================
+state                                      ``modelquota_cluster_state{state="ok"}`` and so on, 1 for one of them
+lease_seconds                              ``modelquota_cluster_lease_seconds``
+nodes                                      ``modelquota_cluster_nodes``
+renewals                                   ``modelquota_cluster_renewals_total{outcome="ok"}``, and so on
+renewal_seconds                            ``modelquota_cluster_renewal_seconds``
+starved                                    ``modelquota_cluster_starved_total``
+share, free, ghosts                        ``modelquota_cluster_share{model="...", limit="..."}``,
+                                           ``modelquota_cluster_free``, ``modelquota_cluster_ghosts``
+=========================================  ===============================================================
+
 ``modelquota_models`` and ``modelquota_enforcing`` describe the manager. ``modelquota_pressure_ratio`` is the highest
 pressure of any model that denies: a model under the action ``warn`` has its own pressure but does not count here.
 
@@ -66,7 +82,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
 
 from modelquota._extras import extra
-from modelquota.monitoring.metrics import DEFAULT_MAX_MODELS, METRICS, MODEL, Metric, MetricSource
+from modelquota.monitoring.metrics import DEFAULT_MAX_MODELS, MODEL, Metric, MetricSource
 
 with extra("prometheus", "prometheus_client"):
     from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
@@ -78,7 +94,7 @@ if TYPE_CHECKING:
 
 __all__ = ["QuotaCollector", "grafana_dashboard", "make_exporter_app", "start_exporter"]
 
-_SUFFIXES = {"By": "bytes", "1": "ratio"}
+_SUFFIXES = {"By": "bytes", "1": "ratio", "s": "seconds"}
 _Family = CounterMetricFamily | GaugeMetricFamily
 
 
@@ -115,13 +131,13 @@ class QuotaCollector(Collector):
 
     def describe(self) -> Iterator[_Family]:
         """Yield all metrics without values; called at registration."""
-        for metric in METRICS:
+        for metric in self._source.metrics:
             yield _family(metric)
 
     def collect(self) -> Iterator[_Family]:
         """Read the manager and yield all metrics; called at each scrape, possibly by several threads at once."""
         reading = self._source.read()
-        for metric in METRICS:
+        for metric in self._source.metrics:
             family = _family(metric)
             for labels, value in reading.samples(metric):
                 family.add_metric(labels, value)

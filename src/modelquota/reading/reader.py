@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from modelquota._core.table.table import QuotaTable
+    from modelquota.cluster.member import Member
     from modelquota.reading.report import ModelReport, QuotaStats, ResourceUsage
 
 _NO_ID = "-"
@@ -51,6 +52,11 @@ class QuotaReader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def cluster(self) -> Member | None:
+        """How this process takes part in a cluster; None if it does not, as a reader of a state file."""
+        return None
 
     def get_quota(self, model_id: str) -> ResourceQuotaConfig | None:
         """Return the model's quota, or None if it has none."""
