@@ -142,6 +142,45 @@ def test_a_reply_says_what_is_free_and_what_dead_nodes_hold_unused(ledger):
     assert (reply.idle[0], reply.free[0]) == (taken - (held - 1), 100 - taken - reply.share[0])
 
 
+def forget(ledger, node_id):
+    keys = [f"{BASE}{name}" for name in ("meta", "nodes", "ghosts", f"node:{node_id}")]
+    return ledger.server.evaluate(keys, ["1", "forget", node_id, "0", "", "", "", "0", "0"])
+
+
+def test_what_a_dead_node_held_is_free_when_it_is_forgotten(ledger):
+    ledger.share("a", used=60, want=60)
+    assert (forget(ledger, "a"), forget(ledger, "nobody")) == ("live", "unknown")
+    for _ in range(110):
+        ledger.pass_ms(100)
+        assert ledger.share("b", want=100) <= 40
+    assert forget(ledger, "a") == "forgotten"
+    assert forget(ledger, "a") == "unknown"
+    assert forget(ledger, "b") == "live"
+    ledger.pass_ms(1000)
+    assert ledger.ask("b", one(want=100)).models[0].free[0] == 50
+    assert not [key for key in ledger.server.data if "node:a" in key]
+
+
+def test_forgetting_one_node_leaves_what_others_handed_over(ledger):
+    for node_id, amount in (("a", 30), ("b", 20)):
+        ledger.ask(node_id, one(ghosts=[Ghost(0, amount, 60_000)]), verb="leave")
+    assert forget(ledger, "a") == "forgotten"
+    reply = ledger.ask("first", one(want=1)).models[0]
+    assert reply.free[0] + reply.share[0] == 80
+
+
+def test_a_version_of_published_quotas_is_never_used_again(ledger):
+    keys = [f"{BASE}{name}" for name in ("meta", "nodes", "ghosts", "quotas")]
+    first = int(ledger.server.evaluate(keys, ["1", "publish", "one"]))
+    second = int(ledger.server.evaluate(keys, ["1", "publish", "two"]))
+    assert 0 < first < second == ledger.ask("a").quotas
+    assert ledger.server.data[f"{BASE}quotas"] == {"version": str(second), "text": "two"}
+    ledger.server.data.clear()
+    assert ledger.store.exchange(make_request("new", 1)).quotas == 0
+    ledger.pass_ms(1)
+    assert int(ledger.server.evaluate(keys, ["1", "publish", "one"])) > second
+
+
 def test_what_was_handed_over_is_free_when_it_is_due(ledger):
     ledger.share("a", used=80, want=80)
     ledger.ask("a", one(ghosts=[Ghost(0, 30, 1_000), Ghost(0, 50, 5_000)]), verb="leave")

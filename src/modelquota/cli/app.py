@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from modelquota import ResourceQuotaManager, __version__
-from modelquota.cli import docs, manage, statefile, tune, tuning, usage
+from modelquota.cli import cluster, docs, manage, statefile, tune, tuning, usage
 from modelquota.cli.demo import run_demo
 from modelquota.cli.errors import answering, quiet_log, unusable
 from modelquota.quota.file import load_quotas
@@ -219,4 +219,5 @@ tune.add_commands(app)
 usage.add_commands(app)
 manage.add_commands(app, _open_manager, _open_view)
 statefile.add_commands(app)
+cluster.add_commands(app)
 docs.add_commands(app)

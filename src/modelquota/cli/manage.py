@@ -1,6 +1,7 @@
 """The commands on a manager that others share: `status`, `top`, `set`, `remove`, `reset-burst` and `exporter`."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from modelquota.cli.cluster import Namespace, Redis, open_store, print_cluster
 from modelquota.cli.errors import EXIT_NO, answering, say, unusable
 from modelquota.cli.format import escaped
 from modelquota.cli.status import print_status, print_status_json
 from modelquota.cli.top import run_top
+from modelquota.cluster.redis import URL_VARIABLE
 from modelquota.errors import QuotaConfigError, UnknownModelError
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
@@ -33,9 +36,8 @@ TrustFile = Annotated[
     bool, typer.Option("--trust-file", help="Use the file even if it is another user's, or others may write to it.")
 ]
 
-_Path = Annotated[
-    Path, typer.Option("--path", "-p", metavar="FILE", help="The state file of ResourceQuotaManager(path=...).")
-]
+_PATH = typer.Option("--path", "-p", metavar="FILE", help="The state file of ResourceQuotaManager(path=...).")
+_Path = Annotated[Path, _PATH]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Their ids.")]
 
@@ -45,9 +47,11 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
     @app.command("status")
     def status(
-        path: _Path,
+        path: Annotated[Path | None, _PATH] = None,
         as_json: _Json = False,
         trust_file: TrustFile = False,
+        redis: Redis = None,
+        namespace: Namespace = "default",
         above: Annotated[
             float | None,
             typer.Option(min=0, metavar="PERCENT", help="Exit with 1 if a limit that denies is used more than this."),
@@ -59,12 +63,27 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         models, a list of objects with model_id, pressure, denies (whether any of its limits does), nearest_limit,
         percent (of each limit), denied (for good), usage and quota. Models that deny nothing come last.
 
-        **Exit code**: 0; 1 when a model that denies is above PERCENT; 2 when the file cannot be used.
+        With **--redis**, or $MODELQUOTA_REDIS_URL and no file, it is the use of all hosts of a cluster against the
+        limits that they share, and the hosts. Needs the extra **redis**.
+
+        **Exit code**: 0; 1 when a model that denies is above PERCENT; 2 when the file or the store cannot be used.
         """
-        with answering(Console(stderr=True), path), open_view(path, trust_file) as manager:
-            highest = print_status_json(manager) if as_json else print_status(manager, Console())
+        errors = Console(stderr=True)
+        if path is None:
+            if redis is None and not os.environ.get(URL_VARIABLE):
+                raise unusable(errors, f"give --path FILE or --redis URL, or set {URL_VARIABLE}")
+            with open_store(errors, redis, namespace) as store:
+                highest = print_cluster(store, as_json)
+        elif redis is not None:
+            raise unusable(errors, "give --path FILE or --redis URL, not both")
+        else:
+            highest = _status_of(path, trust_file, as_json)
         if above is not None and highest > above:
             raise typer.Exit(EXIT_NO)
+
+    def _status_of(path: Path, trust_file: bool, as_json: bool) -> float:
+        with answering(Console(stderr=True), path), open_view(path, trust_file) as manager:
+            return print_status_json(manager) if as_json else print_status(manager, Console())
 
     @app.command("top")
     def top(

@@ -13,11 +13,15 @@
 --       its limits  "version;limit:hold_ms,..." with - for none; the version is that of the ledger, 0 to change it
 --       holdings    "held:used:want:need,..." with - for a quantity without a limit
 --       ghosts      "quantity:amount:hold_ms,...": what was used by a share that is given up in this exchange
+--       To publish quotas: format, publish, text; KEYS[4] is <base>quotas. To forget a dead node: the verb forget.
 -- Reply a status alone (stale, fenced, format), or lines: status, nonce, generation, milliseconds of learning left,
---       live nodes; and of each model "version;share:target:free:idle,...", with its limits behind another ; if they
---       are others. Idle is what dead nodes hold and had not used.
+--       live nodes, version of the published quotas; and of each model "version;share:target:free:idle,...", with its
+--       limits behind another ; if they are others. Idle is what dead nodes hold and had not used.
+--       After publish the version; after forget one of forgotten, unknown, live.
 --
--- meta        format, run (the server's run_id), generation, learning (until), clock, raw (of TIME at that clock), lease
+-- meta        format, run (the server's run_id), generation, learning (until), clock, raw (of TIME at that clock), lease,
+--             quotas (the version of those published)
+-- quotas      version and text of what was published; the script does not read it
 -- nodes       id -> end of lease, of live nodes
 -- node:<id>   number, token, nonce and reply of the last request; generation; boot, base (clock - boot_ms at least);
 --             holds; a field m:<model> for each model in which it has a share
@@ -105,21 +109,28 @@ local function apply()
 end
 
 -- The request is of the node that has this id, and neither a duplicate nor out of order.
-local meta = call('HMGET', meta_key, 'format', 'run', 'generation', 'learning', 'clock', 'raw', 'lease')
+local meta = call('HMGET', meta_key, 'format', 'run', 'generation', 'learning', 'clock', 'raw', 'lease', 'quotas')
 if meta[1] and meta[1] ~= FORMAT then
   return 'format'
+end
+local time = call('TIME')
+local microseconds = tonumber(time[1]) * 1000000 + tonumber(time[2])
+if verb == 'publish' then -- the version is by the time: a ledger that was lost does not use one again
+  local version = text(max((tonumber(meta[8]) or 0) + 1, microseconds))
+  call('HSET', node_key, 'version', version, 'text', id)
+  call('HSET', meta_key, 'quotas', version)
+  return version
 end
 local run = string.match(call('INFO', 'server'), 'run_id:(%w+)') or ''
 local fresh = not meta[1]                   -- an empty ledger
 local relearns = fresh or meta[2] ~= run    -- a server that may have forgotten something
-local time = call('TIME')
 local generation = tonumber(meta[3]) or 0
 if relearns then -- by the time, since an empty ledger cannot count its generations
-  generation = max(generation + 1, tonumber(time[1]) * 1000000 + tonumber(time[2]))
+  generation = max(generation + 1, microseconds)
 end
 
 local node = call('HMGET', node_key, 'number', 'token', 'nonce', 'generation', 'boot', 'base', 'holds', 'reply')
-if node[1] then
+if node[1] and verb ~= 'forget' then
   local last = tonumber(node[1])
   if number < last then
     return 'stale'
@@ -137,6 +148,7 @@ end
 local raw = tonumber(time[1]) * 1000 + floor(tonumber(time[2]) / 1000)
 local clock, last_raw = tonumber(meta[5]) or raw, tonumber(meta[6]) or raw
 local now = clock + max(0, raw - last_raw)
+local unconfirmed = now
 local clock_base = node[5] == boot and tonumber(node[6])
 if clock_base then
   now = min(now, boot_ms + clock_base + SLACK_MS)
@@ -277,6 +289,85 @@ for _, due in ipairs(call('ZRANGEBYSCORE', ghosts_key, '-inf', '(' .. text(now),
       put(removes, ghosts_key, due)
     end
   end
+end
+
+local function is_empty(of)
+  for i = 1, of.count do
+    if (of.sums[i] or 0) > 0 then
+      return false
+    end
+  end
+  return true
+end
+
+local function write_models()
+  for _, of in pairs(models) do
+    if of.left and is_empty(of) then
+      sets[of.key] = nil
+      ends[of.key] = true
+    elseif of.changed and of.count then
+      put(sets, of.key, 'sums', joined(of.sums, of.count), 'lent', joined(of.lent, of.count))
+      if of.new_limits then
+        put(sets, of.key, 'limits', of.line, 'version', text(of.version))
+      end
+      if type(of.fair) == 'table' then
+        put(sets, of.key, 'fair', text(of.fair.at) .. ';' .. text(of.fair.nodes) .. ';'
+            .. joined(of.fair.levels, of.count) .. ';' .. joined(of.fair.used, of.count) .. ';'
+            .. joined(of.fair.idle, of.count))
+      elseif of.new_limits then
+        put(deletes, of.key, 'fair')
+      end
+      if type(of.claim) == 'table' then
+        local claim = of.claim
+        put(sets, of.key, 'claim', text(claim.quantity) .. ':' .. text(claim.need) .. ':' .. text(claim.seen) .. ':'
+            .. claim.id)
+      elseif of.claim == false then
+        put(deletes, of.key, 'claim')
+      end
+    end
+    for who, record in pairs(ends[of.key] and {} or of.nodes) do
+      if record and record.changed then
+        local parts = {}
+        for i = 1, #record.held do
+          local h, u, w, n = record.held[i], record.used[i], record.want[i], record.need[i]
+          parts[i] = h + u + w + n == 0 and '-' or string.format('%.0f:%.0f:%.0f:%.0f', h, u, w, n)
+        end
+        put(sets, of.key, 'n:' .. who, text(record.generation) .. ';' .. table.concat(parts, ','))
+      end
+    end
+  end
+end
+
+-- A dead node is forgotten: what it held is free at once, whatever it has admitted. Who asks for it answers for that:
+-- whether its lease has ended is told from the wall clock, since there may be no other node that could confirm it.
+if verb == 'forget' then
+  local lease_end = tonumber(call('ZSCORE', nodes_key, id))
+  if lease_end and lease_end >= unconfirmed then
+    return 'live'
+  end
+  local known, swept = node[1] and true, {}
+  for _, ghost in ipairs(removes[ghosts_key] or {}) do
+    swept[ghost] = true
+  end
+  end_shares(id)
+  for _, ghost in ipairs(call('ZRANGE', ghosts_key, 0, -1)) do
+    local quantity, amount, who, name = string.match(ghost, '^h:(%d+):(%d+):%d+:%d+:([^:]*):(.*)$')
+    if who == id and not swept[ghost] then
+      local of = model(name)
+      quantity, amount = tonumber(quantity), tonumber(amount)
+      release(of, quantity, amount)
+      of.lent[quantity] = max(0, (of.lent[quantity] or 0) - amount)
+      of.left, known = true, true
+      put(removes, ghosts_key, ghost)
+    elseif not who and string.match(ghost, '^d:%d+:(.*)$') == id or ghost == 'e:' .. id then
+      known = true
+      put(removes, ghosts_key, ghost)
+    end
+  end
+  put(removes, nodes_key, id)
+  write_models()
+  apply()
+  return known and 'forgotten' or 'unknown'
 end
 
 -- This node's own ghosts end: it is here again.
@@ -536,51 +627,7 @@ for at = 10, #ARGV, 3 do
 end
 
 -- What has changed is written, and the reply kept for a repeated request.
-local function is_empty(of)
-  for i = 1, of.count do
-    if (of.sums[i] or 0) > 0 then
-      return false
-    end
-  end
-  return true
-end
-
-for _, of in pairs(models) do
-  if of.left and is_empty(of) then
-    sets[of.key] = nil
-    ends[of.key] = true
-  elseif of.changed and of.count then
-    put(sets, of.key, 'sums', joined(of.sums, of.count), 'lent', joined(of.lent, of.count))
-    if of.new_limits then
-      put(sets, of.key, 'limits', of.line, 'version', text(of.version))
-    end
-    if type(of.fair) == 'table' then
-      put(sets, of.key, 'fair', text(of.fair.at) .. ';' .. text(of.fair.nodes) .. ';'
-          .. joined(of.fair.levels, of.count) .. ';' .. joined(of.fair.used, of.count) .. ';'
-          .. joined(of.fair.idle, of.count))
-    elseif of.new_limits then
-      put(deletes, of.key, 'fair')
-    end
-    if type(of.claim) == 'table' then
-      local claim = of.claim
-      put(sets, of.key, 'claim', text(claim.quantity) .. ':' .. text(claim.need) .. ':' .. text(claim.seen) .. ':'
-          .. claim.id)
-    elseif of.claim == false then
-      put(deletes, of.key, 'claim')
-    end
-  end
-  for who, record in pairs(ends[of.key] and {} or of.nodes) do
-    if record and record.changed then
-      local parts = {}
-      for i = 1, #record.held do
-        local h, u, w, n = record.held[i], record.used[i], record.want[i], record.need[i]
-        parts[i] = h + u + w + n == 0 and '-' or string.format('%.0f:%.0f:%.0f:%.0f', h, u, w, n)
-      end
-      put(sets, of.key, 'n:' .. who, text(record.generation) .. ';' .. table.concat(parts, ','))
-    end
-  end
-end
-
+write_models()
 local kept = {}
 for hold in pairs(holds) do
   kept[#kept + 1] = hold
@@ -590,7 +637,7 @@ local held_for = joined(kept, #kept)
 local next_nonce = redis.sha1hex(table.concat({nonce, token, id, text(number), time[1], time[2], run}, ':'))
 local count = call('ZCARD', nodes_key)
 local reply = table.concat({learning and 'learning' or 'ok', next_nonce, text(generation),
-  text(max(0, learning_until - now)), text(count), table.concat(lines, '\n')}, '\n')
+  text(max(0, learning_until - now)), text(count), meta[8] or '0', table.concat(lines, '\n')}, '\n')
 put(sets, node_key, 'number', text(number), 'token', token, 'nonce', next_nonce, 'generation', text(generation),
     'boot', boot, 'base', text(clock_base), 'holds', held_for, 'reply', reply)
 put(sets, meta_key, 'format', FORMAT, 'run', run, 'generation', text(generation), 'learning', text(learning_until),

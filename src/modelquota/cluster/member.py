@@ -12,17 +12,21 @@ from modelquota._log import log
 from modelquota._periodic import Background
 from modelquota.cluster.host import ManagerHost, boot_id
 from modelquota.cluster.node import Node
+from modelquota.cluster.operating import published
 from modelquota.cluster.pace import Pace
 from modelquota.cluster.status import ClusterStatus
-from modelquota.errors import ManagerClosedError, StateFileError, StoreError
+from modelquota.errors import ManagerClosedError, QuotaError, StateFileError, StoreError
+from modelquota.quota.file import Quotas
+from modelquota.quota.patterns import overlaid
 
 if TYPE_CHECKING:
     import threading
 
     from modelquota._core.table.exchange import OnLeaseEnd
-    from modelquota._core.table.table import QuotaTable
     from modelquota.cluster.redis import RedisStore
     from modelquota.cluster.status import Share
+    from modelquota.manager import ResourceQuotaManager
+    from modelquota.quota.patterns import DefaultQuota
 
 _NS: Final = 1_000_000_000
 _PATIENCE_SEC: Final = 6.0  # a leader that is silent for longer is overtaken; longer than an exchange can take
@@ -38,7 +42,7 @@ class Member(Background):
     Of the processes that share a state one at a time does; the others wait to take over from it.
     """
 
-    def __init__(self, manager: QuotaTable, store: RedisStore) -> None:
+    def __init__(self, manager: ResourceQuotaManager, store: RedisStore) -> None:
         self.store = store
         self._manager = weakref.ref(manager)
         rules: dict[str, OnLeaseEnd] = {"share": "share", "allow": "allow"}
@@ -46,6 +50,10 @@ class Member(Background):
         self._boot: Final = boot_id()
         # A state without a file ends with the process that made it, and what it used is handed over.
         self._maker: Final = os.getpid() if manager.path is None else 0
+        self._version = 0
+        self._published = Quotas({}, {})
+        self._base: DefaultQuota | None = None
+        self._given: DefaultQuota | None = None
         self._reset()
         shares.begin_sharing(manager, on_lease_end=self._rule)
         _members.add(self)
@@ -123,10 +131,11 @@ class Member(Background):
             if nap_sec:
                 stop.wait(nap_sec)
 
-    def _step(self, manager: QuotaTable) -> float:
+    def _step(self, manager: ResourceQuotaManager) -> float:
         """Do what is due; returns for how many seconds to sleep afterwards."""
         if not shares.lead(manager, _PATIENCE_SEC):
             self._node = None
+            self._follow(manager, Node.quotas_in(shares.read_node(manager)))
             return min(1.0, self.store.renew_sec)
         if self._node is None:
             self._reset()
@@ -140,9 +149,10 @@ class Member(Background):
                 self._pace.urge()
             return 0.0
         self._exchange(manager, self._node)
+        self._follow(manager, self._node.quotas)
         return 0.0
 
-    def _exchange(self, manager: QuotaTable, node: Node) -> None:
+    def _exchange(self, manager: ResourceQuotaManager, node: Node) -> None:
         request = node.prepare()
         began = time.monotonic()
         try:
@@ -168,11 +178,40 @@ class Member(Background):
         if node.nodes != nodes:
             self._set_rule(manager, node.nodes)
 
-    def _set_rule(self, manager: QuotaTable, nodes: int) -> None:
+    def _follow(self, manager: ResourceQuotaManager, version: int) -> None:
+        """Adopt published quotas that this process does not have yet: models, and patterns for ids that come later."""
+        if not version or version == self._version:
+            return
+        try:
+            found = published(self.store)
+            if found is None:
+                return
+            self._version, quotas = found
+            for quota in quotas.values():
+                if manager.get_quota(quota.model_id) != quota:
+                    manager.set_quota(quota)
+        except StoreError as error:  # the next exchange tries again
+            log(_WARNING, "the published quotas cannot be read: %s", error)
+            return
+        except QuotaError as error:
+            self._version = version
+            log(_WARNING, "published quotas are not adopted, the limits stay as they are: %s", error)
+            return
+        for model_id in self._published:
+            if model_id not in quotas:
+                log(_WARNING, "model %r is no longer in the published quotas: it keeps its limits", model_id)
+        self._published = quotas
+        given = manager.default_quota
+        if given is not self._given:  # set by someone else, before or after the last ones were adopted
+            self._base = given
+        manager.default_quota = overlaid(self._base, quotas.patterns) if quotas.patterns else self._base
+        self._given = manager.default_quota
+
+    def _set_rule(self, manager: ResourceQuotaManager, nodes: int) -> None:
         retry_ns = max(10_000_000, int(2 * self._took_sec * _NS))
         shares.set_lease_rule(manager, on_lease_end=self._rule, nodes=nodes, retry_ns=retry_ns)
 
-    def _failed(self, manager: QuotaTable, error: StoreError) -> None:
+    def _failed(self, manager: ResourceQuotaManager, error: StoreError) -> None:
         if self._error is None or self._error.kind != error.kind:
             log(_WARNING, "%s", error)
         self._error = error

@@ -184,6 +184,7 @@ class Node:
         self.lease_ns = lease_ns
         self.generation = 0
         self.nodes = 1
+        self.quotas = 0  # version of the published quotas
         self.fenced = 0
         self._token = token
         self._books: dict[int, _Book] = {}
@@ -204,7 +205,8 @@ class Node:
 
     def _resume(self) -> None:
         """Go on as the process before did: with its id and number, and the request that it had under way."""
-        node_id, number, nonce, token = (self.host.load().decode("ascii") + "   ").split(" ")[:4]
+        node_id, number, nonce, token, quotas = (self.host.load().decode("ascii") + "    ").split(" ")[:5]
+        self.quotas = int(quotas or 0)
         self.node_id, self.number, self.nonce = node_id or self._token(), int(number or 0), nonce
         if token:
             # Which models it was about is not known any more. Without them it is either executed now, or its reply
@@ -212,7 +214,7 @@ class Node:
             self._pending = self._request("exchange", token, ())
 
     def _save(self, token: str = "") -> None:
-        self.host.save(f"{self.node_id} {self.number} {self.nonce} {token}".encode("ascii"))
+        self.host.save(f"{self.node_id} {self.number} {self.nonce} {token} {self.quotas}".encode("ascii"))
 
     def _join_again(self) -> None:
         """Become a new node, since another one uses this id: nothing is held but what was used."""
@@ -426,6 +428,7 @@ class Node:
             self._clock_number += 1
         told, self._told = self._told, []
         self._pending, self.nonce, self.nodes = None, reply.nonce, max(1, reply.nodes)
+        self.quotas = reply.quotas or self.quotas  # a store that has lost them takes nothing back
         if reply.generation != self.generation:
             # A store that may have forgotten them is told of all models, before the lease goes on.
             self.generation = reply.generation
@@ -479,6 +482,11 @@ class Node:
                 if book is not None and book.is_covered:
                     self._unconfirmed.pop(book.code, None)
         return helped
+
+    @staticmethod
+    def quotas_in(saved: bytes) -> int:
+        """Return the version of the published quotas that a node has saved, for the other processes of its host."""
+        return int((saved.decode("ascii") + "    ").split(" ")[4] or 0)
 
     # -- for those who watch: another thread may ask, and sees what was last known
 

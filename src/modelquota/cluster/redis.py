@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -15,7 +16,7 @@ from modelquota.cluster.store import Reply, Request, parse_reply
 from modelquota.errors import QuotaConfigError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 URL_VARIABLE: Final = "MODELQUOTA_REDIS_URL"
 ON_STORE_DOWN: Final = ("lease_only", "deny", "share", "allow")
@@ -111,7 +112,7 @@ class RedisStore:
         self.renew_sec: Final = float(renew_sec)
         self.on_store_down: Final = on_store_down
         self.wait_replicas: Final = wait_replicas
-        self._base = f"mq:{{{namespace}:0}}:"
+        self.base: Final = f"mq:{{{namespace}:0}}:"
         self._given = client is not None
         self._url = url  # None if it is that of the environment
         self._client = _connect(url) if client is None else client
@@ -135,10 +136,24 @@ class RedisStore:
         StoreError
             Its `kind` says why; whether the request was executed is not known.
         """
-        try:
+        return parse_reply(self.run(request.keys(self.base), request.arguments()))
+
+    def run(self, keys: Sequence[str], arguments: Sequence[str]) -> str:
+        """Run the script, and return its answer. Raises StoreError."""
+        with self._errors():
             if time.monotonic() >= self._checked_until:
                 self._check_server()
-            return parse_reply(_text(self._run(request)))
+            return text_of(self._run(keys, arguments))
+
+    def command(self, *parts: str) -> Any:
+        """Execute a command that reads, and return what the client does. Raises StoreError."""
+        with self._errors():
+            return self._command(parts)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except StoreError:
             self._checked_until = -math.inf
             raise
@@ -152,10 +167,9 @@ class RedisStore:
         if close is not None:
             close()
 
-    def _run(self, request: Request) -> Any:
-        keys = request.keys(self._base)
+    def _run(self, keys: Sequence[str], arguments: Sequence[str]) -> Any:
         script, digest = _script()
-        command = ["EVALSHA", digest, str(len(keys)), *keys, *request.arguments()]
+        command = ["EVALSHA", digest, str(len(keys)), *keys, *arguments]
         try:
             return self._execute(command)
         except StoreError:
@@ -205,7 +219,7 @@ class RedisStore:
         answer = self._command(["INFO", section])
         if isinstance(answer, dict):
             return {str(name): str(value) for name, value in answer.items()}
-        pairs = (line.partition(":") for line in _text(answer).splitlines() if ":" in line)
+        pairs = (line.partition(":") for line in text_of(answer).splitlines() if ":" in line)
         return {name: value for name, _, value in pairs}
 
 
@@ -214,7 +228,8 @@ def _require_seconds(field: str, value: float, least: float, most: float) -> Non
         raise QuotaConfigError(field, value, f"a number of seconds, {least:g} .. {most:g}")
 
 
-def _text(answer: Any) -> str:
+def text_of(answer: Any) -> str:
+    """Return a server's answer as text, whether the client decodes or not."""
     return answer.decode("utf-8") if isinstance(answer, bytes) else str(answer)
 
 

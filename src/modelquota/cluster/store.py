@@ -111,7 +111,8 @@ class Reply(NamedTuple):
     """The store's answer.
 
     `status` is ``ok``, or ``learning`` (nothing is granted, for `learning_ms` more), or the request was not executed:
-    ``stale`` (the store has seen a later one of this node) or ``fenced`` (another one uses this node's id).
+    ``stale`` (the store has seen a later one of this node) or ``fenced`` (another one uses this node's id). `quotas` is
+    the version of the published quotas, 0 if there are none.
     """
 
     status: str
@@ -119,6 +120,7 @@ class Reply(NamedTuple):
     generation: int = 0
     learning_ms: int = 0
     nodes: int = 0
+    quotas: int = 0
     models: tuple[ModelReply, ...] = ()
 
 
@@ -129,16 +131,20 @@ class Store(Protocol):
         """Execute a request, or return the reply that it had; raises StoreError if that is not known."""
 
 
+def require_format(answer: str) -> None:
+    """Raise StoreError if the script's answer is that the ledger is another version's."""
+    if answer == "format":
+        raise StoreError("format", f"its ledger is not of format {FORMAT}; use another namespace for this version")
+
+
 def parse_reply(text: str) -> Reply:
     """Parse what the script returned; raises StoreError for another version's ledger."""
     if text in ("stale", "fenced"):
         return Reply(text)
-    if text == "format":
-        raise StoreError("format", f"its ledger is not of format {FORMAT}; use another namespace for this version")
-    status, nonce, generation, learning_ms, nodes, *lines = text.split("\n")
-    return Reply(
-        status, nonce, int(generation), int(learning_ms), int(nodes), tuple(_model(line) for line in lines if line)
-    )
+    require_format(text)
+    status, nonce, generation, learning_ms, nodes, quotas, *lines = text.split("\n")
+    models = tuple(_model(line) for line in lines if line)
+    return Reply(status, nonce, int(generation), int(learning_ms), int(nodes), int(quotas), models)
 
 
 def _model(line: str) -> ModelReply:
