@@ -107,9 +107,20 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path):
     with pytest.raises(QuotaConfigError, match=r"^MODELQUOTA_PAGE='quota' is not accepted; expected a path that"):
         Quota(Model())
     monkeypatch.delenv("MODELQUOTA_PAGE")
-    monkeypatch.setenv("MODELQUOTA_REDIS_URL", "redis://user:password@host")
-    with pytest.raises(QuotaConfigError, match=r"^MODELQUOTA_REDIS_URL='...' is not accepted; expected it to be unset"):
+    monkeypatch.setenv("MODELQUOTA_REDIS_URL", "http://user:password@host")
+    with pytest.raises(QuotaConfigError, match=r"^url='a text that is not shown' is not accepted; expected such as"):
         Quota(Model())
+
+
+def test_hosts_share_their_limits_where_the_environment_says(configure, monkeypatch):
+    configure()
+    monkeypatch.setenv("MODELQUOTA_REDIS_URL", "redis://user:password@127.0.0.1:1")
+    assert "password" not in repr(Settings.read())
+    app = Quota(Model(7))
+    assert app.manager.cluster.status().state == "joining"
+    assert "password" not in repr(app.manager.cluster.store)
+    monkeypatch.delenv("MODELQUOTA_REDIS_URL")
+    assert Settings.read().redis_url is None
 
 
 def test_a_framework_that_creates_it_late_is_told_at_its_start(configure, caplog):

@@ -253,3 +253,15 @@ def test_a_ledger_of_another_version_is_refused(run, server, namespace, quotas):
         client.hset(f"mq:{{{namespace}:0}}:meta", "format", "9")
         for words in (("publish", str(quotas)), ("nodes",), ("status",), ("forget", "a")):
             assert "(format)" in run(*words, code=2)
+
+
+def test_the_demo_refuses_a_password_and_a_port_that_is_taken(server):
+    pytest.importorskip("uvicorn")
+    options = ["serve-demo", "--namespace", "demo", "--port"]
+    done = CliRunner().invoke(app, [*options, "0", "--redis", f"redis://:{SECRET}@127.0.0.1:1"])
+    assert done.exit_code == 2
+    assert "MODELQUOTA_REDIS_URL" in done.stderr
+    assert SECRET not in done.stderr
+    done = CliRunner().invoke(app, [*options, str(server.port), "--redis", server.url])
+    assert done.exit_code == 2, "the port is the store's"
+    assert "cannot listen" in done.stderr

@@ -132,8 +132,10 @@ def test_the_dashboard_and_the_documentation_name_only_what_there_is(host):
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     asked = set(re.findall(r"modelquota_cluster_\w+", " ".join(expressions)))
     assert asked == exported - {"modelquota_cluster_nodes"}
-    topic = files("modelquota.docs").joinpath("metrics.md").read_text(encoding="utf-8")
-    for text in (topic, modelquota.monitoring.prometheus.__doc__):
+    topics = [
+        files("modelquota.docs").joinpath(name).read_text(encoding="utf-8") for name in ("metrics.md", "cluster.md")
+    ]
+    for text in (*topics, modelquota.monitoring.prometheus.__doc__):
         named = set(re.findall(r"\bmodelquota_cluster_[a-z_]*[a-z]\b", text))
         assert named
         assert named <= exported

@@ -19,6 +19,7 @@ from modelquota.asgi.middleware import QuotaMiddleware
 from modelquota.asgi.refusal import send_answer
 from modelquota.asgi.settings import Settings
 from modelquota.asgi.types import ASGIApp, Receive, Scope, Send
+from modelquota.cluster import RedisStore
 from modelquota.control.reload import QuotaReloader
 from modelquota.errors import QuotaConfigError, QuotaError
 from modelquota.manager import ResourceQuotaManager
@@ -51,9 +52,9 @@ class Guard:
     Raises what `load_quotas` and `ResourceQuotaManager` raise.
     """
 
-    def __init__(self, quotas: Path, state: Path) -> None:
+    def __init__(self, quotas: Path, state: Path, redis_url: str | None = None) -> None:
         self.path = quotas
-        self.manager = ResourceQuotaManager(path=state)
+        self.manager = ResourceQuotaManager(path=state, cluster=RedisStore(redis_url) if redis_url else None)
         self._reloader = QuotaReloader(self.manager, quotas)
         self._loading = threading.Lock()
         self._stamp = self._read_stamp()
@@ -112,13 +113,13 @@ class Guard:
         return QuotaMiddleware(app, self.manager, **{**chosen, **parameters})
 
 
-_guards: dict[tuple[Path, Path], Guard] = {}
+_guards: dict[tuple[Path, Path, str | None], Guard] = {}
 _guards_lock = threading.Lock()
 
 
 def guard_of(settings: Settings) -> Guard:
     """Return the guard of a quota file and a state file: the same one for all applications of a process."""
-    key = settings.quotas, settings.state
+    key = settings.quotas, settings.state, settings.redis_url
     with _guards_lock:
         if key not in _guards:
             _guards[key] = Guard(*key)
@@ -134,8 +135,9 @@ class Quota:
     ``admin_token_file``, and ``MODELQUOTA_ADMIN_TOKEN`` before the file with the token. Limits and the names of keys
     follow the file while the server runs.
 
-    All processes of a server share their limits in the state file. By default it is in the user's run directory, which
-    a reboot empties.
+    All processes of a server share their limits in the state file; with ``MODELQUOTA_REDIS_URL``, all hosts share them
+    in that Redis or Valkey, see `modelquota.cluster.RedisStore`. By default the state file is in the user's run
+    directory, which a reboot empties.
 
     Parameters
     ----------

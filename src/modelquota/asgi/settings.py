@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from modelquota.cluster.redis import URL_VARIABLE
 from modelquota.errors import QuotaConfigError
 from modelquota.quota.file import load_quotas
 
 _QUOTAS: Final = "MODELQUOTA_QUOTAS"
-_REDIS: Final = "MODELQUOTA_REDIS_URL"
 _OVERRIDES: Final = {
     "MODELQUOTA_STATE": "state",
     "MODELQUOTA_PAGE": "page",
@@ -43,12 +43,15 @@ class Settings:
         The fields of ``[http]``, with those that the environment overrides.
     admin_token : str or None
         The token of the admin API, if there is one.
+    redis_url : str or None
+        Where hosts share their limits, if they do.
     """
 
     quotas: Path
     state: Path
     http: dict[str, Any] = field(default_factory=dict)
     admin_token: str | None = field(default=None, repr=False)
+    redis_url: str | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ, **overrides: str | None) -> Settings:
@@ -60,7 +63,7 @@ class Settings:
             The environment: ``MODELQUOTA_QUOTAS`` is required; ``MODELQUOTA_STATE``, ``MODELQUOTA_PAGE``,
             ``MODELQUOTA_METRICS``, ``MODELQUOTA_LEDGER``, ``MODELQUOTA_ADMIN`` and ``MODELQUOTA_ADMIN_TOKEN_FILE`` go
             before the fields of the file with these names. ``MODELQUOTA_ADMIN_TOKEN`` goes before the file with the
-            token.
+            token. ``MODELQUOTA_REDIS_URL`` has no field: its password belongs in no file.
         **overrides
             ``quotas``, or one of these fields, which go before the environment unless they are None.
 
@@ -74,8 +77,6 @@ class Settings:
         given = overrides.get("quotas") or environ.get(_QUOTAS)
         if not given:
             raise QuotaConfigError(_QUOTAS, given, "the path of a quota file (TOML)")
-        if environ.get(_REDIS):
-            raise QuotaConfigError(_REDIS, "...", "it to be unset: this version shares limits on one machine only")
         path = Path(given).absolute()
         quotas = load_quotas(path)
         # A path in the environment is relative to the working directory, one in the file to the file's folder.
@@ -92,7 +93,7 @@ class Settings:
             token = _token(_TOKEN, token)
         elif "admin_token_file" in http:
             token = _read_token(Path(http["admin_token_file"]))
-        return cls(path, state, http, token or None)
+        return cls(path, state, http, token or None, environ.get(URL_VARIABLE) or None)
 
 
 def _option(name: str) -> str:

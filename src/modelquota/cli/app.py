@@ -92,11 +92,14 @@ def _serve_demo(
         typer.Option(metavar="FILE", help="State file, created if missing; usage survives restarts."),
     ] = None,
     trust_file: manage.TrustFile = False,
+    redis: cluster.Redis = None,
+    namespace: cluster.Namespace = "default",
 ) -> None:
     """Try quotas over HTTP: a mock OpenAI-compatible server, with waiting, 429s, headers and a live page.
 
     Prints commands to try with curl; the openai package works as well. The page is at /quota. Needs the
-    extra **asgi**.
+    extra **asgi**. With **--redis** it shares its limits with all others that use the same store and namespace
+    (extra **redis**).
 
     **Exit code**: 0 when it was stopped; 2 when an argument or a file cannot be used, or the address is taken.
     """
@@ -113,7 +116,10 @@ def _serve_demo(
             loaded = None if quotas is None else load_quotas(quotas)
             chosen = None if loaded is None else list(loaded.values())
         with answering(errors, path):
-            manager = demo_manager(QUOTAS if chosen is None else chosen, path=path, trust_file=trust_file)
+            store = None if redis is None else cluster.make_store(errors, redis, namespace)
+            manager = demo_manager(
+                QUOTAS if chosen is None else chosen, path=path, trust_file=trust_file, cluster=store
+            )
             manager.default_quota = loaded.patterns if loaded else None
         try:
             serve_demo(

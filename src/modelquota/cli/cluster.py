@@ -18,7 +18,7 @@ from modelquota.cluster import RedisStore
 from modelquota.cluster.operating import ClusterState, LimitState, forget, publish, read_cluster
 from modelquota.quota.file import load_quotas
 
-__all__ = ["Namespace", "Redis", "add_commands", "open_store", "print_cluster"]
+__all__ = ["Namespace", "Redis", "add_commands", "make_store", "open_store", "print_cluster"]
 
 Redis = Annotated[
     str | None,
@@ -34,19 +34,24 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @contextmanager
 def open_store(errors: Console, url: str | None, namespace: str) -> Iterator[RedisStore]:
-    """Open a store and turn what is wrong with it into a message, without its URL, and an exit code.
+    """Open a store and turn what is wrong with it into a message, without its URL, and an exit code."""
+    with answering(errors, "the store"):
+        store = make_store(errors, url, namespace)
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+def make_store(errors: Console, url: str | None, namespace: str) -> RedisStore:
+    """Make a store for a command's arguments.
 
     A password in an argument is refused: all users of a machine see the arguments of its processes.
     """
     if has_password(url):
         raise unusable(errors, "--redis has a user or a password, which all users of this machine can see: set it as "
                        "MODELQUOTA_REDIS_URL instead")  # fmt: skip
-    with answering(errors, "the store"):
-        store = RedisStore(url, namespace=namespace)
-        try:
-            yield store
-        finally:
-            store.close()
+    return RedisStore(url, namespace=namespace)
 
 
 def has_password(url: str | None) -> bool:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Final
 
+from modelquota.cluster import RedisStore
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 
@@ -47,9 +48,10 @@ def demo_manager(
     *,
     path: str | os.PathLike[str] | None = None,
     trust_file: bool = False,
+    cluster: RedisStore | None = None,
 ) -> ResourceQuotaManager:
     """Return a manager with the quotas of the example; with a state file, usage survives restarts."""
-    manager = ResourceQuotaManager(path=path, trust_file=trust_file)
+    manager = ResourceQuotaManager(path=path, trust_file=trust_file, cluster=cluster)
     for quota in quotas:
         manager.set_quota(quota)
     return manager
