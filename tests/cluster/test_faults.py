@@ -32,6 +32,8 @@ QUOTAS = {
     "minute": {"max_requests_per_minute": MINUTE},
     "hour": {"max_tokens_per_hour": 30_000, "max_requests_per_day": 2_000},
 }
+pytestmark = pytest.mark.alone  # parts of a limit that are used
+
 SLOT = 61 / 60  # what has begun to age out counts in full: a second's limit is that of 61/60 s
 
 

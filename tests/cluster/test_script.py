@@ -228,6 +228,22 @@ def test_a_second_node_of_the_same_id_is_fenced(ledger, number, token, nonce):
     assert ledger.server.data == before
 
 
+def test_a_replica_learns_for_a_whole_lease_whoever_asks_first(ledger):
+    """Its last writes are older than a lease; a node that they do not have asks before one that they have."""
+    ledger.share("a", want=10)
+    ledger.pass_ms(12_000)
+    ledger.server.run_id = "b" * 40
+    assert ledger.ask("unknown", one(held=30, want=30)).status == "learning"
+    reply = ledger.ask("a", one(held=10, want=10))
+    assert (reply.status, reply.learning_ms) == ("learning", 10_000)
+    ledger.pass_ms(9_500)
+    assert ledger.ask("late", one(held=50, used=50, want=50)).status == "learning"
+    ledger.pass_ms(501)
+    reply = ledger.ask("a", one(held=10, want=100))
+    assert reply.status == "ok"
+    assert reply.models[0].share[0] <= 20
+
+
 def test_another_run_of_the_server_relearns(ledger):
     held = ledger.share("a", want=40)
     ledger.server.run_id = "b" * 40

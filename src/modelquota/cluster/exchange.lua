@@ -154,7 +154,8 @@ if clock_base then
   now = min(now, boot_ms + clock_base + SLACK_MS)
 elseif call('ZCOUNT', nodes_key, text(clock), '+inf') > 0 then
   now = clock
-  raw = raw >= last_raw and last_raw or raw
+  -- If it learns from here on, what has passed unseen is left out: confirmed later, it would end the learning at once.
+  raw = raw >= last_raw and not relearns and last_raw or raw
 end
 now = max(now, clock)
 clock_base = clock_base and min(clock_base, now - boot_ms) or now - boot_ms

@@ -328,7 +328,9 @@ cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
     row.trail_request_room = <int64_t> (
         <uint64_t> row.trail_request_room + <uint64_t> request_room - <uint64_t> row.request_room
     )
-    row.trail_token_room = <int64_t> (<uint64_t> row.trail_token_room + <uint64_t> token_room - <uint64_t> row.token_room)
+    row.trail_token_room = <int64_t> (
+        <uint64_t> row.trail_token_room + <uint64_t> token_room - <uint64_t> row.token_room
+    )
     row.request_room = request_room
     row.token_room = token_room
     cold.requests_mark = requests + <uint64_t> request_room
