@@ -122,7 +122,7 @@ VIEW: dict[str, Verb] = {
     "snapshot": lambda v: v.snapshot(),
     "enforcement_enabled": lambda v: v.enforcement_enabled,
 }
-NO_VERBS_OF_A_VIEW = {"close", "path", "max_models"}
+NO_VERBS_OF_A_VIEW = {"close", "cluster", "path", "max_models"}
 
 
 def missing(thing: object, verbs: dict[str, Verb], others: set[str]) -> set[str]:
