@@ -75,7 +75,7 @@ def add_commands(app: typer.Typer) -> None:
     ) -> None:
         """Give all hosts of a cluster the limits of a file, within a second; what was used stays counted.
 
-        A model that is no longer in the file keeps its limits. A host that starts later gets them too. The tables
+        A model removed from the file keeps its limits. A host that starts later gets them too. The tables
         [http] and [keys] stay in the file. Needs the extra **redis**.
 
         **Exit code**: 0; 2 when the file or the store cannot be used; then nothing is published.

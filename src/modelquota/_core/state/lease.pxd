@@ -22,7 +22,7 @@ cdef extern from *:
     #include <time.h>
     #include <unistd.h>
 
-    /* Sleep until the word is no longer `seen`, somebody wakes it, a signal arrives, or the time is over. */
+    /* Sleep until the word differs from `seen`, a wake-up or a signal arrives, or the time has passed. */
     static inline void mq_sleep_while(uint32_t *word, uint32_t seen, int64_t ns) {
         struct timespec rest = {ns / 1000000000, ns % 1000000000};
         syscall(SYS_futex, word, FUTEX_WAIT, seen, &rest, NULL, 0);

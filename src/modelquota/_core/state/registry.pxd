@@ -260,7 +260,7 @@ cdef inline int64_t next_free_row(const Shared* shared) noexcept nogil:
 
 
 cdef inline void place_rings(const Shared* shared, ColdRow* cold, int64_t index) noexcept nogil:
-    """Note where the rings and the share of a row are. Requires the row's lock."""
+    """Store the offsets of a row's rings and share. Requires the row's lock."""
     cdef int window
     for window in range(WINDOWS):
         cold.ring_offset[window] = shared.rings[window] + index * ring_size(window) - <char*> cold

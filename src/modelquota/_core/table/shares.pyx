@@ -316,7 +316,7 @@ def wait_urgent(QuotaTable table not None, seen, timeout_sec):
     """Sleep until a model calls for an exchange, at most `timeout_sec` seconds; how often one has, modulo 2**32.
 
     One calls, once until its next exchange, if it denies a request for lack of share, or if less than 30 % is left of a
-    share that is not the whole limit. Returns at once if that number is no longer `seen`.
+    share that is not the whole limit. Returns at once if that number differs from `seen`.
     """
     cdef State state = table.state
     cdef uint32_t before = <uint32_t> _integer("seen", seen, 0, 2**32 - 1)
