@@ -277,10 +277,9 @@ STEPS = (
 )
 
 
-@pytest.mark.parametrize("step", ["carry", "create_draft", "validate", "verify_file", "os.fsync", "os.replace"])
-def test_an_error_at_any_step_leaves_a_file_that_is_copied(path, monkeypatch, step):
+def migrate_on_a_full_disk(path, monkeypatch, step):
+    """Migrate while one step finds no space, and see that error come out."""
     where, _, name = step.rpartition(".")
-    before = unpack_sample("layout5", path).read_bytes()
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -289,6 +288,12 @@ def test_an_error_at_any_step_leaves_a_file_that_is_copied(path, monkeypatch, st
     with pytest.raises(OSError, match="No space left"):
         migrate_file(path)
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("step", ["carry", "create_draft", "validate", "verify_file", "os.fsync", "os.replace"])
+def test_an_error_at_any_step_leaves_a_file_that_is_copied(path, monkeypatch, step):
+    before = unpack_sample("layout5", path).read_bytes()
+    migrate_on_a_full_disk(path, monkeypatch, step)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir() if "layout" not in entry.name] == [path.name]
     assert migrate_file(path).models == 17
@@ -313,15 +318,7 @@ def test_a_model_of_a_file_that_is_copied_is_damaged(path, part, field, value, m
 
 @pytest.mark.parametrize("step", STEPS)
 def test_an_error_at_any_step_leaves_the_old_file(old, path, monkeypatch, step):
-    where, _, name = step.rpartition(".")
-
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(getattr(migrate, where) if where else migrate, name, fail)
-    with pytest.raises(OSError, match="No space left"):
-        migrate_file(path)
-    monkeypatch.undo()
+    migrate_on_a_full_disk(path, monkeypatch, step)
     assert path.read_bytes() == CONTENT
     assert migrate_file(path).models == 14
     assert_taken_over(path)

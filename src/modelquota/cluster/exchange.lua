@@ -266,6 +266,16 @@ local function end_shares(who, hold) -- of one hold, or, without it, all that is
   end
 end
 
+local function end_lent(ghost) -- what was handed over
+  local quantity, amount, name = string.match(ghost, '^h:(%d+):(%d+):%d+:%d+:[^:]*:(.*)$')
+  quantity, amount = tonumber(quantity), tonumber(amount)
+  local of = model(name)
+  release(of, quantity, amount)
+  of.lent[quantity] = max(0, (of.lent[quantity] or 0) - amount)
+  of.left = true
+  put(removes, ghosts_key, ghost)
+end
+
 for _, due in ipairs(call('ZRANGEBYSCORE', nodes_key, '-inf', '(' .. text(now), 'LIMIT', 0, SWEPT)) do
   if due ~= id then
     local holds = call('HGET', base .. 'node:' .. due, 'holds')
@@ -275,13 +285,7 @@ end
 for _, due in ipairs(call('ZRANGEBYSCORE', ghosts_key, '-inf', '(' .. text(now), 'LIMIT', 0, SWEPT)) do
   local kind = string.sub(due, 1, 1)
   if kind == 'h' then
-    local quantity, amount, name = string.match(due, '^h:(%d+):(%d+):%d+:%d+:[^:]*:(.*)$')
-    quantity, amount = tonumber(quantity), tonumber(amount)
-    local of = model(name)
-    release(of, quantity, amount)
-    of.lent[quantity] = max(0, (of.lent[quantity] or 0) - amount)
-    of.left = true
-    put(removes, ghosts_key, due)
+    end_lent(due)
   else
     local hold, who = string.match(due, '^d:(%d+):(.*)$')
     who = who or string.sub(due, 3)
@@ -352,14 +356,10 @@ if verb == 'forget' then
   end
   end_shares(id)
   for _, ghost in ipairs(call('ZRANGE', ghosts_key, 0, -1)) do
-    local quantity, amount, who, name = string.match(ghost, '^h:(%d+):(%d+):%d+:%d+:([^:]*):(.*)$')
+    local who = string.match(ghost, '^h:%d+:%d+:%d+:%d+:([^:]*):')
     if who == id and not swept[ghost] then
-      local of = model(name)
-      quantity, amount = tonumber(quantity), tonumber(amount)
-      release(of, quantity, amount)
-      of.lent[quantity] = max(0, (of.lent[quantity] or 0) - amount)
-      of.left, known = true, true
-      put(removes, ghosts_key, ghost)
+      end_lent(ghost)
+      known = true
     elseif not who and string.match(ghost, '^d:%d+:(.*)$') == id or ghost == 'e:' .. id then
       known = true
       put(removes, ghosts_key, ghost)

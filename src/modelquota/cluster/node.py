@@ -205,13 +205,18 @@ class Node:
 
     def _resume(self) -> None:
         """Go on as the process before did: with its id and number, and the request that it had under way."""
-        node_id, number, nonce, token, quotas = (self.host.load().decode("ascii") + "    ").split(" ")[:5]
+        node_id, number, nonce, token, quotas = self._fields_of(self.host.load())
         self.quotas = int(quotas or 0)
         self.node_id, self.number, self.nonce = node_id or self._token(), int(number or 0), nonce
         if token:
             # Which models it was about is not known any more. Without them it is either executed now, or its reply
             # is repeated; of that only the nonce is taken.
             self._pending = self._request("exchange", token, ())
+
+    @staticmethod
+    def _fields_of(saved: bytes) -> list[str]:
+        """What _save() has written: id, number, nonce, token and version of the quotas; empty what is not there."""
+        return (saved.decode("ascii") + "    ").split(" ")[:5]
 
     def _save(self, token: str = "") -> None:
         self.host.save(f"{self.node_id} {self.number} {self.nonce} {token} {self.quotas}".encode("ascii"))
@@ -486,7 +491,7 @@ class Node:
     @staticmethod
     def quotas_in(saved: bytes) -> int:
         """Return the version of the published quotas that a node has saved, for the other processes of its host."""
-        return int((saved.decode("ascii") + "    ").split(" ")[4] or 0)
+        return int(Node._fields_of(saved)[4] or 0)
 
     # -- for those who watch: another thread may ask, and sees what was last known
 

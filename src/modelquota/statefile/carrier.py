@@ -45,8 +45,9 @@ def carry(old: OldFile, draft: str, path: str, descriptor: int) -> Carried:
     header = np.frombuffer(
         bytearray(old.header.tobytes().ljust(dtypes()["header"].itemsize, b"\0")), dtypes()["header"]
     )
+    own = np.frombuffer(new_header(most), header.dtype)
     for name in _OWN:
-        header[name] = np.frombuffer(new_header(most), header.dtype)[name]
+        header[name] = own[name]
     os.pwrite(descriptor, header.tobytes(), 0)
     _place_shares(descriptor, most, int(header["row_count"][0]))
     validate(descriptor, path)

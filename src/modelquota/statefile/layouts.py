@@ -178,8 +178,32 @@ def _layout_3() -> OldLayout:
     )
 
 
-def _layout_4() -> OldLayout:
-    limits = _struct(*_LIMITS, "u2 shadow", wide=_WIDE)
+_HEADER_SINCE_4 = (
+    "u4 clock_kind enforcing seats_used entry_chunks_used grant_chunks_used registry_broken",
+    "i8 forget_hand full_until_ns next_ticket",
+    "u8 unknown_checks recoveries unclaimed_made",
+    "u8 retired_allowed retired_rejected retired_throttled retired_queued retired_waited",
+    "u8 retired_tokens retired_refunded",
+    "u8[5] retired_violations",
+)
+_STAGED_SINCE_4 = (
+    "i8 leaving_row",
+    "u4 leaving_generation",
+    "u8[12] staged_retired",
+    "i8 staged_row",
+    "u4 staged_generation",
+    "row staged_row_before",
+    "limits staged",
+)
+_ROW_SINCE_4 = (
+    "u4 lock generation",
+    "i8 slot_end_ns level_ns request_room token_room request_drain token_drain",
+    "u1 request_shift token_shift dormant_request_shift dormant_token_shift",
+)
+
+
+def _records_since_4() -> tuple[np.dtype[Any], np.dtype[Any], np.dtype[Any]]:
+    """The structs of a seat, a queue entry and a grant's record, in layouts 4 and 5."""
     seat = _struct("u8 holder space")
     entry = _struct(
         "u4 seat row generation",
@@ -197,10 +221,25 @@ def _layout_4() -> OldLayout:
         "charge charge",
         charge=charge,
     )
+    return seat, entry, grant
+
+
+def _fixed_since_4(seat: np.dtype[Any], entry: np.dtype[Any], grant: np.dtype[Any]) -> tuple[int, ...]:
+    return (
+        _SEATS * seat.itemsize,
+        4096 * 4,
+        _CHUNKS * 4,
+        _RECORDS * entry.itemsize,
+        _CHUNKS * 4,
+        _RECORDS * grant.itemsize,
+    )
+
+
+def _layout_4() -> OldLayout:
+    limits = _struct(*_LIMITS, "u2 shadow", wide=_WIDE)
+    records = _records_since_4()
     row = _struct(
-        "u4 lock generation",
-        "i8 slot_end_ns level_ns request_room token_room request_drain token_drain",
-        "u1 request_shift token_shift dormant_request_shift dormant_token_shift",
+        *_ROW_SINCE_4,
         "u2 shadow reserved",
         "wide request_level request_cap token_level token_cap",
         wide=_WIDE,
@@ -209,23 +248,12 @@ def _layout_4() -> OldLayout:
         version=4,
         header=_struct(
             *_FIRST_OF_HEADER,
-            "u4 clock_kind enforcing seats_used entry_chunks_used grant_chunks_used registry_broken",
-            "i8 forget_hand full_until_ns next_ticket",
-            "u8 unknown_checks recoveries unclaimed_made",
-            "u8 retired_allowed retired_rejected retired_throttled retired_queued retired_waited",
-            "u8 retired_tokens retired_refunded",
-            "u8[5] retired_violations",
-            "i8 leaving_row",
-            "u4 leaving_generation",
-            "u8[12] staged_retired",
-            "i8 staged_row",
-            "u4 staged_generation",
-            "row staged_row_before",
-            "limits staged",
+            *_HEADER_SINCE_4,
+            *_STAGED_SINCE_4,
             row=row,
             limits=limits,
         ),
-        records=(seat, entry, grant),
+        records=records,
         row=row,
         ledger=_struct(
             *_WINDOW_FIELDS,
@@ -243,14 +271,7 @@ def _layout_4() -> OldLayout:
             *_COUNTERS,
             *_RINGS,
         ),
-        fixed=(
-            _SEATS * seat.itemsize,
-            4096 * 4,
-            _CHUNKS * 4,
-            _RECORDS * entry.itemsize,
-            _CHUNKS * 4,
-            _RECORDS * grant.itemsize,
-        ),
+        fixed=_fixed_since_4(*records),
         shadow_names=(
             *_MEMORY_AND_RATES,
             "tokens_per_hour",
@@ -274,27 +295,9 @@ def _layout_5() -> OldLayout:
         "u2 shadow",
         wide=_WIDE,
     )
-    seat = _struct("u8 holder space")
-    entry = _struct(
-        "u4 seat row generation",
-        "i4 priority",
-        "i8 ticket deadline_ns ready_ns",
-        "u4 next previous",
-        "u1 linked limit counted aside",
-    )
-    charge = _struct("i8 tokens at_ns", "u4 epoch", "i8 raised", "u1 raised_request")
-    grant = _struct(
-        "u4 seat row generation is_handle",
-        "i8 ram_mb ssd_mb tokens",
-        "u4 decider",
-        "i8 unclaimed_until_ns",
-        "charge charge",
-        charge=charge,
-    )
+    records = _records_since_4()
     row = _struct(
-        "u4 lock generation",
-        "i8 slot_end_ns level_ns request_room token_room request_drain token_drain",
-        "u1 request_shift token_shift dormant_request_shift dormant_token_shift",
+        *_ROW_SINCE_4,
         "u2 shadow",
         "u1 meters weighted",
         "wide request_level request_cap token_level token_cap",
@@ -311,24 +314,13 @@ def _layout_5() -> OldLayout:
         version=5,
         header=_struct(
             *_FIRST_OF_HEADER,
-            "u4 clock_kind enforcing seats_used entry_chunks_used grant_chunks_used registry_broken",
-            "i8 forget_hand full_until_ns next_ticket",
-            "u8 unknown_checks recoveries unclaimed_made",
-            "u8 retired_allowed retired_rejected retired_throttled retired_queued retired_waited",
-            "u8 retired_tokens retired_refunded",
-            "u8[5] retired_violations",
+            *_HEADER_SINCE_4,
             "u4 linking_meter linking_model removing removing_generation",
-            "i8 leaving_row",
-            "u4 leaving_generation",
-            "u8[12] staged_retired",
-            "i8 staged_row",
-            "u4 staged_generation",
-            "row staged_row_before",
-            "limits staged",
+            *_STAGED_SINCE_4,
             row=row,
             limits=limits,
         ),
-        records=(seat, entry, grant),
+        records=records,
         row=row,
         ledger=_struct(
             "i8 request_span",
@@ -359,14 +351,7 @@ def _layout_5() -> OldLayout:
             "f8 requests_per_second tokens_per_second grace_period_sec",
             "i8[4] padding",
         ),
-        fixed=(
-            _SEATS * seat.itemsize,
-            4096 * 4,
-            _CHUNKS * 4,
-            _RECORDS * entry.itemsize,
-            _CHUNKS * 4,
-            _RECORDS * grant.itemsize,
-        ),
+        fixed=_fixed_since_4(*records),
         shadow_names=(),
         minimum="minimum",
         rings=(ring, ring, ring, long_ring, long_ring),

@@ -28,7 +28,7 @@ from modelquota._core.state.beside import (
 from modelquota._core.state.state import CONSTANTS, count_processes, new_header, regions_for
 from modelquota._core.state.validate import validate
 from modelquota.errors import StateFileError
-from modelquota.statefile.carrier import carry
+from modelquota.statefile.carrier import Carried, carry
 from modelquota.statefile.inspect import verify_file
 from modelquota.statefile.oldfile import OldFile
 from modelquota.statefile.taker import Taker
@@ -176,30 +176,22 @@ def _write(old: OldFile, path: str, draft: str, descriptor: int, old_path: str |
     """Write the new file: the core registers the models, then their usage is put in."""
     most = int(old.header["max_models"])
     os.ftruncate(descriptor, regions_for(most).size)
+    taken: Carried | Taker
     if old.layout.rings:
         taken = carry(old, draft, path, descriptor)
-        return Migration(
-            path=path,
-            old_version=old.layout.version,
-            version=CONSTANTS["version"],
-            models=taken.models,
-            requests=taken.requests,
-            tokens=taken.tokens,
-            released=taken.released,
-            old_file=old_path,
-        )
-    os.pwrite(descriptor, new_header(most), 0)
-    with contextlib.closing(Taker(draft, path, old.layout)) as taker:
-        for models in old.models():
-            taker.take(models)
-        taker.put_header(old.header, old.recovered)
+    else:
+        os.pwrite(descriptor, new_header(most), 0)
+        with contextlib.closing(Taker(draft, path, old.layout)) as taken:
+            for models in old.models():
+                taken.take(models)
+            taken.put_header(old.header, old.recovered)
     return Migration(
         path=path,
         old_version=old.layout.version,
         version=CONSTANTS["version"],
-        models=taker.models,
-        requests=taker.requests,
-        tokens=taker.tokens,
-        released=taker.released,
+        models=taken.models,
+        requests=taken.requests,
+        tokens=taken.tokens,
+        released=taken.released,
         old_file=old_path,
     )
