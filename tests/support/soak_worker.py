@@ -154,7 +154,7 @@ class Lane:
             assert not self.manager.check_quota(f"none:{self.rng.randrange(100_000)}", 1)
 
     def many_on_sight(self) -> None:
-        ids = [f"none:{self.rng.randrange(100_000)}" for _ in range(self.rng.randrange(1, 5))]
+        ids = [f"none:{number}" for number in self.rng.sample(range(100_000), self.rng.randrange(1, 5))]
         with contextlib.suppress(ValueError):  # a code of an id that made room for somebody
             self.manager.check_many(self.manager.codes(ids), 1)
         self.manager.check_quota(tuple(ids), 1)
