@@ -27,7 +27,6 @@ from modelquota.errors import CapacityError, QuotaConfigError, UnknownModelError
 
 
 @cython.final
-@cython.no_gc
 @cython.no_gc           # nothing that it refers to refers to it
 cdef class RowRef:
     """A row, and its generation when it was found."""
