@@ -184,6 +184,10 @@ def test_limits_per_minute_and_month_are_set_and_shown(run, manager):
         *outcome.stdout.splitlines()
     }
     assert manager.get_quota("busy").token_weights == (1, 0.25, 4)
+    outcome = run("set", "busy", "cluster_concurrency=True")
+    assert "cluster_concurrency = true\n" in outcome.stdout
+    assert manager.get_quota("busy").cluster_concurrency is True
+    assert run("set", "busy", "cluster_concurrency=yes").exit_code == 2
     manager.update_quota("busy", max_requests_per_second=None, max_requests_per_hour=None)
     for _ in range(57):
         manager.check_quota("busy", 1)

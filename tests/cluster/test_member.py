@@ -1,5 +1,6 @@
 """Managers that share limits through a real server, in one process and across forks; `test_faults` has many hosts."""
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import redis
 from cluster_crew import PATIENCE_SEC, wait_for
 from real_servers import Server, installed
 
-from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.cluster import RedisStore
 
 
@@ -38,6 +39,36 @@ def admit(manager, count, model_id="m"):
     wait_for(ask)
 
 
+def open_grants(manager, count, model_id="m"):
+    """Ask until `count` requests are open; their grants."""
+    grants = []
+
+    def ask():
+        with contextlib.suppress(QuotaExceededError):
+            grants.append(manager.reserve(model_id, 1))
+        return len(grants) == count
+
+    wait_for(ask)
+    return grants
+
+
+def opens_no_more(manager):
+    """Whether a host is refused, also by what the store has said after that."""
+    before = manager.cluster.status().renewals.get("ok", 0)
+    refused = []
+
+    def ask():
+        try:
+            manager.reserve("m", 1).release()
+            refused.append(False)
+        except QuotaExceededError:
+            refused.append(True)
+        return manager.cluster.status().renewals.get("ok", 0) >= before + 3
+
+    wait_for(ask)
+    return all(refused)
+
+
 def unlimited(**limits):
     return ResourceQuotaConfig.unlimited("m", on_violation="reject", **limits)
 
@@ -51,6 +82,50 @@ def test_a_host_that_leaves_hands_over_and_one_that_joins_waits_for_what_was_use
         admit(second, 20)
         assert second.cluster.status().state == "ok"
         assert not second.check_quota("m", 1)
+
+
+def test_open_requests_are_shared_where_asked_for_and_free_when_their_host_is_gone(server):
+    quota = unlimited(max_concurrent_requests=10, cluster_concurrency=True)
+    with ResourceQuotaManager(cluster=store_of(server)) as first:
+        first.set_quota(quota)
+        held = open_grants(first, 7)
+        with ResourceQuotaManager(cluster=store_of(server)) as second:
+            second.set_quota(quota)
+            others = open_grants(second, 3)
+            assert opens_no_more(second)
+            assert opens_no_more(first)
+            shares = {share.limit: share for share in first.cluster.shares()}
+            assert shares["concurrent_requests"].whole == 10
+            held.pop().release()
+            others += open_grants(second, 1)
+            assert opens_no_more(second)
+            assert opens_no_more(first)
+            for grant in held:
+                grant.release()
+            others += open_grants(second, 6)
+            for grant in others[:5]:
+                grant.release()
+            kept = others[5:]  # the host leaves with them
+        held = open_grants(first, 10)
+        assert opens_no_more(first)
+        for grant in held:
+            grant.release()
+        del kept
+
+
+def test_a_request_waits_for_a_share_of_the_concurrency(server):
+    quota = unlimited(max_concurrent_requests=1, cluster_concurrency=True).replace(
+        on_violation="queue", grace_period_sec=60
+    )
+    with (
+        ResourceQuotaManager(cluster=store_of(server)) as first,
+        ResourceQuotaManager(cluster=store_of(server)) as second,
+    ):
+        for manager in (first, second):
+            manager.set_quota(quota)
+        for manager in (first, second, first, second):  # the place is free at the store, and goes to who waits
+            with manager.acquire("m", 1):
+                assert manager.get_usage("m").concurrent_requests == 1
 
 
 def test_a_restart_with_the_state_file_resumes_the_share(server, tmp_path):

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from modelquota.cluster.quantities import QUANTITIES
 from modelquota.cluster.store import Ghost, ModelRequest, Quantity, Request, parse_reply
 
 pytest.importorskip("lupa", reason="the simulated store needs lupa")
@@ -17,15 +18,15 @@ BASE = "mq:{test:0}:"
 STEERED = SCRIPT.replace("call('TIME')", "call('HMGET', string.sub(KEYS[1], 1, -5) .. 'time', 's', 'us')").replace(
     "call('INFO', 'server')", "call('HGET', string.sub(KEYS[1], 1, -5) .. 'time', 'info')"
 )
-NONE = (0,) * 12
+NONE = (0,) * QUANTITIES
 
 
 def quantities(*pairs):
-    return tuple(Quantity(*pair) if pair else None for pair in pairs) + (None,) * (12 - len(pairs))
+    return tuple(Quantity(*pair) if pair else None for pair in pairs) + (None,) * (QUANTITIES - len(pairs))
 
 
 def row(*values):
-    return tuple(values) + (0,) * (12 - len(values))
+    return tuple(values) + (0,) * (QUANTITIES - len(values))
 
 
 def make_request(node_id, number, nonce="", models=(), *, verb="exchange", token=None, boot="b", boot_ms=0):
@@ -128,6 +129,21 @@ def test_a_share_of_a_dead_node_stays_taken_until_its_use_has_aged_out(ledger):
             ledger.pass_ms(100)
             share = ledger.share("b", want=100)
         assert share == expected, waited_ms
+
+
+def test_what_a_dead_node_had_open_is_free_when_its_lease_has_ended(ledger):
+    held = 0
+    while held < 100:
+        held = ledger.share("a", held=held, want=100, hold_ms=0)
+        ledger.pass_ms(10)
+    ledger.share("a", held=100, used=100, want=100, hold_ms=0)
+    for waited_ms, expected in ((9_900, 0), (600, 50)):
+        for _ in range(waited_ms // 100):
+            ledger.pass_ms(100)
+            share = ledger.share("b", want=100, hold_ms=0)
+        assert share == expected, waited_ms
+    assert ledger.share("a", held=0, used=100, want=100, hold_ms=0) == 0  # it is back, and what it uses counts
+    assert ledger.share("b", held=50, want=100, hold_ms=0) == 50
 
 
 def test_a_reply_says_what_is_free_and_what_dead_nodes_hold_unused(ledger):

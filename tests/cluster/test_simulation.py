@@ -45,6 +45,24 @@ def test_each_mutant_is_found(mutant):
     assert any(Simulation(seed, **MUTANTS[mutant]).run() is not None for seed in range(MUTANT_HISTORIES))
 
 
+@pytest.mark.parametrize("mutant", ["no learning", "shrinking below use", "adopting a stale reply"])
+def test_open_requests_alone_show_a_mutant(mutant):
+    limits = {"concurrent_requests": 8}
+    assert any(Simulation(seed, limits=limits, **MUTANTS[mutant]).run() for seed in range(MUTANT_HISTORIES))
+    assert not any(Simulation(seed, limits=limits).run() for seed in SEEDS[:30])
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_without_faults_nearly_all_of_the_concurrency_is_used(nodes):
+    history = Simulation(1, faults=False, nodes=nodes, limits={"concurrent_requests": 80}, load=200)
+    open_at = []
+    for second in range(15, 40):
+        history.at(second * NS, lambda: open_at.append(history.open_requests()))
+    assert history.run() is None
+    assert max(open_at) <= 80
+    assert sum(open_at) >= 0.95 * 80 * len(open_at)
+
+
 @pytest.mark.parametrize("nodes", [1, 4])
 @pytest.mark.parametrize(
     ("limits", "limit", "window_sec"),

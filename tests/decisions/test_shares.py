@@ -264,8 +264,17 @@ def test_a_denial_by_the_limit_itself_is_none_for_lack_of_share():
 def test_open_grants_are_shared_only_if_asked_for():
     manager = sharing(max_concurrent_requests=5)
     grants = [manager.reserve("m", 1) for _ in range(3)]
+    found = hold(manager)
+    assert (found.used[0, GRANTS], found.limits[0, GRANTS]) == (3, UNLIMITED)
+    grants.append(manager.reserve("m", 1))  # the whole limit is this host's
+    grants.pop().release()
+    manager.update_quota("m", cluster_concurrency=True)  # hosts begin with nothing
+    assert manager.get_quota("m").cluster_concurrency
+    found = hold(manager)
+    assert (found.held[0, GRANTS], found.used[0, GRANTS], found.limits[0, GRANTS]) == (0, 3, 5)
+    hold(manager, grants=4)
     found = hold(manager, grants=1)
-    assert (found.held[0, GRANTS], found.used[0, GRANTS], found.limits[0, GRANTS]) == (3, 3, 5)
+    assert found.held[0, GRANTS] == 3
     with pytest.raises(QuotaExceededError) as error:
         manager.reserve("m", 1)
     assert error.value.result.starved
@@ -278,8 +287,47 @@ def test_open_grants_are_shared_only_if_asked_for():
     with pytest.raises(QuotaExceededError) as error:
         manager.reserve("m", 1)
     assert not error.value.result.starved
+    grants.pop().release()
+    hold(manager, grants=4)
+    manager.update_quota("m", cluster_concurrency=False)
+    grants.append(manager.reserve("m", 1))
     for grant in grants:
         grant.cancel()
+
+
+def test_a_share_of_open_grants_that_runs_low_calls_for_an_exchange():
+    manager = sharing(max_concurrent_requests=100, cluster_concurrency=True)
+    hold(manager, grants=10)
+    urgent = shares.read_lease(manager).urgent
+    grants = [manager.reserve("m", 1) for _ in range(7)]
+    manager.clock.advance(1)
+    manager.get_usage("m")
+    assert shares.read_lease(manager).urgent == urgent
+    grants.append(manager.reserve("m", 1))
+    manager.clock.advance(1)
+    manager.check_quota("m", 0)
+    assert shares.read_lease(manager).urgent == urgent + 1
+    for grant in grants:
+        grant.cancel()
+
+
+def test_several_models_that_lack_a_share_of_open_grants_say_so():
+    fields = {"max_concurrent_requests": 5, "cluster_concurrency": True}
+    manager = sharing(open_quota("a", **fields), open_quota("b", **fields))
+    with pytest.raises(QuotaExceededError) as error:
+        manager.reserve(["a", "b"], 1)
+    assert error.value.result.starved
+    assert shares.exchange_shares(manager, manager.codes(["a", "b"])).needed.tolist() == [[1, 1], [1, 1]]
+
+
+def test_a_limit_that_is_taken_away_takes_its_share_along():
+    manager = sharing(max_requests_per_hour=10, max_requests_per_second=4)
+    hold(manager, requests_per_hour=7, request_cap=4_000_000, request_drain=4_000_000)
+    manager.update_quota("m", max_requests_per_hour=None, max_requests_per_second=None)
+    manager.update_quota("m", max_requests_per_hour=10, max_requests_per_second=4)
+    held = shares.exchange_shares(manager, manager.codes(["m"])).held[0]
+    assert held[[REQUESTS_PER_HOUR, REQUEST_DRAIN, REQUEST_CAP]].tolist() == [0, 0, 0]
+    assert not manager.check_quota("m", 1)
 
 
 def test_acquire_waits_until_the_share_has_grown():

@@ -208,6 +208,7 @@ def test_the_report_that_readme_shows_is_about_the_models_of_the_demo():
 @pytest.mark.parametrize("name", ["README", "limits"])
 def test_the_defaults_are_the_defaults(name):
     quota = {**modelquota.ResourceQuotaConfig("m").to_dict(), "shadow_limits": "()", "token_weights": "(1, 1, 1)"}
+    quota["cluster_concurrency"] = str(quota["cluster_concurrency"])
     del quota["model_id"]
     table = TEXTS[name].split("| field | unit | default |")[1].split("\n\n")[0]
     told = {}

@@ -41,6 +41,7 @@ ACCEPTED_NUMBERS = {
 COUNTS = list(ACCEPTED_COUNTS)
 NUMBERS = list(ACCEPTED_NUMBERS)
 NEVER_NONE = ["burst_requests", "burst_tokens", "max_queued_requests", "grace_period_sec"]
+FLAGS = ["cluster_concurrency"]
 ACCEPTED_NAMES = f"names of limits, each one of {str(SHADOW_NAMES)[1:-1]}"
 FIELDS = [field.name for field in dataclasses.fields(ResourceQuotaConfig)]
 
@@ -81,6 +82,7 @@ def test_defaults() -> None:
         "on_violation": "throttle",
         "grace_period_sec": 60.0,
         "max_concurrent_requests": None,
+        "cluster_concurrency": False,
         "max_queued_requests": 1000,
         "shadow_limits": [],
     }
@@ -93,6 +95,7 @@ def test_unlimited_has_no_limit_but_those_named(named: typing.Any) -> None:
     assert config.to_dict() == {
         **dict.fromkeys(FIELDS, None),
         **others,
+        **dict.fromkeys(FLAGS, False),
         "model_id": "llama",
         "shadow_limits": [],
         "token_weights": [1, 1, 1],
@@ -197,6 +200,13 @@ def test_minus_zero_becomes_zero(field: str) -> None:
 @pytest.mark.parametrize("field", [field for field in COUNTS + NUMBERS if field not in NEVER_NONE])
 def test_none_is_no_limit(field: str) -> None:
     assert kept(field, None) is None
+
+
+@pytest.mark.parametrize("field", FLAGS)
+@pytest.mark.parametrize("value", [1, 0, None, "true", np.True_])
+def test_a_flag_is_a_bool_and_nothing_else(field: str, value: object) -> None:
+    assert refusal(**{field: value}) == f"{field}={value!r} is not accepted; expected True or False"
+    assert kept(field, True) is True
 
 
 @pytest.mark.parametrize("field", NEVER_NONE)
@@ -333,6 +343,7 @@ CONFIGS = st.builds(
     IDS,
     on_violation=st.sampled_from(ViolationAction),
     shadow_limits=st.lists(st.sampled_from([*SHADOW_NAMES, Limit.SSD])),
+    cluster_concurrency=st.booleans(),
     **{field: _some(st.integers(0, MAX_COUNT), field) for field in COUNTS},
     **{field: _some(st.floats(0, allow_infinity=False), field) for field in NUMBERS},
 )
@@ -342,7 +353,7 @@ CONFIGS = st.builds(
 def test_round_trip_by_dict_and_json(config: ResourceQuotaConfig) -> None:
     as_dict = config.to_dict()
     assert list(as_dict) == FIELDS
-    assert {type(value) for value in as_dict.values()} <= {str, int, float, list, type(None)}
+    assert {type(value) for value in as_dict.values()} <= {str, int, float, list, bool, type(None)}
     assert ResourceQuotaConfig.from_dict(as_dict) == config
     assert ResourceQuotaConfig.from_dict(json.loads(json.dumps(as_dict))) == config
 

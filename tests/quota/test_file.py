@@ -365,6 +365,7 @@ RATES = st.none() | st.floats(0, allow_infinity=False)
         max_ram_mb=LIMITS,
         max_tokens_per_day=LIMITS,
         max_concurrent_requests=LIMITS,
+        cluster_concurrency=st.booleans(),
         max_tokens_per_second=RATES,
         burst_tokens=st.integers(0, 2**62),
         on_violation=st.sampled_from(ViolationAction),
@@ -374,5 +375,6 @@ RATES = st.none() | st.floats(0, allow_infinity=False)
 def test_what_to_dict_gives_can_be_written_to_a_file_and_read_back(write: Write, config: ResourceQuotaConfig) -> None:
     fields = {field: "unlimited" if value is None else value for field, value in config.to_dict().items()}
     del fields["model_id"]
-    lines = [f"{field} = {value!r}" for field, value in fields.items()]
+    words = {True: "true", False: "false"}
+    lines = [f"{field} = {words[value] if isinstance(value, bool) else repr(value)}" for field, value in fields.items()]
     assert load_quotas(write("\n".join([f'[models."{config.model_id}"]', *lines]))) == {config.model_id: config}

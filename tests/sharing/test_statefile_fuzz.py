@@ -418,7 +418,7 @@ def test_what_is_no_file(tmp_path, make):
         ("cold", "ring_offset", 4, 2**63, "its ring_offset is not where its rings are"),
         ("cold", "weights", 0, 2**63, "its weights of tokens or their unit are unknown"),
         ("cold", "weights", 2, 10**12 + 1, "its weights of tokens or their unit are unknown"),
-        ("cold", "unit", 0, 2, "its weights of tokens or their unit are unknown"),
+        ("cold", "unit", 0, 4, "its weights of tokens or their unit are unknown"),
         ("cold", "meter_of", 0, MODELS + 1, "its meter_of is not another row"),
         ("cold", "meter_of", 0, 2, "its meter_of is not another row"),
         ("cold", "first_meter", 0, 2**32 - 1, "its first_meter is not another row"),

@@ -1,7 +1,8 @@
 """Histories of a cluster in virtual time: real nodes and the shipped script, over a network and machines that fail.
 
 One seed is one history. Each history ends with the question that matters: did any window or level, over all hosts and
-in true time, hold more than its limit?
+in true time, hold more than its limit? And after each step, of hosts whose lease has not ended: have they more requests
+open than the limit of concurrency?
 """
 
 import copy
@@ -12,7 +13,7 @@ from random import Random
 
 from lua_store import SCRIPT, LuaServer
 from manager_host import SimulatedHost
-from model_host import NS, ModelHost, components
+from model_host import GRANTS, NS, ModelHost, components
 
 from modelquota.cluster.node import Node
 from modelquota.cluster.pace import Pace
@@ -108,6 +109,7 @@ class Simulation:
         self.order = itertools.count()
         self.log = []  # time, requests, tokens, machine
         self.outside = set()  # indices of what is outside of the guarantee
+        self.crowd = None  # what was wrong with the number of open requests first
         self.faulty = faults
         long = chance.random() < 0.5
         self.named_limits = limits or self.draw_limits(long)
@@ -132,6 +134,8 @@ class Simulation:
 
     def draw_limits(self, long):
         chance = self.chance
+        if chance.random() < 0.2:
+            return {"concurrent_requests": chance.randint(3, 30)}
         if long:
             limits = {"requests_per_minute": chance.randint(20, 200)}
             if chance.random() < 0.5:
@@ -179,12 +183,21 @@ class Simulation:
         if machine.runs:
             for _ in range(1 if self.load else chance.choice((0, 1, 1, 2, 5, 20))):
                 tokens = chance.randint(1, 20)
-                if machine.host.check("m", tokens):
+                if machine.host.begin("m", tokens):
                     self.log.append((self.now_ns, 1, tokens, machine))
+                    last_sec = chance.expovariate(1 / chance.choice((0.1, 1, 10)))
+                    self.at(self.now_ns + int(last_sec * NS), self.end_request, machine)
                 elif machine.host.starved:
                     machine.pace.urge()
                     machine.wake_if_idle()
         self.at(self.now_ns + int(chance.expovariate(self.load or 3) * NS), self.traffic, machine)
+
+    def end_request(self, machine):
+        """A request ends, on a machine that is stopped not before it goes on."""
+        if machine.stopped_until > self.now_ns:
+            self.at(machine.stopped_until, self.end_request, machine)
+        else:
+            machine.host.end("m")
 
     # -- the network
 
@@ -327,10 +340,22 @@ class Simulation:
         while self.events and self.events[0][0] <= self.duration_ns:
             self.now_ns, _, action, arguments = heapq.heappop(self.events)
             action(*arguments)
+            if self.crowd is None and self.limits[GRANTS] != UNLIMITED and not self.has_unknown_copies():
+                self.count_open()
         if self.real:
             for machine in self.machines:
                 machine.host.table.close()
         return self.excess()
+
+    def open_requests(self):
+        """How many requests are open on hosts whose lease has not ended."""
+        hosts = [machine.host for machine in self.machines]
+        return sum(host.open("m") for host in hosts if host.now_ns() < host.lease_end_ns())
+
+    def count_open(self):
+        count = self.open_requests()
+        if count > self.limits[GRANTS]:
+            self.crowd = f"{count} of {self.limits[GRANTS]} requests are open at {self.now_ns / NS} s"
 
     def exclude_copies(self):
         """What a copy admitted that never reached the store again, within the share of both, is outside too."""
@@ -365,7 +390,7 @@ class Simulation:
                 before_ns = entry[0]
                 if level > self.limits[cap] * NS:
                     return f"level {level / NS / MILLION} of {self.limits[cap] / MILLION} at {entry[0] / NS} s"
-        return None
+        return self.crowd
 
     def admitted_by_window(self, window_ns, begin_ns):
         """Requests admitted in each window from `begin_ns` on."""

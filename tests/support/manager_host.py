@@ -1,13 +1,13 @@
 """Real managers as hosts of the simulation, each with a clock that the simulation moves."""
 
-from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager
+from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota._core.table import shares
 from modelquota.cluster.host import ManagerHost
 
 
 def config_of(model_id, limits):
     """The limits of `model_host.components` as a quota."""
-    fields = {}
+    fields = {"cluster_concurrency": True}
     for name, limit in limits.items():
         if name.endswith("second"):
             kind = name.partition("_")[0]
@@ -28,6 +28,7 @@ class SimulatedHost(ManagerHost):
         shares.begin_sharing(manager)
         super().__init__(manager, boot)
         self.starved = False
+        self.grants = []
 
     @property
     def saved(self):
@@ -37,11 +38,22 @@ class SimulatedHost(ManagerHost):
         self.clock.advance_ns(max(0, self.machine_ns() - self.clock.now_ns))
         return super().now_ns()
 
-    def check(self, model_id, tokens):
+    def begin(self, model_id, tokens):
+        """Whether a request is admitted; then it is open until `end`."""
         self.now_ns()
-        result = self.table.check_quota(model_id, tokens)
-        self.starved = self.starved or result.starved
-        return result.allowed
+        try:
+            self.grants.append(self.table.reserve(model_id, tokens))
+        except QuotaExceededError as error:
+            self.starved = self.starved or error.result.starved
+            return False
+        return True
+
+    def end(self, model_id):
+        self.now_ns()
+        self.grants.pop().release()
+
+    def open(self, model_id):
+        return self.table.get_usage(model_id).concurrent_requests
 
     def exchange(self, codes, asked):
         self.now_ns()

@@ -3,14 +3,25 @@
 from collections import deque
 
 from modelquota.cluster.node import Rows
-from modelquota.cluster.quantities import COMPONENTS, KEEP, LEVELS, MILLION, UNLIMITED, WINDOW_SECONDS
+from modelquota.cluster.quantities import (
+    COMPONENTS,
+    CONCURRENCY,
+    KEEP,
+    LEVELS,
+    MILLION,
+    UNLIMITED,
+    WINDOW_SECONDS,
+    component_of,
+)
 
 NS = 10**9
+GRANTS = component_of(CONCURRENCY)
 
 
 def components(**limits):
-    """A row of configured limits: requests_per_minute=..., or requests_per_second=(rate, burst)."""
+    """A row of limits: requests_per_minute=..., requests_per_second=(rate, burst), or concurrent_requests=...."""
     row = [UNLIMITED] * COMPONENTS
+    row[GRANTS] = limits.pop("concurrent_requests", UNLIMITED)
     for name, limit in limits.items():
         kind = 0 if name.startswith("requests") else 1
         window = ("second", "minute", "hour", "day", "month").index(name.rpartition("_")[2])
@@ -32,6 +43,7 @@ class ModelRow:
         self.sums = dict.fromkeys(self.logs, 0)
         self.levels = {drain: 0 for drain, _ in LEVELS.values()}  # in 10**-15 of a request or token
         self.level_ns = 0
+        self.open = 0
         self.charged = [0, 0]
         self.clear()
         self.starved = 0
@@ -56,14 +68,17 @@ class ModelRow:
             row[at] = total
         for drain, cap in LEVELS.values():
             row[cap] = -(-self.levels[drain] // NS)
+        row[GRANTS] = self.open
         return row
 
     def fits(self, bounds, request):
-        return all(self.sums[at] + request[at // 5] <= bounds[at] for at in self.logs) and all(
+        windows = all(self.sums[at] + request[at // 5] <= bounds[at] for at in self.logs)
+        levels = all(
             self.limits[cap] == UNLIMITED
             or self.levels[drain] + request[(cap - 11) // 2] * MILLION * NS <= bounds[cap] * NS
             for drain, cap in LEVELS.values()
         )
+        return windows and levels and (self.limits[GRANTS] == UNLIMITED or self.open < bounds[GRANTS])
 
     def admit(self, now_ns, tokens, leased):
         request = (1, tokens)
@@ -83,6 +98,7 @@ class ModelRow:
         for kind in range(2):
             self.charged[kind] += request[kind]
             self.peak[kind] = max(self.peak[kind], request[kind])
+        self.open += 1
         self.changed = True
         return True
 
@@ -97,11 +113,21 @@ class ModelHost:
         self.end_ns = 0
         self.saved = b""
 
-    def check(self, model_id, tokens):
+    def row(self, model_id):
+        return next(row for row in self.rows.values() if row.model_id == model_id)
+
+    def begin(self, model_id, tokens):
+        """Whether a request is admitted; then it is open until `end`."""
         now_ns = self.now_ns()
-        row = next(row for row in self.rows.values() if row.model_id == model_id)
+        row = self.row(model_id)
         row.advance(now_ns)
         return row.admit(now_ns, tokens, now_ns < self.end_ns)
+
+    def end(self, model_id):
+        self.row(model_id).open -= 1
+
+    def open(self, model_id):
+        return self.row(model_id).open
 
     @property
     def starved(self):

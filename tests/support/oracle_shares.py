@@ -76,7 +76,7 @@ class SharingModel(Model):
 
     def __init__(self, config: ResourceQuotaConfig, lease: HostLease, now_ns: int) -> None:
         self.lease = lease
-        self.held = [0] * (COMPONENTS - 1) + [WHOLE]
+        self.held = [0] * COMPONENTS
         self.starved = 0
         self.needed: int | None = None
         self.turned_ns = now_ns
@@ -142,6 +142,7 @@ class SharingModel(Model):
         """Replace the limits; rates stay rates."""
         self.pass_time(now_ns)
         self.config = config
+        self.held = [0 if total == WHOLE else held for held, total in zip(self.held, self.totals(), strict=True)]
         self.count_windows(now_ns)
         self.live = now_ns < self.lease.end_ns
 

@@ -68,6 +68,9 @@ cdef enum:
     OPEN_GRANTS = 2 * WINDOWS + 4   # concurrency
     COMPONENTS = 2 * WINDOWS + 5
     NODE_BYTES = 256        # of each of the two copies of what a node of a cluster remembers
+    # bits of `unit`, which has the flags of a configuration
+    IN_DOLLARS = 1              # tokens are shown as millionths of a dollar
+    CLUSTER_CONCURRENCY = 2     # hosts that share limits share that of concurrency, too
 
 
 cdef extern from *:
@@ -148,7 +151,7 @@ cdef struct ColdRow:
     uint8_t filled[WINDOWS]     # closed slots of each ring that hold a count, 0..SLOTS
     uint8_t on_sight            # registered from default_quota: removed to make room once it is unused
     uint8_t action              # ViolationAction code, 0..3
-    uint8_t unit                # in which tokens are shown: 0 = tokens, 1 = millionths of a dollar
+    uint8_t unit                # IN_DOLLARS | CLUSTER_CONCURRENCY
     # -- what levels may refund, see level.pxd: the lowest level of the current 60 s slot and of the one before
     int64_t request_minimum[2]
     int64_t token_minimum[2]
@@ -233,7 +236,7 @@ cdef struct Share:
     int64_t request_drain
     int64_t token_drain
     int64_t max_concurrent
-    int64_t held[COMPONENTS]    # the share; UNLIMITED = the configured limit holds
+    int64_t held[COMPONENTS]    # the share; UNLIMITED = the configured limit holds; 0 of what is not limited
     int64_t lease_offset        # bytes from this share to the header's lease
     uint64_t starved            # requests that were denied although the configured limits had room for them
     int64_t peak_requests       # most charged between two turns of the windows since the last exchange

@@ -170,11 +170,13 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
 
 def _word(value: object) -> str:
     """Format a value for a terminal: an id may contain any character."""
+    if isinstance(value, bool):
+        return str(value).lower()
     return "unlimited" if value is None else escaped(str(value))
 
 
 def parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
-    """Read ``field=value`` words: whole numbers, numbers, ``unlimited``, names, and lists with commas.
+    """Read ``field=value`` words: whole numbers, numbers, ``unlimited``, true and false, names, lists with commas.
 
     Raises
     ------
@@ -198,6 +200,8 @@ def parse_fields(assignments: Sequence[str]) -> dict[str, Any]:
         field = field.strip()
         if field == "shadow_limits":
             fields[field] = _names(word)
+        elif field == "cluster_concurrency":
+            fields[field] = {"true": True, "false": False}.get(word.strip().lower(), word)
         elif field == "token_weights":
             fields[field] = [_value(number) for number in _names(word)]
         else:

@@ -1,9 +1,9 @@
 """The quantities that hosts share, and how much of each a node asks for: pure arithmetic on the core's components.
 
 The core has fifteen components of a share (requests and tokens in five windows; drain and cap of two levels;
-concurrency). The store has twelve quantities: the windows, and one for each level. A level is shared by its cap, and
-its drain follows in proportion, so that a dead node's level has drained after the same time for every share.
-Concurrency is not shared.
+concurrency). The store has thirteen quantities: the windows, one for each level, and concurrency, of models that share
+it. A level is shared by its cap, and its drain follows in proportion, so that a dead node's level has drained after the
+same time for every share. What a dead node had open ends with its lease.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMPONENTS: Final = 15
-QUANTITIES: Final = 12
+QUANTITIES: Final = 13
 UNLIMITED: Final = 2**63 - 1
 KEEP: Final = -1
+CONCURRENCY: Final = 12
+"""The quantity that is concurrency."""
 MILLION: Final = 10**6
 
 WINDOW_SECONDS: Final = (1, 60, 3600, 86_400, 2_592_000)
@@ -30,14 +32,18 @@ NAMES: Final = (
     *(f"{unit}_per_{window.name}" for unit in ("requests", "tokens") for window in WINDOWS),
     "burst_requests",
     "burst_tokens",
+    "concurrent_requests",
 )
-"""What each quantity is called: as the limit of its window, and of a level, what is ahead of the rate."""
+"""What each quantity is called: as its limit, and of a level, what is ahead of the rate."""
 
+_OPEN_GRANTS: Final = 14
 _NEVER_MS: Final = 10**13  # three centuries: a level that does not drain
 
 
 def component_of(quantity: int) -> int:
     """Return the component that a quantity is counted in: of a level, its cap."""
+    if quantity == CONCURRENCY:
+        return _OPEN_GRANTS
     return LEVELS[quantity][1] if quantity in LEVELS else quantity
 
 
@@ -55,7 +61,7 @@ def quantities_of(limits: Sequence[int]) -> tuple[Quantity | None, ...]:
         if quantity in LEVELS:
             hold_ms = _rounded_up(-(-limit * 1000 // drain)) if (drain := limits[LEVELS[quantity][0]]) else _NEVER_MS
         else:
-            hold_ms = WINDOW_SECONDS[quantity % 5] * 1000
+            hold_ms = 0 if quantity == CONCURRENCY else WINDOW_SECONDS[quantity % 5] * 1000
         found.append(Quantity(min(limit, MAX_LIMIT), min(hold_ms, _NEVER_MS)))
     return tuple(found)
 
@@ -64,6 +70,13 @@ def _rounded_up(number: int) -> int:
     """Round up to two digits, so that the store has few different holds to schedule."""
     unit: int = 10 ** max(0, len(str(number)) - 2)
     return -(-number // unit) * unit
+
+
+def _kind_of(quantity: int) -> int:
+    """Return what a quantity counts: 0 requests, 1 tokens."""
+    if quantity == CONCURRENCY:
+        return 0
+    return quantity - 10 if quantity in LEVELS else quantity // 5
 
 
 def in_units(quantity: int, amount: int) -> float:
@@ -114,12 +127,15 @@ def wanted(
         if limit == UNLIMITED:
             wants.append(0)
             continue
-        kind = quantity - 10 if quantity in LEVELS else quantity // 5
+        kind = _kind_of(quantity)
         if quantity in LEVELS:
             ahead = demand[kind] + largest[kind]
             drain = limits[LEVELS[quantity][0]]
             # enough for what comes, and for a drain of twice the demand in a second
             want = max(used[quantity] + ahead * MILLION, -(-demand[kind] * MILLION * limit // drain) if drain else 0)
+        elif quantity == CONCURRENCY:
+            # requests end, so that not all that came in two seconds are open at once: twice as many as are
+            want = used[quantity] + min(demand[kind], used[quantity] + largest[kind])
         else:
             # a window of a second has seen half of these two: as much again is enough until they have aged out
             coming = -(-demand[kind] // 2) if WINDOW_SECONDS[quantity % 5] == 1 else demand[kind]
@@ -133,7 +149,7 @@ def needed_shares(limits: Sequence[int], held: Sequence[int], needed: Sequence[i
     needs = []
     for quantity in range(QUANTITIES):
         limit = limits[component_of(quantity)]
-        kind = quantity - 10 if quantity in LEVELS else quantity // 5
+        kind = _kind_of(quantity)
         need = needed[kind] * (MILLION if quantity in LEVELS else 1)
         needs.append(need if held[quantity] < need <= limit and limit != UNLIMITED else 0)
     return tuple(needs)

@@ -48,6 +48,7 @@ class QuotaFields(TypedDict, total=False):
     on_violation: ViolationAction | str
     grace_period_sec: SupportsFloat
     max_concurrent_requests: SupportsIndex | None
+    cluster_concurrency: bool
     max_queued_requests: SupportsIndex
     shadow_limits: Sequence[Limit | str] | Set[Limit | str] | Limit | str
 
@@ -95,6 +96,8 @@ class ResourceQuotaConfig:
         The longest that `acquire` delays or queues a request, in seconds; 0 or more, finite.
     max_concurrent_requests : int or None
         Most grants open at the same time.
+    cluster_concurrency : bool
+        Whether hosts that share limits share `max_concurrent_requests`, too; otherwise it is each host's.
     max_queued_requests : int
         Most requests that wait at the same time.
     shadow_limits : sequence of Limit or str
@@ -142,6 +145,7 @@ or no limit (None; "unlimited" in a quota file)
     on_violation: ViolationAction = ViolationAction.THROTTLE
     grace_period_sec: float = 60.0
     max_concurrent_requests: int | None = None
+    cluster_concurrency: bool = False
     max_queued_requests: int = 1000
     shadow_limits: tuple[str, ...] = ()
 
@@ -350,6 +354,12 @@ def _weights(field: str, value: Any) -> tuple[float, ...]:
     return tuple(weights)
 
 
+def _flag(field: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise QuotaConfigError(field, value, "True or False")
+
+
 def _unit(field: str, value: Any) -> str:
     if isinstance(value, str) and value in UNITS:
         return UNITS[UNITS.index(value)]
@@ -369,6 +379,7 @@ _CONVERTERS: Final[dict[str, _Convert]] = {
     **{record.burst_field: _count(record.unit, may_be_none=False) for record in CATALOGUE.values() if record.is_rate},
     "token_weights": _weights,
     "unit": _unit,
+    "cluster_concurrency": _flag,
     "on_violation": _action,
     "grace_period_sec": _number("seconds", may_be_none=False),
     "shadow_limits": _limit_names,

@@ -89,7 +89,7 @@ def _value(value: object) -> str:
         return '"unlimited"'
     if isinstance(value, float):
         return repr(int(value)) if value.is_integer() and value < 1e15 else repr(value)
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:_}"
     return json.dumps(value)
 

@@ -9,7 +9,8 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from modelquota._core.layout cimport (
-    Charge, ColdRow, LIMITS, LIMIT_CODES, MAX_COUNT, MINUTE, QueueEntry, Row, SECOND, Share, UNLIMITED, WINDOWS, Wide
+    Charge, ColdRow, IN_DOLLARS, LIMITS, LIMIT_CODES, MAX_COUNT, MINUTE, QueueEntry, Row, SECOND, Share, UNLIMITED,
+    WINDOWS, Wide
 )
 from modelquota._core.row.advance cimport advance, advance_levels, unlikely
 from modelquota._core.row.fullest cimport in_use, percent, rate_in_use
@@ -294,7 +295,7 @@ cdef inline void find_violations(
     cdef int window
     verdict.wait_ns = verdict.soonest_ns = 0
     verdict.judged = limits
-    verdict.in_dollars = cold.unit != 0
+    verdict.in_dollars = cold.unit & IN_DOLLARS != 0
     if exceeds(request.ram_mb, used_ram_mb, cold.max_ram_mb):
         record_violation(verdict, RAM_MB, NEVER, 0 if request.ram_mb <= cold.max_ram_mb else NEVER,
                          <double> used_ram_mb, <double> cold.max_ram_mb, request.ram_mb)

@@ -16,8 +16,8 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from modelquota._core.atomics cimport add_u32, compiler_barrier, load_i64, load_u32, store_u32
 from modelquota._core.layout cimport (
-    COMPONENTS, ColdRow, Lease, Limits, MAX_COUNT, OPEN_GRANTS, REQUEST_CAP, REQUEST_DRAIN, Row, SECOND, Share,
-    TOKEN_CAP, TOKEN_DRAIN, UNLIMITED, WINDOWS, Wide
+    CLUSTER_CONCURRENCY, COMPONENTS, ColdRow, Lease, Limits, MAX_COUNT, OPEN_GRANTS, REQUEST_CAP, REQUEST_DRAIN, Row,
+    SECOND, Share, TOKEN_CAP, TOKEN_DRAIN, UNLIMITED, WINDOWS, Wide
 )
 from modelquota._core.row.level cimport (
     LEVEL_BITS, NO_RATE, WIDEST_SHIFT, any_cost, as_double, level_cost, load, store, wide
@@ -182,7 +182,7 @@ cdef inline void leave_rate(
 cdef inline void leave_limits(
     const Share* share, uint8_t request_shift, uint8_t token_shift, uint32_t phase, Limits* limits
 ) noexcept nogil:
-    """Set those of `limits` that are shared to what the share leaves of them."""
+    """Set those of `limits` that are shared to what the share leaves of them. Requires their `unit`."""
     cdef int i
     for i in range(WINDOWS):
         limits.request_limits[i] = part_of(share.request_limit[i], share.held[i], phase)
@@ -191,17 +191,32 @@ cdef inline void leave_limits(
                share.held[REQUEST_CAP], phase, &limits.request_drain, &limits.request_cap)
     leave_rate(share.token_drain, &share.token_cap, token_shift, share.held[TOKEN_DRAIN], share.held[TOKEN_CAP],
                phase, &limits.token_drain, &limits.token_cap)
-    limits.max_concurrent = part_of(share.max_concurrent, share.held[OPEN_GRANTS], phase)
+    limits.max_concurrent = share.max_concurrent
+    if limits.unit & CLUSTER_CONCURRENCY:
+        limits.max_concurrent = part_of(share.max_concurrent, share.held[OPEN_GRANTS], phase)
 
 
 cdef inline void configure_share(Share* share, Limits* limits) noexcept nogil:
-    """Set the limits of which it is a share, and have rates in `limits` count in a finer unit."""
+    """Set the limits of which it is a share, and have rates in `limits` count in a finer unit.
+
+    What is not limited has no share: if it is limited later, hosts begin with nothing.
+    """
     cdef int i
     share.request_finer = refine_rate(&limits.request_drain, &limits.request_cap, &limits.request_shift)
     share.token_finer = refine_rate(&limits.token_drain, &limits.token_cap, &limits.token_shift)
     for i in range(WINDOWS):
         share.request_limit[i] = limits.request_limits[i]
         share.token_limit[i] = limits.token_limits[i]
+        if limits.request_limits[i] == UNLIMITED:
+            share.held[i] = 0
+        if limits.token_limits[i] == UNLIMITED:
+            share.held[WINDOWS + i] = 0
+    if limits.request_shift == NO_RATE:
+        share.held[REQUEST_DRAIN] = share.held[REQUEST_CAP] = 0
+    if limits.token_shift == NO_RATE:
+        share.held[TOKEN_DRAIN] = share.held[TOKEN_CAP] = 0
+    if limits.max_concurrent == UNLIMITED or not limits.unit & CLUSTER_CONCURRENCY:
+        share.held[OPEN_GRANTS] = 0
     share.request_cap = limits.request_cap
     share.token_cap = limits.token_cap
     share.request_drain = limits.request_drain
@@ -227,6 +242,7 @@ cdef inline void apply_share(Row* row, ColdRow* cold, uint32_t phase) noexcept n
     cdef Share* share = share_of(cold)
     cdef Limits limits
     cdef int i
+    limits.unit = cold.unit
     leave_limits(share, row.request_shift, row.token_shift, phase, &limits)
     for i in range(WINDOWS):
         cold.request_limit[i] = limits.request_limits[i]
@@ -246,15 +262,11 @@ cdef inline void apply_share(Row* row, ColdRow* cold, uint32_t phase) noexcept n
 
 
 cdef inline void begin_share(Row* row, const ColdRow* cold, Lease* lease) noexcept nogil:
-    """Give the row a share: nothing of anything but concurrency, which is shared only if asked for.
-
-    The caller sets its limits next.
-    """
+    """Give the row a share: nothing of anything. The caller sets its limits next."""
     cdef Share* share = share_of(cold)
     cdef int i
     for i in range(COMPONENTS):
         share.held[i] = 0
-    share.held[OPEN_GRANTS] = UNLIMITED
     share.lease_offset = <char*> lease - <char*> share
     share.starved = 0
     share.peak_requests = share.peak_tokens = 0
@@ -281,7 +293,7 @@ cdef inline void put_used(const Row* row, const ColdRow* cold, int64_t* used) no
 
 
 cdef inline void put_totals(const Row* row, const ColdRow* cold, int64_t* totals) noexcept nogil:
-    """Set what is configured of each component; UNLIMITED = no limit."""
+    """Set what is configured of each component; UNLIMITED = no limit, or none that is shared."""
     cdef const Share* share = share_of(cold)
     cdef int i
     for i in range(WINDOWS):
@@ -291,7 +303,7 @@ cdef inline void put_totals(const Row* row, const ColdRow* cold, int64_t* totals
     totals[TOKEN_DRAIN] = drain_total(share.token_drain, row.token_shift)
     totals[REQUEST_CAP] = cap_total(&share.request_cap, row.request_shift)
     totals[TOKEN_CAP] = cap_total(&share.token_cap, row.token_shift)
-    totals[OPEN_GRANTS] = share.max_concurrent
+    totals[OPEN_GRANTS] = share.max_concurrent if cold.unit & CLUSTER_CONCURRENCY else UNLIMITED
 
 
 cdef inline bint adjust_share(
@@ -346,6 +358,8 @@ cdef inline bint runs_low(const Row* row, const ColdRow* cold, const Share* shar
                 is_low(requests_used(row, cold, i), share.held[i], share.request_limit[i])
                 or is_low(tokens_used(row, cold, i), share.held[WINDOWS + i], share.token_limit[i])):
             return True
+    if cold.unit & CLUSTER_CONCURRENCY and is_low(cold.concurrent, share.held[OPEN_GRANTS], share.max_concurrent):
+        return True
     if row.request_shift != NO_RATE and load(&row.request_cap) < load(&share.request_cap) and (
             load(&row.request_cap) - load(&row.request_level) < load(&row.request_cap) // 10 * 3):
         return True
@@ -397,6 +411,8 @@ cdef inline bint lacks_share(const Row* row, const ColdRow* cold, int64_t tokens
     """Whether the share of some limit has no room for a request, and the whole limit has."""
     cdef bint possible
     cdef int window
+    if cold.max_concurrent <= cold.concurrent < share_of(cold).max_concurrent:
+        return True
     for window in range(WINDOWS):
         if is_counted(cold, window) and (
                 (1 > cold.request_limit[window] - requests_used(row, cold, window)

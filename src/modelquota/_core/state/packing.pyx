@@ -6,8 +6,8 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint8_t
 
 from modelquota._core.layout cimport (
-    ColdRow, DAY, GrantRecord, Header, KINDS, LIMITS, LIMIT_CODES, Limits, LongRing, MAX_COUNT, QueueEntry, Ring, Row,
-    SECOND, SLOTS_PER_SLOT, Seat, Share, UNLIMITED, WINDOWS, Wide
+    CLUSTER_CONCURRENCY, ColdRow, DAY, GrantRecord, Header, IN_DOLLARS, KINDS, LIMITS, LIMIT_CODES, Limits, LongRing,
+    MAX_COUNT, QueueEntry, Ring, Row, SECOND, SLOTS_PER_SLOT, Seat, Share, UNLIMITED, WINDOWS, Wide
 )
 from modelquota._core.row.decision cimport CONCURRENCY, QUEUE_PLACE, RAM_MB, SSD_MB
 from modelquota._core.row.level cimport NO_RATE, WIDEST_SHIFT
@@ -162,7 +162,7 @@ cdef int pack(object config, Limits* limits) except -1:
         limits.token_limits[window] = _limit(getattr(config, of_tokens))
     for kind in range(KINDS):
         limits.weights[kind] = round(config.token_weights[kind] * MICRO)
-    limits.unit = UNITS.index(config.unit)
+    limits.unit = UNITS.index(config.unit) | (CLUSTER_CONCURRENCY if config.cluster_concurrency else 0)
     limits.grace_period_sec = config.grace_period_sec
     limits.action = ACTIONS.index(config.on_violation)
     limits.shadow = shadow_mask(config)
@@ -192,10 +192,11 @@ cdef dict unpack(const Limits* limits):
         "on_violation": ACTIONS[limits.action],
         "grace_period_sec": limits.grace_period_sec,
         "max_concurrent_requests": _count(limits.max_concurrent),
+        "cluster_concurrency": limits.unit & CLUSTER_CONCURRENCY != 0,
         "max_queued_requests": limits.max_queued,
         "shadow_limits": shadow_names(limits.shadow),
         "token_weights": tuple([_weight(limits.weights[kind]) for kind in range(KINDS)]),
-        "unit": UNITS[limits.unit],
+        "unit": UNITS[limits.unit & IN_DOLLARS],
     }
     for window in range(SECOND + 1, WINDOWS):
         of_requests, of_tokens = WINDOW_FIELDS[window]

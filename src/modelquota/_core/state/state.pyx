@@ -23,9 +23,9 @@ from posix.unistd cimport close
 
 from modelquota._core.atomics cimport compiler_barrier, load_u32, load_u64, store_i64, swap_u32
 from modelquota._core.layout cimport (
-    ALWAYS_COUNTED, CHANGES, CHUNK, CHUNKS, COMPONENTS, ColdRow, GrantRecord, Header, LAYOUT_VERSION, MAX_COUNT,
-    MAX_TIME_NS, NODE_BYTES, OPEN_GRANTS, Pool, QueueEntry, RECORDS, Row, SEATS, SLOTS, Seat, Share, Shared, TRAIL,
-    UNLIMITED, WINDOWS
+    ALWAYS_COUNTED, CHANGES, CHUNK, CHUNKS, CLUSTER_CONCURRENCY, COMPONENTS, ColdRow, GrantRecord, Header, IN_DOLLARS,
+    LAYOUT_VERSION, MAX_COUNT, MAX_TIME_NS, NODE_BYTES, OPEN_GRANTS, Pool, QueueEntry, RECORDS, Row, SEATS, SLOTS, Seat,
+    Share, Shared, TRAIL, UNLIMITED, WINDOWS
 )
 from modelquota._core.row.decision cimport QUEUE
 from modelquota._core.row.level cimport COARSE_BITS, LEVEL_BITS, NO_RATE, WIDEST_SHIFT
@@ -99,6 +99,8 @@ CONSTANTS = {       # of the layout, for Python code that reads the bytes of a s
     "boottime": BOOTTIME,
     "components": COMPONENTS,
     "open_grants": OPEN_GRANTS,
+    "cluster_concurrency": CLUSTER_CONCURRENCY,
+    "flags": IN_DOLLARS | CLUSTER_CONCURRENCY,
     "node_bytes": NODE_BYTES,
     "rule_bits": RULE_BITS,
     "fine_bits": FINE_BITS,

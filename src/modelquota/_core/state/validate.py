@@ -27,7 +27,7 @@ from modelquota._core.state.mapping import MAX_MODELS_LIMIT
 from modelquota._core.state.packing import core_limits, dtypes, encode_rate, ring_dtypes
 from modelquota._core.state.state import CONSTANTS, count_processes, layout_fingerprint, regions_for
 from modelquota.errors import StateFileError
-from modelquota.quota.config import MAX_WEIGHT, UNITS
+from modelquota.quota.config import MAX_WEIGHT
 from modelquota.quota.limits import DENYING, WINDOWS
 
 MAGIC = CONSTANTS["magic"]
@@ -545,10 +545,11 @@ def share_faults(part: RowBlock, alive: NDArray[np.bool_], settled: NDArray[np.b
         yield from _each(part, shared & (shares[name] >= CONSTANTS["fine_bits"]), f"its {name} is too large")
     shared = shared & settled & part.steady  # a repair computes the rest again
     phase = shares["phase"][:, None]
+    of_grants = np.where(cold_rows["unit"] & CONSTANTS["cluster_concurrency"] != 0, held[:, -1], _UNLIMITED)
     pairs = [
         (cold_rows["request_limit"], shares["request_limit"], held[:, : len(_PER_SLOT)]),
         (cold_rows["token_limit"], shares["token_limit"], held[:, len(_PER_SLOT) : 2 * len(_PER_SLOT)]),
-        (cold_rows["max_concurrent"][:, None], shares["max_concurrent"][:, None], held[:, -1:]),
+        (cold_rows["max_concurrent"][:, None], shares["max_concurrent"][:, None], of_grants[:, None]),
     ]
     for own, whole, part_held in pairs:
         wrong = (own != _left_of(whole, part_held, phase)).any(1)
@@ -592,7 +593,7 @@ def staged_faults(header: Any) -> Iterator[str]:
     known = (
         int(staged["action"]) <= _LAST_ACTION
         and not int(staged["shadow"]) & ~_SHADOWS
-        and int(staged["unit"]) < len(UNITS)
+        and not int(staged["unit"]) & ~CONSTANTS["flags"]
     )
     known &= bool(((staged["weights"] >= 0) & (staged["weights"] <= _MAX_WEIGHT)).all())
     if not _is_limit(caps).all() or not 0 <= int(staged["max_queued"]) <= _MAX_COUNT or not known:
@@ -618,7 +619,7 @@ def limit_faults(part: RowBlock, alive: NDArray[np.bool_]) -> Iterator[str]:
             rate = cold_rows[f"{what}s_per_second"]
             yield from _each(part, alive & ~(rate >= 0), f"its {what} rate is invalid")
     weights = cold_rows["weights"]
-    wrong = ((weights < 0) | (weights > _MAX_WEIGHT)).any(1) | (cold_rows["unit"] >= len(UNITS))
+    wrong = ((weights < 0) | (weights > _MAX_WEIGHT)).any(1) | (cold_rows["unit"] & ~np.uint8(CONSTANTS["flags"]) != 0)
     yield from _each(part, alive & wrong, "its weights of tokens or their unit are unknown")
     for what in ("request", "token"):
         limits, cap = part.configured(f"{what}_limit"), part.configured(f"{what}_cap")

@@ -80,7 +80,7 @@ cdef int over_rows(State state, bint giving) except -1:
 
 
 def begin_sharing(QuotaTable table not None, *, on_lease_end="deny", nodes=1, retry_ns=10_000_000):
-    """Have every model have a share from now on: those that have none get one of nothing, except of concurrency.
+    """Have every model have a share from now on: those that have none get one of nothing.
 
     That lasts, in all processes of the state, until `end_sharing`. No lease is begun. The state goes by CLOCK_BOOTTIME
     from now on; a process that already uses the state follows within a second.
@@ -233,8 +233,8 @@ def exchange_shares(QuotaTable table not None, codes, asked=None):
         alive : bool, shape (n,)
             Whether the model is still there, and has a share.
         held, used, limits : int64, shape (n, COMPONENTS)
-            The share now; what is used, more than the share if tokens were charged past it; and what is configured. Of
-            a drain nothing is used; of a cap, the level, rounded up.
+            The share now; what is used, more than the share if tokens were charged past it; and what is configured,
+            of concurrency only with `cluster_concurrency`. Of a drain nothing is used; of a cap, the level, rounded up.
         charged : uint64, shape (n, 2)
             Requests and tokens ever, modulo 2**64; what was refunded is not subtracted.
         peak : int64, shape (n, 2)
