@@ -120,7 +120,26 @@ def test_hosts_share_their_limits_where_the_environment_says(configure, monkeypa
     assert app.manager.cluster.status().state == "joining"
     assert "password" not in repr(app.manager.cluster.store)
     monkeypatch.delenv("MODELQUOTA_REDIS_URL")
-    assert Settings.read().redis_url is None
+    assert Settings.read().cluster is None
+
+
+def test_the_quota_file_says_how_hosts_share_and_the_environment_where(configure, monkeypatch):
+    monkeypatch.delenv("MODELQUOTA_REDIS_URL", raising=False)
+    configure(MODEL + "[cluster]\nurl = 'redis://127.0.0.1:1'\nnamespace = 'prod'\nlease_sec = 30")
+    store = Quota(Model(7)).manager.cluster.store
+    assert (store.namespace, store.lease_sec) == ("prod", 30.0)
+    assert Settings.read().cluster["url"] == "redis://127.0.0.1:1"
+    monkeypatch.setenv("MODELQUOTA_REDIS_URL", "redis://user:password@127.0.0.1:1")
+    assert Settings.read().cluster == {
+        "url": "redis://user:password@127.0.0.1:1", "namespace": "prod", "lease_sec": 30
+    }  # fmt: skip
+    assert "password" not in repr(Settings.read())
+    monkeypatch.delenv("MODELQUOTA_REDIS_URL")
+    configure(MODEL + "[cluster]\nnamespace = 'prod'")
+    with pytest.raises(
+        QuotaConfigError, match=r"^url=None is not accepted; expected a URL, here or in the environment"
+    ):
+        Quota(Model(7))
 
 
 def test_a_framework_that_creates_it_late_is_told_at_its_start(configure, caplog):
@@ -184,6 +203,10 @@ def test_an_edit_of_http_is_reported(configure, caplog):
     configure(MODEL + "[http]\npage = '/quota'")
     assert ask(app).status == 200
     assert f"[http] of {path} has changed: it takes effect after a restart" in caplog.text
+    assert "[cluster]" not in caplog.text
+    configure(MODEL + "[http]\npage = '/quota'\n[cluster]")
+    assert ask(app).status == 200
+    assert f"[cluster] of {path} has changed: it takes effect after a restart" in caplog.text
 
 
 def test_the_file_is_looked_at_once_a_second(configure, monkeypatch):

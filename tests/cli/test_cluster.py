@@ -1,5 +1,6 @@
 """The commands on what hosts share, against real servers: what they print and change, and what they never show."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.cli.app import app
 from modelquota.cluster import RedisStore
+from modelquota.cluster.operating import published
 
 PATIENCE_SEC = 60
 SECRET = "s3cret-pass"
@@ -234,6 +236,50 @@ def test_a_password_is_refused_in_arguments_and_never_shown(run, quotas, monkeyp
     said = run(*words, code=2)
     assert said.startswith("modelquota: error: ")
     assert SECRET not in said
+
+
+def test_a_file_says_where_it_is_published(server, namespace, tmp_path, monkeypatch):
+    monkeypatch.delenv("MODELQUOTA_REDIS_URL", raising=False)
+    path = tmp_path / "quotas.toml"
+    path.write_text(f"{QUOTAS}\n[cluster]\nurl = '{server.url}'\nnamespace = '{namespace}'")
+    done = CliRunner().invoke(app, ["publish", str(path)])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert published(RedisStore(server.url, namespace=namespace))[1].cluster is None
+    assert published(RedisStore(server.url)) is None
+    monkeypatch.setenv("MODELQUOTA_REDIS_URL", f"redis://127.0.0.1:{free_port()}")
+    assert CliRunner().invoke(app, ["publish", str(path)]).exit_code == 2, "the variable goes before the file"
+    done = CliRunner().invoke(app, ["publish", str(path), "--redis", server.url, "--namespace", f"{namespace}b"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert published(RedisStore(server.url, namespace=f"{namespace}b")) is not None
+
+
+@pytest.mark.parametrize("command", ["publish", "serve-demo", "proxy"])
+def test_a_password_in_a_file_is_not_shown_by_a_command(tmp_path, command):
+    pytest.importorskip("uvicorn")
+    path = tmp_path / "quotas.toml"
+    path.write_text(f"{QUOTAS}\n[cluster]\nurl = 'redis://:{SECRET}@127.0.0.1:1'")
+    options = {"publish": [str(path)], "serve-demo": ["--quotas", str(path)]}
+    more = options.get(command, ["--quotas", str(path), "--upstream", "http://127.0.0.1:1"])
+    done = CliRunner().invoke(app, [command, *more])
+    assert done.exit_code == 2
+    assert "MODELQUOTA_REDIS_URL" in done.stderr.replace("\n", "")
+    assert SECRET not in done.output
+
+
+def test_every_command_that_takes_a_url_refuses_a_password_in_it(tmp_path):
+    words = {"publish": ["FILE"], "forget": ["a"]}
+    taking = [
+        command.name for command in app.registered_commands if "redis" in inspect.signature(command.callback).parameters
+    ]
+    assert {"publish", "nodes", "forget", "status", "serve-demo"} <= {*taking}
+    path = tmp_path / "quotas.toml"
+    path.write_text(QUOTAS)
+    for name in taking:
+        more = [str(path) if word == "FILE" else word for word in words.get(name, [])]
+        done = CliRunner().invoke(app, [name, *more, "--redis", f"redis://:{SECRET}@127.0.0.1:1"])
+        assert done.exit_code == 2, name
+        assert "set it as MODELQUOTA_REDIS_URL" in " ".join(done.stderr.split())
+        assert SECRET not in done.output
 
 
 def test_without_a_url_or_the_extra_it_says_what_to_do(run, monkeypatch):

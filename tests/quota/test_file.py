@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from modelquota import ResourceQuotaManager
 from modelquota.errors import QuotaFileError
+from modelquota.quota.cluster import CLUSTER_FIELDS
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.file import Quotas, load_quotas
 from modelquota.quota.http import HTTP_FIELDS, key_digits
@@ -18,7 +19,7 @@ from modelquota.quota.limits import SHADOW_NAMES, ViolationAction
 
 Write = Callable[[str], pathlib.Path]
 RAM = 'an integer from 0 to 2**62 MB, or no limit (None; "unlimited" in a quota file)'
-TOP = 'the tables [defaults], [models."<id>"], [http] and [keys] and nothing else'
+TOP = 'the tables [defaults], [models."<id>"], [http], [keys] and [cluster] and nothing else'
 QUOTE = 'no table here; quote an id that has a dot: [models."llama-3.2-1b"]'
 PATTERN = (
     'a pattern with * at its end, or before the # of a meter, and nowhere else, such as [defaults."user:*"], of 1 to '
@@ -132,6 +133,50 @@ def test_what_is_for_servers_is_no_model(write: Write) -> None:
     again = pickle.loads(pickle.dumps(quotas))
     assert (again, again.http, again.key_names) == (quotas, quotas.http, quotas.key_names)
     assert load_quotas(write("[models.a]")).http == load_quotas(write("[models.a]")).key_names == {}
+
+
+def test_what_hosts_share_by_is_no_model(write: Write) -> None:
+    fields = {"url": "rediss://host:6379/0", "namespace": "prod", "lease_sec": 30, "renew_sec": 0.5}
+    fields |= {"on_store_down": "deny", "wait_replicas": 1}
+    lines = [f"{name} = {value!r}" for name, value in fields.items()]
+    quotas = load_quotas(write("\n".join(["[models.a]", "[cluster]", *lines])))
+    assert (list(quotas), quotas.cluster) == (["a"], fields)
+    assert fields.keys() == CLUSTER_FIELDS.keys()
+    assert pickle.loads(pickle.dumps(quotas)).cluster == fields
+    assert load_quotas(write("[models.a]")).cluster is None
+    assert load_quotas(write("[cluster]")).cluster == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[cluster]\nurl = {!r}", "[cluster]\nnamespace = {!r}", "[cluster]\nredis_url = {!r}", "cluster = {!r}",
+        "url = {!r}", "[http]\nstate = 5\nredis = {!r}", "[http]\npage = {!r}", "[models.m]\nurl = {!r}",
+        "[cluster.a]\nb = {!r}", "[defaults]\nmax_ram_mb = [{!r}]", "[keys]\nredis = {!r}", "[cluster]\n{!r} = 5",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "url",
+    ["redis://:s3cret@host", "rediss://user:s3cret@h:1/0", "redis://h?password=s3cret", "unix://h?Password=s3cret"],
+)
+def test_a_password_in_a_file_is_refused_and_not_repeated(write: Write, text: str, url: str) -> None:
+    text = text.format(url).replace("state = 5\n", "")
+    with pytest.raises(QuotaFileError) as caught:
+        load_quotas(write(text))
+    said = str(caught.value)
+    assert "s3cret" not in said + repr(caught.value) + repr(vars(caught.value))
+    if "\nurl" in text and "cluster" in text:
+        assert said.endswith(
+            "line 2: [cluster]: url='a text that is not shown' is not accepted; expected a URL without a user and a "
+            'password, such as "rediss://host:6379/0"; one with a password is not for a file: set it as '
+            "MODELQUOTA_REDIS_URL"
+        )
+
+
+def test_a_renewal_is_half_a_lease_at_most(write: Write) -> None:
+    assert load_quotas(write("[cluster]\nlease_sec = 2")).cluster == {"lease_sec": 2}
+    with pytest.raises(QuotaFileError, match=r"\[cluster\]: renew_sec=31 .* expected at most 30 s, half of lease_sec"):
+        load_quotas(write("[cluster]\nrenew_sec = 31"))
 
 
 def test_a_key_in_the_place_of_its_hash_is_not_repeated(write: Write) -> None:

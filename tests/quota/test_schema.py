@@ -6,6 +6,7 @@ import pytest
 from jsonschema import Draft4Validator
 
 from modelquota import Limit, QuotaFileError, ResourceQuotaConfig, load_quotas
+from modelquota.quota.cluster import CLUSTER_FIELDS
 from modelquota.quota.http import HTTP_FIELDS
 from modelquota.quota.schema import quota_file_schema
 
@@ -28,6 +29,7 @@ FILES = [
     f"[defaults.'{'x' * 254}*']", f"[defaults.'{'x' * 255}*']", '[defaults."a\\u0000*"]', "[models.'a*']",
     "[defaults.'user:*']\nmodel_id = 'a'", "[defaults.'a\u00fc b/*']", "defaults.'u*'.burst_tokens = -1",
     '[models."a\\u0000b"]', f"[models.{'x' * 255}]", f"[models.{'x' * 256}]",
+    "cluster = 5", "[[cluster]]", "[cluster]", "[cluster]\nhost = 'a'", "[cluster.url]",
     "http = 5", "[[http]]", "[http]", "[http]\nhost = 'a'", "[http.page]", "keys = 5", "[keys]", "[keys.a]",
     f"[keys]\n{'aB' * 16} = 'acme'", f"[keys]\n{'0f' * 32} = 'acme'", f"[keys]\n{'0' * 31} = 'acme'",
     f"[keys]\n{'0' * 65} = 'acme'", f"[keys]\n{'g' * 32} = 'acme'", f"[keys]\n{'0' * 32} = ''",
@@ -38,6 +40,13 @@ HTTP_VALUES = [
     *VALUES, "false", "''", "'bearer'", "'openai-user'", "'header:x-tenant'", "'header:'", "'header:a b'", "'basic'",
     "'pass'", "'refuse'", "'stop'", "'finish'", "'all'", "'none'", "'/quota'", "'quota'", "'/a b'", "'tenant/'", "'a*'",
     "30.5", "86401", "'bearer, header:a'", "'vllm'", "['vllm', 'openai']", "['vllm', 'x']", "[['vllm']]", "['vllm', 5]",
+]  # fmt: skip
+
+CLUSTER_VALUES = [
+    *VALUES, "'redis://host'", "'rediss://host:6379/0'", "'unix:///run/redis.sock'", "'redis://u:p@host'", "'http://host'",
+    "'redis://host/?password=p'", "'redis://host/?PassWord=p'", "'redis://a b'", "'prod'", "'a}b'", "'a b'",
+    f"'{'x' * 64}'", f"'{'x' * 65}'", "'lease_only'", "'deny'", "'share'", "'allow'", "60", "3600", "3601", "16", "17",
+    "0.1", "0.09", "30",
 ]  # fmt: skip
 
 
@@ -74,6 +83,14 @@ def test_every_value_of_every_field_for_servers(validator, tmp_path, field):
     assert not all(loads)
 
 
+@pytest.mark.parametrize("field", CLUSTER_FIELDS)
+def test_every_value_of_every_field_for_many_hosts(validator, tmp_path, field):
+    lease = "lease_sec = 3600\n" if field == "renew_sec" else ""  # it is also at most half of that
+    loads = [agree(validator, tmp_path / "q.toml", f"[cluster]\n{lease}{field} = {value}") for value in CLUSTER_VALUES]
+    assert any(loads)
+    assert not all(loads)
+
+
 @pytest.mark.parametrize("spell", [str.lower, str.upper, str.title, str.swapcase])
 @pytest.mark.parametrize("limit", Limit)
 def test_every_name_of_a_limit_in_any_case(validator, tmp_path, limit, spell):
@@ -98,5 +115,6 @@ def test_it_knows_all_fields_and_their_defaults():
     assert quota_file_schema()["definitions"]["defaults"]["properties"] == {
         name: {"$ref": f"#/definitions/quota/properties/{name}"} for name in properties
     }
-    http = quota_file_schema()["definitions"]["http"]["properties"]
-    assert http == {field.name: {"description": field.meaning, **field.schema} for field in HTTP_FIELDS.values()}
+    for name, fields in (("http", HTTP_FIELDS), ("cluster", CLUSTER_FIELDS)):
+        described = quota_file_schema()["definitions"][name]["properties"]
+        assert described == {field.name: {"description": field.meaning, **field.schema} for field in fields.values()}

@@ -52,9 +52,10 @@ class Guard:
     Raises what `load_quotas` and `ResourceQuotaManager` raise.
     """
 
-    def __init__(self, quotas: Path, state: Path, redis_url: str | None = None) -> None:
+    def __init__(self, quotas: Path, state: Path, cluster: Mapping[str, Any] | None = None) -> None:
         self.path = quotas
-        self.manager = ResourceQuotaManager(path=state, cluster=RedisStore(redis_url) if redis_url else None)
+        store = None if cluster is None else RedisStore(**cluster)
+        self.manager = ResourceQuotaManager(path=state, cluster=store)
         self._reloader = QuotaReloader(self.manager, quotas)
         self._loading = threading.Lock()
         self._stamp = self._read_stamp()
@@ -85,9 +86,12 @@ class Guard:
             if stamp == self._stamp:
                 return
             self._stamp = stamp
-            before = self.quotas.http
-            if self._reloader.reload().error is None and self.quotas.http != before:
-                logger.warning("[http] of %s has changed: it takes effect after a restart", self.path)
+            before = {"http": self.quotas.http, "cluster": self.quotas.cluster}
+            if self._reloader.reload().error is not None:
+                return
+            for table, fields in before.items():
+                if getattr(self.quotas, table) != fields:
+                    logger.warning("[%s] of %s has changed: it takes effect after a restart", table, self.path)
 
     def _read_stamp(self) -> tuple[int, int, int] | None:
         try:
@@ -113,16 +117,17 @@ class Guard:
         return QuotaMiddleware(app, self.manager, **{**chosen, **parameters})
 
 
-_guards: dict[tuple[Path, Path, str | None], Guard] = {}
+_guards: dict[tuple[Path, Path, object], Guard] = {}
 _guards_lock = threading.Lock()
 
 
 def guard_of(settings: Settings) -> Guard:
     """Return the guard of a quota file and a state file: the same one for all applications of a process."""
-    key = settings.quotas, settings.state, settings.redis_url
+    cluster = settings.cluster
+    key = settings.quotas, settings.state, None if cluster is None else frozenset(cluster.items())
     with _guards_lock:
         if key not in _guards:
-            _guards[key] = Guard(*key)
+            _guards[key] = Guard(settings.quotas, settings.state, cluster)
         return _guards[key]
 
 
@@ -135,8 +140,9 @@ class Quota:
     ``admin_token_file``, and ``MODELQUOTA_ADMIN_TOKEN`` before the file with the token. Limits and the names of keys
     follow the file while the server runs.
 
-    All processes of a server share their limits in the state file; with ``MODELQUOTA_REDIS_URL``, all hosts share them
-    in that Redis or Valkey, see `modelquota.cluster.RedisStore`. By default the state file is in the user's run
+    All processes of a server share their limits in the state file; with ``MODELQUOTA_REDIS_URL``, or a table
+    ``[cluster]`` in the quota file, all hosts share them in that Redis or Valkey, see `modelquota.cluster.RedisStore`.
+    By default the state file is in the user's run
     directory, which a reboot empties.
 
     Parameters

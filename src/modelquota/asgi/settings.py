@@ -43,15 +43,16 @@ class Settings:
         The fields of ``[http]``, with those that the environment overrides.
     admin_token : str or None
         The token of the admin API, if there is one.
-    redis_url : str or None
-        Where hosts share their limits, if they do.
+    cluster : dict or None
+        What `modelquota.cluster.RedisStore` is given, if hosts share their limits: the fields of ``[cluster]``, with
+        the URL of the environment before that of the file.
     """
 
     quotas: Path
     state: Path
     http: dict[str, Any] = field(default_factory=dict)
     admin_token: str | None = field(default=None, repr=False)
-    redis_url: str | None = field(default=None, repr=False)
+    cluster: dict[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ, **overrides: str | None) -> Settings:
@@ -63,7 +64,7 @@ class Settings:
             The environment: ``MODELQUOTA_QUOTAS`` is required; ``MODELQUOTA_STATE``, ``MODELQUOTA_PAGE``,
             ``MODELQUOTA_METRICS``, ``MODELQUOTA_LEDGER``, ``MODELQUOTA_ADMIN`` and ``MODELQUOTA_ADMIN_TOKEN_FILE`` go
             before the fields of the file with these names. ``MODELQUOTA_ADMIN_TOKEN`` goes before the file with the
-            token. ``MODELQUOTA_REDIS_URL`` has no field: its password belongs in no file.
+            token, and ``MODELQUOTA_REDIS_URL`` before the ``url`` of ``[cluster]``, which may have no password.
         **overrides
             ``quotas``, or one of these fields, which go before the environment unless they are None.
 
@@ -93,7 +94,9 @@ class Settings:
             token = _token(_TOKEN, token)
         elif "admin_token_file" in http:
             token = _read_token(Path(http["admin_token_file"]))
-        return cls(path, state, http, token or None, environ.get(URL_VARIABLE) or None)
+        url = environ.get(URL_VARIABLE)
+        cluster = {**(quotas.cluster or {}), "url": url} if url else quotas.cluster
+        return cls(path, state, http, token or None, cluster)
 
 
 def _option(name: str) -> str:

@@ -93,13 +93,13 @@ def _serve_demo(
     ] = None,
     trust_file: manage.TrustFile = False,
     redis: cluster.Redis = None,
-    namespace: cluster.Namespace = "default",
+    namespace: cluster.Namespace = None,
 ) -> None:
     """Try quotas over HTTP: a mock OpenAI-compatible server, with waiting, 429s, headers and a live page.
 
     Prints commands to try with curl; the openai package works as well. The page is at /quota. Needs the
-    extra **asgi**. With **--redis** it shares its limits with all others that use the same store and namespace
-    (extra **redis**).
+    extra **asgi**. With **--redis**, or a table [cluster] in the file, it shares its limits with all others that use
+    the same store and namespace (extra **redis**).
 
     **Exit code**: 0 when it was stopped; 2 when an argument or a file cannot be used, or the address is taken.
     """
@@ -116,7 +116,9 @@ def _serve_demo(
             loaded = None if quotas is None else load_quotas(quotas)
             chosen = None if loaded is None else list(loaded.values())
         with answering(errors, path):
-            store = None if redis is None else cluster.make_store(errors, redis, namespace)
+            table = None if loaded is None else loaded.cluster
+            shares = redis is not None or table is not None
+            store = cluster.make_store(errors, redis, namespace, table) if shares else None
             manager = demo_manager(
                 QUOTAS if chosen is None else chosen, path=path, trust_file=trust_file, cluster=store
             )

@@ -1,12 +1,12 @@
 """The commands on what hosts share in Redis or Valkey: `publish`, `nodes`, `forget`, and `status --redis`."""
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
@@ -16,6 +16,8 @@ from modelquota.cli.format import duration, escaped, printable, short
 from modelquota.cli.lines import Column, Lines
 from modelquota.cluster import RedisStore
 from modelquota.cluster.operating import ClusterState, LimitState, forget, publish, read_cluster
+from modelquota.cluster.redis import URL_VARIABLE
+from modelquota.quota.cluster import has_password
 from modelquota.quota.file import load_quotas
 
 __all__ = ["Namespace", "Redis", "add_commands", "make_store", "open_store", "print_cluster"]
@@ -28,40 +30,38 @@ Redis = Annotated[
         help="Redis or Valkey, such as rediss://host:6379/0. One with a password belongs in $MODELQUOTA_REDIS_URL.",
     ),
 ]
-Namespace = Annotated[str, typer.Option("--namespace", help="That of RedisStore(namespace=...).")]
+Namespace = Annotated[
+    str | None,
+    typer.Option("--namespace", help="That of RedisStore(namespace=...), or of [cluster] in the quota file."),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextmanager
-def open_store(errors: Console, url: str | None, namespace: str) -> Iterator[RedisStore]:
+def open_store(
+    errors: Console, url: str | None, namespace: str | None, table: Mapping[str, Any] | None = None
+) -> Iterator[RedisStore]:
     """Open a store and turn what is wrong with it into a message, without its URL, and an exit code."""
     with answering(errors, "the store"):
-        store = make_store(errors, url, namespace)
+        store = make_store(errors, url, namespace, table)
         try:
             yield store
         finally:
             store.close()
 
 
-def make_store(errors: Console, url: str | None, namespace: str) -> RedisStore:
-    """Make a store for a command's arguments.
+def make_store(
+    errors: Console, url: str | None, namespace: str | None, table: Mapping[str, Any] | None = None
+) -> RedisStore:
+    """Make a store for a command's arguments, which go before the variable, and that before ``[cluster]`` of a file.
 
     A password in an argument is refused: all users of a machine see the arguments of its processes.
     """
     if has_password(url):
         raise unusable(errors, "--redis has a user or a password, which all users of this machine can see: set it as "
                        "MODELQUOTA_REDIS_URL instead")  # fmt: skip
-    return RedisStore(url, namespace=namespace)
-
-
-def has_password(url: str | None) -> bool:
-    """Whether a URL has a user or a password, as far as can be said; one that cannot be read may have."""
-    if not url:
-        return False
-    try:
-        return "@" in url or "password=" in urlsplit(url).query
-    except ValueError:
-        return True
+    given = {"url": url or os.environ.get(URL_VARIABLE), "namespace": namespace}
+    return RedisStore(**{**(table or {}), **{name: value for name, value in given.items() if value is not None}})
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -71,12 +71,12 @@ def add_commands(app: typer.Typer) -> None:
     def publish_(
         quotas: Annotated[Path, typer.Argument(metavar="QUOTAS.toml", help="The models and patterns to publish.")],
         redis: Redis = None,
-        namespace: Namespace = "default",
+        namespace: Namespace = None,
     ) -> None:
         """Give all hosts of a cluster the limits of a file, within a second; what was used stays counted.
 
         A model removed from the file keeps its limits. A host that starts later gets them too. The tables
-        [http] and [keys] stay in the file. Needs the extra **redis**.
+        [http] and [keys] stay in the file; [cluster] says where to publish. Needs the extra **redis**.
 
         **Exit code**: 0; 2 when the file or the store cannot be used; then nothing is published.
         """
@@ -85,14 +85,14 @@ def add_commands(app: typer.Typer) -> None:
             loaded = load_quotas(quotas)
             if not loaded and not loaded.patterns:
                 raise ValueError(f'{quotas} names no model and no pattern; give it a table [models."<id>"]')
-        with open_store(errors, redis, namespace) as store:
+        with open_store(errors, redis, namespace, loaded.cluster) as store:
             version = publish(store, loaded)
         Console().print(
             f"published {len(loaded)} models and {len(loaded.patterns)} patterns as version {version}", highlight=False
         )
 
     @app.command("nodes")
-    def nodes(redis: Redis = None, namespace: Namespace = "default", as_json: _Json = False) -> None:
+    def nodes(redis: Redis = None, namespace: Namespace = None, as_json: _Json = False) -> None:
         """List the hosts of a cluster, and those that are gone while their shares are not free yet.
 
         Needs the extra **redis**. **Exit code**: 0; 2 when the store cannot be used.
@@ -108,7 +108,7 @@ def add_commands(app: typer.Typer) -> None:
     def forget_(
         node: Annotated[str, typer.Argument(metavar="NODE", help="Its id, or the beginning of it.")],
         redis: Redis = None,
-        namespace: Namespace = "default",
+        namespace: Namespace = None,
         yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     ) -> None:
         """Free at once what a host that is gone still holds, instead of when it has aged out.

@@ -51,7 +51,7 @@ def add_commands(app: typer.Typer, open_manager: OpenManager, open_view: OpenVie
         as_json: _Json = False,
         trust_file: TrustFile = False,
         redis: Redis = None,
-        namespace: Namespace = "default",
+        namespace: Namespace = None,
         above: Annotated[
             float | None,
             typer.Option(min=0, metavar="PERCENT", help="Exit with 1 if a limit that denies is used more than this."),

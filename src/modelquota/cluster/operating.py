@@ -85,7 +85,7 @@ def publish(store: RedisStore, quotas: Quotas) -> int:
     """Publish quotas for all hosts, and return their version. Raises StoreError.
 
     Hosts adopt them at their next exchange, within `renew_sec` while they are used, and keep what was used. Published
-    are models and patterns; ``[http]`` and ``[keys]`` stay in the file.
+    are models and patterns; ``[http]``, ``[keys]`` and ``[cluster]`` stay in the file.
     """
     keys = [*(store.base + key for key in _KEYS), f"{store.base}quotas"]
     return int(_run(store, keys, [FORMAT, "publish", _as_text(quotas)]))

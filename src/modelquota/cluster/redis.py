@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 from modelquota._extras import extra
 from modelquota.cluster.store import Reply, Request, parse_reply
 from modelquota.errors import QuotaConfigError, StoreError
+from modelquota.quota.cluster import HIDDEN, LEASE_SEC, RENEW_SEC, check_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 URL_VARIABLE: Final = "MODELQUOTA_REDIS_URL"
-ON_STORE_DOWN: Final = ("lease_only", "deny", "share", "allow")
 
-_NAMESPACE: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OLDEST_CLIENT: Final = (7, 4)  # earlier ones show the password in a repr
 _OPTIONS: Final = ("namespace", "lease_sec", "renew_sec", "on_store_down", "wait_replicas")
 _OLDEST_SERVER: Final = (6, 2)
@@ -94,19 +93,13 @@ class RedisStore:
         *,
         client: Any = None,
         namespace: str = "default",
-        lease_sec: float = 60.0,
-        renew_sec: float = 1.0,
+        lease_sec: float = LEASE_SEC,
+        renew_sec: float = RENEW_SEC,
         on_store_down: str = "lease_only",
         wait_replicas: int = 0,
     ) -> None:
-        if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
-            raise QuotaConfigError("namespace", namespace, "1 to 64 letters, digits, '.', '_' and '-'")
-        _require_seconds("lease_sec", lease_sec, 2.0, 3600.0)
-        _require_seconds("renew_sec", renew_sec, 0.1, lease_sec / 2)
-        if on_store_down not in ON_STORE_DOWN:
-            raise QuotaConfigError("on_store_down", on_store_down, f"one of {', '.join(map(repr, ON_STORE_DOWN))}")
-        if not isinstance(wait_replicas, int) or not 0 <= wait_replicas <= 16:
-            raise QuotaConfigError("wait_replicas", wait_replicas, "an integer, 0 .. 16")
+        values = (namespace, lease_sec, renew_sec, on_store_down, wait_replicas)
+        check_cluster(dict(zip(_OPTIONS, values, strict=True)))
         self.namespace: Final = namespace
         self.lease_sec: Final = float(lease_sec)
         self.renew_sec: Final = float(renew_sec)
@@ -223,11 +216,6 @@ class RedisStore:
         return {name: value for name, _, value in pairs}
 
 
-def _require_seconds(field: str, value: float, least: float, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        raise QuotaConfigError(field, value, f"a number of seconds, {least:g} .. {most:g}")
-
-
 def text_of(answer: Any) -> str:
     """Return a server's answer as text, whether the client decodes or not."""
     return answer.decode("utf-8") if isinstance(answer, bytes) else str(answer)
@@ -257,7 +245,7 @@ def _connect(url: str | None) -> Any:
         )
     except (ValueError, TypeError):
         pass  # its text may have parts of the URL
-    raise QuotaConfigError("url", "a text that is not shown", "such as redis://user:password@host:6379/0")
+    raise QuotaConfigError("url", HIDDEN, "such as redis://user:password@host:6379/0")
 
 
 def _store_error(error: Exception) -> StoreError:

@@ -11,7 +11,7 @@
     max_ram_mb = 1024
 
 Fields and units are those of `ResourceQuotaConfig`. The tables ``[http]`` and ``[keys]``, for servers, are described in
-`modelquota.quota.http`.
+`modelquota.quota.http`, and ``[cluster]``, for many hosts, in `modelquota.quota.cluster`.
 """
 
 import os
@@ -23,7 +23,7 @@ from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.patterns import pattern_of
 
 _UNLIMITED = "unlimited"
-_TABLES = 'the tables [defaults], [models."<id>"], [http] and [keys] and nothing else'
+_TABLES = 'the tables [defaults], [models."<id>"], [http], [keys] and [cluster] and nothing else'
 _PATTERN = """a pattern with * at its end, or before the # of a meter, and nowhere else, such as [defaults."user:*"], \
 of 1 to 255 bytes; a model has a table [models."<id>"]"""
 
@@ -39,6 +39,8 @@ class Quotas(dict[str, ResourceQuotaConfig]):
         The fields of ``[http]``, for `modelquota.asgi.Quota`.
     key_names : dict of str to str
         The names in ``[keys]``, by what `modelquota.quota.http.key_digits` returns for the key.
+    cluster : dict or None
+        The fields of ``[cluster]``, for `modelquota.cluster.RedisStore`; None if the file has no such table.
     """
 
     def __init__(
@@ -47,14 +49,16 @@ class Quotas(dict[str, ResourceQuotaConfig]):
         patterns: Mapping[str, ResourceQuotaConfig],
         http: Mapping[str, Any] | None = None,
         key_names: Mapping[str, str] | None = None,
+        cluster: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(models)
         self.patterns = dict(patterns)
         self.http = dict(http or {})
         self.key_names = dict(key_names or {})
+        self.cluster = None if cluster is None else dict(cluster)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (dict(self), self.patterns, self.http, self.key_names)
+        return type(self), (dict(self), self.patterns, self.http, self.key_names, self.cluster)
 
 
 def load_quotas(path: str | os.PathLike[str]) -> Quotas:
@@ -64,7 +68,7 @@ def load_quotas(path: str | os.PathLike[str]) -> Quotas:
     a table ``[defaults."<pattern>"]``, such as ``[defaults."user:*"]``, for all ids that begin with it and have
     no table of their own. A field that is missing from such a table is taken from ``[defaults]``, or else from
     `ResourceQuotaConfig`. The string ``"unlimited"`` means None. An id that contains a dot must be quoted. The tables
-    ``[http]`` and ``[keys]`` are for servers.
+    ``[http]`` and ``[keys]`` are for servers, ``[cluster]`` for those that share limits with other hosts.
 
     Parameters
     ----------
@@ -75,7 +79,7 @@ def load_quotas(path: str | os.PathLike[str]) -> Quotas:
     -------
     Quotas
         A dict by model id, in the order of the file, empty if the file names no model. Its `patterns` is a dict of the
-        file's patterns, for a manager's `default_quota`; `http` and `key_names` are for servers.
+        file's patterns, for a manager's `default_quota`; `http`, `key_names` and `cluster` are for servers.
 
     Raises
     ------
@@ -112,7 +116,7 @@ def load_quotas(path: str | os.PathLike[str]) -> Quotas:
 
 def _quotas(name: str, document: dict[str, Any]) -> Quotas:
     for key, value in document.items():
-        if key not in ("defaults", "models", "http", "keys"):
+        if key not in ("defaults", "models", "http", "keys", "cluster"):
             where = (key, "") if isinstance(value, dict) else ("", key)
             raise QuotaFileError(name, *where, value, _TABLES)
     everything = _table(name, "", "defaults", document.get("defaults", {}))
@@ -139,22 +143,26 @@ def _quotas(name: str, document: dict[str, Any]) -> Quotas:
     )
 
 
-def _for_servers(name: str, document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what the tables ``[http]`` and ``[keys]`` say, both empty if the file has neither."""
+def _for_servers(name: str, document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, Any] | None]:
+    """Return what the tables ``[http]``, ``[keys]`` and ``[cluster]`` say; empty, and None, if the file has none."""
     tables = {}
-    for key in ("http", "keys"):
+    for key in ("http", "keys", "cluster"):
         tables[key] = document.get(key, {})
         if not isinstance(tables[key], dict):
             raise QuotaFileError(name, "", key, tables[key], f"a table [{key}]")
     if not any(tables.values()):
-        return {}, {}
+        return {}, {}, document.get("cluster")
+    from modelquota.quota.cluster import check_cluster
     from modelquota.quota.http import check_http, check_keys  # most files are about limits only
 
     table = "http"
     try:
         check_http(tables[table])
         table = "keys"
-        return tables["http"], check_keys(tables[table])
+        key_names = check_keys(tables[table])
+        table = "cluster"
+        check_cluster(tables[table])
+        return tables["http"], key_names, document.get("cluster")
     except QuotaConfigError as error:
         raise QuotaFileError(name, table, error.field, error.value, error.accepted) from None
 
@@ -191,14 +199,15 @@ def _parse(name: str, text: str) -> dict[str, Any]:
 
 def _with_line(error: QuotaFileError, text: str) -> QuotaFileError:
     """Return the error with the line that it is about; if the key is missing, the line of its table."""
+    from modelquota.quota.cluster import shown
     from modelquota.quota.tomlline import find_line
 
     parent, dot, model = error.table.partition(".")
     keys = [parent, model[1:-1], error.field] if dot else [key for key in (error.table, error.field) if key]
     line = find_line(text, keys) or find_line(text, keys[:-1]) if keys else None
     # What is there instead of a hash may be the API key itself, which belongs in no log.
-    field = "..." if error.table == "keys" else error.field
-    return QuotaFileError(error.path, error.table, field, error.value, error.accepted, line)
+    field = "..." if error.table == "keys" else shown(error.field)
+    return QuotaFileError(error.path, error.table, field, shown(error.value), error.accepted, line)
 
 
 def _table(name: str, parent: str, key: str, value: Any) -> dict[str, Any]:

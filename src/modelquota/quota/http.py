@@ -6,13 +6,14 @@ The HTTP layer reads these settings (`modelquota.asgi.Quota`, ``modelquota proxy
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final
 
 from modelquota.errors import QuotaConfigError
-from modelquota.quota.config import MAX_COUNT, MAX_MODEL_ID_BYTES, MODEL_ID_ACCEPTED, plain_model_id
+from modelquota.quota.config import MAX_MODEL_ID_BYTES, MODEL_ID_ACCEPTED, plain_model_id
+from modelquota.quota.fields import FileField, check_fields, choice, count, flag, number, text
 
-__all__ = ["HTTP_FIELDS", "KEY_DIGITS", "HttpField", "check_http", "check_keys", "key_digits"]
+__all__ = ["HTTP_FIELDS", "KEY_DIGITS", "check_http", "check_keys", "key_digits"]
 
 KEY_DIGITS: Final = 32
 """Hexadecimal digits of the SHA-256 of an API key that identify it: 128 bits, which nobody can match on purpose."""
@@ -22,72 +23,8 @@ _HEX = re.compile(rf"[0-9a-fA-F]{{{KEY_DIGITS},{_FULL_DIGITS}}}")
 _HEADER = r"^header:[A-Za-z0-9!#$%&'*+.^_`|~-]+$"
 
 
-class HttpField(NamedTuple):
-    """One field of ``[http]``.
-
-    Attributes
-    ----------
-    name : str
-        Its name in the file.
-    meaning : str
-        One sentence, for editors.
-    accepted : str
-        What is accepted, for error messages.
-    accepts : callable
-        Whether a value is accepted.
-    schema : dict
-        The same as JSON Schema.
-    """
-
-    name: str
-    meaning: str
-    accepted: str
-    accepts: Callable[[Any], bool]
-    schema: dict[str, Any]
-
-
-def _choice(name: str, meaning: str, *choices: str) -> HttpField:
-    accepted = " or ".join([", ".join(f'"{choice}"' for choice in choices[:-1]), f'"{choices[-1]}"'])
-    return HttpField(name, meaning, accepted, lambda value: value in choices, {"enum": list(choices)})
-
-
-def _flag(name: str, meaning: str) -> HttpField:
-    return HttpField(name, meaning, "true or false", lambda value: type(value) is bool, {"type": "boolean"})
-
-
-def _count(name: str, meaning: str, unit: str, least: int = 0) -> HttpField:
-    return HttpField(
-        name,
-        meaning,
-        f"an integer from {least} to 2**62 {unit}",
-        lambda value: type(value) is int and least <= value <= MAX_COUNT,
-        {"type": "integer", "minimum": least, "maximum": MAX_COUNT},
-    )
-
-
-def _number(name: str, meaning: str, least: float, most: float, unit: str) -> HttpField:
-    return HttpField(
-        name,
-        meaning,
-        f"a number from {least:g} to {most:g}{unit}",
-        lambda value: type(value) in (int, float) and least <= value <= most,
-        {"type": "number", "minimum": least, "maximum": most},
-    )
-
-
-def _text(name: str, meaning: str, accepted: str, pattern: str) -> HttpField:
-    matches = re.compile(pattern).fullmatch
-    return HttpField(
-        name,
-        meaning,
-        accepted,
-        lambda value: isinstance(value, str) and matches(value) is not None,
-        {"type": "string", "pattern": pattern},
-    )
-
-
-def _model(name: str, meaning: str) -> HttpField:
-    return HttpField(
+def _model(name: str, meaning: str) -> FileField:
+    return FileField(
         name,
         meaning,
         MODEL_ID_ACCEPTED,
@@ -104,12 +41,12 @@ def _is_id(value: Any) -> bool:
     return True
 
 
-def _choices(name: str, meaning: str, what: str, choices: tuple[str, ...]) -> HttpField:
+def _choices(name: str, meaning: str, what: str, choices: tuple[str, ...]) -> FileField:
     def accepts(value: Any) -> bool:
         return value in choices if isinstance(value, str) else type(value) is list and all(v in choices for v in value)
 
     one = {"enum": list(choices)}
-    return HttpField(
+    return FileField(
         name,
         meaning,
         f"a list of {what}, or one of them: {', '.join(choices)}",
@@ -131,56 +68,56 @@ ADMIN_PATH_ACCEPTED: Final = 'a path of letters, digits and ._~-, such as "/quot
 
 _LONGEST = 86_400
 
-HTTP_FIELDS: Final[Mapping[str, HttpField]] = {
+HTTP_FIELDS: Final[Mapping[str, FileField]] = {
     field.name: field
     for field in (
-        _text(
+        text(
             "identity",
             "Who asks: decided together with the model. By default only the model is.",
             '"bearer", "openai-user" or "header:" and the name of a header',
             f"^(bearer|openai-user)$|{_HEADER}",
         ),
-        _text(
+        text(
             "identity_namespace",
             "Put in front of every identity, so that no model can have its name.",
             "a str of 1 to 64 visible ASCII characters without *",
             r"^[!-)+-~]{1,64}$",
         ),
-        _choice("unknown_key", "What happens to a request whose API key is not in [keys].", "pass", "refuse"),
+        choice("unknown_key", "What happens to a request whose API key is not in [keys].", "pass", "refuse"),
         _model("default_model", "The model of requests that name none."),
         _model("unknown_model", '"pass", "refuse", or the id that stands in for all models without a quota.'),
         _choices("routes", "Which protocols are counted. By default all are.", "tables of routes", ROUTE_TABLES),
-        _choice("unrouted", "What happens to a POST that nothing counts.", "pass", "refuse"),
-        _count("default_output_tokens", "Tokens of an output if the request sets no bound.", "tokens"),
-        _choice("at_limit", "What happens to a stream that runs past its limits.", "finish", "stop"),
-        _flag("cancel_on_disconnect", "Whether the handler of a client that disconnects is canceled."),
-        _count("max_body_bytes", "The largest body that is read.", "bytes", 1),
-        _count("max_inflight_bytes", "The most that all bodies in flight together may hold.", "bytes", 1),
-        _number("body_timeout", "How long a body may take to arrive.", 0.001, _LONGEST, " s"),
-        _choice("headers", "Which headers report what is left.", "all", "openai", "none"),
-        _number("retry_spread", "By which part Retry-After is spread upwards.", 0, 1, ""),
-        _count("busy_retry_seconds", "Retry-After if no time is known.", "s", 1),
-        _text("page", "The path of the live page. By default there is none.", 'a path that begins with "/"', _PATH),
-        _text(
+        choice("unrouted", "What happens to a POST that nothing counts.", "pass", "refuse"),
+        count("default_output_tokens", "Tokens of an output if the request sets no bound.", "tokens"),
+        choice("at_limit", "What happens to a stream that runs past its limits.", "finish", "stop"),
+        flag("cancel_on_disconnect", "Whether the handler of a client that disconnects is canceled."),
+        count("max_body_bytes", "The largest body that is read.", "bytes", 1),
+        count("max_inflight_bytes", "The most that all bodies in flight together may hold.", "bytes", 1),
+        number("body_timeout", "How long a body may take to arrive.", 0.001, _LONGEST, " s"),
+        choice("headers", "Which headers report what is left.", "all", "openai", "none"),
+        number("retry_spread", "By which part Retry-After is spread upwards.", 0, 1, ""),
+        count("busy_retry_seconds", "Retry-After if no time is known.", "s", 1),
+        text("page", "The path of the live page. By default there is none.", 'a path that begins with "/"', _PATH),
+        text(
             "admin",
             "The path of the admin API, which needs a token. By default there is none.",
             ADMIN_PATH_ACCEPTED,
             f"^{ADMIN_PATH}$",
         ),
-        _text(
+        text(
             "admin_token_file",
             "The file with the token of the admin API, relative to the quota file's folder.",
             "a path",
             r"^[^\u0000]+$",
         ),
-        _text("metrics", "The path of the metrics for Prometheus.", 'a path that begins with "/"', _PATH),
-        _text(
+        text("metrics", "The path of the metrics for Prometheus.", 'a path that begins with "/"', _PATH),
+        text(
             "ledger",
             "The file of a line for each request, relative to the quota file's folder. By default none.",
             "a path",
             r"^[^\u0000]+$",
         ),
-        _text("state", "The state file, relative to the quota file's folder.", "a path", r"^[^\u0000]+$"),
+        text("state", "The state file, relative to the quota file's folder.", "a path", r"^[^\u0000]+$"),
     )
 }
 """The fields of ``[http]``, by name; the schema of quota files follows them."""
@@ -188,12 +125,7 @@ HTTP_FIELDS: Final[Mapping[str, HttpField]] = {
 
 def check_http(fields: Mapping[str, Any]) -> None:
     """Raise QuotaConfigError for the first field of ``[http]`` that is not one, or whose value is not accepted."""
-    for name, value in fields.items():
-        field = HTTP_FIELDS.get(name)
-        if field is None:
-            raise QuotaConfigError(name, value, f"a field of [http], one of {', '.join(HTTP_FIELDS)}")
-        if not field.accepts(value):
-            raise QuotaConfigError(name, value, field.accepted)
+    check_fields("http", HTTP_FIELDS, fields)
 
 
 def check_keys(names: Mapping[str, Any]) -> dict[str, str]:
