@@ -9,6 +9,7 @@ import threading
 
 import pytest
 from asgi_client import Call, Model
+from patience import until
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager, Tokens
 from modelquota.asgi import QuotaMiddleware, QuotaPage
@@ -61,6 +62,31 @@ def test_what_the_page_shows(manager):
     assert chat["violations"] == {"quota_limit": 1}
     assert (hostile["refused"], hostile["warned"]) == (0, 1)
     held.release()
+
+
+def test_the_part_of_a_host_in_a_cluster(manager):
+    assert page_state(manager)["cluster"] is None
+    lua_store = pytest.importorskip("lua_store", reason="the simulated store needs lupa")
+    quota = unlimited("m", max_concurrent_requests=8, cluster_concurrency=True, max_requests_per_second=50)
+    with ResourceQuotaManager(cluster=lua_store.LocalStore()) as host:
+        host.set_quota(quota)
+        host.set_quota(unlimited("other"))
+        until(lambda: host.check_quota("m", 1).allowed)
+        until(lambda: host.cluster.status().state == "ok" and host.cluster.shares())
+        with host.reserve("m", 1):
+            until(lambda: any(share.used and share.limit == "concurrent_requests" for share in host.cluster.shares()))
+            state = page_state(host)
+        cluster = state["cluster"]
+        assert (cluster["state"], cluster["leads"], cluster["nodes"], cluster["error"]) == ("ok", True, 1, None)
+        assert 0 < cluster["lease_seconds"] <= host.cluster.store.lease_sec
+        assert cluster["starved"] == host.cluster.status().starved
+        model, other = state["models"]
+        assert {*model["shares"]} == {"concurrency", "requests_per_second"} <= {*limits_of(state, model)}
+        own, free, ghosts = model["shares"]["concurrency"]
+        assert 1 <= own == 8 - free
+        assert ghosts == 0
+        assert "shares" not in other
+        json.dumps(state)
 
 
 def test_a_rate_and_its_burst_are_one_limit():

@@ -14,6 +14,8 @@ from http_server import serving
 
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.asgi import QuotaMiddleware
+from modelquota.cluster.status import STATES, ClusterStatus, Share
+from modelquota.errors import StoreError
 from modelquota.reading.unmetered import unmetered_of
 
 pytestmark = pytest.mark.skipif(chromium.PATH is None, reason="no chromium is installed; apt-get install chromium")
@@ -152,6 +154,66 @@ def test_it_can_be_read(page, all_states, name, width):
     if folder := os.environ.get("MODELQUOTA_SCREENSHOTS"):
         picture = browser.command("Page.captureScreenshot", captureBeyondViewport=width < 600)["data"]
         Path(folder, f"{name}.png").write_bytes(base64.b64decode(picture))
+
+
+class ClusterMember:
+    """What a manager tells of its cluster, in a state of a test's choice."""
+
+    def __init__(self, state, *, error=None, leads=True):
+        self.told = ClusterStatus(
+            state, leads, 52.7, 3 * leads, 12.2 * (state == "learning"), starved=1234 * leads, error=error
+        )
+
+    def status(self):
+        return self.told
+
+    def shares(self):
+        if not self.told.leads:
+            return []
+        return [
+            Share("chat-70b", "tokens_per_hour", 1000, 800, 800, 140, 60),
+            Share("busy", "concurrent_requests", 1, 1, 1, 0, 0),
+        ]
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(("name", "width"), [("light", 1280), ("dark", 1280), ("light", 400), ("dark", 400)])
+@pytest.mark.parametrize("state", STATES)
+def test_a_cluster_can_be_read(page, all_states, monkeypatch, state, name, width):
+    manager, _ = all_states
+    error = StoreError("out_of_memory", "full") if state in ("degraded", "expired") else None
+    monkeypatch.setattr(ResourceQuotaManager, "cluster", property(lambda self: ClusterMember(state, error=error)))
+    browser = page(manager, width=width, theme=name, count=5)
+    assert browser.evaluate("document.scrollingElement.scrollWidth") <= width
+    counts = ["Cluster" + state, "Lease left52 s", "Hosts3", "Starved1,234"]
+    counts += ["Grants in12 s"] * (state == "learning") + ["Storeout of memory"] * (error is not None)
+    assert sorted(texts(browser, "#cluster div")) == sorted(counts)
+    said = [words.partition(" · ")[0] for words in texts(browser, ".words") if words.startswith("share")]
+    assert said == [
+        "share of this host: 800, free: 140; 60 held by hosts that are gone",
+        "share of this host: 1, free: 0",
+    ]
+    colors = browser.evaluate(COLORS)
+    assert [words for *pair, words in colors["texts"] if contrast(*pair) < 4.5] == []
+    color = 'getComputedStyle(document.querySelector("#cluster dd")).color'
+    plain = 'getComputedStyle(document.querySelector("#totals dd")).color'
+    assert (browser.evaluate(color) == browser.evaluate(plain)) == (state == "ok")
+    folder = os.environ.get("MODELQUOTA_SCREENSHOTS")
+    if folder:
+        picture = browser.command("Page.captureScreenshot", captureBeyondViewport=True)
+        Path(folder, f"cluster-{state}-{name}-{width}.png").write_bytes(base64.b64decode(picture["data"]))
+
+
+def test_a_process_that_does_not_exchange_shows_state_and_lease_only(page, all_states, monkeypatch):
+    manager, _ = all_states
+    browser = page(manager, count=5)
+    assert texts(browser, "#cluster div") == []
+    monkeypatch.setattr(ResourceQuotaManager, "cluster", property(lambda self: ClusterMember("ok", leads=False)))
+    browser.evaluate("skip(2)")
+    assert texts(browser, "#cluster div") == ["Clusterok", "Lease left52 s"]
+    assert "share" not in browser.evaluate(TEXT)
 
 
 def test_ids_and_paths_are_text(page, all_states):

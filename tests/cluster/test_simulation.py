@@ -52,6 +52,16 @@ def test_open_requests_alone_show_a_mutant(mutant):
     assert not any(Simulation(seed, limits=limits).run() for seed in SEEDS[:30])
 
 
+def test_two_real_managers_never_have_more_requests_open_than_the_limit():
+    admitted = 0
+    for seed in SEEDS[:10]:
+        history = Simulation(seed, real=True, nodes=2, limits={"concurrent_requests": 8})
+        excess = history.run()
+        assert excess is None, f"MODELQUOTA_HISTORY={seed}: {excess}"
+        admitted += len(history.log)
+    assert admitted > 20 * len(SEEDS[:10])
+
+
 @pytest.mark.parametrize("nodes", [1, 4])
 def test_without_faults_nearly_all_of_the_concurrency_is_used(nodes):
     history = Simulation(1, faults=False, nodes=nodes, limits={"concurrent_requests": 80}, load=200)

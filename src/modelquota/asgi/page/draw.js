@@ -44,7 +44,7 @@ class LimitView {
     [this.base, this.burst] = this.track.children;
   }
 
-  show(limit, [used, left, percent, ahead], state, history) {
+  show(limit, [used, left, percent, ahead], share, state, history) {
     this.root.className = "limit " + state;
     const text = value => figure(value, limit.unit);
     // A rate and its burst are used together: what counts is the last second, or what is not yet made up for.
@@ -57,6 +57,13 @@ class LimitView {
     if (limit.burst) rate = `${text(limit.max)} a second + burst of ${text(limit.burst)}`;
     else if (most !== limit.max) rate = `${text(limit.max)} a second`;
     if (ahead) rate += `, ${text(ahead)} of it used; ${text(used)} in this second`;
+    const words = [rate];
+    if (share) {
+      const [own, free, ghosts] = share;
+      words.push(`share of this host: ${text(own)}, free: ${text(free)}`);
+      if (ghosts) words.push(`${text(ghosts)} held by hosts that are gone`);
+    }
+    const about = words.filter(Boolean).join("; ");
     let now = "";
     if (limit.max === 0 && !limit.burst) now = "admits nothing";
     else if (state === "quiet") now = "only counted, refuses nothing";
@@ -65,15 +72,15 @@ class LimitView {
       now = left > 0 ? `refused requests just now, ${text(left)} left` : "nothing left, refuses requests";
     }
     const [rateWords, nowWords] = this.words.children;
-    this.words.hidden = !rate && !now;
-    say(rateWords, rate + (rate && now ? " · " : ""));
+    this.words.hidden = !about && !now;
+    say(rateWords, about + (about && now ? " · " : ""));
     say(nowWords, now);
-    const share = limit.burst ? 100 * counted / most : percent;
-    this.bar(limit, share / 100 * most, most);
+    const filled = limit.burst && !share ? 100 * counted / most : percent;
+    this.bar(limit, filled / 100 * most, most);
     attribute(this.track, "aria-label", limit.label);
-    attribute(this.track, "aria-valuenow", String(Math.min(100, Math.floor(share))));
-    const words = [`${text(counted)} of ${text(most)}`, rate, now];
-    attribute(this.track, "aria-valuetext", words.filter(Boolean).join("; "));
+    attribute(this.track, "aria-valuenow", String(Math.min(100, Math.floor(filled))));
+    const whole = `${text(counted)} of ${text(most)}`;
+    attribute(this.track, "aria-valuetext", [whole, about, now].filter(Boolean).join("; "));
     showSpark(this.spark, history);
   }
 
@@ -93,7 +100,8 @@ class LimitView {
 function showLimits(box, views, row, kind, watch) {
   kind.limits.forEach((limit, index) => {
     if (!views[index]) box.append((views[index] = new LimitView()).root);
-    views[index].show(limit, row.limits[index], watch.states[index], watch.histories.get(limit.name));
+    const share = row.shares?.[limit.name];
+    views[index].show(limit, row.limits[index], share, watch.states[index], watch.histories.get(limit.name));
   });
   while (views.length > kind.limits.length) views.pop().root.remove();
 }

@@ -156,6 +156,7 @@ function show() {
     say(button.lastElementChild, figure(count[button.dataset.filter]));
   }
   showTotals();
+  showCluster();
   showUnmetered();
   const refusing = count.refusing ? `${count.refusing} refusing · ` : "";
   if (document.title !== refusing + "modelquota") document.title = refusing + "modelquota";
@@ -183,6 +184,19 @@ function showTotals() {
     ["Given back", figure(state.tokens_refunded)],
   ]);
   byId("off").hidden = state.enforcing;
+}
+
+// How this host takes part in a cluster, if it does; what only the process that exchanges its shares knows, if it answers.
+function showCluster() {
+  const {cluster} = state, box = byId("cluster");
+  box.hidden = !cluster;
+  if (!cluster) return;
+  box.className = "totals" + (cluster.state === "expired" ? " refuses" : cluster.state === "ok" ? "" : " waits");
+  const counts = [["Cluster", cluster.state], ["Lease left", seconds(cluster.lease_seconds)]];
+  if (cluster.error) counts.push(["Store", cluster.error.replaceAll("_", " ")]);
+  if (cluster.learning_seconds) counts.push(["Grants in", seconds(cluster.learning_seconds)]);
+  if (cluster.leads) counts.push(["Hosts", figure(cluster.nodes)], ["Starved", figure(cluster.starved)]);
+  showCounts(box, counts);
 }
 
 function showUnmetered() {

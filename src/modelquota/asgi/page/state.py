@@ -15,6 +15,7 @@ from modelquota.reading.utilization import LIMITS, Utilization, denying, read_ut
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from modelquota.cluster.member import Member
     from modelquota.manager import ResourceQuotaManager
     from modelquota.quota.config import ResourceQuotaConfig
 
@@ -33,6 +34,9 @@ _COUNTS: Final = {
     "tokens_charged": "tokens_total",
     "tokens_refunded": "tokens_refunded_total",
 }
+
+_LIMITS_OF_SHARES: Final = {record.quota_field.removeprefix("max_"): record.limit.name.lower() for record in DENYING}
+"""The names of limits on the page, by those in shares."""
 
 _VIOLATIONS: Final = {kind.value: kind.value.replace("_limit", "_violations") for kind in ViolationType}
 
@@ -55,8 +59,9 @@ def page_state(manager: ResourceQuotaManager, admin: str | None = None, *, find:
     dict
         ``kinds`` has each distinct quota of these models once. ``models`` is in the order of the manager; ``kind`` is
         an index into ``kinds``, and ``limits`` has ``[used, left, percent]`` for each limit of that kind, and for a
-        rate with a burst also how much of the burst is used. What a model is asked for, its meters are asked for too:
-        they are in ``meters`` of their model, and do not count again in the totals.
+        rate with a burst also how much of the burst is used. ``cluster`` is None without one; in it, ``shares`` of a
+        model has for limits that hosts share ``[share, free, ghosts]``, see `modelquota.cluster`. What a model is asked
+        for, its meters are asked for too: they are in ``meters`` of their model, and do not count again in the totals.
     """
     found, stats = read_utilization(manager), manager.get_stats()
     refused = np.maximum(denied(found.counters), 0)
@@ -66,6 +71,11 @@ def page_state(manager: ResourceQuotaManager, admin: str | None = None, *, find:
     indices = [index for family in shown for index in family]
     kinds, kind_of = np.unique(found.quotas.kind_of[indices], return_inverse=True)
     rows = _rows(found, refused, indices, kind_of.tolist())
+    member = manager.cluster
+    shares = {} if member is None else _shares(member)
+    for row in rows.values():
+        if row["id"] in shares:
+            row["shares"] = shares[row["id"]]
     models = []
     for family in shown:
         head, *meters = [rows[index] for index in family]
@@ -92,8 +102,32 @@ def page_state(manager: ResourceQuotaManager, admin: str | None = None, *, find:
         "tokens_charged": stats.tokens_charged - of_meters["tokens_charged"],
         "tokens_refunded": stats.tokens_refunded - of_meters["tokens_refunded"],
         "unmetered": unmetered_of(manager).counts(),
+        "cluster": None if member is None else _cluster_state(member),
         "admin": admin,
     }
+
+
+def _cluster_state(member: Member) -> dict[str, Any]:
+    status = member.status()
+    return {
+        "state": status.state,
+        "leads": status.leads,
+        "lease_seconds": round(status.lease_seconds, 1),
+        "learning_seconds": round(status.learning_seconds, 1),
+        "nodes": status.nodes,
+        "starved": status.starved,
+        "error": None if status.error is None else status.error.kind,
+    }
+
+
+def _shares(member: Member) -> dict[str, dict[str, list[float]]]:
+    """Return what this host holds, what nobody does, and what hosts that are gone do, by model and limit."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for share in member.shares():
+        name = _LIMITS_OF_SHARES.get(share.limit)
+        if name is not None:  # how far a model may be ahead of its rate is shown with the rate
+            found.setdefault(share.model_id, {})[name] = [share.share, share.free, share.ghosts]
+    return found
 
 
 def _families(model_ids: Sequence[str], wanted: str) -> list[list[int]]:

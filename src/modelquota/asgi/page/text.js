@@ -21,6 +21,7 @@ function figure(value, unit) {
 }
 
 const percentage = value => `${value < 100 ? Math.floor(value) : whole.format(Math.round(value))} %`;
+const seconds = value => `${figure(Math.floor(value))} s`;
 const plural = (count, one, more) => `${figure(count)} ${count === 1 ? one : more}`;
 
 function say(element, text) {  // ids, labels and paths are text, never markup
