@@ -39,6 +39,45 @@ def test_a_reservation_charges_and_holds(manager):
     assert (usage.reserved_ram_mb, usage.reserved_ssd_mb, usage.concurrent_requests) == (0, 0, 0)
 
 
+def test_a_grant_says_over_which_limit_it_was_admitted(manager):
+    manager.set_quota(open_quota("lenient", max_tokens_per_hour=100, on_violation="warn"))
+    manager.set_quota(open_quota("shadow", max_requests_per_day=0, shadow_limits=["requests_per_day"]))
+    manager.set_quota(open_quota("none"))
+    with manager.reserve("lenient", 100) as within, manager.acquire("lenient", 1) as over:
+        assert (within.over_limit, over.over_limit) == (None, Limit.TOKENS_PER_HOUR)
+        over.settle(0)
+        assert over.over_limit is Limit.TOKENS_PER_HOUR
+    with manager.reserve(("none", "lenient"), 1) as joint, manager.reserve("shadow", 1) as shadow:
+        assert (joint.over_limit, shadow.over_limit) == (Limit.TOKENS_PER_HOUR, Limit.REQUESTS_PER_DAY)
+    with manager.reserve("no quota", 1) as free:
+        assert free.over_limit is None
+    for grant in manager.reserve_many(manager.codes(["none", "lenient"]), [1, 1]):
+        with grant:
+            assert (grant.over_limit is None) == (grant.model_ids == ("none",))
+
+    async def main():
+        async with manager.acquire_async("lenient", 1) as grant:
+            return grant.over_limit
+
+    assert asyncio.run(main()) is Limit.TOKENS_PER_HOUR
+
+
+def test_a_request_that_waited_says_over_which_limit_it_was_admitted(manager, clock):
+    manager.set_quota(open_quota("slow", max_concurrent_requests=1, on_violation="queue"))
+    manager.set_quota(open_quota("lenient", max_tokens_per_hour=0, on_violation="warn"))
+
+    async def main():
+        held = manager.reserve("slow", 1)
+        waiting = asyncio.create_task(asyncio.wait_for(manager.acquire_async(("slow", "lenient"), 1), 30))
+        while not manager.get_usage("slow").queued_requests:
+            await asyncio.sleep(0)
+        held.release()
+        with await waiting as grant:
+            return grant.over_limit
+
+    assert asyncio.run(main()) is Limit.TOKENS_PER_HOUR
+
+
 def test_what_is_held_counts_against_the_caps(manager):
     manager.update_quota("m", max_ram_mb=100, max_concurrent_requests=2)
     manager.update_memory_usage("m", 30, 0)

@@ -71,7 +71,7 @@ cdef class Admission:
         cdef Grant grant
         joint.unclaimed_until_ns = 0
         self.decide_all(ids, request, True, MAY_WAIT, refs, &joint, &verdict, NULL)
-        grant = make_grant(self.pools, &joint, refs, request) if verdict.allowed else None
+        grant = make_grant(self.pools, &joint, refs, request, &verdict) if verdict.allowed else None
         if joint.violating != NO_MEMBER:
             result = self.told(&joint, &verdict, refs)
             if grant is None:

@@ -1,6 +1,6 @@
 from libc.stdint cimport int64_t, uint32_t
 from modelquota._core.layout cimport Charge
-from modelquota._core.row.decision cimport Request
+from modelquota._core.row.decision cimport Request, Verdict
 from modelquota._core.row.grant cimport Holding
 from modelquota._core.row.tokens cimport Kinds
 from modelquota._core.state.joint cimport JointRequest, MOST_MODELS
@@ -73,6 +73,7 @@ cdef class Grant:
     cdef bint lapsed            # and no longer can: its deadline has passed
     cdef bint counting          # add() was called
     cdef readonly bint limit_reached
+    cdef int over_code          # the code of the limit that it was admitted over, 0 if there is none
     cdef Kinds estimate
     cdef Kinds kinds            # of the estimate, from settle() on the actual tokens
     cdef int64_t free_output    # output tokens up to which add() has nothing to charge
@@ -96,4 +97,4 @@ cdef class Grant:
 
 cdef bint same_kinds(const Kinds* kinds, const Kinds* other) noexcept
 cdef int finish_deferred(Pools pools) except -1
-cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request)
+cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request, const Verdict* verdict)

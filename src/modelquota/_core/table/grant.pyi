@@ -1,6 +1,7 @@
 from types import TracebackType
 from typing import Self, SupportsIndex, final
 
+from modelquota.quota.limits import Limit
 from modelquota.quota.tokens import TokenCount, Tokens
 
 @final
@@ -9,6 +10,8 @@ class Grant:
     def estimated_tokens(self) -> int | Tokens: ...
     @property
     def limit_reached(self) -> bool: ...
+    @property
+    def over_limit(self) -> Limit | None: ...
     @property
     def model_ids(self) -> tuple[str, ...]: ...
     @property

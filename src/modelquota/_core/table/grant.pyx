@@ -11,7 +11,7 @@ from libc.stdlib cimport free, malloc, realloc
 from modelquota._core.atomics cimport store_u32
 from modelquota._core.layout cimport Charge, ColdRow, KINDS, MAX_COUNT, Row, Shared
 from modelquota._core.row.advance cimport advance
-from modelquota._core.row.decision cimport Request, admits_tokens, charge_tokens, is_trial
+from modelquota._core.row.decision cimport Request, Verdict, admits_tokens, charge_tokens, is_trial
 from modelquota._core.row.tokens cimport Kinds, OUTPUT, count_at, with_output
 from modelquota._core.row.grant cimport Holding, refund, release_holding, reserve_tokens, settle_tokens
 from modelquota._core.state.joint cimport JointRequest, lock_rows, put_in_order, unlock_rows
@@ -25,7 +25,10 @@ from modelquota._core.table.arguments cimport as_count, as_kinds
 from modelquota._core.table.intern cimport RowRef
 
 from modelquota.errors import GrantClosedError
+from modelquota.quota.limits import Limit
 from modelquota.quota.tokens import Tokens
+
+cdef tuple LIMITS = (None, *Limit)
 
 cdef enum:
     LEAST_CHUNK = 16        # tokens that add() charges at a time beyond the estimate, at least,
@@ -59,6 +62,8 @@ cdef class Grant:
         The tokens that were requested.
     limit_reached : bool
         Whether `add` has returned False: tokens beyond the estimate no longer fit.
+    over_limit : Limit or None
+        The limit that it was admitted over, under the action ``warn`` or as a shadow limit; None if within all.
     """
 
     def __init__(self):
@@ -119,6 +124,11 @@ cdef class Grant:
     def estimated_tokens(self):
         """The tokens that were requested."""
         return tokens_of(&self.estimate)
+
+    @property
+    def over_limit(self):
+        """The `Limit` that it was admitted over, under the action ``warn`` or as a shadow limit; None if within all."""
+        return LIMITS[self.over_code]
 
     @property
     def tokens(self):
@@ -602,7 +612,7 @@ cdef int finish_deferred(Pools pools) except -1:
     return 0
 
 
-cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request):
+cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request* request, const Verdict* verdict):
     """The grant of what decide_all() has just taken. Defined in this file because the type's freelist is here."""
     cdef Grant grant = Grant.__new__(Grant)
     cdef int i
@@ -612,6 +622,7 @@ cdef Grant make_grant(Pools pools, JointRequest* joint, list refs, const Request
     grant.kinds = grant.estimate = request.kinds
     grant.free_output = joint.free_output if joint.count else MAX_COUNT
     grant.members = joint.count
+    grant.over_code = verdict.limit
     grant.unclaimed = joint.unclaimed_until_ns != 0 and joint.count != 0
     for i in range(joint.count):
         joint.members[i].entry = NULL

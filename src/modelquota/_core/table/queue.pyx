@@ -364,7 +364,7 @@ cdef class WaitQueue:
                 continue
             grant = None
             if verdict.allowed:
-                grant = make_grant(queues.pools, &joint, refs, &waiter.request)
+                grant = make_grant(queues.pools, &joint, refs, &waiter.request, &verdict)
             if waiter.done or self not in waiter.waits_in:     # a finalizer ran, and took it out of the queue
                 if grant is not None:
                     (<Grant> grant).cancel()
@@ -616,7 +616,7 @@ cdef class Queues(Watcher):
         return 0
 
     cdef Grant granted(self, const Request* request, JointRequest* joint, const Verdict* verdict, list refs):
-        cdef Grant grant = make_grant(self.pools, joint, refs, request)
+        cdef Grant grant = make_grant(self.pools, joint, refs, request, verdict)
         if joint.violating != NO_MEMBER:
             self.admission.told(joint, verdict, refs)
         return grant

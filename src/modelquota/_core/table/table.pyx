@@ -521,7 +521,7 @@ cdef class QuotaTable:
             refs = []
             joint.unclaimed_until_ns = 0
             self.admission.decide_all(ids, &request, True, MAY_WAIT, refs, &joint, &verdict, NULL)
-            grants.append(make_grant(self.pools, &joint, refs, &request) if verdict.allowed else None)
+            grants.append(make_grant(self.pools, &joint, refs, &request, &verdict) if verdict.allowed else None)
             if out is not None:
                 out[i] = 0 if verdict.allowed else verdict.limit
             if verdict.to_log:
