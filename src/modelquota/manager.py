@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from modelquota.cluster.member import Member
     from modelquota.cluster.redis import RedisStore
+    from modelquota.monitoring.ledger.grants import GrantLedger
     from modelquota.reading.report import ModelReport, ResourceUsage
     from modelquota.reading.view import QuotaView
     from modelquota.waiting.task import Acquisition
@@ -432,6 +433,47 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
         ('Hello', 5)
         """
         return limit(self, model_id, estimated_tokens, ram_needed_mb, ssd_needed_mb, timeout, priority, actual_tokens)
+
+    def ledger(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        buffer_size: int = 65_536,
+        max_bytes: int | None = 256 << 20,
+        by_day: bool = True,
+    ) -> GrantLedger:
+        """Open a ledger at `path`: its `acquire` and `acquire_async` write a line for each request.
+
+        They are used as those of the manager, in a ``with`` block, at whose end the line is written: when the request
+        came, for whom, the tokens that were estimated and used, how long it waited and took, or which limit denied it.
+        The ledger is also what ``QuotaMiddleware(ledger=...)`` takes. Close it, or use it in a ``with`` block.
+
+        Parameters
+        ----------
+        path, buffer_size, max_bytes, by_day
+            As for `modelquota.monitoring.ledger.Ledger`, which says what is promised.
+
+        Raises
+        ------
+        OSError
+            The file cannot be opened for writing.
+        ValueError
+            A parameter is out of range.
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> manager = ResourceQuotaManager(clock=ManualClock())
+        >>> manager.set_quota("llama")
+        >>> with tempfile.TemporaryDirectory() as folder, manager.ledger(os.path.join(folder, "usage.jsonl")) as ledger:
+        ...     with ledger.acquire("llama", estimated_tokens=500) as grant:
+        ...         grant.settle(320)
+        >>> ledger.written, ledger.lost
+        (1, 0)
+        """
+        from modelquota.monitoring.ledger.grants import GrantLedger
+
+        return GrantLedger(self, path, buffer_size=buffer_size, max_bytes=max_bytes, by_day=by_day)
 
     # -- what the model uses
 

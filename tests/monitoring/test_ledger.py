@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gzip
+import inspect
 import json
 import os
 import signal
@@ -23,8 +24,8 @@ import modelquota.monitoring.ledger
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaManager, TraceError
 from modelquota.cli.app import app
 from modelquota.monitoring.ledger import Ledger
-from modelquota.monitoring.ledgerfile import LedgerFile
-from modelquota.monitoring.ledgerline import request_line
+from modelquota.monitoring.ledger.file import LedgerFile
+from modelquota.monitoring.ledger.line import request_line
 from modelquota.tuning.trace import read_trace
 from modelquota.tuning.usage import KEYS, read_usage
 
@@ -84,7 +85,7 @@ def test_every_line_is_json_of_what_was_given(ids, tokens, priority, request_id)
 
 
 def test_what_does_not_fit_is_lost_and_counted(path, monkeypatch):
-    monkeypatch.setattr(modelquota.monitoring.ledger, "FLUSH_SECONDS", 3600)
+    monkeypatch.setattr(modelquota.monitoring.ledger.writer, "FLUSH_SECONDS", 3600)
     ledger = Ledger(path, buffer_size=5)
     ledger._wake_at = 100  # or the writer would make room
     results = [ledger.record("llama", n) for n in range(8)]
@@ -161,7 +162,7 @@ print(ledger.written, ledger.lost)
 
 def test_rotation_by_size_and_day(path, monkeypatch):
     now = [NOON_US]
-    monkeypatch.setattr(modelquota.monitoring.ledgerfile, "now_us", lambda: now[0])
+    monkeypatch.setattr(modelquota.monitoring.ledger.file, "now_us", lambda: now[0])
     with Ledger(path, max_bytes=2_000) as ledger:
         ledger._file._day = NOON_US // 86_400_000_000
         for n in range(60):
@@ -331,22 +332,24 @@ def test_grants_are_recorded_when_they_end(path):
     manager = ResourceQuotaManager(clock=ManualClock())
     manager.set_quota("llama", max_tokens_per_hour=500, on_violation="reject")
     manager.set_quota("acme")
-    with Ledger(path) as ledger:
-        with ledger.acquire(manager, ("acme", "llama"), 300, priority=2) as grant:
+    with manager.ledger(path) as ledger:
+        with ledger.acquire(["acme", "llama"], 300, priority=2) as grant:
             grant.settle(120)
-        with pytest.raises(QuotaExceededError), ledger.acquire(manager, "llama", 400):
+        with pytest.raises(QuotaExceededError), ledger.acquire("llama", 400):
             pass
-        with contextlib.suppress(ZeroDivisionError), ledger.acquire(manager, "llama", 50):
+        with contextlib.suppress(ZeroDivisionError), ledger.acquire("llama", 50):
             raise ZeroDivisionError
 
         async def main():
-            async with ledger.acquire_async(manager, "llama", 60) as grant:
+            async with ledger.acquire_async("llama", 60) as grant:
                 grant.add(7)
             with pytest.raises(QuotaExceededError):
-                async with ledger.acquire_async(manager, "llama", 450):
+                async with ledger.acquire_async("llama", 450):
                     pass
 
         asyncio.run(main())
+        ledger.flush()
+        assert (ledger.written, ledger.lost) == (5, 0)
     found = requests_of(path.parent)
     assert [(line["ids"], line["estimated"], line["settled"], line["verdict"], line["limit"]) for line in found] == [
         (["acme", "llama"], 300, 120, "admitted", None),
@@ -357,6 +360,51 @@ def test_grants_are_recorded_when_they_end(path):
     ]
     assert found[0]["priority"] == 2
     assert found[0]["duration_us"] >= 0
+    assert all(abs(line["time_us"] - time.time_ns() // 1_000) < 60_000_000 for line in found)
+    with manager.reserve("llama", 1):  # the ledger is closed, and the manager is not
+        pass
+
+
+def test_the_line_of_a_grant_has_its_times(path):
+    manager = ResourceQuotaManager()
+    manager.set_quota("m", max_concurrent_requests=1, on_violation="queue")
+    with manager.ledger(path) as ledger:
+        held = manager.reserve("m", 1)
+        threading.Timer(0.05, held.release).start()
+        before_us = time.time_ns() // 1_000
+        with ledger.acquire("m", 5):
+            admitted_us = time.time_ns() // 1_000
+            time.sleep(0.02)
+        ended_us = time.time_ns() // 1_000
+    (line,) = requests_of(path.parent)
+    assert before_us - 1_000 <= line["time_us"] <= ended_us - 70_000
+    assert 45_000 <= line["waited_us"] <= admitted_us - before_us + 1_000
+    assert 20_000 <= line["duration_us"] <= ended_us - admitted_us + 1_000
+
+
+@pytest.mark.parametrize(
+    "how", [{"on_violation": "warn"}, {"on_violation": "reject", "shadow_limits": ["tokens_per_hour"]}]
+)
+def test_what_was_admitted_over_a_limit_is_warned(path, how):
+    manager = ResourceQuotaManager(clock=ManualClock())
+    manager.set_quota("llama", max_tokens_per_hour=500, **how)
+    with manager.ledger(path) as ledger:
+        for tokens in (400, 200):
+            with ledger.acquire("llama", tokens):
+                pass
+        with ledger.acquire("unknown", 5) as grant:
+            assert grant.over_limit is None
+    assert [(line["verdict"], line["limit"]) for line in requests_of(path.parent)] == [
+        ("admitted", None), ("warned", "tokens_per_hour"), ("admitted", None),
+    ]  # fmt: skip
+    assert read_usage([path], ["verdict"]).groups[("warned",)].tokens == 200
+
+
+def test_the_ledger_of_a_manager_takes_what_a_ledger_takes():
+    ours, theirs = (inspect.signature(of).parameters for of in (ResourceQuotaManager.ledger, Ledger))
+    assert {name: (p.kind, p.default) for name, p in ours.items() if name != "self"} == {
+        name: (p.kind, p.default) for name, p in theirs.items()
+    }
 
 
 def test_what_cannot_be_written_is_lost_and_said(path, caplog):

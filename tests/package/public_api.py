@@ -226,11 +226,14 @@ def tune_trace(path: Path, quotas: dict[str, ResourceQuotaConfig]) -> str:
 
 
 def keep_a_ledger(manager: ResourceQuotaManager) -> UsageReport:
-    with Ledger("usage.jsonl", buffer_size=1_000, max_bytes=None, by_day=False) as ledger:
-        with ledger.acquire(manager, ("acme", "m"), 5, timeout=1) as grant:
+    with manager.ledger("usage.jsonl", buffer_size=1_000, max_bytes=None, by_day=False) as ledger:
+        with ledger.acquire(("acme", "m"), 5, timeout=1) as grant:
             grant.settle(4)
+            over: Limit | None = grant.over_limit
         written: bool = ledger.record("m", (1, 2, 3), 5, verdict="admitted", waited_us=1, duration_us=2)
-        print(written, ledger.lost)
+        print(written, over, ledger.lost)
+    every: list[Ledger] = [ledger, Ledger("usage.jsonl")]
+    print(every)
     return read_usage(["usage.jsonl"], by=["tenant", "day"])
 
 

@@ -20,7 +20,7 @@ LAYERS = (
     ("_core.state",),
     ("_core.table",),
     ("reading", "waiting", "protocols"),
-    ("statefile", "cluster"),
+    ("statefile", "cluster", "monitoring.ledger"),
     ("manager",),
     ("control", "monitoring", "tuning"),
     ("asgi",),
@@ -35,11 +35,10 @@ HEIGHT = {room: height for height, rooms in enumerate(LAYERS) for room in rooms}
 
 
 def room_of(module):
-    """The layer's room of a module: a folder, a file at the top, or a floor of the core."""
+    """The layer's room of a module: a folder, a file at the top, or a folder within that has a layer of its own."""
     parts = module.split(".")[1:]
-    if not parts:
-        return ""
-    return ".".join(parts[:2]) if parts[0] == "_core" and len(parts) > 1 else parts[0]
+    inner = ".".join(parts[:2])
+    return inner if inner in HEIGHT or parts[:1] == ["_core"] else "".join(parts[:1])
 
 
 def is_for_types(node):

@@ -1,21 +1,4 @@
-"""The ledger: one line of JSON for each request, for billing, audit and tuning.
-
-A request is put into a bounded buffer, and one thread writes what is there every tenth of a second, so that no request
-waits for a disk. What does not fit is counted as lost, and the ledger says how many. The lines are:
-
-``{"ledger": 1, "started_us": ..., "pid": ...}``
-    A process begins to write. Times are microseconds since 1970-01-01 UTC. With ``continued_us``, it goes on from the
-    file before.
-``{"time_us": ..., "ids": ["acme", "llama-70b"], "estimated": ..., "settled": ..., "verdict": ..., ...}``
-    A request: see `Ledger.record`. The last id is the model; those before it are whom else the request is charged to.
-``{"lost": 5, "time_us": ..., "pid": ...}``
-    So many requests were lost since the process' line before: the buffer was full, or the disk refused them.
-``{"ended_us": ..., "written": ..., "lost": ..., "pid": ...}``
-    The process ended in order. If this line is missing, the process was killed, and the last tenth of a second may be
-    missing without having been counted. A line that was cut off by that is skipped, and said, by all readers.
-
-`modelquota usage` sums ledgers, and `modelquota replay` and `tune` read them as traces.
-"""
+"""`Ledger`: requests are put into a bounded buffer, and one thread writes it."""
 
 import atexit
 import contextlib
@@ -25,18 +8,16 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 from modelquota.errors import QuotaExceededError
-from modelquota.monitoring.ledgerfile import LEDGER_VERSION, LedgerFile, line_of, now_us
-from modelquota.monitoring.ledgerline import request_line
+from modelquota.monitoring.ledger.file import LEDGER_VERSION, LedgerFile, line_of, now_us
+from modelquota.monitoring.ledger.line import request_line
 
 if TYPE_CHECKING:
     from modelquota._core.table.grant import Grant
-    from modelquota.manager import ResourceQuotaManager
 
 __all__ = ["ADMITTED", "DENIED", "WARNED", "Ledger"]
 
@@ -87,14 +68,11 @@ class Ledger:
     Examples
     --------
     >>> import tempfile, os
-    >>> from modelquota import ManualClock, ResourceQuotaManager
-    >>> manager = ResourceQuotaManager(clock=ManualClock())
-    >>> manager.set_quota("llama")
     >>> with tempfile.TemporaryDirectory() as folder, Ledger(os.path.join(folder, "usage.jsonl")) as ledger:
-    ...     with ledger.acquire(manager, "llama", 300) as grant:
-    ...         grant.settle(120)
+    ...     ledger.record(("acme", "llama"), 300, 120, duration_us=900_000)
     ...     ledger.flush()
     ...     ledger.written, ledger.lost
+    True
     (1, 0)
     """
 
@@ -122,11 +100,11 @@ class Ledger:
         self._begin()
         _LEDGERS.add(self)
 
-    @classmethod
-    def from_environment(cls) -> Self | None:
+    @staticmethod
+    def from_environment() -> "Ledger | None":
         """Return the ledger of the environment variable ``MODELQUOTA_LEDGER``, a path; None if it is not set."""
         path = os.environ.get(LEDGER_VARIABLE)
-        return cls(path) if path else None
+        return Ledger(path) if path else None
 
     def _begin(self) -> None:
         """Open the file and start the thread, in this process."""
@@ -154,7 +132,7 @@ class Ledger:
         time_us: int | None = None,
         waited_us: int = 0,
         duration_us: int | None = None,
-        priority: int = 0,
+        priority: SupportsIndex = 0,
         request_id: str | None = None,
     ) -> bool:
         """Write a request when it has ended; never blocks, and takes well under two microseconds.
@@ -185,15 +163,18 @@ class Ledger:
         bool
             False if it is lost: the buffer is full, or the ledger is closed. It is counted in `lost`.
         """
+        if time_us is None:
+            time_us = time.time_ns() // 1_000 - waited_us - (duration_us or 0)
+        return self._put(
+            (time_us, _kept(ids), estimated, settled, verdict, limit, waited_us, duration_us, priority, request_id)
+        )
+
+    def _put(self, record: tuple[Any, ...]) -> bool:
         buffer = self._buffer
         if len(buffer) >= self._buffer_size or self._closing:
             self._lose(1)
             return False
-        if time_us is None:
-            time_us = time.time_ns() // 1_000 - waited_us - (duration_us or 0)
-        if type(ids) is list:  # which can change, and not be looked up
-            ids = tuple(ids)
-        buffer.append((time_us, ids, estimated, settled, verdict, limit, waited_us, duration_us, priority, request_id))
+        buffer.append(record)
         if len(buffer) >= self._wake_at and not self._wake.is_set():
             self._wake.set()
         if self._closing:  # since the look above: the last drain may have been before
@@ -204,63 +185,20 @@ class Ledger:
         with self._losing:
             self.lost += count
 
-    @contextmanager
-    def acquire(
-        self, manager: "ResourceQuotaManager", model_id: str | Sequence[str], estimated_tokens: int, **how: Any
-    ) -> "Iterator[Grant]":
-        """Acquire a grant as ``manager.acquire`` does, and record what became of the request when the block ends.
-
-        Parameters
-        ----------
-        manager : ResourceQuotaManager
-            Of any kind.
-        model_id, estimated_tokens, how
-            As for `ResourceQuotaManager.acquire`.
-        """
-        arrived_ns = time.monotonic_ns()
-        try:
-            grant = manager.acquire(model_id, estimated_tokens, **how)
-        except QuotaExceededError as error:
-            self.record_denial(model_id, estimated_tokens, error, arrived_ns, how.get("priority", 0))
-            raise
-        admitted_ns = time.monotonic_ns()
-        try:
-            with grant:
-                yield grant
-        finally:
-            self.record_grant(model_id, estimated_tokens, grant, arrived_ns, admitted_ns, how.get("priority", 0))
-
-    @asynccontextmanager
-    async def acquire_async(
-        self, manager: "ResourceQuotaManager", model_id: str | Sequence[str], estimated_tokens: int, **how: Any
-    ) -> "AsyncIterator[Grant]":
-        """Acquire a grant in asyncio, and record it likewise."""
-        arrived_ns = time.monotonic_ns()
-        try:
-            grant = await manager.acquire_async(model_id, estimated_tokens, **how)
-        except QuotaExceededError as error:
-            self.record_denial(model_id, estimated_tokens, error, arrived_ns, how.get("priority", 0))
-            raise
-        admitted_ns = time.monotonic_ns()
-        try:
-            with grant:
-                yield grant
-        finally:
-            self.record_grant(model_id, estimated_tokens, grant, arrived_ns, admitted_ns, how.get("priority", 0))
-
     def record_denial(
-        self, ids: str | Sequence[str], estimated: Any, error: QuotaExceededError, arrived_ns: int, priority: int = 0
-    ) -> None:
+        self,
+        ids: str | Sequence[str],
+        estimated: Any,
+        error: QuotaExceededError,
+        arrived_ns: int,
+        priority: SupportsIndex = 0,
+    ) -> bool:
         """Write a request that was denied just now; `arrived_ns` is when it arrived, by `time.monotonic_ns`."""
         limit = error.result.limit
-        self.record(
-            ids,
-            estimated,
-            verdict=DENIED,
-            limit=None if limit is None else limit.name.lower(),
-            waited_us=(time.monotonic_ns() - arrived_ns) // 1_000,
-            priority=priority,
-        )
+        waited_us = (time.monotonic_ns() - arrived_ns) // 1_000
+        time_us = time.time_ns() // 1_000 - waited_us
+        name = None if limit is None else limit.name.lower()
+        return self._put((time_us, _kept(ids), estimated, None, DENIED, name, waited_us, None, priority, None))
 
     def record_grant(
         self,
@@ -269,16 +207,16 @@ class Ledger:
         grant: "Grant",
         arrived_ns: int,
         admitted_ns: int,
-        priority: int = 0,
-    ) -> None:
+        priority: SupportsIndex = 0,
+    ) -> bool:
         """Write a request whose grant has ended just now; the times are by `time.monotonic_ns`."""
-        self.record(
-            ids,
-            estimated,
-            grant._counts,
-            waited_us=(admitted_ns - arrived_ns) // 1_000,
-            duration_us=(time.monotonic_ns() - admitted_ns) // 1_000,
-            priority=priority,
+        now_ns = time.monotonic_ns()
+        time_us = (time.time_ns() - now_ns + arrived_ns) // 1_000
+        waited_us, duration_us = (admitted_ns - arrived_ns) // 1_000, (now_ns - admitted_ns) // 1_000
+        limit = grant.over_limit
+        verdict, name = (ADMITTED, None) if limit is None else (WARNED, limit.name.lower())
+        return self._put(
+            (time_us, _kept(ids), estimated, grant._counts, verdict, name, waited_us, duration_us, priority, None)
         )
 
     # -- ending
@@ -359,6 +297,11 @@ class Ledger:
         except Exception as error:
             self._lose(len(lines))
             logger.error("the ledger at %s has lost %d requests: %s", self.path, len(lines), error)
+
+
+def _kept(ids: str | Sequence[str]) -> str | Sequence[str]:
+    """Return ids that nobody changes before they are written, and that can be looked up."""
+    return tuple(ids) if type(ids) is list else ids
 
 
 _LEDGERS: "weakref.WeakSet[Ledger]" = weakref.WeakSet()
