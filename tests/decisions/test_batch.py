@@ -49,6 +49,20 @@ def test_tokens_in_many_forms(manager, tokens):
     assert manager.get_usage("a").requests_this_day == 1
 
 
+def test_a_batch_up_to_the_first_that_is_denied(manager, clock):
+    codes = manager.codes(["a", "b", "a", "a", "a", "b"])
+    times_ns = clock.now_ns + np.array([0, 1, 2, 3, 4, 5])
+    out = np.full(6, 9, np.uint8)
+    decided = manager._check_until_denied(codes, np.ones(6, np.int64), out, times_ns)
+    assert decided == 5
+    assert out.tolist() == [0, 0, 0, 0, Limit.REQUESTS_PER_SECOND, 9]
+    assert clock.now_ns == times_ns[4]
+    assert manager.get_usage("b").requests_this_day == 1
+    assert manager._check_until_denied(codes[5:], np.ones(1, np.int64), out[5:], times_ns[5:]) == 1
+    assert (out[5], clock.now_ns) == (0, times_ns[5])
+    assert manager._check_until_denied(codes[:0], np.ones(0, np.int64), out[:0], times_ns[:0]) == 0
+
+
 def test_empty_batches(manager):
     before = state_of(manager)
     assert manager.codes([]).tolist() == []

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import modelquota.tuning.simulate
 from modelquota import Limit, ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager, Tokens
 from modelquota._core.table.grant import Grant
 from modelquota._core.table.queue import Waiter
@@ -85,6 +86,33 @@ def test_what_was_reserved_too_much_comes_back():
     assert (model.admitted, model.waited, model.longest_wait_ms) == (3, 1, 1000.0)
     without = make_trace([0, 0, 0], 10, durations_ns=np.full(3, SECOND))
     assert waits_ms(without, quota).models[0].waited == 0
+
+
+@pytest.mark.parametrize("action", ["queue", "throttle", "reject"])
+@pytest.mark.parametrize("at_once", [1, 3])
+@given(
+    gaps_ms=st.lists(st.sampled_from([0, 1, 7, 400, 3_000]), min_size=1, max_size=60),
+    costs=st.lists(st.integers(0, 50), min_size=1, max_size=7),
+    users=st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=5),
+)
+def test_requests_that_are_admitted_at_once_are_those_that_are_one_by_one(action, at_once, gaps_ms, costs, users):
+    times_ms = np.cumsum(gaps_ms)
+    tokens = np.resize(costs, len(times_ms))
+    trace = make_trace(times_ms, tokens, user_index=np.resize(users, len(times_ms)).astype(np.int32), users=("a", "b"))
+    quotas = {
+        "m": unlimited("m", max_requests_per_second=3, burst_requests=2, grace_period_sec=2, on_violation=action),
+        "user:a": unlimited("user:a", max_tokens_per_minute=60, on_violation=action),
+    }
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for least in (at_once, 10**9):
+            patch.setattr(modelquota.tuning.simulate, "LEAST_AT_ONCE", least)
+            for per_user in (False, 0 in trace.user_index):
+                report = replay(trace, quotas, model="m", wait=True, per_user=per_user).to_dict()
+                del report["core_time_ns"]
+                found.append(report)
+    assert found[0] == found[2]
+    assert found[1] == found[3]
 
 
 def test_a_full_queue_denies():

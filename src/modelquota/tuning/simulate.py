@@ -22,6 +22,8 @@ from modelquota.quota.tokens import TokenCount, Tokens
 from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
 
 REQUESTS_PER_STEP = 16_384
+# After so many that were admitted one by one, the next are tried at once: first so many, then twice as many, and so on.
+LEAST_AT_ONCE = 64
 NS_PER_MS = 1_000_000
 NEVER = 2**62
 WAITING_ACTIONS = (ViolationAction.THROTTLE, ViolationAction.QUEUE)
@@ -177,14 +179,19 @@ class Simulation:
         self._retry_after_ms = np.zeros(requests, np.int64)
         self._times_ns, self._tokens = times_ns, tokens
         self._durations_ns, self._reserved = durations_ns, reserved
+        self._in_row = 0
+        # A batch does not say which requests were admitted over a limit.
+        codes = None if self._warns or durations_ns is not None else self._codes_of_groups()
         for start in range(0, requests, REQUESTS_PER_STEP):
             part = slice(start, min(start + REQUESTS_PER_STEP, requests))
             times = times_ns[part].tolist()
             costs = token_counts((tokens if reserved is None else reserved)[part])
             groups = [0] * len(times) if group_index is None else group_index[part].tolist()
             ranks = [0] * len(times) if priorities is None else priorities[part].tolist()
-            step = self._step if durations_ns is None else self._step_held
-            step(start, times, groups, costs, ranks)
+            if durations_ns is not None:
+                self._step_held(start, times, groups, costs, ranks)
+            else:
+                self._step(start, times, groups, costs, ranks, None if codes is None else codes[groups])
             if progress is not None:
                 progress(part.stop, requests)
         while self._next_ns < NEVER:
@@ -193,12 +200,39 @@ class Simulation:
             self._codes, self._waited_ns, self._over, self._retry_after_ms, self._most_waiting, self._most_open
         )
 
-    def _step(self, start: int, times: list[int], groups: list[int], costs: list[TokenCount], ranks: list[int]) -> None:
-        """Requests that hold nothing: a check that admits is all there is to do."""
+    def _codes_of_groups(self) -> Int64Array:
+        """Return a row of codes for each group, with 0 after the last."""
+        ids = [group.ids if isinstance(group.ids, tuple) else (group.ids,) for group in self._groups]
+        codes = np.zeros((len(ids), max(map(len, ids), default=1)), np.int64)
+        for row, names in zip(codes, ids, strict=True):
+            row[: len(names)] = self._manager.codes(names)
+        return codes
+
+    def _step(
+        self,
+        start: int,
+        times: list[int],
+        groups: list[int],
+        costs: list[TokenCount],
+        ranks: list[int],
+        codes: Int64Array | None,
+    ) -> None:
+        """Requests that hold nothing: a check that admits is all there is to do, and while none waits also at once."""
         now_ns = self._clock.now_ns
         advance_ns, check = self._clock.advance_ns, self._manager.check_quota
         all_groups = self._groups
-        for index, at_ns in enumerate(times):
+        in_row, size = self._in_row, LEAST_AT_ONCE
+        index = -1
+        while (index := index + 1) < len(times):
+            if in_row >= LEAST_AT_ONCE and codes is not None and not self._busy and self._next_ns == NEVER:
+                tried = codes[index : index + size]
+                admitted = self._admit_at_once(start, index, tried)
+                now_ns = self._clock.now_ns
+                in_row, size = (in_row, 2 * size) if admitted == len(tried) else (0, LEAST_AT_ONCE)
+                if admitted:
+                    index += admitted - 1
+                    continue
+            at_ns = times[index]
             if self._next_ns <= at_ns:
                 while self._next_ns <= at_ns:
                     self._go_to(self._next_ns)
@@ -210,16 +244,31 @@ class Simulation:
                     self._settle()
             group = all_groups[groups[index]]
             if self._busy:  # as a grant that is released at once, since a release makes the queues look again
+                in_row = 0
                 self._enter(start + index, group, costs[index], ranks[index])
                 continue
             result = check(group.ids, costs[index])
             if result:
+                in_row += 1
                 if result.limit is not None:
                     self._over[start + index] = True
-            elif self._wait and result.action in WAITING_ACTIONS:
+                continue
+            in_row = 0
+            if self._wait and result.action in WAITING_ACTIONS:
                 self._enter(start + index, group, costs[index], ranks[index])
             else:
                 self._deny(start + index, result)
+        self._in_row = in_row
+
+    def _admit_at_once(self, start: int, index: int, codes: Int64Array) -> int:
+        """Admit requests until one is denied; return how many. The next one is to be tried again by itself."""
+        part = slice(start + index, start + index + len(codes))
+        decided = self._manager._check_until_denied(codes, self._tokens[part], self._codes[part], self._times_ns[part])
+        last = part.start + decided - 1
+        if not self._codes[last]:
+            return decided
+        self._codes[last] = 0
+        return decided - 1
 
     def _step_held(
         self, start: int, times: list[int], groups: list[int], costs: list[TokenCount], ranks: list[int]

@@ -21,3 +21,5 @@ cdef class QuotaTable:
     cdef object answer_metered(self, RowRef ref, object model_id, const Request* request, object handle, int64_t now_ns)
     cdef object answer_unknown(self, object model_id, const Request* request)
     cdef object answer_late(self, RowRef ref, object model_id, const Request* request, object handle)
+    cdef object _check_many(self, object codes, object estimated_tokens, object out, object times_ns,
+                            object retry_after_ms, Py_ssize_t* decided)

@@ -65,6 +65,13 @@ class QuotaTable:
         times_ns: NDArray[np.int64] | Sequence[int] | None = None,
         retry_after_ms: NDArray[np.int64] | None = None,
     ) -> NDArray[np.uint8]: ...
+    def _check_until_denied(
+        self,
+        codes: NDArray[np.int64],
+        estimated_tokens: NDArray[np.int64],
+        out: NDArray[np.uint8],
+        times_ns: NDArray[np.int64],
+    ) -> int: ...
     def charge_many(
         self,
         codes: NDArray[np.int64],

@@ -614,6 +614,22 @@ cdef class QuotaTable:
         >>> [int(code) for code in manager.check_many(codes, estimated_tokens=100)]
         [0, 0, 4]
         """
+        return self._check_many(codes, estimated_tokens, out, times_ns, retry_after_ms, NULL)
+
+    def _check_until_denied(self, codes, estimated_tokens, out, times_ns):
+        """As `check_many`, up to the first request that is denied, to whose time the clock is moved.
+
+        Returns how many were decided, the denied one included.
+        """
+        cdef Py_ssize_t decided = 0
+        self._check_many(codes, estimated_tokens, out, times_ns, None, &decided)
+        return decided
+
+    cdef object _check_many(
+        self, object codes, object estimated_tokens, object out, object times_ns, object retry_after_ms,
+        Py_ssize_t* decided
+    ):
+        """`check_many`; with `decided`, which is filled with how many were decided, up to the first that is denied."""
         cdef Batch batch
         cdef Verdict verdict
         cdef Py_ssize_t i = 0
@@ -630,6 +646,7 @@ cdef class QuotaTable:
             out = np.empty(batch.count, np.uint8)
         else:
             require_target(out, "out", np.uint8, batch.count)
+        batch.until_denied = decided != NULL
         batch.codes = <const int64_t*> cnp.PyArray_DATA(rows)
         batch.tokens = <const int64_t*> cnp.PyArray_DATA(tokens)
         batch.limits = <uint8_t*> cnp.PyArray_DATA(out)
@@ -645,7 +662,7 @@ cdef class QuotaTable:
         batch.now_ns = rows_now_ns(self.shared)
         if batch.now_ns >= self.shared.fine_until_ns:
             self.state.look(batch.now_ns)
-        while i < batch.count:
+        while i < batch.count and not (batch.until_denied and i and batch.limits[i - 1]):
             self.state.inside += 1
             with nogil:
                 i = check_batch(&batch, self.shared, i, &verdict)
@@ -657,13 +674,14 @@ cdef class QuotaTable:
             if verdict.to_log:
                 name = self.interned.name_of(batch.violating)
                 due.append((name, result_of(&verdict, name), verdict.to_log))
-        if times_ns is not None and batch.count:
-            if batch.times_ns[batch.count - 1] > self.state.manual.time_ns:
-                self.state.manual.move_to(batch.times_ns[batch.count - 1])
+        if times_ns is not None and i and batch.times_ns[i - 1] > self.state.manual.time_ns:
+            self.state.manual.move_to(batch.times_ns[i - 1])
         if batch.others_may_free:
             self.pools.reclaim_if_due()
         for model_id, result, held in due:
             self.admission.events.on_violation(model_id, result, held)
+        if decided != NULL:
+            decided[0] = i
         return out
 
     def charge_many(self, codes, tokens, *, over=None):
