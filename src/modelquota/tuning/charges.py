@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
 from modelquota.tuning.trace import Trace
-from modelquota.tuning.windows import rolling_sums
+from modelquota.tuning.windows import Windows
 
-__all__ = ["Charges", "reserved_at_once", "token_charges"]
+__all__ = ["Charges", "charges_of", "reserved_at_once"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -32,6 +32,8 @@ class Charges:
         Which of the charges are made by a request that arrives; by default all.
     held : int64 array, optional
         Of each request: what all that are open when it arrives, itself included, hold beyond what is in `counts`.
+    windows : Windows, optional
+        Those of the same times, if they are used elsewhere too.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class Charges:
         counts: Int64Array | None,
         requests: npt.NDArray[np.intp] | None = None,
         held: Int64Array | None = None,
+        windows: Windows | None = None,
     ) -> None:
+        self._windows = Windows(times_ns) if windows is None else windows
         self.times_ns = times_ns
         self.counts = counts
         self._requests: npt.NDArray[np.intp] | slice = slice(None) if requests is None else requests
@@ -65,12 +69,18 @@ class Charges:
 
     def windows(self, window_ns: int) -> Int64Array:
         """Return what the window that ends with each request counts, itself included; closed at both ends."""
-        return rolling_sums(self.times_ns, self.counts, window_ns)[self._requests] + self._held
+        return self._windows.sums(self.counts, window_ns)[self._requests] + self._held
 
     def levels(self, rate: float) -> FloatArray:
         """Return the level of a bucket that drains at `rate` per second right after each request."""
-        excess = self._before - rate * self._seconds
-        levels: FloatArray = (excess - np.minimum.accumulate(excess) + self._costs)[self._requests] + self._held
+        levels: FloatArray = self._seconds * -rate  # in place from here on: memory that is new costs more than the sums
+        levels += self._before
+        levels -= np.minimum.accumulate(levels)
+        levels += self._costs
+        if not isinstance(self._requests, slice):
+            levels = levels[self._requests]
+        if not isinstance(self._held, int):
+            levels += self._held
         return levels
 
     def highest_level(self, rate: float) -> Fraction:
@@ -90,10 +100,18 @@ def reserved_at_once(trace: Trace) -> Int64Array:
     return np.maximum(trace.tokens, trace.estimated_tokens)
 
 
-def token_charges(trace: Trace) -> Charges:
-    """Return the charges of tokens, as a replay makes them: what is reserved counts if the trace has durations too."""
+def charges_of(trace: Trace) -> dict[str, Charges]:
+    """Return the charges of requests and of tokens, as a replay makes them, by unit.
+
+    What is reserved counts if the trace has durations too.
+    """
+    windows = Windows(trace.times_ns)
+    return {"requests": Charges(trace.times_ns, None, windows=windows), "tokens": _token_charges(trace, windows)}
+
+
+def _token_charges(trace: Trace, windows: Windows) -> Charges:
     if trace.durations_ns is None or trace.estimated_tokens is None:
-        return Charges(trace.times_ns, trace.tokens)
+        return Charges(trace.times_ns, trace.tokens, windows=windows)
     used = trace.tokens
     reserved = np.where(trace.estimated_tokens < 0, used, trace.estimated_tokens)
     ends_ns = trace.times_ns + np.maximum(trace.durations_ns, 0)
@@ -105,7 +123,7 @@ def token_charges(trace: Trace) -> Charges:
     held = np.cumsum(unused) - given_back[ended]
     late = order[used[order] > reserved[order]]
     if not len(late):
-        return Charges(trace.times_ns, np.minimum(used, reserved), None, held)
+        return Charges(trace.times_ns, np.minimum(used, reserved), None, held, windows)
     # Likewise, what ends at the moment of an arrival may come before it.
     times_ns = np.concatenate((ends_ns[late], trace.times_ns))
     counts = np.concatenate(((used - reserved)[late], np.minimum(used, reserved)))

@@ -21,9 +21,10 @@ from modelquota.tuning.cells import (
     timestamps,
 )
 from modelquota.tuning.formats.base import ROLES, Kind
+from modelquota.tuning.source import NEWLINE
 from modelquota.tuning.table import Table
 
-COMMA, NEWLINE = ord(","), ord("\n")
+COMMA = ord(",")
 
 
 class OpenQuote(Exception):

@@ -14,6 +14,7 @@ import numpy as np
 
 from modelquota.tuning.cells import MAX_TOKENS, MISSING, UNITS_NS, BadCell, BadRow, Int64Array, parse_name, shown
 from modelquota.tuning.formats.base import ROLES, Kind
+from modelquota.tuning.source import NEWLINE, count_of
 from modelquota.tuning.table import Table
 
 parse_block: Callable[[bytes], Any] = json.loads
@@ -45,21 +46,22 @@ class JsonReader:
 
     def add(self, data: bytes, first_line: int, last: bool) -> None:
         """Add the records of a block; raises BadRow for the first that is malformed, with the index of its line."""
-        lines = data.split(b"\n")
-        if not lines[-1]:
-            lines.pop()
         with _without_collection():
-            if not self._add_plain(lines, first_line):
+            if not self._add_plain(data, first_line):
+                lines = data.split(b"\n")
+                if not lines[-1]:
+                    lines.pop()
                 self._add_any(lines, first_line, last)
 
     # -- at once
 
-    def _add_plain(self, lines: list[bytes], first_line: int) -> bool:
+    def _add_plain(self, data: bytes, first_line: int) -> bool:
+        whole = data.removesuffix(b"\n")
         try:
-            records = parse_block(b"[" + b",".join(lines) + b"]")
+            records = parse_block(b"[" + whole.replace(b"\n", b",") + b"]")
         except (ValueError, RecursionError):
             return False
-        if len(records) != len(lines) or set(map(type, records)) != {dict}:
+        if len(records) != count_of(whole, NEWLINE) + 1 or set(map(type, records)) != {dict}:
             return False
         requests = self._format.requests(records)
         if len(requests) != len(records):

@@ -21,7 +21,7 @@ from modelquota.tuning.csvtable import CsvReader, OpenQuote, decoded, header_cel
 from modelquota.tuning.detect import BadLine, Choice, expected_columns, table_for
 from modelquota.tuning.formats import FORMATS, ROLES
 from modelquota.tuning.jsonlines import JsonReader, parse_record
-from modelquota.tuning.source import Progress, blocks, name_of
+from modelquota.tuning.source import NEWLINE, Progress, blocks, count_of, name_of
 from modelquota.tuning.table import Table
 
 __all__ = ["Trace", "read_trace"]
@@ -167,7 +167,7 @@ def read_trace(
         prompt or output, the file need not be of a known format. The roles are time, prompt, cached, output, estimated,
         model, user, duration, priority, delay and blocks.
     progress : callable, optional
-        Called as `progress(bytes_read, total_bytes)` after every megabyte and at the end; `total_bytes` is 0 if it is
+        Called as `progress(bytes_read, total_bytes)` after every 128 KiB and at the end; `total_bytes` is 0 if it is
         not known (a pipe).
 
     Returns
@@ -245,7 +245,7 @@ def _read(name: str, data: Iterator[bytes], choice: Choice) -> tuple[Table, tupl
 
 
 def _line_ends(data: bytes) -> int:
-    return data.count(b"\n") + (data.count(b"\r") - data.count(b"\r\n") if b"\r" in data else 0)
+    return count_of(data, NEWLINE) + (data.count(b"\r") - data.count(b"\r\n") if b"\r" in data else 0)
 
 
 def _begin(data: bytes, line: int, choice: Choice) -> tuple[bytes, int, CsvReader | JsonReader, Table, tuple[str, ...]]:

@@ -16,7 +16,7 @@ from modelquota.tuning.advice import (
 )
 from modelquota.tuning.capacity import Capacity
 from modelquota.tuning.cells import NS_PER_SECOND
-from modelquota.tuning.charges import Charges, token_charges
+from modelquota.tuning.charges import charges_of
 from modelquota.tuning.frontier import frontier
 from modelquota.tuning.replay import replay, selections, with_patterns
 from modelquota.tuning.report import ModelReplay
@@ -182,7 +182,7 @@ def _analyze(
     headroom: float,
     target_denied: float,
 ) -> ModelTuning:
-    charges = {"requests": Charges(trace.times_ns, None), "tokens": token_charges(trace)}
+    charges = charges_of(trace)
     points = {unit: frontier(charged, unit) for unit, charged in charges.items()}
     limits = advise(trace, charges, points, headroom=headroom, target_denied=target_denied)
     current = None if quotas is None else quotas.get(name)

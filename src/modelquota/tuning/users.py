@@ -10,9 +10,9 @@ from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.limits import CATALOGUE
 from modelquota.tuning.advice import exceeded_by, round_count
 from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
-from modelquota.tuning.charges import Charges, token_charges
+from modelquota.tuning.charges import charges_of
 from modelquota.tuning.trace import Trace
-from modelquota.tuning.windows import counted_ns, rolling_sums
+from modelquota.tuning.windows import Windows, counted_ns
 
 __all__ = ["UserTuning", "UserUse", "tune_users"]
 
@@ -103,22 +103,22 @@ def tune_users(trace: Trace, per: str, *, headroom: float, target_denied: float)
         if not len(rows):
             continue
         times_ns, costs = trace.times_ns[rows], tokens[rows]
-        charged = token_charges(trace.select(rows))
+        charges = charges_of(trace.select(rows))
+        windows = Windows(times_ns)
         minute = _RPM_WINDOW_S * NS_PER_SECOND - 1
         uses.append(
             UserUse(
                 name=user,
                 requests=len(rows),
                 tokens=int(costs.sum()),
-                peak_requests_minute=int(rolling_sums(times_ns, None, minute).max()),
-                peak_tokens_minute=int(rolling_sums(times_ns, costs, minute).max()),
-                peak_tokens_hour=int(rolling_sums(times_ns, costs, 3_600 * NS_PER_SECOND - 1).max()),
+                peak_requests_minute=int(windows.sums(None, minute).max()),
+                peak_tokens_minute=int(windows.sums(costs, minute).max()),
+                peak_tokens_hour=int(windows.sums(costs, 3_600 * NS_PER_SECOND - 1).max()),
             )
         )
         for record in records:
             assert record.window is not None
-            charges = charged if record.unit == "tokens" else Charges(times_ns, None)
-            held[record.quota_field].append(charges.windows(counted_ns(record.window.seconds)))
+            held[record.quota_field].append(charges[record.unit].windows(counted_ns(record.window.seconds)))
     fields: dict[str, Any] = {}
     reasons = {}
     for record in records:

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from modelquota.quota.limits import WINDOWS
 from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
 from modelquota.tuning.trace import Trace
 
-__all__ = ["KINDS", "LENGTHS", "WindowUse", "counted_ns", "rolling_sums", "window_uses"]
+__all__ = ["KINDS", "LENGTHS", "WindowUse", "Windows", "counted_ns", "window_uses"]
 
 LENGTHS = dict(
     sorted(
@@ -65,18 +66,35 @@ def counted_ns(seconds: int) -> int:
     return -(-seconds * NS_PER_SECOND * (_SLOTS + 1) // _SLOTS) + _SLOTS + 1
 
 
-def rolling_sums(times_ns: Int64Array, counts: Int64Array | None, window_ns: int) -> Int64Array:
-    """Return what the window that ends with each request held, itself included; None counts requests.
+class Windows:
+    """Where the windows that end with each of some requests begin; the last length asked for is kept.
 
-    The window is closed at both ends, so that it holds at least what a quota's does.
+    Parameters
+    ----------
+    times_ns : int64 array
+        In order.
     """
-    first = np.searchsorted(times_ns, times_ns - window_ns, side="left")
-    last = np.arange(1, len(times_ns) + 1)
-    if counts is None:
-        return last - first
-    before = _before(counts)
-    sums: Int64Array = before[last] - before[first]
-    return sums
+
+    def __init__(self, times_ns: Int64Array) -> None:
+        self._times_ns = times_ns
+        self._kept_ns = -1
+        self._kept: npt.NDArray[np.intp] = np.zeros(0, np.intp)
+
+    def first(self, window_ns: int) -> npt.NDArray[np.intp]:
+        """Return the first request of each window, closed at both ends: it holds at least what a quota's does."""
+        if window_ns != self._kept_ns:
+            self._kept = np.searchsorted(self._times_ns, self._times_ns - window_ns, side="left")
+            self._kept_ns = window_ns
+        return self._kept
+
+    def sums(self, counts: Int64Array | None, window_ns: int) -> Int64Array:
+        """Return what the window that ends with each request held, itself included; None counts requests."""
+        first = self.first(window_ns)
+        if counts is None:
+            return np.arange(1, len(first) + 1) - first
+        before = _before(counts)
+        sums: Int64Array = before[1:] - before[first]
+        return sums
 
 
 def _before(counts: Int64Array) -> Int64Array:
@@ -103,7 +121,6 @@ def window_uses(trace: Trace) -> Iterator[WindowUse]:
         kind: np.arange(len(times_ns) + 1) if counts is None else _before(counts)
         for kind, counts in counts_of(trace).items()
     }
-    last = np.arange(1, len(times_ns) + 1)
     span_ns = int(times_ns[-1] - times_ns[0])
     for window, seconds in LENGTHS.items():
         window_ns = seconds * NS_PER_SECOND
@@ -116,7 +133,7 @@ def window_uses(trace: Trace) -> Iterator[WindowUse]:
             moments = [np.searchsorted(times_ns, at, side="right") for at in (ends, ends - window_ns)]
         for kind in KINDS:
             held = before[kind]
-            sums = held[last] - held[first]
+            sums = held[1:] - held[first]
             at = int(sums.argmax())
             shares: list[float | None] = [None, None, None]
             if moments is not None:

@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from modelquota.tuning.cells import Int64Array
@@ -98,9 +99,12 @@ class Format:
     def values(self, role: str, records: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Return what each record has for a role; None if it has nothing. A required key that is missing: KeyError."""
         column = self.columns[role]
-        if role in self.required:
-            return [record[column] for record in records]
-        return [record.get(column) for record in records]
+        try:
+            return list(map(itemgetter(column), records))
+        except KeyError:
+            if role in self.required:
+                raise
+            return [record.get(column) for record in records]
 
     def finish(self, columns: dict[str, Int64Array], users: Int64Array | None) -> list[str]:
         """Complete the columns of a whole trace, in the order of its file; return what the reader should be told."""

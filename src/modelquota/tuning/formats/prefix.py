@@ -1,7 +1,9 @@
 """The cached part of prompts, from the ids of their blocks: the blocks in front that an earlier prompt had."""
 
+from array import array
 from collections.abc import Hashable, Sequence
 from itertools import chain
+from typing import cast
 
 import numpy as np
 
@@ -29,8 +31,10 @@ class PrefixBlocks:
 
     def cached(self, lists: Sequence[Sequence[int | str] | None], prompts: Int64Array) -> Int64Array:
         """Return how many tokens of each prompt, in the order of the trace, are in blocks that are known."""
-        given: list[Sequence[int | str]] = [blocks if blocks is not None else () for blocks in lists]
-        if {type(blocks) for blocks in given} - {list, tuple}:
+        given: Sequence[Sequence[int | str]] = lists  # type: ignore[assignment]
+        if set(map(type, lists)) != {list}:
+            given = [blocks if blocks is not None else () for blocks in lists]
+        if set(map(type, given)) - {list, tuple}:
             index = next(i for i, blocks in enumerate(given) if type(blocks) not in (list, tuple))
             raise BadRow(index, self._column, f"expected a list of block ids, found {shown(given[index])}")
         lengths = np.fromiter(map(len, given), np.int64, len(given))
@@ -63,11 +67,11 @@ class PrefixBlocks:
         flat = list(chain.from_iterable(lists))
         if not self._numbers:
             try:
-                ids = np.array(flat)
-            except (OverflowError, ValueError):
-                ids = np.zeros(0)
-            if ids.dtype == np.int64 and int(ids.min()) >= 0 and int(ids.max()) < 4 * self._ids + 1_000_000:
-                return np.asarray(ids, np.int64)
+                ids = np.frombuffer(array("q", cast("list[int]", flat)), np.int64)  # twice as fast as from a list
+            except (OverflowError, TypeError):
+                ids = np.full(1, -1)
+            if int(ids.min()) >= 0 and int(ids.max()) < 4 * self._ids + 1_000_000:
+                return ids
         numbers = self._numbers
         if not numbers:  # until now the ids were their own numbers
             known = np.flatnonzero(self._first_row)
