@@ -1,5 +1,6 @@
 """Sums over ledgers: who used how much of what, by whom or when."""
 
+import functools
 import json
 import os
 import time
@@ -10,16 +11,18 @@ from typing import Any
 from modelquota.errors import TraceError
 from modelquota.tuning.cells import shown
 from modelquota.tuning.formats.ledger import ids_of, tokens_of
+from modelquota.tuning.jsonlines import parse_block
 from modelquota.tuning.source import Progress, blocks, name_of
 
 __all__ = ["KEYS", "Usage", "UsageReport", "read_usage"]
 
 
 def _moment(form: str) -> Callable[[Mapping[str, Any]], str]:
-    def key(record: Mapping[str, Any]) -> str:
-        return time.strftime(form, time.gmtime(record["time_us"] // 1_000_000))
+    @functools.lru_cache(maxsize=64)
+    def of_hour(hour: int) -> str:
+        return time.strftime(form, time.gmtime(hour * 3_600))
 
-    return key
+    return lambda record: of_hour(record["time_us"] // 3_600_000_000)
 
 
 KEYS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -150,7 +153,6 @@ def read_usage(
             raise ValueError(f"usage is summed by {key!r}; expected one of {', '.join(KEYS)}")
     keys = [KEYS[key] for key in by]
     groups: dict[tuple[str, ...], Usage] = {}
-    total = Usage()
     lost = torn = 0
     open_sessions: dict[Any, int] = {}
     for path in paths:
@@ -171,7 +173,6 @@ def read_usage(
                         if usage is None:
                             usage = groups[found] = Usage()
                         usage.add(record)
-                        total.add(record)
                     except (KeyError, TypeError, ValueError, IndexError) as error:
                         raise TraceError(f"not a request of a ledger ({error!r})", path=name, line=line) from None
                 elif "lost" in record and "time_us" in record:
@@ -186,6 +187,10 @@ def read_usage(
                     raise TraceError(
                         f"not a line of a ledger: {shown(text.decode('utf-8', 'replace'))}", path=name, line=line
                     )
+    total = Usage()
+    for usage in groups.values():
+        for name in Usage.__slots__:
+            setattr(total, name, getattr(total, name) + getattr(usage, name))
     return UsageReport(
         by=tuple(by),
         groups=dict(sorted(groups.items())),
@@ -196,10 +201,18 @@ def read_usage(
     )
 
 
+def _parsed(text: bytes) -> Any:
+    """Parse a line; what orjson refuses and the standard library takes, such as a lone surrogate, is taken."""
+    try:
+        return parse_block(text)
+    except ValueError:
+        return json.loads(text)
+
+
 def _record(name: str, line: int, text: bytes) -> dict[str, Any] | None:
     """Return what a line says; None if it was cut off."""
     try:
-        record = json.loads(text)
+        record = _parsed(text)
     except (ValueError, RecursionError) as error:
         if not text.rstrip().endswith(b"}"):
             return None
