@@ -1,14 +1,17 @@
 """`modelquota tune` and `replay` as a user calls them: tables, JSON, files, exit codes, one line for each mistake."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
 
 import pytest
+from asgi_client import Call
 from traces import write_small_trace
 from typer.testing import CliRunner
 
 from modelquota import load_quotas
+from modelquota.asgi import Quota
 from modelquota.cli.app import app
 
 CURRENT = """
@@ -52,6 +55,39 @@ def test_from_a_trace_to_a_quotas_file(files):
     assert load_quotas("quotas.toml")["code"].max_requests_per_second > 0
     assert run("replay", "trace.csv", "-q", "quotas.toml").exit_code == 0
     assert Path("tune.svg").read_text().startswith("<svg")
+
+
+def test_what_was_written_is_served_with(files, monkeypatch):
+    """From README: tune writes a file, and `Quota` has its limits."""
+    assert run("tune", "trace.csv", "--model", "code", "--write", "quotas.toml").exit_code == 0
+    monkeypatch.setenv("MODELQUOTA_QUOTAS", str(files / "quotas.toml"))
+
+    async def model(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def main():
+        app = Quota(model)
+        most = load_quotas("quotas.toml")["code"].max_tokens_per_minute
+        body = {"model": "code", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": most + 1}
+        assert (await Call(app, body=body | {"max_tokens": 5})).status == 200
+        answer = await Call(app, body=body)
+        assert answer.status == 400, answer.body
+        assert b"tokens per" in answer.body
+
+    asyncio.run(main())
+
+
+def test_a_model_that_nobody_has_named_is_told(files):
+    outcome = run("tune", "trace.csv", "--write", "quotas.toml")
+    assert "the trace names no model: the limits are for one called 'default'" in " ".join(outcome.stdout.split())
+    assert "default" in load_quotas("quotas.toml")
+    assert "names no model" not in run("tune", "trace.csv", "--model", "code").stdout
+    Path("named.csv").write_text("TIMESTAMP,Model,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03,chat,5,6\n")
+    outcome = run("tune", "named.csv", "--model", "code")
+    assert (outcome.exit_code, outcome.stderr.splitlines()[-1]) == (
+        2, "modelquota: error: the trace names its models; leave out model='code'",
+    )  # fmt: skip
 
 
 def test_the_difference_to_the_current_quotas_is_shown(files):

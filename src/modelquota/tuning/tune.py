@@ -75,7 +75,8 @@ def tune(
     Raises
     ------
     ValueError
-        A parameter is out of range, or the trace names no users though it is to be tuned per user.
+        A parameter is out of range, a model is given for a trace that names its own, or the trace names no users though
+        it is to be tuned per user.
     """
     for name, value, most in (("headroom", headroom, 10), ("target_denied", target_denied, 0.5)):
         if not 0 <= value <= most:
@@ -84,6 +85,8 @@ def tune(
         raise ValueError(f"scale is {scale}; expected above 0 and up to 1000, e.g. 1.5 for half as much again")
     if not len(trace):
         raise ValueError("the trace has no requests")
+    if model is not None and trace.models:
+        raise ValueError(f"the trace names its models; leave out model={model!r}")
     quotas = None if current is None else with_patterns(current, trace.models if model is None else (model,))
     names = trace.models or (_only(model, quotas),)
     steps = _Steps(len(names) + 6, progress)
@@ -247,6 +250,8 @@ def _warnings(
     trace: Trace, models: tuple[ModelTuning, ...], capacity: Capacity | None, target_denied: float
 ) -> tuple[str, ...]:
     warnings = []
+    if trace.model_index is None and models[0].model_id == DEFAULT_MODEL:
+        warnings.append(f"the trace names no model: the limits are for one called {DEFAULT_MODEL!r}; say which it is")
     unseen = {CATALOGUE[item.limit].window for model in models for item in model.limits if item.extrapolated}
     for window in sorted((window for window in unseen if window is not None), key=lambda window: window.seconds):
         warnings.append(
