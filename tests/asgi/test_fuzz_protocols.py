@@ -15,7 +15,7 @@ import zlib
 
 import pytest
 from asgi_client import Call
-from protocol_samples import EVENTS, FREE, JSON_TYPE, LINES, SAMPLES
+from protocol_samples import EVENTS, EVERY_PATH, FREE, JSON_TYPE, LINES
 
 from modelquota import ManualClock, ResourceQuotaConfig, ResourceQuotaManager, Tokens
 from modelquota.asgi import Demand, QuotaMiddleware, RequestRefusedError
@@ -62,7 +62,20 @@ FIELDS = [
         "priority",
         "images",
     ),
-    *("query", "documents", "usage", "role", "content", "source", "image_url", "num_predict", "maxOutputTokens"),
+    *(
+        "instances",
+        "parameters",
+        "file",
+        "query",
+        "documents",
+        "usage",
+        "role",
+        "content",
+        "source",
+        "image_url",
+        "num_predict",
+        "maxOutputTokens",
+    ),
 ]
 PACKED = ((b"gzip", gzip.compress), (b"deflate", zlib.compress), (b"br", bytes), (b"gzip", bytes))
 JUNK = (b"data: ", b"\n\n", b"\r", b'{"usage":', b"x" * 9999, b'data: {"choices":[{"delta":5}]}\n\n')
@@ -82,14 +95,13 @@ def value(rng, depth=0):
 
 
 def body_of(rng, sample):
-    body = dict(sample.body) | (sample.bound if rng.random() < 0.5 else {})
-    for _ in range(rng.choice((0, 0, 0, 1, 2))):
-        body[rng.choice(FIELDS)] = value(rng)
-    if rng.random() < 0.05:
-        body = value(rng)
-    text = json.dumps(body)
-    data = text.encode(rng.choice(("utf-8",) * 6 + ("utf-8-sig", "utf-16", "utf-16-be", "utf-32")))
-    headers = []
+    changes = {rng.choice(FIELDS): value(rng) for _ in range(rng.choice((0, 0, 0, 1, 2)))}
+    changes |= sample.bound if rng.random() < 0.5 else {}
+    kind, data = sample.sent(**changes)
+    if kind == JSON_TYPE:
+        body = value(rng) if rng.random() < 0.05 else {**sample.body, **changes}
+        data = json.dumps(body).encode(rng.choice(("utf-8",) * 6 + ("utf-8-sig", "utf-16", "utf-16-be", "utf-32")))
+    headers = [] if kind == JSON_TYPE else [(b"content-type", kind)]
     if rng.random() < 0.1:
         name, pack = rng.choice(PACKED)
         data = pack(data)
@@ -104,7 +116,9 @@ def body_of(rng, sample):
     if rng.random() < 0.5:
         headers.append((b"x-user", rng.choice((b"a", b"b", b"", b"\xff", b"u" * 300, b"a\0", b"a,b,c", b"a#usd"))))
     if rng.random() < 0.05:
-        headers.append((b"content-type", rng.choice((b"multipart/form-data; boundary=b", b"text/plain", b"\xff"))))
+        headers.insert(0, (b"content-type", rng.choice((b"multipart/form-data; boundary=b", b"text/plain", b"\xff"))))
+    if not any(name == b"content-type" for name, _ in headers):
+        headers.append((b"content-type", JSON_TYPE))
     return data, headers
 
 
@@ -186,7 +200,7 @@ def new_manager():
 
 
 async def one(rng, manager):
-    sample = rng.choice(SAMPLES)
+    sample = rng.choice(EVERY_PATH)
     path = rng.choice(PATHS) if rng.random() < 0.05 else sample.path
     root = rng.choice(("", "", "", "/api", "/v1"))
     data, headers = body_of(rng, sample)
@@ -196,7 +210,7 @@ async def one(rng, manager):
     app = QuotaMiddleware(model, manager, max_body_bytes=MOST_BODY, **rng.choice(OPTIONS))
     asgi = {"version": "3.0", "spec_version": rng.choice(("2.1", "2.3", "2.4", "3.0"))}
     call = Call(app, rng.choice(("", "/app", root)) + path, parts=parts, root_path=root, asgi=asgi)
-    call.scope["headers"] = [*call.scope["headers"], *headers]
+    call.scope["headers"] = headers
     call.scope["http_version"] = rng.choice(("1.0", "1.1", "2"))
     held = manager.reserve("m", 0) if rng.random() < 0.1 and not manager.get_usage("m").concurrent_requests else None
     call.start()

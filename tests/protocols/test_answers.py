@@ -125,9 +125,18 @@ def test_an_answer_of_anthropic_on_a_path_of_openai_is_read():
     assert used(OPENAI, EVENTS, *ANTHROPIC_STREAM) == Tokens(6, 4, 5)
 
 
-def test_the_reports_of_a_batch_add_up():
-    answer = [{"text": WORD, "meta_info": META}, {"text": WORD, "meta_info": META}]
+@pytest.mark.parametrize("length", [0, MOST_HELD + 1])
+@pytest.mark.parametrize("kind", ["a batch", "instances"])
+def test_the_reports_of_a_batch_add_up(kind, length):
+    answers = [{"padding": "x" * length, "text": WORD, "meta_info": META}] * 2
+    answer = {"predictions": answers} if kind == "instances" else answers
     assert used(protocol("sglang"), JSON_TYPE, answer) == Tokens(12, 8, 10)
+
+
+def test_the_texts_of_a_batch_without_reports_add_up():
+    answers = [{"text": WORD * 4}, {"text": WORD * 4}]  # five tokens each
+    for answer in (answers, {"predictions": answers}):
+        assert used(protocol("sglang"), JSON_TYPE, answer) == Tokens(10, 0, 10)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,9 @@ def test_ollama_streams_unless_told_not_to():
         ("/v1beta/models/m:generateContent", {"generationConfig": {"candidateCount": 2}}, 2),
         ("/generate", {"text": ["a", "b"], "sampling_params": {"n": 3}}, 6),
         ("/generate", {"input_ids": [[1], [2]]}, 2),
+        ("/vertex_generate", {"instances": [{"text": "a"}] * 3, "parameters": {"sampling_params": {"n": 2}}}, 6),
+        ("/vertex_generate", {"instances": [{"input_ids": [1, 2]}] * 2}, 2),
+        ("/vertex_generate", {"instances": 5, "parameters": [7]}, 1),
         ("/v1/chat/completions/batch", {"messages": [[{}], [{}], [{}]]}, 3),
     ],
 )

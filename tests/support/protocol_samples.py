@@ -56,10 +56,10 @@ class Sample:
             return JSON_TYPE, json.dumps(body).encode()
         parts = b""
         for name, value in body.items():
-            is_file = isinstance(value, bytes)
-            text = value if is_file else value.encode() if isinstance(value, str) else json.dumps(value).encode()
-            head = f'Content-Disposition: form-data; name="{name}"' + ('; filename="f"' if is_file else "")
-            parts += b"--b\r\n" + head.encode() + b"\r\n\r\n" + text + b"\r\n"
+            head = f'Content-Disposition: form-data; name="{name}"' + '; filename="f"' * isinstance(value, bytes)
+            text = value if isinstance(value, str | bytes) else json.dumps(value)
+            data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+            parts += b"--b\r\n" + head.encode() + b"\r\n\r\n" + data + b"\r\n"
         return b"multipart/form-data; boundary=b", parts + b"--b--\r\n"
 
 
@@ -183,8 +183,9 @@ SAMPLES = [
 ]  # fmt: skip
 """The paths that one table has first."""
 
-FREE = ["/v1/messages/count_tokens", "/v1beta/models/m:countTokens", "/tokenize", "/detokenize",
-        "/v1/chat/completions/render", "/v1/completions/render"]  # fmt: skip
+FREE = ["/v1/messages/count_tokens", "/v1beta/models/m:countTokens", "/tokenize", "/detokenize", "/v1/tokenize",
+        "/v1/detokenize", "/v1/chat/completions/render", "/v1/completions/render", "/v1/messages/render",
+        "/v1/responses/render", "/v1/chat/completions/derender", "/v1/completions/derender"]  # fmt: skip
 
 FILE = b"\x00\xff not text"
 TRANSCRIPT_STREAM = sse(
@@ -248,6 +249,12 @@ EVERY_PATH = [
            (10, 0, 5), {"sampling_params": {"max_tokens": 50}}, TOKENS_STREAM),
     *of_table("sglang", [*below("/classify"), *below("/v1/score"), *below("/v1/rerank")]),
     *of_table("sglang", below("/v1/embeddings"), "/v1", "/api/v1"),
+    *of_table("sglang", below("/classify"), "/classify", "/v1/classify"),
+    *of_table("sglang", below("/v1/chat/completions")[:1], "/v1/chat/completions", "/invocations"),
+    *of_table("sglang", below("/invocations")),
+    Sample("sglang", "/vertex_generate", MODEL | {"instances": [{"text": TEXT}]},
+           {"predictions": [{"text": WORD * 5, "meta_info": META}]}, (6, 4, 5),
+           {"parameters": {"sampling_params": {"max_new_tokens": 50}}}, SGLANG_STREAM),
     *of_table("ollama", below("/api/embed"), "embed", "embeddings"),
 ]  # fmt: skip
 """A sample of every path of every table, also where another table has the same path."""

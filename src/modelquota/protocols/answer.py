@@ -221,8 +221,9 @@ class AnswerReader:
         self._ask(answer)
         if self._told is not None:
             return self._told
-        if protocol.adds_lists and isinstance(answer, list):
-            report.read_all(protocol.usage_tree, [[item] for item in answer])
+        answers = protocol.answers_of(answer)
+        if answers is not None:
+            report.read_all(protocol.usage_tree, [[item] for item in answers])
         else:
             report.read(protocol.usage_tree, answer)
         self.passed = self._answer_tokens(answer) if self._outputs and not report.output else 0

@@ -30,7 +30,7 @@ class Protocol:
     usage : mapping
         Where an answer, or an event of a stream, reports which number.
     adds_lists : bool
-        Whether the reports of an answer that is a list are added up; otherwise the last one counts.
+        Whether the reports in a list are added up; otherwise the last one counts.
     header_style : str
         Names of the headers that report what is left: ``"openai"`` or ``"anthropic"``.
     """
@@ -55,6 +55,10 @@ class Protocol:
     def answer_tokens(self, answer: Any) -> int:
         """Return the tokens of output of a whole answer, by its text."""
         return tokens_of_answer(answer)
+
+    def answers_of(self, answer: Any) -> list[Any] | None:
+        """Return the answers of a whole answer to several prompts, each with a report; None if it is a single one."""
+        return None
 
     def usage_at_end(self, body: bytes) -> tuple[int, int, int] | None:
         """Return what a whole answer reports, if that can be told without parsing all of it; otherwise None.

@@ -22,7 +22,9 @@ _INPUT_PATHS: Final = (
     "/generative_scoring",
 )  # fmt: skip
 _FREE_PATHS: Final = (
-    "/tokenize", "/detokenize", "/v1/chat/completions/render", "/v1/completions/render", "/v1/messages/count_tokens",
+    "/tokenize", "/detokenize", "/v1/messages/count_tokens",
+    "/v1/chat/completions/render", "/v1/completions/render", "/v1/messages/render", "/v1/responses/render",
+    "/v1/chat/completions/derender", "/v1/completions/derender",
 )  # fmt: skip
 
 
