@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 import logging
 import math
+import os
 import subprocess
 import sys
 import tomllib
@@ -20,7 +21,7 @@ from asgi_client import Call, chat, reply, used
 from fastapi import FastAPI
 from http_server import serving
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
 from modelquota import QuotaConfigError, QuotaFileError, ResourceQuotaManager
@@ -57,56 +58,76 @@ def manager():
     return guard.manager
 
 
+class CheckOfKeys:
+    """What vLLM's check of API keys answers: an ASGI middleware that lets OPTIONS and paths not below /v1 pass."""
+
+    def __init__(self, app, keys):
+        self.app = app
+        self.keys = keys
+
+    async def __call__(self, scope, receive, send):
+        checked = scope["type"] == "http" and scope["method"] != "OPTIONS" and scope["path"].startswith("/v1")
+        if checked and dict(scope["headers"]).get(b"authorization") not in self.keys:
+            await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
 class TestVLLM:
     """``--middleware NAME``, and the entry point group ``vllm.endpoint_plugins``."""
 
     @staticmethod
-    def add_middleware(app, name):
-        """What vLLM does with each ``--middleware``."""
-        module_path, object_name = name.rsplit(".", 1)
-        imported = getattr(importlib.import_module(module_path), object_name)
-        if inspect.isclass(imported):
-            app.add_middleware(imported)
-        elif inspect.iscoroutinefunction(imported):
-            app.middleware("http")(imported)
-        else:
-            raise ValueError(f"Invalid middleware {name}. Must be a function or a class.")
-
-    def test_the_middleware_by_its_name(self, configure):
-        configure()
-        app = chat_app()
-        self.add_middleware(app, "modelquota.asgi.Quota")
-        assert ask(app).status == 200
-        assert used(manager()) == (7, 0, 0)
-
-    @staticmethod
-    def load_endpoint_plugins(allowed, supported_tasks):
-        """What vLLM does at the start: only plugins that are named are loaded, and one that fails is left out."""
-        plugins = []
+    def load_by_group(allowed):
+        """What vLLM does with a group: what cannot be loaded is logged and left out."""
+        factories = {}
         for name in PYPROJECT["project"]["entry-points"]["vllm.endpoint_plugins"]:
-            if allowed is None or name not in allowed:
-                continue
+            if name in allowed:
+                try:
+                    factories[name] = entry_point("vllm.endpoint_plugins")
+                except Exception:
+                    logging.getLogger("vllm").exception("Failed to load plugin %s", name)
+        return factories
+
+    def load_endpoint_plugins(self, allowed, supported_tasks):
+        """What vLLM does at the start: only plugins that are named are loaded, and one that fails is left out."""
+        if allowed is None:
+            return []
+        plugins = []
+        for name, factory in self.load_by_group(allowed).items():
             try:
-                plugin = entry_point("vllm.endpoint_plugins")()
+                plugin = factory()
             except Exception:
+                logging.getLogger("vllm").exception("Failed to instantiate endpoint plugin %s", name)
                 continue
             tasks = plugin.required_tasks
             if tasks is None or set(tasks) & set(supported_tasks):
                 plugins.append(plugin)
         return plugins
 
-    def build_app(self, allowed=("modelquota",)):
+    @staticmethod
+    def add_middlewares(app, keys, names):
+        """What vLLM adds, in its order: CORS, the check of API keys, and each ``--middleware``, the outermost last."""
+        app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
+        if keys:
+            app.add_middleware(CheckOfKeys, keys=[b"Bearer " + key for key in keys])
+        for name in names:
+            module_path, object_name = name.rsplit(".", 1)
+            imported = getattr(importlib.import_module(module_path), object_name)
+            if inspect.isclass(imported):
+                app.add_middleware(imported)
+            elif inspect.iscoroutinefunction(imported):
+                app.middleware("http")(imported)
+            else:
+                raise ValueError(f"Invalid middleware {name}. Must be a function or a class.")
+
+    def build_app(self, allowed=("modelquota",), keys=(b"secret",), middleware=()):
+        """What vLLM does: routes, then endpoint plugins, then middlewares; the state when the engine is there."""
         app = chat_app()
-        app.state.endpoint_plugins = self.load_endpoint_plugins(allowed, ("generate",))
-        for plugin in app.state.endpoint_plugins:
+        plugins = self.load_endpoint_plugins(allowed, ("generate",))
+        for plugin in plugins:
             plugin.attach_router(app)
-
-        async def check_key(request, call_next):
-            if request.headers.get("authorization") != "Bearer secret":
-                return JSONResponse({"error": "Unauthorized"}, 401)
-            return await call_next(request)
-
-        app.add_middleware(BaseHTTPMiddleware, dispatch=check_key)
+        app.state.endpoint_plugins = plugins
+        self.add_middlewares(app, keys, middleware)
 
         async def init():
             for plugin in app.state.endpoint_plugins:
@@ -115,13 +136,42 @@ class TestVLLM:
         asyncio.run(init())
         return app
 
+    def test_the_middleware_by_its_name(self, configure):
+        configure()
+        app = self.build_app(None, keys=(), middleware=["modelquota.asgi.Quota"])
+        assert ask(app).status == 200
+        assert used(manager()) == (7, 0, 0)
+
+    def test_the_middleware_by_its_name_is_outside_of_the_check_of_keys(self, configure):
+        """Strangers are decided too, but cost nothing."""
+        configure()
+        app = self.build_app(None, middleware=["modelquota.asgi.Quota"])
+        assert ask(app, authorization="Bearer guessed").status == 401
+        assert used(manager()) == (0, 0, 0)
+        assert manager().get_usage("m").requests_this_hour == 0
+        assert manager().get_stats().total_checks == 1
+        assert ask(app, authorization="Bearer secret").status == 200
+        assert used(manager()) == (7, 0, 0)
+
+    def test_a_denial_of_the_plugin_can_be_read_by_a_browser(self, configure):
+        """It passes through vLLM's CORS."""
+        configure("[models.m]\nmax_requests_per_hour = 1\non_violation = 'reject'\n")
+        app = self.build_app()
+        answers = [ask(app, authorization="Bearer secret", origin="http://page") for _ in range(2)]
+        assert [answer.status for answer in answers] == [200, 429]
+        assert [answer.headers["access-control-allow-origin"] for answer in answers] == ["*", "*"]
+
+    def test_the_plugin_has_the_members_of_the_protocol(self):
+        plugin = EndpointPlugin()
+        assert (plugin.name, plugin.required_tasks) == ("modelquota", None)
+        assert list(inspect.signature(plugin.attach_router).parameters) == ["app"]
+        assert list(inspect.signature(plugin.init_state).parameters) == ["engine_client", "state", "args"]
+        assert inspect.iscoroutinefunction(plugin.init_state)
+
     def test_the_plugin_is_inside_of_the_check_of_keys(self, configure):
         configure()
         app = self.build_app()
-        assert (app.state.endpoint_plugins[0].name, isinstance(app.state.endpoint_plugins[0], EndpointPlugin)) == (
-            "modelquota",
-            True,
-        )
+        assert isinstance(app.state.endpoint_plugins[0], EndpointPlugin)
         assert ask(app).status == 401
         assert used(manager()) == (0, 0, 0)
         assert manager().get_stats().total_checks == 0
@@ -148,7 +198,8 @@ class TestVLLM:
         monkeypatch.delenv("MODELQUOTA_QUOTAS", raising=False)
         with pytest.raises(QuotaConfigError, match="MODELQUOTA_QUOTAS"):
             self.build_app()
-        assert ask(self.build_app(None), authorization="Bearer secret").status == 200
+        for allowed in (None, [""], ["other"]):
+            assert ask(self.build_app(allowed), authorization="Bearer secret").status == 200
 
     def test_a_bad_file_ends_the_start_in_a_running_loop_too(self, configure):
         configure("[http]\npage = '/quota'")
@@ -223,12 +274,21 @@ class TestSGLang:
 
     @staticmethod
     def load_plugins():
-        """What SGLang does early in each process."""
-        for _ in PYPROJECT["project"]["entry-points"]["sglang.srt.plugins"]:
+        """What SGLang does early in each process; ``SGLANG_PLUGINS`` may name those that it loads."""
+        named = {name.strip() for name in os.environ.get("SGLANG_PLUGINS", "").split(",")} - {""}
+        functions = {}
+        for name in PYPROJECT["project"]["entry-points"]["sglang.srt.plugins"]:
+            if named and name not in named:
+                continue
             try:
-                entry_point("sglang.srt.plugins")()
+                functions[name] = entry_point("sglang.srt.plugins")
             except Exception:
-                logging.getLogger("sglang").exception("Failed to execute general plugin")
+                logging.getLogger("sglang").exception("Failed to load plugin %s", name)
+        for name, function in functions.items():
+            try:
+                function()
+            except Exception:
+                logging.getLogger("sglang").exception("Failed to execute general plugin: %s", name)
 
     def test_without_configuration_it_does_nothing(self, configure):
         before = list(sys.meta_path)
@@ -257,6 +317,15 @@ class TestSGLang:
         assert type(module.__loader__).__name__ == "SourceFileLoader"
         assert ask(module.app).status == 200
         assert used(manager()) == (7, 0, 0)
+
+    @pytest.mark.parametrize(
+        ("named", "counted"), [("modelquota", True), ("other, modelquota", True), ("other", False)]
+    )
+    def test_plugins_may_have_to_be_named(self, configure, monkeypatch, named, counted):
+        configure()
+        monkeypatch.setenv("SGLANG_PLUGINS", named)
+        self.load_plugins()
+        assert [one.cls for one in importlib.import_module(SERVER).app.user_middleware] == [Quota] * counted
 
     def test_a_bad_file_ends_the_process(self, configure):
         path = configure("[models.m]\nmax_ram_mb = -1")
