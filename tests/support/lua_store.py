@@ -11,6 +11,29 @@ from modelquota.cluster.store import parse_reply
 
 SCRIPT = files("modelquota.cluster").joinpath("exchange.lua").read_text(encoding="utf-8")
 
+# As much of JSON as the script uses: arrays of integers. The numbers of those that it has written are kept, since
+# taking a text apart takes long here.
+JSON = """
+local kept, count, format = {}, 0, string.format
+local string = setmetatable({format = function(pattern, ...)
+  local text = format(pattern, ...)
+  if string.sub(pattern, 1, 1) == '[' then
+    count = count + 1
+    if count % 1000 == 0 then
+      kept = {}
+    end
+    kept[text] = {...}
+  end
+  return text
+end}, {__index = string})
+local cjson = {decode = function(text)
+  if not kept[text] then
+    return loadstring('return {' .. string.sub(text, 2, -2) .. '}')()
+  end
+  return {unpack(kept[text])}
+end}
+"""
+
 LUA = lupa.lua51.LuaRuntime(encoding="latin-1", unpack_returned_tuples=True)
 
 
@@ -22,6 +45,7 @@ def sha1hex(text):
 def compiled(script):
     """The script as a function of `redis.call`, KEYS and ARGV."""
     wrapped = LUA.execute(f"""
+{JSON}
 return function(sha1hex)
   return function(call, KEYS, ARGV)
     local redis = {{call = call, sha1hex = sha1hex}}

@@ -16,6 +16,7 @@ from modelquota.cluster.quantities import (
 
 NS = 10**9
 GRANTS = component_of(CONCURRENCY)
+AS_IT_IS = (KEEP,) * COMPONENTS
 
 
 def components(**limits):
@@ -38,10 +39,14 @@ class ModelRow:
     def __init__(self, model_id, limits):
         self.model_id = model_id
         self.limits = limits
-        self.held = [0] * COMPONENTS
-        self.logs = {at: deque() for at in range(10) if limits[at] != UNLIMITED}
+        self.windows = [
+            (at, at // 5, WINDOW_SECONDS[at % 5] * NS * 61 // 60) for at in range(10) if limits[at] != UNLIMITED
+        ]
+        self.caps = [(drain, cap, (cap - 11) // 2) for drain, cap in LEVELS.values() if limits[cap] != UNLIMITED]
+        self.share([0] * COMPONENTS)
+        self.logs = {at: deque() for at, _, _ in self.windows}
         self.sums = dict.fromkeys(self.logs, 0)
-        self.levels = {drain: 0 for drain, _ in LEVELS.values()}  # in 10**-15 of a request or token
+        self.levels = {drain: 0 for drain, _, _ in self.caps}  # in 10**-15 of a request or token
         self.level_ns = 0
         self.open = 0
         self.charged = [0, 0]
@@ -49,52 +54,53 @@ class ModelRow:
         self.starved = 0
         self.changed = True
 
+    def share(self, held):
+        self.held = held
+        self.bounds = [min(pair) for pair in zip(held, self.limits, strict=True)]
+
     def clear(self):
         self.peak, self.needed, self.changed = [0, 0], [0, 0], False
 
     def advance(self, now_ns):
-        for at, log in self.logs.items():
-            counted_ns = WINDOW_SECONDS[at % 5] * NS * 61 // 60
+        for at, _, counted_ns in self.windows:
+            log = self.logs[at]
             while log and log[0][0] <= now_ns - counted_ns:
                 self.sums[at] -= log.popleft()[1]
-        for drain in self.levels:
-            rate = min(self.held[drain], self.limits[drain])
-            self.levels[drain] = max(0, self.levels[drain] - rate * (now_ns - self.level_ns))
+        for drain, _, _ in self.caps:
+            self.levels[drain] = max(0, self.levels[drain] - self.bounds[drain] * (now_ns - self.level_ns))
         self.level_ns = now_ns
 
     def used(self):
         row = [0] * COMPONENTS
         for at, total in self.sums.items():
             row[at] = total
-        for drain, cap in LEVELS.values():
+        for drain, cap, _ in self.caps:
             row[cap] = -(-self.levels[drain] // NS)
         row[GRANTS] = self.open
         return row
 
     def fits(self, bounds, request):
-        windows = all(self.sums[at] + request[at // 5] <= bounds[at] for at in self.logs)
-        levels = all(
-            self.limits[cap] == UNLIMITED
-            or self.levels[drain] + request[(cap - 11) // 2] * MILLION * NS <= bounds[cap] * NS
-            for drain, cap in LEVELS.values()
-        )
-        return windows and levels and (self.limits[GRANTS] == UNLIMITED or self.open < bounds[GRANTS])
+        for at, kind, _ in self.windows:
+            if self.sums[at] + request[kind] > bounds[at]:
+                return False
+        for drain, cap, kind in self.caps:
+            if self.levels[drain] + request[kind] * MILLION * NS > bounds[cap] * NS:
+                return False
+        return self.limits[GRANTS] == UNLIMITED or self.open < bounds[GRANTS]
 
     def admit(self, now_ns, tokens, leased):
         request = (1, tokens)
-        bounds = [min(share, limit) for share, limit in zip(self.held, self.limits, strict=True)]
-        if not leased or not self.fits(bounds, request):
+        if not leased or not self.fits(self.bounds, request):
             if self.fits(self.limits, request):
                 self.starved += 1
                 self.needed = [max(pair) for pair in zip(self.needed, request, strict=True)]
                 self.changed = True
             return False
-        for at, log in self.logs.items():
-            log.append((now_ns, request[at // 5]))
-            self.sums[at] += request[at // 5]
-        for drain, cap in LEVELS.values():
-            if self.limits[cap] != UNLIMITED:
-                self.levels[drain] += request[(cap - 11) // 2] * MILLION * NS
+        for at, kind, _ in self.windows:
+            self.logs[at].append((now_ns, request[kind]))
+            self.sums[at] += request[kind]
+        for drain, _, kind in self.caps:
+            self.levels[drain] += request[kind] * MILLION * NS
         for kind in range(2):
             self.charged[kind] += request[kind]
             self.peak[kind] = max(self.peak[kind], request[kind])
@@ -158,13 +164,12 @@ class ModelHost:
         for at, row in enumerate(rows):
             row.advance(self.now_ns())
             used = row.used()
-            for component, share in enumerate(asked[at]):
-                held = row.held[component]
-                if share == KEEP:
-                    continue
-                if share < held:
-                    share = max(share, min(used[component], held))
-                row.held[component] = share
+            if asked[at] != AS_IT_IS:
+                held = [  # never below what is used
+                    has if share == KEEP else max(share, min(used[component], has)) if share < has else share
+                    for component, (has, share) in enumerate(zip(row.held, asked[at], strict=True))
+                ]
+                row.share(held)
             answers.append(
                 (True, tuple(row.held), used, row.limits, tuple(row.charged), row.peak, row.needed, row.starved, 0)
             )

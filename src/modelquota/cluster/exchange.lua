@@ -7,66 +7,63 @@
 --
 -- Everything is computed first and written afterwards, what allocates memory first, since nothing is rolled back if a
 -- command fails. Numbers are doubles: integers up to 2^53, written by text(), since tostring() keeps 14 digits only.
+-- What has many numbers is a JSON array of integers: decoding one takes a tenth of the time of taking a text apart.
 --
 -- KEYS  <base>meta, <base>nodes, <base>ghosts, <base>node:<id>, and <base>m:<model> of each model
 -- ARGV  format, verb (exchange or leave), id, number, token, nonce, boot, boot_ms, lease_ms, and of each model
---       its limits  "version;limit:hold_ms,..." with - for none; the version is that of the ledger, 0 to change it
---       holdings    "held:used:want:need,..." with - for a quantity without a limit
+--       its limits  "version;[limit,hold_ms,...]" with a limit of -1 for none; the version is that of the ledger, 0 to
+--                   change it
+--       holdings    [held,used,want,need,...] of each quantity
 --       ghosts      "quantity:amount:hold_ms,...": what was used by a share that is given up in this exchange
 --       To publish quotas: format, publish, text; KEYS[4] is <base>quotas. To forget a dead node: the verb forget.
 -- Reply a status alone (stale, fenced, format), or lines: status, nonce, generation, milliseconds of learning left,
---       live nodes, version of the published quotas; and of each model "version;share:target:free:idle,...", with its
---       limits behind another ; if they are others. Idle is what dead nodes hold and had not used.
+--       live nodes, version of the published quotas; and of each model [version,share,target,free,idle,...], with a
+--       share of -1 for a quantity without a limit, and its limits behind a ; if they are others. Idle is what dead
+--       nodes hold and had not used.
 --       After publish the version; after forget one of forgotten, unknown, live.
 --
 -- meta        format, run (the server's run_id), generation, learning (until), clock, raw (of TIME at that clock), lease,
---             quotas (the version of those published)
+--             quotas (the version of those published), deaths (how often a node or its ghost began or ended)
 -- quotas      version and text of what was published; the script does not read it
 -- nodes       id -> end of lease, of live nodes
 -- node:<id>   number, token, nonce and reply of the last request; generation; boot, base (clock - boot_ms at least);
 --             holds; a field m:<model> for each model in which it has a share
--- m:<model>   limits, version; sums (of all shares and ghosts), lent (of these, ghosts handed over); fair, claim;
---             a field n:<id> "generation;held:used:want:need,..." for each node (- if all are 0)
+-- m:<model>   limits, version, claim; sums [records, sum, lent, ...]: of all shares and ghosts, and of these what was
+--             handed over; fair [at, deaths, level, filled, used, idle, ...], a hint only: see fair_of; a field n:<id>
+--             [generation,held,used,want,...] for each node
 -- ghosts      release time -> d:<hold_ms>:<id> shares of a dead node, e:<id> the end of its record,
 --             h:<quantity>:<amount>:<generation>:<number>:<id>:<model> what was handed over
 
 local FORMAT = '1'
 local SLACK_MS = 400      -- by how much the server's clock may outrun a node's
 local CLAIM_MS = 3000     -- a claim that is not repeated lapses
-local FAIR_MS = 100       -- how long a fair share is used before it is computed again, and at least 1 ms for each node
+local FAIR_MS = 100       -- how long a fair share is used at least before it is computed again, and 1 ms for each node
+local READ = 2000         -- after that many records one exchange goes by the fair shares that there are
 local SLICES = 32         -- the smallest slice is the limit / (SLICES * nodes)
 local SWEPT = 16          -- dead nodes and ghosts that one exchange clears away at most
+
+local INTEGER = string.format('%d', 2 ^ 53) == '9007199254740992' and '%d' or '%.0f' -- the first is faster, if exact
 
 local call = redis.call
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
 
 local function text(number)
-  return string.format('%.0f', number)
+  return string.format(INTEGER, number)
 end
 
-local function split(line, separator)
-  local parts, count = {}, 0
-  for part in string.gmatch(line, '[^' .. separator .. ']+') do
-    count = count + 1
-    parts[count] = part
+local formats = {}
+
+local function encoded(values, count) -- as a JSON array
+  local format = formats[count]
+  if not format then
+    format = '[' .. string.sub(string.rep(INTEGER .. ',', count), 1, -2) .. ']'
+    formats[count] = format
   end
-  return parts, count
+  return string.format(format, unpack(values, 1, count))
 end
 
-local function numbers(line)
-  local parts, count = split(line or '', ',')
-  for i = 1, count do
-    parts[i] = tonumber(parts[i]) or false
-  end
-  return parts
-end
-
-local function joined(values, count)
-  local parts = {}
-  for i = 1, count do
-    parts[i] = values[i] and text(values[i]) or '-'
-  end
-  return table.concat(parts, ',')
+local function decoded(line)
+  return line and cjson.decode(line)
 end
 
 local base = string.sub(KEYS[1], 1, -5)
@@ -80,15 +77,14 @@ end
 -- What is written at the end.
 local sets, deletes, adds, removes, ends = {}, {}, {}, {}, {}
 
-local function put(list, key, ...)
+local function put(list, key, first, second)
   local values = list[key]
   if not values then
     values = {}
     list[key] = values
   end
-  for i = 1, select('#', ...) do
-    values[#values + 1] = (select(i, ...))
-  end
+  values[#values + 1] = first
+  values[#values + 1] = second
 end
 
 local function apply()
@@ -109,7 +105,8 @@ local function apply()
 end
 
 -- The request is of the node that has this id, and neither a duplicate nor out of order.
-local meta = call('HMGET', meta_key, 'format', 'run', 'generation', 'learning', 'clock', 'raw', 'lease', 'quotas')
+local meta = call('HMGET', meta_key, 'format', 'run', 'generation', 'learning', 'clock', 'raw', 'lease', 'quotas',
+                  'deaths')
 if meta[1] and meta[1] ~= FORMAT then
   return 'format'
 end
@@ -166,16 +163,18 @@ if relearns then
   learning_until = now + longest_ms
 end
 local learning = now < learning_until
+local nodes_count = call('ZCARD', nodes_key)
+local deaths = tonumber(meta[9]) or 0
 
 -- Models: what the ledger knows of each, read once.
 local models = {}
 
 local function set_limits(of, line)
-  local parts, count = split(line, ',')
-  of.line, of.count, of.limits, of.holds = line, count, {}, {}
-  for i = 1, count do
-    local limit, hold = string.match(parts[i], '^(%d+):(%d+)$')
-    of.limits[i], of.holds[i] = tonumber(limit) or false, tonumber(hold) or 0
+  local pairs_of = decoded(line)
+  of.line, of.count, of.limits, of.holds = line, #pairs_of / 2, {}, {}
+  for i = 1, of.count do
+    local limit = pairs_of[2 * i - 1]
+    of.limits[i], of.holds[i] = limit >= 0 and limit, pairs_of[2 * i]
   end
 end
 
@@ -185,53 +184,44 @@ local function model(name)
     return known
   end
   local key = base .. 'm:' .. name
-  local stored = call('HMGET', key, 'limits', 'version', 'sums', 'lent', 'fair', 'claim')
-  known = {name = name, key = key, line = stored[1] or nil, version = tonumber(stored[2]) or 0, sums = numbers(stored[3]),
-           lent = numbers(stored[4]), fair = stored[5] or nil, claim = stored[6] or nil, nodes = {}}
-  if known.line then
-    set_limits(known, known.line)
+  local stored = call('HMGET', key, 'limits', 'version', 'sums', 'fair', 'claim', 'n:' .. id)
+  known = {name = name, key = key, version = tonumber(stored[2]) or 0, sums = decoded(stored[3]) or {0},
+           fair = decoded(stored[4]) or nil, claim = stored[5] or nil, nodes = {[id] = decoded(stored[6])}}
+  if stored[1] then
+    set_limits(known, stored[1])
   end
   models[name] = known
   return known
 end
 
-local function read_record(line)
-  local own, rest = string.match(line, '^(%d+);(.*)$')
-  local parts, count = split(rest, ',')
-  local record = {generation = tonumber(own), held = {}, used = {}, want = {}, need = {}}
-  for i = 1, count do
-    record.held[i], record.used[i], record.want[i], record.need[i] = 0, 0, 0, 0
-    if parts[i] ~= '-' then
-      local h, u, w, n = string.match(parts[i], '^(%d+):(%d+):(%d+):(%d+)$')
-      record.held[i], record.used[i], record.want[i], record.need[i] = tonumber(h), tonumber(u), tonumber(w), tonumber(n)
-    end
-  end
-  return record
-end
-
+-- A record is {generation, held, used, want, ...}, three for each quantity.
 local function record_of(of, who)
   local known = of.nodes[who]
   if known == nil then
-    local line = call('HGET', of.key, 'n:' .. who)
-    known = line and read_record(line)
+    known = decoded(call('HGET', of.key, 'n:' .. who))
     of.nodes[who] = known
   end
   return known
 end
 
 local function taken(record, quantity)
-  return max(record.held[quantity] or 0, record.used[quantity] or 0)
+  return max(record[3 * quantity - 1] or 0, record[3 * quantity] or 0)
+end
+
+local function lent(of, quantity)
+  return of.sums[2 * quantity + 1] or 0
 end
 
 local function release(of, quantity, amount)
-  of.sums[quantity] = max(0, (of.sums[quantity] or 0) - amount)
+  of.sums[2 * quantity] = max(0, (of.sums[2 * quantity] or 0) - amount)
   of.changed = true
 end
 
 -- Dead nodes and their ghosts. A share is not moved when its node dies: it stays in the model's sums until its release.
 local function bury(who, ended, holds)
   local latest = 0
-  for _, hold in ipairs(numbers(holds)) do
+  deaths = deaths + 1
+  for _, hold in ipairs(decoded(holds) or {}) do
     put(adds, ghosts_key, text(ended + hold), 'd:' .. text(hold) .. ':' .. who)
     latest = max(latest, hold)
   end
@@ -241,21 +231,23 @@ end
 
 local function end_shares(who, hold) -- of one hold, or, without it, all that is left
   local key = base .. 'node:' .. who
+  deaths = deaths + 1
   for _, field in ipairs(call('HKEYS', key)) do
     if string.sub(field, 1, 2) == 'm:' then
       local of = model(string.sub(field, 3))
       local record = record_of(of, who)
       if record and of.count then
-        for i = 1, #record.held do
+        for i = 1, of.count do
           local amount = taken(record, i)
           if amount > 0 and (not hold or of.holds[i] == hold) then
             release(of, i, amount)
-            record.held[i], record.used[i], record.want[i] = 0, 0, 0
+            record[3 * i - 1], record[3 * i], record[3 * i + 1] = 0, 0, 0
             record.changed = true
           end
         end
         if not hold then
           of.nodes[who], of.left = false, true
+          of.sums[1] = of.sums[1] - 1
           put(deletes, of.key, 'n:' .. who)
         end
       end
@@ -271,7 +263,7 @@ local function end_lent(ghost) -- what was handed over
   quantity, amount = tonumber(quantity), tonumber(amount)
   local of = model(name)
   release(of, quantity, amount)
-  of.lent[quantity] = max(0, (of.lent[quantity] or 0) - amount)
+  of.sums[2 * quantity + 1] = max(0, lent(of, quantity) - amount)
   of.left = true
   put(removes, ghosts_key, ghost)
 end
@@ -298,7 +290,7 @@ end
 
 local function is_empty(of)
   for i = 1, of.count do
-    if (of.sums[i] or 0) > 0 then
+    if (of.sums[2 * i] or 0) > 0 then
       return false
     end
   end
@@ -311,14 +303,13 @@ local function write_models()
       sets[of.key] = nil
       ends[of.key] = true
     elseif of.changed and of.count then
-      put(sets, of.key, 'sums', joined(of.sums, of.count), 'lent', joined(of.lent, of.count))
+      put(sets, of.key, 'sums', encoded(of.sums, 1 + 2 * of.count))
       if of.new_limits then
-        put(sets, of.key, 'limits', of.line, 'version', text(of.version))
+        put(sets, of.key, 'limits', of.line)
+        put(sets, of.key, 'version', text(of.version))
       end
-      if type(of.fair) == 'table' then
-        put(sets, of.key, 'fair', text(of.fair.at) .. ';' .. text(of.fair.nodes) .. ';'
-            .. joined(of.fair.levels, of.count) .. ';' .. joined(of.fair.used, of.count) .. ';'
-            .. joined(of.fair.idle, of.count))
+      if of.fair then
+        put(sets, of.key, 'fair', encoded(of.fair, 2 + 4 * of.count))
       elseif of.new_limits then
         put(deletes, of.key, 'fair')
       end
@@ -332,12 +323,7 @@ local function write_models()
     end
     for who, record in pairs(ends[of.key] and {} or of.nodes) do
       if record and record.changed then
-        local parts = {}
-        for i = 1, #record.held do
-          local h, u, w, n = record.held[i], record.used[i], record.want[i], record.need[i]
-          parts[i] = h + u + w + n == 0 and '-' or string.format('%.0f:%.0f:%.0f:%.0f', h, u, w, n)
-        end
-        put(sets, of.key, 'n:' .. who, text(record.generation) .. ';' .. table.concat(parts, ','))
+        put(sets, of.key, 'n:' .. who, encoded(record, 1 + 3 * of.count))
       end
     end
   end
@@ -367,128 +353,145 @@ if verb == 'forget' then
   end
   put(removes, nodes_key, id)
   write_models()
+  put(sets, meta_key, 'deaths', text(deaths))
   apply()
   return known and 'forgotten' or 'unknown'
 end
 
--- This node's own ghosts end: it is here again.
-local holds = {}
-for _, hold in ipairs(numbers(node[7])) do
+-- This node's own ghosts end, if it has any: it is here again.
+local holds, returns = {}, verb == 'exchange' and node[1] and not call('ZSCORE', nodes_key, id)
+for _, hold in ipairs(decoded(node[7]) or {}) do
   holds[hold] = true
-  if verb == 'exchange' then
+  if returns then
     put(removes, ghosts_key, 'd:' .. text(hold) .. ':' .. id)
   end
 end
-if verb == 'exchange' then
+if returns then
+  deaths = deaths + 1
   put(removes, ghosts_key, 'e:' .. id)
 end
 
 -- The fair share of each quantity whose wants exceed it: the highest level such that no node gets more than it wants or
 -- less than it uses, and everybody else the level (max-min fairness). Shares of the dead count as they are.
-local alive
-local function live()
-  if not alive then
-    alive = {[id] = true}
-    for _, who in ipairs(call('ZRANGE', nodes_key, 0, -1)) do
-      alive[who] = true
+local function water_level(available, floors, wants, highest, guess)
+  local low, high, level = 0, highest, guess -- filled to high it is too much
+  while true do
+    if level <= low or level >= high then
+      level = low + floor((high - low) / 2)
     end
-    local gone = removes[nodes_key]
-    if gone then
-      for _, who in ipairs(gone) do
-        alive[who] = nil
+    local filled, rising = 0, 0
+    for i = 1, #floors do
+      local least, want = floors[i], wants[i]
+      if level >= want then
+        filled = filled + want
+      elseif level >= least then
+        filled, rising = filled + level, rising + 1
+      else
+        filled = filled + least
       end
     end
+    if filled > available then
+      if level == 0 then
+        return 0, filled
+      end
+      high, level = level, level - ceil((filled - available) / max(1, rising))
+    elseif filled + rising > available then
+      return level, filled
+    else
+      low, level = level, level + floor((available - filled) / max(1, rising))
+    end
   end
-  return alive
 end
 
-local function water_level(available, floors, wants)
-  local points, level_of = {}, 0
-  local height = 0
-  for i = 1, #floors do
-    height = height + floors[i]
-    if wants[i] > floors[i] then
-      points[#points + 1] = {floors[i], 1}
-      points[#points + 1] = {wants[i], -1}
-    end
-  end
-  table.sort(points, function(a, b) return a[1] < b[1] end)
-  local rising = 0
-  for _, point in ipairs(points) do
-    local next_height = height + rising * (point[1] - level_of)
-    if next_height > available then
-      break
-    end
-    height, level_of, rising = next_height, point[1], rising + point[2]
-  end
-  if rising > 0 and available > height then
-    return level_of + floor((available - height) / rising)
-  end
-  return level_of
-end
+local records_read = 0
 
 local function compute_fair(of)
-  local floors, wants, used_by_all, idle, here = {}, {}, {}, {}, 0
-  for i = 1, of.count do
-    floors[i], wants[i], used_by_all[i], idle[i] = {}, {}, 0, 0
+  local last = of.fair or {}
+  local fair = {now, deaths}
+  of.fair, of.changed = fair, true
+  local alive = {[id] = true}
+  for _, who in ipairs(call('ZRANGE', nodes_key, 0, -1)) do
+    alive[who] = true
+  end
+  for _, who in ipairs(removes[nodes_key] or {}) do
+    alive[who] = nil
   end
   local fields = call('HGETALL', of.key)
   for at = 1, #fields, 2 do
-    local who = string.match(fields[at], '^n:(.*)$')
-    if who then
-      if of.nodes[who] == nil then
-        of.nodes[who] = read_record(fields[at + 1])
-      end
+    local field = fields[at]
+    if string.sub(field, 1, 2) == 'n:' and of.nodes[string.sub(field, 3)] == nil then
+      of.nodes[string.sub(field, 3)] = cjson.decode(fields[at + 1])
     end
   end
+  local records, count = {}, 0
   for who, record in pairs(of.nodes) do
     if record then
-      local is_live = live()[who]
-      here = here + (is_live and 1 or 0)
-      for i = 1, of.count do
-        if of.limits[i] then
-          local least = is_live and (record.used[i] or 0) or taken(record, i)
-          local most = is_live and max(least, record.want[i] or 0) or least
-          used_by_all[i] = used_by_all[i] + least
-          idle[i] = idle[i] + (is_live and 0 or least - (record.used[i] or 0))
-          if of.claim and of.claim.id == who and of.claim.quantity == i then
-            least = max(least, of.claim.need)
-            most = max(most, least)
-          end
-          local list = floors[i]
-          list[#list + 1] = least
-          wants[i][#list] = most
-        end
-      end
+      count = count + 1
+      records[count], record.is_live, record.claims = record, alive[who], of.claim and of.claim.id == who
     end
   end
-  local levels = {}
+  records_read = records_read + count
   for i = 1, of.count do
-    levels[i] = false
-    if of.limits[i] then
-      local available, sum = of.limits[i] - (of.lent[i] or 0), 0
-      for j = 1, #wants[i] do
-        sum = sum + wants[i][j]
+    local limit = of.limits[i]
+    local level, filled, used, idle = 0, 0, 0, 0
+    if limit then
+      local floors, wants, highest = {}, {}, 0
+      for place = 1, count do
+        local record = records[place]
+        local least, most = record[3 * i] or 0, 0
+        if record.is_live then
+          most = min(record[3 * i + 1] or 0, limit)
+        else
+          local held = max(least, record[3 * i - 1] or 0)
+          least, idle = held, idle + held - least
+        end
+        used = used + least
+        if record.claims and of.claim.quantity == i then
+          least = max(least, of.claim.need)
+        end
+        most = max(most, least)
+        floors[place], wants[place], filled, highest = least, most, filled + most, max(highest, most)
       end
-      if sum > available then
-        levels[i] = water_level(available, floors[i], wants[i])
+      local available = limit - lent(of, i)
+      level = limit -- which is none
+      if filled > available then
+        level, filled = water_level(available, floors, wants, highest, last[4 * i - 1] or floor(available / count))
       end
     end
+    fair[4 * i - 1], fair[4 * i], fair[4 * i + 1], fair[4 * i + 2] = level, filled, used, idle
   end
-  of.fair = {at = now, nodes = max(1, here), levels = levels, used = used_by_all, idle = idle}
-  of.changed = true
 end
 
+-- The levels are computed again, which reads the records of all nodes, if a node has died or returned, or if what nodes
+-- would have at these levels (kept up to date by each exchange) is more or less than there is. Nothing but fairness
+-- depends on them: what is granted is within what is free.
 local function fair_of(of)
-  if type(of.fair) == 'string' then
-    local at, here, levels, used, idle = string.match(of.fair, '^(%d+);(%d+);([^;]*);([^;]*);(.*)$')
-    of.fair = {at = tonumber(at), nodes = tonumber(here), levels = numbers(levels), used = numbers(used),
-               idle = numbers(idle)}
-  end
-  if not of.fair or now - of.fair.at >= max(FAIR_MS, of.fair.nodes) then
+  local fair = of.fair
+  if not fair then
     compute_fair(of)
+  elseif now - fair[1] >= max(FAIR_MS, nodes_count) and records_read < READ then
+    local is_off = fair[2] ~= deaths
+    for i = 1, of.count do
+      local limit = of.limits[i]
+      if limit then
+        local available = limit - lent(of, i)
+        local excess = fair[4 * i] - available
+        is_off = is_off or excess > available / 100
+            or fair[4 * i - 1] < limit and -excess > max(available / 100, nodes_count)
+      end
+    end
+    if is_off then
+      compute_fair(of)
+    end
   end
   return of.fair
+end
+
+local function end_claim(of)
+  of.claim, of.changed = false, true
+  if of.fair then
+    of.fair[2] = -1 -- its need was a floor
+  end
 end
 
 local function claim_of(of)
@@ -497,86 +500,107 @@ local function claim_of(of)
     of.claim = {quantity = tonumber(quantity), need = tonumber(need), seen = tonumber(seen), id = who}
   end
   local claim = of.claim
-  if claim and (now - claim.seen > CLAIM_MS or not live()[claim.id]) then
-    of.claim, of.changed = false, true
+  if claim and (now - claim.seen > CLAIM_MS or claim.id ~= id and not call('ZSCORE', nodes_key, claim.id)) then
+    end_claim(of)
   end
 end
 
 -- Each model of the request.
 local lines = {}
 
-local function settle(of, given, at)
-  local ask = read_record('0;' .. given)
+local function settle(of, ask, ghosts)
   local record = record_of(of, id)
-  local trusted = learning and not (record and record.generation == generation)
-  local after = {generation = generation, held = {}, used = ask.used, want = ask.want, need = ask.need, changed = true}
+  local trusted = learning and not (record and record[1] == generation)
+  local sums, fair, after, is_idle = of.sums, of.fair, {generation}, true
   for i = 1, of.count do
-    local held, used = ask.held[i] or 0, ask.used[i] or 0
-    if not trusted then -- it holds no more than the ledger says
-      held = min(held, record and record.held[i] or 0)
+    local place = 3 * i - 1
+    local held, used, want = ask[4 * i - 3] or 0, ask[4 * i - 2] or 0, ask[4 * i - 1] or 0
+    local last_held, last_used, last_want = 0, 0, 0
+    if record then
+      last_held, last_used, last_want = record[place] or 0, record[place + 1] or 0, record[place + 2] or 0
     end
-    after.held[i], after.used[i] = held, used
-    after.want[i], after.need[i] = max(ask.want[i] or 0, used), ask.need[i] or 0
-    of.sums[i] = (of.sums[i] or 0) - (record and taken(record, i) or 0) + max(held, used)
+    if not trusted then -- it holds no more than the ledger says
+      held = min(held, last_held)
+    end
+    want = max(want, used)
+    after[place], after[place + 1], after[place + 2] = held, used, want
+    sums[2 * i] = (sums[2 * i] or 0) - max(last_held, last_used) + max(held, used)
+    sums[2 * i + 1] = sums[2 * i + 1] or 0
+    is_idle = is_idle and held == 0 and want == 0
+    if fair then
+      local level = fair[4 * i - 1]
+      fair[4 * i] = max(0, fair[4 * i] + max(used, min(want, level)) - max(last_used, min(last_want, level)))
+      fair[4 * i + 1] = max(0, fair[4 * i + 1] + used - last_used)
+    end
   end
+  if not record then
+    sums[1] = sums[1] + 1
+    put(sets, node_key, 'm:' .. of.name, '')
+  end
+  after.changed = true
   of.nodes[id], of.changed = after, true
-  for quantity, amount, hold in string.gmatch(ARGV[at + 2], '(%d+):(%d+):(%d+)') do
+  for quantity, amount, hold in string.gmatch(ghosts, '(%d+):(%d+):(%d+)') do
     quantity, amount = tonumber(quantity), tonumber(amount)
-    of.sums[quantity] = (of.sums[quantity] or 0) + amount
-    of.lent[quantity] = (of.lent[quantity] or 0) + amount
+    sums[2 * quantity] = (sums[2 * quantity] or 0) + amount
+    sums[2 * quantity + 1] = (sums[2 * quantity + 1] or 0) + amount
     put(adds, ghosts_key, text(now + hold),
         table.concat({'h', text(quantity), text(amount), text(hold), text(number), id, of.name}, ':'))
   end
-  return after
+  return after, is_idle
 end
 
-local function grow(of, own)
+local function target_of(of, own, i) -- what is left of the division goes to those who ask first
+  local level, limit = of.fair[4 * i - 1], of.limits[i]
+  local spare = (level >= limit or of.claim and of.claim.quantity == i) and 0 or 1
+  return max(own[3 * i], min(own[3 * i + 1], level + spare))
+end
+
+local function grow(of, own, ask)
   claim_of(of)
-  local fair = fair_of(of)
+  fair_of(of)
+  local sums, nodes = of.sums, max(1, min(of.sums[1], nodes_count))
   for i = 1, of.count do
     local limit = of.limits[i]
     if limit then
-      local free = limit - of.sums[i]
+      local place = 3 * i - 1
+      local free = limit - sums[2 * i]
       local claim = of.claim and of.claim.quantity == i and of.claim
       if claim and claim.id ~= id then
         local other = record_of(of, claim.id)
-        free = free - max(0, claim.need - (other and other.held[i] or 0))
+        free = free - max(0, claim.need - (other and other[place] or 0))
       end
-      local held, count = own.held[i], taken(own, i)
-      local need, target, level = min(own.need[i], limit), own.want[i], fair.levels[i]
-      if level then -- what is left of the division goes to those who ask first
-        target = max(own.used[i], min(target, level + (claim and 0 or 1)))
-      end
+      local held = own[place]
+      local count = max(held, own[place + 1])
+      local need, target = min(ask[4 * i] or 0, limit), target_of(of, own, i)
       local step = target - count
-      if not level then
-        step = min(step, max(ceil(limit / (SLICES * fair.nodes)), floor(free / (2 * fair.nodes))))
+      if of.fair[4 * i - 1] >= limit then
+        step = min(step, max(ceil(limit / (SLICES * nodes)), floor(free / (2 * nodes))))
       end
       if need > held then -- a request that no smaller share admits: all that it takes, or a claim to it
         local own_claim = claim and claim.id == id
         if free >= need - count then
           step = max(step, need - count)
           if own_claim then
-            of.claim = false
+            end_claim(of)
           end
         elseif own_claim then
           claim.seen, claim.need = now, need
         elseif not of.claim then
-          local others = (fair.used[i] or 0) - own.used[i]
-          if need <= limit - (of.lent[i] or 0) - others then
+          local others = of.fair[4 * i + 1] - own[place + 1]
+          if need <= limit - lent(of, i) - others then
             of.claim = {quantity = i, need = need, seen = now, id = id}
             compute_fair(of) -- the share of the others falls
-            fair = of.fair
           end
         end
       elseif claim and claim.id == id then
-        of.claim = false
+        end_claim(of)
       end
       if free >= 0 then
-        own.held[i] = max(held, min(target, count))
+        own[place] = max(held, min(target, count))
         step = min(step, free)
         if step > 0 then
-          own.held[i] = count + step
-          of.sums[i] = of.sums[i] + step
+          own[place] = count + step
+          sums[2 * i] = sums[2 * i] + step
         end
       end
     end
@@ -591,39 +615,35 @@ for at = 10, #ARGV, 3 do
     set_limits(of, limits)
     of.version, of.fair, of.new_limits = of.version + 1, nil, true
   end
-  local own = settle(of, ARGV[at + 1], at)
-  local idle = true
-  for i = 1, of.count do
-    idle = idle and own.held[i] == 0 and own.want[i] == 0
+  local ask = cjson.decode(ARGV[at + 1])
+  local own, is_idle = settle(of, ask, ARGV[at + 2])
+  local grows = verb == 'exchange' and not learning
+  if grows then
+    grow(of, own, ask)
   end
-  if verb == 'exchange' and not learning then
-    grow(of, own)
-  end
-  local parts = {}
+  local answer = {of.version}
   for i = 1, of.count do
-    if of.limits[i] then
-      local level = type(of.fair) == 'table' and of.fair.levels[i]
-      local claimed = of.claim and of.claim.quantity == i
-      local target = level and max(own.used[i], min(own.want[i], level + (claimed and 0 or 1))) or own.held[i]
-      local unused = type(of.fair) == 'table' and of.fair.idle[i] or 0
-      parts[i] = table.concat({text(own.held[i]), text(min(target, own.held[i])),
-                               text(max(0, of.limits[i] - of.sums[i])), text(unused)}, ':')
+    local place, limit, held = 4 * i - 2, of.limits[i], own[3 * i - 1]
+    if limit then
+      answer[place], is_idle = held, is_idle and held == 0
+      answer[place + 1] = grows and min(held, target_of(of, own, i)) or held
+      answer[place + 2] = max(0, limit - of.sums[2 * i])
+      answer[place + 3] = grows and of.fair[4 * i + 2] or 0
       holds[of.holds[i]] = true
     else
-      parts[i] = '-'
+      answer[place], answer[place + 1], answer[place + 2], answer[place + 3] = -1, 0, 0, 0
     end
   end
-  local line = text(of.version) .. ';' .. table.concat(parts, ',')
+  local line = encoded(answer, 1 + 4 * of.count)
   if limits ~= of.line then
     line = line .. ';' .. of.line
   end
   lines[#lines + 1] = line
-  if idle then
+  if is_idle then
     of.nodes[id], of.left = false, true
+    of.sums[1] = of.sums[1] - 1
     put(deletes, of.key, 'n:' .. id)
     put(deletes, node_key, 'm:' .. of.name)
-  else
-    put(sets, node_key, 'm:' .. of.name, '')
   end
 end
 
@@ -634,19 +654,24 @@ for hold in pairs(holds) do
   kept[#kept + 1] = hold
 end
 table.sort(kept)
-local held_for = joined(kept, #kept)
+local held_for = encoded(kept, #kept)
 local next_nonce = redis.sha1hex(table.concat({nonce, token, id, text(number), time[1], time[2], run}, ':'))
-local count = call('ZCARD', nodes_key)
 local reply = table.concat({learning and 'learning' or 'ok', next_nonce, text(generation),
-  text(max(0, learning_until - now)), text(count), meta[8] or '0', table.concat(lines, '\n')}, '\n')
-put(sets, node_key, 'number', text(number), 'token', token, 'nonce', next_nonce, 'generation', text(generation),
-    'boot', boot, 'base', text(clock_base), 'holds', held_for, 'reply', reply)
-put(sets, meta_key, 'format', FORMAT, 'run', run, 'generation', text(generation), 'learning', text(learning_until),
-    'clock', text(now), 'raw', text(raw), 'lease', text(longest_ms))
+  text(max(0, learning_until - now)), text(nodes_count), meta[8] or '0', table.concat(lines, '\n')}, '\n')
+for _, pair in ipairs({{'number', text(number)}, {'token', token}, {'nonce', next_nonce}, {'boot', boot},
+                       {'generation', text(generation)}, {'base', text(clock_base)}, {'holds', held_for},
+                       {'reply', reply}}) do
+  put(sets, node_key, pair[1], pair[2])
+end
 if verb == 'leave' then
   bury(id, now, held_for)
 else
   put(adds, nodes_key, text(now + lease_ms), id)
+end
+for _, pair in ipairs({{'format', FORMAT}, {'run', run}, {'generation', text(generation)}, {'clock', text(now)},
+                       {'learning', text(learning_until)}, {'raw', text(raw)}, {'lease', text(longest_ms)},
+                       {'deaths', text(deaths)}}) do
+  put(sets, meta_key, pair[1], pair[2])
 end
 apply()
 return reply

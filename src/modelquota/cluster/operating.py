@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from modelquota.cluster.quantities import NAMES, in_units
 from modelquota.cluster.redis import text_of
-from modelquota.cluster.store import FORMAT, require_format
+from modelquota.cluster.store import FORMAT, quantities_in, require_format
 from modelquota.errors import QuotaConfigError
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.file import Quotas
@@ -148,8 +148,8 @@ def read_cluster(store: RedisStore) -> ClusterState:
         gone[node_id] = max(due, gone.get(node_id, 0.0))
     for node_id, end in leases.items():
         if end < now:  # no exchange has counted it among the ghosts yet
-            holds = text_of(store.command("HGET", f"{store.base}node:{node_id}", "holds") or "").split(",")
-            gone[node_id] = end + max((int(hold) for hold in holds if hold), default=0)
+            holds = json.loads(text_of(store.command("HGET", f"{store.base}node:{node_id}", "holds") or "[]"))
+            gone[node_id] = end + max(holds, default=0)
     live = {node_id for node_id, end in leases.items() if end >= now}
     ends = {**gone, **{node_id: leases[node_id] for node_id in live}}
     models = {node_id: _models_of(store, node_id) for node_id in ends}
@@ -165,24 +165,17 @@ def read_cluster(store: RedisStore) -> ClusterState:
 
 def _limits_of(store: RedisStore, name: str, live: set[str], lent: dict[int, int]) -> Iterator[LimitState]:
     fields = dict(_pairs(store.command("HGETALL", f"{store.base}m:{name}")))
-    records = [
-        (field[2:] in live, [None if part == "-" else part.split(":") for part in text.partition(";")[2].split(",")])
-        for field, text in fields.items()
-        if field.startswith("n:")
-    ]
-    for quantity, limit in enumerate(fields.get("limits", "").split(",")):
-        if limit in ("", "-"):
+    records = [(field[2:] in live, json.loads(text)[1:]) for field, text in fields.items() if field.startswith("n:")]
+    for quantity, known in enumerate(quantities_in(fields.get("limits", "[]"))):
+        if known is None:
             continue
-        whole = int(limit.partition(":")[0])
         used, shares, ghosts = lent.get(quantity, 0), 0, lent.get(quantity, 0)
         for is_live, record in records:
-            parts = record[quantity] if quantity < len(record) else None
-            if parts is not None:
-                held, uses = int(parts[0]), int(parts[1])
-                used += uses
-                shares += max(held, uses) if is_live else 0
-                ghosts += 0 if is_live else max(held, uses)
-        amounts = (whole, used, shares, ghosts, max(0, whole - shares - ghosts))
+            held, uses, _ = record[3 * quantity : 3 * quantity + 3]
+            used += uses
+            shares += max(held, uses) if is_live else 0
+            ghosts += 0 if is_live else max(held, uses)
+        amounts = (known.limit, used, shares, ghosts, max(0, known.limit - shares - ghosts))
         yield LimitState(name, NAMES[quantity], *(in_units(quantity, amount) for amount in amounts))
 
 

@@ -6,6 +6,7 @@ store knows no more of it than its limit, its hold, and the sum of all shares; s
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from modelquota.errors import StoreError
@@ -53,15 +54,15 @@ class ModelRequest(NamedTuple):
 
     def arguments(self) -> tuple[str, str, str]:
         """Return the model's three arguments of the script."""
-        limits = ",".join("-" if q is None else f"{q.limit}:{q.hold_ms}" for q in self.quantities)
+        limits = ",".join("-1,0" if q is None else f"{q.limit},{q.hold_ms}" for q in self.quantities)
         holdings = ",".join(
-            "-" if quantity is None else f"{held}:{used}:{want}:{need}"
+            "0,0,0,0" if quantity is None else f"{held},{used},{want},{need}"
             for quantity, held, used, want, need in zip(
                 self.quantities, self.held, self.used, self.want, self.need, strict=True
             )
         )
         ghosts = ",".join(f"{ghost.quantity + 1}:{ghost.amount}:{ghost.hold_ms}" for ghost in self.ghosts)
-        return f"{self.version};{limits}", holdings, ghosts
+        return f"{self.version};[{limits}]", f"[{holdings}]", ghosts
 
 
 class Request(NamedTuple):
@@ -148,21 +149,20 @@ def parse_reply(text: str) -> Reply:
 
 
 def _model(line: str) -> ModelReply:
-    version, shares, *limits = line.split(";")
-    known = [(None,) * 4 if part == "-" else tuple(map(int, part.split(":"))) for part in shares.split(",")]
-    share, target, free, idle = zip(*known, strict=True)
-    return ModelReply(
-        int(version),
-        share,
-        target,
-        free,
-        idle,
-        tuple(_quantity(part) for part in limits[0].split(",")) if limits else None,
+    numbers, _, limits = line.partition(";")
+    version, *parts = json.loads(numbers)
+    rows = [
+        (None,) * 4 if share < 0 else (share, target, free, idle)
+        for share, target, free, idle in zip(parts[::4], parts[1::4], parts[2::4], parts[3::4], strict=True)
+    ]
+    share, target, free, idle = zip(*rows, strict=True)
+    return ModelReply(version, share, target, free, idle, quantities_in(limits) if limits else None)
+
+
+def quantities_in(limits: str) -> tuple[Quantity | None, ...]:
+    """Return the quantities of a model's limits, as the ledger has them."""
+    numbers = json.loads(limits)
+    return tuple(
+        None if limit < 0 else Quantity(limit, hold_ms)
+        for limit, hold_ms in zip(numbers[::2], numbers[1::2], strict=True)
     )
-
-
-def _quantity(text: str) -> Quantity | None:
-    if text == "-":
-        return None
-    limit, hold_ms = text.split(":")
-    return Quantity(int(limit), int(hold_ms))
