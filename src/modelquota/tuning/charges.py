@@ -56,16 +56,10 @@ class Charges:
         return len(self.times_ns) if self.counts is None else int(self.counts.sum())
 
     @cached_property
-    def _seconds(self) -> FloatArray:
-        return self.times_ns / NS_PER_SECOND
-
-    @cached_property
-    def _costs(self) -> FloatArray:
-        return np.ones(len(self.times_ns)) if self.counts is None else self.counts.astype(np.float64)
-
-    @cached_property
     def _before(self) -> FloatArray:
-        return np.cumsum(self._costs) - self._costs
+        if self.counts is None:
+            return np.arange(len(self.times_ns), dtype=np.float64)
+        return (np.cumsum(self.counts) - self.counts).astype(np.float64)
 
     def windows(self, window_ns: int) -> Int64Array:
         """Return what the window that ends with each request counts, itself included; closed at both ends."""
@@ -73,10 +67,10 @@ class Charges:
 
     def levels(self, rate: float) -> FloatArray:
         """Return the level of a bucket that drains at `rate` per second right after each request."""
-        levels: FloatArray = self._seconds * -rate  # in place from here on: memory that is new costs more than the sums
+        levels: FloatArray = self._windows.seconds * -rate  # in place from here on: new memory costs more than the sums
         levels += self._before
         levels -= np.minimum.accumulate(levels)
-        levels += self._costs
+        levels += 1 if self.counts is None else self.counts
         if not isinstance(self._requests, slice):
             levels = levels[self._requests]
         if not isinstance(self._held, int):
@@ -87,8 +81,9 @@ class Charges:
         """Return the highest of these levels: found in floating point, and then computed exactly."""
         request = int(self.levels(rate).argmax())
         last = request if isinstance(self._requests, slice) else int(self._requests[request])
-        first = int((self._before[: last + 1] - rate * self._seconds[: last + 1]).argmin())
-        arrived = int(self._before[last]) - int(self._before[first]) + int(self._costs[last])
+        first = int((self._before[: last + 1] - rate * self._windows.seconds[: last + 1]).argmin())
+        own = 1 if self.counts is None else int(self.counts[last])
+        arrived = int(self._before[last]) - int(self._before[first]) + own
         held = self._held if isinstance(self._held, int) else int(self._held[request])
         return arrived + held - Fraction(rate) * int(self.times_ns[last] - self.times_ns[first]) / NS_PER_SECOND
 

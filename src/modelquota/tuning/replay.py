@@ -107,6 +107,7 @@ def replay(
     else:
         outcome = _decided(_manager(limits), trace, times_ns, names, by_kind, progress)
     core_time_ns = perf_counter_ns() - before_ns
+    tokens = trace.tokens
     return ReplayReport(
         trace=trace.path,
         requests=len(trace),
@@ -118,11 +119,11 @@ def replay(
         most_waiting=outcome.most_waiting,
         most_open=None if trace.durations_ns is None else outcome.most_open,
         models=tuple(
-            part_of(name, times_ns, trace.tokens, outcome, own)
+            part_of(name, times_ns, tokens, outcome, own)
             for name, own in zip(names, selections(trace.model_index, len(names)), strict=True)
         ),
         users=tuple(
-            part_of(users[index], times_ns, trace.tokens, outcome, own)
+            part_of(users[index], times_ns, tokens, outcome, own)
             for index, own in enumerate(selections(trace.user_index, len(trace.users)))
             if index in users
         )
@@ -283,6 +284,8 @@ def _ratio(speed: float | Fraction, trace: Trace) -> Fraction:
 
 def _divided(times_ns: Int64Array, ratio: Fraction) -> Int64Array:
     """Times divided by an exact ratio, rounded down."""
+    if ratio == 1:
+        return times_ns
     numerator, denominator = ratio.as_integer_ratio()
     if numerator * denominator < 2**62:
         # times * denominator could overflow int64. The quotient is known to fit; rest * denominator fits by this test.

@@ -174,7 +174,6 @@ def _peaks(times_ns: Int64Array, tokens: Int64Array) -> tuple[int, int]:
     if not len(times_ns):
         return 0, 0
     # The busiest second can be assumed to start with a request.
-    first = np.arange(len(times_ns))
     end = np.searchsorted(times_ns, times_ns + NS_PER_SECOND, side="left")
-    tokens_before = np.concatenate(([0], np.cumsum(tokens)))
-    return int((end - first).max()), int((tokens_before[end] - tokens_before[first]).max())
+    tokens_before = np.concatenate((np.zeros(1, np.int64), np.cumsum(tokens)))
+    return int((end - np.arange(len(end))).max()), int((tokens_before[end] - tokens_before[:-1]).max())

@@ -176,6 +176,12 @@ class Table:
         """Return all columns."""
         return {role: column for role in self._parts if (column := self.column(role)) is not None}
 
+    def take(self) -> Parsed:
+        """Return all columns, and keep none of them."""
+        columns = self.whole()
+        self._parts.clear()
+        return columns
+
 
 def _integer(cell: object) -> int:
     try:

@@ -298,7 +298,7 @@ def _finish(table: Table) -> list[str]:
 
 def _trace(name: str, table: Table, ignored: tuple[str, ...], notes: list[str]) -> Trace:
     """Return the trace of all rows added, at least one, in order of time."""
-    columns = table.whole()
+    columns = table.take()
     times_ns = columns.pop("time")
     out_of_order = int(np.count_nonzero(times_ns < np.maximum.accumulate(times_ns)))
     if out_of_order:
@@ -306,18 +306,18 @@ def _trace(name: str, table: Table, ignored: tuple[str, ...], notes: list[str]) 
         times_ns = times_ns[order]
         columns = {role: column[order] for role, column in columns.items()}
     first_ns = int(times_ns[0])
-    times_ns = times_ns - first_ns
+    times_ns -= first_ns
     assert table.origin_ns is not None
     dated = not table.unit_ns or table.format.absolute or first_ns > 946_684_800 * NS_PER_SECOND
     nothing = np.zeros(len(times_ns), np.int64)
     prompt = _known(columns.get("prompt"), nothing)
-    cached = np.minimum(_known(columns.get("cached"), nothing), prompt)
+    cached = np.minimum(_known(columns["cached"], nothing), prompt) if "cached" in columns else nothing
     models, users = (tuple(table.names.get(role, ())) for role in ("model", "user"))
     unit = "timestamps" if not table.unit_ns else f"times in {table.time_unit}"
     return Trace(
         path=name,
         times_ns=times_ns,
-        input_tokens=prompt - cached,
+        input_tokens=prompt - cached if "cached" in columns else prompt,
         cached_tokens=cached,
         output_tokens=_known(columns.get("output"), nothing),
         model_index=columns["model"].astype(np.int32) if models else None,
@@ -336,7 +336,10 @@ def _trace(name: str, table: Table, ignored: tuple[str, ...], notes: list[str]) 
 
 
 def _known(column: Int64Array | None, nothing: Int64Array) -> Int64Array:
-    return nothing if column is None else np.where(column == MISSING, 0, column)
+    if column is None:
+        return nothing
+    missing = column == MISSING
+    return np.where(missing, 0, column) if missing.any() else column
 
 
 def _optional(column: Int64Array | None) -> Int64Array | None:

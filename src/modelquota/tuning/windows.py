@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,11 @@ class Windows:
         self._kept_ns = -1
         self._kept: npt.NDArray[np.intp] = np.zeros(0, np.intp)
 
+    @cached_property
+    def seconds(self) -> npt.NDArray[np.float64]:
+        """The times in seconds."""
+        return self._times_ns / NS_PER_SECOND
+
     def first(self, window_ns: int) -> npt.NDArray[np.intp]:
         """Return the first request of each window, closed at both ends: it holds at least what a quota's does."""
         if window_ns != self._kept_ns:
@@ -117,10 +123,6 @@ def window_uses(trace: Trace) -> Iterator[WindowUse]:
     times_ns = trace.times_ns
     if not len(times_ns):
         return
-    before = {
-        kind: np.arange(len(times_ns) + 1) if counts is None else _before(counts)
-        for kind, counts in counts_of(trace).items()
-    }
     span_ns = int(times_ns[-1] - times_ns[0])
     for window, seconds in LENGTHS.items():
         window_ns = seconds * NS_PER_SECOND
@@ -131,8 +133,8 @@ def window_uses(trace: Trace) -> Iterator[WindowUse]:
         if span_ns >= window_ns:
             ends = np.linspace(int(times_ns[0]) + window_ns, int(times_ns[-1]), MOMENTS).astype(np.int64)
             moments = [np.searchsorted(times_ns, at, side="right") for at in (ends, ends - window_ns)]
-        for kind in KINDS:
-            held = before[kind]
+        for kind, counts in counts_of(trace).items():  # summed again for each window: all at once would take more room
+            held = np.arange(len(times_ns) + 1) if counts is None else _before(counts)
             sums = held[1:] - held[first]
             at = int(sums.argmax())
             shares: list[float | None] = [None, None, None]
