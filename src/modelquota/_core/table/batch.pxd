@@ -44,7 +44,7 @@ cdef struct Batch:
     uint8_t* limits             # out
     int64_t* waits_ms           # out, or NULL
     int64_t violating           # out: the row that the last violation is about
-    bint until_denied           # stop after the first element that a limit binds
+    bint until_denied           # stop after the first element that is denied
     bint others_may_free                # out: a request was denied because of what others hold
     bint waits                  # out: the next element's row stayed locked; its owner is probably not running
     bint too_many               # out: the next element has more models and meters than one decision may have
@@ -217,8 +217,8 @@ cdef inline void end_with_lease(Batch* batch, const Shared* shared) noexcept nog
 cdef inline Py_ssize_t check_batch(
     Batch* batch, const Shared* shared, Py_ssize_t i, Verdict* verdict
 ) noexcept nogil:
-    """Decide from element `i` on; stop after one whose violation is to be logged, or, with `until_denied`, any that a
-    limit binds, or at one whose row stays locked. Returns the index to continue from. Takes the rows' locks.
+    """Decide from element `i` on; stop after one whose violation is to be logged, or, with `until_denied`, one that is
+    denied, or at one whose row stays locked. Returns the index to continue from. Takes the rows' locks.
 
     A model that was removed after the codes were validated no longer has limits: its requests are admitted.
     """
@@ -279,8 +279,11 @@ cdef inline Py_ssize_t check_batch(
             batch.others_may_free = batch.others_may_free or verdict.worth_a_look
             if batch.waits_ms:
                 batch.waits_ms[i] = verdict.retry_after_ms
+            if batch.until_denied:
+                i += 1
+                break
         i += 1
-        if verdict.to_log or (batch.until_denied and batch.limits[i - 1] != 0):
+        if verdict.to_log:
             break
     return i
 
