@@ -343,6 +343,15 @@ class TestSGLang:
         monkeypatch.setattr(sys, "argv", ["launch_server", "--tokenizer-worker-num", "1"])
         self.load_plugins()
 
+    @pytest.mark.parametrize("word", ["--grpc-mode", "--smg-grpc-mode"])
+    def test_a_server_without_http_ends_the_process(self, configure, monkeypatch, word):
+        configure()
+        monkeypatch.setattr(sys, "argv", ["launch_server", "--model-path", "m", word])
+        with pytest.raises(SystemExit, match=f"{word} is not accepted: requests over gRPC are not counted"):
+            self.load_plugins()
+        monkeypatch.delenv("MODELQUOTA_QUOTAS")
+        self.load_plugins()
+
     def test_a_server_that_has_changed_ends_the_process(self, configure, tmp_path):
         configure()
         (tmp_path / "packages" / "sglang" / "srt" / "entrypoints" / "http_server.py").write_text("application = None\n")

@@ -21,7 +21,11 @@ from types import ModuleType
 __all__ = ["attach"]
 
 _WORKERS = "--tokenizer-worker-num"
-_HTTP2 = "--enable-http2"
+_OTHER_PROCESSES = (
+    "SGLang may not load plugins in the processes that serve; run modelquota proxy in front of the server"
+)
+_GRPC = "requests over gRPC are not counted; run modelquota proxy in front of the gateway that speaks HTTP"
+_ELSEWHERE = {"--enable-http2": _OTHER_PROCESSES, "--grpc-mode": _GRPC, "--smg-grpc-mode": _GRPC}
 _MODULE = "sglang.srt.entrypoints.http_server"
 
 
@@ -38,7 +42,7 @@ def attach() -> None:
     from modelquota.asgi.settings import Settings
 
     _or_exit(lambda: Settings.read(os.environ))
-    _or_exit(_require_one_process)
+    _or_exit(_require_one_server)
     module = sys.modules.get(_MODULE)
     if module is not None:
         _protect(module)
@@ -47,18 +51,17 @@ def attach() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
-def _require_one_process() -> None:
-    """Raise if other processes are to serve: they import the server by themselves, perhaps without any plugin."""
-    instead = "SGLang may not load plugins in the processes that serve; run modelquota proxy in front of the server"
+def _require_one_server() -> None:
+    """Raise if the server that is given quotas does not serve all: others would, perhaps without any plugin."""
     arguments = iter(sys.argv[1:])
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if name == _HTTP2:  # in some versions
-            raise RuntimeError(f"{_HTTP2} is not accepted: {instead}")
+        if name in _ELSEWHERE:  # each in some versions
+            raise RuntimeError(f"{name} is not accepted: {_ELSEWHERE[name]}")
         if name == _WORKERS:
             value = value if equals else next(arguments, "")
             if value.isdigit() and int(value) > 1:
-                raise RuntimeError(f"{_WORKERS}={value} is not accepted; expected 1: {instead}")
+                raise RuntimeError(f"{_WORKERS}={value} is not accepted; expected 1: {_OTHER_PROCESSES}")
 
 
 def _protect(module: ModuleType) -> None:
