@@ -13,6 +13,7 @@ pytest.importorskip("redis")
 from real_servers import WHEELS, Server, binary_of, free_port
 from typer.testing import CliRunner
 
+import modelquota.demo.quotas
 from modelquota import ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.cli.app import app
 from modelquota.cluster import RedisStore
@@ -251,6 +252,34 @@ def test_a_file_says_where_it_is_published(server, namespace, tmp_path, monkeypa
     done = CliRunner().invoke(app, ["publish", str(path), "--redis", server.url, "--namespace", f"{namespace}b"])
     assert (done.exit_code, done.stderr) == (0, "")
     assert published(RedisStore(server.url, namespace=f"{namespace}b")) is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "url", "namespace"),
+    [
+        ([], "redis://127.0.0.1:1", "prod"),
+        (["--namespace", "mine"], "redis://127.0.0.1:1", "mine"),
+        (["--redis", "redis://127.0.0.1:2"], "redis://127.0.0.1:2", "prod"),
+    ],
+)
+def test_the_demo_shares_as_its_file_says(options, url, namespace, tmp_path, monkeypatch):
+    pytest.importorskip("uvicorn")
+    monkeypatch.delenv("MODELQUOTA_REDIS_URL", raising=False)
+    given = []
+
+    def stop(quotas, **fields):
+        given.append(fields["cluster"])
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(modelquota.demo.quotas, "demo_manager", stop)
+    path = tmp_path / "quotas.toml"
+    path.write_text(QUOTAS)
+    assert "far enough" in CliRunner().invoke(app, ["serve-demo", "--quotas", str(path)]).stderr
+    path.write_text(f"{QUOTAS}\n[cluster]\nurl = 'redis://127.0.0.1:1'\nnamespace = 'prod'\nlease_sec = 9")
+    assert "far enough" in CliRunner().invoke(app, ["serve-demo", "--quotas", str(path), *options]).stderr
+    alone, store = given
+    assert alone is None
+    assert (store.__reduce__()[0].args, store.namespace, store.lease_sec) == ((url,), namespace, 9.0)
 
 
 @pytest.mark.parametrize("command", ["publish", "serve-demo", "proxy"])
