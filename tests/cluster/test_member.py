@@ -12,10 +12,12 @@ pytest.importorskip("redis")
 
 import redis
 from cluster_crew import PATIENCE_SEC, wait_for
-from real_servers import Server, installed
+from faulty_proxy import Proxy
+from real_servers import Server, answering, installed
 
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.cluster import RedisStore
+from modelquota.cluster.operating import read_cluster
 
 
 @pytest.fixture
@@ -248,3 +250,80 @@ def test_a_node_does_not_notice_that_the_server_has_lost_the_script(server):
         client.script_flush()
         wait_for(lambda: manager.cluster.status().renewals["ok"] > renewals + 1)
         assert set(manager.cluster.status().renewals) <= {"ok", "learning"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("loading", b"-LOADING Redis is loading the dataset in memory\r\n"),
+        ("credentials", b"-NOAUTH Authentication required.\r\n"),
+        ("version", b"$22\r\nredis_version:6.0.16\r\n\r\n"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_server_says_that_took_the_place_ends_the_lease_with_a_word(server, kind, line):
+    listener, port = answering(line)
+    with listener, Proxy(server.port) as proxy, ResourceQuotaManager(cluster=store_of(proxy)) as manager:
+        manager.set_quota(unlimited(max_requests_per_hour=1_000_000))
+        admit(manager, 1)
+        proxy.port = port
+        proxy.cut()
+        manager.cluster.store._checked_until = 0  # otherwise a minute later
+        wait_for(lambda: manager.cluster.status().state == "expired")
+        assert manager.cluster.status().error.kind == kind
+        assert not manager.check_quota("m", 1)
+        proxy.port = server.port
+        proxy.cut()
+        admit(manager, 1)
+        wait_for(lambda: manager.cluster.status().state == "ok")
+
+
+@pytest.mark.parametrize("wait_replicas", [0, 1])
+def test_a_split_store_grants_at_most_what_was_free_once_more(wait_replicas, tmp_path):
+    """Both halves go on: the old primary for one host, a promoted replica, which has one of its own, for the other."""
+    kind, limit = installed("redis"), 1000
+    folders = [tmp_path / name for name in ("primary", "replica", "second")]
+    for folder in folders:
+        folder.mkdir()
+    with (
+        Server(kind, folders[0]) as primary,
+        Server(kind, folders[1], "--replicaof", "127.0.0.1", str(primary.port)) as replica,
+        Server(kind, folders[2], "--replicaof", "127.0.0.1", str(replica.port)),
+        Proxy(primary.port) as proxy,
+        redis.Redis(port=primary.port) as old,
+        redis.Redis(port=replica.port) as new,
+    ):
+        assert old.execute_command("WAIT", 1, 20_000) == 1
+        wait_for(lambda: new.info("replication").get("connected_slaves") == 1)
+        fields = {"wait_replicas": wait_replicas, "lease_sec": 2}
+        with (
+            ResourceQuotaManager(cluster=store_of(primary, **fields)) as stays,
+            ResourceQuotaManager(cluster=store_of(proxy, **fields)) as moves,
+        ):
+            for host in (stays, moves):
+                host.set_quota(unlimited(max_requests_per_hour=limit))
+            for host in (stays, moves):
+                admit(host, 50)
+            assert old.execute_command("WAIT", 1, 20_000) == 1
+            new.execute_command("REPLICAOF", "NO", "ONE")
+            proxy.port = replica.port
+            proxy.cut()
+            store = RedisStore(replica.url)
+            free = read_cluster(store).limits[0].free
+            store.close()
+            admitted, denied = 100, {stays: 0, moves: 0}
+
+            def is_used_up():  # neither admits anything for longer than the replica learns
+                nonlocal admitted
+                for host in denied:
+                    allowed = sum(host.check_quota("m", 1).allowed for _ in range(10))
+                    admitted += allowed
+                    denied[host] = 0 if allowed else denied[host] + 1
+                return min(denied.values()) > 150
+
+            wait_for(is_used_up)
+            assert moves.cluster.status().state == "ok"
+            assert stays.cluster.status().state == ("expired" if wait_replicas else "ok")
+            assert 0 < free < limit
+            assert admitted <= limit + (0 if wait_replicas else free)
+            assert admitted > (0.8 * limit if wait_replicas else limit)

@@ -2,7 +2,6 @@
 
 import pickle
 import socket
-import threading
 
 import pytest
 
@@ -12,7 +11,7 @@ from modelquota.errors import QuotaConfigError, StoreError
 
 redis = pytest.importorskip("redis")
 
-from real_servers import WHEELS, Server, binary_of, free_port  # noqa: E402
+from real_servers import WHEELS, Server, answering, binary_of, free_port  # noqa: E402
 
 from modelquota.cluster import RedisStore  # noqa: E402
 
@@ -45,6 +44,7 @@ def start(request, tmp_path):
 def refused(store):
     with pytest.raises(StoreError) as caught:
         store.exchange(make_request())
+    store.close()
     assert SECRET not in str(caught.value)
     assert SECRET not in repr(caught.value)
     return caught.value.kind
@@ -132,24 +132,6 @@ def test_another_client_may_be_given(start):
         pickle.dumps(store)
 
 
-def answering(line):
-    """A listener that answers everything with one line, and its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve():
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            with connection:
-                while connection.recv(65_536):
-                    connection.sendall(line)
-
-    threading.Thread(target=serve, daemon=True).start()
-    return listener, f"redis://127.0.0.1:{listener.getsockname()[1]}"
-
-
 OLD = b"# Server\r\nredis_version:6.0.16\r\n"
 
 
@@ -167,9 +149,9 @@ OLD = b"# Server\r\nredis_version:6.0.16\r\n"
     ],
 )
 def test_what_a_server_says_becomes_a_word(line, kind):
-    listener, url = answering(line)
+    listener, port = answering(line)
     with listener:
-        assert refused(RedisStore(url)) == kind
+        assert refused(RedisStore(f"redis://127.0.0.1:{port}")) == kind
 
 
 def test_a_port_that_nobody_listens_at_is_unreachable():

@@ -5,6 +5,7 @@ import importlib.util
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -82,3 +83,22 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def answering(line):
+    """A listener that answers everything with one line, and its port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve_one(connection):
+        with connection, contextlib.suppress(OSError):
+            while connection.recv(65_536):
+                connection.sendall(line)
+
+    def serve():
+        with contextlib.suppress(OSError):  # until it is closed
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=serve_one, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listener, listener.getsockname()[1]
