@@ -106,6 +106,28 @@ def test_a_contended_limit_is_divided_fairly(ledger):
     assert sum(shares.values()) >= 98
 
 
+def test_the_records_of_all_nodes_are_read_only_when_the_division_has_to_change(ledger):
+    reads, read = [], ledger.server.hgetall
+    ledger.server.hgetall = lambda key: reads.append(key) or read(key)
+    shares = dict.fromkeys("abc", 0)
+
+    def exchange(times, **wants):
+        del reads[:]
+        for _ in range(times):
+            for node_id, want in wants.items():
+                ledger.pass_ms(150)
+                reply = ledger.ask(node_id, one(held=shares[node_id], want=want)).models[0]
+                shares[node_id] = min(reply.share[0], reply.target[0])
+        return len(reads)
+
+    exchange(1, a=10, b=10, c=10)
+    assert exchange(5, a=12, b=15, c=10) == 0  # room is left
+    assert exchange(8, a=100, b=100, c=10) > 0
+    assert exchange(5, a=100, b=100, c=10) == 0  # it is divided, and nobody wants anything else
+    assert (shares["c"], sum(shares.values()) >= 98, abs(shares["a"] - shares["b"]) <= 2) == (10, True, True)
+    assert exchange(10, a=100, b=20, c=10) > 0
+
+
 def test_a_node_that_used_more_than_its_share_is_counted_by_its_use(ledger):
     ledger.share("a", held=0, used=95, want=95)
     assert 0 < ledger.share("b", want=100) <= 5
