@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from modelquota import load_quotas
 from modelquota.asgi import Quota
+from modelquota.asgi.quota import _guards as guards
 from modelquota.cli.app import app
 
 CURRENT = """
@@ -61,6 +62,7 @@ def test_what_was_written_is_served_with(files, monkeypatch):
     """From README: tune writes a file, and `Quota` has its limits."""
     assert run("tune", "trace.csv", "--model", "code", "--write", "quotas.toml").exit_code == 0
     monkeypatch.setenv("MODELQUOTA_QUOTAS", str(files / "quotas.toml"))
+    monkeypatch.setenv("MODELQUOTA_STATE", str(files / "quota.state"))
 
     async def model(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -75,7 +77,11 @@ def test_what_was_written_is_served_with(files, monkeypatch):
         assert answer.status == 400, answer.body
         assert b"tokens per" in answer.body
 
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    finally:
+        guards.popitem()[1].manager.close()
+    assert guards == {}
 
 
 def test_a_model_that_nobody_has_named_is_told(files):

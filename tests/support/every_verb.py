@@ -76,14 +76,15 @@ MANAGER: dict[str, Verb] = {
     "max_models": lambda m: m.max_models,
     "remove_quota": lambda m: m.remove_quota("m"),
 }
-# close may be called again, settle_many is a verb of grants, rows is the old name of codes, the rest are values that
-# were given at the start
+# close may be called again, settle_many is a verb of grants, rows is the old name of codes, ledger opens a file and
+# leaves the manager alone, the rest are values that were given at the start
 NO_VERBS_OF_A_MANAGER = {
     "close",
     "closed",
     "clock",
     "cluster",
     "default_quota",
+    "ledger",
     "path",
     "open_readonly",
     "settle_many",
