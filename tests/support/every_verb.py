@@ -111,7 +111,7 @@ GRANT: dict[str, Verb] = {
     "cancel": lambda g: g.cancel(),
 }
 # release and leaving `with` are harmless however often; the rest says what was
-NO_VERBS_OF_A_GRANT = {"release", "released", "estimated_tokens", "limit_reached", "model_ids", "tokens"}
+NO_VERBS_OF_A_GRANT = {"release", "released", "estimated_tokens", "limit_reached", "over_limit", "model_ids", "tokens"}
 
 VIEW: dict[str, Verb] = {
     "get_quota": lambda v: v.get_quota("m"),
