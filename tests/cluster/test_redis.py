@@ -1,6 +1,7 @@
 """`RedisStore` against real servers, and against what servers answer when something is wrong."""
 
 import pickle
+import signal
 import socket
 
 import pytest
@@ -120,6 +121,22 @@ def test_a_reply_counts_only_if_the_replicas_have_it(start):
     with redis.Redis(port=primary.port) as client:
         assert client.execute_command("WAIT", 1, 20_000) == 1
     assert store.exchange(make_request()).status == "learning"
+
+
+def test_a_reply_that_is_repeated_on_another_connection_counts_only_if_the_replicas_have_it(start):
+    primary = start()
+    replica = start("--replicaof", "127.0.0.1", str(primary.port))
+    with redis.Redis(port=primary.port) as client:
+        client.set("mq:{other:0}:x", "")
+        assert client.execute_command("WAIT", 1, 20_000) == 1
+    replica.process.send_signal(signal.SIGSTOP)
+    for _ in range(2):  # the second store has a connection that has written nothing
+        assert refused(RedisStore(primary.url, wait_replicas=1)) == "replicas"
+    replica.process.send_signal(signal.SIGCONT)
+    with redis.Redis(port=primary.port) as client:
+        client.set("mq:{other:0}:x", "")
+        assert client.execute_command("WAIT", 1, 20_000) == 1
+    assert RedisStore(primary.url, wait_replicas=1).exchange(make_request()).status == "learning"
 
 
 def test_another_client_may_be_given(start):

@@ -250,6 +250,15 @@ def test_a_repeated_request_gets_its_reply_again_and_is_not_executed_twice(ledge
     assert ledger.server.data == before
 
 
+def test_a_repeated_request_writes_what_there_is_so_that_replicas_can_be_waited_for(ledger):
+    request = make_request("a", 1, models=[one(want=40)])
+    ledger.store.exchange(request)
+    written, write = [], ledger.server.hset
+    ledger.server.hset = lambda key, *pairs: written.append((key, *pairs)) or write(key, *pairs)
+    ledger.store.exchange(request)
+    assert written == [(f"{BASE}node:a", "number", "1")]
+
+
 def test_an_earlier_request_is_ignored(ledger):
     ledger.ask("a", one(want=40))
     ledger.ask("a", one(held=25, want=40))

@@ -55,10 +55,8 @@ MUTANTS = {
     "no learning": {"script": replaced(("local learning = now < learning_until", "local learning = false"))},
     "no nonce": {
         "script": replaced(
-            (
-                "    return token == node[2] and node[8] or 'fenced'\n",
-                "    if token == node[2] then return node[8] end\n",
-            ),
+            ("  if number == last and token ~= node[2] then\n", "  if false then\n"),
+            ("  if number == last then\n", "  if number == last and token == node[2] then\n"),
             ("  if tonumber(node[4]) == generation and node[3] ~= nonce then\n", "  if false then\n"),
         )
     },

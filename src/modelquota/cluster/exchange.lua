@@ -132,8 +132,12 @@ if node[1] and verb ~= 'forget' then
   if number < last then
     return 'stale'
   end
+  if number == last and token ~= node[2] then
+    return 'fenced'
+  end
   if number == last then
-    return token == node[2] and node[8] or 'fenced'
+    call('HSET', node_key, 'number', node[1]) -- as it is: WAIT waits only for what its own connection has written
+    return node[8]
   end
   if tonumber(node[4]) == generation and node[3] ~= nonce then
     return 'fenced'
