@@ -15,7 +15,7 @@ from modelquota._core.table.shares import COMPONENTS, KEEP, UNLIMITED
 
 SECOND_NS = 10**9
 SLOT_SEC = 1 / 60
-REQUESTS_PER_HOUR, TOKENS_PER_HOUR, REQUEST_DRAIN, REQUEST_CAP, GRANTS = 2, 7, 10, 11, 14
+REQUESTS_PER_SECOND, REQUESTS_PER_HOUR, TOKENS_PER_HOUR, REQUEST_DRAIN, REQUEST_CAP, GRANTS = 0, 2, 7, 10, 11, 14
 
 
 def sharing(*quotas, lease_s=60, **limits):
@@ -63,6 +63,20 @@ def test_a_share_shrinks_to_what_is_used_and_no_further():
     shares.renew_lease(manager, manager.clock.now_ns + SECOND_NS)
     found = hold(manager, requests_per_hour=3)
     assert (found.held[0, REQUESTS_PER_HOUR], found.used[0, REQUESTS_PER_HOUR]) == (3, 0)
+
+
+def test_a_share_that_shrinks_below_what_is_used_admits_nothing_until_that_has_aged_out():
+    manager = sharing(max_requests_per_hour=100, max_requests_per_second=50, burst_requests=0, lease_s=8000)
+    hold(manager, requests_per_hour=50, requests_per_second=50, request_cap=50_000_000, request_drain=50_000_000)
+    assert admitted(manager, 12) == 12
+    asked = np.full((1, COMPONENTS), KEEP)
+    asked[0, [REQUESTS_PER_HOUR, REQUEST_CAP]] = 3, 3_000_000
+    found = shares.exchange_shares(manager, manager.codes(["m"]), asked, below_used=True)
+    assert (found.held[0, REQUESTS_PER_HOUR], found.used[0, REQUESTS_PER_HOUR]) == (3, 12)
+    assert (found.held[0, REQUEST_CAP], found.used[0, REQUEST_CAP]) == (3_000_000, 12_000_000)
+    assert admitted(manager, 5) == 0
+    manager.clock.advance(3661.0)
+    assert admitted(manager, 5) == 3
 
 
 def test_what_is_charged_past_a_share_does_not_let_it_grow():

@@ -25,8 +25,8 @@ class ShrinksBelowUse(Node):
                 shares[quantity] = held - used // 2
         return tuple(shares)
 
-    def _shrink(self, codes, shares):
-        super()._shrink(codes, shares)
+    def _shrink(self, codes, shares, below_used=False):
+        super()._shrink(codes, shares, below_used)
         for code, lower in zip(codes, shares, strict=True):
             book = self._books.get(code)
             if book is not None:

@@ -55,6 +55,6 @@ class SimulatedHost(ManagerHost):
     def open(self, model_id):
         return self.table.get_usage(model_id).concurrent_requests
 
-    def exchange(self, codes, asked):
+    def exchange(self, codes, asked, below_used=False):
         self.now_ns()
-        return super().exchange(codes, asked)
+        return super().exchange(codes, asked, below_used)

@@ -158,15 +158,16 @@ class ModelHost:
         assert len(data) <= 240
         self.saved = data
 
-    def exchange(self, codes, asked):
+    def exchange(self, codes, asked, below_used=False):
         rows = [self.rows[code] for code in codes]
         answers = []
         for at, row in enumerate(rows):
             row.advance(self.now_ns())
             used = row.used()
             if asked[at] != AS_IT_IS:
-                held = [  # never below what is used
-                    has if share == KEEP else max(share, min(used[component], has)) if share < has else share
+                least = [0] * COMPONENTS if below_used else used
+                held = [
+                    has if share == KEEP else max(share, min(least[component], has)) if share < has else share
                     for component, (has, share) in enumerate(zip(row.held, asked[at], strict=True))
                 ]
                 row.share(held)

@@ -43,9 +43,9 @@ class ManagerHost:
         """Return their ids; None for one that has been removed."""
         return shares.names_of(self.table, np.array(codes, np.int64)) if codes else []
 
-    def exchange(self, codes: Sequence[int], asked: Sequence[Sequence[int]]) -> Rows:
-        """Set shares, never below what is used, and read what there is."""
-        found = shares.exchange_shares(self.table, np.array(codes, np.int64), np.array(asked, np.int64))
+    def exchange(self, codes: Sequence[int], asked: Sequence[Sequence[int]], below_used: bool = False) -> Rows:
+        """Set shares, below what is used only if that is said, and read what there is."""
+        found = shares.exchange_shares(self.table, np.array(codes, np.int64), np.array(asked, np.int64), below_used)
         return Rows(*(column.tolist() for column in found))
 
     def lease_end_ns(self) -> int:

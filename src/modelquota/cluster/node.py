@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from modelquota.cluster.quantities import (
     COMPONENTS,
+    CONCURRENCY,
     KEEP,
     LEVELS,
     NAMES,
@@ -73,8 +74,8 @@ class Host(Protocol):
     def names(self, codes: Sequence[int]) -> list[str | None]:
         """Return their ids; None for one that has been removed."""
 
-    def exchange(self, codes: Sequence[int], asked: Sequence[Sequence[int]]) -> Rows:
-        """Set shares, never below what is used, and read what there is."""
+    def exchange(self, codes: Sequence[int], asked: Sequence[Sequence[int]], below_used: bool = False) -> Rows:
+        """Set shares, below what is used only if that is said, and read what there is."""
 
     def lease_end_ns(self) -> int:
         """Return the end of the lease; 0 if there is none."""
@@ -149,11 +150,17 @@ class _Book:
 
     @property
     def is_covered(self) -> bool:
-        """Whether the ledger knows all that it holds."""
-        return all(
+        """Whether the ledger knows all that it holds, and of concurrency, all that is open."""
+        return self._is_open_covered and all(
             held <= claim or self.limits[component_of(quantity)] == UNLIMITED
             for quantity, (held, claim) in enumerate(zip(self.held, self.claimed, strict=True))
         )
+
+    @property
+    def _is_open_covered(self) -> bool:
+        # What was open when a lease had ended is not counted by the store, and then not by this node's next lease.
+        is_shared = self.limits[component_of(CONCURRENCY)] != UNLIMITED
+        return not is_shared or self.used[CONCURRENCY] <= self.claimed[CONCURRENCY]
 
     def wants(self) -> tuple[int, ...]:
         """Return the share of each quantity that it wants."""
@@ -233,7 +240,7 @@ class Node:
 
     def _give_up_all(self) -> None:
         codes = self.host.codes(False)
-        self._shrink(codes, [_NOTHING] * len(codes))
+        self._shrink(codes, [_NOTHING] * len(codes), below_used=True)
         for book in self._books.values():
             book.claim = _NOTHING
 
@@ -355,10 +362,12 @@ class Node:
 
     # -- shares
 
-    def _read(self, codes: Sequence[int], asked: Sequence[Sequence[int]] | None, now_ns: int) -> None:
+    def _read(
+        self, codes: Sequence[int], asked: Sequence[Sequence[int]] | None, now_ns: int, below_used: bool = False
+    ) -> None:
         if not codes:
             return
-        rows = self.host.exchange(codes, [_AS_IT_IS] * len(codes) if asked is None else asked)
+        rows = self.host.exchange(codes, [_AS_IT_IS] * len(codes) if asked is None else asked, below_used)
         unknown = [code for code in codes if code not in self._books]
         for code, name in zip(unknown, self.host.names(unknown), strict=True):
             if name is not None:
@@ -376,11 +385,11 @@ class Node:
             self._unconfirmed.pop(code, None)
         if book is not None:
             self._starved_gone += book.starved
-        if book is not None and any(book.held):
-            self._gone.append((book.model_id, book.limits, book.held))
+        if book is not None and any(counted := tuple(map(max, book.held, book.used))):
+            self._gone.append((book.model_id, book.limits, counted))
 
-    def _shrink(self, codes: Sequence[int], shares: Sequence[tuple[int, ...]]) -> None:
-        """Lower shares, and then the drains in proportion to the caps that are left."""
+    def _shrink(self, codes: Sequence[int], shares: Sequence[tuple[int, ...]], below_used: bool = False) -> None:
+        """Lower shares, and then the drains in proportion to the caps that are left, or to the levels above them."""
         now_ns = self.host.now_ns()
         self._read([code for code in codes if code not in self._books], None, now_ns)
         lower = {code: row for code, row in zip(codes, shares, strict=True) if code in self._books}
@@ -390,7 +399,7 @@ class Node:
             for drain, _ in LEVELS.values():
                 asked[drain] = KEEP
             rows.append(asked)
-        self._read(list(lower), rows, now_ns)
+        self._read(list(lower), rows, now_ns, below_used)
         drains = {}
         for code in lower:
             book = self._books.get(code)
@@ -478,11 +487,11 @@ class Node:
                 growing.append(code)
                 grown.append(asked_row(book.limits, up, book.used))
         if shrinking:
-            self._shrink(shrinking, shrunk)
+            self._shrink(shrinking, shrunk, below_used=True)
         if growing:
             self._read(growing, grown, self.host.now_ns())
         if self._unconfirmed is not None:
-            # One that has used more than it was given admits within that as it ages out: its lease has to wait.
+            # What one has used beyond what it was given is not its share: it admits nothing until that has aged out.
             for book in map(self._books.get, told):
                 if book is not None and book.is_covered:
                     self._unconfirmed.pop(book.code, None)

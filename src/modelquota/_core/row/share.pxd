@@ -6,7 +6,8 @@
 # decides: the row and the cold row have what the share leaves of the configured limits, and these are in the Share. A
 # decision reads what it always has.
 #
-# - A share grows to exactly what was asked for, which others have given up before. It shrinks to what is used at least.
+# - A share grows to exactly what was asked for, which others have given up before. It shrinks to what is used at least,
+#   but for a host whose use may be more than is left for it: that one's shrinks below.
 # - The level of a rate is shared likewise: each host has a part of the drain and a part of the cap, in millionths of a
 #   request or token (per second). Of a total of K millionths, k are worth cap * k // K: rounded down, so that parts
 #   that add up to K at most are never worth more than the cap. The level counts in a finer unit, to lose little by
@@ -307,9 +308,12 @@ cdef inline void put_totals(const Row* row, const ColdRow* cold, int64_t* totals
 
 
 cdef inline bint adjust_share(
-    Row* row, ColdRow* cold, const int64_t* asked, const int64_t* used, uint32_t phase
+    Row* row, ColdRow* cold, const int64_t* asked, const int64_t* used, bint below_used, uint32_t phase
 ) noexcept nogil:
-    """Change the share to what is asked for, but to no less than is used; returns whether a component has grown.
+    """Change the share to what is asked for; returns whether a component has grown.
+
+    It is no less than is used, or with `below_used` exactly what is asked for: then nothing is admitted until so much
+    has aged out, and the caller has to count what is used.
 
     A process that dies in between has changed some components, each of them completely.
     """
@@ -322,7 +326,7 @@ cdef inline bint adjust_share(
         wanted = asked[i]
         if wanted == KEEP:
             continue
-        if wanted < before:     # what is charged past the limits may be more than the share
+        if wanted < before and not below_used:  # what is charged past the limits may be more than the share
             wanted = max(wanted, min(used[i], before))
         grown = grown or wanted > before
         share.held[i] = wanted

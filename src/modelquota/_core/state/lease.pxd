@@ -42,6 +42,7 @@ cdef struct Exchange:
     int64_t* needed
     uint64_t* starved
     int64_t* waiting
+    bint below_used         # whether a share may shrink below what is used
     bint alive
     bint grown
 
@@ -99,7 +100,7 @@ cdef inline bint exchange_row(
         put_used(row, cold, exchange.used)
         put_totals(row, cold, exchange.totals)
         if exchange.asked != NULL:
-            exchange.grown = adjust_share(row, cold, exchange.asked, exchange.used,
+            exchange.grown = adjust_share(row, cold, exchange.asked, exchange.used, exchange.below_used,
                                           lease_phase(&shared.header.lease, row.level_ns))
         memcpy(exchange.held, share.held, sizeof(share.held))
         exchange.charged[0] = requests_charged(row, cold)

@@ -214,11 +214,11 @@ def names_of(QuotaTable table not None, codes):
     return names
 
 
-def exchange_shares(QuotaTable table not None, codes, asked=None):
+def exchange_shares(QuotaTable table not None, codes, asked=None, below_used=False):
     """Change shares, and report what models hold and use, all at one clock reading.
 
     A component that is asked to grow is what was asked for afterwards; one that is asked to shrink is at least what is
-    used. Waiting requests are tried again if anything has grown.
+    used, unless `below_used`. Waiting requests are tried again if anything has grown.
 
     Parameters
     ----------
@@ -226,6 +226,9 @@ def exchange_shares(QuotaTable table not None, codes, asked=None):
         From `sharing_codes` or `QuotaTable.codes`.
     asked : int64 array, shape (n, COMPONENTS), optional
         0 .. 2**62, `UNLIMITED` or `KEEP`. Without it nothing is changed, and no note of what was needed is cleared.
+    below_used : bool
+        Whether a component that shrinks is what was asked for, even if more is used. Then the model admits nothing
+        until enough has aged out.
 
     Returns
     -------
@@ -273,6 +276,7 @@ def exchange_shares(QuotaTable table not None, codes, asked=None):
     cdef int64_t* needed = <int64_t*> cnp.PyArray_DATA(found.needed)
     cdef uint64_t* starved = <uint64_t*> cnp.PyArray_DATA(found.starved)
     cdef int64_t* waiting = <int64_t*> cnp.PyArray_DATA(found.waiting)
+    one.below_used = bool(below_used)
     at_ns = state.now_ns()
     while i < count:
         state.inside += 1

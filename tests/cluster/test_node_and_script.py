@@ -1,0 +1,117 @@
+"""Nodes and the shipped script in virtual time, over a network that loses nothing."""
+
+import pytest
+
+pytest.importorskip("lupa", reason="the simulated store needs lupa")
+
+from lua_store import LuaServer, LuaStore
+from model_host import NS, ModelHost, components
+
+from modelquota.cluster.node import Node
+
+LEASE_NS = 5 * NS
+
+
+class Cluster:
+    """Hosts of the same limits that exchange in turn, each once a second, with one store."""
+
+    def __init__(self, **quotas):
+        self.now_ns = 1000 * NS
+        self.up_ns = self.down_ns = 0  # how long a request and its reply are on their way
+        self.jumped_ns = 0  # of the server's wall clock
+        self.server = LuaServer()
+        self.store = LuaStore(self.server)
+        self.quotas = {model_id: components(**limits) for model_id, limits in quotas.items()}
+        self.hosts = []
+
+    def add_host(self):
+        host = ModelHost(lambda: self.now_ns, dict(self.quotas))
+        self.hosts.append(host)
+        self.start(host)
+        return host
+
+    def start(self, host):
+        """A process of the host begins, or takes over from another."""
+        host.node = Node(host, LEASE_NS)
+
+    def stop(self, host):
+        host.node = None
+
+    def exchange(self, host):
+        request = host.node.prepare()
+        self.now_ns += self.up_ns
+        self.server.time_ns = self.now_ns + self.jumped_ns
+        reply = self.store.exchange(request)
+        self.now_ns += self.down_ns
+        host.node.adopt(request, reply)
+        return reply
+
+    def run(self, seconds):
+        end_ns = self.now_ns + seconds * NS
+        while self.now_ns < end_ns:
+            before_ns = self.now_ns
+            for host in self.hosts:
+                if host.node is not None:
+                    self.exchange(host)
+            self.now_ns = max(self.now_ns, before_ns + NS)
+
+    def clock_ms(self):
+        return int(self.server.data["mq:{test:0}:meta"]["clock"])
+
+    def use(self, host, model_id, count, tokens=0):
+        """How many of so many requests are admitted, if each that is denied is tried again after an exchange."""
+        admitted = 0
+        for _ in range(20):
+            while admitted < count and host.begin(model_id, tokens):
+                host.end(model_id)
+                admitted += 1
+            if admitted == count:
+                break
+            self.exchange(host)
+        return admitted
+
+
+def restart_without_lease(cluster, host):
+    cluster.stop(host)
+    cluster.now_ns += 2 * LEASE_NS
+    cluster.start(host)
+
+
+def test_a_model_over_its_limit_denies_and_the_others_of_its_host_do_not():
+    cluster = Cluster(over={"requests_per_hour": 100}, other={"requests_per_minute": 1000})
+    host, peer = cluster.add_host(), cluster.add_host()
+    cluster.run(7)
+    assert cluster.use(host, "over", 60) == 60
+    assert cluster.use(peer, "over", 30) == 30
+    cluster.run(2)
+    for one in cluster.hosts:
+        one.row("over").limits = components(requests_per_hour=50)
+        one.row("over").changed = True
+    restart_without_lease(cluster, host)
+    cluster.run(3)
+    assert cluster.use(host, "other", 50) == 50
+    assert (host.begin("over", 0), peer.begin("over", 0)) == (False, False)
+    cluster.now_ns += 61 * 60 * NS  # both uses age out at once, before either host exchanges again
+    row = host.row("over")
+    row.advance(cluster.now_ns)
+    assert (row.used()[2], row.bounds[2]) == (0, 0)  # what it had used is not its share
+    cluster.run(3)
+    assert cluster.use(host, "over", 20) == 20
+
+
+def test_tokens_charged_past_a_limit_count_against_all_hosts_and_bind_only_their_model():
+    cluster = Cluster(over={"tokens_per_minute": 100}, other={"requests_per_minute": 1000})
+    host, peer = cluster.add_host(), cluster.add_host()
+    cluster.run(7)
+    assert cluster.use(host, "over", 1, tokens=5) == 1
+    row = host.row("over")
+    row.logs[6].append((cluster.now_ns, 1000))  # a grant that is settled at far more than it had reserved
+    row.sums[6] += 1000
+    row.changed = True
+    restart_without_lease(cluster, host)
+    cluster.run(3)
+    assert cluster.use(host, "other", 50) == 50
+    assert not host.begin("over", 1)
+    assert cluster.use(peer, "over", 1, tokens=1) == 0
+    cluster.run(70)
+    assert (cluster.use(host, "over", 10, tokens=4), cluster.use(peer, "over", 5, tokens=4)) == (10, 5)
