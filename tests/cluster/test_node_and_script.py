@@ -7,7 +7,7 @@ pytest.importorskip("lupa", reason="the simulated store needs lupa")
 from lua_store import LuaServer, LuaStore
 from model_host import NS, ModelHost, components
 
-from modelquota.cluster.node import Node
+from modelquota.cluster.node import MARGIN_NS, Node
 
 LEASE_NS = 5 * NS
 
@@ -115,3 +115,51 @@ def test_tokens_charged_past_a_limit_count_against_all_hosts_and_bind_only_their
     assert cluster.use(peer, "over", 1, tokens=1) == 0
     cluster.run(70)
     assert (cluster.use(host, "over", 10, tokens=4), cluster.use(peer, "over", 5, tokens=4)) == (10, 5)
+
+
+@pytest.mark.parametrize(("up_ms", "down_ms"), [(900, 0), (0, 900), (450, 450), (5_000, 5_000)])
+def test_the_ledgers_clock_goes_on_however_slow_the_store_is(up_ms, down_ms):
+    cluster = Cluster(m={"requests_per_minute": 1000})
+    cluster.up_ns, cluster.down_ns = up_ms * 10**6, down_ms * 10**6
+    host = cluster.add_host()
+    cluster.run(20)
+    began_ms, began_ns = cluster.clock_ms(), cluster.now_ns
+    cluster.run(60)
+    passed_ms = (cluster.now_ns - began_ns) // 10**6
+    assert abs(cluster.clock_ms() - began_ms - passed_ms) <= 50
+    if up_ms + down_ms < 1000:
+        assert cluster.use(host, "m", 100) == 100
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_wall_clock_that_jumps_after_a_slow_request_does_not_move_the_ledgers(dies):
+    cluster = Cluster(m={"requests_per_minute": 1000})
+    host = cluster.add_host()
+    cluster.up_ns = 3 * NS
+    if dies:  # it does not learn how long its first request took
+        node = host.node
+        node.adopt = lambda request, reply: None
+        cluster.exchange(host)
+        cluster.start(host)
+    else:
+        cluster.exchange(host)
+    cluster.up_ns = 0
+    cluster.jumped_ns = 3600 * NS
+    for _ in range(10):
+        cluster.now_ns += NS // 2
+        cluster.exchange(host)
+        assert cluster.clock_ms() <= (cluster.now_ns + MARGIN_NS) // 10**6 - 200
+
+
+def test_a_request_that_is_slow_now_and_then_costs_the_ledgers_clock_less_than_that():
+    cluster = Cluster(m={"requests_per_minute": 1000})
+    host = cluster.add_host()
+    cluster.run(5)
+    began_ms, began_ns = cluster.clock_ms(), cluster.now_ns
+    for _ in range(20):
+        cluster.up_ns = 900 * 10**6
+        cluster.exchange(host)
+        cluster.up_ns = 0
+        cluster.run(4)
+    passed_ms = (cluster.now_ns - began_ns) // 10**6
+    assert passed_ms - 21 * 500 <= cluster.clock_ms() - began_ms <= passed_ms

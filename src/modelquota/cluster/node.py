@@ -40,7 +40,7 @@ MAX_MODELS: Final = 256
 _LOOKED_AT: Final = 64  # models that are looked at in each step, without a sign that something has changed
 _DEMAND_NS: Final = 2_000_000_000
 _RECENT_NS: Final = 10_000_000_000
-_SLOW_NS: Final = 400_000_000  # a request that took longer says little about the server's clock
+_SLOW_NS: Final = 400_000_000  # how long a request may be on its way without moving what the store takes for this clock
 _NOTHING: Final = (0,) * QUANTITIES
 _AS_IT_IS: Final = (KEEP,) * COMPONENTS
 
@@ -202,7 +202,7 @@ class Node:
         self._told: list[int] = []
         self._renews = False
         self._first_sent_ns = 0
-        self._clock_number = 0
+        self._late_ms = 0  # by how much the clock that the store is told is behind the host's
         self._next_look = 0
         self._leaving = False
         self._valid_until_ns = host.lease_end_ns()
@@ -212,21 +212,29 @@ class Node:
 
     def _resume(self) -> None:
         """Go on as the process before did: with its id and number, and the request that it had under way."""
-        node_id, number, nonce, token, quotas = self._fields_of(self.host.load())
+        node_id, number, nonce, token, quotas, clock, late = self._fields_of(self.host.load())
         self.quotas = int(quotas or 0)
         self.node_id, self.number, self.nonce = node_id or self._token(), int(number or 0), nonce
+        self._clock_number, self._late_ms = int(clock or 0), int(late or 0)
         if token:
+            # When it was sent first is not known: the clock gets another name, by which the store has seen none of it.
+            self._clock_number, self._first_sent_ns = self._clock_number + 1, self.host.now_ns()
+            self._save(token)
             # Which models it was about is not known any more. Without them it is either executed now, or its reply
             # is repeated; of that only the nonce is taken.
             self._pending = self._request("exchange", token, ())
 
     @staticmethod
     def _fields_of(saved: bytes) -> list[str]:
-        """What _save() has written: id, number, nonce, token and version of the quotas; empty what is not there."""
-        return (saved.decode("ascii") + "    ").split(" ")[:5]
+        """What _save() has written: id, number, nonce, token, version of the quotas, number and lateness of the clock.
+
+        What is not there is empty.
+        """
+        return (saved.decode("ascii") + "      ").split(" ")[:7]
 
     def _save(self, token: str = "") -> None:
-        self.host.save(f"{self.node_id} {self.number} {self.nonce} {token} {self.quotas}".encode("ascii"))
+        fields = (self.node_id, self.number, self.nonce, token, self.quotas, self._clock_number, self._late_ms)
+        self.host.save(" ".join(map(str, fields)).encode("ascii"))
 
     def _join_again(self) -> None:
         """Become a new node, since another one uses this id: nothing is held but what was used."""
@@ -252,7 +260,8 @@ class Node:
         if self._pending is None:
             self._start(now_ns)
         assert self._pending is not None
-        return self._pending._replace(boot=f"{self.host.boot}.{self._clock_number}", boot_ms=now_ns // 10**6)
+        boot_ms = now_ns // 10**6 - self._late_ms
+        return self._pending._replace(boot=f"{self.host.boot}.{self._clock_number}", boot_ms=boot_ms)
 
     def _request(self, verb: str, token: str, models: Sequence[ModelRequest]) -> Request:
         return Request(verb, self.node_id, self.number, token, self.nonce, "", 0, self.lease_ns // 10**6, models)
@@ -438,8 +447,10 @@ class Node:
         if reply.status in ("fenced", "stale"):
             self._join_again()
             return False
-        if now_ns - self._first_sent_ns > _SLOW_NS:
-            self._clock_number += 1
+        # The store may have taken the time at which this was sent for that at which it came. If that is far too late,
+        # the clock that it is told goes back: then the store's own, which follows it, is never ahead.
+        took_ns = now_ns - self._first_sent_ns
+        self._late_ms = max(self._late_ms, -(-(took_ns - _SLOW_NS) // 10**6))
         told, self._told = self._told, []
         self._pending, self.nonce, self.nodes = None, reply.nonce, max(1, reply.nodes)
         self.quotas = reply.quotas or self.quotas  # a store that has lost them takes nothing back
