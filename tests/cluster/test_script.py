@@ -1,5 +1,6 @@
 """The script, against real servers and by hand: the same answers everywhere, and nothing outside of its namespace."""
 
+import json
 import random
 
 import pytest
@@ -230,6 +231,80 @@ def test_what_was_handed_over_is_free_when_it_is_due(ledger):
     assert max(shares[:10]) == 20
     assert max(shares[:50]) == 50
     assert shares[-1] == 100
+
+
+HOLDS = (1_000, 2_000, 5_000)
+
+
+def die_with_many(ledger, count):
+    """A node that has 10 of three quantities of so many models is not heard of again; its models' ids."""
+    models = []
+    for at in range(count):
+        values = [(10, 10, 10, *NONE[3:])] * 3
+        models.append(
+            ModelRequest(f"m{at}", 1, quantities(*((100, hold_ms) for hold_ms in HOLDS)), NONE, *values[:2], NONE)
+        )
+    ledger.ask("a", *models)
+    for _ in range(100):
+        ledger.pass_ms(100)
+        ledger.ask("b")
+    return [model.model_id for model in models]
+
+
+def taken_of(ledger, model_ids):
+    """What is in shares of each quantity of these models, by what it is."""
+    sums = [json.loads(ledger.server.data[f"{BASE}m:{model_id}"]["sums"])[1::2] for model_id in model_ids]
+    return [{counts[quantity] for counts in sums} for quantity in range(3)]
+
+
+def test_a_dead_node_with_many_models_is_buried_in_parts(ledger):
+    model_ids = die_with_many(ledger, 1000)
+    calls, call = [], ledger.server.call
+    ledger.server.call = lambda command, *arguments: calls.append(command) or call(command, *arguments)
+    longest = 0
+    for tenth in range(300):
+        ledger.pass_ms(100)
+        del calls[:]
+        ledger.ask("b")
+        longest = max(longest, len(calls))
+        if tenth == 5:
+            assert taken_of(ledger, model_ids) == [{10}] * 3
+        elif tenth == 16:
+            assert taken_of(ledger, model_ids) == [{0}, {10}, {10}]
+        elif tenth == 45:
+            assert taken_of(ledger, model_ids) == [{0}, {0}, {10}]
+        elif tenth == 65:
+            assert taken_of(ledger, model_ids) == [{0}, {0}, {0}]
+    assert longest < 2000
+    assert not [key for key in ledger.server.data if key.startswith(f"{BASE}m:") or key == f"{BASE}node:a"]
+
+
+def test_a_dead_node_that_returns_while_its_shares_end_has_what_is_left(ledger):
+    model_ids = die_with_many(ledger, 1000)
+    for _ in range(2):  # it is dead, and the first of its holds is over
+        ledger.pass_ms(600)
+        ledger.ask("b")
+    assert taken_of(ledger, model_ids) == [{0, 10}, {10}, {10}]
+    assert "pass" in ledger.server.data[f"{BASE}node:a"]
+    ledger.ask("a")
+    assert "pass" not in ledger.server.data[f"{BASE}node:a"]
+    for _ in range(100):
+        ledger.pass_ms(100)
+        ledger.ask("b")
+        ledger.ask("a")
+    assert taken_of(ledger, model_ids) == [{0, 10}, {10}, {10}]
+
+
+def test_hundreds_of_amounts_that_were_handed_over_are_free_within_a_few_exchanges(ledger):
+    limits = quantities((100, 1_000), (100, 1_000), (100, 1_000))
+    ghosts = [Ghost(quantity, 5, 1_000) for quantity in range(3)]
+    models = [ModelRequest(f"m{at}", 1, limits, NONE, NONE, NONE, NONE, ghosts) for at in range(250)]
+    ledger.ask("a", *models, verb="leave")
+    assert len(ledger.server.data[f"{BASE}ghosts"]) >= 750
+    ledger.pass_ms(1_200)
+    for _ in range(3):
+        ledger.ask("first")
+    assert not [key for key in ledger.server.data if key.startswith(f"{BASE}m:")]
 
 
 def test_a_node_that_returns_resumes_its_share(ledger):

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import time
+import zlib
 from importlib.resources import files
 
 import lupa.lua51
@@ -94,11 +95,20 @@ class LuaServer:
         stored = self.data.get(key, {})
         return [stored.get(field, False) for field in fields]
 
-    def hkeys(self, key):
-        return list(self.data.get(key, {}))
-
     def hgetall(self, key):
         return [text for pair in self.data.get(key, {}).items() for text in pair]
+
+    def hscan(self, key, cursor, match, pattern, count, most):
+        """In the order of a hash, so that a cursor stays valid while fields come and go."""
+        assert (match, pattern, count) == ("MATCH", "m:*", "COUNT")
+        ordered = sorted((zlib.crc32(field.encode()), field) for field in self.data.get(key, {}))
+        found = []
+        for place, field in ordered:
+            if len(found) >= 2 * int(most):
+                return [str(place), LUA.table_from(found)]
+            if place >= int(cursor) and field.startswith("m:"):
+                found += [field, self.data[key][field]]
+        return ["0", LUA.table_from(found)]
 
     def hset(self, key, *pairs):
         self.data.setdefault(key, {}).update(zip(pairs[::2], pairs[1::2], strict=True))

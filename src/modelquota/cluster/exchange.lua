@@ -27,7 +27,7 @@
 -- quotas      version and text of what was published; the script does not read it
 -- nodes       id -> end of lease, of live nodes
 -- node:<id>   number, token, nonce and reply of the last request; generation; boot, base (clock - boot_ms at least);
---             holds; a field m:<model> for each model in which it has a share
+--             holds; a field m:<model> for each model in which it has a share; of a dead one pass (see end_shares)
 -- m:<model>   limits, version, claim; sums [records, sum, lent, ...]: of all shares and ghosts, and of these what was
 --             handed over; fair [at, deaths, level, filled, used, idle, ...], a hint only: see fair_of; a field n:<id>
 --             [generation,held,used,want,...] for each node
@@ -40,7 +40,8 @@ local CLAIM_MS = 3000     -- a claim that is not repeated lapses
 local FAIR_MS = 100       -- how long a fair share is used at least before it is computed again, and 1 ms for each node
 local READ = 2000         -- after that many records one exchange goes by the fair shares that there are
 local SLICES = 32         -- the smallest slice is the limit / (SLICES * nodes)
-local SWEPT = 16          -- dead nodes and ghosts that one exchange clears away at most
+local BURIED = 16         -- dead nodes of which one exchange makes ghosts at most
+local SWEPT = 256         -- models of dead nodes, and amounts that were handed over, that one exchange frees at most
 
 local INTEGER = string.format('%d', 2 ^ 53) == '9007199254740992' and '%d' or '%.0f' -- the first is faster, if exact
 
@@ -233,33 +234,63 @@ local function bury(who, ended, holds)
   put(removes, nodes_key, who)
 end
 
-local function end_shares(who, hold) -- of one hold, or, without it, all that is left
-  local key = base .. 'node:' .. who
-  deaths = deaths + 1
-  for _, field in ipairs(call('HKEYS', key)) do
-    if string.sub(field, 1, 2) == 'm:' then
-      local of = model(string.sub(field, 3))
-      local record = record_of(of, who)
-      if record and of.count then
-        for i = 1, of.count do
-          local amount = taken(record, i)
-          if amount > 0 and (not hold or of.holds[i] == hold) then
-            release(of, i, amount)
-            record[3 * i - 1], record[3 * i], record[3 * i + 1] = 0, 0, 0
-            record.changed = true
-          end
-        end
-        if not hold then
-          of.nodes[who], of.left = false, true
-          of.sums[1] = of.sums[1] - 1
-          put(deletes, of.key, 'n:' .. who)
-        end
+local function end_share(who, name, due) -- in one model: of the holds that are due or, without them, all that is left
+  local of = model(name)
+  local record = record_of(of, who)
+  if record and of.count then
+    for i = 1, of.count do
+      local amount = taken(record, i)
+      if amount > 0 and (not due or due[of.holds[i]]) then
+        release(of, i, amount)
+        record[3 * i - 1], record[3 * i], record[3 * i + 1] = 0, 0, 0
+        record.changed = true
       end
     end
+    if not due then
+      of.nodes[who], of.left = false, true
+      of.sums[1] = of.sums[1] - 1
+      put(deletes, of.key, 'n:' .. who)
+    end
   end
-  if not hold then
-    ends[key] = true
+end
+
+-- All shares of a dead node of these holds end, or, without them, all that is left and its record. Of many models it
+-- takes several exchanges, with `pass` saying how far they have come, or with the models that are done left out.
+-- Returns how much of the work that was left for this exchange still is, and the holds that have ended.
+local function end_shares(who, holds, left)
+  local key, cursor, due = base .. 'node:' .. who, '0', nil
+  if holds then
+    local pass = call('HGET', key, 'pass')
+    if pass then
+      cursor, holds = string.match(pass, '^(%d+);(.*)$')
+      holds = decoded(holds)
+    end
+    due = {}
+    for _, hold in ipairs(holds) do
+      due[hold] = true
+    end
   end
+  deaths = deaths + 1
+  repeat
+    local found = call('HSCAN', key, cursor, 'MATCH', 'm:*', 'COUNT', text(min(left, SWEPT)))
+    cursor = found[1]
+    for at = 1, #found[2], 2 do
+      end_share(who, string.sub(found[2][at], 3), due)
+      if not due then
+        put(deletes, key, found[2][at])
+      end
+      left = left - 1
+    end
+  until cursor == '0' or left <= 0
+  local is_done = cursor == '0'
+  if not due then
+    ends[key] = is_done or nil
+  elseif is_done then
+    put(deletes, key, 'pass')
+  else
+    put(sets, key, 'pass', cursor .. ';' .. encoded(holds, #holds))
+  end
+  return left, is_done and (holds or {})
 end
 
 local function end_lent(ghost) -- what was handed over
@@ -272,22 +303,42 @@ local function end_lent(ghost) -- what was handed over
   put(removes, ghosts_key, ghost)
 end
 
-for _, due in ipairs(call('ZRANGEBYSCORE', nodes_key, '-inf', '(' .. text(now), 'LIMIT', 0, SWEPT)) do
+for _, due in ipairs(call('ZRANGEBYSCORE', nodes_key, '-inf', '(' .. text(now), 'LIMIT', 0, BURIED)) do
   if due ~= id then
     local holds = call('HGET', base .. 'node:' .. due, 'holds')
     bury(due, tonumber(call('ZSCORE', nodes_key, due)), holds)
   end
 end
+local left, dead, due_of = SWEPT, {}, {}
 for _, due in ipairs(call('ZRANGEBYSCORE', ghosts_key, '-inf', '(' .. text(now), 'LIMIT', 0, SWEPT)) do
-  local kind = string.sub(due, 1, 1)
-  if kind == 'h' then
+  if string.sub(due, 1, 1) == 'h' then
     end_lent(due)
+    left = left - 1
   else
     local hold, who = string.match(due, '^d:(%d+):(.*)$')
     who = who or string.sub(due, 3)
     if who ~= id then -- the node that calls resumes what is left of its shares
-      end_shares(who, tonumber(hold))
-      put(removes, ghosts_key, due)
+      if not due_of[who] then
+        dead[#dead + 1], due_of[who] = who, {}
+      end
+      if hold then
+        put(due_of, who, tonumber(hold))
+      else
+        due_of[who].ends = due
+      end
+    end
+  end
+end
+for _, who in ipairs(dead) do
+  if left > 0 then
+    local holds, ended = due_of[who], nil
+    left, ended = end_shares(who, not holds.ends and holds, left)
+    if ended and holds.ends then
+      put(removes, ghosts_key, holds.ends)
+      ended = holds
+    end
+    for _, hold in ipairs(ended or {}) do
+      put(removes, ghosts_key, 'd:' .. text(hold) .. ':' .. who)
     end
   end
 end
@@ -344,7 +395,7 @@ if verb == 'forget' then
   for _, ghost in ipairs(removes[ghosts_key] or {}) do
     swept[ghost] = true
   end
-  end_shares(id)
+  end_shares(id, nil, math.huge)
   for _, ghost in ipairs(call('ZRANGE', ghosts_key, 0, -1)) do
     local who = string.match(ghost, '^h:%d+:%d+:%d+:%d+:([^:]*):')
     if who == id and not swept[ghost] then
@@ -373,6 +424,7 @@ end
 if returns then
   deaths = deaths + 1
   put(removes, ghosts_key, 'e:' .. id)
+  put(deletes, node_key, 'pass')
 end
 
 -- The fair share of each quantity whose wants exceed it: the highest level such that no node gets more than it wants or
