@@ -205,6 +205,7 @@ class Node:
         self._late_ms = 0  # by how much the clock that the store is told is behind the host's
         self._next_look = 0
         self._leaving = False
+        self._handing: list[_Book] = []  # what the request that is under way hands over, when it leaves
         self._valid_until_ns = host.lease_end_ns()
         self._resume()
 
@@ -244,7 +245,10 @@ class Node:
         self.node_id, self.number, self.nonce = self._token(), 0, ""
         self._save()
         self._unconfirmed = None
-        self._give_up_all()
+        if self._leaving:  # what was to be handed over still is
+            self._books.update((book.code, book) for book in self._handing)
+        else:
+            self._give_up_all()
 
     def _give_up_all(self) -> None:
         codes = self.host.codes(False)
@@ -547,11 +551,12 @@ class Node:
         self.host.renew_lease(0)
         if self._pending is not None:
             return self.prepare()
-        self._leaving = True
-        self._give_up_all()
+        if not self._leaving:
+            self._leaving = True
+            self._give_up_all()
         models, told = [], []
-        for code in list(self._books)[:MAX_MODELS]:
-            book = self._books.pop(code)
+        self._handing = [self._books.pop(code) for code in list(self._books)[:MAX_MODELS]]
+        for book in self._handing:
             quantities = quantities_of(book.limits)
             ghosts = [
                 Ghost(quantity, book.used[quantity], known.hold_ms + MARGIN_NS // 10**6)

@@ -1,0 +1,99 @@
+"""Nodes over the simulated store, in virtual time: many models, and models and limits that come and go."""
+
+import json
+
+import pytest
+
+pytest.importorskip("lupa", reason="the simulated store needs lupa")
+
+from lua_store import LuaServer, LuaStore
+from model_host import NS, ModelHost, components
+
+from modelquota.cluster.node import MAX_MODELS, Node
+
+BASE = "mq:{test:0}:"
+LEASE_NS = 10 * NS
+
+
+class World:
+    """A simulated store whose learning is over, and the time of its nodes."""
+
+    def __init__(self):
+        self.server = LuaServer()
+        self.store = LuaStore(self.server, BASE)
+        self.now_ns = 10**15
+        self.step(self.node({}))
+        self.pass_sec(11)
+
+    def pass_sec(self, seconds):
+        self.now_ns += int(seconds * NS)
+
+    def host(self, quotas):
+        return ModelHost(lambda: self.now_ns, quotas)
+
+    def node(self, quotas):
+        return Node(self.host(quotas), LEASE_NS)
+
+    def exchange(self, request):
+        self.server.time_ns = 10**18 + self.now_ns
+        return self.store.exchange(request)
+
+    def step(self, *nodes):
+        """One exchange of each node."""
+        for node in nodes:
+            request = node.prepare()
+            node.adopt(request, self.exchange(request))
+
+    def live(self, seconds, *nodes):
+        """An exchange of each node every 0.2 s."""
+        for _ in range(round(seconds * 5)):
+            self.pass_sec(0.2)
+            self.step(*nodes)
+
+    def sums(self, model_id, quantity):
+        """What is taken of a model's quantity, and of this what was handed over."""
+        sums = json.loads(self.server.data[f"{BASE}m:{model_id}"]["sums"])
+        return sums[2 * quantity + 1], sums[2 * quantity + 2]
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def many(count, **limits):
+    return {f"m{number}": components(**limits) for number in range(count)}
+
+
+def use(world, node):
+    """Have each model of a node admit one request."""
+    world.live(2, node)
+    left = [row.model_id for row in node.host.rows.values()]
+    for _ in range(10):
+        left = [model_id for model_id in left if not node.host.begin(model_id, 1)]
+        world.live(1, node)
+    assert not left
+
+
+def leave(world, node):
+    """Have a node leave; how many requests that takes."""
+    for count in range(20):
+        if node.left:
+            return count
+        request = node.leave()
+        node.adopt(request, world.exchange(request))
+    raise AssertionError("it does not leave")
+
+
+@pytest.mark.parametrize("fenced", [False, True])
+def test_a_node_that_leaves_hands_over_what_each_of_many_models_has_used_once(world, fenced):
+    node = world.node(many(2 * MAX_MODELS + 50, requests_per_minute=100))
+    use(world, node)
+    if fenced:  # another node uses its id: what that request was to hand over is handed over by the next
+        node.adopt(node.leave(), world.exchange(node.leave()))
+        request = node.leave()
+        node.adopt(request, world.exchange(request._replace(nonce="wrong")))
+        assert node.fenced == 1
+    leave(world, node)
+    assert {world.sums(f"m{number}", 1)[1] for number in range(2 * MAX_MODELS + 50)} == {1}
+    assert len(world.server.data[f"{BASE}ghosts"]) < 2 * MAX_MODELS + 60
