@@ -201,6 +201,42 @@ os._exit(0)
     assert done.stdout == "admitted by the child\n"
 
 
+@pytest.mark.parametrize("pause_sec", [0, 0.7])
+def test_a_parent_that_closes_leaves_the_share_to_its_child(server, pause_sec):
+    code = f"""
+import os, time
+from modelquota import ResourceQuotaConfig, ResourceQuotaManager
+from modelquota.cluster import RedisStore
+from modelquota.cluster.operating import read_cluster
+store = RedisStore({server.url!r}, lease_sec=2, renew_sec=0.2)
+manager = ResourceQuotaManager(cluster=store)
+manager.set_quota(ResourceQuotaConfig.unlimited("m", max_requests_per_day=100, on_violation="reject"))
+def admit(count):
+    while count:
+        if manager.check_quota("m", 1):
+            count -= 1
+        else:
+            time.sleep(0.02)
+admit(60)
+child = os.fork()
+if not child:
+    while not manager.cluster.status().leads:
+        time.sleep(0.02)
+    admit(40)
+    manager.close()
+    os._exit(0)
+time.sleep({pause_sec})
+manager.close()
+os.waitpid(child, 0)
+print([limit.used for limit in read_cluster(store).limits], flush=True)
+os._exit(0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SEC, check=True
+    )
+    assert done.stdout == "[100]\n"
+
+
 def test_a_manual_clock_and_a_cluster_exclude_each_other():
     with pytest.raises(ValueError, match="clock"):
         ResourceQuotaManager(clock=ManualClock(), cluster=RedisStore("redis://127.0.0.1:1"))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _NS: Final = 1_000_000_000
 _PATIENCE_SEC: Final = 6.0  # a leader that is silent for longer is overtaken; longer than an exchange can take
 _NAP_SEC: Final = 0.05
+_FORK_SEC: Final = 0.5
 _WARNING: Final = 30
 
 _members: weakref.WeakSet[Member] = weakref.WeakSet()
@@ -48,8 +49,9 @@ class Member(Background):
         rules: dict[str, OnLeaseEnd] = {"share": "share", "allow": "allow"}
         self._rule: Final = rules.get(store.on_store_down, "deny")
         self._boot: Final = boot_id()
-        # A state without a file ends with the process that made it, and what it used is handed over.
-        self._maker: Final = os.getpid() if manager.path is None else 0
+        # A state without a file ends with its last process, and what it used is handed over.
+        self._ends: Final = manager.path is None
+        self._forked_sec = -_FORK_SEC
         self._version = 0
         self._published = Quotas({}, {})
         self._base: DefaultQuota | None = None
@@ -99,9 +101,17 @@ class Member(Background):
         manager, node = self._manager(), self._node
         if manager is None or node is None or manager.closed:
             return
-        if self._maker == os.getpid():
+        if self._ends and not self._others(manager):
             self._leave(node)
         shares.resign(manager)
+
+    def _others(self, manager: ResourceQuotaManager) -> bool:
+        """Whether another process goes on with the state. A child needs a moment to be seen."""
+        while not shares.is_used_by_others(manager):
+            if time.monotonic() >= self._forked_sec + _FORK_SEC:
+                return False
+            time.sleep(_NAP_SEC)
+        return True
 
     def _leave(self, node: Node) -> None:
         try:
@@ -230,9 +240,14 @@ class Member(Background):
             self._launch(self._work)
 
 
+def _after_fork_in_parent() -> None:
+    for member in list(_members):
+        member._forked_sec = time.monotonic()
+
+
 def _after_fork_in_child() -> None:
     for member in list(_members):
         member._after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -20,7 +20,7 @@ from modelquota._core.state.lease cimport (
 )
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.registry cimport DONE, REGISTRY_BUSY, give_or_take_share
-from modelquota._core.state.state cimport State
+from modelquota._core.state.state cimport State, has_other_process
 from modelquota._core.table.arrays cimport int64_copy
 from modelquota._core.table.batch cimport generation_of, index_of
 from modelquota._core.table.intern cimport RowRef
@@ -358,6 +358,18 @@ def resign(QuotaTable table not None):
     """Leave it to another process at once to exchange shares for the host."""
     table.state.require_open()
     swap_u32(&table.shared.header.lease.leader, table.shared.me, 0)
+
+
+def is_used_by_others(QuotaTable table not None):
+    """Whether another living process, or another manager of this one, uses the state."""
+    cdef State state = table.state
+    cdef bint found
+    state.require_open()
+    state.inside += 1
+    with nogil:
+        found = has_other_process(&state.shared)
+    state.exit()
+    return found
 
 
 def read_node(QuotaTable table not None):
