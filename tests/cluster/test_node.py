@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("lupa", reason="the simulated store needs lupa")
 
 from lua_store import LuaServer, LuaStore
+from manager_host import SimulatedHost, config_of
 from model_host import NS, ModelHost, components
 
 from modelquota.cluster.node import MAX_MODELS, Node
@@ -22,8 +23,8 @@ class World:
         self.server = LuaServer()
         self.store = LuaStore(self.server, BASE)
         self.now_ns = 10**15
-        self.step(self.node({}))
-        self.pass_sec(11)
+        self.hosts = []
+        self.live(11, self.node({}))
 
     def pass_sec(self, seconds):
         self.now_ns += int(seconds * NS)
@@ -33,6 +34,12 @@ class World:
 
     def node(self, quotas):
         return Node(self.host(quotas), LEASE_NS)
+
+    def manager_node(self, limits):
+        """A node over a real manager, with a model m."""
+        node = Node(SimulatedHost(lambda: self.now_ns, limits, "boot"), LEASE_NS)
+        self.hosts.append(node.host)
+        return node
 
     def exchange(self, request):
         self.server.time_ns = 10**18 + self.now_ns
@@ -58,7 +65,10 @@ class World:
 
 @pytest.fixture
 def world():
-    return World()
+    world = World()
+    yield world
+    for host in world.hosts:
+        host.table.close()
 
 
 def many(count, **limits):
@@ -97,3 +107,65 @@ def test_a_node_that_leaves_hands_over_what_each_of_many_models_has_used_once(wo
     leave(world, node)
     assert {world.sums(f"m{number}", 1)[1] for number in range(2 * MAX_MODELS + 50)} == {1}
     assert len(world.server.data[f"{BASE}ghosts"]) < 2 * MAX_MODELS + 60
+
+
+# -- limits that go and come back
+
+DAY = {"requests_per_day": 100_000}
+LIMITED = {"requests_per_hour": 100} | DAY
+
+
+def admitted(world, node, seconds, nodes=None):
+    """How many requests a node admits in that time, while all exchange."""
+    count = 0
+    for _ in range(round(seconds * 5)):
+        while node.host.begin("m", 1):
+            count += 1
+        world.live(0.2, *(nodes or [node]))
+    return count
+
+
+def set_limits(limits, *nodes):
+    for node in nodes:
+        node.host.now_ns()
+        node.host.table.set_quota(config_of("m", limits))
+
+
+@pytest.mark.parametrize("away_sec", [0.2, 30])
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_limit_that_is_taken_away_and_set_again_refills_nothing(world, away_sec, leaves, first):
+    a, b = nodes = [world.manager_node(LIMITED) for _ in range(2)]
+    world.live(1, *nodes)
+    assert admitted(world, a, 5, nodes) == 100
+    set_limits(DAY, *nodes)
+    world.live(away_sec, *nodes)
+    if leaves:
+        leave(world, a)
+        nodes = [b]
+    set_limits(LIMITED, *nodes)
+    world.step(nodes[min(first, len(nodes) - 1)])
+    assert admitted(world, b, 30, nodes) == 0
+    assert world.sums("m", 2)[0] == 100
+
+
+def test_a_limit_that_returns_on_one_host_first_is_kept_by_the_others_from_their_next_exchange(world):
+    a, b = nodes = [world.manager_node(limits) for limits in (DAY, LIMITED)]
+    world.step(b, a)  # the ledger has no limit of an hour
+    world.live(1, *nodes)
+    assert admitted(world, b, 5, nodes) >= 100
+    set_limits(LIMITED, a)
+    assert admitted(world, a, 20, nodes) == 0
+    assert admitted(world, b, 1, nodes) == 0
+
+
+def test_a_removed_model_hands_over_what_a_limit_had_counted_that_was_taken_away(world):
+    a, b = nodes = [world.manager_node(LIMITED) for _ in range(2)]
+    world.live(1, *nodes)
+    assert admitted(world, a, 5, nodes) == 100
+    set_limits(DAY, *nodes)
+    world.live(1, *nodes)
+    a.host.table.remove_quota("m")
+    world.live(1, *nodes)
+    set_limits(LIMITED, b)
+    assert admitted(world, b, 20, nodes) == 0

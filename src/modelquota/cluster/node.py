@@ -17,6 +17,7 @@ from modelquota.cluster.quantities import (
     NAMES,
     QUANTITIES,
     UNLIMITED,
+    WINDOW_SECONDS,
     asked_row,
     component_of,
     drain_for,
@@ -26,7 +27,7 @@ from modelquota.cluster.quantities import (
     wanted,
 )
 from modelquota.cluster.status import Share
-from modelquota.cluster.store import Ghost, ModelReply, ModelRequest, Reply, Request
+from modelquota.cluster.store import Ghost, ModelReply, ModelRequest, Quantity, Reply, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,6 +44,8 @@ _RECENT_NS: Final = 10_000_000_000
 _SLOW_NS: Final = 400_000_000  # how long a request may be on its way without moving what the store takes for this clock
 _NOTHING: Final = (0,) * QUANTITIES
 _AS_IT_IS: Final = (KEEP,) * COMPONENTS
+_COMPONENTS: Final = tuple(map(component_of, range(QUANTITIES)))
+_LEVELS_BEGIN: Final = min(LEVELS)  # quantities before that are windows
 
 
 class Rows(NamedTuple):
@@ -94,8 +97,8 @@ class _Book:
     """What the node remembers of one model."""
 
     __slots__ = (
-        "answer", "claim", "code", "given", "held", "largest", "limits", "model_id", "needed", "points", "rotated_ns",
-        "starved", "target", "unmet", "used", "waiting", "want",
+        "answer", "claim", "code", "given", "held", "is_whole", "largest", "limits", "model_id", "needed", "points",
+        "rotated_ns", "starved", "target", "told_used", "unmet", "used", "waiting", "want", "was_limited",
     )  # fmt: skip
 
     def __init__(self, code: int, model_id: str) -> None:
@@ -103,11 +106,14 @@ class _Book:
         self.model_id = model_id
         self.answer: ModelReply | None = None  # the last one
         self.limits: Sequence[int] = ()
-        self.given: Sequence[object] = ()  # the quantities as the store has been told them
+        self.given: Sequence[int] = ()  # the limits as the store has been told them
+        self.was_limited = [False] * QUANTITIES  # of windows: what they count is told, too, once they are not any more
         self.held: tuple[int, ...] = _NOTHING
+        self.is_whole: tuple[bool, ...] = (False,) * QUANTITIES  # that share leaves the whole limit
         self.claim: tuple[int, ...] | None = None  # the part of it that the ledger knows as this node's share
         self.used: tuple[int, ...] = _NOTHING
         self.want: tuple[int, ...] = _NOTHING  # as the store has been told
+        self.told_used: tuple[int, ...] = _NOTHING
         self.target: tuple[int | None, ...] | None = None
         self.largest = [[0, 0], [0, 0]]  # requests and tokens: of the last ten seconds, and of the ten before
         self.rotated_ns = 0
@@ -120,12 +126,16 @@ class _Book:
     def read(self, rows: Rows, at: int, now_ns: int) -> None:
         """Take over what the core says."""
         self.limits = rows.limits[at]
-        held, used = rows.held[at], rows.used[at]
-        self.used = tuple(used[component_of(quantity)] for quantity in range(QUANTITIES))
-        self.held = tuple(  # a share that does not bind is of a quantity that the ledger does not limit
-            used[component] if held[component] == UNLIMITED else held[component]
-            for component in map(component_of, range(QUANTITIES))
-        )
+        held, used = ([row[component] for component in _COMPONENTS] for row in (rows.held[at], rows.used[at]))
+        for quantity in range(QUANTITIES):
+            if self.is_limited(quantity):
+                self.was_limited[quantity] = quantity < _LEVELS_BEGIN
+            elif not self.was_limited[quantity]:
+                used[quantity] = 0
+        self.used = tuple(used)
+        self.is_whole = tuple(share == UNLIMITED for share in held)
+        # a share that does not bind is of a quantity that the ledger does not limit
+        self.held = tuple(uses if share == UNLIMITED else share for share, uses in zip(held, used, strict=True))
         self.claim = self.held if self.claim is None else tuple(map(min, self.claim, self.held))
         if now_ns - self.rotated_ns >= _RECENT_NS:
             self.largest = [[0, recent] for recent, _ in self.largest]
@@ -148,19 +158,32 @@ class _Book:
         """What it holds according to the ledger."""
         return _NOTHING if self.claim is None else self.claim
 
+    def is_limited(self, quantity: int) -> bool:
+        """Whether this host limits the quantity."""
+        return self.limits[_COMPONENTS[quantity]] != UNLIMITED
+
     @property
     def is_covered(self) -> bool:
-        """Whether the ledger knows all that it holds, and of concurrency, all that is open."""
+        """Whether the ledger knows all that it holds, of what it limits, and of concurrency, all that is open."""
+        shares: Sequence[int | None] = _NOTHING if self.answer is None else self.answer.share
         return self._is_open_covered and all(
-            held <= claim or self.limits[component_of(quantity)] == UNLIMITED
-            for quantity, (held, claim) in enumerate(zip(self.held, self.claimed, strict=True))
+            held <= claim or share is None or not self.is_limited(quantity)
+            for quantity, (held, claim, share) in enumerate(zip(self.held, self.claimed, shares, strict=True))
         )
 
     @property
     def _is_open_covered(self) -> bool:
         # What was open when a lease had ended is not counted by the store, and then not by this node's next lease.
-        is_shared = self.limits[component_of(CONCURRENCY)] != UNLIMITED
-        return not is_shared or self.used[CONCURRENCY] <= self.claimed[CONCURRENCY]
+        return not self.is_limited(CONCURRENCY) or self.used[CONCURRENCY] <= self.claimed[CONCURRENCY]
+
+    def ghosts(self, quantities: Sequence[Quantity | None], amounts: Sequence[int]) -> list[Ghost]:
+        """Return what is handed over when the share is given up, of which so much may have been used."""
+        ghosts = []
+        for quantity, (known, amount) in enumerate(zip(quantities, amounts, strict=True)):
+            if amount and (known is not None or self.was_limited[quantity]):
+                hold_ms = WINDOW_SECONDS[quantity % 5] * 1000 if known is None else known.hold_ms
+                ghosts.append(Ghost(quantity, amount, hold_ms + MARGIN_NS // 10**6))
+        return ghosts
 
     def wants(self) -> tuple[int, ...]:
         """Return the share of each quantity that it wants."""
@@ -168,6 +191,14 @@ class _Book:
         first, last = self.points[0], self.points[-1]
         demand = [last[1] - first[1] + self.waiting, last[2] - first[2] + self.waiting * largest[1]]
         return wanted(self.limits, self.used, demand, largest)
+
+
+def _given_up(book: _Book, amounts: Sequence[int]) -> ModelRequest:
+    """Return what the store is told when a model's share is given up, of which so much may have been used."""
+    quantities = quantities_of(book.limits)
+    return ModelRequest(
+        book.model_id, 1, quantities, _NOTHING, _NOTHING, _NOTHING, _NOTHING, book.ghosts(quantities, amounts)
+    )
 
 
 class Node:
@@ -196,7 +227,7 @@ class Node:
         self._token = token
         self._books: dict[int, _Book] = {}
         self._starved_gone = 0
-        self._gone: list[tuple[str, Sequence[int], tuple[int, ...]]] = []
+        self._gone: list[_Book] = []
         self._unconfirmed: dict[int, None] | None = None
         self._pending: Request | None = None
         self._told: list[int] = []
@@ -245,10 +276,15 @@ class Node:
         self.node_id, self.number, self.nonce = self._token(), 0, ""
         self._save()
         self._unconfirmed = None
+        self._give_limits_again()
         if self._leaving:  # what was to be handed over still is
             self._books.update((book.code, book) for book in self._handing)
         else:
             self._give_up_all()
+
+    def _give_limits_again(self) -> None:
+        for book in self._books.values():
+            book.given = ()
 
     def _give_up_all(self) -> None:
         codes = self.host.codes(False)
@@ -312,16 +348,11 @@ class Node:
             self._shrink(shrinking, shares)
         told, models = [], []
         gone, self._gone = self._gone, []
-        for name, limits, held in gone:
+        for book in gone:
             # what was used since the last exchange is not known: all of it may have been
-            ghosts = [
-                Ghost(quantity, held[quantity], known.hold_ms + MARGIN_NS // 10**6)
-                for quantity, known in enumerate(quantities_of(limits))
-                if known is not None and held[quantity]
-            ]
-            models.append(ModelRequest(name, 1, quantities_of(limits), _NOTHING, _NOTHING, _NOTHING, _NOTHING, ghosts))
+            models.append(_given_up(book, tuple(map(max, book.held, book.used))))
             told.append(-1)
-        names = {name for name, _, _ in gone}
+        names = {book.model_id for book in gone}
         for code in codes:
             book = self._books[code]
             if book.model_id in names:  # registered again since: in the next request
@@ -329,12 +360,12 @@ class Node:
             needs = needed_shares(book.limits, book.claimed, book.needed)
             if code in self._unconfirmed or code in shrinking or self._has_news(book, wants[code], needs):
                 quantities = quantities_of(book.limits)
-                version = 1 if book.given == quantities else 0
+                version = 1 if book.given == book.limits else 0
                 models.append(
                     ModelRequest(book.model_id, version, quantities, book.claimed, book.used, wants[code], needs)
                 )
                 told.append(code)
-                book.given, book.want, book.needed = quantities, wants[code], [0, 0]
+                book.given, book.told_used, book.want, book.needed = book.limits, book.used, wants[code], [0, 0]
         return told, models
 
     def _candidates(self) -> Iterable[int]:
@@ -349,10 +380,15 @@ class Node:
 
     @staticmethod
     def _has_news(book: _Book, wants: tuple[int, ...], needs: tuple[int, ...]) -> bool:
-        if any(needs):
+        if any(needs) or book.given != book.limits:
             return True
-        for held, used, want, told in zip(book.claimed, book.used, wants, book.want, strict=True):
-            if used > held or want > held or want * 4 < told * 3:
+        for quantity, (held, used, want, told) in enumerate(
+            zip(book.claimed, book.used, wants, book.want, strict=True)
+        ):
+            if not book.is_limited(quantity):
+                if used * 4 < book.told_used[quantity] * 3:
+                    return True
+            elif used > held or want > held or want * 4 < told * 3:
                 return True
         return False
 
@@ -362,7 +398,7 @@ class Node:
         shares = [KEEP] * QUANTITIES
         target, book.target = book.target, None
         for quantity, (held, used, want) in enumerate(zip(book.held, book.used, wants, strict=True)):
-            if book.limits[component_of(quantity)] == UNLIMITED:
+            if not book.is_limited(quantity) or book.is_whole[quantity]:
                 continue
             if held > used + 2 * (want - used):
                 shares[quantity] = want
@@ -398,8 +434,8 @@ class Node:
             self._unconfirmed.pop(code, None)
         if book is not None:
             self._starved_gone += book.starved
-        if book is not None and any(counted := tuple(map(max, book.held, book.used))):
-            self._gone.append((book.model_id, book.limits, counted))
+        if book is not None and (any(book.held) or any(book.used)):
+            self._gone.append(book)
 
     def _shrink(self, codes: Sequence[int], shares: Sequence[tuple[int, ...]], below_used: bool = False) -> None:
         """Lower shares, and then the drains in proportion to the caps that are left, or to the levels above them."""
@@ -461,6 +497,7 @@ class Node:
         if reply.generation != self.generation:
             # A store that may have forgotten them is told of all models, before the lease goes on.
             self.generation = reply.generation
+            self._give_limits_again()
             self._unconfirmed = dict.fromkeys(self.host.codes(False))
         # After a change of leader the request may have been executed as the process before had made it, with models
         # that are not known here: then no share is taken, and the next request tells the store what is held.
@@ -481,17 +518,17 @@ class Node:
             if book is None:
                 continue
             book.answer = answer
-            book.claim = tuple(UNLIMITED if share is None else share for share in answer.share)
+            book.claim = tuple(0 if share is None else share for share in answer.share)
             up, down = [KEEP] * QUANTITIES, [KEEP] * QUANTITIES
             for quantity, share in enumerate(answer.share):
-                if book.limits[component_of(quantity)] == UNLIMITED:
+                if not book.is_limited(quantity):
                     continue
                 if share is None:
                     up[quantity] = UNLIMITED
                 elif share > book.held[quantity]:
                     up[quantity] = share
                     helped = helped or 10 * book.used[quantity] >= 7 * book.held[quantity]
-                elif share < book.held[quantity]:
+                elif share < book.held[quantity] or book.is_whole[quantity]:
                     down[quantity] = share
             if any(target is not None and target < held for target, held in zip(answer.target, book.held, strict=True)):
                 book.target = answer.target
@@ -557,13 +594,7 @@ class Node:
         models, told = [], []
         self._handing = [self._books.pop(code) for code in list(self._books)[:MAX_MODELS]]
         for book in self._handing:
-            quantities = quantities_of(book.limits)
-            ghosts = [
-                Ghost(quantity, book.used[quantity], known.hold_ms + MARGIN_NS // 10**6)
-                for quantity, known in enumerate(quantities)
-                if known is not None and book.used[quantity]
-            ]
-            models.append(ModelRequest(book.model_id, 1, quantities, _NOTHING, _NOTHING, _NOTHING, _NOTHING, ghosts))
+            models.append(_given_up(book, book.used))
             told.append(-1)
         self._send("exchange" if self._books else "leave", self.host.now_ns(), told, models)
         self._renews = False

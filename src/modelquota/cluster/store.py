@@ -40,7 +40,8 @@ class ModelRequest(NamedTuple):
     """What a node says of one model; the sequences have one element for each quantity.
 
     `version` is the ledger's version of the limits that the node goes by, 0 to give the model these limits. `need` is
-    the smallest share that would admit a request that was denied, or 0.
+    the smallest share that would admit a request that was denied, or 0. Of a quantity that is not limited only what is
+    used counts.
     """
 
     model_id: str
@@ -56,7 +57,7 @@ class ModelRequest(NamedTuple):
         """Return the model's three arguments of the script."""
         limits = ",".join("-1,0" if q is None else f"{q.limit},{q.hold_ms}" for q in self.quantities)
         holdings = ",".join(
-            "0,0,0,0" if quantity is None else f"{held},{used},{want},{need}"
+            f"0,{used},0,0" if quantity is None else f"{held},{used},{want},{need}"
             for quantity, held, used, want, need in zip(
                 self.quantities, self.held, self.used, self.want, self.need, strict=True
             )
