@@ -12,6 +12,8 @@ pytest.importorskip("lupa", reason="the simulated store needs lupa")
 from cluster_mutants import MUTANTS
 from cluster_simulation import NS, Simulation
 
+from modelquota._core.table import shares
+
 HISTORIES = int(os.environ.get("MODELQUOTA_HISTORIES", "300"))
 ONLY = os.environ.get("MODELQUOTA_HISTORY")
 SEEDS = [int(ONLY)] if ONLY else range(HISTORIES)
@@ -92,3 +94,67 @@ def test_without_faults_nearly_all_of_a_limit_is_used(nodes, limits, limit, wind
     assert history.run() is None
     counts = history.admitted_by_window(int(counted_sec * NS), int(begin_sec * NS))
     assert sum(counts[at] for at in range(windows)) >= 0.95 * limit * windows
+
+
+def test_far_below_a_limit_a_host_makes_one_exchange_a_second():
+    history = Simulation(1, faults=False, real=True, nodes=2, limits={"requests_per_day": 10**6}, load=50)
+    urgent = dict.fromkeys(history.machines, 0)
+
+    def follow_calls():
+        for machine, seen in urgent.items():
+            urgent[machine] = shares.read_lease(machine.host.table).urgent
+            if urgent[machine] != seen:
+                machine.pace.urge()
+                machine.wake_if_idle()
+        history.at(history.now_ns + NS // 20, follow_calls)
+
+    numbers = []
+    follow_calls()
+    for second in (20, 40):
+        history.at(second * NS, lambda: numbers.append(sum(machine.node.number for machine in history.machines)))
+    history.duration_ns = 40 * NS
+    assert history.run() is None
+    assert len(history.log) > 40 * 50
+    assert numbers[1] - numbers[0] <= 2 * 20 * 1.3  # the jitter is a fifth
+
+
+@pytest.mark.parametrize("limits", [{"requests_per_day": 10**6}, {"requests_per_minute": 3000}])
+def test_a_store_that_restarts_denies_nobody_where_much_is_free(limits):
+    history = Simulation(1, faults=False, nodes=2, limits=limits, load=10)
+    history.duration_ns = 40 * NS
+
+    def restart():
+        history.restart(away_sec=0.5)
+
+    starved = []
+    for second in (12, 40):
+        history.at(second * NS, lambda: starved.append([machine.host.row("m").starved for machine in history.machines]))
+    generations = []
+    for second in (14, 36):
+        history.at(second * NS, lambda: generations.append({machine.node.generation for machine in history.machines}))
+    history.at(15 * NS, restart)
+    assert history.run() is None
+    assert len(history.log) > 25 * 20
+    assert generations[0].isdisjoint(generations[1])  # it has learned
+    assert starved[0] == starved[1]
+
+
+def test_what_hosts_keep_for_a_restart_is_given_to_the_one_that_needs_it():
+    limits = {"requests_per_minute": 1200}
+    history = Simulation(1, faults=False, nodes=4, limits=limits, load=2, lease_sec=60)
+    history.duration_ns = 280 * NS
+    hot = history.machines[0]
+
+    def ask():
+        if hot.host.begin("m", 1):
+            history.log.append((history.now_ns, 1, 1, hot))
+            history.at(history.now_ns + NS, history.end_request, hot)
+        else:
+            hot.pace.urge()
+            hot.wake_if_idle()
+        history.at(history.now_ns + NS // 100, ask)
+
+    history.at(135 * NS, ask)
+    assert history.run() is None
+    counts = history.admitted_by_window(61 * NS, 150 * NS)
+    assert min(counts[0], counts[1]) >= 0.95 * 1200

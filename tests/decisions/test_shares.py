@@ -15,7 +15,8 @@ from modelquota._core.table.shares import COMPONENTS, KEEP, UNLIMITED
 
 SECOND_NS = 10**9
 SLOT_SEC = 1 / 60
-REQUESTS_PER_SECOND, REQUESTS_PER_HOUR, TOKENS_PER_HOUR, REQUEST_DRAIN, REQUEST_CAP, GRANTS = 0, 2, 7, 10, 11, 14
+REQUESTS_PER_SECOND, REQUESTS_PER_HOUR, REQUESTS_PER_DAY, TOKENS_PER_HOUR = 0, 2, 3, 7
+REQUEST_DRAIN, REQUEST_CAP, GRANTS = 10, 11, 14
 
 
 def sharing(*quotas, lease_s=60, **limits):
@@ -313,10 +314,10 @@ def test_a_share_of_open_grants_that_runs_low_calls_for_an_exchange():
     manager = sharing(max_concurrent_requests=100, cluster_concurrency=True)
     hold(manager, grants=10)
     urgent = shares.read_lease(manager).urgent
-    grants = [manager.reserve("m", 1) for _ in range(7)]
+    grants = [manager.reserve("m", 1) for _ in range(6)]
     manager.clock.advance(1)
     manager.get_usage("m")
-    assert shares.read_lease(manager).urgent == urgent
+    assert shares.read_lease(manager).urgent == urgent  # as many more take 0.67 s
     grants.append(manager.reserve("m", 1))
     manager.clock.advance(1)
     manager.check_quota("m", 0)
@@ -431,6 +432,24 @@ def test_a_call_for_an_exchange():
     hold(manager, requests_per_hour=11)
     assert admitted(manager, 5) == 1
     assert shares.wait_urgent(manager, urgent + 1, 60.0) == urgent + 2
+
+
+def test_what_has_been_used_for_long_does_not_call_for_an_exchange():
+    manager = sharing(max_requests_per_day=10**6)
+    hold(manager, requests_per_day=1000)
+    assert admitted(manager, 980) == 980
+    manager.clock.advance(3600)
+    shares.renew_lease(manager, manager.clock.now_ns + 60 * SECOND_NS)
+    hold(manager)
+    urgent = shares.read_lease(manager).urgent
+    for _ in range(15):  # 10 a second: 5 are left in the end, for half a second
+        assert admitted(manager, 1) == 1
+        assert shares.read_lease(manager).urgent == urgent
+        manager.clock.advance(0.1)
+    assert admitted(manager, 1) == 1
+    manager.clock.advance(0.1)
+    assert admitted(manager, 1) == 1
+    assert shares.read_lease(manager).urgent == urgent + 1
 
 
 def test_a_call_wakes_the_one_who_waits_for_it():

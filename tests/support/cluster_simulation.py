@@ -99,8 +99,9 @@ class Simulation:
     """One history. `limits` are those of the only model; `load` are requests a second that come to each host."""
 
     def __init__(
-        self, seed, *, script=SCRIPT, node_class=Node, real=False, faults=True, nodes=None, limits=None, load=None
-    ):
+        self, seed, *, script=SCRIPT, node_class=Node, real=False, faults=True, nodes=None, limits=None, load=None,
+        lease_sec=None,
+    ):  # fmt: skip
         self.chance = chance = Random(seed)
         self.script = script
         self.node_class = node_class
@@ -115,7 +116,7 @@ class Simulation:
         self.named_limits = limits or self.draw_limits(long)
         self.limits = components(**self.named_limits)
         self.real = real
-        self.lease_ns = chance.choice((4, 8)) * NS
+        self.lease_ns = (lease_sec or chance.choice((4, 8))) * NS
         self.renew_ns = NS
         self.duration_ns = (120 if long else 40) * NS
         self.quiet = not faults
@@ -289,18 +290,18 @@ class Simulation:
         twin.start()
         self.at(self.now_ns, self.traffic, twin)
 
-    def outage(self):
+    def outage(self, away_sec=None):
         if self.up:
             self.up = False
-            self.at(self.now_ns + int(self.chance.choice((0.5, 3, 12)) * NS), self.recover)
+            self.at(self.now_ns + int((away_sec or self.chance.choice((0.5, 3, 12))) * NS), self.recover)
 
     def recover(self):
         self.up = True
 
-    def restart(self):
+    def restart(self, away_sec=None):
         """The server restarts, and has kept what it acknowledged."""
         self.server = LuaServer(self.script, self.token(), self.server.data)
-        self.outage()
+        self.outage(away_sec)
 
     def has_unknown_copies(self):
         """Whether two hosts have one id: a server that forgets which of them it has seen cannot tell them apart."""

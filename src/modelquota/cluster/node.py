@@ -41,6 +41,8 @@ MAX_MODELS: Final = 256
 _LOOKED_AT: Final = 64  # models that are looked at in each step, without a sign that something has changed
 _DEMAND_NS: Final = 2_000_000_000
 _RECENT_NS: Final = 10_000_000_000
+_TOLD_NS: Final = 1_000_000_000
+_STORE_AWAY: Final = 1.5  # leases for which a store may grant nothing: away for a while, it then learns for one lease
 _SLOW_NS: Final = 400_000_000  # how long a request may be on its way without moving what the store takes for this clock
 _NOTHING: Final = (0,) * QUANTITIES
 _AS_IT_IS: Final = (KEEP,) * COMPONENTS
@@ -97,8 +99,9 @@ class _Book:
     """What the node remembers of one model."""
 
     __slots__ = (
-        "answer", "claim", "code", "given", "held", "is_whole", "largest", "limits", "model_id", "needed", "points",
-        "rotated_ns", "starved", "target", "told_used", "unmet", "used", "waiting", "want", "was_limited",
+        "answer", "busiest", "claim", "code", "given", "held", "is_whole", "largest", "limits", "model_id", "needed",
+        "points", "rotated_ns", "starved", "target", "told_ns", "told_used", "unmet", "used", "waiting", "want",
+        "was_limited",
     )  # fmt: skip
 
     def __init__(self, code: int, model_id: str) -> None:
@@ -116,7 +119,9 @@ class _Book:
         self.told_used: tuple[int, ...] = _NOTHING
         self.target: tuple[int | None, ...] | None = None
         self.largest = [[0, 0], [0, 0]]  # requests and tokens: of the last ten seconds, and of the ten before
+        self.busiest = [[0, 0], [0, 0]]  # likewise, of two seconds
         self.rotated_ns = 0
+        self.told_ns = 0  # when it was told last
         self.needed = [0, 0]
         self.starved = 0
         self.unmet = [0, 0]  # requests and tokens that were denied for lack of share, ever
@@ -139,6 +144,7 @@ class _Book:
         self.claim = self.held if self.claim is None else tuple(map(min, self.claim, self.held))
         if now_ns - self.rotated_ns >= _RECENT_NS:
             self.largest = [[0, recent] for recent, _ in self.largest]
+            self.busiest = [[0, recent] for recent, _ in self.busiest]
             self.rotated_ns = now_ns
         for kind in range(2):
             needed = rows.needed[at][kind]
@@ -152,6 +158,14 @@ class _Book:
         self.points.append((now_ns, requests + self.unmet[0], tokens + self.unmet[1]))
         while len(self.points) > 2 and self.points[1][0] <= now_ns - _DEMAND_NS:
             self.points.popleft()
+        lasted_ns = max(now_ns - self.points[0][0], _DEMAND_NS)
+        for kind, asked in enumerate(self.demand()):
+            self.busiest[kind][0] = max(self.busiest[kind][0], asked * _DEMAND_NS // lasted_ns)
+
+    def demand(self) -> list[int]:
+        """Return the requests and tokens that were asked for in the last two seconds, or since it was read before."""
+        first, last = self.points[0], self.points[-1]
+        return [last[kind] - first[kind] for kind in (1, 2)]
 
     @property
     def claimed(self) -> tuple[int, ...]:
@@ -185,12 +199,16 @@ class _Book:
                 ghosts.append(Ghost(quantity, amount, hold_ms + MARGIN_NS // 10**6))
         return ghosts
 
-    def wants(self) -> tuple[int, ...]:
+    def wants(self, lease_sec: float, nodes: int) -> tuple[int, ...]:
         """Return the share of each quantity that it wants."""
         largest = [max(sizes) for sizes in self.largest]
-        first, last = self.points[0], self.points[-1]
-        demand = [last[1] - first[1] + self.waiting, last[2] - first[2] + self.waiting * largest[1]]
-        return wanted(self.limits, self.used, demand, largest)
+        busiest = [max(sizes) for sizes in self.busiest]
+        requests, tokens = self.demand()
+        demand = [requests + self.waiting, tokens + self.waiting * largest[1]]
+        # As much as is still free for each node: so half of what nobody needs soon stays free.
+        free = _NOTHING if self.answer is None else self.answer.free
+        spare = [(amount or 0) // nodes for amount in free]
+        return wanted(self.limits, self.used, demand, largest, busiest, _STORE_AWAY * lease_sec, spare)
 
 
 def _given_up(book: _Book, amounts: Sequence[int]) -> ModelRequest:
@@ -339,7 +357,7 @@ class Node:
         shrinking, shares = [], []
         for code in codes:
             book = self._books[code]
-            wants[code] = book.wants()
+            wants[code] = book.wants(self.lease_ns / 10**9, self.nodes)
             returned = self._returned(book, wants[code])
             if returned is not None:
                 shrinking.append(code)
@@ -358,14 +376,15 @@ class Node:
             if book.model_id in names:  # registered again since: in the next request
                 continue
             needs = needed_shares(book.limits, book.claimed, book.needed)
-            if code in self._unconfirmed or code in shrinking or self._has_news(book, wants[code], needs):
+            if code in self._unconfirmed or code in shrinking or self._has_news(book, wants[code], needs, now_ns):
                 quantities = quantities_of(book.limits)
                 version = 1 if book.given == book.limits else 0
                 models.append(
                     ModelRequest(book.model_id, version, quantities, book.claimed, book.used, wants[code], needs)
                 )
                 told.append(code)
-                book.given, book.told_used, book.want, book.needed = book.limits, book.used, wants[code], [0, 0]
+                book.given, book.told_used, book.told_ns = book.limits, book.used, now_ns
+                book.want, book.needed = wants[code], [0, 0]
         return told, models
 
     def _candidates(self) -> Iterable[int]:
@@ -379,9 +398,11 @@ class Node:
             yield from everything[start : start + _LOOKED_AT]
 
     @staticmethod
-    def _has_news(book: _Book, wants: tuple[int, ...], needs: tuple[int, ...]) -> bool:
+    def _has_news(book: _Book, wants: tuple[int, ...], needs: tuple[int, ...], now_ns: int) -> bool:
         if any(needs) or book.given != book.limits:
             return True
+        if now_ns - book.told_ns >= _TOLD_NS and any(map(any, book.busiest)):
+            return True  # it wants more than it needs soon, as far as that is free, which the answer says
         for quantity, (held, used, want, told) in enumerate(
             zip(book.claimed, book.used, wants, book.want, strict=True)
         ):
@@ -527,7 +548,8 @@ class Node:
                     up[quantity] = UNLIMITED
                 elif share > book.held[quantity]:
                     up[quantity] = share
-                    helped = helped or 10 * book.used[quantity] >= 7 * book.held[quantity]
+                    left, more = book.held[quantity] - book.used[quantity], share - book.held[quantity]
+                    helped = helped or 2 * left <= more
                 elif share < book.held[quantity] or book.is_whole[quantity]:
                     down[quantity] = share
             if any(target is not None and target < held for target, held in zip(answer.target, book.held, strict=True)):

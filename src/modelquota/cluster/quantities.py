@@ -38,6 +38,7 @@ NAMES: Final = (
 
 _OPEN_GRANTS: Final = 14
 _NEVER_MS: Final = 10**13  # three centuries: a level that does not drain
+_NO_SPARE: Final = (0,) * QUANTITIES
 
 
 def component_of(quantity: int) -> int:
@@ -106,7 +107,13 @@ def asked_row(limits: Sequence[int], shares: Sequence[int], used: Sequence[int])
 
 
 def wanted(
-    limits: Sequence[int], used: Sequence[int], demand: Sequence[int], largest: Sequence[int]
+    limits: Sequence[int],
+    used: Sequence[int],
+    demand: Sequence[int],
+    largest: Sequence[int],
+    busiest: Sequence[int] = (0, 0),
+    lease_sec: float = 0.0,
+    spare: Sequence[int] = _NO_SPARE,
 ) -> tuple[int, ...]:
     """Return the share of each quantity that a node wants; 0 for one that is not limited.
 
@@ -120,6 +127,13 @@ def wanted(
         Requests and tokens asked for in the last two seconds.
     largest
         The largest recent request: 1, and its tokens.
+    busiest
+        Requests and tokens of the two busiest seconds of late.
+    lease_sec
+        How long the store may grant nothing. In a window that is longer than a second, a node wants enough for that
+        time, if there is so much to `spare`.
+    spare
+        How much of each quantity it may want beyond what it needs soon.
     """
     wants = []
     for quantity in range(QUANTITIES):
@@ -138,7 +152,11 @@ def wanted(
             want = used[quantity] + min(demand[kind], used[quantity] + largest[kind])
         else:
             # a window of a second has seen half of these two: as much again is enough until they have aged out
-            coming = -(-demand[kind] // 2) if WINDOW_SECONDS[quantity % 5] == 1 else demand[kind]
+            window_sec = WINDOW_SECONDS[quantity % 5]
+            coming = -(-demand[kind] // 2) if window_sec == 1 else demand[kind]
+            if window_sec > 1:
+                # what comes later than a window from now finds that what was used has aged out
+                coming += min(int(busiest[kind] * min(lease_sec, window_sec) / 2), spare[quantity])
             want = used[quantity] + coming + largest[kind]
         wants.append(min(want, limit, MAX_LIMIT))
     return tuple(wants)

@@ -349,26 +349,40 @@ cdef inline void call_for_exchange(Share* share) noexcept nogil:
         wake_all(&lease.urgent)
 
 
-cdef inline bint is_low(int64_t used, int64_t held, int64_t limit) noexcept nogil:
-    """Whether less than 30 % of a share is left that is not the whole limit."""
-    return held < limit and limit != UNLIMITED and held - used < held - held // 10 * 7
+cdef inline bint is_low(int64_t left, int64_t recent) noexcept nogil:
+    """Whether what is left lasts for less than half a second, at the rate of the last second."""
+    return left < (recent + 1) // 2
+
+
+cdef inline bint is_level_low(
+    const Wide* level, const Wide* cap, const Wide* whole, uint8_t shift, int64_t recent
+) noexcept nogil:
+    """Whether what a share of a rate still admits at once lasts for less than half a second."""
+    return shift != NO_RATE and load(cap) < load(whole) and (
+        load(cap) - load(level) < any_cost(recent, shift) // 2)
 
 
 cdef inline bint runs_low(const Row* row, const ColdRow* cold, const Share* share) noexcept nogil:
-    """Whether little is left of any component."""
+    """Whether little is left of a share of any component that is not the whole limit."""
+    cdef int64_t requests = requests_used(row, cold, SECOND)
+    cdef int64_t tokens = tokens_used(row, cold, SECOND)
+    cdef int64_t held
     cdef int i
     for i in range(WINDOWS):
-        if is_counted(cold, i) and (
-                is_low(requests_used(row, cold, i), share.held[i], share.request_limit[i])
-                or is_low(tokens_used(row, cold, i), share.held[WINDOWS + i], share.token_limit[i])):
+        if not is_counted(cold, i):
+            continue
+        held = share.held[i]
+        if held < share.request_limit[i] != UNLIMITED and is_low(held - requests_used(row, cold, i), requests):
             return True
-    if cold.unit & CLUSTER_CONCURRENCY and is_low(cold.concurrent, share.held[OPEN_GRANTS], share.max_concurrent):
+        held = share.held[WINDOWS + i]
+        if held < share.token_limit[i] != UNLIMITED and is_low(held - tokens_used(row, cold, i), tokens):
+            return True
+    held = share.held[OPEN_GRANTS]
+    if cold.unit & CLUSTER_CONCURRENCY and held < share.max_concurrent != UNLIMITED and (
+            is_low(held - cold.concurrent, requests)):
         return True
-    if row.request_shift != NO_RATE and load(&row.request_cap) < load(&share.request_cap) and (
-            load(&row.request_cap) - load(&row.request_level) < load(&row.request_cap) // 10 * 3):
-        return True
-    return row.token_shift != NO_RATE and load(&row.token_cap) < load(&share.token_cap) and (
-        load(&row.token_cap) - load(&row.token_level) < load(&row.token_cap) // 10 * 3)
+    return is_level_low(&row.request_level, &row.request_cap, &share.request_cap, row.request_shift, requests) or (
+        is_level_low(&row.token_level, &row.token_cap, &share.token_cap, row.token_shift, tokens))
 
 
 cdef inline void follow_lease(Row* row, ColdRow* cold, int64_t now_ns) noexcept nogil:

@@ -319,8 +319,9 @@ cdef cnp.ndarray asked_shares(object asked, Py_ssize_t count):
 def wait_urgent(QuotaTable table not None, seen, timeout_sec):
     """Sleep until a model calls for an exchange, at most `timeout_sec` seconds; how often one has, modulo 2**32.
 
-    One calls, once until its next exchange, if it denies a request for lack of share, or if less than 30 % is left of a
-    share that is not the whole limit. Returns at once if that number differs from `seen`.
+    One calls, once until its next exchange, if it denies a request for lack of share, or if what is left of a share
+    that is not the whole limit lasts for less than half a second, at the rate of the last second. Returns at once if
+    that number differs from `seen`.
     """
     cdef State state = table.state
     cdef uint32_t before = <uint32_t> _integer("seen", seen, 0, 2**32 - 1)
