@@ -99,6 +99,44 @@ def test_a_model_over_its_limit_denies_and_the_others_of_its_host_do_not():
     assert cluster.use(host, "over", 20) == 20
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "window_sec"),
+    [
+        ({"requests_per_minute": 120}, {"requests_per_minute": 60}, 60),
+        ({"requests_per_second": (120, 0)}, {"requests_per_second": (60, 0)}, 1),
+        ({"requests_per_second": (10, 600)}, {"requests_per_second": (10, 90)}, 10),
+    ],
+)
+def test_a_limit_that_is_lowered_while_it_is_used_up_holds_over_all_hosts(before, after, window_sec):
+    cluster = Cluster(m=before)
+    hosts = [cluster.add_host() for _ in range(3)]
+    cluster.run(7)
+    admitted = []
+
+    def serve(seconds):
+        for tick in range(20 * seconds):
+            for host in hosts:
+                while host.begin("m", 0):
+                    host.end("m")
+                    admitted.append(cluster.now_ns)
+                if tick % 7 == 0:
+                    cluster.exchange(host)
+            cluster.now_ns += NS // 20
+
+    serve(70)
+    for host in hosts:
+        row = host.row("m")
+        row.limits, row.changed = components(**after), True
+        row.share(row.held)
+    serve(130)  # a window or the level's hold, and a lease
+    del admitted[:]
+    serve(3 * window_sec)
+    limit = 10 * 10 + 100 if window_sec == 10 else 60
+    most = max(sum(at - window_sec * NS < other <= at for other in admitted) for at in set(admitted))
+    assert 0.9 * min(limit, 100) <= most <= limit
+    assert len({host.row("m").held[1 if window_sec == 60 else 11] for host in hosts}) <= 2  # and fairly
+
+
 def test_tokens_charged_past_a_limit_count_against_all_hosts_and_bind_only_their_model():
     cluster = Cluster(over={"tokens_per_minute": 100}, other={"requests_per_minute": 1000})
     host, peer = cluster.add_host(), cluster.add_host()

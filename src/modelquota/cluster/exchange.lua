@@ -428,7 +428,8 @@ if returns then
 end
 
 -- The fair share of each quantity whose wants exceed it: the highest level such that no node gets more than it wants or
--- less than it uses, and everybody else the level (max-min fairness). Shares of the dead count as they are.
+-- less than it uses, and everybody else the level (max-min fairness). Shares of the dead count as they are. If more is
+-- used than there is, such as after a limit was lowered, nodes get less than they use, too.
 local function water_level(available, floors, wants, highest, guess)
   local low, high, level = 0, highest, guess -- filled to high it is too much
   while true do
@@ -511,7 +512,20 @@ local function compute_fair(of)
       local available = limit - lent(of, i)
       level = limit -- which is none
       if filled > available then
+        local uncut = used > available and floors
+        if uncut then -- more is used than there is: shares fall below use, so that all of it ages out
+          floors = {}
+          for place = 1, count do
+            floors[place] = records[place].is_live and 0 or uncut[place]
+          end
+        end
         level, filled = water_level(available, floors, wants, highest, last[4 * i - 1] or floor(available / count))
+        if uncut then
+          filled = 0
+          for place = 1, count do
+            filled = filled + max(uncut[place], min(wants[place], level))
+          end
+        end
       end
     end
     fair[4 * i - 1], fair[4 * i], fair[4 * i + 1], fair[4 * i + 2] = level, filled, used, idle
@@ -607,6 +621,9 @@ end
 
 local function target_of(of, own, i) -- what is left of the division goes to those who ask first
   local level, limit = of.fair[4 * i - 1], of.limits[i]
+  if of.sums[2 * i] > limit and of.fair[4 * i + 1] > limit - lent(of, i) then
+    return min(own[3 * i + 1], level)
+  end
   local spare = (level >= limit or of.claim and of.claim.quantity == i) and 0 or 1
   return max(own[3 * i], min(own[3 * i + 1], level + spare))
 end

@@ -552,6 +552,9 @@ class Node:
                     helped = helped or 2 * left <= more
                 elif share < book.held[quantity] or book.is_whole[quantity]:
                     down[quantity] = share
+                target = answer.target[quantity]
+                if target is not None and target < min(book.used[quantity], book.held[quantity]):
+                    down[quantity] = target  # more is used than there is: what ages out here is not used again
             if any(target is not None and target < held for target, held in zip(answer.target, book.held, strict=True)):
                 book.target = answer.target
             if any(share != KEEP for share in down):
