@@ -201,3 +201,24 @@ def test_a_request_that_is_slow_now_and_then_costs_the_ledgers_clock_less_than_t
         cluster.run(4)
     passed_ms = (cluster.now_ns - began_ns) // 10**6
     assert passed_ms - 21 * 500 <= cluster.clock_ms() - began_ms <= passed_ms
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_time_without_any_host_counts_only_for_one_whose_clock_has_seen_it(returns):
+    cluster = Cluster(m={"requests_per_minute": 100})
+    host, peer = cluster.add_host(), cluster.add_host()
+    cluster.run(7)
+    assert cluster.use(peer, "m", 90) == 90
+    for one in (host, peer):
+        cluster.stop(one)
+    cluster.now_ns += 120 * NS
+    if returns:
+        cluster.start(host)
+    else:
+        host = cluster.add_host()
+    began_ns, admitted = cluster.now_ns, 0
+    while admitted < 50 and cluster.now_ns < began_ns + 100 * NS:
+        cluster.run(1)
+        admitted += cluster.use(host, "m", 50 - admitted)
+    waited_sec = (cluster.now_ns - began_ns) / NS
+    assert waited_sec <= 3 if returns else 60 <= waited_sec <= 70
