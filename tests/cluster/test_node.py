@@ -8,9 +8,10 @@ pytest.importorskip("lupa", reason="the simulated store needs lupa")
 
 from lua_store import LuaServer, LuaStore
 from manager_host import SimulatedHost, config_of
-from model_host import NS, ModelHost, components
+from model_host import NS, ModelHost, ModelRow, components
 
 from modelquota.cluster.node import MAX_MODELS, Node
+from modelquota.cluster.pace import URGENT_NS, Pace
 
 BASE = "mq:{test:0}:"
 LEASE_NS = 10 * NS
@@ -109,6 +110,78 @@ def test_a_node_that_leaves_hands_over_what_each_of_many_models_has_used_once(wo
     assert len(world.server.data[f"{BASE}ghosts"]) < 2 * MAX_MODELS + 60
 
 
+# -- more models than one request has
+
+
+def test_models_that_are_busy_leave_room_for_those_that_are_denied(world):
+    models = many(2 * MAX_MODELS + 88, requests_per_minute=10**6)
+    node = world.node(models)
+    node.host.rows[999] = ModelRow("late", components(requests_per_minute=10))
+    world.live(2, node)
+    admitted = set()
+
+    def ask_all(times):
+        for _ in range(times):
+            admitted.update(model_id for model_id in models if node.host.begin(model_id, 1))
+            world.live(0.2, node)
+
+    ask_all(10)
+    assert admitted == set(models)
+    assert not node.host.begin("late", 1)
+    ask_all(2)
+    assert node.host.begin("late", 1)
+
+
+def test_a_round_tells_each_model_about_once_and_then_waits_for_the_next_renewal(world):
+    models = many(3 * MAX_MODELS, requests_per_minute=20)
+    one, other = world.node(models), world.node(models)
+    world.live(3, one, other)
+    for _ in range(5):
+        for model_id in models:  # more than there is: each time there is something to tell of all of them
+            one.host.begin(model_id, 1)
+            other.host.begin(model_id, 1)
+        world.live(1, other)
+        told = []
+        while not told or one.waits:
+            request = one.prepare()
+            told += [model.model_id for model in request.models]
+            one.adopt(request, world.exchange(request))
+            world.pass_sec(0.01)
+            for model_id in models:
+                one.host.begin(model_id, 1)
+    assert MAX_MODELS < len(told) < 1.5 * len(models)
+
+
+def test_a_store_that_was_restarted_is_told_of_all_models_at_once(world):
+    node = world.node(many(4 * MAX_MODELS, requests_per_minute=100))
+    use(world, node)
+    while node.waits:
+        world.step(node)
+    world.server.run_id = "b" * 40
+    end_ns = node.host.lease_end_ns()
+    world.step(node)
+    requests = 0
+    while node.waits:
+        assert node.host.lease_end_ns() == end_ns
+        world.pass_sec(0.01)
+        world.step(node)
+        requests += 1
+    assert requests == 4
+    assert node.host.lease_end_ns() > end_ns
+
+
+def test_what_did_not_fit_is_sent_at_once_and_does_not_count_as_a_request_in_vain():
+    pace = Pace(NS)
+    for now_ns in range(0, 5 * URGENT_NS, URGENT_NS):
+        pace.urge()
+        pace.answered(now_ns, grew=False, more=True)
+        assert pace.due_ns() == now_ns + URGENT_NS
+    pace.answered(now_ns, grew=False)
+    assert pace.due_ns() >= now_ns + 0.8 * NS
+    pace.urge()
+    assert pace.due_ns() == now_ns + 2 * URGENT_NS
+
+
 # -- limits that go and come back
 
 DAY = {"requests_per_day": 100_000}
@@ -169,3 +242,13 @@ def test_a_removed_model_hands_over_what_a_limit_had_counted_that_was_taken_away
     world.live(1, *nodes)
     set_limits(LIMITED, b)
     assert admitted(world, b, 20, nodes) == 0
+
+
+def test_a_model_that_was_denied_for_lack_of_share_is_the_first_of_those_that_have_changed(world):
+    host = world.manager_node(LIMITED).host
+    for model_id in "abc":
+        host.table.set_quota(config_of(model_id, LIMITED))
+    assert host.names(host.codes(True)) == ["m", "a", "b", "c"]
+    assert not host.begin("b", 1)
+    assert host.names(host.codes(True))[0] == "b"
+    assert sorted(host.names(host.codes(True))) == ["a", "b", "c", "m"]

@@ -140,7 +140,8 @@ class ModelHost:
         return any(row.starved for row in self.rows.values())
 
     def codes(self, changed):
-        return [code for code, row in self.rows.items() if row.changed or not changed]
+        codes = [code for code, row in self.rows.items() if row.changed or not changed]
+        return sorted(codes, key=lambda code: not any(self.rows[code].needed)) if changed else codes
 
     def names(self, codes):
         return [self.rows[code].model_id for code in codes]

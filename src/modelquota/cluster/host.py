@@ -35,7 +35,7 @@ class ManagerHost:
         return shares.now_ns(self.table)
 
     def codes(self, changed: bool) -> list[int]:
-        """Return the codes of all models, or of those that have changed."""
+        """Return the codes of all models, or of those that have changed, the urgent ones first."""
         codes: list[int] = shares.sharing_codes(self.table, changed).tolist()
         return codes
 

@@ -182,7 +182,7 @@ class Member(Background):
         self._joined = self._joined or shares.read_lease(manager).end_ns > 0
         self._error, self._learning, self._learning_sec = None, reply.status == "learning", reply.learning_ms / 1000
         reached = self._pace.reached
-        self._pace.answered(shares.now_ns(manager), grew)
+        self._pace.answered(shares.now_ns(manager), grew, node.waits)
         if self._pace.reached and not reached:
             log(_WARNING, "the store is reached again")
         if node.nodes != nodes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from modelquota.cluster.quantities import (
@@ -30,7 +31,7 @@ from modelquota.cluster.status import Share
 from modelquota.cluster.store import Ghost, ModelReply, ModelRequest, Quantity, Reply, Request
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 MARGIN_NS: Final = 1_000_000_000
 """By how much a lease ends earlier on the node than in the store."""
@@ -38,7 +39,10 @@ MARGIN_NS: Final = 1_000_000_000
 MAX_MODELS: Final = 256
 """The most models of one request."""
 
-_LOOKED_AT: Final = 64  # models that are looked at in each step, without a sign that something has changed
+_FIRST: Final = 64  # of each request: those that have changed while a round goes on, the urgent ones first
+_LEAST_ROOM: Final = 32
+_LOOKED_AT: Final = 64  # models that are looked at in each round, without a sign that something has changed
+_LOOKED_AT_MOST: Final = 1024  # for one request, which takes some 20 ms of a processor
 _DEMAND_NS: Final = 2_000_000_000
 _RECENT_NS: Final = 10_000_000_000
 _TOLD_NS: Final = 1_000_000_000
@@ -74,7 +78,7 @@ class Host(Protocol):
         """Return the time."""
 
     def codes(self, changed: bool) -> list[int]:
-        """Return the codes of all models, or of those that have changed since they were exchanged last."""
+        """Return the codes of all models, or, urgent ones first, of those that changed since they were exchanged."""
 
     def names(self, codes: Sequence[int]) -> list[str | None]:
         """Return their ids; None for one that has been removed."""
@@ -247,6 +251,7 @@ class Node:
         self._starved_gone = 0
         self._gone: list[_Book] = []
         self._unconfirmed: dict[int, None] | None = None
+        self._round: dict[int, None] = {}  # what is still to be looked at in this round
         self._pending: Request | None = None
         self._told: list[int] = []
         self._renews = False
@@ -330,7 +335,7 @@ class Node:
             self._give_up_all()
             self._unconfirmed = None
         if self._unconfirmed is None:
-            self._unconfirmed = dict.fromkeys(self.host.codes(False))
+            self._tell_all()
         codes, models = self._to_tell(now_ns)
         self._send("exchange", now_ns, codes, models)
 
@@ -341,29 +346,38 @@ class Node:
         self._pending, self._told = self._request(verb, token, models), codes
         self._first_sent_ns, self._renews = now_ns, verb == "exchange"
 
+    @property
+    def waits(self) -> bool:
+        """Whether models wait for the next request, since they did not fit into the last one."""
+        return bool(self._round)
+
+    def _tell_all(self) -> None:
+        """Have the store told of all models, before the lease goes on."""
+        self._unconfirmed = dict.fromkeys(self.host.codes(False))
+        self._round = dict(self._unconfirmed)
+
     def _to_tell(self, now_ns: int) -> tuple[list[int], list[ModelRequest]]:
-        """Look at the models that may have something to tell, return what to give back, and what to send."""
+        """Look at the models that may have something to tell, return what to give back, and what to send.
+
+        They are looked at in rounds, of several requests if there are many: each is told once in a round, whatever
+        comes up in the meantime. The next round is due when the next renewal is, or an urgent one.
+        """
         assert self._unconfirmed is not None
-        codes = list(self._unconfirmed)[:MAX_MODELS]
-        chosen = dict.fromkeys(codes)
-        for code in self._candidates():
-            if len(chosen) >= MAX_MODELS:
+        first = [code for code, book in self._books.items() if book.target is not None]
+        first += self.host.codes(True)
+        if not self._round:
+            self._round = dict.fromkeys((*first, *self._unconfirmed, *self._some()))
+        queue = iter(dict.fromkeys((*first[:_FIRST], *self._round)))
+        wants: dict[int, tuple[int, ...]] = {}
+        codes: list[int] = []
+        looked_at = 0
+        # As many at a time as there is room for: of what was looked at, all that is news is told.
+        while looked_at < _LOOKED_AT_MOST and len(codes) <= MAX_MODELS - _LEAST_ROOM:
+            some = list(islice(queue, MAX_MODELS - len(codes)))
+            if not some:
                 break
-            chosen[code] = None
-        codes = list(chosen)
-        self._read(codes, None, now_ns)
-        codes = [code for code in codes if code in self._books]
-        wants = {}
-        shrinking, shares = [], []
-        for code in codes:
-            book = self._books[code]
-            wants[code] = book.wants(self.lease_ns / 10**9, self.nodes)
-            returned = self._returned(book, wants[code])
-            if returned is not None:
-                shrinking.append(code)
-                shares.append(returned)
-        if shrinking:
-            self._shrink(shrinking, shares)
+            looked_at += len(some)
+            codes += self._look(some, wants, now_ns)
         told, models = [], []
         gone, self._gone = self._gone, []
         for book in gone:
@@ -374,32 +388,52 @@ class Node:
         for code in codes:
             book = self._books[code]
             if book.model_id in names:  # registered again since: in the next request
+                self._round[code] = None
                 continue
             needs = needed_shares(book.limits, book.claimed, book.needed)
-            if code in self._unconfirmed or code in shrinking or self._has_news(book, wants[code], needs, now_ns):
-                quantities = quantities_of(book.limits)
-                version = 1 if book.given == book.limits else 0
-                models.append(
-                    ModelRequest(book.model_id, version, quantities, book.claimed, book.used, wants[code], needs)
-                )
-                told.append(code)
-                book.given, book.told_used, book.told_ns = book.limits, book.used, now_ns
-                book.want, book.needed = wants[code], [0, 0]
+            quantities = quantities_of(book.limits)
+            version = 1 if book.given == book.limits else 0
+            models.append(ModelRequest(book.model_id, version, quantities, book.claimed, book.used, wants[code], needs))
+            told.append(code)
+            book.given, book.told_used, book.told_ns = book.limits, book.used, now_ns
+            book.want, book.needed = wants[code], [0, 0]
         return told, models
 
-    def _candidates(self) -> Iterable[int]:
-        """Codes that are worth a look, the most urgent first."""
-        yield from (code for code, book in self._books.items() if book.target is not None)
-        yield from self.host.codes(True)
+    def _look(self, codes: list[int], wants: dict[int, tuple[int, ...]], now_ns: int) -> list[int]:
+        """Read some models and what they want, give back what they do not need; returns those that have news."""
+        for code in codes:
+            self._round.pop(code, None)
+        self._read(codes, None, now_ns)
+        codes = [code for code in codes if code in self._books]
+        shrinking = {}
+        for code in codes:
+            wants[code] = self._books[code].wants(self.lease_ns / 10**9, self.nodes)
+            returned = self._returned(self._books[code], wants[code])
+            if returned is not None:
+                shrinking[code] = returned
+        if shrinking:
+            self._shrink(list(shrinking), list(shrinking.values()))
+        return [
+            code
+            for code in codes
+            if code in self._books
+            and (
+                code in (self._unconfirmed or ())
+                or code in shrinking
+                or self._has_news(self._books[code], wants[code], now_ns)
+            )
+        ]
+
+    def _some(self) -> list[int]:
+        """Return a few of all codes, others each time."""
         everything = list(self._books)
-        if everything:
-            start = self._next_look % len(everything)
-            self._next_look = start + _LOOKED_AT
-            yield from everything[start : start + _LOOKED_AT]
+        start = self._next_look % max(1, len(everything))
+        self._next_look = start + _LOOKED_AT
+        return everything[start : start + _LOOKED_AT]
 
     @staticmethod
-    def _has_news(book: _Book, wants: tuple[int, ...], needs: tuple[int, ...], now_ns: int) -> bool:
-        if any(needs) or book.given != book.limits:
+    def _has_news(book: _Book, wants: tuple[int, ...], now_ns: int) -> bool:
+        if any(needed_shares(book.limits, book.claimed, book.needed)) or book.given != book.limits:
             return True
         if now_ns - book.told_ns >= _TOLD_NS and any(map(any, book.busiest)):
             return True  # it wants more than it needs soon, as far as that is free, which the answer says
@@ -519,7 +553,7 @@ class Node:
             # A store that may have forgotten them is told of all models, before the lease goes on.
             self.generation = reply.generation
             self._give_limits_again()
-            self._unconfirmed = dict.fromkeys(self.host.codes(False))
+            self._tell_all()
         # After a change of leader the request may have been executed as the process before had made it, with models
         # that are not known here: then no share is taken, and the next request tells the store what is held.
         grew = len(told) == len(reply.models) and self._adopt_shares(told, reply)

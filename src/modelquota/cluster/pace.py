@@ -18,8 +18,9 @@ _STEADY_NS: Final = 5_000_000_000
 class Pace:
     """The times of a node's requests.
 
-    A renewal is due every `renew_ns`, with jitter; an urgent one 10 ms after the last, or later if the last ones
-    brought nothing; after a failure, one after 0.1 s and then after twice as long each time, up to 5 s.
+    A renewal is due every `renew_ns`, with jitter; one is due 10 ms after the last if more waits than did fit into it,
+    or if it is urgent, and then later if the last ones brought nothing; after a failure, one after 0.1 s and then after
+    twice as long each time, up to 5 s.
 
     Attributes
     ----------
@@ -38,6 +39,7 @@ class Pace:
         self._answered_ns: int | None = None
         self._due_ns = 0
         self._urgent = False
+        self._grew = False
 
     def due_ns(self) -> int:
         """Return when the next request is due."""
@@ -49,17 +51,19 @@ class Pace:
         """A share is nearly used, or a request was denied for lack of it."""
         self._urgent = True
 
-    def answered(self, now_ns: int, grew: bool) -> None:
-        """A request was answered; `grew` if it brought a larger share."""
-        # What brought nothing is not repeated as often: the limit is used up, everywhere.
-        self._gap_ns = URGENT_NS if grew or not self._urgent else min(2 * self._gap_ns, self.renew_ns)
-        self._urgent = False
+    def answered(self, now_ns: int, grew: bool, more: bool = False) -> None:
+        """A request was answered; `grew` if it brought a larger share, `more` if others wait to be told."""
+        self._grew = self._grew or grew
+        if not more:
+            # What brought nothing is not repeated as often: the limit is used up, everywhere.
+            self._gap_ns = URGENT_NS if self._grew or not self._urgent else min(2 * self._gap_ns, self.renew_ns)
+            self._urgent = self._grew = False
         self._failures = 0
         self._answers.append(now_ns)
         self._answered_ns = now_ns
         if len(self._answers) == _STEADY and now_ns - self._answers[0] <= max(_STEADY_NS, _STEADY * self.renew_ns):
             self.reached = True
-        self._schedule(now_ns, self._jittered(self.renew_ns))
+        self._schedule(now_ns, URGENT_NS if more else self._jittered(self.renew_ns))
 
     def failed(self, now_ns: int) -> None:
         """A request got no answer."""

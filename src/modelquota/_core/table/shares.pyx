@@ -179,11 +179,11 @@ def sharing_codes(QuotaTable table not None, changed=False):
     """The codes of all models that have a share; with `changed`, of those that are to be exchanged again.
 
     They are those that since their last exchange were registered, got other limits, were charged in a slot of 1/60 s
-    that has ended, or denied a request for lack of share.
+    that has ended, or denied a request for lack of share. Those that call for an exchange, see `wait_urgent`, are first.
     """
     cdef State state = table.state
     cdef bint only_changed = bool(changed)
-    cdef int64_t index, count, found = 0
+    cdef int64_t index, count, place, calling = 0, last = 0
     cdef uint32_t generation
     state.require_open()
     count = load_i64(&state.shared.header.row_count)
@@ -195,10 +195,15 @@ def sharing_codes(QuotaTable table not None, changed=False):
             generation = load_u32(&state.shared.rows[index].generation)
             if generation & 1 and state.shared.rows[index].has_share and (
                     not only_changed or state.shared.shares[index].changed):
-                code[found] = <int64_t> (<uint64_t> generation << 32 | <uint64_t> index)
-                found += 1
+                place = last
+                if only_changed and state.shared.shares[index].called:
+                    place = calling     # the first of the others moves to the end
+                    code[last] = code[calling]
+                    calling += 1
+                code[place] = <int64_t> (<uint64_t> generation << 32 | <uint64_t> index)
+                last += 1
     state.exit()
-    return codes[:found].copy()
+    return codes[:last].copy()
 
 
 def names_of(QuotaTable table not None, codes):
