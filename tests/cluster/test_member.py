@@ -237,6 +237,37 @@ os._exit(0)
     assert done.stdout == "[100]\n"
 
 
+NOT_WRITTEN = "is not accepted; expected what `modelquota publish` of this version writes: publish them again"
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        *((text, f"published quotas={text!r} {NOT_WRITTEN}")
+          for text in ("not json", "[]", "{}", '{"models": [3], "patterns": []}', '{"models": {"a": 1}}')),
+        ('{"models": [], "patterns": [{"model_id": "a*b"}]}', "default_quota='a*b' is not accepted; expected an id"),
+    ],
+)  # fmt: skip
+def test_published_quotas_that_cannot_be_read_are_said_once_and_the_exchanges_go_on(text, fault, caplog):
+    pytest.importorskip("lupa", reason="the simulated store needs lupa")
+    from lua_store import LocalStore
+
+    caplog.set_level(logging.WARNING, "modelquota")
+    store = LocalStore()
+    store.command = lambda *arguments: {"version": "7", "text": text}
+    with ResourceQuotaManager(cluster=store) as manager:
+
+        def exchange(times):
+            before = sum(manager.cluster.status().renewals.values())
+            wait_for(lambda: sum(manager.cluster.status().renewals.values()) >= before + times)
+
+        exchange(1)
+        store.server.data[f"{store.base}meta"]["quotas"] = "7"
+        exchange(5)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"published quotas are not adopted, or not all of them: {fault}")
+
+
 def test_a_manual_clock_and_a_cluster_exclude_each_other():
     with pytest.raises(ValueError, match="clock"):
         ResourceQuotaManager(clock=ManualClock(), cluster=RedisStore("redis://127.0.0.1:1"))

@@ -200,22 +200,22 @@ class Member(Background):
             for quota in quotas.values():
                 if manager.get_quota(quota.model_id) != quota:
                     manager.set_quota(quota)
+            given = manager.default_quota
+            if given is not self._given:  # set by someone else, before or after the last ones were adopted
+                self._base = given
+            manager.default_quota = overlaid(self._base, quotas.patterns) if quotas.patterns else self._base
+            self._given = manager.default_quota
         except StoreError as error:  # the next exchange tries again
             log(_WARNING, "the published quotas cannot be read: %s", error)
             return
         except QuotaError as error:
             self._version = version
-            log(_WARNING, "published quotas are not adopted, the limits stay as they are: %s", error)
+            log(_WARNING, "published quotas are not adopted, or not all of them: %s", error)
             return
         for model_id in self._published:
             if model_id not in quotas:
                 log(_WARNING, "model %r is no longer in the published quotas: it keeps its limits", model_id)
         self._published = quotas
-        given = manager.default_quota
-        if given is not self._given:  # set by someone else, before or after the last ones were adopted
-            self._base = given
-        manager.default_quota = overlaid(self._base, quotas.patterns) if quotas.patterns else self._base
-        self._given = manager.default_quota
 
     def _set_rule(self, manager: ResourceQuotaManager, nodes: int) -> None:
         retry_ns = max(10_000_000, int(2 * self._took_sec * _NS))

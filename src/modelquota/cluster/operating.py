@@ -99,10 +99,19 @@ def published(store: RedisStore) -> tuple[int, Quotas] | None:
     fields = dict(_pairs(store.command("HGETALL", f"{store.base}quotas")))
     if not fields:
         return None
-    document = json.loads(fields["text"])
-    configs = {name: [ResourceQuotaConfig.from_dict(config) for config in document[name]] for name in document}
-    models, patterns = ({config.model_id: config for config in configs[name]} for name in ("models", "patterns"))
-    return int(fields["version"]), Quotas(models, patterns)
+    try:
+        document = json.loads(fields["text"])
+        configs = {name: [ResourceQuotaConfig.from_dict(config) for config in document[name]] for name in document}
+        models, patterns = ({config.model_id: config for config in configs[name]} for name in ("models", "patterns"))
+        return int(fields["version"]), Quotas(models, patterns)
+    except QuotaConfigError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise QuotaConfigError(
+            "published quotas",
+            fields.get("text"),
+            "what `modelquota publish` of this version writes: publish them again",
+        ) from error
 
 
 def forget(store: RedisStore, node_id: str) -> bool:
