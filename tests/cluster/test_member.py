@@ -1,10 +1,12 @@
 """Managers that share limits through a real server, in one process and across forks; `test_faults` has many hosts."""
 
 import contextlib
+import gc
 import logging
 import subprocess
 import sys
 import time
+import weakref
 
 import pytest
 
@@ -18,6 +20,7 @@ from real_servers import Server, answering, installed
 from modelquota import ManualClock, QuotaExceededError, ResourceQuotaConfig, ResourceQuotaManager
 from modelquota.cluster import RedisStore
 from modelquota.cluster.operating import read_cluster
+from modelquota.errors import StoreError
 
 
 @pytest.fixture
@@ -235,6 +238,25 @@ os._exit(0)
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SEC, check=True
     )
     assert done.stdout == "[100]\n"
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_a_manager_that_is_dropped_is_collected_and_its_thread_ends(down):
+    pytest.importorskip("lupa", reason="the simulated store needs lupa")
+    from lua_store import LocalStore
+
+    class DownStore(LocalStore):
+        def exchange(self, request):
+            raise StoreError("unreachable", "it is away")
+
+    manager = ResourceQuotaManager(cluster=DownStore() if down else LocalStore())
+    manager.set_quota(unlimited(max_requests_per_hour=10))
+    member, found = manager.cluster, weakref.ref(manager)
+    wait_for(lambda: sum(member.status().renewals.values()) >= 2)
+    assert member.running
+    del manager
+    wait_for(lambda: gc.collect() >= 0 and found() is None)
+    wait_for(lambda: not member.running)
 
 
 NOT_WRITTEN = "is not accepted; expected what `modelquota publish` of this version writes: publish them again"

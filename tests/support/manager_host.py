@@ -27,6 +27,7 @@ class SimulatedHost(ManagerHost):
         manager.set_quota(config_of("m", limits))
         shares.begin_sharing(manager)
         super().__init__(manager, boot)
+        self.manager = manager
         self.starved = False
         self.grants = []
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from modelquota._core.table import shares
 from modelquota.cluster.node import Rows
+from modelquota.errors import ManagerClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,11 +26,19 @@ def boot_id() -> str:
 
 
 class ManagerHost:
-    """A `Host` over the shares of a manager's models."""
+    """A `Host` over the shares of a manager's models, which does not keep the manager alive."""
 
     def __init__(self, table: QuotaTable, boot: str) -> None:
-        self.table = table
+        self._table = weakref.ref(table)
         self.boot = boot
+
+    @property
+    def table(self) -> QuotaTable:
+        """The manager. Raises ManagerClosedError once it is gone."""
+        table = self._table()
+        if table is None:
+            raise ManagerClosedError
+        return table
 
     def now_ns(self) -> int:
         """Return the state's time."""

@@ -222,6 +222,7 @@ class Member(Background):
         shares.set_lease_rule(manager, on_lease_end=self._rule, nodes=nodes, retry_ns=retry_ns)
 
     def _failed(self, manager: ResourceQuotaManager, error: StoreError) -> None:
+        error = StoreError(error.kind, error.detail)  # without a traceback, which would keep the manager
         if self._error is None or self._error.kind != error.kind:
             log(_WARNING, "%s", error)
         self._error = error
