@@ -13,7 +13,12 @@ from patience import until
 from modelquota import ResourceQuotaManager
 from modelquota._core.state.state import CONSTANTS, regions_for
 from modelquota._core.table import shares
+from modelquota._core.table.exchange import OvertakenError
 from modelquota._core.table.shares import COMPONENTS, KEEP, UNLIMITED
+from modelquota.cluster.host import ManagerHost
+from modelquota.cluster.node import Node
+from modelquota.cluster.quantities import QUANTITIES
+from modelquota.cluster.store import ModelReply, Reply
 
 SECOND_NS = 10**9
 LIMITS = {"max_requests_per_hour": 10**6, "max_tokens_per_hour": 10**9}
@@ -245,6 +250,58 @@ def test_one_process_leads_and_another_takes_over(path, words):
     assert not shares.lead(other, 60.0)
     manager.close()
     assert shares.lead(other, 60.0)  # its process is there, and its seat is not
+
+
+@pytest.mark.parametrize("leads_again", [False, True])
+def test_a_process_that_was_overtaken_changes_nothing_any_more(path, leads_again):
+    first = make_manager(path=path, **LIMITS)
+    shares.begin_sharing(first)
+    second = ResourceQuotaManager(path=path)
+    codes = first.codes(["m"])
+    asked = np.full((1, COMPONENTS), KEEP)
+    asked[0, 2] = 40
+    end_ns = shares.now_ns(first) + 600 * SECOND_NS
+    term = shares.lead(first, 60.0)
+    assert shares.lead(first, 60.0) == term > 0
+    shares.exchange_shares(first, codes, asked, term=term)
+    shares.renew_lease(first, end_ns, term=term)
+    shares.write_node(first, b"the first", term=term)
+    until(lambda: shares.lead(second, 0.0))
+    shares.exchange_shares(second, codes, asked // 2, term=shares.lead(second, 60.0))
+    if leads_again:
+        until(lambda: shares.lead(first, 0.0))
+        assert shares.lead(first, 60.0) != term
+    with pytest.raises(OvertakenError):
+        shares.exchange_shares(first, codes, asked, term=term)
+    with pytest.raises(OvertakenError):
+        shares.renew_lease(first, end_ns + 1, term=term)
+    with pytest.raises(OvertakenError):
+        shares.write_node(first, b"is back", term=term)
+    assert shares.exchange_shares(first, codes).held[0, 2] == 20
+    assert shares.read_lease(first).end_ns == end_ns
+    assert shares.read_node(first) == b"the first"
+
+
+def test_a_reply_that_comes_after_another_process_has_taken_over_is_not_adopted(path):
+    manager = make_manager(path=path, **LIMITS)
+    shares.begin_sharing(manager)
+    node = Node(ManagerHost(manager, "boot", shares.lead(manager, 60.0)), 60 * SECOND_NS)
+    granted = tuple(100 if limit == 2 else None for limit in range(QUANTITIES))
+
+    def reply(number):
+        answers = (ModelReply(1, granted, granted, granted, granted, None),) if number == 1 else ()
+        return Reply("ok", f"nonce{number}", 1, 0, 1, 0, answers)
+
+    request = node.prepare()
+    other = ResourceQuotaManager(path=path)
+    until(lambda: shares.lead(other, 0.0))
+    with pytest.raises(OvertakenError):
+        node.adopt(request, reply(1))
+    assert not manager.check_quota("m", 1)
+    node = Node(ManagerHost(other, "boot", shares.lead(other, 60.0)), 60 * SECOND_NS)
+    node.adopt(node.prepare(), reply(0))  # to the request that the first one had under way
+    node.adopt(node.prepare(), reply(1))
+    until(lambda: manager.check_quota("m", 1))
 
 
 def test_a_call_for_an_exchange_reaches_another_process(path, words):

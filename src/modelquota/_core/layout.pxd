@@ -260,7 +260,7 @@ cdef struct Lease:
     uint32_t sleepers        # whether a thread waits for that
     uint32_t leader          # seat word of the process that exchanges shares for the host; 0 = none
     int64_t leader_ns        # CLOCK_MONOTONIC when it last said so
-    uint32_t node_copy       # which of the two copies counts
+    uint32_t node_copy       # lowest bit: which of the two copies counts; the others: the term, see lead_host()
     uint32_t node_size[2]    # bytes
     uint8_t node[2][NODE_BYTES]     # what the node remembers
 

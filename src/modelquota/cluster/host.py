@@ -26,11 +26,16 @@ def boot_id() -> str:
 
 
 class ManagerHost:
-    """A `Host` over the shares of a manager's models, which does not keep the manager alive."""
+    """A `Host` over the shares of a manager's models, for the `term` in which this process leads.
 
-    def __init__(self, table: QuotaTable, boot: str) -> None:
+    It does not keep the manager alive. What changes shares raises `OvertakenError` when another process has begun to
+    lead; without a term it is not asked.
+    """
+
+    def __init__(self, table: QuotaTable, boot: str, term: int | None = None) -> None:
         self._table = weakref.ref(table)
         self.boot = boot
+        self.term = term
 
     @property
     def table(self) -> QuotaTable:
@@ -55,7 +60,9 @@ class ManagerHost:
 
     def exchange(self, codes: Sequence[int], asked: Sequence[Sequence[int]], below_used: bool = False) -> Rows:
         """Set shares, below what is used only if that is said, and read what there is."""
-        found = shares.exchange_shares(self.table, np.array(codes, np.int64), np.array(asked, np.int64), below_used)
+        found = shares.exchange_shares(
+            self.table, np.array(codes, np.int64), np.array(asked, np.int64), below_used, term=self.term
+        )
         return Rows(*(column.tolist() for column in found))
 
     def lease_end_ns(self) -> int:
@@ -64,7 +71,7 @@ class ManagerHost:
 
     def renew_lease(self, end_ns: int) -> None:
         """Set the end of the lease."""
-        shares.renew_lease(self.table, end_ns)
+        shares.renew_lease(self.table, end_ns, term=self.term)
 
     def load(self) -> bytes:
         """Return what was saved."""
@@ -72,4 +79,4 @@ class ManagerHost:
 
     def save(self, data: bytes) -> None:
         """Keep up to 240 bytes."""
-        shares.write_node(self.table, data)
+        shares.write_node(self.table, data, term=self.term)

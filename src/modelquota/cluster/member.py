@@ -8,6 +8,7 @@ import weakref
 from typing import TYPE_CHECKING, Final
 
 from modelquota._core.table import shares
+from modelquota._core.table.exchange import OvertakenError
 from modelquota._log import log
 from modelquota._periodic import Background
 from modelquota.cluster.host import ManagerHost, boot_id
@@ -63,6 +64,7 @@ class Member(Background):
 
     def _reset(self) -> None:
         self._node: Node | None = None
+        self._term = 0
         self._pace = Pace(int(self.store.renew_sec * _NS))
         self._seen = 0
         self._renewals: dict[str, int] = {}
@@ -118,6 +120,8 @@ class Member(Background):
             while not node.left:
                 request = node.leave()
                 node.adopt(request, self.store.exchange(request))
+        except OvertakenError:  # another process has the state, and does not leave
+            return
         except StoreError as error:
             log(
                 _WARNING, "the store was not told that this node leaves: its shares are free after its lease: %s", error
@@ -143,13 +147,15 @@ class Member(Background):
 
     def _step(self, manager: ResourceQuotaManager) -> float:
         """Do what is due; returns for how many seconds to sleep afterwards."""
-        if not shares.lead(manager, _PATIENCE_SEC):
+        term = shares.lead(manager, _PATIENCE_SEC)
+        if not term:
             self._node = None
             self._follow(manager, Node.quotas_in(shares.read_node(manager)))
             return min(1.0, self.store.renew_sec)
-        if self._node is None:
+        if self._node is None or term != self._term:  # what it knew is void once another one has led
             self._reset()
-            self._node = Node(ManagerHost(manager, self._boot), int(self.store.lease_sec * _NS))
+            self._term = term
+            self._node = Node(ManagerHost(manager, self._boot, term), int(self.store.lease_sec * _NS))
         now_ns = shares.now_ns(manager)
         wait_sec = (self._pace.due_ns() - now_ns) / _NS
         if wait_sec > 0:
@@ -158,7 +164,10 @@ class Member(Background):
                 self._seen = urgent
                 self._pace.urge()
             return 0.0
-        self._exchange(manager, self._node)
+        try:
+            self._exchange(manager, self._node)
+        except OvertakenError:
+            return 0.0
         self._follow(manager, self._node.quotas)
         return 0.0
 
@@ -171,7 +180,7 @@ class Member(Background):
             self._count(error.kind)
             self._failed(manager, error)
             return
-        if not shares.lead(manager, _PATIENCE_SEC):  # overtaken in the meantime: the reply is the other one's
+        if shares.lead(manager, _PATIENCE_SEC) != self._term:  # overtaken in the meantime: the reply is the other one's
             return
         self._took_sec = time.monotonic() - began
         self._count(reply.status)

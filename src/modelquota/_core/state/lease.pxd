@@ -1,7 +1,7 @@
 # The lease of a state's shares: beginning and ending it, which process leads, and a wait for a call for an exchange.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from modelquota._core.atomics cimport compiler_barrier, load_i64, load_u32, store_i64, store_u32, swap_u32
+from modelquota._core.atomics cimport compiler_barrier, load_i64, load_u32, store_i64, store_u32, swap_i64, swap_u32
 from modelquota._core.layout cimport COMPONENTS, ColdRow, Header, Lease, NODE_BYTES, Row, Share, Shared
 from modelquota._core.row.advance cimport advance
 from modelquota._core.row.share cimport (
@@ -31,6 +31,10 @@ cdef extern from *:
     void sleep_while "mq_sleep_while"(uint32_t* word, uint32_t seen, int64_t ns) noexcept nogil
 
 
+cdef enum:
+    ANY_TERM = 0
+
+
 cdef struct Exchange:
     # What one row answers to an exchange. `asked` may be NULL: then nothing is changed.
     const int64_t* asked    # COMPONENTS of them, as are the next three
@@ -43,6 +47,8 @@ cdef struct Exchange:
     uint64_t* starved
     int64_t* waiting
     bint below_used         # whether a share may shrink below what is used
+    uint32_t term           # in which `asked` holds; ANY_TERM = always
+    bint overtaken          # this process does not lead in that term, and nothing was changed
     bint alive
     bint grown
 
@@ -84,17 +90,32 @@ cdef inline int end_all_shares(const Shared* shared, int64_t patience_ns) noexce
     return DONE
 
 
+cdef inline uint32_t term_of(const Lease* lease) noexcept nogil:
+    return load_u32(&lease.node_copy) >> 1
+
+
+cdef inline bint leads_in(const Shared* shared, uint32_t term) noexcept nogil:
+    """Whether this process still leads as it did when the term was read."""
+    cdef const Lease* lease = &shared.header.lease
+    return term == ANY_TERM or (load_u32(&lease.leader) == shared.me and term_of(lease) == term)
+
+
 cdef inline bint exchange_row(
     const Shared* shared, int64_t index, uint32_t generation, int64_t now_ns, Exchange* exchange, int64_t patience_ns
 ) noexcept nogil:
-    """Change a row's share, and report what it holds and uses; False if it stays locked. Takes the row's lock."""
+    """Change a row's share, and report what it holds and uses; False if it stays locked. Takes the row's lock.
+
+    A process may be stopped at any point, and another one leads when it goes on. So it is under the row's lock that it
+    makes sure to lead: what it does then, the next leader finds, which needs the lock.
+    """
     cdef Row* row = &shared.rows[index]
     cdef ColdRow* cold = &shared.cold_rows[index]
     cdef Share* share = &shared.shares[index]
     if not lock_row(row, shared, patience_ns):
         return False
     exchange.grown = False
-    exchange.alive = row.generation == generation and row.has_share
+    exchange.overtaken = not leads_in(shared, exchange.term)
+    exchange.alive = not exchange.overtaken and row.generation == generation and row.has_share
     if exchange.alive:
         advance(row, cold, now_ns)
         put_used(row, cold, exchange.used)
@@ -119,25 +140,57 @@ cdef inline bint exchange_row(
     return True
 
 
-cdef inline bint lead_host(const Shared* shared, int64_t now_ns, int64_t patience_ns) noexcept nogil:
-    """Whether this process leads; it does from now on if no living process has said so for `patience_ns`."""
+cdef inline uint32_t lead_host(const Shared* shared, int64_t now_ns, int64_t patience_ns) noexcept nogil:
+    """The term in which this process leads, 0 if another one does.
+
+    It leads from now on if no living process has said so for `patience_ns`. A term ends when another process begins to
+    lead, and does not come again when this one does.
+    """
     cdef Lease* lease = &shared.header.lease
     cdef uint32_t leader = load_u32(&lease.leader)
     cdef int64_t silent_ns = now_ns - load_i64(&lease.leader_ns)
+    cdef uint32_t copy
     if leader != shared.me:
         if leader and 0 <= silent_ns <= patience_ns and not is_gone(leader, shared):
-            return False
+            return 0
         store_i64(&lease.leader_ns, now_ns)     # first: another process would find it silent
         if not swap_u32(&lease.leader, leader, shared.me):
-            return False
+            return 0
+        # one that dies before the next line does not lead, and the one after it begins a term
+        copy = load_u32(&lease.node_copy)
+        while not swap_u32(&lease.node_copy, copy, (copy + 2) | 2):     # an odd term is not 0
+            copy = load_u32(&lease.node_copy)
     store_i64(&lease.leader_ns, now_ns)
-    return True
+    return term_of(lease)
 
 
-cdef inline void write_node_copy(Lease* lease, const char* data, uint32_t size) noexcept nogil:
-    """Replace what the node remembers: in the copy that does not count, and then that one counts."""
-    cdef uint32_t spare = 1 - (lease.node_copy & 1)
-    memcpy(lease.node[spare], data, size)
-    lease.node_size[spare] = size
-    compiler_barrier()
-    store_u32(&lease.node_copy, spare)
+cdef inline bint set_lease_end(const Shared* shared, int64_t end_ns, uint32_t term) noexcept nogil:
+    """Set the lease's end; False, and nothing is changed, if this process does not lead in the term."""
+    cdef Lease* lease = &shared.header.lease
+    cdef int64_t before = load_i64(&lease.end_ns)
+    if term == ANY_TERM:
+        store_i64(&lease.end_ns, end_ns)
+        return True
+    # an end that the next leader has set, after this process was stopped between the two, stays
+    return leads_in(shared, term) and swap_i64(&lease.end_ns, before, end_ns)
+
+
+cdef inline bint write_node_copy(
+    const Shared* shared, const char* data, uint32_t size, uint32_t term
+) noexcept nogil:
+    """Replace what the node remembers: in the copy that does not count, and then that one counts.
+
+    False if this process does not lead in the term.
+    """
+    cdef Lease* lease = &shared.header.lease
+    cdef uint32_t copy = load_u32(&lease.node_copy)
+    cdef uint32_t spare
+    while leads_in(shared, term):
+        spare = 1 - (copy & 1)
+        memcpy(lease.node[spare], data, size)
+        lease.node_size[spare] = size
+        compiler_barrier()
+        if swap_u32(&lease.node_copy, copy, copy ^ 1):
+            return True
+        copy = load_u32(&lease.node_copy)
+    return False

@@ -517,7 +517,7 @@ def lease_faults(lease: Any) -> Iterator[str]:
         yield "its lease ends beyond 2**61 ns, or its clock is beyond that"
     if not 0 <= int(lease["retry_ns"]) <= _MAX_TIME_NS:
         yield f"the retry_ns of its lease is {lease['retry_ns']}; 2**61 ns is the most"
-    if int(lease["node_copy"]) > 1 or (lease["node_size"] > CONSTANTS["node_bytes"]).any():
+    if (lease["node_size"] > CONSTANTS["node_bytes"]).any():
         yield "what its node remembers is longer than it can be"
 
 

@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 OnLeaseEnd = Literal["deny", "share", "allow"]
 
 
+class OvertakenError(Exception):
+    """Another process exchanges the host's shares by now: nothing was changed."""
+
+
 class Lease(NamedTuple):
     """The lease of a state: when it ends, in the state's time, and what holds afterwards."""
 

@@ -16,7 +16,8 @@ from modelquota._core.layout cimport (
 from modelquota._core.row.share cimport ALLOW, DENY, EQUAL_PARTS, KEEP as AS_IT_IS, RULE_BITS
 from modelquota._core.state.clock cimport CLOCK_BOOTTIME, monotonic_ns, read_clock
 from modelquota._core.state.lease cimport (
-    Exchange, begin_lease, end_all_shares, exchange_row, lead_host, sleep_while, write_node_copy
+    ANY_TERM, Exchange, begin_lease, end_all_shares, exchange_row, lead_host, set_lease_end, sleep_while,
+    write_node_copy
 )
 from modelquota._core.state.lock cimport SLICE_NS
 from modelquota._core.state.registry cimport DONE, REGISTRY_BUSY, give_or_take_share
@@ -27,7 +28,7 @@ from modelquota._core.table.intern cimport RowRef
 from modelquota._core.table.table cimport QuotaTable
 
 from modelquota._core.state.mapping import clock_shift_ns
-from modelquota._core.table.exchange import Exchanged, Lease
+from modelquota._core.table.exchange import Exchanged, Lease, OvertakenError
 
 cnp.import_array()
 
@@ -149,14 +150,21 @@ def set_lease_rule(QuotaTable table not None, *, on_lease_end, nodes, retry_ns):
     store_u32(&table.shared.header.lease.rule, rule)
 
 
-def renew_lease(QuotaTable table not None, end_ns):
+cdef uint32_t term_from(object term) except? 0:
+    return ANY_TERM if term is None else <uint32_t> _integer("term", term, 1, 2**31 - 1)
+
+
+def renew_lease(QuotaTable table not None, end_ns, *, term=None):
     """Have shares hold until `end_ns` of the state's time, 0 .. 2**61, which may be earlier than before.
 
-    A model sees it at the next exchange, or at a request: at the latest 1/60 s later, or in batches 1/4 s.
+    A model sees it at the next exchange, or at a request: at the latest 1/60 s later, or in batches 1/4 s. With a
+    `term`, raises `OvertakenError` if this process does not lead in it, see `lead`.
     """
     cdef int64_t end = _integer("end_ns", end_ns, 0, MAX_TIME_NS)
+    cdef uint32_t only_in = term_from(term)
     table.state.require_open()
-    store_i64(&table.shared.header.lease.end_ns, end)
+    if not set_lease_end(table.shared, end, only_in):
+        raise OvertakenError
 
 
 def end_lease(QuotaTable table not None):
@@ -219,7 +227,7 @@ def names_of(QuotaTable table not None, codes):
     return names
 
 
-def exchange_shares(QuotaTable table not None, codes, asked=None, below_used=False):
+def exchange_shares(QuotaTable table not None, codes, asked=None, below_used=False, *, term=None):
     """Change shares, and report what models hold and use, all at one clock reading.
 
     A component that is asked to grow is what was asked for afterwards; one that is asked to shrink is at least what is
@@ -234,6 +242,8 @@ def exchange_shares(QuotaTable table not None, codes, asked=None, below_used=Fal
     below_used : bool
         Whether a component that shrinks is what was asked for, even if more is used. Then the model admits nothing
         until enough has aged out.
+    term : int, optional
+        From `lead`. Raises `OvertakenError`, and changes nothing from then on, if this process does not lead in it.
 
     Returns
     -------
@@ -261,6 +271,8 @@ def exchange_shares(QuotaTable table not None, codes, asked=None, below_used=Fal
     cdef int64_t at_ns
     cdef bint done = True
     cdef bint grown = False
+    one.term = term_from(term)
+    one.overtaken = False
     state.require_open()
     cdef cnp.ndarray rows = int64_copy(codes, "codes")
     count = rows.shape[0]
@@ -295,16 +307,20 @@ def exchange_shares(QuotaTable table not None, codes, asked=None, below_used=Fal
                 one.starved, one.waiting = &starved[i], &waiting[i]
                 if index_of(code[i]) < row_count and generation_of(code[i]) & 1:
                     done = exchange_row(&state.shared, index_of(code[i]), generation_of(code[i]), at_ns, &one, SLICE_NS)
-                    if not done:
+                    if not done or one.overtaken:
                         break
                     grown = grown or (one.alive and one.grown)
                 alive[i] = one.alive
                 i += 1
         state.exit()
+        if one.overtaken:
+            break
         if i < count:
             state.pause()
     if grown:
         state.wake(None)
+    if one.overtaken:
+        raise OvertakenError
     return found
 
 
@@ -353,6 +369,7 @@ def lead(QuotaTable table not None, patience_sec):
     """Whether this process exchanges shares for the host; says that it is alive. Call it again within `patience_sec`.
 
     One process at a time does. Another takes over when it has died or has not called this for `patience_sec` seconds.
+    Returns the term, 1 .. 2**31 - 1, in which this process leads, the same one until another has led; otherwise 0.
     """
     cdef State state = table.state
     cdef int64_t patience_ns = <int64_t> round(min(max(float(patience_sec), 0.0), 1e9) * 1e9)
@@ -388,9 +405,14 @@ def read_node(QuotaTable table not None):
     return (<char*> lease.node[place])[:min(lease.node_size[place], <uint32_t> MOST_BYTES)]
 
 
-def write_node(QuotaTable table not None, bytes data not None):
-    """Have the state remember up to `NODE_BYTES` bytes, as a whole or not at all. For the process that leads."""
+def write_node(QuotaTable table not None, bytes data not None, *, term=None):
+    """Have the state remember up to `NODE_BYTES` bytes, as a whole or not at all. For the process that leads.
+
+    With a `term`, raises `OvertakenError` if it does not lead in it, see `lead`.
+    """
+    cdef uint32_t only_in = term_from(term)
     if len(data) > MOST_BYTES:
         raise ValueError(f"data has {len(data)} bytes; at most {MOST_BYTES} are possible")
     table.state.require_open()
-    write_node_copy(&table.shared.header.lease, data, <uint32_t> len(data))
+    if not write_node_copy(table.shared, data, <uint32_t> len(data), only_in):
+        raise OvertakenError
