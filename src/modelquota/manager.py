@@ -144,6 +144,23 @@ class ResourceQuotaManager(QuotaTable, QuotaReader):
             from modelquota.cluster.member import Member
 
             self._member = Member(self, cluster)
+        elif self.path is not None:
+            self._leave_cluster()
+
+    def _leave_cluster(self) -> None:
+        """End the shares of a file that was used with `cluster`: nobody would exchange them, and nothing be admitted.
+
+        While another process has it open, that one may exchange them.
+        """
+        from modelquota._core.table import shares
+
+        if shares.is_sharing(self) and shares.end_sharing(self, if_alone=True):
+            _log(
+                _WARNING,
+                "%s was used with cluster= and is opened without it, by the only process: "
+                "its limits are no longer shared with other hosts, all of each holds on this host",
+                self.path,
+            )
 
     @classmethod
     def open_readonly(

@@ -1,13 +1,15 @@
 """Shares and their lease belong to the state: all processes go by them, whichever exchanges them, stopped or killed."""
 
+import logging
 import os
 import signal
+import threading
 import time
 
 import numpy as np
 import pytest
 from crew import shared_array
-from factories import make_manager, open_quota
+from factories import SharingManager, make_manager, open_quota
 from patience import until
 
 from modelquota import ResourceQuotaManager
@@ -188,7 +190,7 @@ def test_a_reboot_ends_the_lease_and_keeps_the_shares(path):
     shares.write_node(manager, b"who I am")
     manager._arrays()[0]["boot_id"] = 7
     manager.close()
-    manager = ResourceQuotaManager(path=path)
+    manager = SharingManager(path=path)
     assert shares.read_lease(manager).end_ns == 0
     until(lambda: manager.check_quota("m", 1).starved)  # at the end of a slot
     assert shares.read_node(manager) == b"who I am"
@@ -197,6 +199,52 @@ def test_a_reboot_ends_the_lease_and_keeps_the_shares(path):
     assert found.used[0, 2] >= 1
     shares.renew_lease(manager, shares.now_ns(manager) + SECOND_NS)
     until(lambda: manager.check_quota("m", 1))
+
+
+def test_a_file_that_is_opened_without_a_cluster_has_no_shares_if_nobody_else_has_it_open(path, caplog):
+    caplog.set_level(logging.WARNING, "modelquota")
+    with make_manager(path=path, max_requests_per_hour=10) as manager:
+        shares.begin_sharing(manager)
+        hold_everything(manager)
+        assert sum(bool(manager.check_quota("m", 1)) for _ in range(4)) == 4
+        shares.end_lease(manager)
+        until(lambda: not manager.peek_quota("m", 1))
+        with ResourceQuotaManager(path=path) as other:
+            assert shares.is_sharing(other)
+            assert not other.check_quota("m", 1)
+    caplog.clear()
+    for _ in range(2):
+        with ResourceQuotaManager(path=path) as manager:
+            assert not shares.is_sharing(manager)
+            assert shares.read_lease(manager).end_ns == 0
+            assert manager.check_quota("m", 1)
+            manager.set_quota(open_quota("new", max_requests_per_hour=10))
+            assert manager.check_quota("new", 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} was used with cluster= and is opened without it, by the only process: "
+        "its limits are no longer shared with other hosts, all of each holds on this host"
+    ]
+    with ResourceQuotaManager(path=path) as manager:
+        shares.begin_sharing(manager)
+        assert not manager.check_quota("m", 1)
+        hold_everything(manager)
+        used = manager.get_usage("m").requests_this_hour
+        assert used >= 6
+        assert sum(bool(manager.check_quota("m", 1)) for _ in range(10)) == 10 - used
+
+
+def test_shares_are_ended_and_begun_at_the_same_time(path):
+    """Whichever comes last, all models go by it."""
+    manager = make_manager(*(open_quota(f"m{at}", max_requests_per_hour=10) for at in range(100)), path=path)
+    other = ResourceQuotaManager(path=path)
+    for _ in range(20):
+        shares.begin_sharing(manager)
+        ends = threading.Thread(target=shares.end_sharing, args=(other,))
+        ends.start()
+        shares.begin_sharing(manager)
+        ends.join()
+        assert len(shares.sharing_codes(manager)) == (100 if shares.is_sharing(manager) else 0)
+        assert not shares.end_sharing(manager, if_alone=True)
 
 
 def test_a_view_reads_limits_and_not_what_a_share_leaves_of_them(path):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from factories import SharingManager
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -164,7 +165,7 @@ class Workshop:
         with contextlib.suppress(StateFileError):
             look(self.path)
         try:
-            manager = ResourceQuotaManager(path=self.path)
+            manager = SharingManager(path=self.path)
         except StateFileError:
             assert self.data() == before
             assert self.path.stat().st_size == size

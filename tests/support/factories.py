@@ -54,6 +54,13 @@ def make_manager(
     return manager
 
 
+class SharingManager(ResourceQuotaManager):
+    """As with `cluster=`, but without its thread: a file whose limits are shared stays so."""
+
+    def _leave_cluster(self) -> None:
+        pass
+
+
 def used(manager: Any, model_id: str = "m") -> int:
     """The tokens of the last hour."""
     tokens: int = manager.get_usage(model_id).tokens_this_hour

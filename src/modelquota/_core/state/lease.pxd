@@ -8,7 +8,7 @@ from modelquota._core.row.share cimport (
     NONE_NEEDED, adjust_share, lease_phase, put_totals, put_used
 )
 from modelquota._core.row.window cimport requests_charged, tokens_charged
-from modelquota._core.state.lock cimport is_gone, unlock
+from modelquota._core.state.lock cimport has_other_process, is_gone, unlock
 from modelquota._core.state.registry cimport (
     ANY_ROW, BOOTTIME, DONE, MONOTONIC, NOT_DONE, OTHER_VERSION, REGISTRY_BUSY, lock_registry, log_change,
     unlock_registry
@@ -80,11 +80,19 @@ cdef inline int begin_lease(
     return DONE
 
 
-cdef inline int end_all_shares(const Shared* shared, int64_t patience_ns) noexcept nogil:
-    """Have no model have a share from now on; those that have one decide by the configured limits."""
+cdef inline int end_all_shares(const Shared* shared, bint if_alone, int64_t patience_ns) noexcept nogil:
+    """Have no model have a share from now on; those that have one decide by the configured limits.
+
+    NOT_DONE, and nothing is changed, if `if_alone` and another process or manager has a seat: one that begins to share
+    at the same time has one already. Takes the registry's lock.
+    """
     if not lock_registry(shared, patience_ns):
         return REGISTRY_BUSY
+    if if_alone and has_other_process(shared):
+        unlock_registry(shared)
+        return NOT_DONE
     store_u32(&shared.header.lease.rule, 0)
+    store_i64(&shared.header.lease.end_ns, 0)       # whoever shares it again begins without one
     log_change(shared, ANY_ROW)
     unlock_registry(shared)
     return DONE

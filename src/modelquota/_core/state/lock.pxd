@@ -220,6 +220,15 @@ cdef inline bint is_left(uint32_t seat, uint64_t holder, const Shared* shared) n
         is_process_gone(holder, shared.boot)
 
 
+cdef inline bint has_other_process(const Shared* shared) noexcept nogil:
+    """Whether another process or manager has a seat."""
+    cdef uint32_t seat
+    for seat in range(1, shared.header.seats_used + 1):
+        if seat != (shared.me & (SEATS - 1)) and not is_left(seat, load_u64(&shared.seats[seat].holder), shared):
+            return True
+    return False
+
+
 cdef inline uint32_t claim_seat(uint32_t seat, uint32_t epochs, uint64_t process, Shared* shared) noexcept nogil:
     """Take a seat; returns its seat word, or 0 if another process has it.
 

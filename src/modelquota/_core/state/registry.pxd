@@ -176,6 +176,7 @@ cdef inline bint give_or_take_share(
 ) noexcept nogil:
     """Give a row a share if it has a model and none, or take it away; False if a lock is busy.
 
+    Nothing is done if another process has begun, or ended, to share in the meantime.
     Takes the registry's lock and the row's.
     """
     cdef Row* row = &shared.rows[index]
@@ -186,7 +187,7 @@ cdef inline bint give_or_take_share(
     if not lock_row(row, shared, ROW_PATIENCE_NS):
         unlock_registry(shared)
         return False
-    if row.generation & 1 and row.has_share != giving:
+    if row.generation & 1 and row.has_share != giving and (load_u32(&shared.header.lease.rule) != 0) == giving:
         read_all_limits(row, cold, &limits)
         put_limits_safely(row, cold, &limits, GETS_SHARE if giving else LOSES_SHARE, shared)
     unlock(&row.lock)

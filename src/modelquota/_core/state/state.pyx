@@ -34,7 +34,7 @@ from modelquota._core.row.window cimport COUNT_BITS, IDLE, NEVER, ROLLED, ROLLIN
 from modelquota._core.state.clock cimport CLOCK_BOOTTIME, ManualClock, Watcher, monotonic_ns, read_clock
 from modelquota._core.state.lock cimport (
     NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, claim_seat, clear_seat, has_seat, hold_by_lock, holds_seat, is_file,
-    is_left, lock_seat, own_bits
+    has_other_process, is_left, lock_seat, own_bits
 )
 from modelquota._core.state.pool cimport end_pool, record_at, start_pool
 from modelquota._core.state.registry cimport (
@@ -724,15 +724,6 @@ cdef void give_chunk_back(Pool* pool, uint32_t chunk, uint32_t me) noexcept:
         if (<uint32_t*> record_at(pool, i))[0] != 0:     # `seat` comes first in every record
             return
     swap_u32(&pool.owners[chunk], me, 0)
-
-
-cdef bint has_other_process(const Shared* shared) noexcept nogil:
-    """Whether another process or manager has a seat."""
-    cdef uint32_t seat
-    for seat in range(1, shared.header.seats_used + 1):
-        if seat != (shared.me & (SEATS - 1)) and not is_left(seat, load_u64(&shared.seats[seat].holder), shared):
-            return True
-    return False
 
 
 cdef int identify_processes(Shared* shared) except -1:

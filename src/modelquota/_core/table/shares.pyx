@@ -19,9 +19,9 @@ from modelquota._core.state.lease cimport (
     ANY_TERM, Exchange, begin_lease, end_all_shares, exchange_row, lead_host, set_lease_end, sleep_while,
     write_node_copy
 )
-from modelquota._core.state.lock cimport SLICE_NS
-from modelquota._core.state.registry cimport DONE, REGISTRY_BUSY, give_or_take_share
-from modelquota._core.state.state cimport State, has_other_process
+from modelquota._core.state.lock cimport SLICE_NS, has_other_process
+from modelquota._core.state.registry cimport DONE, NOT_DONE, REGISTRY_BUSY, give_or_take_share
+from modelquota._core.state.state cimport State
 from modelquota._core.table.arrays cimport int64_copy
 from modelquota._core.table.batch cimport generation_of, index_of
 from modelquota._core.table.intern cimport RowRef
@@ -118,20 +118,27 @@ def begin_sharing(QuotaTable table not None, *, on_lease_end="deny", nodes=1, re
     state.wake(None)
 
 
-def end_sharing(QuotaTable table not None):
-    """Have every model decide by its configured limits again."""
+def end_sharing(QuotaTable table not None, *, if_alone=False):
+    """Have every model decide by its configured limits again, and end the lease; whether that was done.
+
+    With `if_alone` it is not if another process or manager has the state open.
+    """
     cdef State state = table.state
+    cdef bint unless_others = bool(if_alone)
     cdef int outcome = REGISTRY_BUSY
     state.require_open()
-    while outcome != DONE:
+    while outcome == REGISTRY_BUSY:
         state.inside += 1
         with nogil:
-            outcome = end_all_shares(&state.shared, SLICE_NS)
+            outcome = end_all_shares(&state.shared, unless_others, SLICE_NS)
         state.exit()
         if outcome == REGISTRY_BUSY:
             state.pause()
+    if outcome == NOT_DONE:
+        return False
     over_rows(state, False)
     state.wake(None)
+    return True
 
 
 def is_sharing(QuotaTable table not None):
