@@ -21,7 +21,6 @@ cdef class Mapping:
     cdef int forget(self) except -1
 
 
-cdef bint has_other_process(const Shared* shared) noexcept nogil
 
 
 cdef inline int64_t rows_now_ns(const Shared* shared) noexcept nogil:
