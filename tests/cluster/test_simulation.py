@@ -14,7 +14,7 @@ from cluster_simulation import NS, Simulation
 
 from modelquota._core.table import shares
 
-HISTORIES = int(os.environ.get("MODELQUOTA_HISTORIES", "300"))
+HISTORIES = int(os.environ.get("MODELQUOTA_HISTORIES", "200"))
 ONLY = os.environ.get("MODELQUOTA_HISTORY")
 SEEDS = [int(ONLY)] if ONLY else range(HISTORIES)
 MUTANT_HISTORIES = 150
