@@ -155,6 +155,17 @@ def test_tokens_charged_past_a_limit_count_against_all_hosts_and_bind_only_their
     assert (cluster.use(host, "over", 10, tokens=4), cluster.use(peer, "over", 5, tokens=4)) == (10, 5)
 
 
+def test_requests_that_are_open_keep_no_lease_from_a_host_if_the_ledger_does_not_limit_them():
+    cluster = Cluster(m={"requests_per_minute": 100, "concurrent_requests": 5})
+    host = cluster.add_host()
+    host.row("m").open = 3  # as a process before this one has left it
+    cluster.exchange(host)
+    cluster.quotas["m"] = components(requests_per_minute=100)
+    cluster.add_host()
+    cluster.run(10)
+    assert cluster.use(host, "m", 1) == 1
+
+
 @pytest.mark.parametrize(("up_ms", "down_ms"), [(900, 0), (0, 900), (450, 450), (5_000, 5_000)])
 def test_the_ledgers_clock_goes_on_however_slow_the_store_is(up_ms, down_ms):
     cluster = Cluster(m={"requests_per_minute": 1000})

@@ -184,15 +184,12 @@ class _Book:
     def is_covered(self) -> bool:
         """Whether the ledger knows all that it holds, of what it limits, and of concurrency, all that is open."""
         shares: Sequence[int | None] = _NOTHING if self.answer is None else self.answer.share
-        return self._is_open_covered and all(
-            held <= claim or share is None or not self.is_limited(quantity)
-            for quantity, (held, claim, share) in enumerate(zip(self.held, self.claimed, shares, strict=True))
+        # the store did not count what was still open after the lease, and may have given all of the limit to others
+        held = [*self.held[:CONCURRENCY], max(self.held[CONCURRENCY], self.used[CONCURRENCY])]
+        return all(
+            has <= claim or share is None or not self.is_limited(quantity)
+            for quantity, (has, claim, share) in enumerate(zip(held, self.claimed, shares, strict=True))
         )
-
-    @property
-    def _is_open_covered(self) -> bool:
-        # What was open when a lease had ended is not counted by the store, and then not by this node's next lease.
-        return not self.is_limited(CONCURRENCY) or self.used[CONCURRENCY] <= self.claimed[CONCURRENCY]
 
     def ghosts(self, quantities: Sequence[Quantity | None], amounts: Sequence[int]) -> list[Ghost]:
         """Return what is handed over when the share is given up, of which so much may have been used."""
