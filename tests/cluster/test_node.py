@@ -252,3 +252,38 @@ def test_a_model_that_was_denied_for_lack_of_share_is_the_first_of_those_that_ha
     assert not host.begin("b", 1)
     assert host.names(host.codes(True))[0] == "b"
     assert sorted(host.names(host.codes(True))) == ["a", "b", "c", "m"]
+
+
+# -- models that go
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_share_of_a_model_that_a_node_no_longer_has_after_a_restart_ends_when_its_use_has_aged_out(world, again):
+    limits = {"requests_per_minute": 100}
+    a, b = world.manager_node(limits), world.manager_node(limits)
+    a.host.table.set_quota(config_of("other", limits))
+    world.live(1, a, b)
+    assert admitted(world, a, 5, [a, b]) == 100
+    a.host.table.remove_quota("m")
+    a = Node(a.host, LEASE_NS)  # the process before did not tell it
+    world.live(1, a, b)
+    if again:
+        a.host.table.set_quota(config_of("m", limits))
+    assert admitted(world, b, 50, [a, b]) == 0
+    assert admitted(world, b, 20, [a, b]) == 100
+    assert world.sums("m", 1) == (100, 0)
+
+
+def test_a_restart_alone_ends_no_share(world):
+    models = many(MAX_MODELS + 50, requests_per_minute=100)
+    node = world.node(models)
+    use(world, node)
+    node = Node(node.host, LEASE_NS)
+    sinces = []
+    for _ in range(20):
+        request = node.prepare()
+        sinces.append(request.since)
+        node.adopt(request, world.exchange(request))
+        world.pass_sec(0.2)
+    assert sum(map(bool, sinces)) == 1
+    assert all(taken >= 1 and lent == 0 for taken, lent in (world.sums(model_id, 1) for model_id in models))

@@ -10,11 +10,12 @@
 -- What has many numbers is a JSON array of integers: decoding one takes a tenth of the time of taking a text apart.
 --
 -- KEYS  <base>meta, <base>nodes, <base>ghosts, <base>node:<id>, and <base>m:<model> of each model
--- ARGV  format, verb (exchange or leave), id, number, token, nonce, boot, boot_ms, lease_ms, and of each model
+-- ARGV  format, verb (exchange or leave), id, number, token, nonce, boot, boot_ms, lease_ms, since, and of each model
 --       its limits  "version;[limit,hold_ms,...]" with a limit of -1 for none; the version is that of the ledger, 0 to
 --                   change it
 --       holdings    [held,used,want,need,...] of each quantity
 --       ghosts      "quantity:amount:hold_ms,...": what was used by a share that is given up in this exchange
+--       Since, if it is not 0, is the number of a request: the node has no other models than those it named since then.
 --       To publish quotas: format, publish, text; KEYS[4] is <base>quotas. To forget a dead node: the verb forget.
 -- Reply a status alone (stale, fenced, format), or lines: status, nonce, generation, milliseconds of learning left,
 --       live nodes, version of the published quotas; and of each model [version,share,target,free,idle,...], with a
@@ -27,7 +28,8 @@
 -- quotas      version and text of what was published; the script does not read it
 -- nodes       id -> end of lease, of live nodes
 -- node:<id>   number, token, nonce and reply of the last request; generation; boot, base (clock - boot_ms at least);
---             holds; a field m:<model> for each model in which it has a share; of a dead one pass (see end_shares)
+--             holds; a field m:<model> for each model in which it has a share, the number of the last request that named it;
+--             of a dead one pass (see end_shares)
 -- m:<model>   limits, version, claim; sums [records, sum, lent, ...]: of all shares and ghosts, and of these what was
 --             handed over; fair [at, deaths, level, filled, used, idle, ...], a hint only: see fair_of; a field n:<id>
 --             [generation,held,used,want,...] for each node
@@ -605,8 +607,8 @@ local function settle(of, ask, ghosts)
   end
   if not record then
     sums[1] = sums[1] + 1
-    put(sets, node_key, 'm:' .. of.name, '')
   end
+  put(sets, node_key, 'm:' .. of.name, text(number))
   after.changed = true
   of.nodes[id], of.changed = after, true
   for quantity, amount, hold in string.gmatch(ghosts, '(%d+):(%d+):(%d+)') do
@@ -680,9 +682,18 @@ local function grow(of, own, ask)
   end
 end
 
-for at = 10, #ARGV, 3 do
-  local key = KEYS[5 + (at - 10) / 3]
+local function drop(of) -- its record of this node
+  of.nodes[id], of.left = false, true
+  of.sums[1] = of.sums[1] - 1
+  put(deletes, of.key, 'n:' .. id)
+  put(deletes, node_key, 'm:' .. of.name)
+end
+
+local named = {}
+for at = 11, #ARGV, 3 do
+  local key = KEYS[5 + (at - 11) / 3]
   local of = model(string.sub(key, #base + 3))
+  named[of.name] = true
   local version, limits = string.match(ARGV[at], '^(%d+);(.*)$')
   if not of.line or (version == '0' and of.line ~= limits) then
     set_limits(of, limits)
@@ -713,10 +724,29 @@ for at = 10, #ARGV, 3 do
   end
   lines[#lines + 1] = line
   if is_idle then
-    of.nodes[id], of.left = false, true
-    of.sums[1] = of.sums[1] - 1
-    put(deletes, of.key, 'n:' .. id)
-    put(deletes, node_key, 'm:' .. of.name)
+    drop(of)
+  end
+end
+
+-- Models that the node had before it was started again, and has no more: all that it held may have been used.
+local since = tonumber(ARGV[10]) or 0
+local fields = since > 0 and call('HGETALL', node_key) or {}
+for at = 1, #fields, 2 do
+  local name = string.match(fields[at], '^m:(.*)$')
+  if name and not named[name] and (tonumber(fields[at + 1]) or 0) < since then
+    local of, given_up = model(name), {}
+    local record = record_of(of, id)
+    if record and of.count then
+      for i = 1, of.count do
+        if taken(record, i) > 0 then
+          given_up[#given_up + 1] = table.concat({text(i), text(taken(record, i)), text(of.holds[i])}, ':')
+        end
+      end
+      settle(of, {}, table.concat(given_up, ','))
+      drop(of)
+    else
+      put(deletes, node_key, 'm:' .. name)
+    end
   end
 end
 

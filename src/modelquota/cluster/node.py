@@ -249,6 +249,8 @@ class Node:
         self._gone: list[_Book] = []
         self._unconfirmed: dict[int, None] | None = None
         self._round: dict[int, None] = {}  # what is still to be looked at in this round
+        self._since = 0  # all models are told from this request on, and then what the store knows of others ends
+        self._untold: set[int] = set()  # those that have not been
         self._pending: Request | None = None
         self._told: list[int] = []
         self._renews = False
@@ -340,7 +342,8 @@ class Node:
         self.number += 1
         token = self._token()
         self._save(token)
-        self._pending, self._told = self._request(verb, token, models), codes
+        since = 0 if self._untold or self._leaving else self._since
+        self._pending, self._told = self._request(verb, token, models)._replace(since=since), codes
         self._first_sent_ns, self._renews = now_ns, verb == "exchange"
 
     @property
@@ -352,6 +355,7 @@ class Node:
         """Have the store told of all models, before the lease goes on."""
         self._unconfirmed = dict.fromkeys(self.host.codes(False))
         self._round = dict(self._unconfirmed)
+        self._since, self._untold = self.number + 1, set(self._unconfirmed)
 
     def _to_tell(self, now_ns: int) -> tuple[list[int], list[ModelRequest]]:
         """Look at the models that may have something to tell, return what to give back, and what to send.
@@ -484,6 +488,7 @@ class Node:
         book = self._books.pop(code, None)
         if self._unconfirmed is not None:
             self._unconfirmed.pop(code, None)
+        self._untold.discard(code)
         if book is not None:
             self._starved_gone += book.starved
         if book is not None and (any(book.held) or any(book.used)):
@@ -554,6 +559,10 @@ class Node:
         # After a change of leader the request may have been executed as the process before had made it, with models
         # that are not known here: then no share is taken, and the next request tells the store what is held.
         grew = len(told) == len(reply.models) and self._adopt_shares(told, reply)
+        if request.number >= self._since:
+            self._untold.difference_update(told)
+        if request.since == self._since:
+            self._since = 0
         self._save()
         if self._renews:
             end_ns = self._first_sent_ns + self.lease_ns - MARGIN_NS

@@ -69,7 +69,8 @@ class ModelRequest(NamedTuple):
 class Request(NamedTuple):
     """One request of a node. A repeated one has the same number, token and models, and its own `boot_ms`.
 
-    `boot` names the clock that `boot_ms` is read from: another one after a restart of the machine.
+    `boot` names the clock that `boot_ms` is read from: another one after a restart of the machine. With `since` the
+    node has no other models than those that it named in the requests from that number on.
     """
 
     verb: str
@@ -81,6 +82,7 @@ class Request(NamedTuple):
     boot_ms: int
     lease_ms: int
     models: Sequence[ModelRequest]
+    since: int = 0
 
     def keys(self, base: str) -> list[str]:
         """Return the keys of the script, those of the ledger whose keys begin with `base`."""
@@ -90,7 +92,8 @@ class Request(NamedTuple):
     def arguments(self) -> list[str]:
         """Return the arguments of the script."""
         head = [FORMAT, self.verb, self.node_id, self.number, self.token, self.nonce, self.boot, self.boot_ms]
-        return [*map(str, head), str(self.lease_ms), *(text for model in self.models for text in model.arguments())]
+        head += [self.lease_ms, self.since]
+        return [*map(str, head), *(text for model in self.models for text in model.arguments())]
 
 
 class ModelReply(NamedTuple):
