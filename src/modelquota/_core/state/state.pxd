@@ -21,8 +21,6 @@ cdef class Mapping:
     cdef int forget(self) except -1
 
 
-
-
 cdef inline int64_t rows_now_ns(const Shared* shared) noexcept nogil:
     """The rows' time now."""
     return read_clock(shared.clock) + shared.offset_ns if shared.manual_ns == NULL else shared.manual_ns[0]

@@ -194,7 +194,7 @@ def sharing_codes(QuotaTable table not None, changed=False):
     """The codes of all models that have a share; with `changed`, of those that are to be exchanged again.
 
     They are those that since their last exchange were registered, got other limits, were charged in a slot of 1/60 s
-    that has ended, or denied a request for lack of share. Those that call for an exchange, see `wait_urgent`, are first.
+    that has ended, or denied a request for lack of share. First are those that call for an exchange: see `wait_urgent`.
     """
     cdef State state = table.state
     cdef bint only_changed = bool(changed)
