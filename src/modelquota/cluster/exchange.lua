@@ -236,6 +236,12 @@ local function bury(who, ended, holds)
   put(removes, nodes_key, who)
 end
 
+local function drop(of, who) -- a model's record of a node
+  of.nodes[who], of.left = false, true
+  of.sums[1] = of.sums[1] - 1
+  put(deletes, of.key, 'n:' .. who)
+end
+
 local function end_share(who, name, due) -- in one model: of the holds that are due or, without them, all that is left
   local of = model(name)
   local record = record_of(of, who)
@@ -249,9 +255,7 @@ local function end_share(who, name, due) -- in one model: of the holds that are 
       end
     end
     if not due then
-      of.nodes[who], of.left = false, true
-      of.sums[1] = of.sums[1] - 1
-      put(deletes, of.key, 'n:' .. who)
+      drop(of, who)
     end
   end
 end
@@ -682,10 +686,8 @@ local function grow(of, own, ask)
   end
 end
 
-local function drop(of) -- its record of this node
-  of.nodes[id], of.left = false, true
-  of.sums[1] = of.sums[1] - 1
-  put(deletes, of.key, 'n:' .. id)
+local function drop_own(of)
+  drop(of, id)
   put(deletes, node_key, 'm:' .. of.name)
 end
 
@@ -724,7 +726,7 @@ for at = 11, #ARGV, 3 do
   end
   lines[#lines + 1] = line
   if is_idle then
-    drop(of)
+    drop_own(of)
   end
 end
 
@@ -743,7 +745,7 @@ for at = 1, #fields, 2 do
         end
       end
       settle(of, {}, table.concat(given_up, ','))
-      drop(of)
+      drop_own(of)
     else
       put(deletes, node_key, 'm:' .. name)
     end

@@ -360,8 +360,8 @@ class Node:
     def _to_tell(self, now_ns: int) -> tuple[list[int], list[ModelRequest]]:
         """Look at the models that may have something to tell, return what to give back, and what to send.
 
-        They are looked at in rounds, of several requests if there are many: each is told once in a round, whatever
-        comes up in the meantime. The next round is due when the next renewal is, or an urgent one.
+        They are looked at in rounds, of several requests if there are many. Each is told once in a round, even if it
+        changes again before the round ends. The next round is due when the next renewal is, or an urgent one.
         """
         assert self._unconfirmed is not None
         first = [code for code, book in self._books.items() if book.target is not None]

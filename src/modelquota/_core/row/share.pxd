@@ -312,8 +312,8 @@ cdef inline bint adjust_share(
 ) noexcept nogil:
     """Change the share to what is asked for; returns whether a component has grown.
 
-    It is no less than is used, or with `below_used` exactly what is asked for: then nothing is admitted until so much
-    has aged out, and the caller has to count what is used.
+    It never becomes less than what is used, unless `below_used` is set. Then the row admits nothing until its use has
+    aged out to below its share, and the caller has to count what is used.
 
     A process that dies in between has changed some components, each of them completely.
     """

@@ -92,7 +92,7 @@ cdef inline int end_all_shares(const Shared* shared, bint if_alone, int64_t pati
         unlock_registry(shared)
         return NOT_DONE
     store_u32(&shared.header.lease.rule, 0)
-    store_i64(&shared.header.lease.end_ns, 0)       # whoever shares it again begins without one
+    store_i64(&shared.header.lease.end_ns, 0)       # sharing that begins again has no lease at first
     log_change(shared, ANY_ROW)
     unlock_registry(shared)
     return DONE

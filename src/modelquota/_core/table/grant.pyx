@@ -23,12 +23,10 @@ from modelquota._core.state.state cimport State, fork_count
 from modelquota._core.state.unclaimed cimport claim_record
 from modelquota._core.table.arguments cimport as_count, as_kinds
 from modelquota._core.table.intern cimport RowRef
+from modelquota._core.table.result cimport LIMITS
 
 from modelquota.errors import GrantClosedError
-from modelquota.quota.limits import Limit
 from modelquota.quota.tokens import Tokens
-
-cdef tuple LIMITS = (None, *Limit)
 
 cdef enum:
     LEAST_CHUNK = 16        # tokens that add() charges at a time beyond the estimate, at least,

@@ -1,6 +1,8 @@
 from libc.stdint cimport int64_t, uint8_t
 from modelquota._core.row.decision cimport Verdict
 
+cdef tuple LIMITS               # `Limit` by its code; None for 0
+
 
 cdef class QuotaCheckResult:
     cdef uint8_t was_admitted       # `allowed`; a byte, so that a result has 80

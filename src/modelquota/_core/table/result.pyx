@@ -5,7 +5,7 @@ from modelquota._core.row.decision cimport LEASE_ENDED, NEVER, NOT_STARVED, QUEU
 
 from modelquota.quota.limits import Limit, ViolationAction, dollars
 
-cdef tuple LIMITS = (None, *Limit)
+LIMITS = (None, *Limit)
 cdef tuple ACTIONS = tuple(ViolationAction)
 
 
