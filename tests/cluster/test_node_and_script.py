@@ -92,9 +92,11 @@ def test_a_model_over_its_limit_denies_and_the_others_of_its_host_do_not():
     assert cluster.use(host, "other", 50) == 50
     assert (host.begin("over", 0), peer.begin("over", 0)) == (False, False)
     cluster.now_ns += 61 * 60 * NS  # both uses age out at once, before either host exchanges again
-    row = host.row("over")
-    row.advance(cluster.now_ns)
-    assert (row.used()[2], row.bounds[2]) == (0, 0)  # what it had used is not its share
+    rows = [one.row("over") for one in cluster.hosts]
+    for row in rows:
+        row.advance(cluster.now_ns)
+    assert [row.used()[2] for row in rows] == [0, 0]
+    assert sum(row.bounds[2] for row in rows) <= 50  # what they had used is not their share
     cluster.run(3)
     assert cluster.use(host, "over", 20) == 20
 
@@ -233,3 +235,62 @@ def test_time_without_any_host_counts_only_for_one_whose_clock_has_seen_it(retur
         admitted += cluster.use(host, "m", 50 - admitted)
     waited_sec = (cluster.now_ns - began_ns) / NS
     assert waited_sec <= 3 if returns else 60 <= waited_sec <= 70
+
+
+FIRST_LIMITS = {
+    "requests_per_minute": 100,
+    "tokens_per_minute": 100_000,
+    "requests_per_second": (10, 5),
+    "concurrent_requests": 16,
+}
+
+
+@pytest.mark.parametrize("idle_sec", [0, 30, 600])
+def test_a_model_that_nobody_has_asked_for_admits_the_first_request_of_each_host(idle_sec):
+    cluster = Cluster(m=FIRST_LIMITS)
+    hosts = [cluster.add_host() for _ in range(4)]
+    cluster.run(8)  # it has learned
+    if idle_sec:
+        assert [host.begin("m", 700) for host in hosts] == [True] * 4
+        for host in hosts:
+            host.end("m")
+        cluster.run(idle_sec)
+    for host in hosts:  # without an exchange
+        assert host.begin("m", 700)
+        assert host.row("m").starved == 0
+
+
+def test_what_is_kept_for_a_first_request_is_as_large_as_the_last_ones():
+    cluster = Cluster(m={"tokens_per_hour": 1_000_000})
+    host, peer = cluster.add_host(), cluster.add_host()
+    cluster.run(8)
+    assert cluster.use(host, "m", 1, tokens=90_000) == 1
+    cluster.run(60)
+    assert host.begin("m", 90_000)
+    assert not peer.begin("m", 90_000)
+    assert cluster.use(peer, "m", 1, tokens=90_000) == 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "limit"),
+    [({"requests_per_minute": 12}, 12), ({"requests_per_second": (12, 0)}, 12), ({"concurrent_requests": 12}, 12)],
+)
+def test_what_idle_hosts_keep_goes_to_the_one_that_needs_it(limits, limit):
+    cluster = Cluster(m=limits)
+    hosts = [cluster.add_host() for _ in range(4)]
+    cluster.run(8)
+    hot, admitted = hosts[0], []
+    for tick in range(20 * 30):
+        while hot.begin("m", 0):
+            admitted.append(cluster.now_ns)
+            if "concurrent_requests" not in limits:
+                hot.end("m")
+        for host in hosts:
+            if tick % 20 == 0 or (host is hot and tick % 4 == 0):
+                cluster.exchange(host)
+        cluster.now_ns += NS // 20
+    if "requests_per_second" in limits:
+        assert len([at for at in admitted if at > cluster.now_ns - 20 * NS]) >= 0.95 * 20 * limit
+    else:
+        assert len(admitted) == limit
+    assert sum(host.row("m").starved for host in hosts[1:]) == 0

@@ -34,9 +34,9 @@ def make_request(node_id, number, nonce="", models=(), *, verb="exchange", token
     return Request(verb, node_id, number, token or f"t{number}", nonce, boot, boot_ms, 10_000, models)
 
 
-def one(held=0, used=0, want=0, need=0, *, limit=100, hold_ms=60_000, version=1, ghosts=(), model_id="m"):
+def one(held=0, used=0, want=0, need=0, *, limit=100, hold_ms=60_000, replaces=0, ghosts=(), model_id="m"):
     values = [row(value) for value in (held, used, want, need)]
-    return ModelRequest(model_id, version, quantities((limit, hold_ms)), *values, ghosts)
+    return ModelRequest(model_id, replaces, quantities((limit, hold_ms)), *values, ghosts)
 
 
 class Ledger:
@@ -242,7 +242,7 @@ def die_with_many(ledger, count):
     for at in range(count):
         values = [(10, 10, 10, *NONE[3:])] * 3
         models.append(
-            ModelRequest(f"m{at}", 1, quantities(*((100, hold_ms) for hold_ms in HOLDS)), NONE, *values[:2], NONE)
+            ModelRequest(f"m{at}", 0, quantities(*((100, hold_ms) for hold_ms in HOLDS)), NONE, *values[:2], NONE)
         )
     ledger.ask("a", *models)
     for _ in range(100):
@@ -298,7 +298,7 @@ def test_a_dead_node_that_returns_while_its_shares_end_has_what_is_left(ledger):
 def test_hundreds_of_amounts_that_were_handed_over_are_free_within_a_few_exchanges(ledger):
     limits = quantities((100, 1_000), (100, 1_000), (100, 1_000))
     ghosts = [Ghost(quantity, 5, 1_000) for quantity in range(3)]
-    models = [ModelRequest(f"m{at}", 1, limits, NONE, NONE, NONE, NONE, ghosts) for at in range(250)]
+    models = [ModelRequest(f"m{at}", 0, limits, NONE, NONE, NONE, NONE, ghosts) for at in range(250)]
     ledger.ask("a", *models, verb="leave")
     assert len(ledger.server.data[f"{BASE}ghosts"]) >= 750
     ledger.pass_ms(1_200)
@@ -418,10 +418,27 @@ def test_a_large_request_is_admitted_before_small_ones_take_what_comes_back(ledg
 
 def test_a_limit_that_is_lowered_is_reported_and_shares_return(ledger):
     held = ledger.share("a", want=50)
-    ledger.ask("b", one(want=0, limit=20, version=0))
+    known = ledger.ask("b", one(want=0, limit=20)).models[0]
+    assert known.quantities == quantities((100, 60_000))
+    assert ledger.ask("b", one(want=0, limit=20, replaces=known.version)).models[0].quantities is None
     reply = ledger.ask("a", one(held=held, want=50)).models[0]
     assert reply.quantities == quantities((20, 60_000))
     assert reply.target[0] <= 21
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_limits_that_others_have_replaced_are_not_set_again_by_a_request_that_comes_late(ledger, forgotten):
+    first = ledger.ask("a", one(want=5)).models[0].version
+    if forgotten:  # nobody has the model any more, and somebody has it again
+        assert ledger.share("a", held=0, want=0) == 0
+        ledger.pass_ms(5)
+        second = ledger.ask("b", one(want=5, limit=20)).models[0].version
+    else:
+        second = ledger.ask("b", one(want=5, limit=20, replaces=first)).models[0].version
+    assert second > first
+    late = ledger.ask("c", one(want=5, limit=50, replaces=first)).models[0]
+    assert (late.version, late.quantities) == (second, quantities((20, 60_000)))
+    assert ledger.ask("c", one(want=5, limit=50, replaces=second)).models[0].quantities is None
 
 
 def test_a_model_that_nobody_has_any_more_leaves_nothing(ledger):
@@ -486,7 +503,7 @@ def test_real_servers_answer_as_the_simulated_one(kind, tmp_path):
     simulated = LuaServer(STEERED)
     with Server(kind, tmp_path) as server, redis.Redis(port=server.port, protocol=2) as client:
         digest = client.script_load(STEERED)
-        held, numbers, run_id, now_us = {}, {}, "a" * 40, 10**15
+        held, numbers, versions, run_id, now_us = {}, {}, {}, "a" * 40, 10**15
         for _ in range(1500):
             now_us += chance.choice((10_000, 100_000, 1_000_000, 20_000_000))
             if chance.random() < 0.01:
@@ -506,14 +523,17 @@ def test_real_servers_answer_as_the_simulated_one(kind, tmp_path):
             for model_id in chance.sample(["m", "ü:{}", "third"], chance.randint(0, 3)):
                 has = held.get((node_id, model_id), (0, 0))
                 used = [chance.randint(0, max(1, share)) for share in has]
-                limits = quantities((100, 60_000), None, (10**15, 3_600_000))
+                limits = quantities((chance.choice((100, 100, 90)), 60_000), None, (10**15, 3_600_000))
                 fields = [(has[0], 0, has[1]), (used[0], 0, used[1])]
                 fields.append((used[0] + chance.randint(0, 80), 0, used[1] + chance.randint(0, 10**15)))
                 fields.append((chance.choice((0, 0, 60)), 0, 0))
                 ghosts = [Ghost(2, 17, 5000)] if chance.random() < 0.05 else ()
                 models.append(
-                    ModelRequest(model_id, chance.choice((0, 1, 1)), limits, *(row(*field) for field in fields), ghosts)
-                )
+                    ModelRequest(
+                        model_id, chance.choice((0, 0, versions.get(model_id, 1))), limits,
+                        *(row(*field) for field in fields), ghosts,
+                    )
+                )  # fmt: skip
             request = make_request(
                 node_id, number + 1, nonce, models, boot_ms=now_us // 1000,
                 verb="leave" if chance.random() < 0.02 else "exchange", token=f"{number}",
@@ -526,6 +546,7 @@ def test_real_servers_answer_as_the_simulated_one(kind, tmp_path):
                 numbers[node_id] = number + 1, reply.nonce
                 for model, answer in zip(models, reply.models, strict=False):  # not of a repeated one
                     held[node_id, model.model_id] = (answer.share[0], answer.share[2])
+                    versions[model.model_id] = answer.version
             elif reply.status == "fenced":
                 numbers.pop(node_id)
         state = {key: fields for key, fields in simulated.data.items() if key != f"{BASE}time"}

@@ -31,6 +31,16 @@ def test_no_history_exceeds_a_limit():
     assert admitted > 50 * len(SEEDS)
 
 
+def test_a_limit_that_is_lowered_holds_after_one_lease_in_every_history():
+    admitted = 0
+    for seed in SEEDS[: max(1, len(SEEDS) // 3)]:
+        history = Simulation(seed, lowers=True)
+        excess = history.run()
+        assert excess is None, f"MODELQUOTA_HISTORY={seed}: {excess}"
+        admitted += sum(entry[0] > history.lowered_ns + history.lease_ns for entry in history.log)
+    assert admitted > 50 * len(SEEDS) // 3
+
+
 def test_no_history_of_real_managers_exceeds_a_limit():
     for seed in SEEDS[: max(1, len(SEEDS) // REAL_PART)]:
         excess = Simulation(seed, real=True).run()
@@ -147,8 +157,7 @@ def test_what_hosts_keep_for_a_restart_is_given_to_the_one_that_needs_it():
 
     def ask():
         if hot.host.begin("m", 1):
-            history.log.append((history.now_ns, 1, 1, hot))
-            history.at(history.now_ns + NS, history.end_request, hot)
+            history.began(hot, 1, 1.0)
         else:
             hot.pace.urge()
             hot.wake_if_idle()

@@ -18,7 +18,7 @@ class ShrinksBelowUse(Node):
     """It returns what it has used, too."""
 
     @staticmethod
-    def _returned(book, wants):
+    def _returned(book, wants, now_ns):
         shares = [KEEP] * QUANTITIES
         for quantity, (held, used) in enumerate(zip(book.held, book.used, strict=True)):
             if held and 2 * used > held:

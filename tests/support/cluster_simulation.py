@@ -96,11 +96,14 @@ class Machine:
 
 
 class Simulation:
-    """One history. `limits` are those of the only model; `load` are requests a second that come to each host."""
+    """One history. `limits` are those of the only model; `load` are requests a second that come to each host.
+
+    If it `lowers` them, all hosts have the half of each from some time on.
+    """
 
     def __init__(
         self, seed, *, script=SCRIPT, node_class=Node, real=False, faults=True, nodes=None, limits=None, load=None,
-        lease_sec=None,
+        lease_sec=None, lowers=False,
     ):  # fmt: skip
         self.chance = chance = Random(seed)
         self.script = script
@@ -124,11 +127,16 @@ class Simulation:
         self.up = True
         self.wall_ns = WALL_NS
         self.replica = None
+        self.lowered_ns = None
+        self.begun = []  # of requests that are open, when they began
         self.forgotten, self.forgotten_ns, self.told = False, 0, set()
         self.machines = []
         for _ in range(nodes or chance.randint(2, 4)):
             self.add_machine().start()
         self.load = load
+        if lowers:
+            self.duration_ns += 2 * self.lease_ns + 40 * NS
+            self.at(int(chance.uniform(5, 25) * NS), self.lower)
         if faults:
             self.at(0, self.fault)
             self.at(0, self.replicate)
@@ -147,6 +155,14 @@ class Simulation:
 
     def token(self):
         return f"{self.chance.getrandbits(128):032x}"
+
+    def lower(self):
+        self.limits = [limit if limit == UNLIMITED else max(1, limit // 2) for limit in self.limits]
+        self.lowered_ns = self.now_ns
+        for machine in self.machines:
+            row = machine.host.row("m")
+            row.limits, row.changed = self.limits, True
+            row.share(row.held)
 
     # -- machines
 
@@ -185,20 +201,25 @@ class Simulation:
             for _ in range(1 if self.load else chance.choice((0, 1, 1, 2, 5, 20))):
                 tokens = chance.randint(1, 20)
                 if machine.host.begin("m", tokens):
-                    self.log.append((self.now_ns, 1, tokens, machine))
-                    last_sec = chance.expovariate(1 / chance.choice((0.1, 1, 10)))
-                    self.at(self.now_ns + int(last_sec * NS), self.end_request, machine)
+                    self.began(machine, tokens, chance.expovariate(1 / chance.choice((0.1, 1, 10))))
                 elif machine.host.starved:
                     machine.pace.urge()
                     machine.wake_if_idle()
         self.at(self.now_ns + int(chance.expovariate(self.load or 3) * NS), self.traffic, machine)
 
-    def end_request(self, machine):
+    def began(self, machine, tokens, lasts_sec):
+        """A request was admitted."""
+        self.log.append((self.now_ns, 1, tokens, machine))
+        self.begun.append(self.now_ns)
+        self.at(self.now_ns + int(lasts_sec * NS), self.end_request, machine, self.now_ns)
+
+    def end_request(self, machine, begun_ns):
         """A request ends, on a machine that is stopped not before it goes on."""
         if machine.stopped_until > self.now_ns:
-            self.at(machine.stopped_until, self.end_request, machine)
+            self.at(machine.stopped_until, self.end_request, machine, begun_ns)
         else:
             machine.host.end("m")
+            self.begun.remove(begun_ns)
 
     # -- the network
 
@@ -354,6 +375,10 @@ class Simulation:
         return sum(host.open("m") for host in hosts if host.now_ns() < host.lease_end_ns())
 
     def count_open(self):
+        if self.lowered_ns is not None:
+            holds_ns = self.lowered_ns + self.lease_ns
+            if self.now_ns <= holds_ns or any(begun_ns <= holds_ns for begun_ns in self.begun):  # these go on
+                return
         count = self.open_requests()
         if count > self.limits[GRANTS]:
             self.crowd = f"{count} of {self.limits[GRANTS]} requests are open at {self.now_ns / NS} s"
@@ -367,6 +392,9 @@ class Simulation:
     def excess(self):
         self.exclude_copies()
         admitted = [entry for at, entry in enumerate(self.log) if at not in self.outside]
+        if self.lowered_ns is not None:
+            holds_ns = self.lowered_ns + self.lease_ns
+            admitted = [entry for entry in admitted if entry[0] > holds_ns]
         for at in range(10):
             if self.limits[at] == UNLIMITED:
                 continue

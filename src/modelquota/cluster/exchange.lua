@@ -625,8 +625,20 @@ local function settle(of, ask, ghosts)
   return after, is_idle
 end
 
+local function nodes_of(of) -- that have a record of the model, at most those that live
+  return max(1, min(of.sums[1], nodes_count))
+end
+
+local function smallest_slice(of, i)
+  return ceil(of.limits[i] / (SLICES * nodes_of(of)))
+end
+
 local function target_of(of, own, i) -- what is left of the division goes to those who ask first
   local level, limit = of.fair[4 * i - 1], of.limits[i]
+  local is_short = level < limit or of.claim and of.claim.quantity == i or limit - of.sums[2 * i] < smallest_slice(of, i)
+  if own[3 * i + 1] <= own[3 * i] and not is_short then -- what it keeps for a first request
+    return max(own[3 * i - 1], own[3 * i])
+  end
   if of.sums[2 * i] > limit and of.fair[4 * i + 1] > limit - lent(of, i) then
     return min(own[3 * i + 1], level)
   end
@@ -637,7 +649,7 @@ end
 local function grow(of, own, ask)
   claim_of(of)
   fair_of(of)
-  local sums, nodes = of.sums, max(1, min(of.sums[1], nodes_count))
+  local sums = of.sums
   for i = 1, of.count do
     local limit = of.limits[i]
     if limit then
@@ -653,7 +665,7 @@ local function grow(of, own, ask)
       local need, target = min(ask[4 * i] or 0, limit), target_of(of, own, i)
       local step = target - count
       if of.fair[4 * i - 1] >= limit then
-        step = min(step, max(ceil(limit / (SLICES * nodes)), floor(free / (2 * nodes))))
+        step = min(step, max(smallest_slice(of, i), floor(free / (2 * nodes_of(of)))))
       end
       if need > held then -- a request that no smaller share admits: all that it takes, or a claim to it
         local own_claim = claim and claim.id == id
@@ -697,9 +709,9 @@ for at = 11, #ARGV, 3 do
   local of = model(string.sub(key, #base + 3))
   named[of.name] = true
   local version, limits = string.match(ARGV[at], '^(%d+);(.*)$')
-  if not of.line or (version == '0' and of.line ~= limits) then
-    set_limits(of, limits)
-    of.version, of.fair, of.new_limits = of.version + 1, nil, true
+  if not of.line or (tonumber(version) == of.version and of.line ~= limits) then
+    set_limits(of, limits) -- the version is by the time: one is not used again
+    of.version, of.fair, of.new_limits = max(of.version + 1, microseconds), nil, true
   end
   local ask = cjson.decode(ARGV[at + 1])
   local own, is_idle = settle(of, ask, ARGV[at + 2])

@@ -5,6 +5,7 @@ The node is the state that a host's processes share, not a process: one of them 
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections import deque
 from itertools import islice
@@ -23,6 +24,7 @@ from modelquota.cluster.quantities import (
     component_of,
     drain_for,
     in_units,
+    kept_for_one,
     needed_shares,
     quantities_of,
     wanted,
@@ -46,6 +48,10 @@ _LOOKED_AT_MOST: Final = 1024  # for one request, which takes some 20 ms of a pr
 _DEMAND_NS: Final = 2_000_000_000
 _RECENT_NS: Final = 10_000_000_000
 _TOLD_NS: Final = 1_000_000_000
+_IDLE_TOLD_NS: Final = 5_000_000_000  # so soon a node hears that others need what it keeps for a first request, ...
+_IDLE_MODEL_NS: Final = 1_000_000  # ... or later: all nodes together tell of 1,000 such models a second, one of 10
+_IDLE_NODES: Final = 100
+_ASKED_AGAIN_NS: Final = 60_000_000_000  # when it asks for that again, which it gave back or did not get
 _STORE_AWAY: Final = 1.5  # leases for which a store may grant nothing: away for a while, it then learns for one lease
 _SLOW_NS: Final = 400_000_000  # how long a request may be on its way without moving what the store takes for this clock
 _NOTHING: Final = (0,) * QUANTITIES
@@ -103,9 +109,9 @@ class _Book:
     """What the node remembers of one model."""
 
     __slots__ = (
-        "answer", "busiest", "claim", "code", "given", "held", "is_whole", "largest", "limits", "model_id", "needed",
-        "points", "rotated_ns", "starved", "target", "told_ns", "told_used", "unmet", "used", "waiting", "want",
-        "was_limited",
+        "answer", "busiest", "claim", "code", "drains", "given", "held", "is_whole", "kept", "kept_ns", "largest",
+        "last_tokens", "limits", "model_id", "needed", "points", "rotated_ns", "starved", "target", "telling",
+        "told_ns", "told_used", "unmet", "used", "waiting", "want", "was_limited",
     )  # fmt: skip
 
     def __init__(self, code: int, model_id: str) -> None:
@@ -113,9 +119,11 @@ class _Book:
         self.model_id = model_id
         self.answer: ModelReply | None = None  # the last one
         self.limits: Sequence[int] = ()
-        self.given: Sequence[int] = ()  # the limits as the store has been told them
+        self.given: Sequence[int] = ()  # the limits that the store has, or that it was told before others changed them
+        self.telling: Sequence[int] = ()  # those in the request that is under way
         self.was_limited = [False] * QUANTITIES  # of windows: what they count is told, too, once they are not any more
         self.held: tuple[int, ...] = _NOTHING
+        self.drains: dict[int, int] = {}  # of each level
         self.is_whole: tuple[bool, ...] = (False,) * QUANTITIES  # that share leaves the whole limit
         self.claim: tuple[int, ...] | None = None  # the part of it that the ledger knows as this node's share
         self.used: tuple[int, ...] = _NOTHING
@@ -124,6 +132,9 @@ class _Book:
         self.target: tuple[int | None, ...] | None = None
         self.largest = [[0, 0], [0, 0]]  # requests and tokens: of the last ten seconds, and of the ten before
         self.busiest = [[0, 0], [0, 0]]  # likewise, of two seconds
+        self.last_tokens: int | None = None  # the largest request's, when there were requests last
+        self.kept: tuple[int, ...] = _NOTHING  # the share that it keeps without requests, for the next one
+        self.kept_ns = -_ASKED_AGAIN_NS  # when it asked for that, or gave it back
         self.rotated_ns = 0
         self.told_ns = 0  # when it was told last
         self.needed = [0, 0]
@@ -135,6 +146,7 @@ class _Book:
     def read(self, rows: Rows, at: int, now_ns: int) -> None:
         """Take over what the core says."""
         self.limits = rows.limits[at]
+        self.drains = {quantity: rows.held[at][drain] for quantity, (drain, _) in LEVELS.items()}
         held, used = ([row[component] for component in _COMPONENTS] for row in (rows.held[at], rows.used[at]))
         for quantity in range(QUANTITIES):
             if self.is_limited(quantity):
@@ -154,6 +166,8 @@ class _Book:
             needed = rows.needed[at][kind]
             self.needed[kind] = max(self.needed[kind], needed)
             self.largest[kind][0] = max(self.largest[kind][0], rows.peak[at][kind], needed)
+        if any(self.largest[0]):
+            self.last_tokens = max(self.largest[1])
         starved, self.starved = max(0, rows.starved[at] - self.starved), rows.starved[at]
         self.unmet[0] += starved
         self.unmet[1] += starved * rows.needed[at][1]
@@ -191,6 +205,18 @@ class _Book:
             for quantity, (has, claim, share) in enumerate(zip(held, self.claimed, shares, strict=True))
         )
 
+    def drain(self, quantity: int) -> int:
+        """Return the drain that goes with what it has of a level: the share, or what it uses."""
+        return drain_for(self.limits, quantity, max(self.held[quantity], self.used[quantity]))
+
+    @property
+    def drains_too_fast(self) -> bool:
+        """Whether a drain is larger than what goes with the share: the level was above it, and has fallen since."""
+        return any(
+            self.is_limited(quantity) and not self.is_whole[quantity] and drain > self.drain(quantity)
+            for quantity, drain in self.drains.items()
+        )
+
     def ghosts(self, quantities: Sequence[Quantity | None], amounts: Sequence[int]) -> list[Ghost]:
         """Return what is handed over when the share is given up, of which so much may have been used."""
         ghosts = []
@@ -200,8 +226,12 @@ class _Book:
                 ghosts.append(Ghost(quantity, amount, hold_ms + MARGIN_NS // 10**6))
         return ghosts
 
-    def wants(self, lease_sec: float, nodes: int) -> tuple[int, ...]:
-        """Return the share of each quantity that it wants."""
+    def wants(self, lease_sec: float, nodes: int, now_ns: int) -> tuple[int, ...]:
+        """Return the share of each quantity that it wants.
+
+        Without requests it wants nothing, but asks now and then for the room of a first one, which it keeps until
+        others need it.
+        """
         largest = [max(sizes) for sizes in self.largest]
         busiest = [max(sizes) for sizes in self.busiest]
         requests, tokens = self.demand()
@@ -209,14 +239,19 @@ class _Book:
         # As much as is still free for each node: so half of what nobody needs soon stays free.
         free = _NOTHING if self.answer is None else self.answer.free
         spare = [(amount or 0) // nodes for amount in free]
-        return wanted(self.limits, self.used, demand, largest, busiest, _STORE_AWAY * lease_sec, spare)
+        want = wanted(self.limits, self.used, demand, largest, busiest, _STORE_AWAY * lease_sec, spare)
+        self.kept = kept_for_one(self.limits, self.used, self.last_tokens, nodes)
+        if now_ns - self.kept_ns >= _ASKED_AGAIN_NS and any(map(operator.gt, self.kept, self.held)):
+            self.kept_ns = now_ns
+            want = tuple(map(max, want, self.kept))
+        return want
 
 
 def _given_up(book: _Book, amounts: Sequence[int]) -> ModelRequest:
     """Return what the store is told when a model's share is given up, of which so much may have been used."""
     quantities = quantities_of(book.limits)
     return ModelRequest(
-        book.model_id, 1, quantities, _NOTHING, _NOTHING, _NOTHING, _NOTHING, book.ghosts(quantities, amounts)
+        book.model_id, 0, quantities, _NOTHING, _NOTHING, _NOTHING, _NOTHING, book.ghosts(quantities, amounts)
     )
 
 
@@ -306,7 +341,7 @@ class Node:
 
     def _give_limits_again(self) -> None:
         for book in self._books.values():
-            book.given = ()
+            book.given = book.telling = ()
 
     def _give_up_all(self) -> None:
         codes = self.host.codes(False)
@@ -393,10 +428,13 @@ class Node:
                 continue
             needs = needed_shares(book.limits, book.claimed, book.needed)
             quantities = quantities_of(book.limits)
-            version = 1 if book.given == book.limits else 0
-            models.append(ModelRequest(book.model_id, version, quantities, book.claimed, book.used, wants[code], needs))
+            # what replaces them is sent once it is known what the ledger has
+            replaces = 0 if book.given == book.limits or book.answer is None else book.answer.version
+            models.append(
+                ModelRequest(book.model_id, replaces, quantities, book.claimed, book.used, wants[code], needs)
+            )
             told.append(code)
-            book.given, book.told_used, book.told_ns = book.limits, book.used, now_ns
+            book.telling, book.told_used, book.told_ns = book.limits, book.used, now_ns
             book.want, book.needed = wants[code], [0, 0]
         return told, models
 
@@ -408,8 +446,8 @@ class Node:
         codes = [code for code in codes if code in self._books]
         shrinking = {}
         for code in codes:
-            wants[code] = self._books[code].wants(self.lease_ns / 10**9, self.nodes)
-            returned = self._returned(self._books[code], wants[code])
+            wants[code] = self._books[code].wants(self.lease_ns / 10**9, self.nodes, now_ns)
+            returned = self._returned(self._books[code], wants[code], now_ns)
             if returned is not None:
                 shrinking[code] = returned
         if shrinking:
@@ -432,12 +470,14 @@ class Node:
         self._next_look = start + _LOOKED_AT
         return everything[start : start + _LOOKED_AT]
 
-    @staticmethod
-    def _has_news(book: _Book, wants: tuple[int, ...], now_ns: int) -> bool:
+    def _has_news(self, book: _Book, wants: tuple[int, ...], now_ns: int) -> bool:
         if any(needed_shares(book.limits, book.claimed, book.needed)) or book.given != book.limits:
             return True
         if now_ns - book.told_ns >= _TOLD_NS and any(map(any, book.busiest)):
             return True  # it wants more than it needs soon, as far as that is free, which the answer says
+        idle_told_ns = max(_IDLE_TOLD_NS, len(self._books) * max(self.nodes, _IDLE_NODES) * _IDLE_MODEL_NS)
+        if now_ns - book.told_ns >= idle_told_ns and any(map(operator.gt, book.claimed, book.used)):
+            return True  # the answer says whether others need it
         for quantity, (held, used, want, told) in enumerate(
             zip(book.claimed, book.used, wants, book.want, strict=True)
         ):
@@ -449,21 +489,26 @@ class Node:
         return False
 
     @staticmethod
-    def _returned(book: _Book, wants: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Return the shares to lower: far more than is wanted, or more than is fair while others want it."""
+    def _returned(book: _Book, wants: tuple[int, ...], now_ns: int) -> tuple[int, ...] | None:
+        """Return the shares to lower: far more than is wanted, or more than is fair while others want it.
+
+        A drain, too, that went with a level above its share, and is too much now that the level has fallen.
+        """
         shares = [KEEP] * QUANTITIES
         target, book.target = book.target, None
         for quantity, (held, used, want) in enumerate(zip(book.held, book.used, wants, strict=True)):
             if not book.is_limited(quantity) or book.is_whole[quantity]:
                 continue
-            if held > used + 2 * (want - used):
-                shares[quantity] = want
+            if held > max(used + 2 * (want - used), book.kept[quantity]):
+                shares[quantity] = max(want, book.kept[quantity])
             most = None if target is None else target[quantity]
             if most is not None and most < held:
-                shares[quantity] = min(most, want) if shares[quantity] != KEEP else most
+                shares[quantity] = min(most, shares[quantity]) if shares[quantity] != KEEP else most
+                if most < book.kept[quantity]:
+                    book.kept_ns = now_ns
             if book.claimed[quantity] < held:  # what it had used when it joined is not its share
                 shares[quantity] = book.claimed[quantity]
-        return tuple(shares) if any(share != KEEP for share in shares) else None
+        return tuple(shares) if book.drains_too_fast or any(share != KEEP for share in shares) else None
 
     # -- shares
 
@@ -512,8 +557,7 @@ class Node:
             if book is not None:
                 drains[code] = [KEEP] * COMPONENTS
                 for quantity, (drain, _) in LEVELS.items():
-                    cap = max(book.held[quantity], book.used[quantity])
-                    drains[code][drain] = drain_for(book.limits, quantity, cap)
+                    drains[code][drain] = book.drain(quantity)
         levels = {code: self._books[code].used for code in drains}
         self._read(list(drains), list(drains.values()), now_ns)
         for code, used in levels.items():  # the store is told the levels that go with the drains
@@ -572,6 +616,7 @@ class Node:
         return grew
 
     def _adopt_shares(self, told: Sequence[int], reply: Reply) -> bool:
+        now_ns = self.host.now_ns()
         growing, grown, shrinking, shrunk = [], [], [], []
         helped = False
         for code, answer in zip(told, reply.models, strict=True):
@@ -579,7 +624,11 @@ class Node:
             if book is None:
                 continue
             book.answer = answer
+            if answer.quantities is None:
+                book.given = book.telling
             book.claim = tuple(0 if share is None else share for share in answer.share)
+            if reply.learning_ms:  # nothing is granted until then
+                book.kept_ns = now_ns + reply.learning_ms * 10**6 - _ASKED_AGAIN_NS
             up, down = [KEEP] * QUANTITIES, [KEEP] * QUANTITIES
             for quantity, share in enumerate(answer.share):
                 if not book.is_limited(quantity):
@@ -606,7 +655,7 @@ class Node:
         if shrinking:
             self._shrink(shrinking, shrunk, below_used=True)
         if growing:
-            self._read(growing, grown, self.host.now_ns())
+            self._read(growing, grown, now_ns)
         if self._unconfirmed is not None:
             # What one has used beyond what it was given is not its share: it admits nothing until that has aged out.
             for book in map(self._books.get, told):

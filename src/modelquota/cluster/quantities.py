@@ -37,6 +37,7 @@ NAMES: Final = (
 """What each quantity is called: as its limit, and of a level, what is ahead of the rate."""
 
 _OPEN_GRANTS: Final = 14
+_UNKNOWN: Final = 32  # a node keeps a part of its part, for a request whose size is not known
 _NEVER_MS: Final = 10**13  # three centuries: a level that does not drain
 _NO_SPARE: Final = (0,) * QUANTITIES
 
@@ -160,6 +161,36 @@ def wanted(
             want = used[quantity] + coming + largest[kind]
         wants.append(min(want, limit, MAX_LIMIT))
     return tuple(wants)
+
+
+def kept_for_one(limits: Sequence[int], used: Sequence[int], tokens: int | None, nodes: int) -> tuple[int, ...]:
+    """Return the share of each quantity that admits one more request; what is used, if limits are too small for that.
+
+    Parameters
+    ----------
+    limits
+        The row's configured components.
+    used
+        What the node uses of each quantity.
+    tokens
+        Of the request; None if that is not known, which keeps a small part of each limit.
+    nodes
+        How many nodes keep as much. All of them together keep at most half of a limit.
+    """
+    kept = list(used)
+    for quantity in range(QUANTITIES):
+        limit = min(limits[component_of(quantity)], MAX_LIMIT)
+        if limits[component_of(quantity)] == UNLIMITED:
+            continue
+        unit = MILLION if quantity in LEVELS else 1
+        part = limit // (2 * nodes)
+        if _kind_of(quantity) == 0:
+            if part < unit:
+                return tuple(used)
+            kept[quantity] += unit
+        else:
+            kept[quantity] += limit // (_UNKNOWN * nodes) if tokens is None else min(tokens * unit, part)
+    return tuple(kept)
 
 
 def needed_shares(limits: Sequence[int], held: Sequence[int], needed: Sequence[int]) -> tuple[int, ...]:

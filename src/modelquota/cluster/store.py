@@ -39,13 +39,14 @@ class Ghost(NamedTuple):
 class ModelRequest(NamedTuple):
     """What a node says of one model; the sequences have one element for each quantity.
 
-    `version` is the ledger's version of the limits that the node goes by, 0 to give the model these limits. `need` is
-    the smallest share that would admit a request that was denied, or 0. Of a quantity that is not limited only what is
-    used counts.
+    `replaces` is the ledger's version of the limits that are to be replaced by these: if it has others by now, they
+    stay, so that a request that comes late changes none. 0 changes none, but those of a model that the ledger does not
+    know. `need` is the smallest share that would admit a request that was denied, or 0. Of a quantity that is not
+    limited only what is used counts.
     """
 
     model_id: str
-    version: int
+    replaces: int
     quantities: Sequence[Quantity | None]
     held: Sequence[int]
     used: Sequence[int]
@@ -63,7 +64,7 @@ class ModelRequest(NamedTuple):
             )
         )
         ghosts = ",".join(f"{ghost.quantity + 1}:{ghost.amount}:{ghost.hold_ms}" for ghost in self.ghosts)
-        return f"{self.version};[{limits}]", f"[{holdings}]", ghosts
+        return f"{self.replaces};[{limits}]", f"[{holdings}]", ghosts
 
 
 class Request(NamedTuple):
@@ -101,7 +102,7 @@ class ModelReply(NamedTuple):
 
     `target` is what the node should return to: less than its share if others want more than is free. `free` is in
     nobody's share, and `idle` in those of dead nodes, beyond what they had used. `quantities` are the ledger's, if they
-    are not those of the request.
+    are not those of the request; `version` is theirs.
     """
 
     version: int
