@@ -2,6 +2,7 @@
 
 from lua_store import SCRIPT
 
+from modelquota.cluster.book import Book
 from modelquota.cluster.node import Node
 from modelquota.cluster.quantities import KEEP, QUANTITIES
 
@@ -14,16 +15,24 @@ def replaced(*changes):
     return script
 
 
-class ShrinksBelowUse(Node):
-    """It returns what it has used, too."""
+class GreedyBook(Book):
+    __slots__ = ()
 
-    @staticmethod
-    def _returned(book, wants, now_ns):
+    def returned(self, wants, now_ns):
         shares = [KEEP] * QUANTITIES
-        for quantity, (held, used) in enumerate(zip(book.held, book.used, strict=True)):
+        for quantity, (held, used) in enumerate(zip(self.held, self.used, strict=True)):
             if held and 2 * used > held:
                 shares[quantity] = held - used // 2
         return tuple(shares)
+
+
+class ShrinksBelowUse(Node):
+    """It returns what it has used, too."""
+
+    def _read(self, codes, asked, now_ns, below_used=False):
+        super()._read(codes, asked, now_ns, below_used)
+        for book in self._books.values():
+            book.__class__ = GreedyBook
 
     def _shrink(self, codes, shares, below_used=False):
         super()._shrink(codes, shares, below_used)

@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from modelquota.cluster.node import Rows
+from modelquota.cluster.book import Rows
 from modelquota.cluster.quantities import (
     COMPONENTS,
     CONCURRENCY,

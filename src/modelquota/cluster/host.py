@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from modelquota._core.table import shares
-from modelquota.cluster.node import Rows
+from modelquota.cluster.book import Rows
 from modelquota.errors import ManagerClosedError
 
 if TYPE_CHECKING:

@@ -5,38 +5,27 @@ The node is the state that a host's processes share, not a process: one of them 
 
 from __future__ import annotations
 
-import operator
 import secrets
-from collections import deque
 from itertools import islice
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
+from modelquota.cluster.book import MARGIN_NS, NOTHING, Book, Rows
 from modelquota.cluster.quantities import (
     COMPONENTS,
-    CONCURRENCY,
     KEEP,
     LEVELS,
     NAMES,
     QUANTITIES,
     UNLIMITED,
-    WINDOW_SECONDS,
     asked_row,
     component_of,
-    drain_for,
     in_units,
-    kept_for_one,
-    needed_shares,
-    quantities_of,
-    wanted,
 )
 from modelquota.cluster.status import Share
-from modelquota.cluster.store import Ghost, ModelReply, ModelRequest, Quantity, Reply, Request
+from modelquota.cluster.store import ModelRequest, Reply, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-MARGIN_NS: Final = 1_000_000_000
-"""By how much a lease ends earlier on the node than in the store."""
 
 MAX_MODELS: Final = 256
 """The most models of one request."""
@@ -45,33 +34,11 @@ _FIRST: Final = 64  # of each request: those that have changed while a round goe
 _LEAST_ROOM: Final = 32
 _LOOKED_AT: Final = 64  # models that are looked at in each round, without a sign that something has changed
 _LOOKED_AT_MOST: Final = 1024  # for one request, which takes some 20 ms of a processor
-_DEMAND_NS: Final = 2_000_000_000
-_RECENT_NS: Final = 10_000_000_000
-_TOLD_NS: Final = 1_000_000_000
 _IDLE_TOLD_NS: Final = 5_000_000_000  # so soon a node hears that others need what it keeps for a first request, ...
 _IDLE_MODEL_NS: Final = 1_000_000  # ... or later: all nodes together tell of 1,000 such models a second, one of 10
 _IDLE_NODES: Final = 100
-_ASKED_AGAIN_NS: Final = 60_000_000_000  # when it asks for that again, which it gave back or did not get
-_STORE_AWAY: Final = 1.5  # leases for which a store may grant nothing: away for a while, it then learns for one lease
 _SLOW_NS: Final = 400_000_000  # how long a request may be on its way without moving what the store takes for this clock
-_NOTHING: Final = (0,) * QUANTITIES
 _AS_IT_IS: Final = (KEEP,) * COMPONENTS
-_COMPONENTS: Final = tuple(map(component_of, range(QUANTITIES)))
-_LEVELS_BEGIN: Final = min(LEVELS)  # quantities before that are windows
-
-
-class Rows(NamedTuple):
-    """What an exchange of shares with the core returns, one element for each code; see `Host.exchange`."""
-
-    alive: Sequence[bool]
-    held: Sequence[Sequence[int]]
-    used: Sequence[Sequence[int]]
-    limits: Sequence[Sequence[int]]
-    charged: Sequence[Sequence[int]]
-    peak: Sequence[Sequence[int]]
-    needed: Sequence[Sequence[int]]
-    starved: Sequence[int]
-    waiting: Sequence[int]
 
 
 class Host(Protocol):
@@ -105,156 +72,6 @@ class Host(Protocol):
         """Keep up to 240 bytes."""
 
 
-class _Book:
-    """What the node remembers of one model."""
-
-    __slots__ = (
-        "answer", "busiest", "claim", "code", "drains", "given", "held", "is_whole", "kept", "kept_ns", "largest",
-        "last_tokens", "limits", "model_id", "needed", "points", "rotated_ns", "starved", "target", "telling",
-        "told_ns", "told_used", "unmet", "used", "waiting", "want", "was_limited",
-    )  # fmt: skip
-
-    def __init__(self, code: int, model_id: str) -> None:
-        self.code = code
-        self.model_id = model_id
-        self.answer: ModelReply | None = None  # the last one
-        self.limits: Sequence[int] = ()
-        self.given: Sequence[int] = ()  # the limits that the store has, or that it was told before others changed them
-        self.telling: Sequence[int] = ()  # those in the request that is under way
-        self.was_limited = [False] * QUANTITIES  # of windows: what they count is told, too, once they are not any more
-        self.held: tuple[int, ...] = _NOTHING
-        self.drains: dict[int, int] = {}  # of each level
-        self.is_whole: tuple[bool, ...] = (False,) * QUANTITIES  # that share leaves the whole limit
-        self.claim: tuple[int, ...] | None = None  # the part of it that the ledger knows as this node's share
-        self.used: tuple[int, ...] = _NOTHING
-        self.want: tuple[int, ...] = _NOTHING  # as the store has been told
-        self.told_used: tuple[int, ...] = _NOTHING
-        self.target: tuple[int | None, ...] | None = None
-        self.largest = [[0, 0], [0, 0]]  # requests and tokens: of the last ten seconds, and of the ten before
-        self.busiest = [[0, 0], [0, 0]]  # likewise, of two seconds
-        self.last_tokens: int | None = None  # the largest request's, when there were requests last
-        self.kept: tuple[int, ...] = _NOTHING  # the share that it keeps without requests, for the next one
-        self.kept_ns = -_ASKED_AGAIN_NS  # when it asked for that, or gave it back
-        self.rotated_ns = 0
-        self.told_ns = 0  # when it was told last
-        self.needed = [0, 0]
-        self.starved = 0
-        self.unmet = [0, 0]  # requests and tokens that were denied for lack of share, ever
-        self.waiting = 0
-        self.points: deque[tuple[int, int, int]] = deque()  # time, requests and tokens asked for until then
-
-    def read(self, rows: Rows, at: int, now_ns: int) -> None:
-        """Take over what the core says."""
-        self.limits = rows.limits[at]
-        self.drains = {quantity: rows.held[at][drain] for quantity, (drain, _) in LEVELS.items()}
-        held, used = ([row[component] for component in _COMPONENTS] for row in (rows.held[at], rows.used[at]))
-        for quantity in range(QUANTITIES):
-            if self.is_limited(quantity):
-                self.was_limited[quantity] = quantity < _LEVELS_BEGIN
-            elif not self.was_limited[quantity]:
-                used[quantity] = 0
-        self.used = tuple(used)
-        self.is_whole = tuple(share == UNLIMITED for share in held)
-        # a share that does not bind is of a quantity that the ledger does not limit
-        self.held = tuple(uses if share == UNLIMITED else share for share, uses in zip(held, used, strict=True))
-        self.claim = self.held if self.claim is None else tuple(map(min, self.claim, self.held))
-        if now_ns - self.rotated_ns >= _RECENT_NS:
-            self.largest = [[0, recent] for recent, _ in self.largest]
-            self.busiest = [[0, recent] for recent, _ in self.busiest]
-            self.rotated_ns = now_ns
-        for kind in range(2):
-            needed = rows.needed[at][kind]
-            self.needed[kind] = max(self.needed[kind], needed)
-            self.largest[kind][0] = max(self.largest[kind][0], rows.peak[at][kind], needed)
-        if any(self.largest[0]):
-            self.last_tokens = max(self.largest[1])
-        starved, self.starved = max(0, rows.starved[at] - self.starved), rows.starved[at]
-        self.unmet[0] += starved
-        self.unmet[1] += starved * rows.needed[at][1]
-        self.waiting = rows.waiting[at]
-        requests, tokens = rows.charged[at]
-        self.points.append((now_ns, requests + self.unmet[0], tokens + self.unmet[1]))
-        while len(self.points) > 2 and self.points[1][0] <= now_ns - _DEMAND_NS:
-            self.points.popleft()
-        lasted_ns = max(now_ns - self.points[0][0], _DEMAND_NS)
-        for kind, asked in enumerate(self.demand()):
-            self.busiest[kind][0] = max(self.busiest[kind][0], asked * _DEMAND_NS // lasted_ns)
-
-    def demand(self) -> list[int]:
-        """Return the requests and tokens that were asked for in the last two seconds, or since it was read before."""
-        first, last = self.points[0], self.points[-1]
-        return [last[kind] - first[kind] for kind in (1, 2)]
-
-    @property
-    def claimed(self) -> tuple[int, ...]:
-        """What it holds according to the ledger."""
-        return _NOTHING if self.claim is None else self.claim
-
-    def is_limited(self, quantity: int) -> bool:
-        """Whether this host limits the quantity."""
-        return self.limits[_COMPONENTS[quantity]] != UNLIMITED
-
-    @property
-    def is_covered(self) -> bool:
-        """Whether the ledger knows all that it holds, of what it limits, and of concurrency, all that is open."""
-        shares: Sequence[int | None] = _NOTHING if self.answer is None else self.answer.share
-        # the store did not count what was still open after the lease, and may have given all of the limit to others
-        held = [*self.held[:CONCURRENCY], max(self.held[CONCURRENCY], self.used[CONCURRENCY])]
-        return all(
-            has <= claim or share is None or not self.is_limited(quantity)
-            for quantity, (has, claim, share) in enumerate(zip(held, self.claimed, shares, strict=True))
-        )
-
-    def drain(self, quantity: int) -> int:
-        """Return the drain that goes with what it has of a level: the share, or what it uses."""
-        return drain_for(self.limits, quantity, max(self.held[quantity], self.used[quantity]))
-
-    @property
-    def drains_too_fast(self) -> bool:
-        """Whether a drain is larger than what goes with the share: the level was above it, and has fallen since."""
-        return any(
-            self.is_limited(quantity) and not self.is_whole[quantity] and drain > self.drain(quantity)
-            for quantity, drain in self.drains.items()
-        )
-
-    def ghosts(self, quantities: Sequence[Quantity | None], amounts: Sequence[int]) -> list[Ghost]:
-        """Return what is handed over when the share is given up, of which so much may have been used."""
-        ghosts = []
-        for quantity, (known, amount) in enumerate(zip(quantities, amounts, strict=True)):
-            if amount and (known is not None or self.was_limited[quantity]):
-                hold_ms = WINDOW_SECONDS[quantity % 5] * 1000 if known is None else known.hold_ms
-                ghosts.append(Ghost(quantity, amount, hold_ms + MARGIN_NS // 10**6))
-        return ghosts
-
-    def wants(self, lease_sec: float, nodes: int, now_ns: int) -> tuple[int, ...]:
-        """Return the share of each quantity that it wants.
-
-        Without requests it wants nothing, but asks now and then for the room of a first one, which it keeps until
-        others need it.
-        """
-        largest = [max(sizes) for sizes in self.largest]
-        busiest = [max(sizes) for sizes in self.busiest]
-        requests, tokens = self.demand()
-        demand = [requests + self.waiting, tokens + self.waiting * largest[1]]
-        # As much as is still free for each node: so half of what nobody needs soon stays free.
-        free = _NOTHING if self.answer is None else self.answer.free
-        spare = [(amount or 0) // nodes for amount in free]
-        want = wanted(self.limits, self.used, demand, largest, busiest, _STORE_AWAY * lease_sec, spare)
-        self.kept = kept_for_one(self.limits, self.used, self.last_tokens, nodes)
-        if now_ns - self.kept_ns >= _ASKED_AGAIN_NS and any(map(operator.gt, self.kept, self.held)):
-            self.kept_ns = now_ns
-            want = tuple(map(max, want, self.kept))
-        return want
-
-
-def _given_up(book: _Book, amounts: Sequence[int]) -> ModelRequest:
-    """Return what the store is told when a model's share is given up, of which so much may have been used."""
-    quantities = quantities_of(book.limits)
-    return ModelRequest(
-        book.model_id, 0, quantities, _NOTHING, _NOTHING, _NOTHING, _NOTHING, book.ghosts(quantities, amounts)
-    )
-
-
 class Node:
     """The numbering, the shares and the lease of one host.
 
@@ -279,9 +96,9 @@ class Node:
         self.quotas = 0  # version of the published quotas
         self.fenced = 0
         self._token = token
-        self._books: dict[int, _Book] = {}
+        self._books: dict[int, Book] = {}
         self._starved_gone = 0
-        self._gone: list[_Book] = []
+        self._gone: list[Book] = []
         self._unconfirmed: dict[int, None] | None = None
         self._round: dict[int, None] = {}  # what is still to be looked at in this round
         self._since = 0  # all models are told from this request on, and then what the store knows of others ends
@@ -293,7 +110,7 @@ class Node:
         self._late_ms = 0  # by how much the clock that the store is told is behind the host's
         self._next_look = 0
         self._leaving = False
-        self._handing: list[_Book] = []  # what the request that is under way hands over, when it leaves
+        self._handing: list[Book] = []  # what the request that is under way hands over, when it leaves
         self._valid_until_ns = host.lease_end_ns()
         self._resume()
 
@@ -345,9 +162,9 @@ class Node:
 
     def _give_up_all(self) -> None:
         codes = self.host.codes(False)
-        self._shrink(codes, [_NOTHING] * len(codes), below_used=True)
+        self._shrink(codes, [NOTHING] * len(codes), below_used=True)
         for book in self._books.values():
-            book.claim = _NOTHING
+            book.claim = NOTHING
 
     # -- requests
 
@@ -418,7 +235,7 @@ class Node:
         gone, self._gone = self._gone, []
         for book in gone:
             # what was used since the last exchange is not known: all of it may have been
-            models.append(_given_up(book, tuple(map(max, book.held, book.used))))
+            models.append(book.give_up(tuple(map(max, book.held, book.used))))
             told.append(-1)
         names = {book.model_id for book in gone}
         for code in codes:
@@ -426,16 +243,8 @@ class Node:
             if book.model_id in names:  # registered again since: in the next request
                 self._round[code] = None
                 continue
-            needs = needed_shares(book.limits, book.claimed, book.needed)
-            quantities = quantities_of(book.limits)
-            # what replaces them is sent once it is known what the ledger has
-            replaces = 0 if book.given == book.limits or book.answer is None else book.answer.version
-            models.append(
-                ModelRequest(book.model_id, replaces, quantities, book.claimed, book.used, wants[code], needs)
-            )
+            models.append(book.tell(wants[code], now_ns))
             told.append(code)
-            book.telling, book.told_used, book.told_ns = book.limits, book.used, now_ns
-            book.want, book.needed = wants[code], [0, 0]
         return told, models
 
     def _look(self, codes: list[int], wants: dict[int, tuple[int, ...]], now_ns: int) -> list[int]:
@@ -447,11 +256,12 @@ class Node:
         shrinking = {}
         for code in codes:
             wants[code] = self._books[code].wants(self.lease_ns / 10**9, self.nodes, now_ns)
-            returned = self._returned(self._books[code], wants[code], now_ns)
+            returned = self._books[code].returned(wants[code], now_ns)
             if returned is not None:
                 shrinking[code] = returned
         if shrinking:
             self._shrink(list(shrinking), list(shrinking.values()))
+        idle_told_ns = max(_IDLE_TOLD_NS, len(self._books) * max(self.nodes, _IDLE_NODES) * _IDLE_MODEL_NS)
         return [
             code
             for code in codes
@@ -459,7 +269,7 @@ class Node:
             and (
                 code in (self._unconfirmed or ())
                 or code in shrinking
-                or self._has_news(self._books[code], wants[code], now_ns)
+                or self._books[code].has_news(wants[code], now_ns, idle_told_ns)
             )
         ]
 
@@ -469,46 +279,6 @@ class Node:
         start = self._next_look % max(1, len(everything))
         self._next_look = start + _LOOKED_AT
         return everything[start : start + _LOOKED_AT]
-
-    def _has_news(self, book: _Book, wants: tuple[int, ...], now_ns: int) -> bool:
-        if any(needed_shares(book.limits, book.claimed, book.needed)) or book.given != book.limits:
-            return True
-        if now_ns - book.told_ns >= _TOLD_NS and any(map(any, book.busiest)):
-            return True  # it wants more than it needs soon, as far as that is free, which the answer says
-        idle_told_ns = max(_IDLE_TOLD_NS, len(self._books) * max(self.nodes, _IDLE_NODES) * _IDLE_MODEL_NS)
-        if now_ns - book.told_ns >= idle_told_ns and any(map(operator.gt, book.claimed, book.used)):
-            return True  # the answer says whether others need it
-        for quantity, (held, used, want, told) in enumerate(
-            zip(book.claimed, book.used, wants, book.want, strict=True)
-        ):
-            if not book.is_limited(quantity):
-                if used * 4 < book.told_used[quantity] * 3:
-                    return True
-            elif used > held or want > held or want * 4 < told * 3:
-                return True
-        return False
-
-    @staticmethod
-    def _returned(book: _Book, wants: tuple[int, ...], now_ns: int) -> tuple[int, ...] | None:
-        """Return the shares to lower: far more than is wanted, or more than is fair while others want it.
-
-        A drain, too, that went with a level above its share, and is too much now that the level has fallen.
-        """
-        shares = [KEEP] * QUANTITIES
-        target, book.target = book.target, None
-        for quantity, (held, used, want) in enumerate(zip(book.held, book.used, wants, strict=True)):
-            if not book.is_limited(quantity) or book.is_whole[quantity]:
-                continue
-            if held > max(used + 2 * (want - used), book.kept[quantity]):
-                shares[quantity] = max(want, book.kept[quantity])
-            most = None if target is None else target[quantity]
-            if most is not None and most < held:
-                shares[quantity] = min(most, shares[quantity]) if shares[quantity] != KEEP else most
-                if most < book.kept[quantity]:
-                    book.kept_ns = now_ns
-            if book.claimed[quantity] < held:  # what it had used when it joined is not its share
-                shares[quantity] = book.claimed[quantity]
-        return tuple(shares) if book.drains_too_fast or any(share != KEEP for share in shares) else None
 
     # -- shares
 
@@ -521,7 +291,7 @@ class Node:
         unknown = [code for code in codes if code not in self._books]
         for code, name in zip(unknown, self.host.names(unknown), strict=True):
             if name is not None:
-                self._books[code] = _Book(code, name)
+                self._books[code] = Book(code, name)
         for at, code in enumerate(codes):
             book = self._books.get(code)
             if book is None or not rows.alive[at]:
@@ -546,7 +316,7 @@ class Node:
         lower = {code: row for code, row in zip(codes, shares, strict=True) if code in self._books}
         rows = []
         for code, row in lower.items():
-            asked = asked_row(self._books[code].limits, row, _NOTHING)
+            asked = asked_row(self._books[code].limits, row, NOTHING)
             for drain, _ in LEVELS.values():
                 asked[drain] = KEEP
             rows.append(asked)
@@ -623,12 +393,7 @@ class Node:
             book = self._books.get(code)
             if book is None:
                 continue
-            book.answer = answer
-            if answer.quantities is None:
-                book.given = book.telling
-            book.claim = tuple(0 if share is None else share for share in answer.share)
-            if reply.learning_ms:  # nothing is granted until then
-                book.kept_ns = now_ns + reply.learning_ms * 10**6 - _ASKED_AGAIN_NS
+            book.take(answer, now_ns, reply.learning_ms)
             up, down = [KEEP] * QUANTITIES, [KEEP] * QUANTITIES
             for quantity, share in enumerate(answer.share):
                 if not book.is_limited(quantity):
@@ -708,7 +473,7 @@ class Node:
         models, told = [], []
         self._handing = [self._books.pop(code) for code in list(self._books)[:MAX_MODELS]]
         for book in self._handing:
-            models.append(_given_up(book, book.used))
+            models.append(book.give_up(book.used))
             told.append(-1)
         self._send("exchange" if self._books else "leave", self.host.now_ns(), told, models)
         self._renews = False
