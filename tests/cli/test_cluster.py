@@ -112,7 +112,7 @@ def test_published_quotas_reach_hosts_and_keep_what_was_used(run, join, quotas):
     host.set_quota(ResourceQuotaConfig.unlimited("m", max_requests_per_hour=50, on_violation="reject"))
     wait_for(lambda: host.check_quota("m", 1).allowed)
     used = host.get_usage("m").requests_this_hour
-    assert "published 2 models and 1 patterns as version" in run("publish", str(quotas))
+    assert "published 2 models and 1 pattern as version" in run("publish", str(quotas))
     wait_for(lambda: host.get_quota("m").max_requests_per_hour == 100)
     assert host.get_usage("m").requests_this_hour == used
     wait_for(lambda: host.default_quota is not None)

@@ -353,7 +353,7 @@ def test_top_for_some_time_and_on_a_small_screen(manager):
     console = Console(file=io.StringIO(), width=80, height=7)
     console.print(Top(manager, console).screen())
     text = console.file.getvalue()
-    assert "and 1 models with less pressure" in text
+    assert "and 1 model with less pressure" in text
     assert len(text.splitlines()) == 7
 
 

@@ -50,7 +50,7 @@ def test_from_a_trace_to_a_quotas_file(files):
     text = " ".join(outcome.stdout.split())
     for part in ("code", "busiest requests input", "smallest burst", "limit current lower recommended upper",
                  "would have admitted denied waited", "recommended, tried once", "default_output_tokens",
-                 "less than one day was seen", "wrote quotas.toml: 1 models"):  # fmt: skip
+                 "less than one day was seen", "wrote quotas.toml: 1 model"):  # fmt: skip
         assert part in text
     assert max(map(len, outcome.stdout.splitlines())) <= 100
     assert load_quotas("quotas.toml")["code"].max_requests_per_second > 0

@@ -167,7 +167,7 @@ def test_the_terminal_shows_and_steers_a_file(manager, path, capsys):
     assert main(["inspect", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["processes"] == 1
     assert main(["verify", str(path)]) == 0
-    assert capsys.readouterr().out == "ok: 1 models, all sums agree\n"
+    assert capsys.readouterr().out == "ok: 1 model, all sums agree\n"
     manager._arrays()[2]["waiting"][0] = 3
     assert main(["verify", str(path), "--json"]) == 1
     assert len(json.loads(capsys.readouterr().out)["faults"]) == 2

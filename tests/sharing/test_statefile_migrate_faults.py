@@ -72,7 +72,7 @@ def test_the_command(old, path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said == [
         f"{path}: layout 4 is now layout 6",
-        "14 models with their limits; their windows of a day have 4,848 requests and 1,112,840 tokens",
+        "14 models with limits; the windows of a day have 4,848 requests and 1,112,840 tokens",
         "2 grants and waiting requests of dead processes were given back",
         f"old file: {path}.layout4",
     ]

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from modelquota.cli.errors import EXIT_NO, answering, say, unusable
-from modelquota.cli.format import duration, escaped, printable, short
+from modelquota.cli.format import counted, duration, escaped, printable, short
 from modelquota.cli.lines import Column, Lines
 from modelquota.cluster import RedisStore
 from modelquota.cluster.operating import ClusterState, LimitState, forget, publish, read_cluster
@@ -88,7 +88,9 @@ def add_commands(app: typer.Typer) -> None:
         with open_store(errors, redis, namespace, loaded.cluster) as store:
             version = publish(store, loaded)
         Console().print(
-            f"published {len(loaded)} models and {len(loaded.patterns)} patterns as version {version}", highlight=False
+            f"published {counted(len(loaded), 'model')} and {counted(len(loaded.patterns), 'pattern')} "
+            f"as version {version}",
+            highlight=False,
         )
 
     @app.command("nodes")

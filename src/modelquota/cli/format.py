@@ -3,7 +3,7 @@
 from modelquota.protocols.durations import duration
 from modelquota.quota.limits import LimitRecord
 
-__all__ = ["duration", "escaped", "narrow_heading", "printable", "short"]
+__all__ = ["counted", "duration", "escaped", "narrow_heading", "printable", "short"]
 
 
 def short(count: float) -> str:
@@ -15,6 +15,11 @@ def short(count: float) -> str:
             return digits + unit
         value /= 1_000
     return f"{value:.0f}P"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with what is counted: `1 model`, `1,200 models`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def narrow_heading(limit: LimitRecord) -> str:

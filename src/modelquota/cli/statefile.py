@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from modelquota.cli.errors import EXIT_NO, answering
-from modelquota.cli.format import printable
+from modelquota.cli.format import counted, printable
 from modelquota.cli.manage import TrustFile
 from modelquota.statefile.inspect import StateFileInfo, inspect_file, verify_file
 
@@ -50,7 +50,7 @@ def add_commands(app: typer.Typer) -> None:
         else:
             for fault in faults:
                 print(printable(fault))
-            print(f"{len(faults)} faults" if faults else f"ok: {info.models:,} models, all sums agree")
+            print(counted(len(faults), "fault") if faults else f"ok: {counted(info.models, 'model')}, all sums agree")
         if faults:
             raise typer.Exit(EXIT_NO)
 
@@ -80,8 +80,8 @@ def add_commands(app: typer.Typer) -> None:
             return
         print(printable(f"{done.path}: layout {done.old_version} is now layout {done.version}"))
         print(
-            f"{done.models:,} models with their limits; their windows of a day have {done.requests:,} requests and "
-            f"{done.tokens:,} tokens"
+            f"{counted(done.models, 'model')} with limits; the windows of a day have "
+            f"{counted(done.requests, 'request')} and {counted(done.tokens, 'token')}"
         )
         if done.released:
             print(f"{done.released:,} grants and waiting requests of dead processes were given back")

@@ -13,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from modelquota.cli.format import counted
 from modelquota.cli.status import status_table, totals_line
 from modelquota.reading.reader import QuotaReader
 from modelquota.reading.report import QuotaStats
@@ -41,7 +42,7 @@ class Top:
         table = status_table(found, shown, console=self._console) if shown else Text("no models")
         lines = [self._headline(len(found), stats, now), Text(), table]
         if left:
-            lines.append(Text(f"and {left:,} models with less pressure", "dim"))
+            lines.append(Text(f"and {counted(left, 'model')} with less pressure", "dim"))
         lines.append(totals_line(stats, self._manager.enforcement_enabled))
         self._before = now, stats
         return Group(*lines)
@@ -53,10 +54,8 @@ class Top:
         denied = max(stats.denied_requests - before.denied_requests, 0)  # a request that waits is not denied yet
         return Text.assemble(
             ("modelquota top", "bold"),
-            (
-                f"  {models:,} models  {checks / seconds:,.0f} checks/s  {denied / seconds:,.0f} denied/s   q to quit",
-                "dim",
-            ),
+            (f"  {counted(models, 'model')}  {checks / seconds:,.0f} checks/s", "dim"),
+            (f"  {denied / seconds:,.0f} denied/s   q to quit", "dim"),
             no_wrap=True,
             overflow="ellipsis",
         )

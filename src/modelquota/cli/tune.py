@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from modelquota.cli.errors import EXIT_NO, answering, quiet_log, say
+from modelquota.cli.format import counted
 from modelquota.cli.traces import Map, Reading, TimeUnit, Tpot, TraceFile, TraceFormat, Ttft, shown_progress
 from modelquota.cli.tune_tables import print_tuning
 from modelquota.quota.file import Quotas, load_quotas
@@ -147,7 +148,7 @@ def _write(report: TuneReport, quotas: Quotas | None, current: Path | None, path
     path.write_text(text, encoding="utf-8")
     load_quotas(path)  # what was written is read again, so that a mistake here is not found in production
     if current is None:
-        say(console, f"wrote {path}: {len(report.models)} models")
+        say(console, f"wrote {path}: {counted(len(report.models), 'model')}")
         return
     console.print(diff(before, text, str(current), str(path)), markup=False, highlight=False, soft_wrap=True, end="")
     say(console, f"wrote {path}")
