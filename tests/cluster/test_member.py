@@ -89,6 +89,18 @@ def test_a_host_that_leaves_hands_over_and_one_that_joins_waits_for_what_was_use
         assert not second.check_quota("m", 1)
 
 
+def test_a_model_that_nobody_has_asked_for_admits_the_first_request_of_each_host(server):
+    quota = ResourceQuotaConfig("m", on_violation="reject", max_requests_per_minute=60, max_tokens_per_minute=100_000)
+    with contextlib.ExitStack() as stack:
+        hosts = [stack.enter_context(ResourceQuotaManager(cluster=store_of(server))) for _ in range(3)]
+        for host in hosts:
+            host.set_quota(quota)
+        wait_for(lambda: all({share.share > 0 for share in host.cluster.shares()} == {True} for host in hosts))
+        for host in hosts:
+            assert host.check_quota("m", 100)
+            assert host.cluster.status().starved == 0
+
+
 def test_open_requests_are_shared_where_asked_for_and_free_when_their_host_is_gone(server):
     quota = unlimited(max_concurrent_requests=10, cluster_concurrency=True)
     with ResourceQuotaManager(cluster=store_of(server)) as first:
