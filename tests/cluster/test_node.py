@@ -1,5 +1,6 @@
 """Nodes over the simulated store, in virtual time: many models, and models and limits that come and go."""
 
+import itertools
 import json
 
 import pytest
@@ -223,6 +224,31 @@ def test_a_limit_that_is_taken_away_and_set_again_refills_nothing(world, away_se
     assert world.sums("m", 2)[0] == 100
 
 
+@pytest.mark.parametrize(
+    ("limits", "away", "limit"),
+    [
+        (LIMITED, DAY, 100),
+        ({"requests_per_second": (1, 99)}, DAY, 100),
+        ({"concurrent_requests": 10}, DAY, 10),
+    ],
+)
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_limit_of_any_kind_that_is_away_for_a_moment_refills_nothing(world, limits, away, limit, restarts):
+    a, b = nodes = [world.manager_node(limits) for _ in range(2)]
+    world.live(1, *nodes)
+    assert limit <= admitted(world, a, 5, nodes) <= limit + 5
+    set_limits(away, *nodes)
+    world.live(1, *nodes)
+    if restarts:
+        a = Node(a.host, LEASE_NS)  # another process of the host goes on
+        world.live(1, a, b)
+    set_limits(limits, b)
+    again = admitted(world, b, 3)  # before the other host says that it has this limit, too
+    set_limits(limits, a)
+    again += admitted(world, b, 2, [b, a])
+    assert again <= (8 if "requests_per_second" in limits else 0)
+
+
 def test_a_limit_that_returns_on_one_host_first_is_kept_by_the_others_from_their_next_exchange(world):
     a, b = nodes = [world.manager_node(limits) for limits in (DAY, LIMITED)]
     world.step(b, a)  # the ledger has no limit of an hour
@@ -258,6 +284,39 @@ def test_a_model_that_was_denied_for_lack_of_share_is_the_first_of_those_that_ha
 # -- models that go
 
 
+@pytest.mark.parametrize("others", [1, 100])
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_model_that_is_removed_and_set_again_refills_nothing(world, others, restarts):
+    a, b = nodes = [world.manager_node(LIMITED) for _ in range(2)]
+    for number in range(others):
+        a.host.table.set_quota(config_of(f"other{number}", LIMITED))
+    world.live(2, *nodes)
+    assert admitted(world, a, 5, nodes) == 100
+    a.host.table.remove_quota("m")
+    a.host.table.set_quota(config_of("m", LIMITED))
+    if restarts:
+        a = Node(a.host, LEASE_NS)  # the process before did not tell it
+    assert admitted(world, a, 1, [a, b]) == 0
+    assert admitted(world, b, 20, [a, b]) == 0
+    assert world.sums("m", 2)[0] >= 100
+
+
+def test_of_many_models_that_are_gone_after_a_restart_some_end_in_each_exchange(world):
+    models = many(1000, requests_per_minute=100)
+    node = world.node(models)
+    use(world, node)
+    node.host.rows.clear()
+    node = Node(node.host, LEASE_NS)
+    left = []
+    for _ in range(9):
+        world.step(node)
+        world.pass_sec(0.2)
+        left.append(sum(field.startswith("m:") for field in world.server.data[f"{BASE}node:{node.node_id}"]))
+    assert left[-1] == 0
+    assert max(before - after for before, after in itertools.pairwise(left)) <= 256
+    assert all(1 <= taken == lent for taken, lent in (world.sums(model_id, 1) for model_id in models))
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_a_share_of_a_model_that_a_node_no_longer_has_after_a_restart_ends_when_its_use_has_aged_out(world, again):
     limits = {"requests_per_minute": 100}
@@ -273,6 +332,23 @@ def test_a_share_of_a_model_that_a_node_no_longer_has_after_a_restart_ends_when_
     assert admitted(world, b, 50, [a, b]) == 0
     assert admitted(world, b, 20, [a, b]) == 100
     assert world.sums("m", 1) == (100, 0)
+
+
+def test_a_model_whose_open_requests_are_more_than_its_share_binds_no_other(world):
+    limits = {"concurrent_requests": 10}
+    a, b = nodes = [world.manager_node(limits) for _ in range(2)]
+    for node in nodes:
+        node.host.table.set_quota(config_of("other", LIMITED))
+    world.live(2, *nodes)
+    assert admitted(world, a, 5, nodes) == 10
+    set_limits({"concurrent_requests": 5}, *nodes)
+    world.live(1, *nodes)
+    world.pass_sec(2 * LEASE_NS / NS)
+    a = Node(a.host, LEASE_NS)
+    world.live(2, a, b)
+    assert a.host.begin("other", 1)
+    assert not a.host.begin("m", 1)
+    assert admitted(world, b, 2, [a, b]) == 0
 
 
 def test_a_restart_alone_ends_no_share(world):

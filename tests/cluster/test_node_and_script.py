@@ -182,6 +182,20 @@ def test_the_ledgers_clock_goes_on_however_slow_the_store_is(up_ms, down_ms):
         assert cluster.use(host, "m", 100) == 100
 
 
+def test_a_store_that_was_away_learns_for_one_lease_however_long_it_was_away():
+    cluster = Cluster(m={"requests_per_minute": 1000})
+    host = cluster.add_host()
+    cluster.run(8)
+    for _ in range(100):  # one request, tried again and again
+        host.node.prepare()
+        cluster.now_ns += NS // 5
+    cluster.server.run_id = "restarted"
+    began_ns = cluster.now_ns
+    while cluster.exchange(host).status == "learning" or cluster.now_ns == began_ns:
+        cluster.now_ns += NS // 5
+    assert LEASE_NS <= cluster.now_ns - began_ns <= LEASE_NS + NS
+
+
 @pytest.mark.parametrize("dies", [False, True])
 def test_a_wall_clock_that_jumps_after_a_slow_request_does_not_move_the_ledgers(dies):
     cluster = Cluster(m={"requests_per_minute": 1000})

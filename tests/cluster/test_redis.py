@@ -20,9 +20,9 @@ SECRET = "s3cret-pass"
 
 
 def make_request(number=1, nonce="", node_id="a", model_id="m"):
-    quantities = (Quantity(100, 60_000),) + (None,) * (QUANTITIES - 1)
+    quantities = (Quantity(100, 60_000),) + (Quantity(None, 0),) * (QUANTITIES - 1)
     zeros = (0,) * QUANTITIES
-    models = [ModelRequest(model_id, 0, quantities, zeros, zeros, (50, *zeros[1:]), zeros)]
+    models = [ModelRequest(model_id, 7, 0, quantities, zeros, zeros, (50, *zeros[1:]), zeros)]
     return Request("exchange", node_id, number, f"t{number}", nonce, "b", 1000 * number, 2000, models)
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from modelquota.cluster.quantities import QUANTITIES
-from modelquota.cluster.store import Ghost, ModelRequest, Quantity, Request, parse_reply
+from modelquota.cluster.store import GIVEN_UP, Ghost, ModelRequest, Quantity, Request, parse_reply
 
 pytest.importorskip("lupa", reason="the simulated store needs lupa")
 redis = pytest.importorskip("redis", reason="real servers are asked with redis-py")
@@ -23,7 +23,7 @@ NONE = (0,) * QUANTITIES
 
 
 def quantities(*pairs):
-    return tuple(Quantity(*pair) if pair else None for pair in pairs) + (None,) * (QUANTITIES - len(pairs))
+    return tuple(Quantity(*pair or (None, 0)) for pair in pairs) + (Quantity(None, 0),) * (QUANTITIES - len(pairs))
 
 
 def row(*values):
@@ -34,9 +34,9 @@ def make_request(node_id, number, nonce="", models=(), *, verb="exchange", token
     return Request(verb, node_id, number, token or f"t{number}", nonce, boot, boot_ms, 10_000, models)
 
 
-def one(held=0, used=0, want=0, need=0, *, limit=100, hold_ms=60_000, replaces=0, ghosts=(), model_id="m"):
+def one(held=0, used=0, want=0, need=0, *, limit=100, hold_ms=60_000, replaces=0, ghosts=(), model_id="m", code=7):
     values = [row(value) for value in (held, used, want, need)]
-    return ModelRequest(model_id, replaces, quantities((limit, hold_ms)), *values, ghosts)
+    return ModelRequest(model_id, code, replaces, quantities((limit, hold_ms)), *values, ghosts)
 
 
 class Ledger:
@@ -242,7 +242,7 @@ def die_with_many(ledger, count):
     for at in range(count):
         values = [(10, 10, 10, *NONE[3:])] * 3
         models.append(
-            ModelRequest(f"m{at}", 0, quantities(*((100, hold_ms) for hold_ms in HOLDS)), NONE, *values[:2], NONE)
+            ModelRequest(f"m{at}", 7, 0, quantities(*((100, hold_ms) for hold_ms in HOLDS)), NONE, *values[:2], NONE)
         )
     ledger.ask("a", *models)
     for _ in range(100):
@@ -298,7 +298,7 @@ def test_a_dead_node_that_returns_while_its_shares_end_has_what_is_left(ledger):
 def test_hundreds_of_amounts_that_were_handed_over_are_free_within_a_few_exchanges(ledger):
     limits = quantities((100, 1_000), (100, 1_000), (100, 1_000))
     ghosts = [Ghost(quantity, 5, 1_000) for quantity in range(3)]
-    models = [ModelRequest(f"m{at}", 0, limits, NONE, NONE, NONE, NONE, ghosts) for at in range(250)]
+    models = [ModelRequest(f"m{at}", 7, 0, limits, NONE, NONE, NONE, NONE, ghosts) for at in range(250)]
     ledger.ask("a", *models, verb="leave")
     assert len(ledger.server.data[f"{BASE}ghosts"]) >= 750
     ledger.pass_ms(1_200)
@@ -466,6 +466,31 @@ def test_hostile_ids_stay_within_the_namespace():
     assert not [key for key in server.data if key.startswith(f"{BASE}m:")]
 
 
+def test_use_beyond_all_limits_leaves_the_sums_exact(ledger):
+    for node_id in ("a", "b"):
+        ledger.ask(node_id, one(used=2**62, want=50, limit=1000))
+    assert ledger.share("c", want=50, limit=1000) == 0
+    for node_id in ("a", "b"):
+        ledger.ask(node_id, one(want=50, limit=1000))
+    for _ in range(20):
+        ledger.pass_ms(200)
+        shares = [ledger.share(node_id, want=50, limit=1000) for node_id in ("a", "b", "c")]
+    assert 0 < sum(shares) == json.loads(ledger.server.data[f"{BASE}m:m"]["sums"])[1] <= 1000
+
+
+def test_a_share_of_another_code_is_handed_over_and_not_given_up_again(ledger):
+    held = ledger.share("a", want=50, code=1)
+    ghosts = [Ghost(0, held, 60_000)]
+    assert ledger.share("a", want=0, code=2) == 0
+    for _ in range(2):
+        ledger.ask("a", one(code=1, replaces=GIVEN_UP, ghosts=ghosts))
+    sums = json.loads(ledger.server.data[f"{BASE}m:m"]["sums"])
+    assert sums[1:3] == [held, held]
+    grown = ledger.share("a", want=10, code=2)
+    ledger.ask("a", one(code=2, replaces=GIVEN_UP, ghosts=[Ghost(0, grown, 60_000)]))
+    assert json.loads(ledger.server.data[f"{BASE}m:m"]["sums"])[1:3] == [held + grown] * 2
+
+
 def test_numbers_keep_all_their_digits(ledger):
     limit = 2**53
     share = 0
@@ -530,7 +555,8 @@ def test_real_servers_answer_as_the_simulated_one(kind, tmp_path):
                 ghosts = [Ghost(2, 17, 5000)] if chance.random() < 0.05 else ()
                 models.append(
                     ModelRequest(
-                        model_id, chance.choice((0, 0, versions.get(model_id, 1))), limits,
+                        model_id, chance.choice((7, 7, 7, 8)),
+                        chance.choice((0, 0, 0, versions.get(model_id, 1), GIVEN_UP)), limits,
                         *(row(*field) for field in fields), ghosts,
                     )
                 )  # fmt: skip

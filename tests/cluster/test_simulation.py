@@ -17,7 +17,7 @@ from modelquota._core.table import shares
 HISTORIES = int(os.environ.get("MODELQUOTA_HISTORIES", "200"))
 ONLY = os.environ.get("MODELQUOTA_HISTORY")
 SEEDS = [int(ONLY)] if ONLY else range(HISTORIES)
-MUTANT_HISTORIES = 150
+MUTANT_HISTORIES = 400
 REAL_PART = 15  # a fifteenth of the histories, since managers take longer
 
 

@@ -41,6 +41,12 @@ class Machine:
         self.copied_number = 0
         self.cut_until = 0
         self.twin = None
+        self.begun = []  # of requests that are open, when they began
+        self.unleased_ns = 0  # when it had no lease last
+
+    @property
+    def leased(self):
+        return self.host.now_ns() < self.host.lease_end_ns()
 
     @property
     def runs(self):
@@ -128,7 +134,6 @@ class Simulation:
         self.wall_ns = WALL_NS
         self.replica = None
         self.lowered_ns = None
-        self.begun = []  # of requests that are open, when they began
         self.forgotten, self.forgotten_ns, self.told = False, 0, set()
         self.machines = []
         for _ in range(nodes or chance.randint(2, 4)):
@@ -210,7 +215,7 @@ class Simulation:
     def began(self, machine, tokens, lasts_sec):
         """A request was admitted."""
         self.log.append((self.now_ns, 1, tokens, machine))
-        self.begun.append(self.now_ns)
+        machine.begun.append(self.now_ns)
         self.at(self.now_ns + int(lasts_sec * NS), self.end_request, machine, self.now_ns)
 
     def end_request(self, machine, begun_ns):
@@ -219,7 +224,7 @@ class Simulation:
             self.at(machine.stopped_until, self.end_request, machine, begun_ns)
         else:
             machine.host.end("m")
-            self.begun.remove(begun_ns)
+            machine.begun.remove(begun_ns)
 
     # -- the network
 
@@ -304,6 +309,7 @@ class Simulation:
         clock = machine.host.now_ns
         twin.host = copy.deepcopy(machine.host, {id(clock): clock})
         self.machines.append(twin)
+        twin.begun, twin.unleased_ns = list(machine.begun), machine.unleased_ns
         machine.twin = twin.twin = object()
         for one in (machine, twin):
             one.unfenced_since, one.known_ns = self.now_ns, None
@@ -361,6 +367,9 @@ class Simulation:
         """Run the history; returns what went wrong, as text, or None."""
         while self.events and self.events[0][0] <= self.duration_ns:
             self.now_ns, _, action, arguments = heapq.heappop(self.events)
+            for machine in self.machines:
+                if not machine.leased:
+                    machine.unleased_ns = self.now_ns
             action(*arguments)
             if self.crowd is None and self.limits[GRANTS] != UNLIMITED and not self.has_unknown_copies():
                 self.count_open()
@@ -369,17 +378,17 @@ class Simulation:
                 machine.host.table.close()
         return self.excess()
 
-    def open_requests(self):
-        """How many requests are open on hosts whose lease has not ended."""
-        hosts = [machine.host for machine in self.machines]
-        return sum(host.open("m") for host in hosts if host.now_ns() < host.lease_end_ns())
+    def open_requests(self, since_ns=-1):
+        """How many requests are open that began since then, on hosts whose lease has not ended since they began."""
+        return sum(
+            begun_ns > max(since_ns, machine.unleased_ns)
+            for machine in self.machines
+            if machine.leased
+            for begun_ns in machine.begun
+        )
 
     def count_open(self):
-        if self.lowered_ns is not None:
-            holds_ns = self.lowered_ns + self.lease_ns
-            if self.now_ns <= holds_ns or any(begun_ns <= holds_ns for begun_ns in self.begun):  # these go on
-                return
-        count = self.open_requests()
+        count = self.open_requests(-1 if self.lowered_ns is None else self.lowered_ns + self.lease_ns)
         if count > self.limits[GRANTS]:
             self.crowd = f"{count} of {self.limits[GRANTS]} requests are open at {self.now_ns / NS} s"
 

@@ -23,7 +23,7 @@ class SimulatedHost(ManagerHost):
     def __init__(self, clock, limits, boot):
         self.clock = ManualClock(clock())
         self.machine_ns = clock
-        manager = ResourceQuotaManager(clock=self.clock, max_models=8)
+        manager = ResourceQuotaManager(clock=self.clock, max_models=128)
         manager.set_quota(config_of("m", limits))
         shares.begin_sharing(manager)
         super().__init__(manager, boot)

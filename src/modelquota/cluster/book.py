@@ -7,12 +7,10 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from modelquota.cluster.quantities import (
-    CONCURRENCY,
     KEEP,
     LEVELS,
     QUANTITIES,
     UNLIMITED,
-    WINDOW_SECONDS,
     component_of,
     drain_for,
     kept_for_one,
@@ -20,7 +18,7 @@ from modelquota.cluster.quantities import (
     quantities_of,
     wanted,
 )
-from modelquota.cluster.store import Ghost, ModelReply, ModelRequest
+from modelquota.cluster.store import GIVEN_UP, Ghost, ModelReply, ModelRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +34,6 @@ _TOLD_NS: Final = 1_000_000_000
 _ASKED_AGAIN_NS: Final = 60_000_000_000  # when it asks again for what it keeps for a first request
 _STORE_AWAY: Final = 1.5  # leases for which a store may grant nothing: away for a while, it then learns for one lease
 _COMPONENTS: Final = tuple(map(component_of, range(QUANTITIES)))
-_LEVELS_BEGIN: Final = min(LEVELS)  # quantities before that are windows
 
 
 class Rows(NamedTuple):
@@ -57,9 +54,9 @@ class Book:
     """What the node remembers of one model."""
 
     __slots__ = (
-        "answer", "busiest", "claim", "code", "drains", "given", "held", "is_whole", "kept", "kept_ns", "largest",
-        "last_tokens", "limits", "model_id", "needed", "points", "rotated_ns", "starved", "target", "telling",
-        "told_ns", "told_used", "unmet", "used", "waiting", "want", "was_limited",
+        "answer", "busiest", "claim", "code", "drains", "given", "handed", "held", "is_whole", "kept", "kept_ns",
+        "largest", "last_tokens", "limits", "model_id", "needed", "points", "rotated_ns", "starved", "target",
+        "telling", "told_ns", "told_used", "unmet", "used", "waiting", "want",
     )  # fmt: skip
 
     def __init__(self, code: int, model_id: str) -> None:
@@ -67,9 +64,9 @@ class Book:
         self.model_id = model_id
         self.answer: ModelReply | None = None  # the last one
         self.limits: Sequence[int] = ()
+        self.handed: list[Ghost] = []  # of levels that are not limited any more: what they held is handed over
         self.given: Sequence[int] = ()  # the limits that the store has, or that it was told before others changed them
         self.telling: Sequence[int] = ()  # those in the request that is under way
-        self.was_limited = [False] * QUANTITIES  # of windows: what they count is told, too, once they are not any more
         self.held: tuple[int, ...] = NOTHING
         self.drains: dict[int, int] = {}  # of each level
         self.is_whole: tuple[bool, ...] = (False,) * QUANTITIES  # that share leaves the whole limit
@@ -93,14 +90,11 @@ class Book:
 
     def read(self, rows: Rows, at: int, now_ns: int) -> None:
         """Take over what the core says."""
-        self.limits = rows.limits[at]
+        before, self.limits = self.limits, rows.limits[at]
+        if before and before != self.limits:
+            self.hand_over(before)
         self.drains = {quantity: rows.held[at][drain] for quantity, (drain, _) in LEVELS.items()}
         held, used = ([row[component] for component in _COMPONENTS] for row in (rows.held[at], rows.used[at]))
-        for quantity in range(QUANTITIES):
-            if self.is_limited(quantity):
-                self.was_limited[quantity] = quantity < _LEVELS_BEGIN
-            elif not self.was_limited[quantity]:
-                used[quantity] = 0
         self.used = tuple(used)
         self.is_whole = tuple(share == UNLIMITED for share in held)
         # a share that does not bind is of a quantity that the ledger does not limit
@@ -128,6 +122,14 @@ class Book:
         for kind, asked in enumerate(self.demand()):
             self.busiest[kind][0] = max(self.busiest[kind][0], asked * _DEMAND_NS // lasted_ns)
 
+    def hand_over(self, before: Sequence[int]) -> None:
+        """Note what was held of levels that were limited before. What windows count is told, limited or not."""
+        for quantity in LEVELS:
+            known = quantities_of(before)[quantity]
+            amount = max(self.claimed[quantity], self.held[quantity], self.used[quantity])
+            if known.limit is not None and not self.is_limited(quantity) and amount:
+                self.handed.append(Ghost(quantity, amount, known.hold_ms + MARGIN_NS // 10**6))
+
     def demand(self) -> list[int]:
         """Return the requests and tokens that were asked for in the last two seconds, or since it was read before."""
         first, last = self.points[0], self.points[-1]
@@ -144,13 +146,11 @@ class Book:
 
     @property
     def is_covered(self) -> bool:
-        """Whether the ledger knows all that it holds, of what it limits, and of concurrency, all that is open."""
+        """Whether the ledger knows all that it holds, of what it limits. Beyond that it may have used more."""
         shares: Sequence[int | None] = NOTHING if self.answer is None else self.answer.share
-        # the store did not count what was still open after the lease, and may have given all of the limit to others
-        held = [*self.held[:CONCURRENCY], max(self.held[CONCURRENCY], self.used[CONCURRENCY])]
         return all(
             has <= claim or share is None or not self.is_limited(quantity)
-            for quantity, (has, claim, share) in enumerate(zip(held, self.claimed, shares, strict=True))
+            for quantity, (has, claim, share) in enumerate(zip(self.held, self.claimed, shares, strict=True))
         )
 
     def drain(self, quantity: int) -> int:
@@ -190,7 +190,7 @@ class Book:
 
         If it keeps what it does not need, it is to be told after `idle_told_ns`.
         """
-        if any(needed_shares(self.limits, self.claimed, self.needed)) or self.given != self.limits:
+        if any(needed_shares(self.limits, self.claimed, self.needed)) or self.given != self.limits or self.handed:
             return True
         if now_ns - self.told_ns >= _TOLD_NS and any(map(any, self.busiest)):
             return True  # it wants more than it needs soon, as far as that is free, which the answer says
@@ -234,8 +234,10 @@ class Book:
         replaces = 0 if self.given == self.limits or self.answer is None else self.answer.version
         self.telling, self.told_used, self.told_ns = self.limits, self.used, now_ns
         self.want, self.needed = wants, [0, 0]
-        quantities = quantities_of(self.limits)
-        return ModelRequest(self.model_id, replaces, quantities, self.claimed, self.used, wants, needs)
+        quantities, ghosts, self.handed = quantities_of(self.limits), self.handed, []
+        return ModelRequest(
+            self.model_id, self.code, replaces, quantities, self.claimed, self.used, wants, needs, ghosts
+        )
 
     def take(self, answer: ModelReply, now_ns: int, learning_ms: int) -> None:
         """Take over what the store says, which grants nothing for so long."""
@@ -251,7 +253,8 @@ class Book:
         quantities = quantities_of(self.limits)
         ghosts = []
         for quantity, (known, amount) in enumerate(zip(quantities, amounts, strict=True)):
-            if amount and (known is not None or self.was_limited[quantity]):
-                hold_ms = WINDOW_SECONDS[quantity % 5] * 1000 if known is None else known.hold_ms
-                ghosts.append(Ghost(quantity, amount, hold_ms + MARGIN_NS // 10**6))
-        return ModelRequest(self.model_id, 0, quantities, NOTHING, NOTHING, NOTHING, NOTHING, ghosts)
+            if amount and (known.limit is not None or known.hold_ms):
+                ghosts.append(Ghost(quantity, amount, known.hold_ms + MARGIN_NS // 10**6))
+        return ModelRequest(
+            self.model_id, self.code, GIVEN_UP, quantities, NOTHING, NOTHING, NOTHING, NOTHING, self.handed + ghosts
+        )

@@ -11,16 +11,18 @@
 --
 -- KEYS  <base>meta, <base>nodes, <base>ghosts, <base>node:<id>, and <base>m:<model> of each model
 -- ARGV  format, verb (exchange or leave), id, number, token, nonce, boot, boot_ms, lease_ms, since, and of each model
---       its limits  "version;[limit,hold_ms,...]" with a limit of -1 for none; the version is that of the ledger, 0 to
---                   change it
+--       its limits  "code;version;[limit,hold_ms,...]" with a limit of -1 for none; they replace those of the ledger
+--                   that are of this version; with -1 the share is given up. The code is that of the model on its
+--                   host: what a share of another code took is handed over
 --       holdings    [held,used,want,need,...] of each quantity
 --       ghosts      "quantity:amount:hold_ms,...": what was used by a share that is given up in this exchange
 --       Since, if it is not 0, is the number of a request: the node has no other models than those it named since then.
 --       To publish quotas: format, publish, text; KEYS[4] is <base>quotas. To forget a dead node: the verb forget.
 -- Reply a status alone (stale, fenced, format), or lines: status, nonce, generation, milliseconds of learning left,
---       live nodes, version of the published quotas; and of each model [version,share,target,free,idle,...], with a
---       share of -1 for a quantity without a limit, and its limits behind a ; if they are others. Idle is what dead
---       nodes hold and had not used.
+--       live nodes, version of the published quotas, boot_ms of the request that was executed, 1 if models are left
+--       that the node has no more, or 0; and of each model [version,share,target,free,idle,...], with a share of -1 for a
+--       quantity without a limit, and its limits behind a ; if they are others. Idle is what dead nodes hold and had
+--       not used.
 --       After publish the version; after forget one of forgotten, unknown, live.
 --
 -- meta        format, run (the server's run_id), generation, learning (until), clock, raw (of TIME at that clock), lease,
@@ -32,7 +34,7 @@
 --             of a dead one pass (see end_shares)
 -- m:<model>   limits, version, claim; sums [records, sum, lent, ...]: of all shares and ghosts, and of these what was
 --             handed over; fair [at, deaths, level, filled, used, idle, ...], a hint only: see fair_of; a field n:<id>
---             [generation,held,used,want,...] for each node
+--             [generation,held,used,want,...,code] for each node
 -- ghosts      release time -> d:<hold_ms>:<id> shares of a dead node, e:<id> the end of its record,
 --             h:<quantity>:<amount>:<generation>:<number>:<id>:<model> what was handed over
 
@@ -201,7 +203,7 @@ local function model(name)
   return known
 end
 
--- A record is {generation, held, used, want, ...}, three for each quantity.
+-- A record is {generation, held, used, want, ..., code}, three for each quantity.
 local function record_of(of, who)
   local known = of.nodes[who]
   if known == nil then
@@ -384,7 +386,7 @@ local function write_models()
     end
     for who, record in pairs(ends[of.key] and {} or of.nodes) do
       if record and record.changed then
-        put(sets, of.key, 'n:' .. who, encoded(record, 1 + 3 * of.count))
+        put(sets, of.key, 'n:' .. who, encoded(record, 2 + 3 * of.count))
       end
     end
   end
@@ -584,7 +586,7 @@ end
 -- Each model of the request.
 local lines = {}
 
-local function settle(of, ask, ghosts)
+local function settle(of, code, ask, ghosts)
   local record = record_of(of, id)
   local trusted = learning and not (record and record[1] == generation)
   local sums, fair, after, is_idle = of.sums, of.fair, {generation}, true
@@ -613,7 +615,7 @@ local function settle(of, ask, ghosts)
     sums[1] = sums[1] + 1
   end
   put(sets, node_key, 'm:' .. of.name, text(number))
-  after.changed = true
+  after[3 * of.count + 2], after.changed = code, true
   of.nodes[id], of.changed = after, true
   for quantity, amount, hold in string.gmatch(ghosts, '(%d+):(%d+):(%d+)') do
     quantity, amount = tonumber(quantity), tonumber(amount)
@@ -623,6 +625,16 @@ local function settle(of, ask, ghosts)
         table.concat({'h', text(quantity), text(amount), text(hold), text(number), id, of.name}, ':'))
   end
   return after, is_idle
+end
+
+local function hand_over(of, record) -- all that the share took: it is not known what of it has been used
+  local ghosts = {}
+  for i = 1, of.count do
+    if taken(record, i) > 0 then
+      ghosts[#ghosts + 1] = table.concat({text(i), text(taken(record, i)), text(of.holds[i])}, ':')
+    end
+  end
+  settle(of, record[3 * of.count + 2], {}, table.concat(ghosts, ','))
 end
 
 local function nodes_of(of) -- that have a record of the model, at most those that live
@@ -708,14 +720,21 @@ for at = 11, #ARGV, 3 do
   local key = KEYS[5 + (at - 11) / 3]
   local of = model(string.sub(key, #base + 3))
   named[of.name] = true
-  local version, limits = string.match(ARGV[at], '^(%d+);(.*)$')
+  local code, version, limits = string.match(ARGV[at], '^(%d+);(-?%d+);(.*)$')
   if not of.line or (tonumber(version) == of.version and of.line ~= limits) then
     set_limits(of, limits) -- the version is by the time: one is not used again
     of.version, of.fair, of.new_limits = max(of.version + 1, microseconds), nil, true
   end
-  local ask = cjson.decode(ARGV[at + 1])
-  local own, is_idle = settle(of, ask, ARGV[at + 2])
-  local grows = verb == 'exchange' and not learning
+  code = tonumber(code)
+  local ask, own, is_idle = cjson.decode(ARGV[at + 1]), record_of(of, id), false
+  local is_other, gives_up = own and own[3 * of.count + 2] ~= code, version == '-1'
+  if is_other and not gives_up then
+    hand_over(of, own)
+  end
+  if not is_other or not gives_up then -- otherwise it has been handed over
+    own, is_idle = settle(of, code, ask, ARGV[at + 2])
+  end
+  local grows = verb == 'exchange' and not learning and not gives_up
   if grows then
     grow(of, own, ask)
   end
@@ -737,26 +756,25 @@ for at = 11, #ARGV, 3 do
     line = line .. ';' .. of.line
   end
   lines[#lines + 1] = line
-  if is_idle then
+  if is_idle and not is_other then -- the record says that the one of another code has been handed over
     drop_own(of)
   end
 end
 
--- Models that the node had before it was started again, and has no more: all that it held may have been used.
-local since = tonumber(ARGV[10]) or 0
+-- Models that the node had before it was started again, and has no more: some of them in each exchange.
+local since, unended = tonumber(ARGV[10]) or 0, SWEPT
 local fields = since > 0 and call('HGETALL', node_key) or {}
 for at = 1, #fields, 2 do
   local name = string.match(fields[at], '^m:(.*)$')
   if name and not named[name] and (tonumber(fields[at + 1]) or 0) < since then
-    local of, given_up = model(name), {}
+    unended = unended - 1
+    if unended < 0 then
+      break
+    end
+    local of = model(name)
     local record = record_of(of, id)
     if record and of.count then
-      for i = 1, of.count do
-        if taken(record, i) > 0 then
-          given_up[#given_up + 1] = table.concat({text(i), text(taken(record, i)), text(of.holds[i])}, ':')
-        end
-      end
-      settle(of, {}, table.concat(given_up, ','))
+      hand_over(of, record)
       drop_own(of)
     else
       put(deletes, node_key, 'm:' .. name)
@@ -774,7 +792,8 @@ table.sort(kept)
 local held_for = encoded(kept, #kept)
 local next_nonce = redis.sha1hex(table.concat({nonce, token, id, text(number), time[1], time[2], run}, ':'))
 local reply = table.concat({learning and 'learning' or 'ok', next_nonce, text(generation),
-  text(max(0, learning_until - now)), text(nodes_count), meta[8] or '0', table.concat(lines, '\n')}, '\n')
+  text(max(0, learning_until - now)), text(nodes_count), meta[8] or '0', text(boot_ms), unended < 0 and '1' or '0',
+  table.concat(lines, '\n')}, '\n')
 for _, pair in ipairs({{'number', text(number)}, {'token', token}, {'nonce', next_nonce}, {'boot', boot},
                        {'generation', text(generation)}, {'base', text(clock_base)}, {'holds', held_for},
                        {'reply', reply}}) do

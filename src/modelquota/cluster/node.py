@@ -37,7 +37,7 @@ _LOOKED_AT_MOST: Final = 1024  # for one request, which takes some 20 ms of a pr
 _IDLE_TOLD_NS: Final = 5_000_000_000  # so soon a node hears that others need what it keeps for a first request, ...
 _IDLE_MODEL_NS: Final = 1_000_000  # ... or later: all nodes together tell of 1,000 such models a second, one of 10
 _IDLE_NODES: Final = 100
-_SLOW_NS: Final = 400_000_000  # how long a request may be on its way without moving what the store takes for this clock
+_SLOW_MS: Final = 400  # how long a request may be on its way without moving what the store takes for this clock
 _AS_IT_IS: Final = (KEEP,) * COMPONENTS
 
 
@@ -360,8 +360,8 @@ class Node:
             return False
         # The store may have taken the time at which this was sent for that at which it came. If that is far too late,
         # the clock that it is told goes back: then the store's own, which follows it, is never ahead.
-        took_ns = now_ns - self._first_sent_ns
-        self._late_ms = max(self._late_ms, -(-(took_ns - _SLOW_NS) // 10**6))
+        took_ms = now_ns // 10**6 - self._late_ms - reply.boot_ms
+        self._late_ms = max(self._late_ms, took_ms - _SLOW_MS)
         told, self._told = self._told, []
         self._pending, self.nonce, self.nodes = None, reply.nonce, max(1, reply.nodes)
         self.quotas = reply.quotas or self.quotas  # a store that has lost them takes nothing back
@@ -375,7 +375,7 @@ class Node:
         grew = len(told) == len(reply.models) and self._adopt_shares(told, reply)
         if request.number >= self._since:
             self._untold.difference_update(told)
-        if request.since == self._since:
+        if request.since == self._since and not reply.unended:
             self._since = 0
         self._save()
         if self._renews:

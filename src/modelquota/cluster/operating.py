@@ -176,7 +176,8 @@ def _limits_of(store: RedisStore, name: str, live: set[str], lent: dict[int, int
     fields = dict(_pairs(store.command("HGETALL", f"{store.base}m:{name}")))
     records = [(field[2:] in live, json.loads(text)[1:]) for field, text in fields.items() if field.startswith("n:")]
     for quantity, known in enumerate(quantities_in(fields.get("limits", "[]"))):
-        if known is None:
+        limit = known.limit
+        if limit is None:
             continue
         used, shares, ghosts = lent.get(quantity, 0), 0, lent.get(quantity, 0)
         for is_live, record in records:
@@ -184,7 +185,7 @@ def _limits_of(store: RedisStore, name: str, live: set[str], lent: dict[int, int
             used += uses
             shares += max(held, uses) if is_live else 0
             ghosts += 0 if is_live else max(held, uses)
-        amounts = (known.limit, used, shares, ghosts, max(0, known.limit - shares - ghosts))
+        amounts = (limit, used, shares, ghosts, max(0, limit - shares - ghosts))
         yield LimitState(name, NAMES[quantity], *(in_units(quantity, amount) for amount in amounts))
 
 

@@ -49,22 +49,18 @@ def component_of(quantity: int) -> int:
     return LEVELS[quantity][1] if quantity in LEVELS else quantity
 
 
-def quantities_of(limits: Sequence[int]) -> tuple[Quantity | None, ...]:
-    """Return the quantities of a row's configured limits, None for those that are not limited.
-
-    A limit above 2**53 is shared as 2**53.
-    """
-    found: list[Quantity | None] = []
+def quantities_of(limits: Sequence[int]) -> tuple[Quantity, ...]:
+    """Return the quantities of a row's configured limits. A limit above 2**53 is shared as 2**53."""
+    found = []
     for quantity in range(QUANTITIES):
         limit = limits[component_of(quantity)]
-        if limit == UNLIMITED:
-            found.append(None)
-            continue
+        limited = limit != UNLIMITED
         if quantity in LEVELS:
-            hold_ms = _rounded_up(-(-limit * 1000 // drain)) if (drain := limits[LEVELS[quantity][0]]) else _NEVER_MS
+            drain = limits[LEVELS[quantity][0]] if limited else 0
+            hold_ms = _rounded_up(-(-limit * 1000 // drain)) if drain else _NEVER_MS if limited else 0
         else:
             hold_ms = 0 if quantity == CONCURRENCY else WINDOW_SECONDS[quantity % 5] * 1000
-        found.append(Quantity(min(limit, MAX_LIMIT), min(hold_ms, _NEVER_MS)))
+        found.append(Quantity(min(limit, MAX_LIMIT) if limited else None, min(hold_ms, _NEVER_MS)))
     return tuple(found)
 
 

@@ -22,9 +22,9 @@ MAX_LIMIT: Final = 2**53
 
 
 class Quantity(NamedTuple):
-    """What the store knows of one quantity of a model: its limit, and how long a dead node's share stays taken."""
+    """What the store knows of one quantity of a model: its limit, and how long a dead node's share is taken."""
 
-    limit: int
+    limit: int | None
     hold_ms: int
 
 
@@ -36,18 +36,27 @@ class Ghost(NamedTuple):
     hold_ms: int
 
 
+GIVEN_UP: Final = -1
+"""As the version that is replaced: the node gives up its share, if the ledger has one of this code."""
+
+_MAX_USED: Final = 2**48
+
+
 class ModelRequest(NamedTuple):
     """What a node says of one model; the sequences have one element for each quantity.
 
+    `code` names the registration of the model on its host: a share of another code was that of a model that has been
+    removed since, and what it took is handed over.
     `replaces` is the ledger's version of the limits that are to be replaced by these: if it has others by now, they
     stay, so that a request that comes late changes none. 0 changes none, but those of a model that the ledger does not
-    know. `need` is the smallest share that would admit a request that was denied, or 0. Of a quantity that is not
-    limited only what is used counts.
+    know; `GIVEN_UP` gives the share up. `need` is the smallest share that would admit a request that was denied, or 0.
+    Of a quantity that is not limited only what is used counts.
     """
 
     model_id: str
+    code: int
     replaces: int
-    quantities: Sequence[Quantity | None]
+    quantities: Sequence[Quantity]
     held: Sequence[int]
     used: Sequence[int]
     want: Sequence[int]
@@ -56,15 +65,23 @@ class ModelRequest(NamedTuple):
 
     def arguments(self) -> tuple[str, str, str]:
         """Return the model's three arguments of the script."""
-        limits = ",".join("-1,0" if q is None else f"{q.limit},{q.hold_ms}" for q in self.quantities)
+        limits = ",".join(f"{-1 if q.limit is None else q.limit},{q.hold_ms}" for q in self.quantities)
         holdings = ",".join(
-            f"0,{used},0,0" if quantity is None else f"{held},{used},{want},{need}"
-            for quantity, held, used, want, need in zip(
+            f"0,{_bounded(used, 0)},0,0" if limit is None else f"{held},{_bounded(used, limit)},{want},{need}"
+            for (limit, _), held, used, want, need in zip(
                 self.quantities, self.held, self.used, self.want, self.need, strict=True
             )
         )
-        ghosts = ",".join(f"{ghost.quantity + 1}:{ghost.amount}:{ghost.hold_ms}" for ghost in self.ghosts)
-        return f"{self.replaces};[{limits}]", f"[{holdings}]", ghosts
+        ghosts = ",".join(
+            f"{ghost.quantity + 1}:{_bounded(ghost.amount, self.quantities[ghost.quantity].limit or 0)}:{ghost.hold_ms}"
+            for ghost in self.ghosts
+        )
+        return f"{self.code};{self.replaces};[{limits}]", f"[{holdings}]", ghosts
+
+
+def _bounded(used: int, limit: int) -> int:
+    """Return what is used, or as much as any limit forbids: the sums of the ledger are exact up to 2**53."""
+    return min(used, max(limit, _MAX_USED))
 
 
 class Request(NamedTuple):
@@ -110,7 +127,7 @@ class ModelReply(NamedTuple):
     target: tuple[int | None, ...]
     free: tuple[int | None, ...]
     idle: tuple[int | None, ...]
-    quantities: tuple[Quantity | None, ...] | None
+    quantities: tuple[Quantity, ...] | None
 
 
 class Reply(NamedTuple):
@@ -118,7 +135,8 @@ class Reply(NamedTuple):
 
     `status` is ``ok``, or ``learning`` (nothing is granted, for `learning_ms` more), or the request was not executed:
     ``stale`` (the store has seen a later one of this node) or ``fenced`` (another one uses this node's id). `quotas` is
-    the version of the published quotas, 0 if there are none.
+    the version of the published quotas, 0 if there are none, `boot_ms` that of the copy of the request that was
+    executed, and `unended` whether models that the node does not have any more are left to be ended.
     """
 
     status: str
@@ -127,6 +145,8 @@ class Reply(NamedTuple):
     learning_ms: int = 0
     nodes: int = 0
     quotas: int = 0
+    boot_ms: int = 0
+    unended: bool = False
     models: tuple[ModelReply, ...] = ()
 
 
@@ -148,9 +168,10 @@ def parse_reply(text: str) -> Reply:
     if text in ("stale", "fenced"):
         return Reply(text)
     require_format(text)
-    status, nonce, generation, learning_ms, nodes, quotas, *lines = text.split("\n")
-    models = tuple(_model(line) for line in lines if line)
-    return Reply(status, nonce, int(generation), int(learning_ms), int(nodes), int(quotas), models)
+    status, nonce, *numbers = text.split("\n", 8)
+    generation, learning_ms, nodes, quotas, boot_ms, unended = map(int, numbers[:6])
+    models = tuple(_model(line) for line in numbers[6].split("\n") if line)
+    return Reply(status, nonce, generation, learning_ms, nodes, quotas, boot_ms, bool(unended), models)
 
 
 def _model(line: str) -> ModelReply:
@@ -164,10 +185,10 @@ def _model(line: str) -> ModelReply:
     return ModelReply(version, share, target, free, idle, quantities_in(limits) if limits else None)
 
 
-def quantities_in(limits: str) -> tuple[Quantity | None, ...]:
+def quantities_in(limits: str) -> tuple[Quantity, ...]:
     """Return the quantities of a model's limits, as the ledger has them."""
     numbers = json.loads(limits)
     return tuple(
-        None if limit < 0 else Quantity(limit, hold_ms)
+        Quantity(None if limit < 0 else limit, hold_ms)
         for limit, hold_ms in zip(numbers[::2], numbers[1::2], strict=True)
     )
