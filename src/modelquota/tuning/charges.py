@@ -55,15 +55,22 @@ class Charges:
         """All charges together."""
         return len(self.times_ns) if self.counts is None else int(self.counts.sum())
 
-    @cached_property
+    @property
     def _before(self) -> FloatArray:
-        if self.counts is None:
-            return np.arange(len(self.times_ns), dtype=np.float64)
-        return (np.cumsum(self.counts) - self.counts).astype(np.float64)
+        """What is charged before each charge; for one each it is made again each time, to hold less."""
+        return np.arange(len(self.times_ns), dtype=np.float64) if self.counts is None else self._sum_before
+
+    @cached_property
+    def _sum_before(self) -> FloatArray:
+        assert self.counts is not None
+        before = np.cumsum(self.counts, dtype=np.int64)
+        before -= self.counts
+        return before.astype(np.float64)
 
     def windows(self, window_ns: int) -> Int64Array:
         """Return what the window that ends with each request counts, itself included; closed at both ends."""
-        return self._windows.sums(self.counts, window_ns)[self._requests] + self._held
+        held = self._windows.sums(self.counts, window_ns)[self._requests]
+        return held if isinstance(self._held, int) else held + self._held
 
     def levels(self, rate: float) -> FloatArray:
         """Return the level of a bucket that drains at `rate` per second right after each request."""
@@ -81,9 +88,10 @@ class Charges:
         """Return the highest of these levels: found in floating point, and then computed exactly."""
         request = int(self.levels(rate).argmax())
         last = request if isinstance(self._requests, slice) else int(self._requests[request])
-        first = int((self._before[: last + 1] - rate * self._windows.seconds[: last + 1]).argmin())
+        before = self._before
+        first = int((before[: last + 1] - rate * self._windows.seconds[: last + 1]).argmin())
         own = 1 if self.counts is None else int(self.counts[last])
-        arrived = int(self._before[last]) - int(self._before[first]) + own
+        arrived = int(before[last]) - int(before[first]) + own
         held = self._held if isinstance(self._held, int) else int(self._held[request])
         return arrived + held - Fraction(rate) * int(self.times_ns[last] - self.times_ns[first]) / NS_PER_SECOND
 

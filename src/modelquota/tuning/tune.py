@@ -185,6 +185,7 @@ def _analyze(
     headroom: float,
     target_denied: float,
 ) -> ModelTuning:
+    uses = tuple(window_uses(trace))  # before the charges are there: both would take the most memory of all
     charges = charges_of(trace)
     points = {unit: frontier(charged, unit) for unit, charged in charges.items()}
     limits = advise(trace, charges, points, headroom=headroom, target_denied=target_denied)
@@ -193,7 +194,7 @@ def _analyze(
     return ModelTuning(
         model_id=name,
         requests=len(trace),
-        uses=tuple(window_uses(trace)),
+        uses=uses,
         frontiers=tuple(points.values()),
         limits=limits,
         concurrency=None if found is None else found[0],

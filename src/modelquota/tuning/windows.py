@@ -99,12 +99,14 @@ class Windows:
         if counts is None:
             return np.arange(1, len(first) + 1) - first
         before = _before(counts)
-        sums: Int64Array = before[1:] - before[first]
-        return sums
+        sums: Int64Array = before[first]
+        return np.subtract(before[1:], sums, out=sums)
 
 
 def _before(counts: Int64Array) -> Int64Array:
-    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
+    before = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=before[1:])
+    return before
 
 
 def counts_of(trace: Trace) -> Mapping[str, Int64Array | None]:
@@ -135,7 +137,8 @@ def window_uses(trace: Trace) -> Iterator[WindowUse]:
             moments = [np.searchsorted(times_ns, at, side="right") for at in (ends, ends - window_ns)]
         for kind, counts in counts_of(trace).items():  # summed again for each window: all at once would take more room
             held = np.arange(len(times_ns) + 1) if counts is None else _before(counts)
-            sums = held[1:] - held[first]
+            sums = held[first]
+            np.subtract(held[1:], sums, out=sums)
             at = int(sums.argmax())
             shares: list[float | None] = [None, None, None]
             if moments is not None:
