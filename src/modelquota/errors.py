@@ -284,7 +284,7 @@ class StateFileError(QuotaError, OSError):
 class TraceError(QuotaError, ValueError):
     """A file is not a valid request trace.
 
-    Raised before anything is replayed. Correct the file at the place that the message names. A file that cannot be
+    Raised before anything is reported. Correct the file at the place that the message names. A file that cannot be
     opened or read at all is an `OSError`.
 
     Parameters

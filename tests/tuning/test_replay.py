@@ -16,7 +16,7 @@ from oracle import Oracle
 from traces import AZURE_REQUESTS, AZURE_TRACE, SMALL_REQUESTS, needs_azure_trace, write_small_trace
 
 import modelquota.tuning.replay
-import modelquota.tuning.report
+import modelquota.tuning.tally
 from modelquota import (
     Limit,
     ManualClock,
@@ -26,6 +26,7 @@ from modelquota import (
     load_quotas,
 )
 from modelquota.tuning.replay import ModelReplay, ReplayReport, replay
+from modelquota.tuning.tally import Requests
 from modelquota.tuning.trace import Trace, read_trace
 
 SECOND_NS = 10**9
@@ -262,7 +263,9 @@ def test_speed_makes_the_same_requests_come_closer():
 def test_peaks_are_those_of_every_second(requests):
     requests.sort()
     times_ns, tokens = (np.array([request[i] for request in requests], np.int64) for i in (0, 1))
-    assert modelquota.tuning.report._peaks(times_ns, tokens) == peaks(requests)
+    found = modelquota.tuning.tally._Peaks()
+    found.add(Requests(times_ns, tokens, np.zeros(len(times_ns), np.int64)), 1)
+    assert [int(most[0]) for most in found.peaks(1)] == [*peaks(requests)]
 
 
 def test_peak_second_is_half_open():

@@ -1,6 +1,6 @@
 """A replay that waits does what clients of the same manager would have seen, whatever the simulation skips."""
 
-from dataclasses import astuple
+from dataclasses import astuple, fields
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from modelquota._core.table.grant import Grant
 from modelquota._core.table.queue import Waiter
 from modelquota.quota.file import Quotas
 from modelquota.tuning.replay import replay
-from modelquota.tuning.simulate import Simulation
+from modelquota.tuning.simulate import Outcome, Simulation
 from modelquota.tuning.trace import Trace
 
 MS, SECOND = 10**6, 10**9
@@ -29,6 +29,16 @@ def make_trace(times_ms, tokens=1, **columns):
         output_tokens=np.zeros(count, np.int64),
         **columns,
     )
+
+
+def simulated(simulation, *columns, **more):
+    """What becomes of all requests, in order."""
+    parts = simulation.feed(*columns, **more), simulation.finish()
+    names = [field.name for field in fields(Outcome)]
+    whole = Outcome(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    assert sorted(whole.rows.tolist()) == list(range(len(columns[0]))), "each is decided once"
+    order = np.argsort(whole.rows)
+    return Outcome(*(getattr(whole, name)[order] for name in names))
 
 
 def unlimited(model_id="m", **limits):
@@ -71,8 +81,13 @@ def test_priorities_go_first():
     trace = make_trace([0, 1, 2, 3], durations_ns=np.full(4, SECOND), priorities=np.array([0, 0, 0, 5]))
     manager = ResourceQuotaManager(clock=ManualClock(), max_models=1)
     manager.set_quota(unlimited(max_concurrent_requests=1, on_violation="queue"))
-    outcome = Simulation(manager, [("m",)], wait=True).run(
-        trace.times_ns, None, trace.tokens, durations_ns=trace.durations_ns, priorities=trace.priorities
+    outcome = simulated(
+        Simulation(manager, [("m",)], wait=True, held=True),
+        trace.times_ns,
+        None,
+        trace.tokens,
+        durations_ns=trace.durations_ns,
+        priorities=trace.priorities,
     )
     assert (outcome.waited_ns // MS).tolist() == [0, 1999, 2998, 997]
     assert outcome.codes.tolist() == [0, 0, 0, 0]
@@ -241,7 +256,8 @@ def test_nothing_is_missed_between_two_events(data):
         for config in configs.values():
             manager.set_quota(config)
         managers.append(manager)
-    outcome = Simulation(managers[0], ids, wait=True).run(
+    outcome = simulated(
+        Simulation(managers[0], ids, wait=True, held=held),
         times_ms.astype(np.int64) * MS,
         np.array(groups),
         np.array([astuple(each) for each in tokens] if by_kind else tokens, np.int64),
@@ -292,7 +308,7 @@ def test_what_is_decided_as_a_batch_before_the_first_wait_is_the_same(data):
     manager = ResourceQuotaManager(clock=ManualClock(), max_models=2)
     for config in configs.values():
         manager.set_quota(config)
-    whole = Simulation(manager, [("m",), ("n",)], wait=True).run(trace.times_ns, index, trace.tokens)
+    whole = simulated(Simulation(manager, [("m",), ("n",)], wait=True), trace.times_ns, index, trace.tokens)
     for place, model in enumerate(report.models):
         own = index == place
         waited = own & (whole.codes == 0) & (whole.waited_ns > 0)
@@ -315,6 +331,6 @@ def test_who_is_told_early_is_told_early():
     trace = make_trace([0, 517, 517], [1, 20, 1])
     manager = ResourceQuotaManager(clock=ManualClock(), max_models=1)
     manager.set_quota(quota)
-    outcome = Simulation(manager, [("m",)], wait=True).run(trace.times_ns, None, trace.tokens)
+    outcome = simulated(Simulation(manager, [("m",)], wait=True), trace.times_ns, None, trace.tokens)
     assert (outcome.codes > 0).tolist() == [False, True, False]
     assert outcome.waited_ns.tolist() == [0, 0, 0]

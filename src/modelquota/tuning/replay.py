@@ -12,22 +12,25 @@ import numpy as np
 import numpy.typing as npt
 
 from modelquota._core.state.clock import ManualClock
-from modelquota.errors import UnknownModelError
+from modelquota.errors import CapacityError, UnknownModelError
 from modelquota.manager import ResourceQuotaManager
 from modelquota.quota.config import ResourceQuotaConfig
 from modelquota.quota.file import Quotas
 from modelquota.quota.limits import ViolationAction
 from modelquota.quota.patterns import QuotaTemplates
 from modelquota.tuning.cells import MAX_SPAN_NS, Int64Array
-from modelquota.tuning.report import ModelReplay, ReplayReport, part_of
+from modelquota.tuning.report import ModelReplay, ReplayReport
 from modelquota.tuning.simulate import Outcome, Simulation
-from modelquota.tuning.trace import Trace
+from modelquota.tuning.tally import Requests, Tally, joined
+from modelquota.tuning.trace import StreamError, Trace
 
-__all__ = ["ModelReplay", "ReplayReport", "replay", "selections", "with_patterns"]
+__all__ = ["ModelReplay", "Replay", "ReplayReport", "replay", "selections", "with_patterns"]
 
 REQUESTS_PER_CALL = 65_536
 MAX_SPEED = 1e18
 USER_PREFIX = "user:"
+# Of a trace that is read while it is replayed it is not known which ids it will name. What is not used takes no memory.
+ROOM_FOR_PATTERNS = 1 << 16
 MODELS_NAMED_IN_ERROR = 5
 
 
@@ -82,62 +85,336 @@ def replay(
         `speed` is out of range, or so small that the trace would last beyond 2**61 ns (73 years); `per_user`, and the
         trace names no user, or none of its users has a quota.
     """
-    ratio = _ratio(speed, trace)
-    templates = _templates(quotas)
-    names = _models(trace, _add_patterns(quotas, templates, trace.models if model is None else (model,)), model)
-    quotas = _add_patterns(quotas, templates, names)
-    users = _user_ids(trace, quotas, templates) if per_user else {}
-    quotas = _add_patterns(quotas, templates, tuple(users.values()))
-    deciding = {*names, *users.values()}
-    limits = [quotas[name].replace(model_id=name) for name in (*names, *users.values())]
-    meters = [
-        quota.replace(model_id=name)
-        for name, quota in quotas.items()
-        if name not in deciding and name.partition("#")[0] in deciding
-    ]
-    by_kind = bool(meters) or any(quota.token_weights != (1, 1, 1) for quota in limits)
-    limits += meters
-    times_ns = _divided(trace.times_ns, ratio)
-    before_ns = perf_counter_ns()
-    waits = wait and any(quota.on_violation in ("throttle", "queue") for quota in limits)
-    if users or trace.durations_ns is not None:
-        outcome = _simulated(_manager(limits), trace, times_ns, names, users, waits, by_kind, progress)
-    elif waits:
-        outcome = _waited(limits, trace, times_ns, names, by_kind, progress)
-    else:
-        outcome = _decided(_manager(limits), trace, times_ns, names, by_kind, progress)
-    core_time_ns = perf_counter_ns() - before_ns
-    tokens = trace.tokens
-    return ReplayReport(
-        trace=trace.path,
-        requests=len(trace),
-        duration_ns=int(times_ns[-1]) if len(trace) else 0,
-        speed=float(ratio),
-        wait=wait,
-        out_of_order=trace.out_of_order,
-        core_time_ns=core_time_ns,
-        most_waiting=outcome.most_waiting,
-        most_open=None if trace.durations_ns is None else outcome.most_open,
-        models=tuple(
-            part_of(name, times_ns, tokens, outcome, own)
-            for name, own in zip(names, selections(trace.model_index, len(names)), strict=True)
-        ),
-        users=tuple(
-            part_of(users[index], times_ns, tokens, outcome, own)
-            for index, own in enumerate(selections(trace.user_index, len(trace.users)))
-            if index in users
+    return Replay(quotas, model=model, speed=speed, wait=wait, per_user=per_user).whole(trace, progress)
+
+
+class Replay:
+    """A replay of a trace that comes in parts, for example from `TraceStream`: the report is that of the whole.
+
+    Parameters
+    ----------
+    quotas : mapping of str to ResourceQuotaConfig
+    model, speed, wait, per_user
+        As for `replay`.
+
+    Raises
+    ------
+    ValueError
+        `speed` is out of range.
+    """
+
+    def __init__(
+        self,
+        quotas: Mapping[str, ResourceQuotaConfig],
+        *,
+        model: str | None = None,
+        speed: float | Fraction = 1,
+        wait: bool = False,
+        per_user: bool = False,
+    ) -> None:
+        self._ratio = _ratio(speed)
+        self._speed = speed
+        self._quotas = quotas
+        self._templates = _templates(quotas)
+        self._model = model
+        self._wait = wait
+        self._per_user = per_user
+        self._names: tuple[str, ...] = ()
+        self._users: dict[int, str] = {}
+        self._users_seen: tuple[str, ...] = ()
+        self._by_kind = False
+        self._waits = False
+        self._manager: ResourceQuotaManager | None = None
+        self._rows_of_models: Int64Array = np.zeros(0, np.int64)
+        self._simulation: Simulation | None = None
+        self._groups: dict[int, int] = {}
+        self._held: bool | None = None
+        self._models = Tally()
+        self._user_tally = Tally()
+        # Of the requests that are not decided: their numbers, as models' and as users'.
+        self._open: tuple[Int64Array, Requests, Requests | None] | None = None
+        self._requests = 0
+        self._last_ns = 0
+        self._core_time_ns = 0
+        self._path, self._out_of_order = "", 0
+
+    def whole(self, trace: Trace, progress: Callable[[int, int], None] | None = None) -> ReplayReport:
+        """Replay a whole trace, as `replay` does, and report."""
+        _require_span(trace.duration_ns, self._speed, self._ratio)
+        self._meet(trace)
+        self._require_users()
+        requests = len(trace)
+        self._held = trace.durations_ns is not None
+        for start in range(0, requests, REQUESTS_PER_CALL):
+            part = slice(start, min(start + REQUESTS_PER_CALL, requests))
+            self.feed(trace.select(part))
+            if progress is not None:
+                progress(part.stop, requests)
+        return self.report()
+
+    def feed(self, trace: Trace) -> None:
+        """Replay the next requests, which are no earlier than those before.
+
+        Parameters
+        ----------
+        trace : Trace
+            Its times count from the first request of all; its models and users begin with those of the part before.
+
+        Raises
+        ------
+        UnknownModelError, ValueError
+            As `replay`.
+        StreamError
+            It has what only a replay of the whole trace can do: durations, though no part before had any; the first
+            model or user whose quota tells kinds of tokens apart, while requests wait or are open; or more ids that
+            match patterns of the quotas than the 65,536 that there is room for.
+        """
+        _require_span(trace.duration_ns, self._speed, self._ratio)
+        self._meet(trace)
+        if self._held is None:
+            self._held = trace.durations_ns is not None
+        elif not self._held and trace.durations_ns is not None:
+            raise StreamError("the first requests have no durations, and later ones have", trace.path)
+        times_ns = _divided(trace.times_ns, self._ratio)
+        if len(trace):
+            self._last_ns = int(times_ns[-1])
+        tokens = trace.kinds if self._by_kind else trace.tokens
+        if self._simulation is None and (self._held or self._per_user):
+            self._simulate()
+        done = 0
+        if self._simulation is None:
+            done = self._decide(trace, times_ns, tokens)
+        if self._simulation is not None and done < len(trace):
+            rest = slice(done, None)
+            self._run(trace.select(rest), times_ns[rest], tokens[rest])
+
+    def report(self) -> ReplayReport:
+        """Let what still waits be decided, and report; nothing can be fed after this.
+
+        Raises
+        ------
+        ValueError
+            The replay is per user, and the trace names no user, or none of its users has a quota.
+        """
+        self._require_users()
+        if self._simulation is None:
+            self._count_warned()
+        else:
+            before_ns = perf_counter_ns()
+            outcome = self._simulation.finish()
+            self._core_time_ns += perf_counter_ns() - before_ns
+            self._add(None, None, outcome)
+        simulation = self._simulation
+        return ReplayReport(
+            trace=self._path,
+            requests=self._requests,
+            duration_ns=self._last_ns,
+            speed=float(self._ratio),
+            wait=self._wait,
+            out_of_order=self._out_of_order,
+            core_time_ns=self._core_time_ns,
+            most_waiting=0 if simulation is None else simulation.most_waiting,
+            most_open=None if not self._held else 0 if simulation is None else simulation.most_open,
+            models=self._models.reports(dict(enumerate(self._names))),
+            users=self._user_tally.reports(self._users),
         )
-        if users
-        else (),
-    )
+
+    # -- ids
+
+    def _meet(self, trace: Trace) -> None:
+        """Set the quotas of the models and users that are new."""
+        self._path, self._out_of_order = trace.path, trace.out_of_order
+        users = trace.users if self._per_user else ()
+        models = self._names if trace.model_index is None else trace.models
+        if self._manager is not None and len(models) == len(self._names) and len(users) == len(self._users_seen):
+            return
+        quotas = _add_patterns(self._quotas, self._templates, trace.models if self._model is None else (self._model,))
+        names = _models(trace, quotas, self._model)
+        quotas = _add_patterns(quotas, self._templates, names)
+        new_users = _user_ids(users, len(self._users_seen), quotas, self._templates)
+        quotas = _add_patterns(quotas, self._templates, tuple(new_users.values()))
+        known = {*self._names, *self._users.values()}
+        new = [name for name in dict.fromkeys((*names, *new_users.values())) if name not in known]
+        deciding = set(new)
+        limits = [quotas[name].replace(model_id=name) for name in new]
+        meters = [
+            quota.replace(model_id=name)
+            for name, quota in quotas.items()
+            if name not in deciding and name not in known and name.partition("#")[0] in deciding
+        ]
+        if not self._by_kind and (meters or any(quota.token_weights != (1, 1, 1) for quota in limits)):
+            if self._simulation is not None:
+                raise StreamError(f"no quota tells kinds of tokens apart before that of {new[0]!r}", trace.path)
+            self._by_kind = True
+        limits += meters
+        self._names = names
+        self._users |= new_users
+        self._users_seen = users
+        self._models.grow(len(names))
+        self._user_tally.grow(len(users))
+        self._waits = self._waits or (
+            self._wait and any(quota.on_violation in ("throttle", "queue") for quota in limits)
+        )
+        if self._manager is None:
+            room = 0 if self._templates is None else ROOM_FOR_PATTERNS
+            self._manager = _manager(len(limits) + len(self._quotas) + room)
+        try:
+            for quota in limits:
+                self._manager.set_quota(quota)
+        except CapacityError:
+            raise StreamError(f"more than {ROOM_FOR_PATTERNS:,} ids match patterns of the quotas", trace.path) from None
+        self._rows_of_models = self._manager.codes(names)
+
+    def _require_users(self) -> None:
+        if not self._per_user or self._users:
+            return
+        if not self._users_seen:
+            raise ValueError(
+                "the trace names no users: a replay per user needs a column that says who made each request"
+            )
+        raise ValueError(
+            f"none of the trace's {len(self._users_seen)} users has a quota, such as {self._users_seen[0]!r}; "
+            f'add a table [defaults."{USER_PREFIX}*"] to the quotas'
+        )
+
+    # -- decisions
+
+    def _decide(self, trace: Trace, times_ns: Int64Array, tokens: Int64Array) -> int:
+        """Try requests once, at their times, as a batch. If requests can wait: up to the first that is denied.
+
+        Before it none waits, and a batch decides the same. From it on, all are simulated. Return how many are decided.
+        """
+        assert self._manager is not None
+        requests = len(trace)
+        index = 0 if trace.model_index is None else trace.model_index
+        rows = np.ascontiguousarray(np.broadcast_to(self._rows_of_models[index], (requests,)))
+        codes = np.empty(requests, np.uint8)
+        before_ns = perf_counter_ns()
+        if self._waits:
+            retry_after_ms = np.zeros(requests, np.int64)
+            done = self._manager._check_until_denied(rows, tokens, codes, times_ns)
+            if done and codes[done - 1]:
+                done -= 1
+                tried = 0 if trace.model_index is None else int(trace.model_index[done])
+        else:
+            retry_after_ms = np.empty(requests, np.int64)
+            self._manager.check_many(rows, tokens, codes, times_ns=times_ns, retry_after_ms=retry_after_ms)
+            done = requests
+        self._core_time_ns += perf_counter_ns() - before_ns
+        head = trace if done == requests else trace.select(slice(done))
+        part = slice(done)
+        outcome = Outcome(
+            rows=np.arange(self._requests, self._requests + done),
+            codes=codes[part],
+            waited_ns=np.zeros(done, np.int64),
+            # A batch does not say which requests violated a limit of `warn`: they are counted by the manager's use.
+            over=np.zeros(done, np.bool_),
+            retry_after_ms=retry_after_ms[part],
+        )
+        self._add(head, times_ns[part], outcome)
+        if done < requests:
+            self._count_warned(tried)
+            self._simulate()
+        return done
+
+    def _count_warned(self, tried: int = -1) -> None:
+        """Count what batches have admitted over a limit; one that the model `tried` was denied is tried again."""
+        assert self._manager is not None
+        for number, name in enumerate(self._names):
+            report = self._manager.get_model_report(name)
+            assert report is not None
+            deciding = (report, *report.meters)
+            if any(each.quota.on_violation is ViolationAction.WARN for each in deciding):
+                # a check counts at one of them
+                violations = sum(each.usage.total_violations for each in deciding) - (number == tried)
+                self._models.warned(number, violations - self._models.denied(number))
+
+    def _simulate(self) -> None:
+        """From here on, let requests wait, hold concurrency, and be charged to several ids."""
+        assert self._manager is not None
+        self._simulation = Simulation(self._manager, (), wait=self._wait, held=bool(self._held), first=self._requests)
+
+    def _run(self, trace: Trace, times_ns: Int64Array, tokens: Int64Array) -> None:
+        """Feed the simulation."""
+        assert self._simulation is not None
+        reserved = None
+        if trace.durations_ns is not None and trace.estimated_tokens is not None:
+            reserved = self._reserved(trace, trace.estimated_tokens, tokens)
+        groups = self._groups_of(trace)
+        before_ns = perf_counter_ns()
+        outcome = self._simulation.feed(
+            times_ns,
+            groups,
+            tokens,
+            reserved=reserved,
+            durations_ns=trace.durations_ns,
+            priorities=trace.priorities,
+        )
+        self._core_time_ns += perf_counter_ns() - before_ns
+        self._add(trace, times_ns, outcome)
+
+    def _reserved(self, trace: Trace, estimated: Int64Array, tokens: Int64Array) -> Int64Array:
+        if not self._by_kind:
+            return np.where(estimated < 0, tokens, estimated)
+        # What is cached is not known before.
+        prompt = np.minimum(trace.input_tokens + trace.cached_tokens, estimated)
+        guessed = np.stack((prompt, np.zeros_like(prompt), estimated - prompt), axis=1)
+        return np.where(estimated[:, np.newaxis] < 0, tokens, guessed)
+
+    def _groups_of(self, trace: Trace) -> npt.NDArray[np.integer]:
+        """Return the simulation's group of each request: those for the same model and user."""
+        assert self._simulation is not None
+        models = np.zeros(len(trace), np.int64) if trace.model_index is None else trace.model_index.astype(np.int64)
+        pairs = models << 32
+        if self._per_user and trace.user_index is not None:
+            pairs += trace.user_index.astype(np.int64) + 1
+        numbers, places = np.unique(pairs, return_inverse=True)
+        for number in numbers.tolist():
+            if number not in self._groups:
+                name = self._names[number >> 32]
+                user = self._users.get((number & 0xFFFFFFFF) - 1)
+                self._groups[number] = len(self._groups)
+                self._simulation.add_group((name,) if user is None else (user, name))
+        found: npt.NDArray[np.integer] = np.array([self._groups[number] for number in numbers.tolist()])[places]
+        return found
+
+    # -- sums
+
+    def _add(self, trace: Trace | None, times_ns: Int64Array | None, outcome: Outcome) -> None:
+        """Add requests, and what has become of them or of earlier ones, to the sums."""
+        numbers = np.arange(0)
+        asked = NOTHING
+        of_users = NOTHING if self._per_user else None
+        if trace is not None and times_ns is not None:
+            numbers = np.arange(self._requests, self._requests + len(trace))
+            asked = _of_models(trace, times_ns)
+            if self._per_user:
+                of_users = _of_users(trace, times_ns)
+            self._requests += len(trace)
+        decided, decided_users = asked, of_users
+        if self._open is not None or len(outcome.rows) < len(numbers):
+            if self._open is not None:
+                numbers = np.concatenate((self._open[0], numbers))
+                decided = joined((self._open[1], asked))
+                if of_users is not None and self._open[2] is not None:
+                    decided_users = joined((self._open[2], of_users))
+            places = np.searchsorted(numbers, outcome.rows)
+            left = np.ones(len(numbers), np.bool_)
+            left[places] = False
+            self._open = None
+            if left.any():
+                self._open = numbers[left], decided[left], None if decided_users is None else decided_users[left]
+            decided = decided[places]
+            decided_users = None if decided_users is None else decided_users[places]
+        self._models.add(asked, decided, outcome)
+        if of_users is not None and decided_users is not None:
+            self._user_tally.add(of_users, decided_users, outcome)
 
 
-def _manager(limits: Sequence[ResourceQuotaConfig]) -> ResourceQuotaManager:
-    manager = ResourceQuotaManager(clock=ManualClock(), max_models=len(limits))
+def _manager(most: int) -> ResourceQuotaManager:
+    manager = ResourceQuotaManager(clock=ManualClock(), max_models=most)
     # What is denied is in the report; in the log of the program it would look as if it had happened.
     manager._events.on_violation = _ignore  # type: ignore[method-assign]
-    for quota in limits:
-        manager.set_quota(quota)
     return manager
 
 
@@ -145,141 +422,31 @@ def _ignore(model_id: str, result: object, since_last: int) -> None:
     pass
 
 
-def _decided(
-    manager: ResourceQuotaManager,
-    trace: Trace,
-    times_ns: Int64Array,
-    names: Sequence[str],
-    by_kind: bool,
-    progress: Callable[[int, int], None] | None,
-) -> Outcome:
-    """Try every request once, at its time, as a batch; with its tokens by kind if the quotas tell them apart."""
-    requests = len(trace)
-    tokens = trace.kinds if by_kind else trace.tokens
-    rows_of_models = manager.codes(names)
-    codes = np.empty(requests, np.uint8)
-    retry_after_ms = np.empty(requests, np.int64)
-    for start in range(0, requests, REQUESTS_PER_CALL):
-        part = slice(start, min(start + REQUESTS_PER_CALL, requests))
-        index = 0 if trace.model_index is None else trace.model_index[part]
-        rows = np.ascontiguousarray(np.broadcast_to(rows_of_models[index], (part.stop - start,)))
-        manager.check_many(
-            rows, tokens[part], codes[part], times_ns=times_ns[part], retry_after_ms=retry_after_ms[part]
-        )
-        if progress is not None:
-            progress(part.stop, requests)
-    return Outcome(
-        codes=codes,
-        waited_ns=np.zeros(requests, np.int64),
-        # A batch does not say which requests violated a limit of `warn`: _warned counts them by the manager's use.
-        over=_warned(manager, trace, names, codes),
-        retry_after_ms=retry_after_ms,
-        most_waiting=0,
-        most_open=0,
-    )
+NOTHING = Requests(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-def _warned(
-    manager: ResourceQuotaManager, trace: Trace, names: Sequence[str], codes: npt.NDArray[np.uint8]
-) -> npt.NDArray[np.bool_]:
-    """Mark as many admitted requests of each model as were admitted over a limit."""
-    over = np.zeros(len(codes), np.bool_)
-    for name, own in zip(names, selections(trace.model_index, len(names)), strict=True):
-        report = manager.get_model_report(name)
-        assert report is not None
-        deciding = (report, *report.meters)
-        if any(each.quota.on_violation is ViolationAction.WARN for each in deciding):
-            rows = np.arange(len(codes))[own]
-            admitted = rows[codes[rows] == 0]
-            violations = sum(each.usage.total_violations for each in deciding)  # a check counts at one of them
-            over[admitted[: violations - (len(rows) - len(admitted))]] = True
-    return over
+def _of_models(trace: Trace, times_ns: Int64Array) -> Requests:
+    index = np.zeros(len(trace), np.int32) if trace.model_index is None else trace.model_index
+    return Requests(times_ns, trace.tokens, index)
 
 
-def _waited(
-    limits: Sequence[ResourceQuotaConfig],
-    trace: Trace,
-    times_ns: Int64Array,
-    names: Sequence[str],
-    by_kind: bool,
-    progress: Callable[[int, int], None] | None,
-) -> Outcome:
-    """Let requests wait. Before the first one that would be denied none waits, and a batch decides the same."""
-    requests = len(trace)
-    once = _decided(_manager(limits), trace, times_ns, names, by_kind, None)
-    denied = np.flatnonzero(once.codes)
-    if not len(denied):
-        if progress is not None:
-            progress(requests, requests)
-        return once
-    first = int(denied[0])
-    manager = _manager(limits)
-    head = _decided(manager, trace.select(slice(first)), times_ns[:first], names, by_kind, None)
-
-    def step(done: int, _: int) -> None:
-        if progress is not None:
-            progress(first + done, requests)
-
-    rest = _simulated(manager, trace.select(slice(first, None)), times_ns[first:], names, {}, True, by_kind, step)
-    return Outcome(
-        codes=np.concatenate((head.codes, rest.codes)),
-        waited_ns=np.concatenate((head.waited_ns, rest.waited_ns)),
-        over=np.concatenate((head.over, rest.over)),
-        retry_after_ms=np.concatenate((head.retry_after_ms, rest.retry_after_ms)),
-        most_waiting=rest.most_waiting,
-        most_open=0,
-    )
+def _of_users(trace: Trace, times_ns: Int64Array) -> Requests:
+    index = np.full(len(trace), -1, np.int32) if trace.user_index is None else trace.user_index
+    return Requests(times_ns, trace.tokens, index)
 
 
-def _simulated(
-    manager: ResourceQuotaManager,
-    trace: Trace,
-    times_ns: Int64Array,
-    names: Sequence[str],
-    users: Mapping[int, str],
-    wait: bool,
-    by_kind: bool,
-    progress: Callable[[int, int], None] | None,
-) -> Outcome:
-    """Let requests wait, hold concurrency, and be charged to several ids."""
-    models = np.zeros(len(trace), np.int64) if trace.model_index is None else trace.model_index
-    pairs = models if trace.user_index is None or not users else models + len(names) * (trace.user_index + 1)
-    numbers, groups = np.unique(pairs, return_inverse=True)
-    ids = []
-    for number in numbers.tolist():
-        user = users.get(number // len(names) - 1) if users else None
-        ids.append((names[number % len(names)],) if user is None else (user, names[number % len(names)]))
-    tokens = trace.kinds if by_kind else trace.tokens
-    durations_ns, estimated = trace.durations_ns, trace.estimated_tokens
-    reserved = None
-    if durations_ns is not None and estimated is not None:
-        if by_kind:  # what is cached is not known before
-            prompt = np.minimum(trace.input_tokens + trace.cached_tokens, estimated)
-            guessed = np.stack((prompt, np.zeros_like(prompt), estimated - prompt), axis=1)
-            reserved = np.where(estimated[:, np.newaxis] < 0, tokens, guessed)
-        else:
-            reserved = np.where(estimated < 0, tokens, estimated)
-    return Simulation(manager, ids, wait=wait).run(
-        times_ns,
-        groups,
-        tokens,
-        reserved=reserved,
-        durations_ns=durations_ns,
-        priorities=trace.priorities,
-        progress=progress,
-    )
-
-
-def _ratio(speed: float | Fraction, trace: Trace) -> Fraction:
+def _ratio(speed: float | Fraction) -> Fraction:
     if not 0 < speed <= MAX_SPEED:
         raise ValueError(f"speed is {speed}; expected above 0 and up to {MAX_SPEED:.0e}, e.g. 24: a day in an hour")
-    ratio = Fraction(str(speed) if isinstance(speed, float) else speed)
-    if trace.duration_ns / ratio > MAX_SPAN_NS:
+    return Fraction(str(speed) if isinstance(speed, float) else speed)
+
+
+def _require_span(duration_ns: int, speed: float | Fraction, ratio: Fraction) -> None:
+    if duration_ns / ratio > MAX_SPAN_NS:
         raise ValueError(
             f"speed is {speed}, so small that this trace would last more than 73 years; "
-            f"expected at least {float(Fraction(trace.duration_ns, MAX_SPAN_NS)):.3g}"
+            f"expected at least {float(Fraction(duration_ns, MAX_SPAN_NS)):.3g}"
         )
-    return ratio
 
 
 def _divided(times_ns: Int64Array, ratio: Fraction) -> Int64Array:
@@ -318,22 +485,15 @@ def _add_patterns(
 
 
 def _user_ids(
-    trace: Trace, quotas: Mapping[str, ResourceQuotaConfig], templates: QuotaTemplates | None
+    users: Sequence[str], known: int, quotas: Mapping[str, ResourceQuotaConfig], templates: QuotaTemplates | None
 ) -> dict[int, str]:
-    """Return, by index, the ids of the users that have a quota."""
-    if trace.user_index is None:
-        raise ValueError("the trace names no users: a replay per user needs a column that says who made each request")
+    """Return, by index, the ids of the users that have a quota, without those that are known."""
     ids = {}
-    for index, user in enumerate(trace.users):
-        for model_id in (user, USER_PREFIX + user):
+    for index in range(known, len(users)):
+        for model_id in (users[index], USER_PREFIX + users[index]):
             if model_id in quotas or (templates is not None and templates.resolve(model_id) is not None):
                 ids[index] = model_id
                 break
-    if not ids:
-        raise ValueError(
-            f"none of the trace's {len(trace.users)} users has a quota, such as {trace.users[0]!r}; "
-            f'add a table [defaults."{USER_PREFIX}*"] to the quotas'
-        )
     return ids
 
 

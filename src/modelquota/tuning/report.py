@@ -3,12 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from modelquota.quota.limits import Limit
-from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
-from modelquota.tuning.simulate import NS_PER_MS, Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +27,14 @@ class ModelReplay:
         Requests that waited and were admitted, and that waited and were denied in the end. 0 if the replay does not
         wait.
     median_wait_ms, p99_wait_ms, longest_wait_ms : float or None
-        How long those that waited and were admitted had to wait; None if none did.
+        How long those that waited and were admitted had to wait; None if none did. Of more than half a million
+        different waits, median and p99 are exact to one part in 16,000.
     tokens, tokens_admitted : int
         Tokens of all kinds, of all requests and of those admitted.
     longest_retry_after_ms : int or None
         Longest retry time that was reported to a denied request; None if none was reported.
     median_retry_after_ms : float or None
-        The median of the same times.
+        The median of the same times, as exact as that of the waits.
     peak_requests, peak_tokens : int
         The most that was admitted in any second, not just in seconds aligned to the clock.
     peak_requests_asked, peak_tokens_asked : int
@@ -125,55 +121,3 @@ class ReplayReport:
             "models": [model.to_dict() for model in self.models],
             "users": [user.to_dict() for user in self.users],
         }
-
-
-def part_of(
-    name: str,
-    times_ns: Int64Array,
-    tokens: Int64Array,
-    outcome: Outcome,
-    own: npt.NDArray[np.intp] | slice,
-) -> ModelReplay:
-    """Return the part of some requests of an outcome, given in order of time."""
-    codes, waited_ns, retry_after_ms = outcome.codes[own], outcome.waited_ns[own], outcome.retry_after_ms[own]
-    times_ns, tokens = times_ns[own], tokens[own]
-    admitted = codes == 0
-    retries_ms = retry_after_ms[retry_after_ms > 0]
-    waits_ms = waited_ns[admitted & (waited_ns > 0)] / NS_PER_MS
-    counts = np.bincount(codes, minlength=max(Limit) + 1)
-    admitted_ns = (times_ns + waited_ns)[admitted]
-    order = np.argsort(admitted_ns, kind="stable") if len(waits_ms) else slice(None)
-    peak_requests_asked, peak_tokens_asked = peak_requests, peak_tokens = _peaks(times_ns, tokens)
-    if counts[0] < len(codes) or len(waits_ms):
-        peak_requests, peak_tokens = _peaks(admitted_ns[order], tokens[admitted][order])
-    return ModelReplay(
-        model_id=name,
-        requests=len(codes),
-        admitted=int(counts[0]),
-        warned=int(np.count_nonzero(outcome.over[own])),
-        denied={limit: int(counts[limit]) for limit in Limit},
-        never=int(np.count_nonzero(retry_after_ms < 0)),
-        waited=len(waits_ms),
-        timed_out=int(np.count_nonzero(~admitted & (waited_ns > 0))),
-        median_wait_ms=float(np.median(waits_ms)) if len(waits_ms) else None,
-        p99_wait_ms=float(np.percentile(waits_ms, 99)) if len(waits_ms) else None,
-        longest_wait_ms=float(waits_ms.max()) if len(waits_ms) else None,
-        tokens=int(tokens.sum()),
-        tokens_admitted=int(tokens[admitted].sum()),
-        longest_retry_after_ms=int(retries_ms.max()) if len(retries_ms) else None,
-        median_retry_after_ms=float(np.median(retries_ms)) if len(retries_ms) else None,
-        peak_requests=peak_requests,
-        peak_tokens=peak_tokens,
-        peak_requests_asked=peak_requests_asked,
-        peak_tokens_asked=peak_tokens_asked,
-    )
-
-
-def _peaks(times_ns: Int64Array, tokens: Int64Array) -> tuple[int, int]:
-    """Return the most requests and the most tokens in any half-open second. `times_ns` is in order."""
-    if not len(times_ns):
-        return 0, 0
-    # The busiest second can be assumed to start with a request.
-    end = np.searchsorted(times_ns, times_ns + NS_PER_SECOND, side="left")
-    tokens_before = np.concatenate((np.zeros(1, np.int64), np.cumsum(tokens)))
-    return int((end - np.arange(len(end))).max()), int((tokens_before[end] - tokens_before[:-1]).max())

@@ -6,8 +6,9 @@ manager too: `peek_quota` says how long the first in line, or the smallest of th
 
 import heapq
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,19 +25,36 @@ from modelquota.tuning.cells import NS_PER_SECOND, Int64Array
 REQUESTS_PER_STEP = 16_384
 # After so many that were admitted one by one, the next are tried at once: first so many, then twice as many, and so on.
 LEAST_AT_ONCE = 64
+# So many costs of requests that do not wait any more are left where they are, or as many as do wait.
+SPARE_COSTS = 1_024
 NS_PER_MS = 1_000_000
 NEVER = 2**62
 WAITING_ACTIONS = (ViolationAction.THROTTLE, ViolationAction.QUEUE)
 
 
 class _SimulatedWaiter(Waiter):
-    """A request that waits in simulated time: the simulation moves the clock, so it has nothing to watch."""
+    """A request that waits in simulated time: the simulation moves the clock, so it has nothing to watch.
 
-    def __init__(self, index: int, group: "_Group", cost: TokenCount, done: list["_SimulatedWaiter"]) -> None:
+    Of one that is queued, the attributes say what the simulation needs to know when the part it came in is gone.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        group: "_Group",
+        cost: TokenCount,
+        arrived_ns: int,
+        over: bool,
+        done: list["_SimulatedWaiter"],
+    ) -> None:
         self.context = None
         self.index = index
         self.group = group
         self.cost = cost
+        self.arrived_ns = arrived_ns
+        self.over = over
+        self.duration_ns = 0
+        self.used: TokenCount | None = None
         self._done = done
 
     def prepare(self) -> None:
@@ -70,6 +88,9 @@ class _Group:
         self.waiting[waiter.index] = waiter
         if not isinstance(waiter.cost, Tokens):
             heapq.heappush(self.costs, (operator.index(waiter.cost), waiter.index))
+            if len(self.costs) > 2 * len(self.waiting) + SPARE_COSTS:
+                self.costs = [cost for cost in self.costs if cost[1] in self.waiting]
+                heapq.heapify(self.costs)
 
     def least_costs(self) -> Sequence[TokenCount]:
         """Costs of those that wait, of which one is the first to fit: what has more of no kind never fits later."""
@@ -87,10 +108,12 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of each request, in the order of the trace.
+    """What became of some requests, in the order of the trace.
 
     Attributes
     ----------
+    rows : int64 array
+        Their numbers in the trace, from 0.
     codes : uint8 array
         0 if it was admitted, otherwise the `Limit` for which it was denied.
     waited_ns : int64 array
@@ -99,50 +122,82 @@ class Outcome:
         Admitted over a limit, because the action is `warn`.
     retry_after_ms : int64 array
         What a denied request was told; 0 if it was admitted, -1 if no wait helps.
-    most_waiting : int
-        The most requests that waited at one time.
-    most_open : int
-        The most requests that were admitted and not finished; 0 without durations.
     """
 
+    rows: Int64Array
     codes: npt.NDArray[np.uint8]
     waited_ns: Int64Array
     over: npt.NDArray[np.bool_]
     retry_after_ms: Int64Array
-    most_waiting: int
-    most_open: int
 
 
 class Simulation:
     """One run of requests over a manager with a `ManualClock`, which is at 0 or later.
 
+    The requests are fed in parts, and what is undecided at the end of one part is decided in a later one: the parts
+    make no difference.
+
     Parameters
     ----------
     manager : ResourceQuotaManager
     groups : sequence of tuple of str
-        The ids of each group of requests.
+        The ids of each group of requests; `add_group` adds more.
     wait : bool
         Whether requests that throttle or queue wait, rather than being denied at once.
+    held : bool
+        Whether requests have durations, and hold concurrency for that long.
+    first : int
+        The number of the first request.
+
+    Attributes
+    ----------
+    most_waiting : int
+        The most requests that waited at one time so far.
+    most_open : int
+        The most requests that were admitted and not finished; 0 if nothing is held.
     """
 
-    def __init__(self, manager: ResourceQuotaManager, groups: Sequence[tuple[str, ...]], *, wait: bool) -> None:
+    def __init__(
+        self,
+        manager: ResourceQuotaManager,
+        groups: Sequence[tuple[str, ...]],
+        *,
+        wait: bool,
+        held: bool = False,
+        first: int = 0,
+    ) -> None:
         clock = manager.clock
         assert clock is not None
         self._manager = manager
         self._clock = clock
         self._wait = wait
-        self._groups = [_Group(ids, manager) for ids in groups]
-        self._warns = any(group.warns for group in self._groups)
+        self._held = held
+        self._groups: list[_Group] = []
+        self._warns = False
+        for ids in groups:
+            self.add_group(ids)
         self._busy: set[_Group] = set()
         self._done: list[_SimulatedWaiter] = []
-        self._releases: list[tuple[int, int, int, Grant]] = []
+        self._releases: list[tuple[int, int, Grant, TokenCount | None]] = []
         self._deadlines: list[tuple[int, int, _SimulatedWaiter]] = []
         self._next_ns = NEVER  # of all releases, deadlines and groups: the earliest
         self._serial = 0
-        self._waiting = self._most_waiting = 0
-        self._open = self._most_open = 0
+        self._in_row = 0
+        self._waiting = self.most_waiting = 0
+        self._open = self.most_open = 0
+        # Of this part: the number of its first request, and one more than that of its last.
+        self._first = self._end = first
+        # What became of requests of earlier parts, each as a row of `Outcome`.
+        self._late: list[tuple[int, int, int, bool, int]] = []
 
-    def run(
+    def add_group(self, ids: tuple[str, ...]) -> None:
+        """Add a group; its number is one more than that of the last."""
+        group = _Group(ids, self._manager)
+        self._groups.append(group)
+        self._warns = self._warns or group.warns
+        self._codes_of_all: Int64Array | None = None
+
+    def feed(
         self,
         times_ns: Int64Array,
         group_index: npt.NDArray[np.integer] | None,
@@ -151,61 +206,83 @@ class Simulation:
         reserved: Int64Array | None = None,
         durations_ns: Int64Array | None = None,
         priorities: Int64Array | None = None,
-        progress: Callable[[int, int], None] | None = None,
     ) -> Outcome:
-        """Run the requests, given in order of time, and then those that still wait.
+        """Run the next requests, given in order of time; return what has been decided by the time of the last.
 
         Parameters
         ----------
         times_ns : int64 array
             When each request arrives.
-        tokens : int64 array, shape (n,) or (n, 3)
-            What it costs; or its input, cached and output tokens.
         group_index : integer array or None
             The group of each request; None if there is only one.
+        tokens : int64 array, shape (n,) or (n, 3)
+            What it costs; or its input, cached and output tokens.
         reserved : int64 array, optional
-            What is reserved until the request ends and is settled by `tokens`, of the same shape; needs `durations_ns`.
+            What is reserved until the request ends and is settled by `tokens`, of the same shape; only if it is held.
         durations_ns : int64 array, optional
-            From admission to release, during which concurrency is held; by default nothing is held.
+            From admission to release, if requests are held; by default 0.
         priorities : int64 array, optional
             As for `acquire`; 0 by default.
-        progress : callable, optional
-            Called as `progress(requests_done, total_requests)`.
         """
         requests = len(times_ns)
-        self._codes = np.zeros(requests, np.uint8)
-        self._waited_ns = np.zeros(requests, np.int64)
-        self._over = np.zeros(requests, np.bool_)
-        self._retry_after_ms = np.zeros(requests, np.int64)
+        self._begin(requests)
         self._times_ns, self._tokens = times_ns, tokens
         self._durations_ns, self._reserved = durations_ns, reserved
-        self._in_row = 0
         # A batch does not say which requests were admitted over a limit.
-        codes = None if self._warns or durations_ns is not None else self._codes_of_groups()
+        codes = None if self._warns or self._held else self._codes_of_groups()
         for start in range(0, requests, REQUESTS_PER_STEP):
             part = slice(start, min(start + REQUESTS_PER_STEP, requests))
             times = times_ns[part].tolist()
             costs = token_counts((tokens if reserved is None else reserved)[part])
             groups = [0] * len(times) if group_index is None else group_index[part].tolist()
             ranks = [0] * len(times) if priorities is None else priorities[part].tolist()
-            if durations_ns is not None:
+            if self._held:
                 self._step_held(start, times, groups, costs, ranks)
             else:
                 self._step(start, times, groups, costs, ranks, None if codes is None else codes[groups])
-            if progress is not None:
-                progress(part.stop, requests)
+        return self._outcome()
+
+    def finish(self) -> Outcome:
+        """Let time pass until none waits; return what became of those that did."""
+        self._begin(0)
         while self._next_ns < NEVER:
             self._go_to(self._next_ns)
-        return Outcome(
-            self._codes, self._waited_ns, self._over, self._retry_after_ms, self._most_waiting, self._most_open
-        )
+        return self._outcome()
+
+    def _begin(self, requests: int) -> None:
+        self._first = self._end
+        self._end += requests
+        self._codes = np.zeros(requests, np.uint8)
+        self._waited_ns = np.zeros(requests, np.int64)
+        self._over = np.zeros(requests, np.bool_)
+        self._retry_after_ms = np.zeros(requests, np.int64)
+        self._decided = np.ones(requests, np.bool_)
+
+    def _outcome(self) -> Outcome:
+        """Return what became of requests of earlier parts, and then of those of this one."""
+        rows = np.arange(self._first, self._end)
+        columns: tuple[npt.NDArray[Any], ...]
+        columns = rows, self._codes, self._waited_ns, self._over, self._retry_after_ms
+        if not self._decided.all():
+            columns = tuple(column[self._decided] for column in columns)
+        if self._late:
+            late = sorted(self._late)
+            columns = tuple(
+                np.concatenate((np.array([row[place] for row in late], column.dtype), column))
+                for place, column in enumerate(columns)
+            )
+            self._late.clear()
+        return Outcome(*columns)
 
     def _codes_of_groups(self) -> Int64Array:
         """Return a row of codes for each group, with 0 after the last."""
+        if self._codes_of_all is not None:
+            return self._codes_of_all
         ids = [group.ids if isinstance(group.ids, tuple) else (group.ids,) for group in self._groups]
         codes = np.zeros((len(ids), max(map(len, ids), default=1)), np.int64)
         for row, names in zip(codes, ids, strict=True):
             row[: len(names)] = self._manager.codes(names)
+        self._codes_of_all = codes
         return codes
 
     def _step(
@@ -257,7 +334,7 @@ class Simulation:
             if self._wait and result.action in WAITING_ACTIONS:
                 self._enter(start + index, group, costs[index], ranks[index])
             else:
-                self._deny(start + index, result)
+                self._deny(self._first + start + index, 0, False, result)
         self._in_row = in_row
 
     def _admit_at_once(self, start: int, index: int, codes: Int64Array) -> int:
@@ -285,21 +362,28 @@ class Simulation:
 
     # -- events
 
-    def _enter(self, index: int, group: _Group, cost: TokenCount, priority: int) -> None:
-        """Try to admit a request, or let it wait."""
+    def _enter(self, place: int, group: _Group, cost: TokenCount, priority: int) -> None:
+        """Try to admit a request of this part, or let it wait."""
+        now_ns = self._clock.now_ns
+        over = False
         if self._warns:
             seen = self._manager.peek_quota(group.ids, cost)
-            self._over[index] = seen.allowed and seen.limit is not None
-        waiter = _SimulatedWaiter(index, group, cost, self._done)
+            over = self._over[place] = seen.allowed and seen.limit is not None
+        index = self._first + place
+        waiter = _SimulatedWaiter(index, group, cost, now_ns, over, self._done)
         timeout = None if self._wait else 0
         try:
             outcome = self._manager._admit_or_queue(waiter, group.ids, cost, 0, 0, timeout, priority, nowait=False)
         except QuotaExceededError as error:
-            self._deny(index, error.result)
+            self._deny(index, 0, over, error.result)
             return
         assert outcome is not None  # no other process or thread can hold a lock
+        if self._durations_ns is not None:
+            waiter.duration_ns = max(int(self._durations_ns[place]), 0)
+        if self._reserved is not None:
+            waiter.used = token_counts(self._tokens[place : place + 1])[0]
         if isinstance(outcome, Grant):
-            self._admit(index, outcome)
+            self._hold(waiter, outcome)
             if self._done:
                 self._settle()
                 self._look()
@@ -307,35 +391,43 @@ class Simulation:
         if waiter.done:  # at the first look of the queue
             self._settle()
             return
-        now_ns = self._clock.now_ns
+        self._decided[place] = False
         group.add(waiter)
         for grace_ns in group.grace_ns:
             self._serial += 1
             heapq.heappush(self._deadlines, (now_ns + grace_ns, self._serial, waiter))
         self._waiting += 1
-        self._most_waiting = max(self._most_waiting, self._waiting)
+        self.most_waiting = max(self.most_waiting, self._waiting)
         self._busy.add(group)
         group.dirty = True
         self._look()
 
-    def _admit(self, index: int, grant: Grant) -> None:
+    def _hold(self, waiter: _SimulatedWaiter, grant: Grant) -> None:
         """Hold what was granted until the request ends."""
-        if self._durations_ns is None:
+        if not self._held:
             grant.release()
             return
         self._open += 1
-        self._most_open = max(self._most_open, self._open)
+        self.most_open = max(self.most_open, self._open)
         self._serial += 1
-        ends_ns = self._clock.now_ns + max(int(self._durations_ns[index]), 0)
-        heapq.heappush(self._releases, (ends_ns, self._serial, index, grant))
+        ends_ns = self._clock.now_ns + waiter.duration_ns
+        heapq.heappush(self._releases, (ends_ns, self._serial, grant, waiter.used))
         self._next_ns = min(self._next_ns, ends_ns)
 
-    def _deny(self, index: int, result: QuotaCheckResult) -> None:
+    def _deny(self, index: int, waited_ns: int, over: bool, result: QuotaCheckResult) -> None:
         assert result.limit is not None
-        self._codes[index] = result.limit
-        self._waited_ns[index] = self._clock.now_ns - int(self._times_ns[index])
         retry_ms = result.retry_after_ms
-        self._retry_after_ms[index] = -1 if retry_ms is None else retry_ms
+        self._put(index, result.limit, waited_ns, over, -1 if retry_ms is None else retry_ms)
+
+    def _put(self, index: int, code: int, waited_ns: int, over: bool, retry_after_ms: int) -> None:
+        place = index - self._first
+        if place < 0:
+            self._late.append((index, code, waited_ns, over, retry_after_ms))
+            return
+        self._codes[place] = code
+        self._waited_ns[place] = waited_ns
+        self._retry_after_ms[place] = retry_after_ms
+        self._decided[place] = True
 
     def _go_to(self, at_ns: int) -> None:
         """Move the clock, which serves the queues, and end what ends now."""
@@ -345,9 +437,9 @@ class Simulation:
         self._settle()
         released = False
         while self._releases and self._releases[0][0] <= at_ns:
-            _, _, index, grant = heapq.heappop(self._releases)
-            if self._reserved is not None:
-                grant.settle(token_counts(self._tokens[index : index + 1])[0])
+            _, _, grant, used = heapq.heappop(self._releases)
+            if used is not None:
+                grant.settle(used)
             grant.release()
             self._open -= 1
             released = True
@@ -365,13 +457,14 @@ class Simulation:
             if group.waiting.pop(index, None) is not None:
                 self._waiting -= 1
             group.dirty = True
+            waited_ns = self._clock.now_ns - waiter.arrived_ns
             try:
                 grant = waiter.take()
             except QuotaExceededError as error:
-                self._deny(index, error.result)
+                self._deny(index, waited_ns, waiter.over, error.result)
             else:
-                self._waited_ns[index] = self._clock.now_ns - int(self._times_ns[index])
-                self._admit(index, grant)
+                self._put(index, 0, waited_ns, waiter.over, 0)
+                self._hold(waiter, grant)
             waiter.leave()
 
     def _look(self) -> None:

@@ -44,6 +44,7 @@ class Table:
         self.origin_ns: int | None = 0 if self.unit_ns else None
         self.has_offset = False
         self.rows = 0
+        self.taken = 0  # rows before these
         self.torn = 0
         blocks = columns.get("blocks")
         self.prefix = PrefixBlocks(format.block_tokens, blocks) if blocks is not None else None
@@ -158,7 +159,7 @@ class Table:
         self.rows += len(next(iter(block.values())))
 
     def line_of(self, row: int) -> int:
-        """Return the line of a row of the trace, both in the order of the file."""
+        """Return the line of a row that was not taken, both in the order of the file."""
         at = max(i for i, (first, _) in enumerate(self._lines) if first <= row)
         first, lines = self._lines[at]
         return lines + row - first if isinstance(lines, int) else lines[row - first]
@@ -168,18 +169,22 @@ class Table:
         parts = self._parts.get(role)
         if parts is None:
             return None
-        joined: Int64Array = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        parts[:] = [joined]
-        return joined
+        if len(parts) != 1:
+            parts[:] = [np.concatenate(parts) if parts else np.zeros(0, np.int64)]
+        return parts[0]
 
     def whole(self) -> Parsed:
         """Return all columns."""
         return {role: column for role in self._parts if (column := self.column(role)) is not None}
 
     def take(self) -> Parsed:
-        """Return all columns, and keep none of them."""
+        """Return all columns, and keep no rows of them."""
         columns = self.whole()
-        self._parts.clear()
+        for parts in self._parts.values():
+            parts.clear()
+        self._lines.clear()
+        self.taken += self.rows
+        self.rows = 0
         return columns
 
 

@@ -8,6 +8,7 @@ line and column.
 import difflib
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,17 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from modelquota.errors import TraceError
-from modelquota.tuning.cells import MISSING, NS_PER_SECOND, UNITS_NS, BadRow, Int64Array
+from modelquota.tuning.cells import MAX_SPAN_NS, MISSING, NS_PER_SECOND, UNITS_NS, BadRow, Int64Array
 from modelquota.tuning.csvtable import CsvReader, OpenQuote, decoded, header_cells
 from modelquota.tuning.detect import BadLine, Choice, expected_columns, table_for
 from modelquota.tuning.formats import FORMATS, ROLES
 from modelquota.tuning.jsonlines import JsonReader, parse_record
 from modelquota.tuning.source import NEWLINE, Progress, blocks, count_of, name_of
-from modelquota.tuning.table import Table
+from modelquota.tuning.table import Parsed, Table
 
-__all__ = ["Trace", "read_trace"]
+__all__ = ["StreamError", "Trace", "TraceStream", "read_trace"]
 
 Index32Array = npt.NDArray[np.int32]
+
+# What is made of a part fits in a processor's cache; what is held back takes some 15 MB.
+PART_ROWS = 1 << 14
+HELD_ROWS = 1 << 18
+NOT_SORTED = "the trace is not sorted by time: this row is earlier than rows far above it"
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -187,18 +193,99 @@ def read_trace(
     OSError
         The file cannot be opened or read.
     """
-    _require("format", format, FORMATS)
-    _require("time_unit", time_unit, ("timestamp", *UNITS_NS))
-    for role in columns or ():
-        _require("column", role, ROLES)
-    name = name_of(path)
-    choice = Choice(None if format is None else FORMATS[format], time_unit, dict(columns or {}))
-    try:
-        table, ignored = _read(name, blocks(path, progress), choice)
-        notes = _finish(table)
-    except BadLine as bad:
-        raise TraceError(bad.message, path=name, line=bad.line, column=bad.column) from None
-    return _trace(name, table, ignored, notes)
+    (trace,) = TraceStream(path, format=format, time_unit=time_unit, columns=columns, progress=progress, part_rows=None)
+    return trace
+
+
+class StreamError(TraceError):
+    """A trace cannot be replayed while it is read, only as a whole: read it again, with `read_trace`."""
+
+
+class TraceStream:
+    """A request trace in parts, read while they are asked for: for a replay that does not hold all of it.
+
+    Rows that are out of order are sorted if they are near each other: the last `held_rows` rows are held back. A trace
+    that is shorter than these and one part is one part, as `read_trace` returns it, whatever its order.
+
+    Parameters
+    ----------
+    path, format, time_unit, columns, progress
+        As for `read_trace`.
+    part_rows : int or None
+        How many rows a part has, but for the last; blocks of the file are not divided, so it may be some more. None for
+        one part that is the whole trace.
+    held_rows : int
+        How many rows are held back, at least.
+
+    Attributes
+    ----------
+    name : str
+        The path, or ``standard input``.
+
+    Raises
+    ------
+    ValueError
+        As `read_trace`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: str | None = None,
+        time_unit: str | None = None,
+        columns: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+        part_rows: int | None = PART_ROWS,
+        held_rows: int = HELD_ROWS,
+    ) -> None:
+        _require("format", format, FORMATS)
+        _require("time_unit", time_unit, ("timestamp", *UNITS_NS))
+        for role in columns or ():
+            _require("column", role, ROLES)
+        self.name = name_of(path)
+        self._choice = Choice(None if format is None else FORMATS[format], time_unit, dict(columns or {}))
+        self._data = blocks(path, progress)
+        self._part_rows = part_rows
+        self._held_rows = held_rows
+
+    def __iter__(self) -> Iterator[Trace]:
+        """Yield the parts, once.
+
+        Times count from the first request of all, models and users begin with those of the parts before, and notes and
+        `out_of_order` are about all that was read so far.
+
+        Raises
+        ------
+        TraceError, OSError
+            As `read_trace`.
+        StreamError
+            The trace is not sorted by time, and a row is earlier than some that were yielded; or times are missing, of
+            which the rows before decide.
+        """
+        try:
+            yield from self._parts()
+        except BadLine as bad:
+            raise TraceError(bad.message, path=self.name, line=bad.line, column=bad.column) from None
+
+    def _parts(self) -> Iterator[Trace]:
+        part_rows = self._part_rows
+        held: _Held | None = None
+        for table, ignored in _read(self._data, self._choice):
+            if part_rows is None or table.rows < (part_rows if held is not None else part_rows + self._held_rows):
+                continue
+            if held is None:
+                held = _Held(self.name, table, ignored)
+            held.add(whole=False)
+            yield from held.parts(part_rows, self._held_rows)
+        if part_rows is None or held is None:
+            held = _Held(self.name, table, ignored)
+            held.add(whole=True)
+            yield held.all()
+            return
+        if table.rows:
+            held.add(whole=False)
+        yield from held.parts(part_rows, 0)
 
 
 def _require(what: str, given: str | None, known: Mapping[str, object] | Sequence[str]) -> None:
@@ -208,8 +295,8 @@ def _require(what: str, given: str | None, known: Mapping[str, object] | Sequenc
         raise ValueError(f"{what} is {given!r}; expected one of {', '.join(known)}{hint}")
 
 
-def _read(name: str, data: Iterator[bytes], choice: Choice) -> tuple[Table, tuple[str, ...]]:
-    """Read all blocks; return the table and the columns that are not in it."""
+def _read(data: Iterator[bytes], choice: Choice) -> Iterator[tuple[Table, tuple[str, ...]]]:
+    """Read one block after another; yield the table and the columns that are not in it after each."""
     line = 1
     reader: CsvReader | JsonReader | None = None
     table: Table | None = None
@@ -237,11 +324,13 @@ def _read(name: str, data: Iterator[bytes], choice: Choice) -> tuple[Table, tupl
             raise BadLine(line + bad.index, bad.column, bad.message) from None
         if block is None:
             break
+        if table is not None:
+            yield table, ignored
     if table is None:
         raise BadLine(1, None, f"the file is empty; expected {expected_columns('CSV')}")
-    if not table.rows:
+    if not table.rows and not table.taken:
         raise BadLine(line, None, "no requests" + (" below its header" if isinstance(reader, CsvReader) else ""))
-    return table, ignored
+    yield table, ignored
 
 
 def _line_ends(data: bytes) -> int:
@@ -280,59 +369,124 @@ def _begin(data: bytes, line: int, choice: Choice) -> tuple[bytes, int, CsvReade
     return text[size:], line + 1, CsvReader(table, header), table, ignored
 
 
-def _finish(table: Table) -> list[str]:
-    whole = table.whole()
-    if "time" not in whole:
-        raise BadLine(1, table.format.columns.get("time"), "this column is missing")
-    try:
-        notes = table.format.finish(whole, whole.get("user"))
-        missing = np.flatnonzero(whole["time"] == MISSING)
-        if len(missing):
-            raise BadRow(int(missing[0]), table.columns["time"], "no time, and nothing to compute it from")
-    except BadRow as bad:
-        raise BadLine(table.line_of(bad.index), bad.column, bad.message) from None
-    if table.torn:
-        notes.append(f"{table.torn:,} lines were cut off when their writer was killed; they are skipped")
-    return notes
+class _Held:
+    """The rows of a trace that are read and not yielded, in order of time."""
 
+    def __init__(self, name: str, table: Table, ignored: tuple[str, ...]) -> None:
+        self._name = name
+        self._table = table
+        self._ignored = ignored
+        self._rows = 0
+        self._runs: deque[Parsed] = deque()
+        # ns since the table's origin: of the first row, of the latest that was read, of the last that was yielded.
+        self._first_ns: int | None = None
+        self._latest_ns = self._yielded_ns = -MAX_SPAN_NS
+        self._out_of_order = 0
+        self._told = 0
+        self._names: dict[str, tuple[str, ...]] = {}
 
-def _trace(name: str, table: Table, ignored: tuple[str, ...], notes: list[str]) -> Trace:
-    """Return the trace of all rows added, at least one, in order of time."""
-    columns = table.take()
-    times_ns = columns.pop("time")
-    out_of_order = int(np.count_nonzero(times_ns < np.maximum.accumulate(times_ns)))
-    if out_of_order:
-        order = np.argsort(times_ns, kind="stable")
-        times_ns = times_ns[order]
-        columns = {role: column[order] for role, column in columns.items()}
-    first_ns = int(times_ns[0])
-    times_ns -= first_ns
-    assert table.origin_ns is not None
-    dated = not table.unit_ns or table.format.absolute or first_ns > 946_684_800 * NS_PER_SECOND
-    nothing = np.zeros(len(times_ns), np.int64)
-    prompt = _known(columns.get("prompt"), nothing)
-    cached = np.minimum(_known(columns["cached"], nothing), prompt) if "cached" in columns else nothing
-    models, users = (tuple(table.names.get(role, ())) for role in ("model", "user"))
-    unit = "timestamps" if not table.unit_ns else f"times in {table.time_unit}"
-    return Trace(
-        path=name,
-        times_ns=times_ns,
-        input_tokens=prompt - cached if "cached" in columns else prompt,
-        cached_tokens=cached,
-        output_tokens=_known(columns.get("output"), nothing),
-        model_index=columns["model"].astype(np.int32) if models else None,
-        models=models,
-        user_index=columns["user"].astype(np.int32) if users else None,
-        users=users,
-        estimated_tokens=_optional(columns.get("estimated")),
-        durations_ns=_optional(columns.get("duration")),
-        priorities=None if (some := columns.get("priority")) is None else np.where(some == MISSING, 0, some),
-        start_unix_ns=table.origin_ns + first_ns if dated else None,
-        format=f"{table.format.title}, {unit}",
-        ignored=ignored,
-        notes=tuple(notes),
-        out_of_order=out_of_order,
-    )
+    def add(self, *, whole: bool) -> None:
+        """Take the rows of the table, which are the whole trace or a part of it."""
+        table = self._table
+        columns = table.whole()
+        if "time" not in columns:
+            raise BadLine(1, table.format.columns.get("time"), "this column is missing")
+        if not whole:
+            self._require(columns["time"] != MISSING, "this row has no time of its own")
+        try:
+            self._told += table.format.finish(columns, columns.get("user"))
+            missing = np.flatnonzero(columns["time"] == MISSING)
+            if len(missing):
+                raise BadRow(int(missing[0]), table.columns["time"], "no time, and nothing to compute it from")
+        except BadRow as bad:
+            raise BadLine(table.line_of(bad.index), bad.column, bad.message) from None
+        times_ns = columns["time"]
+        latest_ns = np.maximum(np.maximum.accumulate(times_ns), self._latest_ns)
+        out_of_order = int(np.count_nonzero(times_ns < latest_ns))
+        self._latest_ns = int(latest_ns[-1])
+        if out_of_order:
+            self._require(times_ns >= self._yielded_ns, NOT_SORTED)
+        table.take()
+        self._rows += len(times_ns)
+        if out_of_order:
+            self._out_of_order += out_of_order
+            first_ns = int(times_ns.min())
+            while self._runs and int(self._runs[-1]["time"][-1]) > first_ns:
+                earlier = self._runs.pop()
+                later = int(np.searchsorted(earlier["time"], first_ns, side="right"))
+                if later:
+                    self._runs.append({role: column[:later] for role, column in earlier.items()})
+                columns = {role: np.concatenate((earlier[role][later:], column)) for role, column in columns.items()}
+            order = np.argsort(columns["time"], kind="stable")
+            for role in columns:
+                columns[role] = columns[role][order]
+        self._runs.append(columns)
+
+    def _require(self, fine: npt.NDArray[np.bool_], message: str) -> None:
+        """Raise StreamError for the first row that is not fine."""
+        if not fine.all():
+            raise StreamError(message, self._name, self._table.line_of(int(fine.argmin())))
+
+    def parts(self, part_rows: int, held_rows: int) -> Iterator[Trace]:
+        """Yield rows as long as so many are left."""
+        while (ready := self._rows - held_rows) > 0:
+            run = self._runs.popleft()
+            rows = len(run["time"])
+            count = min(ready, rows if rows < 2 * part_rows else part_rows)
+            if count == rows:
+                yield self.trace(run)
+                continue
+            self._runs.appendleft(run)
+            if count < part_rows:
+                return
+            self._runs[0] = {role: column[count:] for role, column in run.items()}
+            yield self.trace({role: column[:count] for role, column in run.items()})
+
+    def all(self) -> Trace:
+        """Return the whole trace."""
+        return self.trace(self._runs.pop())
+
+    def trace(self, columns: Parsed) -> Trace:
+        """Return the next rows as a trace."""
+        table = self._table
+        times_ns = columns.pop("time")
+        self._rows -= len(times_ns)
+        self._yielded_ns = int(times_ns[-1])
+        if self._first_ns is None:
+            self._first_ns = int(times_ns[0])
+        first_ns = self._first_ns
+        assert table.origin_ns is not None
+        dated = not table.unit_ns or table.format.absolute or first_ns > 946_684_800 * NS_PER_SECOND
+        nothing = np.zeros(len(times_ns), np.int64)
+        prompt = _known(columns.get("prompt"), nothing)
+        cached = np.minimum(_known(columns["cached"], nothing), prompt) if "cached" in columns else nothing
+        for role, names in table.names.items():
+            if len(self._names.get(role, ())) < len(names):
+                self._names[role] = tuple(names)
+        models, users = (self._names.get(role, ()) for role in ("model", "user"))
+        unit = "timestamps" if not table.unit_ns else f"times in {table.time_unit}"
+        notes = [table.format.note(self._told)] if self._told else []
+        if table.torn:
+            notes.append(f"{table.torn:,} lines were cut off when their writer was killed; they are skipped")
+        return Trace(
+            path=self._name,
+            times_ns=times_ns - first_ns,
+            input_tokens=prompt - cached if "cached" in columns else prompt,
+            cached_tokens=cached,
+            output_tokens=_known(columns.get("output"), nothing),
+            model_index=columns["model"].astype(np.int32) if models else None,
+            models=models,
+            user_index=columns["user"].astype(np.int32) if users else None,
+            users=users,
+            estimated_tokens=_optional(columns.get("estimated")),
+            durations_ns=_optional(columns.get("duration")),
+            priorities=None if (some := columns.get("priority")) is None else np.where(some == MISSING, 0, some),
+            start_unix_ns=table.origin_ns + first_ns if dated else None,
+            format=f"{table.format.title}, {unit}",
+            ignored=self._ignored,
+            notes=tuple(notes),
+            out_of_order=self._out_of_order,
+        )
 
 
 def _known(column: Int64Array | None, nothing: Int64Array) -> Int64Array:

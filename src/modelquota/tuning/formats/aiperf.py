@@ -11,13 +11,13 @@ class AIPerf(Format):
 
     __slots__ = ()
 
-    def finish(self, columns: dict[str, Int64Array], users: Int64Array | None) -> list[str]:
+    def finish(self, columns: dict[str, Int64Array], users: Int64Array | None) -> int:
         """Turn delays into times."""
         times_ns = columns["time"]
         missing = np.flatnonzero(times_ns == MISSING)
         delays_ns = columns.get("delay")
         if not len(missing):
-            return []
+            return 0
         last: dict[int, int] = {}
         for row in range(len(times_ns)):
             session = -1 if users is None else int(users[row])
@@ -28,7 +28,11 @@ class AIPerf(Format):
                     raise BadRow(row, "timestamp", "no timestamp, and no delay after an earlier turn of its session")
                 times_ns[row] = time_ns = last[session] + delay_ns
             last[session] = time_ns
-        return [f"{len(missing):,} turns have a delay; it is counted from the arrival of the turn before"]
+        return len(missing)
+
+    def note(self, rows: int) -> str:
+        """Say how delays are counted."""
+        return f"{rows:,} turns have a delay; it is counted from the arrival of the turn before"
 
 
 AIPERF = AIPerf(

@@ -106,6 +106,13 @@ class Format:
                 raise
             return [record.get(column) for record in records]
 
-    def finish(self, columns: dict[str, Int64Array], users: Int64Array | None) -> list[str]:
-        """Complete the columns of a whole trace, in the order of its file; return what the reader should be told."""
-        return []
+    def finish(self, columns: dict[str, Int64Array], users: Int64Array | None) -> int:
+        """Complete columns, in the order of the file; return for how many rows there is something to tell.
+
+        The columns are those of a whole trace, or if every row of it has a time, of a part.
+        """
+        return 0
+
+    def note(self, rows: int) -> str:
+        """Return what the reader should be told of so many rows."""
+        raise NotImplementedError

@@ -11,10 +11,13 @@ class BurstGPT(Format):
 
     __slots__ = ()
 
-    def finish(self, columns: dict[str, Int64Array], users: Int64Array | None) -> list[str]:
-        """Report the requests that failed."""
-        failed = int(np.count_nonzero(columns["output"] == 0))
-        return [f"{failed:,} requests have no response tokens (they failed); they are kept"] if failed else []
+    def finish(self, columns: dict[str, Int64Array], users: Int64Array | None) -> int:
+        """Count the requests that failed."""
+        return int(np.count_nonzero(columns["output"] == 0))
+
+    def note(self, rows: int) -> str:
+        """Say what was done with requests that failed."""
+        return f"{rows:,} requests have no response tokens (they failed); they are kept"
 
 
 BURSTGPT = BurstGPT(

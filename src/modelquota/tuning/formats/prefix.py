@@ -25,7 +25,7 @@ class PrefixBlocks:
         self._block_tokens = block_tokens
         self._column = column
         self._numbers: dict[Hashable, int] = {}
-        self._first_row = np.zeros(1024, np.int64)  # of each id: the row, from 1, that had it first; 0 = none
+        self._first_row = np.zeros(1024, np.uint32)  # of each id: the row, from 1, that had it first; 0 = none
         self._ids = 0
         self._rows = 0
 
@@ -42,7 +42,7 @@ class PrefixBlocks:
         rows = np.repeat(np.arange(len(given)), lengths)
         own = rows + (self._rows + 1)
         if len(ids) and int(ids.max()) >= len(self._first_row):
-            grown = np.zeros(max(2 * len(self._first_row), int(ids.max()) + 1), np.int64)
+            grown = np.zeros(max(2 * len(self._first_row), int(ids.max()) + 1), np.uint32)
             grown[: len(self._first_row)] = self._first_row
             self._first_row = grown
         new = self._first_row[ids] == 0
