@@ -14,7 +14,7 @@ from modelquota.cli.errors import say
 from modelquota.tuning.cells import UNITS_NS
 from modelquota.tuning.formats import FORMATS, ROLES
 from modelquota.tuning.source import STDIN
-from modelquota.tuning.trace import Trace, read_trace
+from modelquota.tuning.trace import Trace, TraceStream, read_trace
 
 __all__ = ["Map", "Reading", "TimeUnit", "Tpot", "TraceFile", "TraceFormat", "Ttft", "shown_progress"]
 
@@ -56,32 +56,66 @@ class Reading:
     ttft: float | None = None
     tpot: float | None = None
 
-    def read(self, path: str, errors: Console, progress: Callable[[int, int], None] | None = None) -> Trace:
-        """Read a trace, and say what was found on `errors`.
+    def read(
+        self,
+        path: str,
+        errors: Console,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        again: bool = False,
+    ) -> Trace:
+        """Read a trace, and say what was found on `errors`; if it is read `again`, what has not been said.
 
         Raises ValueError if an option is malformed, TraceError or OSError as `read_trace`.
         """
+        trace = read_trace(
+            path, format=self.format, time_unit=self.time_unit, columns=self._columns(), progress=progress
+        )
+        if not again:
+            self._say_form(trace, errors)
+        _say_notes(trace, errors)
+        return self._with_durations(trace)
+
+    def parts(self, path: str, errors: Console, progress: Callable[[int, int], None] | None = None) -> Iterator[Trace]:
+        """Read a trace in parts, and say the same on `errors`. Raises StreamError too, as `TraceStream`."""
+        part = None
+        for found in TraceStream(
+            path, format=self.format, time_unit=self.time_unit, columns=self._columns(), progress=progress
+        ):
+            if part is None:
+                self._say_form(found, errors)
+            part = found
+            yield self._with_durations(part)
+        assert part is not None
+        _say_notes(part, errors)
+
+    def _columns(self) -> dict[str, str]:
         columns = {}
         for text in self.map or ():
             role, equals, column = text.partition("=")
             if not equals or not column:
                 raise ValueError(f"--map is {text!r}; expected ROLE=COLUMN, such as prompt=ContextTokens")
             columns[role] = column
-        trace = read_trace(path, format=self.format, time_unit=self.time_unit, columns=columns, progress=progress)
+        return columns
+
+    def _say_form(self, trace: Trace, errors: Console) -> None:
         say(errors, f"note: {trace.path}: read as {trace.format}")
         if trace.ignored:
             say(errors, f"note: columns that are not used: {', '.join(trace.ignored)}")
-        for note in trace.notes:
-            say(errors, f"note: {note}")
-        if trace.out_of_order:
-            say(
-                errors, f"note: {trace.out_of_order:,} rows of the trace were out of order and have been sorted by time"
-            )
+        if trace.durations_ns is not None and (self.ttft is not None or self.tpot is not None):
+            say(errors, "note: --ttft and --tpot replace the durations of the trace")
+
+    def _with_durations(self, trace: Trace) -> Trace:
         if self.ttft is None and self.tpot is None:
             return trace
-        if trace.durations_ns is not None:
-            say(errors, "note: --ttft and --tpot replace the durations of the trace")
         return trace.with_durations(ttft_ms=self.ttft or 0.0, tpot_ms=self.tpot or 0.0)
+
+
+def _say_notes(trace: Trace, errors: Console) -> None:
+    for note in trace.notes:
+        say(errors, f"note: {note}")
+    if trace.out_of_order:
+        say(errors, f"note: {trace.out_of_order:,} rows of the trace were out of order and have been sorted by time")
 
 
 @contextmanager

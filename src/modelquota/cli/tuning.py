@@ -1,8 +1,11 @@
 """The command `modelquota replay`: reads and replays a trace, and prints the report."""
 
 import json
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,11 +13,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from modelquota.cli.errors import answering, quiet_log, unusable
+from modelquota.cli.errors import answering, quiet_log, say, unusable
 from modelquota.cli.format import duration, printable, short
 from modelquota.cli.traces import Map, Reading, TimeUnit, Tpot, TraceFile, TraceFormat, Ttft, shown_progress
 from modelquota.quota.file import load_quotas
-from modelquota.tuning.replay import ModelReplay, ReplayReport, replay
+from modelquota.tuning.replay import ModelReplay, Replay, ReplayReport
+from modelquota.tuning.trace import StreamError
 
 __all__ = ["add_commands", "print_comparison", "print_json", "print_report"]
 
@@ -80,32 +84,43 @@ def add_commands(app: typer.Typer) -> None:
         cannot be used.
         """
         errors = Console(stderr=True)
-        reports: list[tuple[str, ReplayReport]] = []
         if per not in (None, "user"):
             raise unusable(errors, f"--per is {per!r}; expected user")
         with quiet_log(), answering(errors, trace):
             files = [(str(path), load_quotas(path)) for path in quotas]
             with shown_progress(trace, errors) as progress:
-                requests = Reading(format, time_unit, map, ttft, tpot).read(
-                    trace, errors, progress("reading the trace")
-                )
-                for name, file in files:
-                    report = replay(
-                        requests,
-                        file,
-                        model=model,
-                        speed=speed,
-                        wait=wait,
-                        per_user=per == "user",
-                        progress=progress("replaying it"),
-                    )
-                    reports.append((name, report))
+                options: dict[str, Any] = {"model": model, "speed": speed, "wait": wait, "per_user": per == "user"}
+                begin = [partial(Replay, file, **options) for _, file in files]
+                found = _replayed(trace, Reading(format, time_unit, map, ttft, tpot), begin, errors, progress)
+            reports = [(name, report) for (name, _), report in zip(files, found, strict=True)]
         if as_json:
             print_json(reports)
         elif len(reports) == 1:
             print_report(reports[0][1], Console())
         else:
             print_comparison(reports, Console())
+
+
+def _replayed(
+    path: str,
+    reading: Reading,
+    begin: Sequence[Callable[[], Replay]],
+    errors: Console,
+    progress: Callable[[str], Callable[[int, int], None]],
+) -> list[ReplayReport]:
+    """Replay a trace while it is read, through several quotas; or, if that cannot be done, after it has been read."""
+    try:
+        runs = [each() for each in begin]
+        for part in reading.parts(path, errors, progress("replaying the trace")):
+            for run in runs:
+                run.feed(part)
+        return [run.report() for run in runs]
+    except StreamError as problem:
+        if not os.path.isfile(path):  # what was read from a pipe is gone
+            raise unusable(errors, f"{problem}; save the trace as a file, which can be read as a whole") from None
+        say(errors, f"note: {problem}; the trace is read again, as a whole")
+    trace = reading.read(path, errors, progress("reading the trace"), again=True)
+    return [each().whole(trace, progress("replaying it")) for each in begin]
 
 
 def print_json(reports: list[tuple[str, ReplayReport]]) -> None:
