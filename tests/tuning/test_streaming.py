@@ -1,8 +1,10 @@
 """A trace that is replayed while it is read: the same report as that of the whole, in memory that does not grow."""
 
+import gc
 import gzip
 import json
 import tracemalloc
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -50,9 +52,31 @@ def parts_of(trace: Trace, size: int) -> Iterator[Trace]:
 
 def report_of(trace: Trace, size: int, quotas, **how) -> dict:
     run = Replay(quotas, **how)
-    for part in parts_of(trace, size):
-        run.feed(part)
-    return without_time(run.report())
+    try:
+        for part in parts_of(trace, size):
+            run.feed(part)
+        return without_time(run.report())
+    finally:
+        run.close()
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_replay_that_is_given_up_releases_what_is_held(closed):
+    """Otherwise each grant that is open warns that it was forgotten, and waiters are in queues that are gone."""
+    run = Replay({"m": unlimited("m", max_concurrent_requests=2, on_violation="queue")}, wait=True)
+    run.feed(made(np.arange(5), np.ones(5, np.int64), durations_ns=np.full(5, SECOND)))
+    assert run._manager.get_usage("m").concurrent_requests == 2
+    manager = run._manager
+    if closed:
+        run.close()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if not closed:
+            del run
+            gc.collect()
+        usage = manager.get_usage("m")
+    assert (usage.concurrent_requests, usage.queued_requests) == (0, 0)
+    assert not caught
 
 
 def without_time(report) -> dict:

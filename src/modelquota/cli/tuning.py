@@ -109,8 +109,8 @@ def _replayed(
     progress: Callable[[str], Callable[[int, int], None]],
 ) -> list[ReplayReport]:
     """Replay a trace while it is read, through several quotas; or, if that cannot be done, after it has been read."""
+    runs = [each() for each in begin]
     try:
-        runs = [each() for each in begin]
         for part in reading.parts(path, errors, progress("replaying the trace")):
             for run in runs:
                 run.feed(part)
@@ -119,6 +119,9 @@ def _replayed(
         if not os.path.isfile(path):  # what was read from a pipe is gone
             raise unusable(errors, f"{problem}; save the trace as a file, which can be read as a whole") from None
         say(errors, f"note: {problem}; the trace is read again, as a whole")
+    finally:
+        for run in runs:
+            run.close()
     trace = reading.read(path, errors, progress("reading the trace"), again=True)
     return [each().whole(trace, progress("replaying it")) for each in begin]
 

@@ -219,6 +219,11 @@ class Replay:
             users=self._user_tally.reports(self._users),
         )
 
+    def close(self) -> None:
+        """Let requests that wait or are open go if there will be no report. To be called if anything was raised."""
+        if self._simulation is not None:
+            self._simulation.abandon()
+
     # -- ids
 
     def _meet(self, trace: Trace) -> None:

@@ -249,6 +249,19 @@ class Simulation:
             self._go_to(self._next_ns)
         return self._outcome()
 
+    def abandon(self) -> None:
+        """Leave the queues and release what is held; nothing can be fed after this."""
+        for group in self._groups:
+            while group.waiting:
+                group.waiting.popitem()[1].leave()
+        self._done.clear()
+        for _, _, grant, _ in self._releases:
+            grant.release()
+        self._releases.clear()
+
+    def __del__(self) -> None:
+        self.abandon()  # a waiter has to leave its queues before it goes
+
     def _begin(self, requests: int) -> None:
         self._first = self._end
         self._end += requests

@@ -25,7 +25,8 @@ class PrefixBlocks:
         self._block_tokens = block_tokens
         self._column = column
         self._numbers: dict[Hashable, int] = {}
-        self._first_row = np.zeros(1024, np.uint32)  # of each id: the row, from 1, that had it first; 0 = none. Up to 2**32
+        # Of each id: the row, from 1 and below 2**32, that had it first; 0 = none.
+        self._first_row = np.zeros(1024, np.uint32)
         self._ids = 0
         self._rows = 0
 
