@@ -164,3 +164,108 @@ def test_what_fills_a_level_to_its_end_and_comes_back_is_no_refill(manager, cloc
     clock.advance(1.02)
     assert not manager.check_quota("m", 11)
     assert manager.check_quota("m", 9)
+
+
+WINDOW_SEC = {"minute": 60, "hour": 3_600, "day": DAY_SEC}
+LIMIT = 1000
+
+
+def settle_all(manager: ResourceQuotaManager) -> None:
+    with manager.reserve("m", 10) as grant:
+        grant.settle(MOST)
+
+
+def add_all(manager: ResourceQuotaManager) -> None:
+    with manager.reserve("m", 0) as grant:
+        assert not grant.add(MOST)
+
+
+def charge_all(manager: ResourceQuotaManager) -> None:
+    manager.charge_many(manager.codes(["m"] * 3), MOST)
+
+
+def admitted_by_checks(manager: ResourceQuotaManager) -> int:
+    return sum(10 * bool(manager.check_quota("m", 10)) for _ in range(LIMIT))
+
+
+def admitted_by_batches(manager: ResourceQuotaManager) -> int:
+    codes = manager.codes(["m"] * LIMIT)
+    return sum(10 * int((manager.check_many(codes, 10) == 0).sum()) for _ in range(2))
+
+
+def admitted_by_grants(manager: ResourceQuotaManager) -> int:
+    grants = []
+    while len(grants) < LIMIT:
+        try:
+            grants.append(manager.reserve("m", 10))
+        except QuotaExceededError:
+            break
+    for grant in grants:
+        grant.release()
+    return 10 * len(grants)
+
+
+def admitted_by_add(manager: ResourceQuotaManager) -> int:
+    with manager.reserve("m", 0) as grant:
+        for _ in range(LIMIT):
+            if not grant.add(10):
+                return grant.tokens - 10
+    return grant.tokens
+
+
+@pytest.mark.parametrize("admitted", [admitted_by_checks, admitted_by_batches, admitted_by_grants, admitted_by_add])
+@pytest.mark.parametrize("charge", [settle_all, add_all, charge_all])
+@pytest.mark.parametrize("window", WINDOW_SEC)
+def test_a_window_counts_on_while_a_longer_one_is_at_the_largest_count(manager, clock, window, charge, admitted):
+    manager.set_quota(open_quota("m", **{f"max_tokens_per_{window}": LIMIT, "max_tokens_per_month": LIMIT}))
+    manager.update_quota("m", max_tokens_per_month=None)  # it stays counted
+    charge(manager)
+    assert not manager.check_quota("m", 1)
+    length_sec = WINDOW_SEC[window]
+    for _ in range(3):
+        clock.advance(length_sec * 62 / 60)  # with the partly expired slot and the current one
+        assert admitted(manager) == LIMIT
+        assert manager.get_usage("m").tokens_this_month == MOST
+        assert not manager.check_quota("m", 1)
+        cold_row_of(manager)
+
+
+def test_a_rate_holds_while_the_day_is_at_the_largest_count(manager, clock):
+    manager.set_quota(open_quota("m"))
+    charge_all(manager)
+    clock.advance(2)
+    manager.update_quota("m", max_tokens_per_second=10, burst_tokens=20)
+    assert admitted_by_checks(manager) == 30
+    clock.advance(5)
+    assert admitted_by_checks(manager) == 30  # has drained to 0, but no further
+    clock.advance(1)
+    assert admitted_by_checks(manager) == 0  # the second's ceiling
+    clock.advance(0.1)
+    assert admitted_by_checks(manager) == 10
+
+
+def test_what_no_longer_counts_in_one_window_is_refunded_to_none(manager, clock):
+    """A refund would take from the day what was charged to it before."""
+    manager.set_quota(open_quota("m", max_tokens_per_minute=LIMIT))
+    charge_all(manager)
+    clock.advance(62)
+    manager.reserve("m", 300).cancel()
+    usage = manager.get_usage("m")
+    assert (usage.tokens_this_minute, usage.tokens_this_day) == (300, MOST)
+    with manager.reserve("m", 100) as grant:
+        grant.add(2**61)
+        grant.settle(100)
+    assert manager.get_usage("m").tokens_this_day == MOST
+    assert not manager.check_quota("m", 1)
+
+
+def test_a_window_that_reaches_the_largest_count_refunds_what_it_took(manager, clock):
+    manager.set_quota(open_quota("m", max_tokens_per_minute=LIMIT))
+    manager.charge_many(manager.codes(["m"]), MOST - 100)
+    clock.advance(66)  # what a slot could not hold was carried into the next ones
+    with manager.reserve("m", 50) as grant:
+        grant.add(LIMIT)  # 950 beyond the estimate, of which the day takes 50
+        assert manager.get_usage("m").tokens_this_minute == LIMIT
+        grant.cancel()
+    usage = manager.get_usage("m")
+    assert (usage.tokens_this_minute, usage.tokens_this_day) == (LIMIT - 100, MOST - 100)

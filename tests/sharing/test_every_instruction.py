@@ -349,6 +349,7 @@ CASES: dict[str, tuple[Begin, Callable[[Case, Any], None]]] = {
     "cancel jointly": (later(61.0, granted_jointly), lambda case, grant: grant.cancel()),
     "settle below": (later(0.1, granted), lambda case, grant: grant.settle(3)),
     "settle above": (later(0.1, granted), lambda case, grant: grant.settle(333)),
+    "settle above all counts": (later(0.1, granted), lambda case, grant: grant.settle(2**62)),
     "add beyond": (later(0.1, granted), lambda case, grant: grant.add(31)),
     "release": (granted, lambda case, grant: grant.release()),
     "release at the cap": (twice_granted, lambda case, grants: grants[0].release()),

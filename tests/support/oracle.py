@@ -227,8 +227,8 @@ class Model:
                 self.tokens[name] = Window(length_ns, carries=length_ns < DAY_NS, since_ns=since_ns)
 
     def most_used(self, now_ns: int) -> int:
-        """Tokens in the longest window that is counted."""
-        return self.tokens["month" if "month" in self.tokens else "day"].used(now_ns)
+        """Tokens in the window that has the most."""
+        return max(window.used(now_ns) for window in self.tokens.values())
 
     def pass_time(self, now_ns: int) -> None:
         """Drain both levels under the rates in force."""

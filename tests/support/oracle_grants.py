@@ -160,7 +160,8 @@ class GrantModel(Model):
                 self.epoch += 1
 
     def charge_for_grant(self, now_ns: int, requests: int, tokens: int, *, capped: bool = True) -> Charge:
-        """Charge, and say where that can be found again."""
+        """Charge, and say where that can be found again; what a window cannot count any more is refunded to none."""
+        beyond = max(0, tokens - (COUNT_MAX - self.most_used(now_ns)))
         self.charge(now_ns, requests, tokens, capped=capped)
         entries = [
             None if rate is None else level.events[-1]
@@ -169,7 +170,7 @@ class GrantModel(Model):
                 (self.token_level, rates_of(self.config)[1][0]),
             )
         ]
-        return Charge(now_ns, self.epoch, tokens, *entries)  # type: ignore[arg-type]
+        return Charge(now_ns, self.epoch, tokens - beyond, *entries)  # type: ignore[arg-type]
 
     def refund(self, now_ns: int, charge: Charge, requests: int, tokens: int) -> None:
         """Take back part of a charge; `pass_time` has been called."""

@@ -20,7 +20,9 @@ from modelquota._core.row.level cimport (
 from modelquota._core.row.tokens cimport Kinds
 from modelquota._core.row.queue cimport drop_expired, first_in_turn
 from modelquota._core.row.share cimport LIVE, is_lacking, lease_of, note_need, share_of
-from modelquota._core.row.window cimport NEVER, is_counted, most_tokens_used, requests_used, tokens_used, window_wait_ns
+from modelquota._core.row.window cimport (
+    NEVER, is_counted, most_tokens_used, requests_used, stop_windows, tokens_used, window_wait_ns
+)
 
 cdef enum:  # Limit codes, in the order in which limits are judged; 0 = none. Those of the windows are in LIMIT_CODES
     RAM_MB = 1
@@ -133,12 +135,20 @@ cdef inline int64_t raise_noted(
 
 
 cdef inline void charge_tokens(Row* row, ColdRow* cold, int64_t tokens, bint trial, Charge* charged) noexcept nogil:
-    """Charge tokens whether they fit or not, and set `charged`. A counter that has reached MAX_COUNT stays there."""
-    cdef int64_t left = MAX_COUNT - most_tokens_used(row, cold)
+    """Charge tokens whether they fit or not, and set `charged`.
+
+    A window that has reached MAX_COUNT stays there, and the others go on counting. What it cannot count any more is not
+    in `charged`, so that it is refunded to none.
+    """
+    cdef int64_t beyond = max(tokens - (MAX_COUNT - most_tokens_used(row, cold)), <int64_t> 0)
+    cdef int64_t raised
+    row.token_room -= tokens
+    if unlikely(beyond != 0):
+        stop_windows(row, cold)
+    raised = raise_noted(&row.token_level, tokens, row.token_shift, &row.token_cap, trial, cold)
     charged.at_ns = row.level_ns
-    charged.tokens = tokens if tokens < left else left
-    row.token_room -= charged.tokens
-    charged.raised = raise_noted(&row.token_level, charged.tokens, row.token_shift, &row.token_cap, trial, cold)
+    charged.tokens = tokens - beyond
+    charged.raised = max(raised - beyond, <int64_t> 0)      # it is what is not refunded that raised the level first
     charged.raised_request = 0
     charged.epoch = cold.level_epoch
 

@@ -74,12 +74,17 @@ cdef inline int64_t tokens_used(const Row* row, const ColdRow* cold, int window)
 
 
 cdef inline int64_t most_tokens_used(const Row* row, const ColdRow* cold) noexcept nogil:
-    """The most tokens that any window has: the day's, which is always counted, or the month's.
+    """The most tokens that any window has.
 
-    A month that is counted from later on has fewer than the day.
+    It may be any of them: a month is counted from later on, and a day that was at MAX_COUNT has missed what the hour
+    has.
     """
-    cdef int64_t used = tokens_used(row, cold, DAY)
-    return max(used, tokens_used(row, cold, MONTH)) if is_counted(cold, MONTH) else used
+    cdef int64_t used = 0
+    cdef int window
+    for window in range(WINDOWS):
+        if is_counted(cold, window):
+            used = max(used, tokens_used(row, cold, window))
+    return used
 
 
 cdef inline int64_t requests_in_slot(const Row* row, const ColdRow* cold) noexcept nogil:
@@ -337,6 +342,26 @@ cdef inline void measure_room(Row* row, ColdRow* cold) noexcept nogil:
     cold.tokens_mark = tokens + <uint64_t> token_room
     cold.request_floor = cold.token_floor = INT64_MAX
     end_change(cold)
+
+
+cdef inline void cut_windows(const Row* row, ColdRow* cold) noexcept nogil:
+    """Take from the current slot of each window the tokens by which the window is beyond MAX_COUNT."""
+    cdef uint64_t beyond
+    cdef int window
+    for window in range(WINDOWS):
+        beyond = tokens_charged(row, cold) - cold.tokens_base[window]   # at most twice MAX_COUNT, which is 2**63
+        if is_counted(cold, window) and beyond > <uint64_t> MAX_COUNT:
+            beyond -= <uint64_t> MAX_COUNT
+            cold.tokens_start[window] += beyond
+            cold.tokens_base[window] += beyond
+
+
+cdef inline void stop_windows(Row* row, ColdRow* cold) noexcept nogil:
+    """Have the windows that are beyond MAX_COUNT, by what has just been charged, stay there. Requires advance()."""
+    begin_change(row, cold)
+    cut_windows(row, cold)
+    measure_room(row, cold)
+    begin_trail(row, cold)
 
 
 # -- the trail: slots that have ended, and the windows have not been turned

@@ -13,9 +13,9 @@ from modelquota._core.row.limits cimport put_limits
 from modelquota._core.row.queue cimport rebuild_queue
 from modelquota._core.row.share cimport apply_share, lease_phase
 from modelquota._core.row.window cimport (
-    IDLE, NOT_KNOWN, ROLLED, ROLLING, charged_before, closed_requests, closed_tokens, current_slot, drop_trail,
-    is_counted, measure_room, requests_in_slot, roll, slot_of_step, slot_start_ns, slots_per_slot, tokens_in_slot,
-    trail_slot, turn_ring
+    IDLE, NOT_KNOWN, ROLLED, ROLLING, charged_before, closed_requests, closed_tokens, current_slot, cut_windows,
+    drop_trail, is_counted, measure_room, requests_in_slot, roll, slot_of_step, slot_start_ns, slots_per_slot,
+    tokens_in_slot, trail_slot, turn_ring
 )
 from modelquota._core.state.lock cimport NOT_LOCKED, TAKEN_OVER, lock_within, spin_lock, try_lock
 
@@ -159,6 +159,7 @@ cdef inline void recompute_row(Row* row, ColdRow* cold, uint32_t index, const Sh
         if is_counted(cold, window):
             cold.requests_base[window] = cold.requests_start[window] - in_ring(row, cold, window, False)
             cold.tokens_base[window] = cold.tokens_start[window] - in_ring(row, cold, window, True)
+    cut_windows(row, cold)
     repair_trail(row, cold)
     if header.staged_row == index and header.staged_generation == row.generation:
         repair_limits(row, cold, header)
