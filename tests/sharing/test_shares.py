@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -12,8 +13,10 @@ from crew import shared_array
 from factories import SharingManager, make_manager, open_quota
 from patience import until
 
-from modelquota import ResourceQuotaManager
+from modelquota import ManualClock, ResourceQuotaManager
+from modelquota._core.state.packing import struct_sizes
 from modelquota._core.state.state import CONSTANTS, regions_for
+from modelquota._core.state.validate import validate
 from modelquota._core.table import shares
 from modelquota._core.table.exchange import OvertakenError
 from modelquota._core.table.shares import COMPONENTS, KEEP, UNLIMITED
@@ -199,6 +202,138 @@ def test_a_reboot_ends_the_lease_and_keeps_the_shares(path):
     assert found.used[0, 2] >= 1
     shares.renew_lease(manager, shares.now_ns(manager) + SECOND_NS)
     until(lambda: manager.check_quota("m", 1))
+
+
+def offset_of_file():
+    """Where in a state file it says for which file the lease holds."""
+    return struct_sizes()["header"]
+
+
+def told_file(path):
+    with open(path, "rb") as file:
+        return os.pread(file.fileno(), 8, offset_of_file())
+
+
+MODELS = 8
+
+
+def in_use(path, clock=None):
+    """A manager whose shares are live and have been used in the current slot."""
+    manager = SharingManager(path=path, clock=clock, max_models=MODELS)
+    for model_id in ("m", "n"):
+        manager.set_quota(open_quota(model_id, max_requests_per_hour=100))
+    shares.begin_sharing(manager)
+    hold_everything(manager)
+    assert all(manager.check_quota(model_id, 1) for model_id in ("m", "n"))
+    return manager
+
+
+def admits(manager):
+    """Whether each model admits a request, by a check and by a batch."""
+    codes = manager.codes(["m", "n"])
+    return [*(bool(manager.check_quota(model_id, 1)) for model_id in ("m", "n")), *(manager.check_many(codes, 1) == 0)]
+
+
+@pytest.mark.parametrize("original", ["open", "closed", "killed"])
+def test_a_copied_file_has_the_shares_and_not_the_lease(path, original):
+    clock = ManualClock(10**15)  # stands still: no slot ends in which a row would notice
+    if original == "killed":
+        pid = forked_process(lambda: in_use(path, clock) and os.kill(os.getpid(), signal.SIGKILL))
+        os.waitpid(pid, 0)
+    else:
+        manager = in_use(path, clock)
+    if original == "closed":
+        manager.close()
+    shutil.copy(path, path.with_suffix(".copy"))
+    with SharingManager(path=path.with_suffix(".copy"), clock=clock) as copy:
+        assert shares.read_lease(copy).end_ns == 0
+        assert admits(copy) == [False] * 4
+        assert copy.check_quota("m", 1).starved
+        found = shares.exchange_shares(copy, shares.sharing_codes(copy))
+        assert found.held[:, 2].tolist() == [100, 100]
+        assert found.used[:, 2].tolist() == [1, 1]
+    if original != "open":
+        manager = SharingManager(path=path, clock=clock)
+    assert admits(manager) == [True] * 4
+    with SharingManager(path=path.with_suffix(".copy"), clock=clock) as copy:
+        assert admits(copy) == [False] * 4
+        hold_everything(copy)
+        assert admits(copy) == [True] * 4
+    with SharingManager(path=path.with_suffix(".copy"), clock=clock) as copy:  # it is a copy no longer
+        assert shares.read_lease(copy).end_ns != 0
+        assert admits(copy) == [True] * 4
+    assert admits(manager) == [True] * 4
+
+
+def test_processes_that_open_a_copy_at_once_spend_nothing_of_it(path, words):
+    manager = in_use(path)
+
+    def work(place):
+        until(lambda: words[7])
+        other = SharingManager(path=path.with_suffix(".copy"))
+        words[place] = sum(bool(other.check_quota("m", 1)) for _ in range(100))
+
+    for _ in range(5):
+        words[7] = 0
+        children = [forked_process(work, place) for place in range(4)]
+        assert manager.check_quota("m", 1)
+        shutil.copy(path, path.with_suffix(".copy"))
+        words[7] = 1
+        for pid in children:
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert words[:4].tolist() == [0] * 4
+    assert manager.check_quota("m", 1)
+
+
+@pytest.mark.parametrize("change", ["nothing", "renamed", "linked", "written by an earlier version"])
+def test_a_file_that_is_opened_again_has_its_lease(path, change):
+    clock = ManualClock(10**15)
+    in_use(path, clock).close()
+    again = path
+    if change == "renamed":
+        again = path.with_suffix(".renamed")
+        os.rename(path, again)
+    elif change == "linked":
+        again = path.with_suffix(".linked")
+        os.link(path, again)
+    elif change != "nothing":
+        with open(path, "r+b") as file:
+            os.pwrite(file.fileno(), bytes(8), offset_of_file())
+    with SharingManager(path=again, clock=clock) as manager:
+        assert shares.read_lease(manager).end_ns != 0
+        assert admits(manager) == [True] * 4
+    assert told_file(again) != bytes(8)
+    shutil.copy(again, path.with_suffix(".copy"))
+    with SharingManager(path=path.with_suffix(".copy"), clock=clock) as copy:
+        assert admits(copy) == [False] * 4
+
+
+@pytest.mark.parametrize("told", [b"\xff" * 8, b"\0" * 7 + b"\x80", b"\1" + bytes(7)])
+def test_whatever_a_file_says_of_its_lease_it_is_opened(path, told):
+    clock = ManualClock(10**15)
+    in_use(path, clock).close()
+    with open(path, "r+b") as file:
+        os.pwrite(file.fileno(), told, offset_of_file())
+    with open(path, "rb") as file:
+        assert validate(file.fileno(), path) == MODELS
+    with SharingManager(path=path, clock=clock) as manager:
+        assert admits(manager) == [False] * 4
+        hold_everything(manager)
+        assert admits(manager) == [True] * 4
+    assert told_file(path) not in (told, bytes(8))
+
+
+@pytest.mark.parametrize("locked", [0, 1])
+def test_a_copy_of_which_a_dead_process_has_locked_a_row_has_no_lease(path, locked):
+    clock = ManualClock(10**15)
+    in_use(path, clock).close()
+    shutil.copy(path, path.with_suffix(".copy"))
+    with open(path.with_suffix(".copy"), "r+b") as file:
+        at = regions_for(MODELS).rows + locked * struct_sizes()["row"]
+        os.pwrite(file.fileno(), (1 << 10 | 500).to_bytes(4, "little"), at)  # seat 500
+    with SharingManager(path=path.with_suffix(".copy"), clock=clock) as copy:
+        assert admits(copy) == [False] * 4
+        assert copy._arrays()[0]["recoveries"] == 1
 
 
 def test_a_file_that_is_opened_without_a_cluster_has_no_shares_if_nobody_else_has_it_open(path, caplog):

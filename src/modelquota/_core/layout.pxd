@@ -386,6 +386,8 @@ cdef struct Header:
     Limits staged
     # -- many hosts
     Lease lease
+    # Behind it, in what is left of the page and not described by the fingerprint: the file for which the lease holds,
+    # see file_of_lease()
 
 
 cdef struct Seat:
@@ -428,6 +430,7 @@ cdef struct Shared:
     int spare_fd              # another open file description of the same file, from which a forked child opens its own
     uint64_t device           # of that file
     uint64_t inode
+    uint64_t file             # digest of both, which tells a copy of the file apart
     uint64_t space            # digest of the PID and time namespaces, above the bits of an epoch; 0 = not known
     uint64_t boot             # digest of this boot of the machine
     Pool entry_pool

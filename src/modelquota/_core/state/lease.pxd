@@ -1,11 +1,13 @@
 # The lease of a state's shares: beginning and ending it, which process leads, and a wait for a call for an exchange.
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from modelquota._core.atomics cimport compiler_barrier, load_i64, load_u32, store_i64, store_u32, swap_i64, swap_u32
+from modelquota._core.atomics cimport (
+    compiler_barrier, load_i64, load_u32, load_u64, store_i64, store_u32, swap_i64, swap_u32
+)
 from modelquota._core.layout cimport COMPONENTS, ColdRow, Header, Lease, NODE_BYTES, Row, Share, Shared
 from modelquota._core.row.advance cimport advance
 from modelquota._core.row.share cimport (
-    NONE_NEEDED, adjust_share, lease_phase, put_totals, put_used
+    NONE_NEEDED, adjust_share, apply_share, lease_phase, put_totals, put_used
 )
 from modelquota._core.row.window cimport requests_charged, tokens_charged
 from modelquota._core.state.lock cimport has_other_process, is_gone, unlock
@@ -96,6 +98,37 @@ cdef inline int end_all_shares(const Shared* shared, bint if_alone, int64_t pati
     log_change(shared, ANY_ROW)
     unlock_registry(shared)
     return DONE
+
+
+# A copy of a state file has the lease of the original, and both would spend its shares. So beside the lease is the file
+# for which it holds: who opens another one ends the lease. Of a file that is renamed it stays the same.
+
+cdef inline uint64_t* file_of_lease(Header* header) noexcept nogil:
+    """Shared.file of the file for which the lease holds; 0 = not yet known. It is only compared: any value is safe."""
+    return <uint64_t*> (header + 1)
+
+
+cdef inline bint has_other_lease(const Shared* shared) noexcept nogil:
+    """Whether the lease is that of another file, of which this one is a copy."""
+    cdef uint64_t file = load_u64(file_of_lease(shared.header))
+    return file != 0 and file != shared.file
+
+
+cdef inline void follow_lease_now(
+    const Shared* shared, int64_t index, int64_t now_ns, int64_t patience_ns
+) noexcept nogil:
+    """Have a row see now that the lease has ended, and not at the end of a slot. Takes the row's lock.
+
+    A row that stays locked is left out.
+    """
+    cdef Row* row = &shared.rows[index]
+    cdef ColdRow* cold = &shared.cold_rows[index]
+    if not lock_row(row, shared, patience_ns):
+        return
+    if row.generation % 2 == 1 and row.has_share:
+        advance(row, cold, now_ns)
+        apply_share(row, cold, lease_phase(&shared.header.lease, row.level_ns))
+    unlock(&row.lock)
 
 
 cdef inline uint32_t term_of(const Lease* lease) noexcept nogil:

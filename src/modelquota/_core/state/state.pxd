@@ -65,6 +65,7 @@ cdef class State:
     cdef int retake_seat(self) except -1
     cdef int anchor(self) except -1
     cdef int adopt_clock(self) except -1
+    cdef int own_lease(self) except -1
 
     cdef inline bint usable(self) noexcept:
         """Whether this process may use the state."""

@@ -21,7 +21,7 @@ from posix.mman cimport (
 from posix.time cimport CLOCK_MONOTONIC
 from posix.unistd cimport close
 
-from modelquota._core.atomics cimport compiler_barrier, load_u32, load_u64, store_i64, swap_u32
+from modelquota._core.atomics cimport compiler_barrier, load_u32, load_u64, store_i64, store_u64, swap_u32
 from modelquota._core.layout cimport (
     ALWAYS_COUNTED, CHANGES, CHUNK, CHUNKS, CLUSTER_CONCURRENCY, COMPONENTS, ColdRow, GrantRecord, Header, IN_DOLLARS,
     LAYOUT_VERSION, MAX_COUNT, MAX_TIME_NS, NODE_BYTES, OPEN_GRANTS, Pool, QueueEntry, RECORDS, Row, SEATS, SLOTS, Seat,
@@ -32,6 +32,7 @@ from modelquota._core.row.level cimport COARSE_BITS, LEVEL_BITS, NO_RATE, WIDEST
 from modelquota._core.row.share cimport ALLOW, DENY, EQUAL_PARTS, FINE_BITS, KEEP, LIVE, NO_SHARES, RULE_BITS
 from modelquota._core.row.window cimport COUNT_BITS, IDLE, NEVER, ROLLED, ROLLING, THREE_SLOTS_NS
 from modelquota._core.state.clock cimport CLOCK_BOOTTIME, ManualClock, Watcher, monotonic_ns, read_clock
+from modelquota._core.state.lease cimport file_of_lease, follow_lease_now, has_other_lease
 from modelquota._core.state.lock cimport (
     NO_LOCK, READ_LOCK, SLICE_NS, WRITE_LOCK, claim_seat, clear_seat, has_seat, hold_by_lock, holds_seat, is_file,
     has_other_process, is_left, lock_seat, own_bits
@@ -169,7 +170,7 @@ def regions_for(max_models):
     fixed = (SEATS * sizeof(Seat), CHANGES * sizeof(uint32_t), CHUNKS * sizeof(uint32_t), RECORDS * sizeof(QueueEntry),
              CHUNKS * sizeof(uint32_t), RECORDS * sizeof(GrantRecord))
     each = (sizeof(Row), sizeof(ColdRow), *(ring_size(window) for window in range(WINDOWS)), sizeof(Share))
-    return plan(sizeof(Header), fixed, each, NAME_SHARE, max_models)
+    return plan(sizeof(Header) + sizeof(uint64_t), fixed, each, NAME_SHARE, max_models)
 
 
 @functools.cache
@@ -252,6 +253,7 @@ cdef class State:
         found = os.fstat(self.shared.spare_fd)
         self.shared.device = found.st_dev
         self.shared.inode = found.st_ino
+        self.shared.file = digest(f"{found.st_dev} {found.st_ino}".encode())
         self._map(max_models)
         self._require_clock()
         self.reserve_used()
@@ -668,7 +670,28 @@ cdef class State:
             self._require_clock()
             self.refuse("it is open with another kind of clock: a ManualClock, or the monotonic one")
             self.require_open()
-        return self.adopt_clock()
+        self.adopt_clock()
+        return self.own_lease()
+
+    cdef int own_lease(self) except -1:
+        """Make the lease that of this file; anchor() has ended that of another one. Takes rows' locks.
+
+        The rows come first: a process that opens the file in the meantime does the same, and decides nothing before.
+        """
+        cdef int64_t now_ns = self.now_ns()
+        cdef int64_t index
+        if load_u64(file_of_lease(self.shared.header)) == self.shared.file:
+            return 0
+        if has_other_lease(&self.shared):
+            self.inside += 1
+            with nogil:
+                for index in range(self.shared.header.row_count):
+                    # one that stays locked for so long, which is more than a slot, sees it at its next request
+                    follow_lease_now(&self.shared, index, now_ns, SLICE_NS)
+            self.exit()
+            self.pause()
+        store_u64(file_of_lease(self.shared.header), self.shared.file)
+        return 0
 
     cdef int adopt_clock(self) except -1:
         """Go by the state's clock. It may have changed from CLOCK_MONOTONIC to CLOCK_BOOTTIME, and never back."""
@@ -763,6 +786,8 @@ cdef int anchor_time(
             unlock_registry(shared)
             return OTHER_CLOCK
         header.clock_kind = kind
+    if has_other_lease(shared):
+        store_i64(&header.lease.end_ns, 0)
     if kind == MONOTONIC:
         if memcmp(header.boot_id, boot, 16) != 0:
             now_ns = header.anchor_ns + max(wall_ns - header.anchor_wall_ns, <int64_t> 0)
