@@ -471,19 +471,21 @@ def test_a_reply_that_comes_after_another_process_has_taken_over_is_not_adopted(
     node = Node(ManagerHost(manager, "boot", shares.lead(manager, 60.0)), 60 * SECOND_NS)
     granted = tuple(100 if limit == 2 else None for limit in range(QUANTITIES))
 
-    def reply(number):
+    def reply(number, request):
         answers = (ModelReply(1, granted, granted, granted, granted, None),) if number == 1 else ()
-        return Reply("ok", f"nonce{number}", 1, 0, 1, 0, answers)
+        return Reply("ok", f"nonce{number}", 1, nodes=1, boot_ms=request.boot_ms, models=answers)
 
     request = node.prepare()
     other = ResourceQuotaManager(path=path)
     until(lambda: shares.lead(other, 0.0))
     with pytest.raises(OvertakenError):
-        node.adopt(request, reply(1))
+        node.adopt(request, reply(1, request))
     assert not manager.check_quota("m", 1)
     node = Node(ManagerHost(other, "boot", shares.lead(other, 60.0)), 60 * SECOND_NS)
-    node.adopt(node.prepare(), reply(0))  # to the request that the first one had under way
-    node.adopt(node.prepare(), reply(1))
+    request = node.prepare()
+    node.adopt(request, reply(0, request))  # to the request that the first one had under way
+    request = node.prepare()
+    node.adopt(request, reply(1, request))
     until(lambda: manager.check_quota("m", 1))
 
 
