@@ -104,7 +104,8 @@ class Soak:
             self.watch()
             usage = self.manager.get_usage("capped")
             assert usage.requests_this_day <= 2000
-            assert usage.tokens_this_hour <= 10_000
+            # a grant that adds past its estimate counts its last token even past the limit: one in each lane at most
+            assert usage.tokens_this_hour <= 10_000 + self.lanes.size
         self.orders["end"] = 1
         for number, process in enumerate(self.processes):
             try:
