@@ -17,8 +17,8 @@ from model_host import GRANTS, NS, ModelHost, components
 
 from modelquota.cluster.node import Node
 from modelquota.cluster.pace import Pace
-from modelquota.cluster.quantities import LEVELS, MILLION, UNLIMITED, WINDOW_SECONDS
-from modelquota.cluster.store import parse_reply
+from modelquota.cluster.quantities import LEVELS, MILLION, UNLIMITED, WINDOW_SECONDS, quantities_of
+from modelquota.cluster.store import parse_reply, quantities_in
 
 BASE = "mq:{sim:0}:"
 WALL_NS = 10**18  # the server's clock when a history begins
@@ -134,6 +134,7 @@ class Simulation:
         self.wall_ns = WALL_NS
         self.replica = None
         self.lowered_ns = None
+        self.holds_ns = None  # from when on the lowered limits hold: a lease after a store that does not learn has them
         self.forgotten, self.forgotten_ns, self.told = False, 0, set()
         self.machines = []
         for _ in range(nodes or chance.randint(2, 4)):
@@ -170,6 +171,13 @@ class Simulation:
             row.share(row.held)
 
     # -- machines
+
+    def is_told(self):
+        """Whether the store has the limits that were lowered, and has learned."""
+        limits = self.server.data.get(f"{BASE}m:m", {}).get("limits")
+        meta = self.server.data[f"{BASE}meta"]
+        has_learned = int(meta["learning"]) <= int(meta["clock"]) and meta["run"] == self.server.run_id
+        return has_learned and limits is not None and quantities_in(limits) == quantities_of(self.limits)
 
     def clock_of(self, drift):
         start = self.chance.randrange(10**15)
@@ -252,6 +260,8 @@ class Simulation:
             return
         server.time_ns = self.wall_ns + self.now_ns
         reply = parse_reply(server.evaluate(request.keys(BASE), request.arguments()))
+        if self.lowered_ns is not None and self.holds_ns is None and self.is_told():
+            self.holds_ns = self.now_ns + self.lease_ns
         if self.forgotten:  # its learning begins with the first request, and lasts a lease
             self.forgotten = False
             self.at(self.now_ns + self.lease_ns - NS // 2, self.end_of_learning, self.told)
@@ -388,7 +398,9 @@ class Simulation:
         )
 
     def count_open(self):
-        count = self.open_requests(-1 if self.lowered_ns is None else self.lowered_ns + self.lease_ns)
+        if self.lowered_ns is not None and self.holds_ns is None:
+            return
+        count = self.open_requests(-1 if self.holds_ns is None else self.holds_ns)
         if count > self.limits[GRANTS]:
             self.crowd = f"{count} of {self.limits[GRANTS]} requests are open at {self.now_ns / NS} s"
 
@@ -402,8 +414,8 @@ class Simulation:
         self.exclude_copies()
         admitted = [entry for at, entry in enumerate(self.log) if at not in self.outside]
         if self.lowered_ns is not None:
-            holds_ns = self.lowered_ns + self.lease_ns
-            admitted = [entry for entry in admitted if entry[0] > holds_ns]
+            holds_ns = self.holds_ns
+            admitted = [] if holds_ns is None else [entry for entry in admitted if entry[0] > holds_ns]
         for at in range(10):
             if self.limits[at] == UNLIMITED:
                 continue
