@@ -41,6 +41,13 @@ def test_a_limit_that_is_lowered_holds_after_one_lease_in_every_history():
     assert admitted > 50 * len(SEEDS) // 3
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_limit_that_is_lowered_holds_without_faults(seed):
+    history = Simulation(seed, lowers=True, faults=False)
+    assert history.run() is None
+    assert history.holds_ns is not None
+
+
 def test_no_history_of_real_managers_exceeds_a_limit():
     for seed in SEEDS[: max(1, len(SEEDS) // REAL_PART)]:
         excess = Simulation(seed, real=True).run()
