@@ -728,10 +728,10 @@ for at = 11, #ARGV, 3 do
   code = tonumber(code)
   local ask, own, is_idle = cjson.decode(ARGV[at + 1]), record_of(of, id), false
   local is_other, gives_up = own and own[3 * of.count + 2] ~= code, version == '-1'
-  if is_other and not gives_up then
-    hand_over(of, own)
-  end
-  if not is_other or not gives_up then -- otherwise it has been handed over
+  if not (is_other and gives_up) then -- otherwise it has been handed over
+    if is_other then
+      hand_over(of, own)
+    end
     own, is_idle = settle(of, code, ask, ARGV[at + 2])
   end
   local grows = verb == 'exchange' and not learning and not gives_up

@@ -54,13 +54,13 @@ def quantities_of(limits: Sequence[int]) -> tuple[Quantity, ...]:
     found = []
     for quantity in range(QUANTITIES):
         limit = limits[component_of(quantity)]
-        limited = limit != UNLIMITED
-        if quantity in LEVELS:
-            drain = limits[LEVELS[quantity][0]] if limited else 0
-            hold_ms = _rounded_up(-(-limit * 1000 // drain)) if drain else _NEVER_MS if limited else 0
-        else:
-            hold_ms = 0 if quantity == CONCURRENCY else WINDOW_SECONDS[quantity % 5] * 1000
-        found.append(Quantity(min(limit, MAX_LIMIT) if limited else None, min(hold_ms, _NEVER_MS)))
+        hold_ms = 0
+        if quantity < min(LEVELS):  # a window, which is counted for so long even if it is not limited
+            hold_ms = WINDOW_SECONDS[quantity % 5] * 1000
+        elif quantity in LEVELS and limit != UNLIMITED:
+            drain = limits[LEVELS[quantity][0]]
+            hold_ms = min(_rounded_up(-(-limit * 1000 // drain)), _NEVER_MS) if drain else _NEVER_MS
+        found.append(Quantity(None if limit == UNLIMITED else min(limit, MAX_LIMIT), hold_ms))
     return tuple(found)
 
 
@@ -175,9 +175,10 @@ def kept_for_one(limits: Sequence[int], used: Sequence[int], tokens: int | None,
     """
     kept = list(used)
     for quantity in range(QUANTITIES):
-        limit = min(limits[component_of(quantity)], MAX_LIMIT)
-        if limits[component_of(quantity)] == UNLIMITED:
+        limit = limits[component_of(quantity)]
+        if limit == UNLIMITED:
             continue
+        limit = min(limit, MAX_LIMIT)
         unit = MILLION if quantity in LEVELS else 1
         part = limit // (2 * nodes)
         if _kind_of(quantity) == 0:

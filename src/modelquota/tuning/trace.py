@@ -205,7 +205,7 @@ class TraceStream:
     """A request trace in parts, read while they are asked for: for a replay that does not hold all of it.
 
     Rows that are out of order are sorted if they are near each other: the last `held_rows` rows are held back. A trace
-    that is shorter than these and one part is one part, as `read_trace` returns it, whatever its order.
+    with fewer than `held_rows` + `part_rows` rows is yielded whole, as `read_trace` returns it, in any order.
 
     Parameters
     ----------

@@ -98,15 +98,19 @@ class Windows:
         first = self.first(window_ns)
         if counts is None:
             return np.arange(1, len(first) + 1) - first
-        before = _before(counts)
-        sums: Int64Array = before[first]
-        return np.subtract(before[1:], sums, out=sums)
+        return _sums(_before(counts), first)
 
 
 def _before(counts: Int64Array) -> Int64Array:
     before = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=before[1:])
     return before
+
+
+def _sums(before: Int64Array, first: npt.NDArray[np.intp]) -> Int64Array:
+    """Return the sum of each request's counts and of those before it from `first` on, of what is `before` each."""
+    sums: Int64Array = before[first]
+    return np.subtract(before[1:], sums, out=sums)
 
 
 def counts_of(trace: Trace) -> Mapping[str, Int64Array | None]:
@@ -137,8 +141,7 @@ def window_uses(trace: Trace) -> Iterator[WindowUse]:
             moments = [np.searchsorted(times_ns, at, side="right") for at in (ends, ends - window_ns)]
         for kind, counts in counts_of(trace).items():  # summed again for each window: all at once would take more room
             held = np.arange(len(times_ns) + 1) if counts is None else _before(counts)
-            sums = held[first]
-            np.subtract(held[1:], sums, out=sums)
+            sums = _sums(held, first)
             at = int(sums.argmax())
             shares: list[float | None] = [None, None, None]
             if moments is not None:
